@@ -1,0 +1,58 @@
+# Everything a contributor or CI runs. `make demo` and `make test` work in a fresh clone.
+
+PYTHON ?= python3
+PORT ?= 8000
+# Where `make default-model` puts its result.
+OUT ?= runs/default_model
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: setup check format test test-fast serve demo bench default-model evaluate clean
+.DELETE_ON_ERROR:
+
+setup: $(STAMP)
+
+# Installs again only when what is to be installed has changed.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed, $(PYTHON) is $$($(PYTHON) --version); set PYTHON=..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[serve,train,dev]'
+	@touch $@
+
+check: setup
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+format: setup
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+test: setup
+	$(BIN)/pytest
+
+test-fast: setup
+	$(BIN)/pytest -m "not ray and not browser"
+
+demo: setup
+	$(BIN)/llava demo --port $(PORT)
+
+serve: setup
+	$(BIN)/llava serve --port $(PORT)
+
+bench: setup
+	$(BIN)/python -m benchmarks --port $(PORT)
+
+# Rebuilds the default model and its data from nothing; goes on where an interrupted run stopped.
+default-model: setup
+	$(BIN)/llava default-model build $(OUT)
+
+evaluate: setup
+	$(BIN)/llava default-model evaluate
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

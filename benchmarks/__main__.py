@@ -1,0 +1,202 @@
+"""Start-up, time to first token, tokens per second, and what the graph costs over the same engine in one process.
+
+    python -m benchmarks [--port 8000] [--requests 24] [--json FILE]
+
+The service, the empty graph and the in-process engine take turns in one run, so their ratios hold on a noisy machine.
+Talks to 127.0.0.1 only, and ends by itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import json
+import platform
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from deployments.client import chat_body, stream_chat
+from deployments.launcher import LocalService, plan_launch
+from llava_core.scenes.samples import encode_picture
+from llava_core.scenes.scene import sample_scene
+
+QUESTION = "Describe the picture."
+NUM_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One answer: seconds to its first text, seconds in all, tokens."""
+
+    first: float
+    total: float
+    tokens: int
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--requests", type=int, default=24)
+    parser.add_argument("--json", type=Path, help="also write the figures here")
+    options = parser.parse_args()
+    results: dict[str, Any] = {"machine": describe_machine()}
+    results["start_s"] = [round(measure_start(options.port), 1) for _ in range(3)]
+    results |= measure_answers(options.port, options.requests)
+    print(json.dumps(results, indent=2))
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=2) + "\n")
+
+
+def describe_machine() -> dict[str, Any]:
+    """Processor, cores and the versions that matter."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    names = ("ray", "torch", "transformers", "starlette")
+    return {
+        "processor": models[0] if models else platform.processor(),
+        "cores": len(models),
+        "python": platform.python_version(),
+        **{name: version(name) for name in names},
+    }
+
+
+def measure_start(port: int) -> float:
+    """Seconds from starting the command `llava serve` until /health says every stage can serve."""
+    begun = time.perf_counter()
+    command = [str(Path(sys.executable).parent / "llava"), "serve", "--port", str(port)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as service:
+        try:
+            wait_until_healthy(port, service)
+            return time.perf_counter() - begun
+        finally:
+            service.send_signal(signal.SIGINT)
+            service.wait(timeout=60)
+
+
+def wait_until_healthy(port: int, service: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 180
+    while time.monotonic() < deadline and service.poll() is None:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+                return
+        except (urllib.error.URLError, ConnectionError, TimeoutError):
+            time.sleep(0.05)
+    raise SystemExit("the service did not become ready")
+
+
+def measure_answers(port: int, num_requests: int) -> dict[str, Any]:
+    """The service, the empty graph and the engine in this process, one after the other for each picture."""
+    from ray import serve
+
+    from benchmarks.empty_graph import build_empty_graph
+
+    plan = plan_launch(port=port)
+    service = LocalService(plan)
+    service.start(lambda progress: print(f"{progress.what} ready after {progress.seconds:.1f} s", file=sys.stderr))
+    try:
+        serve.run(build_empty_graph(), name="empty", route_prefix="/empty")
+        pictures = [make_picture(index) for index in range(3 * num_requests + 4)]
+        ask = [lambda p: ask_service(plan.url, p), lambda p: ask_empty(port, p), build_local()]
+        for warm in pictures[-4:]:
+            [one(warm) for one in ask]
+        turns = [[one(picture) for one in ask] for picture in pictures[:num_requests]]
+        served, empty, local = ([turn[i] for turn in turns] for i in range(3))
+        with ThreadPoolExecutor(8) as pool:
+            begun = time.perf_counter()
+            together = list(pool.map(ask[0], pictures[num_requests : 3 * num_requests]))
+            wall = time.perf_counter() - begun
+    finally:
+        service.stop()
+    return {
+        "service, 1 client": summary(served),
+        "service, 8 clients": {**summary(together), "tokens_per_s": round(sum(t.tokens for t in together) / wall, 1)},
+        "engine in process, 1 client": summary(local),
+        "empty graph, 1 client": {"first_ms": milliseconds([t.first for t in empty])},
+        "graph": compare(served, empty, local),
+    }
+
+
+def compare(served: list[Timing], empty: list[Timing], local: list[Timing]) -> dict[str, float]:
+    """What the graph adds to the time to first token, and how that compares with the empty graph, request by request."""
+    added = [one.first - other.first for one, other in zip(served, local, strict=True)]
+    ratios = [more / yardstick.first for more, yardstick in zip(added, empty, strict=True)]
+    return {"added_first_ms": milliseconds(added), "added_over_empty": round(statistics.median(ratios), 2)}
+
+
+def make_picture(index: int) -> bytes:
+    """A new scene for every request: nothing to cache."""
+    return encode_picture(sample_scene(random.Random(f"bench:{index}"), longest_side=(336, 336)), "png")
+
+
+def ask_service(url: str, picture: bytes) -> Timing:
+    body = chat_body(QUESTION, picture, "image/png", max_tokens=NUM_TOKENS, ignore_eos=True)
+    return clock(
+        (choice["delta"].get("content", "") for chunk in stream_chat(url, body) for choice in chunk["choices"])
+    )
+
+
+def ask_empty(port: int, picture: bytes) -> Timing:
+    body = json.dumps(chat_body(QUESTION, picture, "image/png"))
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    try:
+
+        def pieces() -> Iterator[str]:
+            connection.request("POST", "/empty", body)
+            yield from (line.decode() for line in connection.getresponse())
+
+        return clock(pieces())
+    finally:
+        connection.close()
+
+
+def build_local() -> Callable[[bytes], Timing]:
+    from llava_core.inference import LocalModel
+    from llava_core.types import GenerationRequest, ImagePart, Message, SamplingParams, TextPart
+
+    model = LocalModel()
+    sampling = SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True)
+
+    def ask(picture: bytes) -> Timing:
+        message = Message("user", (ImagePart(picture), TextPart(QUESTION)))
+        return clock(delta.text for delta in model.stream(GenerationRequest("1", (message,), sampling)))
+
+    return ask
+
+
+def clock(texts: Iterator[str]) -> Timing:
+    begun = time.perf_counter()
+    first = None
+    for text in texts:
+        if text and first is None:
+            first = time.perf_counter() - begun
+    assert first is not None, "the answer was empty"
+    return Timing(first, time.perf_counter() - begun, NUM_TOKENS)
+
+
+def summary(timings: list[Timing]) -> dict[str, Any]:
+    return {
+        "first_ms": milliseconds([t.first for t in timings]),
+        "tokens_per_s": round(statistics.median(t.tokens / t.total for t in timings), 1),
+        "requests": len(timings),
+    }
+
+
+def milliseconds(seconds: list[float]) -> float:
+    """The median."""
+    return round(statistics.median(seconds) * 1e3, 1)
+
+
+if __name__ == "__main__":
+    main()

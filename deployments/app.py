@@ -1,0 +1,70 @@
+"""The service as a Ray Serve application: which class is which deployment, with how many replicas and what resources.
+
+The only file that knows `serve.deployment`, `bind` and `ingress`. `build_app` is what serve_config.yaml names.
+"""
+
+from typing import Any
+
+from ray import serve
+from ray.serve import Application, Deployment
+from ray.serve.config import AutoscalingConfig
+
+from deployments.handoff import Handoff, RayHandoff
+from deployments.preflight import check_checkpoint
+from deployments.replicas import GatewayReplica, GeneratorReplica, PreprocessorReplica, VisionEncoderReplica
+from deployments.settings import AppArgs, StageArgs
+
+# A long answer outlives Serve's 20 seconds.
+_SHUTDOWN_S = 180.0
+
+
+def build_app(args: AppArgs) -> Application:
+    """Serve's typed application builder. Raises CheckpointError before any replica starts, where it can be known."""
+    check_checkpoint(args)
+    return build_graph(args, RayHandoff())
+
+
+def build_graph(args: AppArgs, handoff: Handoff) -> Application:
+    """Gateway → Preprocessor → VisionEncoder → Generator, as bound deployments."""
+    gateway = _deploy(serve.ingress()(GatewayReplica), "Gateway", args.gateway)
+    return gateway.bind(args, *bind_stages(args, handoff), handoff)
+
+
+def bind_stages(args: AppArgs, handoff: Handoff) -> tuple[Application, Application, Application]:
+    """The three stages behind the gateway."""
+    return (
+        _deploy(PreprocessorReplica, "Preprocessor", args.preprocessor).bind(args),
+        _deploy(VisionEncoderReplica, "VisionEncoder", args.vision_encoder).bind(args, handoff),
+        _deploy(GeneratorReplica, "Generator", args.generator).bind(args, handoff),
+    )
+
+
+def _deploy(cls: Any, name: str, args: StageArgs) -> Deployment:
+    decorate = serve.deployment(
+        name=name,
+        ray_actor_options=_resources(args),
+        max_ongoing_requests=args.max_ongoing_requests,
+        max_queued_requests=args.max_queued_requests,
+        graceful_shutdown_timeout_s=_SHUTDOWN_S,
+        # What fails in a constructor is the checkpoint or the memory, and would fail again.
+        max_constructor_retry_count=1,
+        **_scale(args),
+    )
+    deployment: Deployment = decorate(cls)
+    return deployment
+
+
+def _resources(args: StageArgs) -> dict[str, float]:
+    resources = {"num_cpus": args.num_cpus}
+    return resources | {"num_gpus": args.num_gpus} if args.num_gpus else resources
+
+
+def _scale(args: StageArgs) -> dict[str, Any]:
+    if args.min_replicas == args.max_replicas:
+        return {"num_replicas": args.min_replicas}
+    scaling = AutoscalingConfig(
+        min_replicas=args.min_replicas,
+        max_replicas=args.max_replicas,
+        target_ongoing_requests=args.target_ongoing_requests,
+    )
+    return {"autoscaling_config": scaling}

@@ -1,0 +1,162 @@
+"""`llava serve` and `llava demo`: the service in the foreground, and one question to it from start to finish.
+
+All that is printed is printed here; what Ray prints goes to a file. Found by `llava` through the entry-point group
+`llava.commands`, and imported only when one of the two is called.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import mimetypes
+import os
+import shlex
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+import click
+
+from deployments.client import chat_body, stream_chat
+from deployments.launcher import CONFIG_FILE, LaunchPlan, LocalService, Progress, plan_launch
+from llava_core.errors import LlavaError
+
+SCENE = Path(__file__).parents[1] / "examples" / "scene.png"
+QUESTION = "Describe the picture."
+
+_config = click.option(
+    "--config",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help=f"A Serve configuration. [default: ./{CONFIG_FILE} if there is one]",
+)
+_model = click.option(
+    "--model", help="A checkpoint folder or hub id. [default: the configuration's, or the default model]"
+)
+_port = click.option("--port", type=click.IntRange(1, 65535), envvar="PORT", help="[default: 8000]")
+
+
+@click.command()
+@_config
+@_model
+@click.option("--host", help="The interface to listen on; requests are not authenticated. [default: 127.0.0.1]")
+@_port
+def serve(config: Path | None, model: str | None, host: str | None, port: int | None) -> None:
+    """Serve a model over HTTP on this machine until Ctrl-C."""
+    with _failing_in_one_line(), _terminal() as terminal:
+        plan = plan_launch(config, model=model, host=host, port=port)
+        with _running(plan, terminal):
+            _say(terminal, f"\nServing {plan.args.served_name}. Ctrl-C stops it.")
+            for method, path in (("POST", "/v1/chat/completions"), ("GET", "/v1/models"), ("GET", "/health")):
+                _say(terminal, f"  {method:4} {plan.url}{path}")
+            with contextlib.suppress(KeyboardInterrupt):
+                signal.pause()
+            _say(terminal, "\nStopping ...")
+
+
+@click.command()
+@_config
+@_model
+@_port
+@click.option(
+    "--image",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    default=SCENE,
+    help="[default: examples/scene.png]",
+)
+@click.option("--question", default=QUESTION, show_default=True)
+def demo(config: Path | None, model: str | None, port: int | None, image: Path, question: str) -> None:
+    """Start the service, ask it one question about a picture, show the answer as it streams, and stop."""
+    with _failing_in_one_line(), _terminal() as terminal:
+        plan = plan_launch(config, model=model, port=port)
+        with _running(plan, terminal):
+            _say(terminal, f"\n{image.name}: {question}")
+            last = _ask(plan, image, question, terminal)
+            _say(terminal, "\n\nWhere the time went:")
+            for stage, milliseconds in last["timings"].items():
+                _say(terminal, f"  {stage:11}{milliseconds:9.1f} ms")
+            _say(terminal, "\nThe same by hand, while `llava serve` (or `make serve`) runs:\n")
+            _say(terminal, curl_line(plan.url, image, question, plan.args.served_name))
+            _say(terminal, "\nStopping ...")
+
+
+def _ask(plan: LaunchPlan, image: Path, question: str, terminal: TextIO) -> dict[str, Any]:
+    """Print the answer as it comes; return its last chunk."""
+    body = chat_body(question, image.read_bytes(), _media_type(image), model=plan.args.served_name, timings=True)
+    chunk: dict[str, Any] = {}
+    for chunk in stream_chat(plan.url, body):
+        for choice in chunk["choices"]:
+            terminal.write(choice["delta"].get("content", ""))
+            terminal.flush()
+    return chunk
+
+
+def curl_line(url: str, image: Path, question: str, model: str) -> str:
+    """A command to paste: the picture goes through a pipe, because it may be too long for an argument."""
+    body = json.dumps(chat_body(question, b"", _media_type(image), model=model, stream=True))
+    # For printf: the picture takes the first place, and nothing else may look like one.
+    pattern = body.replace("\\", "\\\\").replace("%", "%%").replace(";base64,", ";base64,%s", 1)
+    picture = shlex.quote(os.path.relpath(image))
+    return (
+        f"printf {shlex.quote(pattern)} \"$(base64 < {picture} | tr -d '\\n')\" \\\n"
+        f"  | curl -sN {url}/v1/chat/completions -H 'content-type: application/json' -d @-"
+    )
+
+
+def _media_type(image: Path) -> str:
+    return mimetypes.guess_type(image)[0] or "image/png"
+
+
+@contextlib.contextmanager
+def _running(plan: LaunchPlan, terminal: TextIO) -> Iterator[None]:
+    """The service while the block runs; SIGTERM ends it as Ctrl-C does."""
+    service = LocalService(plan)
+    _say(terminal, f"Starting {plan.args.served_name} on {plan.url} ...")
+    try:
+        service.start(lambda progress: _show(progress, terminal))
+        # Ray has installed a handler of its own by now.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        yield
+    finally:
+        service.stop()
+
+
+def _show(progress: Progress, terminal: TextIO) -> None:
+    _say(terminal, f"  {progress.what:14} ready after {progress.seconds:5.1f} s")
+
+
+def _say(terminal: TextIO, text: str) -> None:
+    click.echo(text, file=terminal)
+
+
+@contextlib.contextmanager
+def _failing_in_one_line() -> Iterator[None]:
+    try:
+        yield
+    except LlavaError as error:
+        raise click.ClickException(str(error)) from None
+    except KeyboardInterrupt:
+        raise click.exceptions.Exit(130) from None
+
+
+@contextlib.contextmanager
+def _terminal() -> Iterator[TextIO]:
+    """Where to print. File descriptors 1 and 2 go to a file meanwhile: Ray's processes write to them as well."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = os.dup(1), os.dup(2)
+    log_path = Path(tempfile.gettempdir()) / f"llava-serve-{os.getpid()}-{int(time.time())}.log"
+    with open(os.dup(saved[0]), "w", buffering=1, encoding="utf-8") as terminal, open(log_path, "wb") as log:
+        try:
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
+            yield terminal
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for number, copy in enumerate(saved, start=1):
+                os.dup2(copy, number)
+                os.close(copy)

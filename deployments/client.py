@@ -1,0 +1,57 @@
+"""The smallest client that streams an answer, on the standard library alone: what the demo does and `curl` would do.
+
+Knows OpenAI's wire format. Not a substitute for OpenAI's own client, which works as well.
+"""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import json
+import urllib.parse
+from collections.abc import Iterator
+from typing import Any
+
+from llava_core.errors import LlavaError
+
+
+class AnswerError(LlavaError):
+    """The service answered with an error, or not at all."""
+
+
+def chat_body(question: str, image: bytes, media_type: str, **options: Any) -> dict[str, Any]:
+    """A request about one picture."""
+    url = f"data:{media_type};base64,{base64.b64encode(image).decode()}"
+    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question}]
+    return {"messages": [{"role": "user", "content": content}], **options}
+
+
+def stream_chat(base_url: str, body: dict[str, Any], *, timeout_s: float = 120.0) -> Iterator[dict[str, Any]]:
+    """The chunks of an answer as they arrive. Raises AnswerError for whatever is not an answer."""
+    address = urllib.parse.urlsplit(base_url)
+    connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=timeout_s)
+    try:
+        connection.request(
+            "POST", "/v1/chat/completions", json.dumps({**body, "stream": True}), {"content-type": "application/json"}
+        )
+        response = connection.getresponse()
+        if response.status != http.HTTPStatus.OK:
+            raise AnswerError(f"the service answered {response.status}: {response.read().decode(errors='replace')}")
+        yield from _events(response)
+    except (OSError, http.client.HTTPException) as error:
+        raise AnswerError(f"the connection to {base_url} failed: {error}") from error
+    finally:
+        connection.close()
+
+
+def _events(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
+    for line in response:
+        if not line.startswith(b"data: "):
+            continue
+        if line.strip() == b"data: [DONE]":
+            return
+        event = json.loads(line.removeprefix(b"data: "))
+        if "error" in event:
+            raise AnswerError(event["error"]["message"])
+        yield event
+    raise AnswerError("the stream ended before the answer did")

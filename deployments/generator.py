@@ -1,0 +1,85 @@
+"""The last stage: projector, splice and decoder behind the engine; text comes out in chunks as it is written.
+
+A request that was rejected on the way is answered with its rejection. Knows no HTTP and no pictures, only features.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from deployments.handoff import Handoff
+from deployments.messages import (
+    Elapsed,
+    Encoded,
+    Item,
+    Prepared,
+    Rejected,
+    engine_request,
+)
+from llava_core.errors import EngineError, LlavaError
+from llava_core.types import EngineRequest, TokenDelta
+
+if TYPE_CHECKING:
+    from llava_core.engine.async_engine import AsyncEngine
+
+logger = logging.getLogger(__name__)
+_MAX_GAP_S = 0.05
+
+
+class Generator:
+    """Many answers at once from one engine. `chunk_gap_s` is explained at settings.EngineArgs."""
+
+    def __init__(self, engine: AsyncEngine, handoff: Handoff, *, chunk_gap_s: float = 0.0) -> None:
+        self._engine = engine
+        self._handoff = handoff
+        self._chunk_gap_s = chunk_gap_s
+
+    async def generate(self, given: object) -> AsyncGenerator[Item, None]:
+        """Deltas up to one with `finish_reason`; or, first or last, a rejection. Leaving early aborts the request."""
+        handed = await self._handoff.take(given)
+        if isinstance(handed, Rejected):
+            yield handed
+            return
+        assert isinstance(handed, Prepared | Encoded), type(handed)
+        elapsed = handed.elapsed.arrived()
+        request = _to_engine(handed)
+        try:
+            async with aclosing(self._paced(request)) as deltas:
+                async for delta in deltas:
+                    yield _with_times(delta, elapsed)
+        except LlavaError as error:
+            if isinstance(error, EngineError):
+                logger.warning("request %s ended with %s: %s", request.request_id, type(error).__name__, error)
+            yield Rejected(error)
+
+    async def ping(self) -> None:
+        """Returns when requests would be answered; raises EngineError otherwise."""
+        self._engine.check_health()
+
+    def check_health(self) -> None:
+        """For Serve, which replaces a replica that raises here."""
+        self._engine.check_health()
+
+    async def _paced(self, request: EngineRequest) -> AsyncGenerator[TokenDelta, None]:
+        """The engine's deltas, not faster than the graph can carry; what comes meanwhile is joined by its mailbox."""
+        async with aclosing(self._engine.generate(request)) as deltas:
+            async for delta in deltas:
+                yield delta
+                if delta.finish_reason is None:
+                    await asyncio.sleep(min(_MAX_GAP_S, self._chunk_gap_s * self._engine.num_requests))
+
+
+def _to_engine(handed: Prepared | Encoded) -> EngineRequest:
+    return engine_request(handed.request, handed.features if isinstance(handed, Encoded) else ())
+
+
+def _with_times(delta: TokenDelta, elapsed: Elapsed) -> TokenDelta:
+    """The last delta tells where the time went in the stages before as well."""
+    if delta.finish_reason is None:
+        return delta
+    return replace(delta, stage_ms={**elapsed.stage_ms, **delta.stage_ms})

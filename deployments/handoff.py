@@ -1,0 +1,97 @@
+"""How stages call each other and hand big results over: by reference, never through the gateway.
+
+Pictures, tiles and features stay in Ray's object store; what the gateway passes on is a reference of a few hundred
+bytes. Token chunks go by gRPC, which costs half the CPU per chunk. The only file that knows how Serve does either, and
+the only one that uses names Ray does not document; `docs/decisions` says why.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any, Protocol
+
+import ray
+from ray.serve.handle import DeploymentHandle, DeploymentResponse
+
+
+class Handoff(Protocol):
+    """Two ways to compose stages: RayHandoff for a cluster, LocalHandoff for Serve's local testing mode and fakes."""
+
+    def calling(self, handle: DeploymentHandle[Any], method: str) -> DeploymentHandle[Any]:
+        """A handle for a method that returns once."""
+        ...
+
+    def streaming(self, handle: DeploymentHandle[Any], method: str) -> DeploymentHandle[Any]:
+        """A handle for a method that yields."""
+        ...
+
+    async def give(self, response: DeploymentResponse[Any]) -> object:
+        """What to pass to a streaming handle in place of an un-awaited response, which must outlive the stream."""
+        ...
+
+    async def take(self, given: object) -> object:
+        """In the stage that was called: the value of what `give` made."""
+        ...
+
+
+class RayHandoff:
+    """Results stay where they were made until the next stage fetches them; the gateway owns them until then."""
+
+    def calling(self, handle: DeploymentHandle[Any], method: str) -> DeploymentHandle[Any]:
+        """By reference: throughput mode would otherwise send pictures and features inline, at most 4 MiB of them."""
+        return handle.options(method_name=method, _by_reference=True)
+
+    def streaming(self, handle: DeploymentHandle[Any], method: str) -> DeploymentHandle[Any]:
+        """By value: chunks are small, and an object in the store for each of them would cost more than it holds."""
+        return handle.options(method_name=method, stream=True, _by_reference=False)
+
+    async def give(self, response: DeploymentResponse[Any]) -> object:
+        """Waits until a replica was found for the call, not for its result."""
+        return Reference(await response._to_object_ref())
+
+    async def take(self, given: object) -> object:
+        """Waits for the result; raises what the stage that makes it has raised."""
+        if isinstance(given, Reference):
+            return await given.ref
+        return given
+
+
+class LocalHandoff:
+    """Everything in one process: responses are passed as they are."""
+
+    def calling(self, handle: DeploymentHandle[Any], method: str) -> DeploymentHandle[Any]:
+        """See Handoff."""
+        return handle.options(method_name=method)
+
+    def streaming(self, handle: DeploymentHandle[Any], method: str) -> DeploymentHandle[Any]:
+        """See Handoff."""
+        return handle.options(method_name=method, stream=True)
+
+    async def give(self, response: DeploymentResponse[Any]) -> object:
+        """See Handoff."""
+        return response
+
+    async def take(self, given: object) -> object:
+        """See Handoff."""
+        return given
+
+
+class Reference:
+    """An ObjectRef that may travel inside a gRPC payload.
+
+    Pickling a bare ObjectRef outside of a Ray call pins its object for the life of the process: every request would
+    leave its features in the store. The sender keeps the object alive anyway, so this sends the address and no pin.
+    """
+
+    def __init__(self, ref: ray.ObjectRef[Any]) -> None:
+        self.ref = ref
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        worker: Any = ray._private.worker.global_worker
+        ref, owner, status = worker.core_worker.serialize_object_ref(self.ref)
+        return _attach, (ref.binary(), owner, status, ref.tensor_transport())
+
+
+def _attach(ref_id: bytes, owner: bytes, status: bytes, transport: str | None) -> Reference:
+    serialization: Any = importlib.import_module("ray._private.serialization")
+    return Reference(serialization._object_ref_deserializer(ref_id, "", owner, status, transport))

@@ -1,0 +1,102 @@
+"""Errors to HTTP: one table from exception class to status, type and code, and one body, OpenAI's, for all of them.
+
+    {"error": {"message": ..., "type": ..., "param": ..., "code": ...}, "request_id": ...}
+
+What is the client's fault is told in the error's own words; what is not, in ours, so that nothing internal gets out.
+Knows no routes.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from http import HTTPStatus
+from typing import Any
+
+from ray.exceptions import ObjectLostError, RayActorError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
+
+from llava_core.errors import EngineError, LlavaError, OverloadedError, RequestError, UnknownNameError
+
+
+class RequestTooLargeError(RequestError):
+    """The body has more bytes than allowed."""
+
+    def __init__(self, message: str, *, param: str | None = None, code: str = "request_too_large") -> None:
+        super().__init__(message, param=param, code=code)
+
+
+@dataclass(frozen=True)
+class HttpError:
+    """What a client is told. `message` None: the exception's own."""
+
+    status: int
+    type: str
+    code: str | None
+    message: str | None = None
+    param: str | None = None
+    retry_after_s: int | None = None
+
+    @property
+    def is_unexpected(self) -> bool:
+        """Whether only a log can tell what happened."""
+        return self.status == HTTPStatus.INTERNAL_SERVER_ERROR
+
+    def at(self, param: str | None) -> HttpError:
+        """The same, about another field."""
+        return replace(self, param=param)
+
+
+_OVERLOADED = "the service is at its capacity; try again later"
+_LOST = "the part of the service that worked on this request is gone; try again"
+
+# The first row whose class fits wins; RequestErrors bring their own code and param.
+TABLE: tuple[tuple[type[BaseException], HttpError], ...] = (
+    (RequestTooLargeError, HttpError(413, "invalid_request_error", "request_too_large")),
+    (UnknownNameError, HttpError(404, "invalid_request_error", "not_found")),
+    (RequestError, HttpError(400, "invalid_request_error", "invalid_value")),
+    (OverloadedError, HttpError(429, "overloaded_error", "overloaded", retry_after_s=1)),
+    (BackPressureError, HttpError(429, "overloaded_error", "overloaded", _OVERLOADED, retry_after_s=1)),
+    (
+        DeploymentUnavailableError,
+        HttpError(503, "server_error", "unavailable", "a stage of the service is not available", retry_after_s=5),
+    ),
+    (ReplicaUnavailableError, HttpError(503, "server_error", "replica_lost", _LOST, retry_after_s=1)),
+    (RayActorError, HttpError(503, "server_error", "replica_lost", _LOST, retry_after_s=1)),
+    (ObjectLostError, HttpError(503, "server_error", "replica_lost", _LOST, retry_after_s=1)),
+    (EngineError, HttpError(500, "server_error", "engine_error", "the answer could not be generated")),
+    (LlavaError, HttpError(500, "server_error", "internal_error", "the request failed inside the service")),
+    (Exception, HttpError(500, "server_error", "internal_error", "the request failed inside the service")),
+)
+
+
+def describe(error: BaseException) -> HttpError:
+    """The table's answer, with the error's own message, code and hints where it has a say."""
+    row = next(row for kind, row in TABLE if isinstance(error, kind))
+    if isinstance(error, RequestError):
+        return replace(row, message=error.message, param=error.param, code=error.code)
+    if isinstance(error, OverloadedError):
+        return replace(row, message=error.message, retry_after_s=error.retry_after_s)
+    if isinstance(error, BackPressureError) and error.retry_after_s is not None:
+        return replace(row, retry_after_s=max(1, math.ceil(error.retry_after_s)))
+    return row
+
+
+def describe_http(error: HTTPException) -> HttpError:
+    """An error of routing: no such path, or not with this method."""
+    code = HTTPStatus(error.status_code).phrase.lower().replace(" ", "_")
+    return HttpError(error.status_code, "invalid_request_error", code, error.detail)
+
+
+def error_body(error: HttpError, request_id: str) -> dict[str, Any]:
+    """The one shape all errors have."""
+    content = {"message": error.message, "type": error.type, "param": error.param, "code": error.code}
+    return {"error": content, "request_id": request_id}
+
+
+def error_response(error: HttpError, request_id: str) -> JSONResponse:
+    """The response to a request that got no answer."""
+    headers = {} if error.retry_after_s is None else {"retry-after": str(error.retry_after_s)}
+    return JSONResponse(error_body(error, request_id), error.status, headers)

@@ -1,0 +1,250 @@
+"""Starts the service on this machine: its own Ray, the application of serve_config.yaml, a watch until it is ready.
+
+Whatever can be known to be wrong is found before Ray starts. Progress goes to a callback; prints nothing. Importing
+this file does not import Ray, because Ray reads its environment when it is imported.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import socket
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from deployments.preflight import check_checkpoint
+from deployments.processes import descendants, end
+from deployments.settings import AppArgs
+from llava_core.errors import LlavaError
+
+CONFIG_FILE = "serve_config.yaml"
+IMPORT_PATH = "deployments.app:build_app"
+DEFAULT_CONFIG: Mapping[str, Any] = {
+    "applications": [{"name": "llava", "route_prefix": "/", "import_path": IMPORT_PATH}]
+}
+
+# Set unless the user has set them; `docs/decisions` has the measurements.
+ENVIRONMENT: Mapping[str, str] = {
+    # One event loop per replica, gRPC between replicas, buffered logs: about twice the tokens per second.
+    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    # It would also open a port per gateway replica, and hold each shutdown up for 30 s.
+    "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0",
+    # On a busy machine 5 s are not enough for the HTTP proxy, and Serve would kill it.
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "120",
+    # Despite its name: every port of a local Ray on the loopback interface alone.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+_OBJECT_STORE_BYTES = 1024**3
+_POLL_S, _HTTP_DEADLINE_S, _STOP_PATIENCE_S = 0.1, 60.0, 5.0
+_ERROR_LINE = re.compile(r"^(?:[\w.]+\.)?(\w*(?:Error|Exception|Exit)): (.+)$", re.MULTILINE)
+
+
+class LaunchError(LlavaError):
+    """The service cannot be started as asked; the message says what to change."""
+
+
+@dataclass(frozen=True)
+class LaunchPlan:
+    """What is to be started, all of it checked."""
+
+    config: Mapping[str, Any]
+    args: AppArgs
+    host: str
+    port: int
+
+    @property
+    def url(self) -> str:
+        """Where clients on this machine reach the service."""
+        host = "127.0.0.1" if self.host == "0.0.0.0" else self.host
+        return f"http://{host}:{self.port}"
+
+
+def plan_launch(
+    config: Path | None = None, *, model: str | None = None, host: str | None = None, port: int | None = None
+) -> LaunchPlan:
+    """Read the configuration, let the options override it, and look at settings, checkpoint and port.
+
+    Raises LaunchError or CheckpointError, each with one message that says what to do.
+    """
+    content = _read_config(config)
+    application = _find_application(content)
+    if model is not None:
+        application["args"] = {**(application.get("args") or {}), "model": model}
+    args = _check_args(application.get("args") or {})
+    # Replicas do not work in this directory, so a relative path would mean nothing to them.
+    application["args"] = {**(application.get("args") or {}), "model": args.checkpoint, "model_name": args.served_name}
+    http = dict(content.get("http_options") or {})
+    plan = LaunchPlan(content, args, host or http.get("host", "127.0.0.1"), port or http.get("port", 8000))
+    content["http_options"] = {**http, "host": plan.host, "port": plan.port}
+    check_checkpoint(args)
+    check_port(plan.host, plan.port)
+    return plan
+
+
+def check_port(host: str, port: int) -> None:
+    """Raise LaunchError when the address cannot be listened on."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            reason = "is already in use" if error.errno == errno.EADDRINUSE else f"cannot be used: {error.strerror}"
+            raise LaunchError(f"port {port} on {host} {reason}; choose another with --port") from None
+
+
+def _read_config(path: Path | None) -> dict[str, Any]:
+    if path is None:
+        path = Path(CONFIG_FILE)
+        if not path.exists():
+            return json.loads(json.dumps(DEFAULT_CONFIG))  # type: ignore[no-any-return]
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise LaunchError(f"{path} cannot be read: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise LaunchError(f"{path} is not YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise LaunchError(f"{path} must hold a Serve configuration, with a list of applications")
+    return content
+
+
+def _find_application(content: Mapping[str, Any]) -> dict[str, Any]:
+    applications = content.get("applications")
+    for application in applications if isinstance(applications, list) else ():
+        if isinstance(application, dict) and application.get("import_path") == IMPORT_PATH:
+            return application
+    raise LaunchError(f"the configuration names no application whose import_path is {IMPORT_PATH}")
+
+
+def _check_args(args: Any) -> AppArgs:
+    try:
+        return AppArgs.model_validate(args)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(step) for step in ("args", *first["loc"]))
+        raise LaunchError(f"the configuration is wrong at {where}: {first['msg']}") from None
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Something became ready, `seconds` after the start."""
+
+    what: str
+    seconds: float
+
+
+@dataclass
+class LocalService:
+    """A running service and the Ray under it. `stop` ends every process that `start` began, however far it came."""
+
+    plan: LaunchPlan
+    _started: float = field(default_factory=time.monotonic)
+
+    def start(self, report: Callable[[Progress], None]) -> None:
+        """Returns when the service answers. Raises LaunchError when a stage cannot start."""
+        for name, value in ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        import ray
+        from ray import serve
+        from ray.serve.context import _get_global_client
+        from ray.serve.schema import ServeDeploySchema
+
+        schema = self._schema(ServeDeploySchema)
+        ray.init(
+            address="local",
+            namespace="serve",
+            include_dashboard=False,
+            log_to_driver=False,
+            object_store_memory=_OBJECT_STORE_BYTES,
+        )
+        report(self._progress("Ray"))
+        serve.start(proxy_location="HeadOnly", http_options=schema.http_options.model_dump())
+        client = _get_global_client()
+        assert client is not None
+        client.deploy_apps(schema)
+        for stage in self._watch():
+            report(self._progress(stage))
+        self._wait_for_http()
+        report(self._progress("HTTP"))
+
+    def stop(self) -> None:
+        """Requests that are still being answered are cut off. Returns when the last process is gone."""
+        import ray
+
+        begun = descendants(os.getpid())
+        ray.shutdown()
+        end(begun, patience_s=_STOP_PATIENCE_S)
+
+    def _schema(self, schema: Any) -> Any:
+        try:
+            return schema.model_validate(self.plan.config)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            where = ".".join(map(str, first["loc"]))
+            raise LaunchError(f"the configuration is wrong at {where}: {first['msg']}") from None
+
+    def _progress(self, what: str) -> Progress:
+        return Progress(what, time.monotonic() - self._started)
+
+    def _watch(self) -> Iterator[str]:
+        """Names of deployments as they become ready, until all are."""
+        from ray import serve
+
+        name = _find_application(self.plan.config).get("name", "default")
+        ready: set[str] = set()
+        while True:
+            overview = serve.status().applications.get(name)
+            if overview is not None:
+                deployments = overview.deployments
+                for stage in sorted(set(deployments) - ready):
+                    if deployments[stage].status == "HEALTHY":
+                        ready.add(stage)
+                        yield stage
+                if overview.status == "RUNNING":
+                    return
+                messages = {stage: each.message for stage, each in deployments.items() if stage not in ready}
+                _raise_if_stuck(str(overview.status.value), overview.message, messages)
+            time.sleep(_POLL_S)
+
+    def _wait_for_http(self) -> None:
+        deadline = time.monotonic() + _HTTP_DEADLINE_S
+        while True:
+            try:
+                with urllib.request.urlopen(f"{self.plan.url}/health", timeout=10):
+                    return
+            except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+                if time.monotonic() > deadline:
+                    raise LaunchError(
+                        f"the stages are up, but {self.plan.url}/health does not answer: {error}"
+                    ) from None
+            time.sleep(_POLL_S)
+
+
+def _raise_if_stuck(status: str, message: str, stage_messages: Mapping[str, str]) -> None:
+    if status in ("DEPLOY_FAILED", "UNHEALTHY"):
+        reasons = [f"{stage}: {_cause(text)}" for stage, text in stage_messages.items() if _ERROR_LINE.search(text)]
+        raise LaunchError("; ".join(reasons) or _cause(message))
+    for stage, text in stage_messages.items():
+        # Serve says so after 30 s, and would wait for ever.
+        if "to be scheduled" in text:
+            raise LaunchError(f"{stage} asks for CPUs or GPUs that this machine has not got: {text.splitlines()[0]}")
+
+
+def _cause(text: str) -> str:
+    """The last exception named in a traceback, without the traceback."""
+    lines = _ERROR_LINE.findall(text)
+    if not lines:
+        return text.strip()
+    kind, message = lines[-1]
+    return str(message) if kind == "CheckpointError" else f"{kind}: {message}"

@@ -1,0 +1,105 @@
+"""What travels from stage to stage: small frozen dataclasses, errors among them, so that a client's mistake is a value.
+
+Dense arrays travel as numpy with a named dtype. Knows nothing about Ray; torch is imported only where a tensor is made.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from llava_core.types import EngineRequest, ImageFeatures, PreparedRequest, StageTimes, TokenDelta
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A request that ended: later stages pass it on, and no stage logs it as a failure of its own."""
+
+    error: Exception
+
+
+@dataclass(frozen=True)
+class Elapsed:
+    """Milliseconds by stage so far, and when the last of them ended by the wall clock.
+
+    Clocks of different machines differ; a hand-over that seems to end before it began counts as 0.
+    """
+
+    stage_ms: StageTimes = field(default_factory=dict)
+    left_at: float = field(default_factory=time.time)
+
+    def arrived(self) -> Elapsed:
+        """At the next stage: the time since the last one is `transfer`."""
+        now = time.time()
+        transfer = self.stage_ms.get("transfer", 0.0) + max(0.0, now - self.left_at) * 1e3
+        return Elapsed({**self.stage_ms, "transfer": transfer}, now)
+
+    def finished(self, stage: str) -> Elapsed:
+        """The stage that began with `arrived`, or with this object, is over."""
+        now = time.time()
+        return Elapsed({**self.stage_ms, stage: max(0.0, now - self.left_at) * 1e3}, now)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """From the preprocessor: token ids and tiles."""
+
+    request: PreparedRequest
+    elapsed: Elapsed
+
+
+@dataclass(frozen=True)
+class PackedFeatures:
+    """Tower features of one picture as bytes: uint8 (image_tokens, vision_hidden * bytes of `dtype`)."""
+
+    digest: str
+    dtype: str
+    data: npt.NDArray[np.uint8] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """From the vision encoder: the request without its tiles, with features in their place."""
+
+    request: PreparedRequest
+    features: tuple[PackedFeatures, ...]
+    elapsed: Elapsed
+
+
+# What the generator yields.
+Item = TokenDelta | Rejected
+
+
+def pack(features: ImageFeatures) -> PackedFeatures:
+    """A tensor of any float dtype as bytes; numpy has no bfloat16."""
+    import torch
+
+    rows = features.features.detach().cpu().contiguous()
+    return PackedFeatures(features.digest, str(rows.dtype).removeprefix("torch."), rows.view(torch.uint8).numpy())
+
+
+def unpack(packed: PackedFeatures) -> ImageFeatures:
+    """The tensor again, in memory of its own: the array may be a view into a store that is shared and read-only."""
+    import torch
+
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    rows: Tensor = torch.from_numpy(packed.data.copy()).view(dtypes[packed.dtype])
+    return ImageFeatures(packed.digest, rows)
+
+
+def without_tiles(request: PreparedRequest) -> PreparedRequest:
+    """The request once the tower has seen its pictures."""
+    return replace(request, images=())
+
+
+def engine_request(request: PreparedRequest, features: Sequence[PackedFeatures]) -> EngineRequest:
+    """What the engine runs."""
+    return EngineRequest(request.request_id, request.prompt_ids, [unpack(each) for each in features], request.sampling)

@@ -1,0 +1,71 @@
+"""The processes below this one, from Linux's /proc: so that whoever starts many can see the last of them end.
+
+Elsewhere there seem to be none. Standard library only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+_POLL_S = 0.05
+
+
+class Process(NamedTuple):
+    """A process that keeps its identity when its number is used again."""
+
+    pid: int
+    started: str
+
+
+def descendants(root: int) -> set[Process]:
+    """Children, their children and so on, without those that have ended and wait to be collected."""
+    stats = {stat.pid: stat for stat in map(_stat, _pids()) if stat is not None}
+    found: set[Process] = set()
+    parents = {root}
+    while parents:
+        children = {stat for stat in stats.values() if stat.parent in parents}
+        found |= {Process(stat.pid, stat.started) for stat in children if not stat.has_ended}
+        parents = {stat.pid for stat in children}
+    return found
+
+
+def end(processes: Iterable[Process], *, patience_s: float) -> None:
+    """Return when all of them are gone; what is left after `patience_s` is killed."""
+    deadline = time.monotonic() + patience_s
+    while (left := [process for process in processes if _is_alive(process)]) and time.monotonic() < deadline:
+        time.sleep(_POLL_S)
+    for process in left:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGKILL)
+
+
+class _Stat(NamedTuple):
+    pid: int
+    parent: int
+    started: str
+    has_ended: bool
+
+
+def _pids() -> list[int]:
+    return [int(entry.name) for entry in Path("/proc").glob("[0-9]*")]
+
+
+def _stat(pid: int) -> _Stat | None:
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    # The second field is the name in brackets, which may hold anything.
+    fields = text.rpartition(")")[2].split()
+    return _Stat(pid, int(fields[1]), fields[19], has_ended=fields[0] in "ZX")
+
+
+def _is_alive(process: Process) -> bool:
+    stat = _stat(process.pid)
+    return stat is not None and stat.started == process.started and not stat.has_ended

@@ -1,0 +1,114 @@
+"""What each replica does when it starts: load its own part of the checkpoint, and nothing else, into its plain class.
+
+One class per stage, built from the settings alone. Networks are imported inside the constructors, so that replicas
+without one never import torch. Knows how replicas log, and nothing about how many of them there are.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import TYPE_CHECKING, Any
+
+from ray.serve.handle import DeploymentHandle
+
+from deployments.gateway import Gateway
+from deployments.generator import Generator
+from deployments.handoff import Handoff
+from deployments.pipeline import Pipeline
+from deployments.preprocessor import Preprocessor
+from deployments.settings import AppArgs, ComputeArgs
+from deployments.vision_encoder import VisionEncoder
+from llava_core.checkpoints.files import resolve_checkpoint
+
+if TYPE_CHECKING:
+    from starlette.applications import Starlette
+
+    from llava_core.checkpoints.load import LoadOptions
+
+logger = logging.getLogger(__name__)
+
+
+class GatewayReplica:
+    """The graph's entrance; `serve.ingress` takes the ASGI app from it."""
+
+    def __init__(
+        self,
+        args: AppArgs,
+        preprocessor: DeploymentHandle[Any],
+        encoder: DeploymentHandle[Any],
+        generator: DeploymentHandle[Any],
+        handoff: Handoff,
+    ) -> None:
+        adopt_serve_logging()
+        pipeline = Pipeline(preprocessor, encoder, generator, handoff)
+        # Serve's HTTP server puts the request id on every response itself.
+        self._gateway = Gateway(pipeline, model_name=args.served_name, limits=args.limits, echo_request_id=False)
+
+    def __serve_build_asgi_app__(self) -> Starlette:
+        return self._gateway.app
+
+
+class PreprocessorReplica(Preprocessor):
+    """Loads tokenizer and configuration."""
+
+    def __init__(self, args: AppArgs) -> None:
+        adopt_serve_logging()
+        from llava_core.checkpoints.describe import load_preparer
+
+        folder = resolve_checkpoint(args.checkpoint)
+        super().__init__(load_preparer(folder, template=args.template, limits=args.limits.request))
+
+
+class VisionEncoderReplica(VisionEncoder):
+    """Loads the tower."""
+
+    def __init__(self, args: AppArgs, handoff: Handoff) -> None:
+        adopt_serve_logging()
+        from llava_core.checkpoints.load import load_tower
+
+        options = set_up_compute(args.vision_encoder)
+        super().__init__(load_tower(resolve_checkpoint(args.checkpoint), options), handoff)
+
+
+class GeneratorReplica(Generator):
+    """Loads projector and decoder; must be constructed on the event loop that will serve, as Serve does."""
+
+    def __init__(self, args: AppArgs, handoff: Handoff) -> None:
+        adopt_serve_logging()
+        from llava_core.checkpoints.load import load_language_side
+        from llava_core.checkpoints.tokenizer import load_tokenizer
+        from llava_core.engine.async_engine import AsyncEngine
+        from llava_core.engine.engine import Engine, EngineConfig
+
+        options = set_up_compute(args.generator)
+        folder = resolve_checkpoint(args.checkpoint)
+        config = EngineConfig(max_running=args.engine.max_running, max_waiting=args.engine.max_waiting)
+        engine = Engine(load_language_side(folder, options), load_tokenizer(folder), config)
+        super().__init__(AsyncEngine(engine), handoff, chunk_gap_s=args.engine.chunk_gap_ms / 1e3)
+
+
+def set_up_compute(args: ComputeArgs) -> LoadOptions:
+    """Threads and device of this process. Ray would leave a replica with half a CPU one thread, so it is set here."""
+    import torch
+
+    from llava_core.checkpoints.load import LoadOptions
+
+    threads = args.threads or len(os.sched_getaffinity(0))
+    torch.set_num_threads(threads)
+    device = args.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    options = LoadOptions(device, args.dtype)
+    logger.info("computing on %s in %s with %d threads", device, options.torch_dtype, threads)
+    return options
+
+
+def adopt_serve_logging() -> None:
+    """Send our log records where Serve's go, into the replica's log file, with its request ids."""
+    serve_logger = logging.getLogger("ray.serve")
+    for name in ("deployments", "llava_core"):
+        ours = logging.getLogger(name)
+        ours.handlers = serve_logger.handlers
+        ours.setLevel(logging.INFO)
+        ours.propagate = not serve_logger.handlers

@@ -1,0 +1,118 @@
+"""What can be set about the service: the `args` of serve_config.yaml, checked before anything starts.
+
+Unknown keys are errors. Knows names and bounds, and neither Ray nor torch. How many replicas, CPUs and GPUs a stage
+gets can also be overridden by Serve's own `deployments:` section.
+"""
+
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from llava_core.checkpoints.files import DEFAULT_MODEL
+from llava_core.images.loading import ImageLimits
+from llava_core.prepare import RequestLimits
+
+DEFAULT_MODEL_NAME = "scenes-llava"
+
+
+class _Settings(BaseModel):
+    # `model` is a word of this domain, not pydantic's.
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class StageArgs(_Settings):
+    """Replicas of one stage. They autoscale between the two bounds; equal bounds are a fixed number.
+
+    `max_ongoing_requests` is per replica, `max_queued_requests` per gateway replica: beyond both, requests are refused.
+    """
+
+    num_cpus: float = Field(default=0.1, ge=0)
+    num_gpus: float = Field(default=0, ge=0)
+    min_replicas: int = Field(default=1, ge=1)
+    max_replicas: int = Field(default=1, ge=1)
+    target_ongoing_requests: float = Field(default=2, gt=0)
+    max_ongoing_requests: int = Field(default=16, ge=1)
+    max_queued_requests: int = Field(default=256, ge=1)
+
+    @model_validator(mode="after")
+    def _check_bounds(self) -> Self:
+        if self.max_replicas < self.min_replicas:
+            raise ValueError(f"max_replicas {self.max_replicas} is below min_replicas {self.min_replicas}")
+        return self
+
+
+class ComputeArgs(StageArgs):
+    """A stage that runs a network. `device` auto is the GPU where the replica has one; `threads` None is every core."""
+
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    threads: int | None = Field(default=None, ge=1)
+
+
+class EngineArgs(_Settings):
+    """Of each generator replica: how many answers are written at once, how many more may wait.
+
+    `chunk_gap_ms` is the least time between two chunks of one answer, times the answers being written: each chunk costs
+    the graph about that much CPU, so a busy replica sends fewer and larger ones.
+    """
+
+    max_running: int = Field(default=16, ge=1)
+    max_waiting: int = Field(default=256, ge=0)
+    chunk_gap_ms: float = Field(default=1.0, ge=0)
+
+
+class LimitArgs(_Settings):
+    """What one request may hold; more is refused with a message that names the limit."""
+
+    max_body_bytes: int = Field(default=64 * 1024 * 1024, ge=1)
+    max_images: int = Field(default=8, ge=0)
+    max_image_bytes: int = Field(default=20 * 1024 * 1024, ge=1)
+    max_image_pixels: int = Field(default=40_000_000, ge=1)
+    max_image_side: int = Field(default=10_000, ge=1)
+    max_text: int = Field(default=200_000, ge=1)
+
+    @property
+    def image(self) -> ImageLimits:
+        """The bounds of one picture."""
+        return ImageLimits(
+            max_bytes=self.max_image_bytes, max_pixels=self.max_image_pixels, max_side=self.max_image_side
+        )
+
+    @property
+    def request(self) -> RequestLimits:
+        """The bounds of one request, once it has been parsed."""
+        return RequestLimits(max_images=self.max_images, max_text=self.max_text, image=self.image)
+
+
+class AppArgs(_Settings):
+    """The whole service. `model` None is the default model; `template` None is the one that the checkpoint's own chat
+    template agrees with; `model_name` None is the folder's name or the hub id."""
+
+    model: str | None = None
+    model_name: str | None = None
+    template: str | None = None
+    limits: LimitArgs = LimitArgs()
+    engine: EngineArgs = EngineArgs()
+    gateway: StageArgs = StageArgs(num_cpus=0.1, max_ongoing_requests=1000)
+    preprocessor: StageArgs = StageArgs(num_cpus=0.2)
+    vision_encoder: ComputeArgs = ComputeArgs(num_cpus=0.3)
+    generator: ComputeArgs = ComputeArgs(num_cpus=0.4, max_ongoing_requests=256, target_ongoing_requests=12)
+
+    @property
+    def checkpoint(self) -> str:
+        """The folder, absolute because replicas work elsewhere, or the hub id."""
+        if self.model is None:
+            return str(DEFAULT_MODEL)
+        folder = Path(self.model).expanduser()
+        return str(folder.resolve()) if folder.is_dir() else self.model
+
+    @property
+    def served_name(self) -> str:
+        """What clients put into `model`."""
+        if self.model_name is not None:
+            return self.model_name
+        folder = Path(self.checkpoint)
+        if folder == DEFAULT_MODEL:
+            return DEFAULT_MODEL_NAME
+        return folder.name if folder.is_dir() else self.checkpoint

@@ -1,0 +1,101 @@
+"""A checkpoint's folder: its JSON files, and which safetensors file holds which tensor. Reads headers, not weights.
+
+Hub ids are resolved to the local cache or downloaded here and nowhere else. Knows nothing about models.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from llava_core.errors import CheckpointError
+
+# What is served, asked and evaluated where no checkpoint is named.
+DEFAULT_MODEL = Path(__file__).parents[1] / "default_model"
+
+
+def resolve_checkpoint(path_or_id: str, *, offline: bool = False) -> Path:
+    """The folder of a checkpoint: the path itself, or a hub id's snapshot, fetched unless `offline`.
+
+    Raises CheckpointError when there is neither.
+    """
+    # Not Path.expanduser, which raises for a user there is not.
+    path = Path(os.path.expanduser(path_or_id))
+    if path_or_id and path.is_dir():
+        return path
+    if path.is_absolute() or path_or_id.startswith((".", "~")) or path_or_id.count("/") != 1:
+        raise CheckpointError(f"{path_or_id!r}: no such checkpoint folder; give a folder or a hub id like owner/name")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(
+            snapshot_download(
+                path_or_id, local_files_only=offline, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"]
+            )
+        )
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise CheckpointError(
+            f"{path_or_id} is neither a folder here nor in the hub's local cache, and fetching it failed "
+            f"({type(error).__name__}); download it first or give a folder"
+        ) from error
+
+
+def read_json(folder: Path, name: str) -> dict[str, Any]:
+    """A JSON object of the checkpoint. Raises CheckpointError naming the file when it is missing or damaged."""
+    try:
+        content = json.loads((folder / name).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder / name} is missing; is this a complete checkpoint?") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder / name} cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{folder / name} must hold a JSON object, not {type(content).__name__}")
+    return content
+
+
+def find_tensors(folder: Path) -> dict[str, Path]:
+    """Which file holds each tensor, from the index or the single file's header.
+
+    Raises CheckpointError for missing or damaged files, and when index and headers disagree.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        listed = _read_index(index)
+        found = {name: file for file in sorted(set(listed.values())) for name in tensor_names(file)}
+        if listed != found:
+            wrong = sorted(set(listed.items()) ^ set(found.items()))[0][0]
+            raise CheckpointError(f"{index} and its shards disagree, for example about {wrong}; download it again")
+        return found
+    single = folder / "model.safetensors"
+    if not single.exists():
+        raise CheckpointError(f"{folder} has no model.safetensors and no model.safetensors.index.json")
+    return dict.fromkeys(tensor_names(single), single)
+
+
+def _read_index(index: Path) -> dict[str, Path]:
+    weight_map = read_json(index.parent, index.name).get("weight_map")
+    # A name with a folder in it would read files that are not the checkpoint's.
+    if not isinstance(weight_map, dict) or not weight_map or not all(map(_is_file_name, weight_map.values())):
+        raise CheckpointError(f"{index}: weight_map must map every tensor to a file of the same folder")
+    return {name: index.parent / file for name, file in weight_map.items()}
+
+
+def _is_file_name(value: object) -> bool:
+    return isinstance(value, str) and value == Path(value).name != ""
+
+
+def tensor_names(file: Path) -> list[str]:
+    """Names in one safetensors file. Raises CheckpointError when it is missing, truncated or not safetensors."""
+    try:
+        # "np", because asking for "pt" imports torch even for a look at the names.
+        with safe_open(file, "np") as tensors:
+            return list(tensors.keys())
+    except FileNotFoundError:
+        raise CheckpointError(f"{file} is missing; the checkpoint is incomplete") from None
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} is damaged or truncated ({error}); download it again") from error

@@ -1,0 +1,114 @@
+"""The `llava` command. What needs only this package is here; other packages add commands through entry points.
+
+Imports nothing heavy before a command runs, so `--help` answers at once. Knows no ray, HTTP server or training.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from dataclasses import asdict
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from llava_core.errors import LlavaError
+
+if TYPE_CHECKING:
+    from llava_core.inference import LocalModel
+    from llava_core.types import GenerationRequest
+
+COMMAND_GROUP = "llava.commands"
+
+
+class CommandGroup(click.Group):
+    """The core's own commands and those that installed packages offer under COMMAND_GROUP, imported when needed."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names of all commands, without importing any."""
+        return sorted({*super().list_commands(ctx), *(point.name for point in entry_points(group=COMMAND_GROUP))})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command of this name; an offered one is imported now."""
+        own = super().get_command(ctx, cmd_name)
+        if own is not None:
+            return own
+        for point in entry_points(group=COMMAND_GROUP, name=cmd_name):
+            command: click.Command = point.load()
+            return command
+        return None
+
+    def invoke(self, ctx: click.Context) -> object:
+        """Run a command; deliberate errors become one line and exit status 1 instead of a traceback."""
+        try:
+            return super().invoke(ctx)
+        except LlavaError as error:
+            raise click.ClickException(str(error)) from error
+
+
+@click.group(cls=CommandGroup)
+@click.version_option(package_name="llava-serve")
+def main() -> None:
+    """LLaVA-family vision-language models: ask, serve, train, evaluate."""
+
+
+@main.command()
+@click.argument("question")
+@click.option("--model", default=None, help="Checkpoint folder or hub id (default: the small model of this project).")
+@click.option("--image", "images", multiple=True, type=click.Path(path_type=Path), help="Picture file; repeatable.")
+@click.option("--temperature", type=click.FloatRange(0, 2), default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--max-tokens", type=click.IntRange(1), default=None, help="Longest answer (default: the context).")
+@click.option("--seed", type=int, default=None, help="Makes a sampled answer repeatable.")
+@click.option("--template", default=None, help="Prompt template (default: the one the checkpoint declares).")
+@click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto", show_default=True)
+@click.option("--device", default="cpu", show_default=True)
+@click.option("--format", "output", type=click.Choice(["text", "json"]), default="text", show_default=True)
+def ask(
+    question: str,
+    model: str | None,
+    images: tuple[Path, ...],
+    temperature: float,
+    max_tokens: int | None,
+    seed: int | None,
+    template: str | None,
+    dtype: str,
+    device: str,
+    output: str,
+) -> None:
+    """Answer QUESTION, about pictures if there are any, in this process."""
+    from llava_core.types import GenerationRequest, ImagePart, Message, SamplingParams, TextPart
+
+    sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
+    parts = (*(ImagePart(_read(path)) for path in images), TextPart(question))
+    request = GenerationRequest(uuid.uuid4().hex, (Message("user", parts),), sampling)
+    _print_answer(_load(model, template, dtype, device), request, output)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise click.ClickException(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _load(model: str | None, template: str | None, dtype: str, device: str) -> LocalModel:
+    from llava_core.checkpoints.load import LoadOptions
+    from llava_core.inference import DEFAULT_MODEL, LocalModel
+
+    return LocalModel(model or DEFAULT_MODEL, options=LoadOptions(device=device, dtype=dtype), template=template)
+
+
+def _print_answer(model: LocalModel, request: GenerationRequest, output: str) -> None:
+    deltas = []
+    for delta in model.stream(request):
+        deltas.append(delta)
+        if output == "text":
+            click.echo(delta.text, nl=False)
+    if output == "text":
+        click.echo()
+        return
+    last = deltas[-1]
+    answer = {"answer": "".join(delta.text for delta in deltas), "finish_reason": last.finish_reason}
+    click.echo(json.dumps({**answer, "usage": asdict(last.usage) if last.usage else None, "stage_ms": last.stage_ms}))

@@ -1,0 +1,160 @@
+"""The engine on a thread of its own, seen from asyncio: one stream of deltas per request.
+
+One cross-thread call per engine step, however many requests it moved; a reader that is slow gets what has piled up as
+one delta. Knows nothing about models.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import AsyncGenerator
+from dataclasses import replace
+
+from llava_core.engine.engine import Engine, StepOutput
+from llava_core.engine.request import RequestFailure
+from llava_core.errors import EngineError, LlavaError
+from llava_core.types import EngineRequest, TokenDelta
+
+logger = logging.getLogger(__name__)
+
+
+class _Mailbox:
+    """What one request has produced and its reader has not fetched; used on the event loop only."""
+
+    def __init__(self) -> None:
+        self.items: list[StepOutput] = []
+        self.arrived = asyncio.Event()
+
+    def put(self, item: StepOutput) -> None:
+        self.items.append(item)
+        self.arrived.set()
+
+    async def take(self) -> list[StepOutput]:
+        await self.arrived.wait()
+        self.arrived.clear()
+        taken, self.items = self.items, []
+        return taken
+
+
+class AsyncEngine:
+    """Owns an Engine and the only thread that touches it. Create and use it on one event loop."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._loop = asyncio.get_running_loop()
+        self._mailboxes: dict[str, _Mailbox] = {}
+        # New requests, and ids to abort, in the order they came.
+        self._commands: list[EngineRequest | str] = []
+        self._wake = threading.Condition()
+        self._is_closed = False
+        self._step_started: float | None = None
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def num_requests(self) -> int:
+        """Requests that have a reader."""
+        return len(self._mailboxes)
+
+    async def generate(self, request: EngineRequest) -> AsyncGenerator[TokenDelta, None]:
+        """Yield deltas until one carries `finish_reason`. Leaving early aborts the request at the next step.
+
+        Raises whatever LlavaError the request ended with.
+        """
+        if request.request_id in self._mailboxes:
+            raise EngineError(f"request id {request.request_id!r} is already in use")
+        mailbox = self._mailboxes[request.request_id] = _Mailbox()
+        self._tell(request)
+        try:
+            while True:
+                delta = merge(await mailbox.take())
+                yield delta
+                if delta.finish_reason is not None:
+                    return
+        finally:
+            del self._mailboxes[request.request_id]
+            self._tell(request.request_id)
+
+    def check_health(self, *, max_step_s: float = 120.0) -> None:
+        """Raise EngineError when the thread has died or one step has taken longer than `max_step_s`."""
+        if not self._thread.is_alive():
+            raise EngineError("the engine thread is dead")
+        started = self._step_started
+        if started is not None and time.monotonic() - started > max_step_s:
+            raise EngineError(f"an engine step has been running for more than {max_step_s} s")
+
+    def close(self) -> None:
+        """Stop the thread after its current step; running requests end with an error."""
+        with self._wake:
+            self._is_closed = True
+            self._wake.notify()
+
+    def _tell(self, command: EngineRequest | str) -> None:
+        with self._wake:
+            self._commands.append(command)
+            self._wake.notify()
+
+    def _run(self) -> None:
+        try:
+            while (commands := self._next_commands()) is not None:
+                outputs = self._obey(commands)
+                self._step_started = time.monotonic()
+                outputs += self._engine.step()
+                self._step_started = None
+                if outputs:
+                    self._loop.call_soon_threadsafe(self._deliver, outputs)
+        except Exception:  # noqa: BLE001 - last resort: the thread must not die without telling its readers
+            logger.exception("the engine thread failed; every running request ends")
+        self._end_all()
+
+    def _next_commands(self) -> list[EngineRequest | str] | None:
+        """New requests and aborts, waiting for some when the engine is idle; None once closed."""
+        with self._wake:
+            self._wake.wait_for(lambda: self._is_closed or self._commands or self._engine.has_work)
+            if self._is_closed:
+                return None
+            commands, self._commands = self._commands, []
+        return commands
+
+    def _obey(self, commands: list[EngineRequest | str]) -> list[StepOutput]:
+        refused: list[StepOutput] = []
+        for command in commands:
+            if isinstance(command, str):
+                self._engine.abort(command)
+                continue
+            try:
+                self._engine.add_request(command)
+            except LlavaError as error:
+                refused.append(RequestFailure(command.request_id, error))
+        return refused
+
+    def _deliver(self, outputs: list[StepOutput]) -> None:
+        for output in outputs:
+            mailbox = self._mailboxes.get(output.request_id)
+            if mailbox is not None:
+                mailbox.put(output)
+
+    def _end_all(self) -> None:
+        def fail() -> None:
+            for request_id, mailbox in self._mailboxes.items():
+                mailbox.put(RequestFailure(request_id, EngineError("the engine has stopped")))
+
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(fail)
+
+
+def merge(outputs: list[StepOutput]) -> TokenDelta:
+    """Deltas of one request as one. Raises the error of a failure, after which nothing follows."""
+    deltas: list[TokenDelta] = []
+    for output in outputs:
+        if isinstance(output, RequestFailure):
+            raise output.error
+        deltas.append(output)
+    return replace(
+        deltas[-1],
+        text="".join(delta.text for delta in deltas),
+        token_ids=tuple(token for delta in deltas for token in delta.token_ids),
+    )

@@ -1,0 +1,76 @@
+"""Token ids to text, a little at a time: nothing is sent that a later token could change or a stop string take back.
+
+Knows nothing about models or requests. Text already returned is never unsaid.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+_REPLACEMENT = "\ufffd"
+
+
+class Decoder(Protocol):
+    """Ids to text, special tokens left out."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of these ids."""
+        ...
+
+
+class IncrementalDetokenizer:
+    """The text of one answer as it grows. `is_stopped` turns true once a stop string was met; it is not part of the text.
+
+    Leading white space is dropped: it belongs to the prompt's last token, not to the answer.
+    """
+
+    def __init__(self, decoder: Decoder, stop: Sequence[str] = ()) -> None:
+        self._decoder = decoder
+        self._stop = tuple(stop)
+        self._ids: list[int] = []
+        # Ids before `_start` are settled; decoding from there, not from zero, keeps a long answer linear.
+        self._start = 0
+        self._read = 0
+        self._held = ""
+        self._has_begun = False
+        self.is_stopped = False
+
+    def add(self, token_id: int) -> str:
+        """Take one more token and return the text that is now certain, possibly none."""
+        self._ids.append(token_id)
+        settled = self._decoder.decode(self._ids[self._start : self._read])
+        grown = self._decoder.decode(self._ids[self._start :])
+        if grown.endswith(_REPLACEMENT) or len(grown) <= len(settled):
+            return ""
+        self._start, self._read = self._read, len(self._ids)
+        return self._release(grown[len(settled) :])
+
+    def finish(self) -> str:
+        """The text still held back once no token will follow."""
+        if self.is_stopped:
+            return ""
+        settled = self._decoder.decode(self._ids[self._start : self._read])
+        rest = self._held + self._decoder.decode(self._ids[self._start :])[len(settled) :]
+        self._held, self._read = "", len(self._ids)
+        return rest if self._has_begun else rest.lstrip()
+
+    def _release(self, text: str) -> str:
+        self._held += text
+        if not self._has_begun:
+            self._held = self._held.lstrip()
+            self._has_begun = bool(self._held)
+        found = [position for stop in self._stop if (position := self._held.find(stop)) >= 0]
+        if found:
+            self.is_stopped = True
+            released, self._held = self._held[: min(found)], ""
+            return released
+        keep = self._partial_stop_length()
+        released, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        return released
+
+    def _partial_stop_length(self) -> int:
+        """How much of the end of the held text could be the beginning of a stop string."""
+        longest = max((len(stop) for stop in self._stop), default=0) - 1
+        for length in range(min(longest, len(self._held)), 0, -1):
+            if any(stop.startswith(self._held[-length:]) for stop in self._stop):
+                return length
+        return 0

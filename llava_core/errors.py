@@ -1,0 +1,85 @@
+"""Every error this project raises on purpose, as one tree; the HTTP layer maps each class to a status and a code.
+
+    LlavaError
+    ├── RequestError               the caller's mistake: 4xx; carries `param` and `code`
+    │   ├── ImageError             a picture that cannot be used
+    │   ├── PromptTooLongError     prompt and answer do not fit the context
+    │   └── UnknownNameError       a name that is not registered, with those that are
+    ├── CheckpointError            a checkpoint that is missing, incomplete or not understood
+    ├── OverloadedError            refused now, may be tried again
+    └── EngineError                generation failed for a reason that is not the caller's
+
+Standard library only. Messages may be shown to a client: they never hold prompts, pictures or keys.
+"""
+
+from collections.abc import Iterable
+
+
+class LlavaError(Exception):
+    """Base of every deliberate error."""
+
+
+class RequestError(LlavaError):
+    """A request that cannot be served as it is. `param` names the offending field, `code` is stable."""
+
+    def __init__(self, message: str, *, param: str | None = None, code: str = "invalid_value") -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.code = code
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Ray pickles exceptions; the default would drop the keyword-only fields.
+        return _rebuild, (type(self), self.message, self.param, self.code)
+
+
+def _rebuild(cls: type[RequestError], message: str, param: str | None, code: str) -> RequestError:
+    error = cls.__new__(cls)
+    RequestError.__init__(error, message, param=param, code=code)
+    return error
+
+
+class ImageError(RequestError):
+    """A picture that cannot be decoded or exceeds a limit."""
+
+    def __init__(self, message: str, *, param: str | None = None, code: str = "invalid_image") -> None:
+        super().__init__(message, param=param, code=code)
+
+
+class PromptTooLongError(RequestError):
+    """The prompt, with its image tokens, leaves no room for an answer."""
+
+    def __init__(self, message: str, *, param: str | None = None, code: str = "context_length_exceeded") -> None:
+        super().__init__(message, param=param, code=code)
+
+
+class UnknownNameError(RequestError):
+    """A name that is not in a registry."""
+
+    def __init__(self, kind: str, name: str, known: Iterable[str], *, param: str | None = None) -> None:
+        message = f"unknown {kind} {name!r}; known are: {', '.join(sorted(known))}"
+        super().__init__(message, param=param or kind, code=f"{kind}_not_found")
+
+
+class CheckpointError(LlavaError):
+    """A checkpoint that is missing, incomplete or of a layout that is not supported; the message names file and fix."""
+
+
+class OverloadedError(LlavaError):
+    """No room for another request now; `retry_after_s` is a hint in seconds."""
+
+    def __init__(self, message: str, *, retry_after_s: int = 1) -> None:
+        super().__init__(message)
+        self.message = message
+        self.retry_after_s = retry_after_s
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _rebuild_overloaded, (self.message, self.retry_after_s)
+
+
+def _rebuild_overloaded(message: str, retry_after_s: int) -> OverloadedError:
+    return OverloadedError(message, retry_after_s=retry_after_s)
+
+
+class EngineError(LlavaError):
+    """Generation failed; the request ends, others go on."""

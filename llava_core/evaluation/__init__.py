@@ -1,0 +1,1 @@
+"""Evaluation: samples, answers, scores. Models and transports are handed in as an Answerer."""

@@ -1,0 +1,213 @@
+"""Encoded pictures from strangers become upright RGB images, and `data:` URLs become bytes.
+
+The format's header is read and judged before a pixel is decoded; whatever is wrong with a picture becomes an ImageError
+in our words, never in a decoder's. Of animated pictures the first frame counts. Colour profiles are ignored. Fetches
+nothing, and knows nothing about preprocessing or models. Safe to use from several threads.
+"""
+
+import base64
+import binascii
+import io
+import struct
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import (
+    BmpImagePlugin,
+    GifImagePlugin,
+    Image,
+    ImageFile,
+    JpegImagePlugin,
+    PngImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
+
+from llava_core.errors import ImageError
+
+_MIB = 1024 * 1024
+_MAX_16_BIT = 65_535
+_ORIENTATION_TAG, _BITS_TAG, _PHOTOMETRIC_TAG, _WHITE_IS_ZERO = 0x0112, 258, 262, 0
+
+# Signature and decoder. The decoders are called by name, because Image.open answers a large picture with a process-wide
+# warning before its caller has seen the size.
+_FORMATS: tuple[tuple[tuple[bytes, ...], type[ImageFile.ImageFile]], ...] = (
+    ((b"\x89PNG\r\n\x1a\n",), PngImagePlugin.PngImageFile),
+    ((b"\xff\xd8\xff",), JpegImagePlugin.JpegImageFile),
+    ((b"WEBP",), WebPImagePlugin.WebPImageFile),
+    ((b"GIF87a", b"GIF89a"), GifImagePlugin.GifImageFile),
+    ((b"BM",), BmpImagePlugin.BmpImageFile),
+    ((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), TiffImagePlugin.TiffImageFile),
+)
+_FORMAT_NAMES = "PNG, JPEG, WebP, GIF, BMP and TIFF"
+
+# What decoders raise for damaged data. Warnings are here for processes that turn them into errors.
+_DECODER_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    ArithmeticError,
+    LookupError,
+    EOFError,
+    AttributeError,
+    RuntimeError,
+    MemoryError,
+    AssertionError,
+    Warning,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+
+# EXIF orientation to the turn that makes the picture upright; 1 is upright already.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+@dataclass(frozen=True)
+class ImageLimits:
+    """What a picture may be. Bytes are encoded ones; `max_aspect` is longer side over shorter side.
+
+    The side and the aspect bound the memory of preprocessing, which pads to a square or enlarges the shorter side.
+    """
+
+    max_bytes: int = 20 * _MIB
+    max_pixels: int = 40_000_000
+    min_side: int = 1
+    max_side: int = 10_000
+    max_aspect: float = 200.0
+
+    def __post_init__(self) -> None:
+        if min(self.max_bytes, self.max_pixels, self.min_side) < 1:
+            raise ValueError(f"max_bytes, max_pixels and min_side must be at least 1: {self}")
+        if self.max_side < self.min_side:
+            raise ValueError(f"max_side must not be below min_side: {self}")
+        if not self.max_aspect >= 1:
+            raise ValueError(f"max_aspect must be at least 1: {self}")
+
+
+def decode_data_url(url: str, limits: ImageLimits, param: str) -> bytes:
+    """The bytes of a `data:image/...;base64,` URL; ImageError for any other URL, bad base64 or too many bytes."""
+    if url[:5].lower() != "data:":
+        raise ImageError("the image must be a data: URL with base64; this service fetches no addresses", param=param)
+    header, comma, payload = url.partition(",")
+    kind, *options = header[5:].lower().split(";")
+    if not comma or not kind.startswith("image/") or not options or options[-1] != "base64":
+        raise ImageError("the image URL must begin with data:image/<type>;base64,", param=param)
+    # Before decoding, so that an oversized upload costs nothing; exact but for the padding.
+    _check_num_bytes(len(payload) // 4 * 3 - 2, limits, param)
+    try:
+        data = base64.b64decode(payload, validate=True)
+    except (binascii.Error, ValueError):
+        raise ImageError("the image URL's data is not valid base64 (RFC 4648, padded)", param=param) from None
+    _check_num_bytes(len(data), limits, param)
+    return data
+
+
+def decode_image(data: bytes, limits: ImageLimits, *, param: str) -> Image.Image:
+    """The picture, upright, RGB, transparency composited on white; 16-bit grey is scaled by the type's range.
+
+    Raises ImageError naming cause and limit when the bytes are no picture of a known format or exceed a limit.
+    """
+    if not data:
+        raise ImageError("the image is empty (0 bytes)", param=param)
+    _check_num_bytes(len(data), limits, param)
+    picture = _open(data, param)
+    _check_size(picture.size, limits, param)
+    try:
+        picture.load()
+        # Some formats say only now how large they are.
+        _check_size(picture.size, limits, param)
+        return _upright(_to_rgb(picture, param), picture)
+    except _DECODER_ERRORS:
+        raise ImageError(
+            f"the image cannot be decoded: its {picture.format} data is damaged or cut short", param=param
+        ) from None
+
+
+def _check_num_bytes(count: int, limits: ImageLimits, param: str) -> None:
+    if count > limits.max_bytes:
+        raise ImageError(
+            f"the image has {count} bytes; at most {limits.max_bytes} are allowed", param=param, code="image_too_large"
+        )
+
+
+def _open(data: bytes, param: str) -> ImageFile.ImageFile:
+    """The picture with its header read and its pixels not."""
+    signature = data[8:12] if data.startswith(b"RIFF") else data[:8]
+    decoder = next((decoder for prefixes, decoder in _FORMATS if signature.startswith(prefixes)), None)
+    if decoder is None:
+        raise ImageError(f"the data is not an image of a supported format: {_FORMAT_NAMES}", param=param)
+    try:
+        return decoder(io.BytesIO(data))
+    except _DECODER_ERRORS:
+        raise ImageError(
+            f"the image cannot be read: its {decoder.format} header is damaged, cut short, gives a side of 0 pixels "
+            "or asks for a variant that is not supported",
+            param=param,
+        ) from None
+
+
+def _check_size(size: tuple[int, int], limits: ImageLimits, param: str) -> None:
+    width, height = size
+    shorter, longer = min(size), max(size)
+    shown = f"the image is {width} x {height} pixels"
+    if shorter < limits.min_side:
+        raise ImageError(f"{shown}; each side must have at least {limits.min_side}", param=param)
+    if width * height > limits.max_pixels or longer > limits.max_side:
+        raise ImageError(
+            f"{shown}; at most {limits.max_pixels} pixels and {limits.max_side} per side are allowed",
+            param=param,
+            code="image_too_large",
+        )
+    if longer > limits.max_aspect * shorter:
+        raise ImageError(f"{shown}; one side may be at most {limits.max_aspect:g} times the other", param=param)
+
+
+def _to_rgb(picture: ImageFile.ImageFile, param: str) -> Image.Image:
+    """A loaded picture of any mode as RGB."""
+    if picture.mode == "F":
+        raise ImageError("the image has floating-point pixels of unknown range; save it with 8 or 16 bits", param=param)
+    if picture.mode.startswith("I"):
+        return _grey_to_8_bit(picture, param).convert("RGB")
+    if not picture.has_transparency_data:
+        return picture.convert("RGB")
+    rgba = picture if picture.mode == "RGBA" else picture.convert("RGBA")
+    on_white = Image.new("RGB", rgba.size, "white")
+    on_white.paste(rgba, mask=rgba.getchannel("A"))
+    return on_white
+
+
+def _grey_to_8_bit(picture: ImageFile.ImageFile, param: str) -> Image.Image:
+    """Integer grey scaled by its type's range, not by the values that happen to occur: equal pixels look equal."""
+    # A 12-bit TIFF comes in a 16-bit mode, and a 16-bit one where 0 is white comes as it is stored.
+    tags = picture.tag_v2 if isinstance(picture, TiffImagePlugin.TiffImageFile) else {}
+    white = 4095 if tags.get(_BITS_TAG) == (12,) else _MAX_16_BIT
+    values = np.asarray(picture).astype(np.int32)
+    if values.min() < 0 or values.max() > white:
+        raise ImageError(f"the image has grey values outside 0 to {white}; save it with 8 or 16 bits", param=param)
+    if picture.mode != "I" and tags.get(_PHOTOMETRIC_TAG) == _WHITE_IS_ZERO:
+        values = white - values
+    # In place: the largest pictures have 40 million values.
+    values *= 255
+    values += white // 2
+    values //= white
+    return Image.fromarray(values.astype(np.uint8))
+
+
+def _upright(rgb: Image.Image, picture: ImageFile.ImageFile) -> Image.Image:
+    """The picture turned as its EXIF data say; EXIF data that cannot be read say nothing, as in every viewer."""
+    try:
+        orientation = picture.getexif().get(_ORIENTATION_TAG, 1)
+    except _DECODER_ERRORS:
+        return rgb
+    return rgb.transpose(_TURNS[orientation]) if orientation in _TURNS else rgb

@@ -1,0 +1,97 @@
+"""A whole model in one process: the same preparation, tower and engine that the service runs as separate replicas.
+
+For the command line, notebooks, evaluation and tests. Knows nothing about HTTP or Ray.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from llava_core.checkpoints.describe import load_preparer
+from llava_core.checkpoints.files import DEFAULT_MODEL as DEFAULT_MODEL
+from llava_core.checkpoints.files import resolve_checkpoint
+from llava_core.checkpoints.load import LoadOptions, load_language_side, load_tower
+from llava_core.checkpoints.tokenizer import load_tokenizer
+from llava_core.engine.engine import Engine, EngineConfig
+from llava_core.engine.request import RequestFailure
+from llava_core.evaluation.task import Answer, Sample
+from llava_core.prepare import RequestLimits
+from llava_core.types import (
+    EngineRequest,
+    GenerationRequest,
+    ImagePart,
+    Message,
+    SamplingParams,
+    TextPart,
+    TokenDelta,
+)
+from llava_core.vision.encode import encode_images
+
+
+class LocalModel:
+    """Answers requests with a checkpoint loaded into this process."""
+
+    def __init__(
+        self,
+        model: str | Path = DEFAULT_MODEL,
+        *,
+        options: LoadOptions | None = None,
+        template: str | None = None,
+        limits: RequestLimits | None = None,
+        engine: EngineConfig | None = None,
+    ) -> None:
+        """Load a folder or hub id. Raises CheckpointError when it is missing, damaged or not understood."""
+        folder = resolve_checkpoint(str(model))
+        options = options or LoadOptions()
+        tokenizer = load_tokenizer(folder)
+        self.preparer = load_preparer(folder, tokenizer, template=template, limits=limits)
+        self.tower = load_tower(folder, options)
+        self.engine = Engine(load_language_side(folder, options), tokenizer, engine)
+
+    def stream(self, request: GenerationRequest) -> Iterator[TokenDelta]:
+        """Deltas of one answer as they are produced. Raises RequestError for the caller's mistakes."""
+        self.add(request)
+        try:
+            while True:
+                for output in self.engine.step():
+                    if isinstance(output, RequestFailure):
+                        raise output.error
+                    yield output
+                    if output.finish_reason is not None:
+                        return
+        finally:
+            self.engine.abort(request.request_id)
+
+    def add(self, request: GenerationRequest) -> None:
+        """Prepare, encode and queue a request; `engine.step()` then moves it on beside the others."""
+        prepared = self.preparer.prepare(request)
+        features = encode_images(self.tower, prepared.images)
+        self.engine.add_request(EngineRequest(prepared.request_id, prepared.prompt_ids, features, prepared.sampling))
+
+
+@dataclass(frozen=True)
+class LocalAnswerer:
+    """An evaluation's Answerer in this process; up to `together` questions run beside one another."""
+
+    model: LocalModel
+    together: int = 8
+
+    def answer(self, samples: Sequence[Sample]) -> Iterator[Answer]:
+        """Answers in the order they are finished. Raises the error of the first request that fails."""
+        waiting, texts = deque(samples), defaultdict[str, str](str)
+        open_samples: dict[str, Sample] = {}
+        while waiting or open_samples:
+            while waiting and len(open_samples) < self.together:
+                sample = waiting.popleft()
+                open_samples[sample.id] = sample
+                parts = (ImagePart(sample.image), TextPart(sample.question))
+                self.model.add(GenerationRequest(sample.id, (Message("user", parts),), SamplingParams(max_tokens=256)))
+            for output in self.model.engine.step():
+                if isinstance(output, RequestFailure):
+                    raise output.error
+                texts[output.request_id] += output.text
+                if output.finish_reason is not None:
+                    yield Answer(open_samples.pop(output.request_id), texts.pop(output.request_id))

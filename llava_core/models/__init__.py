@@ -1,0 +1,1 @@
+"""The language side of a LLaVA: projector, splice, decoder."""

@@ -1,0 +1,129 @@
+"""A request becomes token ids and tiles: decode pictures, render the template, tokenize with placeholders, check.
+
+Everything a caller can get wrong is found here, on a CPU, before a GPU is touched. Knows nothing about weights, engines
+or transport, and does not import torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence, Set
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from llava_core.config import ModelConfig
+from llava_core.errors import RequestError
+from llava_core.images.geometry import num_image_tokens
+from llava_core.images.loading import ImageLimits, decode_image
+from llava_core.images.preprocess import PreprocessConfig, preprocess
+from llava_core.prompts.budget import token_budget
+from llava_core.prompts.conversation import IMAGE_PLACEHOLDER, Turn, render
+from llava_core.prompts.templates import Template
+from llava_core.prompts.tokenize import Tokenizer, tokenize_prompt
+from llava_core.types import GenerationRequest, ImagePart, Message, PreparedImage, PreparedRequest, Size
+
+
+@dataclass(frozen=True)
+class RequestLimits:
+    """What one request may hold. `max_images` counts pictures in all messages, `max_text` characters."""
+
+    max_images: int = 8
+    max_text: int = 200_000
+    image: ImageLimits = field(default_factory=ImageLimits)
+
+    def __post_init__(self) -> None:
+        if self.max_images < 0 or self.max_text < 1:
+            raise ValueError(f"max_images must not be negative and max_text at least 1: {self}")
+
+
+@dataclass(frozen=True)
+class Preparer:
+    """Turns requests for one model into what its tower and its engine read. Safe to use from several threads.
+
+    `reserved_texts` are the texts of control tokens, which no message may contain.
+    """
+
+    config: ModelConfig
+    template: Template
+    tokenizer: Tokenizer
+    preprocess: PreprocessConfig
+    reserved_texts: Set[str]
+    limits: RequestLimits = field(default_factory=RequestLimits)
+
+    def prepare(self, request: GenerationRequest) -> PreparedRequest:
+        """Raises RequestError (ImageError, PromptTooLongError, ...) naming field, cause and limit."""
+        self._check(request)
+        images = tuple(
+            self._prepare_image(part, f"messages[{index}].content[{position}].image_url")
+            for index, message in enumerate(request.messages)
+            for position, part in enumerate(message.parts)
+            if isinstance(part, ImagePart)
+        )
+        turns = [Turn(message.role, message_text(message)) for message in request.messages]
+        rendered = render(self.template, [*turns, Turn("assistant", None)], system=request.system)
+        tokens = [num_image_tokens(self.config.vision)] * len(images)
+        ids = tokenize_prompt(rendered, self.tokenizer, tokens).ids
+        # The engine would refuse it as well, but only after the tower had run.
+        token_budget(len(ids), request.sampling.max_tokens, self.config.context_length)
+        return PreparedRequest(request.request_id, ids, images, request.sampling)
+
+    def _check(self, request: GenerationRequest) -> None:
+        if request.num_images > self.limits.max_images:
+            raise RequestError(
+                f"the request has {request.num_images} images; at most {self.limits.max_images} are allowed",
+                param="messages",
+                code="too_many_images",
+            )
+        check_roles(request.messages)
+        texts = [(f"messages[{i}].content", message_text(m, with_images=False)) for i, m in enumerate(request.messages)]
+        for param, text in [*texts, ("messages", request.system or "")]:
+            self._check_text(text, param)
+        total = sum(len(text) for _, text in texts)
+        if total > self.limits.max_text:
+            raise RequestError(
+                f"the messages have {total} characters; at most {self.limits.max_text} are allowed",
+                param="messages",
+                code="text_too_long",
+            )
+
+    def _check_text(self, text: str, param: str) -> None:
+        for reserved in sorted(self.reserved_texts):
+            if reserved in text:
+                raise RequestError(
+                    f"the text contains {reserved!r}, which is a control token of this model; remove it",
+                    param=param,
+                    code="reserved_text",
+                )
+
+    def _prepare_image(self, part: ImagePart, param: str) -> PreparedImage:
+        image = decode_image(part.data, self.limits.image, param=param)
+        tiles = preprocess(image, self.preprocess)
+        return PreparedImage(tile_digest(tiles), Size(*image.size), tiles)
+
+
+def check_roles(messages: Sequence[Message]) -> None:
+    """Raise RequestError unless user and assistant alternate, the user first and last."""
+    for index, message in enumerate(messages):
+        expected = "assistant" if index % 2 else "user"
+        if message.role != expected:
+            raise RequestError(
+                f"the role is {message.role!r}; after any system messages, "
+                "user and assistant must alternate, the user first",
+                param=f"messages[{index}].role",
+            )
+    if not messages or messages[-1].role != "user":
+        raise RequestError("the last message must be the user's", param="messages")
+
+
+def message_text(message: Message, *, with_images: bool = True) -> str:
+    """The message as the templates expect it: a placeholder line per picture, then the text parts, one per line."""
+    images = [IMAGE_PLACEHOLDER for part in message.parts if isinstance(part, ImagePart)] if with_images else []
+    texts = [part.text for part in message.parts if not isinstance(part, ImagePart)]
+    return "\n".join([*images, "\n".join(texts)])
+
+
+def tile_digest(tiles: npt.NDArray[np.uint8]) -> str:
+    """SHA-256 of the pixels as the tower will see them, shape included: equal digests mean equal features."""
+    return hashlib.sha256(repr(tiles.shape).encode() + tiles.tobytes()).hexdigest()

@@ -1,0 +1,1 @@
+"""Prompts: templates as data, rendering with the answers' spans, and token ids with placeholders for images."""

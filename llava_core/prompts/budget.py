@@ -1,0 +1,21 @@
+"""How long an answer may be after a prompt. Asked by whoever prepares a request and by the engine that runs it."""
+
+from llava_core.errors import PromptTooLongError
+
+
+def token_budget(num_prompt_tokens: int, max_tokens: int | None, context_length: int) -> int:
+    """How many tokens the answer may have. Raises PromptTooLongError naming all three numbers when they do not fit."""
+    room = context_length - num_prompt_tokens
+    if room < 1:
+        raise PromptTooLongError(
+            f"the prompt has {num_prompt_tokens} tokens with its images, "
+            f"but the model's context is {context_length} tokens; shorten the conversation or send fewer images",
+            param="messages",
+        )
+    if max_tokens is not None and max_tokens > room:
+        raise PromptTooLongError(
+            f"max_tokens is {max_tokens}, but after a prompt of {num_prompt_tokens} tokens "
+            f"only {room} of the model's context of {context_length} are left",
+            param="max_tokens",
+        )
+    return room if max_tokens is None else max_tokens

@@ -1,0 +1,99 @@
+"""A conversation and its rendering by a template: the prompt text, and where in it the assistant speaks.
+
+The spans are what training learns and what nothing else may guess at. Knows no token ids and no pixels: an image is
+the literal `<image>` in a user's message.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from llava_core.prompts.templates import Style, Template
+from llava_core.types import Role
+
+IMAGE_PLACEHOLDER = "<image>"
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One message. `text` None is an open slot: the assistant's turn that is to be generated."""
+
+    role: Role
+    text: str | None
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """The prompt, and per closed assistant turn the [start, end) characters it produced, closing separator included."""
+
+    text: str
+    answer_spans: tuple[tuple[int, int], ...]
+
+
+def render(template: Template, turns: Sequence[Turn], *, system: str | None = None) -> Rendered:
+    """Render turns that alternate user, assistant, ..., the last of which may be an open assistant slot.
+
+    `system` replaces the template's system text. Raises ValueError when the turns do not alternate.
+    """
+    check_alternation(turns)
+    pieces = [_head(template, system)]
+    spans: list[tuple[int, int]] = []
+    length = len(pieces[0])
+    for index, turn in enumerate(turns):
+        lead, body = _turn(template, turn, index=index, system=system)
+        pieces += [lead, body]
+        length += len(lead) + len(body)
+        if turn.role == "assistant" and turn.text is not None:
+            spans.append((length - len(body), length))
+    return Rendered("".join(pieces), tuple(spans))
+
+
+def check_alternation(turns: Sequence[Turn]) -> None:
+    """Raise ValueError unless the roles alternate from the user on and only a last assistant turn is open."""
+    for index, turn in enumerate(turns):
+        expected: Role = "assistant" if index % 2 else "user"
+        if turn.role != expected:
+            raise ValueError(f"turn {index} must be the {expected}'s, not the {turn.role}'s: roles alternate")
+        if turn.text is None and (turn.role == "user" or index != len(turns) - 1):
+            raise ValueError(f"turn {index} has no text; only the last assistant turn may be open")
+
+
+def _head(template: Template, system: str | None) -> str:
+    text = template.system if system is None else _with_system_marker(template, system)
+    match template.style:
+        case Style.SINGLE | Style.TWO | Style.CHATML:
+            return text + template.sep
+        case Style.PLAIN:
+            return text
+        case Style.INSTRUCT:
+            return ""
+
+
+def _with_system_marker(template: Template, system: str) -> str:
+    """A caller's system text, with the role marker that ChatML templates keep inside their own."""
+    return f"<|im_start|>system\n{system}" if template.style is Style.CHATML else system
+
+
+def _turn(template: Template, turn: Turn, *, index: int, system: str | None) -> tuple[str, str]:
+    """What precedes the message and the message with its separator; an open slot has no message."""
+    is_user = turn.role == "user"
+    role = template.roles[0 if is_user else 1]
+    match template.style:
+        case Style.SINGLE | Style.TWO:
+            end = template.sep if is_user or template.style is Style.SINGLE else template.sep2
+            return f"{role}:", "" if turn.text is None else f" {turn.text}{end}"
+        case Style.CHATML:
+            return role, "" if turn.text is None else f"{turn.text}{template.sep}"
+        case Style.PLAIN:
+            return "", "" if turn.text is None else f"{turn.text}{template.sep}"
+        case Style.INSTRUCT:
+            return _instruct_turn(template, turn, index=index, system=system)
+
+
+def _instruct_turn(template: Template, turn: Turn, *, index: int, system: str | None) -> tuple[str, str]:
+    if turn.role == "assistant":
+        return "", "" if turn.text is None else f" {turn.text} {template.sep2}"
+    text = template.system if system is None else system
+    preamble = f"<<SYS>>\n{text}\n<</SYS>>\n\n" if text and index == 0 else ""
+    # The reference strips the characters of `sep` from the prompt's start, which removes exactly the first one.
+    lead = f"{template.sep if index else ''}[INST] {preamble}"
+    return lead, f"{turn.text} [/INST]"

@@ -1,0 +1,67 @@
+"""Prompt text to token ids, image by image and piece by piece, with labels from the answers' spans.
+
+This is the only place where `<image>` turns into placeholder ids. Pieces between images are tokenized on their own,
+as the reference does: the seam after an image matters to released weights. Knows no models.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from llava_core.prompts.conversation import IMAGE_PLACEHOLDER, Rendered
+
+# One sentinel per image token; never looked up in an embedding table. The value is the reference's.
+IMAGE_TOKEN_ID = -200
+# Positions that training must not learn from; the value is PyTorch's default `ignore_index`.
+IGNORE_LABEL = -100
+
+
+class Tokenizer(Protocol):
+    """What prompts need of a tokenizer; PreTrainedTokenizerFast has it through `checkpoints.load.TokenizerAdapter`."""
+
+    bos_id: int | None
+
+    def encode(self, text: str) -> Sequence[tuple[int, int, int]]:
+        """(id, start, end) per token without special framing; [start, end) are characters of `text`."""
+        ...
+
+
+@dataclass(frozen=True)
+class TokenizedPrompt:
+    """`ids` with IMAGE_TOKEN_ID repeated for each image; `labels` equal the ids inside answers, else IGNORE_LABEL."""
+
+    ids: tuple[int, ...]
+    labels: tuple[int, ...]
+
+
+def tokenize_prompt(rendered: Rendered, tokenizer: Tokenizer, image_tokens: Sequence[int]) -> TokenizedPrompt:
+    """Ids and labels of a rendered prompt; `image_tokens` is the number of placeholders of each image, in order.
+
+    Raises ValueError when the prompt holds another number of `<image>` than there are entries in `image_tokens`.
+    """
+    pieces = rendered.text.split(IMAGE_PLACEHOLDER)
+    if len(pieces) - 1 != len(image_tokens):
+        raise ValueError(f"the prompt has {len(pieces) - 1} {IMAGE_PLACEHOLDER} but {len(image_tokens)} images came")
+    ids = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    labels = [IGNORE_LABEL] * len(ids)
+    offset = 0
+    for index, piece in enumerate(pieces):
+        if index:
+            ids += [IMAGE_TOKEN_ID] * image_tokens[index - 1]
+            labels += [IGNORE_LABEL] * image_tokens[index - 1]
+            offset += len(IMAGE_PLACEHOLDER)
+        tokens = tokenizer.encode(piece) if piece else ()
+        ids += [token for token, _, _ in tokens]
+        labels += _labels(tokens, [span for span in rendered.answer_spans if span[0] < offset + len(piece)], offset)
+        offset += len(piece)
+    return TokenizedPrompt(tuple(ids), tuple(labels))
+
+
+def _labels(tokens: Sequence[tuple[int, int, int]], spans: Sequence[tuple[int, int]], offset: int) -> list[int]:
+    """The token where it lies inside a span, else IGNORE_LABEL; `offset` is where the tokens' piece begins."""
+    if not spans:
+        return [IGNORE_LABEL] * len(tokens)
+    return [
+        token if any(first <= offset + start and offset + end <= last for first, last in spans) else IGNORE_LABEL
+        for token, start, end in tokens
+    ]

@@ -1,0 +1,204 @@
+"""The default model from nothing, in six seeded stages, each of which goes on where it was interrupted.
+
+    pictures → tower pretraining → features → language pretraining → projector alignment → instruction tuning
+
+The last two are LLaVA's own stages (`training/sft.py`); the first ones stand in for the CLIP and Vicuna that a real
+LLaVA starts from. Knows files and order; what happens inside a stage is in the modules it calls.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
+
+from llava_core.checkpoints.save import save_llava_hf
+from llava_core.checkpoints.tokenizer import CheckpointTokenizer
+from llava_core.config import ModelConfig, read_llava_hf_config
+from llava_core.images.preprocess import PreprocessConfig
+from llava_core.models.language import LanguageSide
+from llava_core.scenes.cache import CacheSpec, SceneCache, open_cache
+from llava_core.scenes.conversations import ConversationSpec, Purpose, SceneConversations
+from llava_core.scenes.curve import draw_curves
+from llava_core.scenes.features import open_features
+from llava_core.scenes.pretrain_tower import PatchDataset, PatchNamer, tower_config
+from llava_core.scenes.tokenizer import train_tokenizer
+from llava_core.training.sft import has_checkpoint, train
+from llava_core.vision.clip import ClipTower
+
+logger = logging.getLogger(__name__)
+
+History = list[dict[str, float]]
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """One training stage: optimizer steps, examples per step and peak learning rate."""
+
+    steps: int
+    batch: int
+    learning_rate: float
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the result. `size` and `patch` are the tower's tile and patch sides in pixels."""
+
+    seed: int = 1
+    num_scenes: int = 100_000
+    size: int = 128
+    patch: int = 16
+    hidden_size: int = 192
+    num_layers: int = 5
+    tower: StageSpec = StageSpec(2200, 128, 1.5e-3)
+    language: StageSpec = StageSpec(250, 48, 1e-3)
+    align: StageSpec = StageSpec(150, 128, 2e-3)
+    instruct: StageSpec = StageSpec(3600, 48, 1e-3)
+
+    def scaled(self, factor: float) -> Recipe:
+        """The same recipe with `factor` times the pictures and steps, for a trial run."""
+        stages = {name: getattr(self, name) for name in ("tower", "language", "align", "instruct")}
+        shorter = {name: replace(stage, steps=max(2, round(stage.steps * factor))) for name, stage in stages.items()}
+        return replace(self, num_scenes=max(256, round(self.num_scenes * factor)), **shorter)
+
+
+def build(recipe: Recipe, work: Path, out: Path) -> None:
+    """Run every stage that is not done yet in `work`, then write the checkpoint to `out` and the curves to `work`."""
+    spec = CacheSpec(recipe.seed, recipe.num_scenes, recipe.size, recipe.patch)
+    cache = open_cache(work / "pictures", spec)
+    tower = _pretrain_tower(recipe, cache, work)
+    features = open_features(work / "features", cache, tower)
+    tokenizer = _tokenizer(recipe, work)
+    language = LanguageSide(model_config(recipe, tokenizer), attention="sdpa")
+    adapter = CheckpointTokenizer(tokenizer)
+    for purpose, stage in (("language", recipe.language), ("align", recipe.align), ("instruct", recipe.instruct)):
+        _train_language(recipe, work, language, _dataset(cache, features, adapter, purpose, stage), purpose, stage)
+    draw_curves({name: _curve(work / name) for name in ("tower", "language", "align", "instruct")}, work / "loss.png")
+    save_llava_hf(out, tower, language, tokenizer)
+    logger.info("the checkpoint is in %s, the loss curves in %s", out, work / "loss.png")
+
+
+def model_config(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> ModelConfig:
+    """The default model's configuration, in the words of its config.json."""
+    vision = tower_config(recipe.size, recipe.patch).to_diff_dict()
+    vision |= {"hidden_size": 192, "image_size": recipe.size, "patch_size": recipe.patch}
+    return read_llava_hf_config(
+        {
+            "vision_config": vision,
+            "vision_feature_layer": -1,
+            "image_token_index": tokenizer.convert_tokens_to_ids("<image>"),
+            "text_config": {
+                "model_type": "llama",
+                "vocab_size": len(tokenizer),
+                "hidden_size": recipe.hidden_size,
+                "intermediate_size": recipe.hidden_size * 8 // 3,
+                "num_hidden_layers": recipe.num_layers,
+                "num_attention_heads": recipe.hidden_size // 64,
+                "num_key_value_heads": recipe.hidden_size // 64,
+                "max_position_embeddings": 2048,
+                "rms_norm_eps": 1e-5,
+                "bos_token_id": tokenizer.bos_token_id,
+                "eos_token_id": tokenizer.eos_token_id,
+                "tie_word_embeddings": False,
+            },
+        }
+    )
+
+
+def _pretrain_tower(recipe: Recipe, cache: SceneCache, work: Path) -> ClipTower:
+    torch.manual_seed(recipe.seed)
+    config = tower_config(recipe.size, recipe.patch)
+    namer = PatchNamer(config)
+    weights = work / "tower" / "weights.pt"
+    if not weights.exists():
+        arguments = _arguments(recipe, work / "tower", recipe.tower)
+        trainer = Trainer(namer, arguments, train_dataset=PatchDataset(cache))
+        trainer.train(resume_from_checkpoint=has_checkpoint(work / "tower"))
+        _finish(work / "tower", namer, trainer.state.log_history)
+    namer.load_state_dict(torch.load(weights, weights_only=True))
+    vision = read_llava_hf_config(
+        {"vision_config": config.to_dict(), "vision_feature_layer": -1, "text_config": {}}
+    ).vision
+    tower = ClipTower(vision, PreprocessConfig(size=recipe.size), attention="eager")
+    tower.model.load_state_dict(namer.tower.state_dict())
+    return tower.eval()
+
+
+def _train_language(
+    recipe: Recipe, work: Path, language: LanguageSide, dataset: SceneConversations, purpose: Purpose, stage: StageSpec
+) -> None:
+    folder = work / purpose
+    weights = folder / "weights.pt"
+    if not weights.exists():
+        torch.manual_seed(recipe.seed)
+        arguments = _arguments(recipe, folder, stage)
+        history = train(
+            language,
+            dataset,
+            arguments,
+            stage="align" if purpose == "align" else "instruct",
+            compiled_length=dataset.spec.max_length if purpose != "align" else 192,
+        )
+        _finish(folder, language, history)
+    language.load_state_dict(torch.load(weights, weights_only=True))
+
+
+def _dataset(
+    cache: SceneCache, features: Any, tokenizer: CheckpointTokenizer, purpose: Purpose, stage: StageSpec
+) -> SceneConversations:
+    passes = -(-stage.steps * stage.batch // len(features))
+    return SceneConversations(cache, features, tokenizer, ConversationSpec(purpose, passes=passes))
+
+
+def _arguments(recipe: Recipe, folder: Path, stage: StageSpec) -> TrainingArguments:
+    on_gpu = torch.cuda.is_available()
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=stage.steps,
+        per_device_train_batch_size=stage.batch,
+        learning_rate=stage.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=min(200, stage.steps // 10),
+        weight_decay=0.05,
+        adam_beta2=0.98,
+        max_grad_norm=1.0,
+        optim="adamw_torch_fused",
+        bf16=True,
+        use_cpu=not on_gpu,
+        seed=recipe.seed,
+        data_seed=recipe.seed,
+        dataloader_drop_last=True,
+        dataloader_num_workers=8 if on_gpu else 0,
+        remove_unused_columns=False,
+        logging_steps=max(1, min(25, stage.steps // 4)),
+        save_steps=200,
+        save_total_limit=2,
+        report_to=[],
+    )
+
+
+def _tokenizer(recipe: Recipe, work: Path) -> PreTrainedTokenizerFast:
+    folder = work / "tokenizer"
+    if not (folder / "tokenizer.json").exists():
+        train_tokenizer(seed=recipe.seed, num_scenes=min(20_000, recipe.num_scenes)).save_pretrained(folder)
+    loaded: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(folder)
+    return loaded
+
+
+def _finish(folder: Path, model: nn.Module, history: History) -> None:
+    """Keep the weights and the curve; the weights' file is what marks the stage as done."""
+    (folder / "curve.json").write_text(json.dumps([row for row in history if "loss" in row]))
+    torch.save(model.state_dict(), folder / "weights.pt.partial")
+    (folder / "weights.pt.partial").rename(folder / "weights.pt")
+
+
+def _curve(folder: Path) -> list[tuple[float, float]]:
+    rows = json.loads((folder / "curve.json").read_text())
+    return [(float(row["step"]), float(np.float64(row["loss"]))) for row in rows]

@@ -1,0 +1,91 @@
+"""LLaVA-JSON conversations to training examples: ids, and labels that come from the answers' spans.
+
+A sample from which nothing can be learned raises; nothing is masked out in silence. Knows nothing about models.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llava_core.errors import LlavaError
+from llava_core.prompts.conversation import IMAGE_PLACEHOLDER, Rendered, Turn, render
+from llava_core.prompts.templates import Style, Template
+from llava_core.prompts.tokenize import IGNORE_LABEL, TokenizedPrompt, Tokenizer, tokenize_prompt
+from llava_core.types import Role
+
+_ROLES: dict[str, Role] = {"human": "user", "gpt": "assistant"}
+
+
+class DatasetError(LlavaError):
+    """A training file or sample that cannot be used; the message names the sample and the fix."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One conversation of a LLaVA JSON file. `image` is a path relative to the image folder, or None."""
+
+    id: str
+    image: str | None
+    turns: tuple[Turn, ...]
+
+
+def load_samples(path: Path) -> list[Sample]:
+    """Every conversation of a LLaVA JSON list. Raises DatasetError naming the first sample that is malformed."""
+    try:
+        rows = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise DatasetError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(rows, list):
+        raise DatasetError(f"{path} must hold a JSON list of conversations, not {type(rows).__name__}")
+    return [parse_sample(row, index) for index, row in enumerate(rows)]
+
+
+def parse_sample(row: Mapping[str, Any], index: int) -> Sample:
+    """One entry of the list; a first message that is not the human's is dropped, as in the reference."""
+    name = str(row.get("id", index))
+    try:
+        messages = [(_ROLES[message["from"]], str(message["value"])) for message in row["conversations"]]
+    except (KeyError, TypeError) as error:
+        raise DatasetError(f"sample {name}: conversations need `from` (human or gpt) and `value`: {error!r}") from error
+    if messages and messages[0][0] == "assistant":
+        messages = messages[1:]
+    turns = tuple(Turn(role, _image_first(text) if role == "user" else text) for role, text in messages)
+    for position, turn in enumerate(turns):
+        if turn.role != ("assistant" if position % 2 else "user"):
+            raise DatasetError(f"sample {name}: message {position} breaks the alternation of human and gpt")
+    num_images = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns if turn.text)
+    if num_images != (1 if row.get("image") else 0):
+        raise DatasetError(f"sample {name}: {num_images} {IMAGE_PLACEHOLDER} for image {row.get('image')!r}")
+    return Sample(name, row.get("image"), turns)
+
+
+def _image_first(text: str) -> str:
+    """The reference moves an image to the front of its message, wherever the file has it."""
+    if IMAGE_PLACEHOLDER not in text:
+        return text
+    return f"{IMAGE_PLACEHOLDER}\n{text.replace(IMAGE_PLACEHOLDER, '').strip()}".strip()
+
+
+def build_example(
+    turns: Sequence[Turn], template: Template, tokenizer: Tokenizer, image_tokens: Sequence[int], *, max_length: int
+) -> TokenizedPrompt:
+    """Ids and labels of a conversation. Raises DatasetError for one with nothing to learn or above `max_length`."""
+    rendered = _render_plain(turns) if template.style is Style.PLAIN else render(template, turns)
+    example = tokenize_prompt(rendered, tokenizer, image_tokens)
+    if len(example.ids) > max_length:
+        raise DatasetError(f"the conversation has {len(example.ids)} tokens, more than the limit of {max_length}")
+    if all(label == IGNORE_LABEL for label in example.labels):
+        raise DatasetError("the conversation has no assistant text to learn from")
+    return example
+
+
+def _render_plain(turns: Sequence[Turn]) -> Rendered:
+    """Alignment as in the reference: the image, its caption, a newline; the human's words are thrown away."""
+    if len(turns) != 2 or turns[1].text is None or not turns[0].text or IMAGE_PLACEHOLDER not in turns[0].text:
+        raise DatasetError(f"the plain template needs one message with {IMAGE_PLACEHOLDER} and one caption")
+    text = f"{IMAGE_PLACEHOLDER}{turns[1].text}\n"
+    return Rendered(text, ((len(IMAGE_PLACEHOLDER), len(text)),))

@@ -1,0 +1,88 @@
+"""Supervised fine-tuning in LLaVA's two stages, on transformers.Trainer: projector alignment, instruction tuning.
+
+Trains the language side on features of a frozen tower. What is frozen and what learns is logged by name. Knows
+nothing about where examples come from.
+"""
+
+import functools
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from llava_core.models.language import LanguageSide
+from llava_core.prompts.tokenize import IGNORE_LABEL
+from llava_core.training.collate import collate
+
+logger = logging.getLogger(__name__)
+
+Stage = Literal["align", "instruct"]
+Collator = Callable[[list[Any]], dict[str, Any]]
+
+
+class SupervisedModel(nn.Module):
+    """The language side with a next-token loss over labelled positions, in the form Trainer expects."""
+
+    def __init__(self, language: LanguageSide) -> None:
+        super().__init__()
+        self.language = language
+
+    def forward(
+        self, ids: Tensor, labels: Tensor, positions: Tensor, mask: Tensor, features: Tensor
+    ) -> dict[str, Tensor]:
+        """Shapes as in collate.Batch. Raises ValueError for a batch without a single label."""
+        if not bool((labels != IGNORE_LABEL).any()):
+            raise ValueError("the batch has no supervised token")
+        logits = self.language(ids, list(features), mask=mask, positions=positions)
+        targets = labels[:, 1:]
+        supervised = targets != IGNORE_LABEL
+        loss = nn.functional.cross_entropy(logits[:, :-1][supervised].float(), targets[supervised])
+        return {"loss": loss}
+
+
+def set_trainable(language: LanguageSide, stage: Stage) -> None:
+    """Freeze what the stage does not train: `align` trains the projector alone, `instruct` projector and decoder."""
+    for name, part in (("projector", language.projector), ("decoder", language.decoder)):
+        learns = stage == "instruct" or name == "projector"
+        part.requires_grad_(learns)
+        count = sum(parameter.numel() for parameter in part.parameters())
+        logger.info("%s: %s, %.2f M parameters", name, "trained" if learns else "frozen", count / 1e6)
+
+
+def train(
+    language: LanguageSide,
+    dataset: Dataset[Any],
+    arguments: TrainingArguments,
+    *,
+    stage: Stage,
+    compiled_length: int | None = None,
+    callbacks: list[TrainerCallback] | None = None,
+) -> list[dict[str, float]]:
+    """Run one stage, going on from the newest checkpoint in `arguments.output_dir`; returns Trainer's log history.
+
+    `arguments` must have `remove_unused_columns=False`: examples are collated here. With `compiled_length` the decoder
+    is compiled and batches are padded to multiples of it.
+    """
+    set_trainable(language, stage)
+    if compiled_length is not None:
+        language.decoder.base_model.compile(dynamic=False)
+    trainer = Trainer(
+        SupervisedModel(language),
+        arguments,
+        # Trainer asks for a plain dictionary, which at run time a typed one is.
+        data_collator=cast("Collator", functools.partial(collate, multiple_of=compiled_length or 1)),
+        train_dataset=dataset,
+        callbacks=callbacks,
+    )
+    trainer.train(resume_from_checkpoint=has_checkpoint(Path(str(arguments.output_dir))))
+    history: list[dict[str, float]] = trainer.state.log_history
+    return history
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether Trainer left a checkpoint in this folder."""
+    return folder.is_dir() and any(folder.glob("checkpoint-*/trainer_state.json"))

@@ -1,0 +1,150 @@
+"""The values that cross a border of this project: small frozen dataclasses without behaviour of their own.
+
+Imports the standard library alone, so every process can afford it; array types appear in annotations only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    from torch import Tensor
+
+Role = Literal["user", "assistant"]
+FinishReason = Literal["stop", "length"]
+
+# Milliseconds by stage name: preprocess, encode, transfer, queue, prefill, decode.
+StageTimes = dict[str, float]
+
+
+class Size(NamedTuple):
+    """Pixels, always width first, as Pillow and LLaVA have it."""
+
+    width: int
+    height: int
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How an answer is drawn. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 are off; `max_tokens` None: no limit
+    but the context. `seed` makes a sampled answer repeatable whatever else is in the batch."""
+
+    max_tokens: int | None = None
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise ValueError(f"max_tokens must be at least 1, not {self.max_tokens}")
+        if not 0 <= self.temperature <= 2:
+            raise ValueError(f"temperature must lie between 0 and 2, not {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must lie above 0 and at most at 1, not {self.top_p}")
+        if self.top_k < 0:
+            raise ValueError(f"top_k must not be negative, not {self.top_k}")
+        if any(not text for text in self.stop):
+            raise ValueError("stop must not hold an empty string")
+
+
+@dataclass(frozen=True)
+class TextPart:
+    """A piece of a message's text."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class ImagePart:
+    """A picture of a message as it came: encoded bytes (PNG, JPEG, ...)."""
+
+    data: bytes = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation; text and pictures in the order the caller gave them."""
+
+    role: Role
+    parts: tuple[TextPart | ImagePart, ...]
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """What a caller wants, before anything was decoded or tokenized. `system` replaces the template's system text."""
+
+    request_id: str
+    messages: tuple[Message, ...]
+    sampling: SamplingParams
+    system: str | None = None
+
+    @property
+    def num_images(self) -> int:
+        """Pictures in all messages."""
+        return sum(isinstance(part, ImagePart) for message in self.messages for part in message.parts)
+
+
+@dataclass(frozen=True)
+class PreparedImage:
+    """A decoded picture as tiles: uint8 (num_tiles, size, size, 3). `digest` is the SHA-256 of tiles and settings."""
+
+    digest: str
+    size: Size
+    tiles: npt.NDArray[np.uint8] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class PreparedRequest:
+    """Token ids with one sentinel per image token (prompts/tokenize.py), and the tiles of every picture, in order."""
+
+    request_id: str
+    prompt_ids: tuple[int, ...] = field(repr=False)
+    images: tuple[PreparedImage, ...]
+    sampling: SamplingParams
+
+
+@dataclass(frozen=True)
+class ImageFeatures:
+    """What the tower saw of one picture: (image_tokens, vision_hidden), before the projector."""
+
+    digest: str
+    features: Tensor = field(repr=False)
+
+
+@dataclass(frozen=True)
+class EngineRequest:
+    """A prompt the engine can run: ids with sentinels, and the features that replace them, in order."""
+
+    request_id: str
+    prompt_ids: Sequence[int] = field(repr=False)
+    features: Sequence[ImageFeatures]
+    sampling: SamplingParams
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Token counts of one answer; `image_tokens` and `cached_tokens` are parts of `prompt_tokens`."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    image_tokens: int = 0
+    cached_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class TokenDelta:
+    """What an answer grew by. The last one carries `finish_reason`, `usage` and `stage_ms`."""
+
+    request_id: str
+    text: str
+    token_ids: tuple[int, ...] = ()
+    finish_reason: FinishReason | None = None
+    usage: Usage | None = None
+    stage_ms: StageTimes = field(default_factory=dict)

@@ -1,0 +1,1 @@
+"""Vision towers: uint8 tiles in, unprojected features out."""

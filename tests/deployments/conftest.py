@@ -1,0 +1,50 @@
+"""The graph in this process, through Serve's local testing mode, behind the real gateway: no cluster, no network."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray import serve
+from starlette.testclient import TestClient
+
+from deployments.app import bind_stages
+from deployments.gateway import Gateway
+from deployments.handoff import LocalHandoff
+from deployments.pipeline import Pipeline
+from deployments.settings import AppArgs, ComputeArgs, LimitArgs
+
+LIMITS = LimitArgs(max_body_bytes=2_000_000, max_images=3, max_image_bytes=200_000, max_image_pixels=400_000)
+
+
+@serve.deployment
+class _Handles:
+    """A root whose only use is to hand out the handles it was bound to."""
+
+    def __init__(self, *handles: Any) -> None:
+        self._handles = handles
+
+    def get(self) -> tuple[Any, ...]:
+        return self._handles
+
+
+@pytest.fixture(scope="session")
+def local_args(tiny_checkpoint: Path) -> AppArgs:
+    stage = ComputeArgs(num_cpus=0.1, dtype="float32", device="cpu", threads=1)
+    return AppArgs(model=str(tiny_checkpoint), limits=LIMITS, vision_encoder=stage, generator=stage)
+
+
+@pytest.fixture(scope="session")
+def local_pipeline(local_args: AppArgs) -> Pipeline:
+    """All three stages on the tiny checkpoint."""
+    stages = bind_stages(local_args, LocalHandoff())
+    handles = serve.run(_Handles.bind(*stages), _local_testing_mode=True).get.remote().result()
+    return Pipeline(*handles, LocalHandoff())
+
+
+@pytest.fixture(scope="session")
+def local_client(local_pipeline: Pipeline, local_args: AppArgs) -> Iterator[TestClient]:
+    """HTTP to the whole graph."""
+    gateway = Gateway(local_pipeline, model_name=local_args.served_name, limits=local_args.limits)
+    with TestClient(gateway.app) as client:
+        yield client

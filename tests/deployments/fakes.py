@@ -1,0 +1,89 @@
+"""Stand-ins for handles and for the graph: what they were asked, and answers that were written in advance."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Sequence
+from typing import Any, Self
+
+from deployments.messages import Item
+from deployments.pipeline import StageHealth
+from llava_core.types import GenerationRequest, TokenDelta, Usage
+
+
+class FakeResponse:
+    """What a handle returns: awaitable once, cancellable. `work` makes the result."""
+
+    def __init__(self, work: Callable[[], Any]) -> None:
+        self._work = work
+        self.is_cancelled = False
+
+    def __await__(self) -> Any:
+        async def value() -> Any:
+            result = self._work()
+            return await result if asyncio.iscoroutine(result) else result
+
+        return value().__await__()
+
+    def cancel(self) -> None:
+        self.is_cancelled = True
+
+
+class FakeStream(FakeResponse):
+    """What a streaming handle returns."""
+
+    def __aiter__(self) -> AsyncGenerator[Any, None]:
+        return self._work()
+
+
+class FakeHandle:
+    """A deployment handle onto `methods`; remembers every call and its response."""
+
+    def __init__(self, **methods: Callable[..., Any]) -> None:
+        self._methods = methods
+        self._method = "__call__"
+        self._is_stream = False
+        self.calls: list[tuple[str, tuple[Any, ...], FakeResponse]] = []
+
+    def options(self, *, method_name: str, stream: bool = False, **_: Any) -> Self:
+        bound = type(self)(**self._methods)
+        bound._method, bound._is_stream, bound.calls = method_name, stream, self.calls
+        return bound
+
+    def remote(self, *args: Any) -> FakeResponse:
+        kind = FakeStream if self._is_stream else FakeResponse
+        response = kind(lambda: self._methods[self._method](*args))
+        self.calls.append((self._method, args, response))
+        return response
+
+
+class ScriptedAnswerer:
+    """A graph that yields `items`, raising those that are exceptions; then waits for ever if `hangs`."""
+
+    def __init__(self, items: Sequence[Item | Exception] = (), *, hangs: bool = False) -> None:
+        self.items = items
+        self.hangs = hangs
+        self.requests: list[GenerationRequest] = []
+        self.num_open = 0
+        self.health = [StageHealth(name, is_ready=True) for name in ("preprocessor", "vision_encoder", "generator")]
+
+    async def stream(self, request: GenerationRequest) -> AsyncGenerator[Item, None]:
+        self.requests.append(request)
+        self.num_open += 1
+        try:
+            for item in self.items:
+                if isinstance(item, Exception):
+                    raise item
+                yield item
+            if self.hangs:
+                await asyncio.Event().wait()
+        finally:
+            self.num_open -= 1
+
+    async def ping(self, timeout_s: float) -> list[StageHealth]:
+        return self.health
+
+
+def answer(*texts: str, **last: Any) -> list[TokenDelta]:
+    """Deltas of a whole answer."""
+    *others, final = texts
+    ending = {"finish_reason": "stop", "usage": Usage(11, len(texts), 4), "stage_ms": {"prefill": 2.0}} | last
+    return [*(TokenDelta("id", text, (1,)) for text in others), TokenDelta("id", final, (2,), **ending)]

@@ -1,0 +1,91 @@
+"""The graph through Serve's local testing mode, and what build_app makes of the settings."""
+
+from pathlib import Path
+
+import pytest
+from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
+from starlette.testclient import TestClient
+
+from deployments.app import build_app, build_graph
+from deployments.handoff import LocalHandoff
+from deployments.settings import AppArgs, StageArgs
+from llava_core.errors import CheckpointError
+from llava_core.inference import LocalModel
+from llava_core.types import GenerationRequest, ImagePart, Message, SamplingParams, TextPart
+from tests.deployments.pictures import data_url, plain
+
+
+def _ask(client: TestClient, content: object, **options: object) -> dict:
+    response = client.post(
+        "/v1/chat/completions", json={"messages": [{"role": "user", "content": content}], "max_tokens": 8, **options}
+    )
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def _picture(data: bytes) -> dict:
+    return {"type": "image_url", "image_url": {"url": data_url(data)}}
+
+
+@pytest.fixture(scope="module")
+def in_process(tiny_checkpoint: Path) -> LocalModel:
+    from llava_core.checkpoints.load import LoadOptions
+
+    return LocalModel(tiny_checkpoint, options=LoadOptions(dtype="float32"))
+
+
+def _expected(model: LocalModel, *parts: TextPart | ImagePart) -> str:
+    request = GenerationRequest("expected", (Message("user", parts),), SamplingParams(max_tokens=8))
+    return "".join(delta.text for delta in model.stream(request))
+
+
+def test_the_graph_answers_as_the_model_in_one_process_does(local_client: TestClient, in_process: LocalModel) -> None:
+    red, blue = plain("red"), plain("blue", (30, 90))
+    answer = _ask(local_client, [_picture(red), _picture(blue), {"type": "text", "text": "What?"}])
+    expected = _expected(in_process, ImagePart(red), ImagePart(blue), TextPart("What?"))
+    assert answer["choices"][0]["message"]["content"] == expected
+
+
+def test_text_alone_skips_the_encoder(local_client: TestClient, in_process: LocalModel) -> None:
+    answer = _ask(local_client, "Hello", timings=True)
+    assert answer["choices"][0]["message"]["content"] == _expected(in_process, TextPart("Hello"))
+    assert "encode" not in answer["timings"]
+    assert answer["usage"]["prompt_tokens_details"]["image_tokens"] == 0
+
+
+def test_every_stage_tells_its_time(local_client: TestClient) -> None:
+    timings = _ask(local_client, [_picture(plain())], timings=True)["timings"]
+    assert set(timings) == {"preprocess", "transfer", "encode", "queue", "prefill", "decode", "total"}
+    assert sum(value for stage, value in timings.items() if stage != "total") <= timings["total"] * 1.05
+
+
+def test_health_asks_every_stage(local_client: TestClient) -> None:
+    response = local_client.get("/health")
+    assert response.status_code == 200
+    assert set(response.json()["stages"]) == {"preprocessor", "vision_encoder", "generator"}
+
+
+def test_the_builder_is_a_typed_one_that_refuses_unknown_settings(tiny_checkpoint: Path) -> None:
+    built = call_user_app_builder_with_args_if_necessary(build_app, {"model": str(tiny_checkpoint)})
+    assert built._bound_deployment.name == "Gateway"
+    with pytest.raises(ValueError, match="generatr"):
+        call_user_app_builder_with_args_if_necessary(build_app, {"generatr": {}})
+
+
+def test_the_builder_stops_at_a_missing_checkpoint() -> None:
+    with pytest.raises(CheckpointError, match="no such checkpoint folder"):
+        build_app(AppArgs(model="/nowhere/at/all"))
+
+
+def test_replicas_and_resources_come_from_the_settings(tiny_checkpoint: Path) -> None:
+    args = AppArgs(
+        model=str(tiny_checkpoint),
+        gateway=StageArgs(num_cpus=0.5, min_replicas=3, max_replicas=3),
+        preprocessor=StageArgs(min_replicas=1, max_replicas=4, target_ongoing_requests=7),
+    )
+    gateway = build_graph(args, LocalHandoff())._bound_deployment
+    assert gateway.num_replicas == 3
+    assert gateway.ray_actor_options["num_cpus"] == 0.5
+    preprocessor = gateway.init_args[1]._bound_deployment
+    scaling = preprocessor._deployment_config.autoscaling_config
+    assert (scaling.min_replicas, scaling.max_replicas, scaling.target_ongoing_requests) == (1, 4, 7)

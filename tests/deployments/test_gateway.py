@@ -1,0 +1,344 @@
+"""The HTTP surface on scripted answers, then bad input through the whole graph in this process."""
+
+import asyncio
+import contextlib
+import json
+import logging
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from ray.exceptions import ActorDiedError
+from ray.serve.exceptions import BackPressureError
+from starlette.testclient import TestClient
+
+from deployments.gateway import Gateway
+from deployments.messages import Rejected
+from deployments.pipeline import StageHealth
+from deployments.settings import LimitArgs
+from llava_core.errors import EngineError, OverloadedError, RequestError
+from llava_core.types import TokenDelta
+from tests.deployments.conftest import LIMITS
+from tests.deployments.fakes import ScriptedAnswerer, answer
+from tests.deployments.pictures import data_url, plain, unusable, unusual
+
+PATH = "/v1/chat/completions"
+HELLO = {"messages": [{"role": "user", "content": "hi"}]}
+
+
+@contextlib.contextmanager
+def _client(answerer: ScriptedAnswerer, **options: Any) -> Iterator[TestClient]:
+    gateway = Gateway(answerer, model_name="m", **options)
+    with TestClient(gateway.app, raise_server_exceptions=False) as client:
+        yield client
+
+
+def _post(answerer: ScriptedAnswerer, **fields: Any) -> Any:
+    with _client(answerer) as client:
+        return client.post(PATH, json={**HELLO, **fields})
+
+
+def _events(text: str) -> list[Any]:
+    assert text.endswith("\n\n")
+    lines = [line.removeprefix("data: ") for line in text.strip().split("\n\n")]
+    return [line if line == "[DONE]" else json.loads(line) for line in lines]
+
+
+def _assert_is_error(response: Any, status: int, code: str) -> dict:
+    assert response.status_code == status, response.text
+    body = response.json()
+    assert set(body) == {"error", "request_id"}
+    assert set(body["error"]) == {"message", "type", "param", "code"}
+    assert body["error"]["code"] == code
+    assert body["request_id"] == response.headers["x-request-id"]
+    return body["error"]
+
+
+def test_the_gateway_imports_no_torch() -> None:
+    program = "import sys, deployments.gateway, deployments.replicas; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], timeout=60, check=False).returncode == 0
+
+
+def test_an_answer_in_one_piece() -> None:
+    response = _post(ScriptedAnswerer(answer("Hel", "lo")), model="m")
+    assert response.status_code == 200
+    assert response.json()["choices"][0]["message"]["content"] == "Hello"
+    assert response.json()["id"].startswith("chatcmpl-")
+    assert response.headers["x-request-id"]
+
+
+def test_an_answer_as_a_stream() -> None:
+    response = _post(ScriptedAnswerer(answer("Hel", "lo")), stream=True)
+    assert response.headers["content-type"].startswith("text/event-stream")
+    *chunks, done = _events(response.text)
+    assert done == "[DONE]"
+    assert chunks[0]["choices"][0]["delta"]["role"] == "assistant"
+    assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks) == "Hello"
+    assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
+
+
+def test_a_stream_with_usage_and_timings() -> None:
+    response = _post(ScriptedAnswerer(answer("x")), stream=True, stream_options={"include_usage": True}, timings=True)
+    *chunks, last, _done = _events(response.text)
+    assert all(chunk["usage"] is None for chunk in chunks)
+    assert last["choices"] == []
+    assert last["usage"]["completion_tokens"] == 1
+    assert "total" in last["timings"]
+
+
+def test_the_clients_request_id_is_kept_but_never_used_inside() -> None:
+    answerer = ScriptedAnswerer(answer("x"))
+    with _client(answerer) as client:
+        for _ in range(2):
+            response = client.post(PATH, json=HELLO, headers={"x-request-id": "mine"})
+            assert response.headers["x-request-id"] == "mine"
+    first, second = (request.request_id for request in answerer.requests)
+    assert first != second
+
+
+def test_the_request_id_is_left_to_a_server_that_adds_it_itself() -> None:
+    with _client(ScriptedAnswerer(), echo_request_id=False) as client:
+        response = client.get("/v1/models/nothing", headers={"x-request-id": "mine"})
+    assert "x-request-id" not in response.headers
+    assert response.json()["request_id"] == "mine"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("first", "status", "code"),
+    [
+        (Rejected(RequestError("bad", param="messages[0].role", code="c")), 400, "c"),
+        (Rejected(OverloadedError("full")), 429, "overloaded"),
+        (Rejected(EngineError("broken")), 500, "engine_error"),
+        (BackPressureError(1, 1), 429, "overloaded"),
+        (ActorDiedError(), 503, "replica_lost"),
+        (ZeroDivisionError("oops"), 500, "internal_error"),
+    ],
+)
+def test_what_is_wrong_before_the_first_token_gets_its_own_status(
+    *, first: Rejected | Exception, status: int, code: str, stream: bool
+) -> None:
+    answerer = ScriptedAnswerer([first])  # type: ignore[list-item]
+    response = _post(answerer, stream=stream)
+    error = _assert_is_error(response, status, code)
+    assert "oops" not in error["message"]
+    assert answerer.num_open == 0
+    if status in (429, 503):
+        assert int(response.headers["retry-after"]) >= 1
+
+
+@pytest.mark.parametrize("failure", [Rejected(EngineError("broken")), ActorDiedError(), ZeroDivisionError("oops")])
+def test_what_goes_wrong_later_ends_the_stream_with_an_error(failure: Any) -> None:
+    response = _post(ScriptedAnswerer([TokenDelta("id", "Hel", (1,)), failure]), stream=True)
+    assert response.status_code == 200
+    *_, text, last = _events(response.text)
+    assert text["choices"][0]["delta"] == {"content": "Hel"}
+    assert last["error"]["type"] == "server_error"
+    assert last["request_id"] == response.headers["x-request-id"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_that_stops_short_is_an_error(*, stream: bool) -> None:
+    response = _post(ScriptedAnswerer([TokenDelta("id", "Hel", (1,))]), stream=stream)
+    body = _events(response.text)[-1] if stream else response.json()
+    assert body["error"]["code"] == "engine_error"
+
+
+def test_only_what_nobody_expected_is_logged_with_a_traceback(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.ERROR):
+        _post(ScriptedAnswerer([Rejected(RequestError("bad"))]))
+        _post(ScriptedAnswerer([BackPressureError(1, 1)]))
+        assert caplog.records == []
+        _post(ScriptedAnswerer([ZeroDivisionError("oops")]))
+    assert [record.name for record in caplog.records] == ["deployments.gateway"]
+
+
+def test_an_error_names_the_clients_message_when_a_system_message_came_first() -> None:
+    answerer = ScriptedAnswerer([Rejected(RequestError("bad", param="messages[0].content[1].image_url"))])
+    response = _post(answerer, messages=[{"role": "system", "content": "s"}, *HELLO["messages"]])
+    assert response.json()["error"]["param"] == "messages[1].content[1].image_url"
+
+
+def test_models_are_listed_and_found() -> None:
+    with _client(ScriptedAnswerer()) as client:
+        assert [model["id"] for model in client.get("/v1/models").json()["data"]] == ["m"]
+        assert client.get("/v1/models/m").json()["object"] == "model"
+        _assert_is_error(client.get("/v1/models/owner/other"), 404, "model_not_found")
+
+
+def test_an_unknown_model_is_not_found() -> None:
+    error = _assert_is_error(_post(ScriptedAnswerer(), model="gpt-9"), 404, "model_not_found")
+    assert error["param"] == "model"
+    assert "m" in error["message"]
+
+
+def test_health_names_the_stages_that_are_not_ready() -> None:
+    answerer = ScriptedAnswerer()
+    with _client(answerer) as client:
+        assert client.get("/health").json()["status"] == "ok"
+        answerer.health = [*answerer.health[:2], StageHealth("generator", is_ready=False)]
+        error = _assert_is_error(client.get("/health"), 503, "not_ready")
+    assert "generator" in error["message"]
+    assert "preprocessor" not in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "code"),
+    [
+        ("GET", "/nothing", 404, "not_found"),
+        ("GET", PATH, 405, "method_not_allowed"),
+        ("POST", "/health", 405, "method_not_allowed"),
+    ],
+)
+def test_routing_errors_have_the_same_shape(method: str, path: str, status: int, code: str) -> None:
+    with _client(ScriptedAnswerer()) as client:
+        _assert_is_error(client.request(method, path), status, code)
+
+
+def test_a_bug_is_an_error_of_the_same_shape() -> None:
+    class Broken(ScriptedAnswerer):
+        async def ping(self, timeout_s: float) -> list[StageHealth]:
+            raise ZeroDivisionError
+
+    with _client(Broken()) as client:
+        _assert_is_error(client.get("/health"), 500, "internal_error")
+
+
+def test_a_body_beyond_the_limit_is_refused_announced_or_not() -> None:
+    def pieces() -> Iterator[bytes]:
+        yield from [b"x" * 60] * 2
+
+    with _client(ScriptedAnswerer(), limits=LimitArgs(max_body_bytes=100)) as client:
+        for content in (b"x" * 101, pieces()):
+            error = _assert_is_error(client.post(PATH, content=content), 413, "request_too_large")
+            assert "100" in error["message"]
+
+
+def test_a_client_that_hangs_up_closes_the_stream_below() -> None:
+    """Driven as an ASGI server would: a disconnect arrives while the answer hangs."""
+    answerer = ScriptedAnswerer([TokenDelta("id", "Hel", (1,))], hangs=True)
+    app = Gateway(answerer, model_name="m").app
+    body = json.dumps({**HELLO, "stream": True}).encode()
+
+    async def request() -> list[str]:
+        begun = asyncio.Event()
+        incoming = iter([{"type": "http.request", "body": body, "more_body": False}])
+        sent: list[str] = []
+
+        async def receive() -> Any:
+            message = next(incoming, None)
+            if message is None:
+                await begun.wait()
+                return {"type": "http.disconnect"}
+            return message
+
+        async def send(message: Any) -> None:
+            sent.append(message["type"])
+            if message.get("body"):
+                begun.set()
+
+        scope = {"type": "http", "method": "POST", "path": PATH, "headers": [], "query_string": b"", "asgi": {}}
+        await asyncio.wait_for(app(scope, receive, send), 10)
+        return sent
+
+    assert asyncio.run(request())[0] == "http.response.start"
+    assert answerer.num_open == 0
+
+
+def test_a_cancelled_request_closes_the_stream_below() -> None:
+    """As Serve does it when a client leaves, streaming or not."""
+    for stream in (False, True):
+        answerer = ScriptedAnswerer([TokenDelta("id", "Hel", (1,))], hangs=True)
+        app = Gateway(answerer, model_name="m").app
+        body = json.dumps({**HELLO, "stream": stream}).encode()
+        asyncio.run(_cancel_when_open(app, body, lambda answerer=answerer: answerer.num_open == 1))
+        assert answerer.num_open == 0
+
+
+async def _cancel_when_open(app: Any, body: bytes, is_open: Callable[[], bool]) -> None:
+    incoming = iter([{"type": "http.request", "body": body, "more_body": False}])
+
+    async def receive() -> Any:
+        message = next(incoming, None)
+        if message is None:
+            await asyncio.Event().wait()
+        return message
+
+    async def send(_message: Any) -> None:
+        await asyncio.sleep(0)
+
+    scope = {"type": "http", "method": "POST", "path": PATH, "headers": [], "query_string": b"", "asgi": {}}
+    task = asyncio.create_task(app(scope, receive, send))
+    async with asyncio.timeout(10):
+        while not is_open():
+            await asyncio.sleep(0.001)
+    await asyncio.sleep(0.01)
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+
+
+# Through the whole graph: what the issue of bad input comes down to for a client.
+
+
+def _ask(client: TestClient, *parts: dict, **fields: Any) -> Any:
+    messages = [{"role": "user", "content": [*parts, {"type": "text", "text": "What?"}]}]
+    return client.post(PATH, json={"messages": messages, "max_tokens": 3, **fields})
+
+
+def _picture(data: bytes) -> dict:
+    return {"type": "image_url", "image_url": {"url": data_url(data)}}
+
+
+@pytest.mark.parametrize("name", unusual())
+def test_unusual_pictures_are_answered(name: str, local_client: TestClient) -> None:
+    response = _ask(local_client, _picture(unusual()[name]))
+    assert response.status_code == 200, response.text
+    assert response.json()["usage"]["prompt_tokens_details"]["image_tokens"] == 4
+
+
+@pytest.mark.parametrize("name", unusable())
+def test_unusable_pictures_are_refused_naming_the_field(
+    name: str, local_client: TestClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        response = _ask(local_client, _picture(unusable()[name]))
+    assert response.status_code == 400, response.text
+    error = response.json()["error"]
+    assert error["code"] in ("invalid_image", "image_too_large")
+    assert error["param"].startswith("messages[0].content[0].image_url")
+    assert not any(record.exc_info for record in caplog.records)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "code", "told"),
+    [
+        ({"max_tokens": 100_000}, "max_tokens", "context_length_exceeded", "512"),
+        (
+            {"max_completion_tokens": 100_000, "max_tokens": None},
+            "max_completion_tokens",
+            "context_length_exceeded",
+            "512",
+        ),
+        ({"messages": [{"role": "user", "content": "long " * 500}]}, "messages", "context_length_exceeded", "512"),
+        ({"messages": [{"role": "user", "content": "x" * 300_000}]}, "messages", "text_too_long", "200000"),
+        ({"messages": [{"role": "user", "content": "a </s> b"}]}, "messages[0].content", "reserved_text", "</s>"),
+        ({"messages": [{"role": "assistant", "content": "a"}]}, "messages[0].role", "invalid_value", "assistant"),
+    ],
+)
+def test_requests_that_cannot_be_served_name_field_cause_and_limit(
+    fields: dict, param: str, code: str, told: str, local_client: TestClient
+) -> None:
+    response = _ask(local_client, **fields)
+    error = _assert_is_error(response, 400, code)
+    assert error["param"] == param
+    assert told in error["message"]
+
+
+def test_more_pictures_or_bytes_than_allowed_are_refused(local_client: TestClient) -> None:
+    many = _ask(local_client, *[_picture(plain())] * (LIMITS.max_images + 1))
+    assert str(LIMITS.max_images) in _assert_is_error(many, 400, "too_many_images")["message"]
+    heavy = _ask(local_client, _picture(b"\x89PNG" + b"x" * LIMITS.max_image_bytes))
+    assert str(LIMITS.max_image_bytes) in _assert_is_error(heavy, 400, "image_too_large")["message"]

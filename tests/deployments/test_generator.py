@@ -1,0 +1,155 @@
+"""The generator stage on scripted and real engines: times, rejections, pacing, freeing what is left early."""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deployments.generator import Generator
+from deployments.handoff import LocalHandoff
+from deployments.messages import Elapsed, Item, Prepared, Rejected
+from llava_core.checkpoints.load import LoadOptions, load_language_side
+from llava_core.checkpoints.tokenizer import load_tokenizer
+from llava_core.engine.async_engine import AsyncEngine
+from llava_core.engine.engine import Engine, EngineConfig
+from llava_core.errors import EngineError, ImageError, OverloadedError
+from llava_core.types import EngineRequest, PreparedRequest, SamplingParams, TokenDelta, Usage
+from tests.deployments.fakes import answer
+
+
+class ScriptedEngine:
+    """An engine's place: yields the deltas, then raises `error` if there is one."""
+
+    def __init__(self, deltas: list[TokenDelta], error: Exception | None = None, *, num_requests: int = 1) -> None:
+        self.deltas, self.error, self.num_requests = deltas, error, num_requests
+        self.num_open = 0
+
+    async def generate(self, request: EngineRequest) -> AsyncGenerator[TokenDelta, None]:
+        self.num_open += 1
+        try:
+            for delta in self.deltas:
+                yield delta
+            if self.error is not None:
+                raise self.error
+        finally:
+            self.num_open -= 1
+
+    def check_health(self) -> None:
+        if self.error is not None:
+            raise self.error
+
+
+def _prepared(**sampling: Any) -> Prepared:
+    return Prepared(PreparedRequest("id", (1, 5, 6), (), SamplingParams(**sampling)), Elapsed({"preprocess": 1.0}))
+
+
+def _collect(engine: Any, given: object, **options: Any) -> list[Item]:
+    async def collect() -> list[Item]:
+        return [item async for item in Generator(engine, LocalHandoff(), **options).generate(given)]
+
+    return asyncio.run(collect())
+
+
+def test_the_last_delta_tells_the_times_of_all_stages() -> None:
+    items = _collect(ScriptedEngine(answer("a", "b")), _prepared())
+    assert [item.text for item in items if isinstance(item, TokenDelta)] == ["a", "b"]
+    assert isinstance(items[0], TokenDelta)
+    assert isinstance(items[-1], TokenDelta)
+    assert items[0].stage_ms == {}
+    assert set(items[-1].stage_ms) == {"preprocess", "transfer", "prefill"}
+
+
+def test_a_rejection_is_the_only_item_and_never_reaches_the_engine() -> None:
+    engine = ScriptedEngine(answer("a"))
+    rejected = Rejected(ImageError("bad"))
+    assert _collect(engine, rejected) == [rejected]
+    assert engine.num_open == 0
+
+
+@pytest.mark.parametrize(("error", "num_records"), [(OverloadedError("full"), 0), (EngineError("broken"), 1)])
+def test_an_error_of_the_engine_is_the_last_item(
+    error: Exception, num_records: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "deployments"):
+        items = _collect(ScriptedEngine([TokenDelta("id", "a", (1,))], error), _prepared())
+    assert [type(item) for item in items] == [TokenDelta, Rejected]
+    assert len(caplog.records) == num_records
+    assert all(record.exc_info is None for record in caplog.records)
+
+
+def test_leaving_early_frees_the_engine() -> None:
+    engine = ScriptedEngine([TokenDelta("id", "a", (1,)), TokenDelta("id", "b", (2,))])
+
+    async def leave() -> int:
+        async with aclosing(Generator(engine, LocalHandoff()).generate(_prepared())) as items:  # type: ignore[arg-type]
+            await anext(items)
+        return engine.num_open
+
+    assert asyncio.run(leave()) == 0
+
+
+def test_a_busy_replica_sends_chunks_less_often() -> None:
+    deltas = answer("a", "b", "c", "d")
+
+    def seconds(num_requests: int) -> float:
+        started = time.monotonic()
+        _collect(ScriptedEngine(deltas, num_requests=num_requests), _prepared(), chunk_gap_s=0.01)
+        return time.monotonic() - started
+
+    assert seconds(0) < seconds(4)
+    # The wait is bounded, and the last chunk is not followed by one.
+    assert 0.15 <= seconds(1000) < 0.3
+
+
+def test_ping_and_health_check_speak_for_the_engine() -> None:
+    well = Generator(ScriptedEngine([]), LocalHandoff())  # type: ignore[arg-type]
+    dead = Generator(ScriptedEngine([], EngineError("dead")), LocalHandoff())  # type: ignore[arg-type]
+    well.check_health()
+    asyncio.run(well.ping())
+    with pytest.raises(EngineError, match="dead"):
+        dead.check_health()
+    with pytest.raises(EngineError, match="dead"):
+        asyncio.run(dead.ping())
+
+
+def _with_engine(folder: Path, use: Callable[[Generator, AsyncEngine], Awaitable[Any]]) -> Any:
+    async def run() -> Any:
+        side = load_language_side(folder, LoadOptions(dtype="float32"))
+        engine = AsyncEngine(Engine(side, load_tokenizer(folder), EngineConfig(max_running=2)))
+        try:
+            return await use(Generator(engine, LocalHandoff()), engine)
+        finally:
+            engine.close()
+
+    return asyncio.run(run())
+
+
+def test_a_real_engine_counts_tokens(tiny_checkpoint: Path) -> None:
+    async def use(generator: Generator, _engine: AsyncEngine) -> Usage | None:
+        items = [item async for item in generator.generate(_prepared(max_tokens=5, ignore_eos=True))]
+        assert isinstance(items[-1], TokenDelta)
+        return items[-1].usage
+
+    assert _with_engine(tiny_checkpoint, use) == Usage(3, 5)
+
+
+def test_cancelling_a_stream_frees_a_real_engine(tiny_checkpoint: Path) -> None:
+    async def use(generator: Generator, engine: AsyncEngine) -> int:
+        async def read() -> None:
+            async for _ in generator.generate(_prepared(max_tokens=400, ignore_eos=True)):
+                started.set()
+
+        started = asyncio.Event()
+        task = asyncio.create_task(read())
+        await started.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        return engine.num_requests
+
+    assert _with_engine(tiny_checkpoint, use) == 0

@@ -1,0 +1,152 @@
+"""Everything that is judged before Ray starts; test_service.py starts it."""
+
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from deployments.launcher import (
+    ENVIRONMENT,
+    IMPORT_PATH,
+    LaunchError,
+    LaunchPlan,
+    _cause,
+    _raise_if_stuck,
+    check_port,
+    plan_launch,
+)
+from llava_core.errors import CheckpointError
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _write(path: Path, **application: Any) -> Path:
+    content = {"applications": [{"name": "app", "route_prefix": "/", "import_path": IMPORT_PATH, **application}]}
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def _plan(config: Path | None = None, **options: Any) -> LaunchPlan:
+    return plan_launch(config, **{"port": _free_port(), **options})
+
+
+def test_without_a_configuration_there_are_defaults(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    plan = _plan(model=str(tiny_checkpoint))
+    assert plan.args.checkpoint == str(tiny_checkpoint)
+    assert plan.url == f"http://127.0.0.1:{plan.port}"
+    assert plan.config["http_options"] == {"host": "127.0.0.1", "port": plan.port}
+
+
+def test_options_override_the_configuration(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    args = {"model": "/somewhere/else", "engine": {"max_running": 3}}
+    plan = _plan(_write(tmp_path / "c.yaml", args=args), model=str(tiny_checkpoint), host="0.0.0.0")
+    assert plan.args.engine.max_running == 3
+    assert plan.config["applications"][0]["args"]["model"] == str(tiny_checkpoint)
+    assert plan.config["http_options"]["host"] == "0.0.0.0"
+    assert plan.url.startswith("http://127.0.0.1:")
+
+
+def test_a_relative_model_becomes_absolute_and_keeps_its_name(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tiny_checkpoint.parent)
+    plan = _plan(model=tiny_checkpoint.name)
+    args = plan.config["applications"][0]["args"]
+    assert args == {"model": str(tiny_checkpoint), "model_name": tiny_checkpoint.name}
+
+
+def test_a_configuration_in_the_working_directory_is_found(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    _write(tmp_path / "serve_config.yaml", args={"model": str(tiny_checkpoint), "model_name": "mine"})
+    assert _plan().args.served_name == "mine"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is not YAML"),
+        ("- 1", "must hold a Serve configuration"),
+        ("applications: []", "names no application"),
+        ("applications: [{import_path: other:app}]", "names no application"),
+    ],
+)
+def test_a_configuration_that_is_none_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(LaunchError, match=message):
+        _plan(tmp_path / "c.yaml")
+
+
+def test_a_missing_configuration_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(LaunchError, match="cannot be read"):
+        _plan(tmp_path / "none.yaml")
+
+
+def test_a_wrong_setting_is_named(tmp_path: Path) -> None:
+    config = _write(tmp_path / "c.yaml", args={"generator": {"threads": 0}})
+    with pytest.raises(LaunchError, match=r"args\.generator\.threads"):
+        _plan(config)
+
+
+def test_a_missing_checkpoint_ends_the_start_at_once() -> None:
+    with pytest.raises(CheckpointError, match="/nowhere/llava"):
+        _plan(model="/nowhere/llava")
+
+
+def test_a_port_in_use_ends_the_start_at_once(tiny_checkpoint: Path) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(LaunchError, match=f"port {port} on 127.0.0.1 is already in use"):
+            _plan(model=str(tiny_checkpoint), port=port)
+
+
+def test_an_address_of_another_machine_cannot_be_used() -> None:
+    with pytest.raises(LaunchError, match="cannot be used"):
+        check_port("192.0.2.200", 0)
+
+
+def test_ray_is_imported_only_after_its_environment_is_set() -> None:
+    program = "import sys, deployments.launcher, deployments.cli; sys.exit('ray' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], timeout=60, check=False).returncode == 0
+    assert ENVIRONMENT["RAY_SERVE_THROUGHPUT_OPTIMIZED"] == "1"
+
+
+TRACEBACK = """Deploying app failed. Error:
+Traceback (most recent call last):
+  File "replicas.py", line 3, in __init__
+llava_core.errors.CheckpointError: /models/x: tower tensor a has shape (1,), config.json says (2,)
+"""
+
+
+def test_a_stage_that_cannot_start_is_named_with_its_cause() -> None:
+    with pytest.raises(LaunchError, match=r"^VisionEncoder: /models/x: tower tensor a has shape"):
+        _raise_if_stuck("DEPLOY_FAILED", "failed", {"VisionEncoder": TRACEBACK, "Generator": ""})
+    with pytest.raises(LaunchError, match=r"^nobody knows$"):
+        _raise_if_stuck("UNHEALTHY", "nobody knows", {})
+
+
+def test_resources_that_are_not_there_end_the_wait() -> None:
+    message = "Deployment 'Generator' has 1 replicas that have taken more than 30s to be scheduled. This may be"
+    with pytest.raises(LaunchError, match="Generator asks for CPUs or GPUs"):
+        _raise_if_stuck("DEPLOYING", "", {"Generator": message})
+    _raise_if_stuck("DEPLOYING", "", {"Generator": "starting"})
+
+
+def test_other_errors_keep_their_class() -> None:
+    assert _cause("Traceback ...\n  x\ntorch.OutOfMemoryError: CUDA out of memory") == (
+        "OutOfMemoryError: CUDA out of memory"
+    )

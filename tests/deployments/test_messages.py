@@ -1,0 +1,49 @@
+"""What travels between stages arrives unchanged."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from deployments.messages import Elapsed, PackedFeatures, Prepared, pack, unpack, without_tiles
+from llava_core.types import ImageFeatures, PreparedImage, PreparedRequest, SamplingParams, Size
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_features_survive_the_journey_bit_for_bit(dtype: torch.dtype) -> None:
+    features = ImageFeatures("abc", torch.randn(5, 8).to(dtype))
+    packed = pickle.loads(pickle.dumps(pack(features), protocol=5))
+    arrived = unpack(packed)
+    assert arrived.digest == "abc"
+    assert arrived.features.dtype == dtype
+    assert torch.equal(arrived.features, features.features)
+
+
+def test_unpacking_a_read_only_view_gives_memory_of_its_own() -> None:
+    packed = pack(ImageFeatures("abc", torch.ones(2, 3)))
+    data = packed.data.copy()
+    data.flags.writeable = False
+    features = unpack(PackedFeatures("abc", "float32", data)).features
+    features.zero_()
+    assert data.any()
+
+
+def test_stage_times_add_up() -> None:
+    prepared = Elapsed({}, left_at=0.0).finished("preprocess")
+    encoded = prepared.arrived().finished("encode")
+    generated = encoded.arrived()
+    assert set(generated.stage_ms) == {"preprocess", "transfer", "encode"}
+    assert generated.stage_ms["preprocess"] > 1e9
+
+
+def test_a_clock_that_is_ahead_makes_no_negative_times() -> None:
+    elapsed = Elapsed({}, left_at=1e12).arrived().finished("encode")
+    assert elapsed.stage_ms == {"transfer": 0.0, "encode": pytest.approx(0.0, abs=1e3)}
+
+
+def test_tiles_stay_behind_once_encoded() -> None:
+    image = PreparedImage("abc", Size(4, 4), np.zeros((1, 4, 4, 3), np.uint8))
+    request = PreparedRequest("id", (1, 2), (image,), SamplingParams())
+    assert without_tiles(request).images == ()
+    assert Prepared(request, Elapsed()).request.images == (image,)

@@ -1,0 +1,206 @@
+"""The request schema: what is taken over, ignored, and refused by name."""
+
+import json
+from typing import Any
+
+import pytest
+
+from deployments.openai_api import ChatRequest, read_chat_request
+from llava_core.errors import RequestError
+from llava_core.images.loading import ImageLimits
+from llava_core.types import ImagePart, Message, SamplingParams, TextPart
+from tests.deployments.pictures import data_url, plain
+
+USER = {"role": "user", "content": "hi"}
+
+
+def _read(**fields: Any) -> ChatRequest:
+    return read_chat_request(json.dumps({"messages": [USER], **fields}).encode(), "id", ImageLimits())
+
+
+def _refusal(body: bytes) -> RequestError:
+    with pytest.raises(RequestError) as caught:
+        read_chat_request(body, "id", ImageLimits())
+    return caught.value
+
+
+def _refused(**fields: Any) -> RequestError:
+    return _refusal(json.dumps({"messages": [USER], **fields}).encode())
+
+
+def _content(*parts: Any) -> list[dict]:
+    return [{"role": "user", "content": list(parts)}]
+
+
+def test_a_bare_request_is_greedy_and_unary() -> None:
+    request = _read()
+    assert request.generation.messages == (Message("user", (TextPart("hi"),)),)
+    assert request.generation.sampling == SamplingParams()
+    assert request.generation.system is None
+    assert (request.stream, request.include_usage, request.timings) == (False, False, False)
+
+
+def test_parts_keep_their_order_and_pictures_their_bytes() -> None:
+    picture = plain()
+    image = {"type": "image_url", "image_url": {"url": data_url(picture), "detail": "low"}}
+    request = _read(messages=_content({"type": "text", "text": "a"}, image, {"type": "text", "text": "b"}))
+    assert request.generation.messages[0].parts == (TextPart("a"), ImagePart(picture), TextPart("b"))
+
+
+def test_leading_system_messages_become_the_system_text() -> None:
+    messages = [{"role": "system", "content": "A"}, {"role": "developer", "content": [{"type": "text", "text": "B"}]}]
+    request = _read(messages=[*messages, USER])
+    assert request.generation.system == "A\n\nB"
+    assert [message.role for message in request.generation.messages] == ["user"]
+    assert request.locate("messages[0].content[1].image_url") == "messages[2].content[1].image_url"
+    assert request.locate("messages") == "messages"
+    assert request.locate(None) is None
+
+
+def test_sampling_fields_are_taken_over() -> None:
+    request = _read(
+        max_tokens=5, temperature=0.5, top_p=0.9, top_k=3, seed=7, stop=["a", "b"], ignore_eos=True, stream=True
+    )
+    assert request.generation.sampling == SamplingParams(5, 0.5, 0.9, 3, 7, ("a", "b"), ignore_eos=True)
+    assert request.stream
+
+
+def test_the_newer_name_of_the_limit_is_understood_and_named_in_errors() -> None:
+    request = _read(max_completion_tokens=5)
+    assert request.generation.sampling.max_tokens == 5
+    assert request.locate("max_tokens") == "max_completion_tokens"
+    assert _read(max_tokens=5).locate("max_tokens") == "max_tokens"
+    assert _read(max_tokens=5, max_completion_tokens=5).generation.sampling.max_tokens == 5
+    assert _refused(max_tokens=5, max_completion_tokens=6).param == "max_completion_tokens"
+
+
+def test_a_temperature_that_would_overflow_is_greedy() -> None:
+    assert _read(temperature=1e-30).generation.sampling.temperature == 0
+    assert _read(top_k=-1).generation.sampling.top_k == 0
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"user": "me", "metadata": {"a": "b"}, "store": True, "service_tier": "auto", "a_field_of_next_year": [1]},
+        {"n": 1, "tools": [], "tool_choice": "auto", "response_format": {"type": "text"}, "logprobs": False},
+        {"presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {}, "audio": None, "modalities": ["text"]},
+        {"temperature": None, "top_p": None, "seed": None, "stop": None, "stream": None, "stream_options": None},
+    ],
+)
+def test_what_changes_nothing_is_ignored(fields: dict) -> None:
+    assert _read(**fields).generation.sampling == SamplingParams()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("n", 2),
+        ("tools", [{"type": "function"}]),
+        ("tool_choice", "required"),
+        ("response_format", {"type": "json_object"}),
+        ("logprobs", True),
+        ("top_logprobs", 3),
+        ("audio", {"voice": "x"}),
+        ("modalities", ["audio"]),
+        ("presence_penalty", 0.5),
+        ("frequency_penalty", -1),
+        ("logit_bias", {"50": 1}),
+        ("min_p", 0.1),
+        ("repetition_penalty", 1.2),
+    ],
+)
+def test_what_would_change_the_answer_is_refused_by_name(field: str, value: Any) -> None:
+    error = _refused(**{field: value})
+    assert (error.param, error.code) == (field, "unsupported_parameter")
+    assert field in error.message
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"messages": "hi"}, "messages"),
+        ({"messages": []}, "messages"),
+        ({"messages": None}, "messages"),
+        ({"messages": ["hi"]}, "messages[0]"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content"),
+        ({"messages": [{"content": "hi"}]}, "messages[0].role"),
+        ({"messages": [{"role": "tool", "content": "hi"}]}, "messages[0].role"),
+        ({"messages": [USER, {"role": "system", "content": "late"}]}, "messages[1].role"),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": []}]}, "messages[0].content"),
+        ({"messages": _content("hi")}, "messages[0].content[0]"),
+        ({"messages": _content({"type": "video_url"})}, "messages[0].content[0]"),
+        ({"messages": _content({"type": "text"})}, "messages[0].content[0].text"),
+        ({"messages": _content({"type": "text", "text": 5})}, "messages[0].content[0].text"),
+        ({"messages": _content({"type": "image_url", "image_url": "x"})}, "messages[0].content[0].image_url"),
+        ({"messages": _content({"type": "image_url", "image_url": {}})}, "messages[0].content[0].image_url.url"),
+        (
+            {"messages": _content({"type": "image_url", "image_url": {"url": 5}})},
+            "messages[0].content[0].image_url.url",
+        ),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": -3}, "max_tokens"),
+        ({"max_tokens": "5"}, "max_tokens"),
+        ({"max_tokens": 1.5}, "max_tokens"),
+        ({"temperature": 2.1}, "temperature"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"temperature": True}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"top_k": -2}, "top_k"),
+        ({"seed": 2**64}, "seed"),
+        ({"stop": 5}, "stop"),
+        ({"stop": [5]}, "stop[0]"),
+        ({"stop": [""]}, "stop"),
+        ({"stop": ["x"] * 5}, "stop"),
+        ({"stop": ["x" * 300]}, "stop"),
+        ({"stream": "yes"}, "stream"),
+        ({"stream_options": True}, "stream_options"),
+        ({"stream_options": {"include_usage": "yes"}}, "stream_options.include_usage"),
+        ({"model": 5}, "model"),
+        ({"timings": 1}, "timings"),
+    ],
+)
+def test_a_wrong_value_is_refused_naming_where_it_is(fields: dict, param: str) -> None:
+    error = _refused(**fields)
+    assert error.param == param
+    assert error.code in ("invalid_value", "missing_required_parameter")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"hello", b'{"messages": [', b"[1, 2]", b'"text"', b"\xff\xfe", b"[" * 100_000, b'{"messages": "\\ud800"}'],
+)
+def test_a_body_that_is_no_json_object_is_refused(body: bytes) -> None:
+    error = _refusal(body)
+    assert error.code == "invalid_json"
+    assert len(error.message) < 200
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "1e999"])
+def test_numbers_that_are_none_are_refused(number: str) -> None:
+    assert _refusal(b'{"messages": [{"role": "user", "content": "x"}], "temperature": %s}' % number.encode()).param == (
+        "temperature"
+    )
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["https://example.org/x.png", "http://127.0.0.1/x.png", "file:///etc/passwd", "data:text/plain;base64,AAAA", "x"],
+)
+def test_nothing_is_fetched(url: str) -> None:
+    error = _refused(messages=_content({"type": "image_url", "image_url": {"url": url}}))
+    assert (error.param, error.code) == ("messages[0].content[0].image_url.url", "invalid_image")
+
+
+def test_pictures_belong_to_the_user() -> None:
+    image = {"type": "image_url", "image_url": {"url": data_url(plain())}}
+    for role in ("system", "assistant"):
+        error = _refused(messages=[USER, {"role": role, "content": [image]}][:: -1 if role == "system" else 1])
+        assert error.param is not None
+        assert error.param.endswith("content[0]")
+
+
+def test_what_was_sent_is_not_repeated_in_the_error() -> None:
+    assert "secret" not in _refused(temperature="secret").message

@@ -1,0 +1,72 @@
+"""Settings: defaults, names, limits, and what is refused."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from deployments.settings import AppArgs, EngineArgs, LimitArgs, StageArgs
+from llava_core.checkpoints.files import DEFAULT_MODEL
+
+
+def test_the_default_model_is_served_under_its_own_name() -> None:
+    args = AppArgs()
+    assert args.checkpoint == str(DEFAULT_MODEL)
+    assert args.served_name == "scenes-llava"
+
+
+def test_a_folder_is_served_under_its_name_and_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my-llava").mkdir()
+    monkeypatch.chdir(tmp_path)
+    args = AppArgs(model="my-llava")
+    assert args.checkpoint == str(tmp_path / "my-llava")
+    assert args.served_name == "my-llava"
+
+
+def test_a_hub_id_is_served_as_it_is() -> None:
+    args = AppArgs(model="owner/some-llava")
+    assert args.served_name == args.checkpoint == "owner/some-llava"
+    assert AppArgs(model="owner/some-llava", model_name="short").served_name == "short"
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        {"modle": "x"},
+        {"engine": {"max_runnning": 3}},
+        {"engine": {"max_running": 0}},
+        {"generator": {"device": "tpu"}},
+        {"generator": {"threads": 0}},
+        {"preprocessor": {"min_replicas": 3, "max_replicas": 2}},
+        {"preprocessor": {"device": "cpu"}},
+        {"limits": {"max_images": -1}},
+    ],
+)
+def test_what_is_not_known_or_not_possible_is_refused(args: dict) -> None:
+    with pytest.raises(ValidationError):
+        AppArgs.model_validate(args)
+
+
+def test_limits_reach_the_core() -> None:
+    limits = LimitArgs(max_images=2, max_image_bytes=10, max_image_pixels=20, max_image_side=30, max_text=40)
+    assert limits.request.max_images == 2
+    assert limits.request.max_text == 40
+    assert limits.request.image == limits.image
+    assert (limits.image.max_bytes, limits.image.max_pixels, limits.image.max_side) == (10, 20, 30)
+
+
+def test_the_committed_configuration_states_the_defaults() -> None:
+    config = yaml.safe_load((Path(__file__).parents[2] / "serve_config.yaml").read_text())
+    stated = AppArgs.model_validate(config["applications"][0]["args"])
+    assert stated == AppArgs()
+
+
+def test_stages_fit_a_small_machine_twice() -> None:
+    args = AppArgs()
+    stages: list[StageArgs] = [args.gateway, args.preprocessor, args.vision_encoder, args.generator]
+    assert sum(stage.num_cpus for stage in stages) * 2 <= 2
+
+
+def test_the_generator_holds_what_its_engine_may_hold() -> None:
+    assert AppArgs().generator.max_ongoing_requests <= EngineArgs().max_running + EngineArgs().max_waiting

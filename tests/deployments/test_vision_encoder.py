@@ -1,0 +1,92 @@
+"""The encoding stage: features for tiles, one request's failure, cancellation."""
+
+import asyncio
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from deployments.handoff import LocalHandoff
+from deployments.messages import Elapsed, Encoded, Prepared, Rejected, unpack
+from deployments.vision_encoder import VisionEncoder
+from llava_core.checkpoints.load import LoadOptions, load_tower
+from llava_core.errors import EngineError, ImageError
+from llava_core.types import ImageFeatures, PreparedImage, PreparedRequest, SamplingParams, Size
+from llava_core.vision.clip import ClipTower
+from llava_core.vision.encode import encode_images
+from tests.tiny import IMAGE_SIZE
+
+
+@pytest.fixture(scope="module")
+def tower(tiny_checkpoint: Path) -> ClipTower:
+    return load_tower(tiny_checkpoint, LoadOptions(dtype="float32"))
+
+
+def _image(shade: int) -> PreparedImage:
+    return PreparedImage(str(shade), Size(5, 5), np.full((1, IMAGE_SIZE, IMAGE_SIZE, 3), shade, np.uint8))
+
+
+def _prepared(*images: PreparedImage) -> Prepared:
+    return Prepared(PreparedRequest("id", (1, 2, 3), images, SamplingParams()), Elapsed())
+
+
+def test_tiles_are_replaced_by_features(tower: ClipTower) -> None:
+    images = [_image(10), _image(200)]
+    encoded = asyncio.run(VisionEncoder(tower, LocalHandoff()).encode(_prepared(*images)))
+    assert isinstance(encoded, Encoded)
+    assert encoded.request.images == ()
+    assert encoded.request.prompt_ids == (1, 2, 3)
+    for packed, expected in zip(encoded.features, encode_images(tower, images), strict=True):
+        assert packed.digest == expected.digest
+        assert torch.equal(unpack(packed).features, expected.features)
+    assert set(encoded.elapsed.stage_ms) == {"transfer", "encode"}
+
+
+def test_a_rejection_is_passed_on(tower: ClipTower) -> None:
+    rejected = Rejected(ImageError("bad"))
+    assert asyncio.run(VisionEncoder(tower, LocalHandoff()).encode(rejected)) is rejected
+
+
+def test_a_failure_of_the_tower_ends_one_request(tower: ClipTower) -> None:
+    encoder = VisionEncoder(tower, LocalHandoff())
+    odd = PreparedImage("odd", Size(5, 5), np.zeros((1, 5, 5, 3), np.uint8))
+
+    async def both() -> list[Encoded | Rejected]:
+        await encoder.ping()
+        return await asyncio.gather(encoder.encode(_prepared(odd)), encoder.encode(_prepared(_image(1))))
+
+    bad, good = asyncio.run(both())
+    assert isinstance(bad, Rejected)
+    assert isinstance(bad.error, EngineError)
+    assert isinstance(good, Encoded)
+
+
+def test_a_request_that_is_cancelled_while_it_waits_is_never_encoded(
+    tower: ClipTower, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_begun, may_end = threading.Event(), threading.Event()
+    encoded: list[str] = []
+
+    def encode(_tower: ClipTower, images: Sequence[PreparedImage]) -> list[ImageFeatures]:
+        encoded.extend(image.digest for image in images)
+        is_begun.set()
+        may_end.wait(10)
+        return []
+
+    monkeypatch.setattr("llava_core.vision.encode.encode_images", encode)
+    encoder = VisionEncoder(tower, LocalHandoff())
+
+    async def cancel() -> None:
+        first, second, third = (asyncio.create_task(encoder.encode(_prepared(_image(shade)))) for shade in (1, 2, 3))
+        await asyncio.to_thread(is_begun.wait, 10)
+        second.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await second
+        may_end.set()
+        await asyncio.gather(first, third)
+
+    asyncio.run(cancel())
+    assert encoded == ["1", "3"]

@@ -1,0 +1,68 @@
+"""Key tables: every name of a real model is covered in each of its spellings, and goes to the hub's names and back."""
+
+import pytest
+from transformers import LlavaForConditionalGeneration
+
+from llava_core.checkpoints.keymaps import Key, from_llava_hf, to_llava_hf
+from tests.tiny import hub_name, saved_name
+
+
+@pytest.fixture
+def module_names(reference_model: LlavaForConditionalGeneration) -> list[str]:
+    return list(reference_model.state_dict())
+
+
+@pytest.mark.parametrize("spelling", [hub_name, saved_name, str])
+def test_every_spelling_of_a_name_is_the_same_key(module_names: list[str], spelling: type[str]) -> None:
+    assert [from_llava_hf(spelling(name)) for name in module_names] == [from_llava_hf(name) for name in module_names]
+
+
+def test_keys_are_distinct_and_cover_every_part(module_names: list[str]) -> None:
+    keys = [from_llava_hf(name) for name in module_names]
+    assert len(set(keys)) == len(module_names)
+    assert {key.part for key in keys if key} == {"tower", "projector", "decoder"}
+
+
+def test_keys_go_back_to_the_hubs_names(module_names: list[str]) -> None:
+    for name in module_names:
+        key = from_llava_hf(name)
+        assert key is not None
+        assert to_llava_hf(key) == hub_name(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("vision_tower.vision_model.embeddings.class_embedding", Key("tower", "model.embeddings.class_embedding")),
+        ("multi_modal_projector.linear_2.bias", Key("projector", "2.bias")),
+        ("language_model.model.layers.0.mlp.up_proj.weight", Key("decoder", "model.layers.0.mlp.up_proj.weight")),
+        ("language_model.lm_head.weight", Key("decoder", "lm_head.weight")),
+        ("model.language_model.norm.weight", Key("decoder", "model.norm.weight")),
+        ("lm_head.weight", Key("decoder", "lm_head.weight")),
+    ],
+)
+def test_names_of_released_checkpoints(name: str, key: Key) -> None:
+    assert from_llava_hf(name) == key
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vision_tower.vision_model.embeddings.position_ids",
+        "language_model.model.layers.3.self_attn.rotary_emb.inv_freq",
+        "language_model.model.rotary_emb.inv_freq",
+    ],
+)
+def test_computed_buffers_are_dropped_on_purpose(name: str) -> None:
+    assert from_llava_hf(name) is None
+
+
+@pytest.mark.parametrize("name", ["optimizer.step", "image_newline", "model.mm_projector.0.weight", ""])
+def test_any_other_name_is_an_error(name: str) -> None:
+    with pytest.raises(KeyError):
+        from_llava_hf(name)
+
+
+def test_a_key_without_a_foreign_name_is_an_error() -> None:
+    with pytest.raises(KeyError):
+        to_llava_hf(Key("projector", "4.weight"))

@@ -1,0 +1,113 @@
+"""The engine's thread seen from asyncio: streams, early exits, refusals, health."""
+
+import asyncio
+from collections.abc import Callable
+
+import pytest
+
+from llava_core.engine.async_engine import AsyncEngine, merge
+from llava_core.engine.engine import Engine
+from llava_core.engine.request import RequestFailure
+from llava_core.errors import EngineError, OverloadedError, PromptTooLongError
+from llava_core.types import EngineRequest, TokenDelta
+from tests.llava_core.engine.conftest import make_request
+from tests.llava_core.engine.test_engine import run
+
+BuildEngine = Callable[..., Engine]
+
+
+async def collect(engine: AsyncEngine, request: EngineRequest) -> list[int]:
+    return [token async for delta in engine.generate(request) for token in delta.token_ids]
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+def test_many_readers_each_get_their_own_answer(build_engine: BuildEngine) -> None:
+    requests = [make_request(f"r{i}", seed=i, max_tokens=5 + i) for i in range(8)]
+    expected = [run(build_engine(), request)[request.request_id] for request in requests]
+
+    async def main() -> list[list[int]]:
+        engine = AsyncEngine(build_engine(max_running=4))
+        try:
+            return await asyncio.gather(*(collect(engine, request) for request in requests))
+        finally:
+            engine.close()
+
+    assert asyncio.run(main()) == expected
+
+
+def test_leaving_a_stream_early_frees_the_request(build_engine: BuildEngine) -> None:
+    async def main() -> None:
+        inner = build_engine()
+        engine = AsyncEngine(inner)
+        stream = engine.generate(make_request("a", max_tokens=400))
+        await anext(stream)
+        assert inner.num_running == 1
+        await stream.aclose()
+        assert engine.num_requests == 0
+        await until(lambda: not inner.has_work)
+        engine.close()
+
+    asyncio.run(main())
+
+
+def test_an_id_may_be_used_again_once_its_request_is_over(build_engine: BuildEngine) -> None:
+    async def main() -> None:
+        engine = AsyncEngine(build_engine())
+        first = await collect(engine, make_request("a"))
+        assert await collect(engine, make_request("a")) == first
+        engine.close()
+
+    asyncio.run(main())
+
+
+def test_refusals_reach_the_reader_as_their_own_errors(build_engine: BuildEngine) -> None:
+    async def main() -> None:
+        engine = AsyncEngine(build_engine(max_running=1, max_waiting=1))
+        with pytest.raises(PromptTooLongError):
+            await collect(engine, make_request("long", max_tokens=100_000))
+        streams = [engine.generate(make_request(f"r{i}", max_tokens=300)) for i in range(4)]
+        results = await asyncio.gather(*(anext(stream) for stream in streams[:1]), return_exceptions=True)
+        assert isinstance(results[0], TokenDelta)
+        others = [asyncio.ensure_future(anext(stream)) for stream in streams[1:]]
+        done, pending = await asyncio.wait(others, timeout=20, return_when=asyncio.FIRST_EXCEPTION)
+        assert any(isinstance(task.exception(), OverloadedError) for task in done)
+        for task in pending:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        engine.close()
+
+    asyncio.run(main())
+
+
+def test_a_dead_thread_ends_its_readers_and_fails_the_health_check(
+    build_engine: BuildEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner = build_engine()
+
+    def explode() -> list[TokenDelta]:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(inner, "step", explode)
+
+    async def main() -> None:
+        engine = AsyncEngine(inner)
+        engine.check_health()
+        with pytest.raises(EngineError, match="has stopped"):
+            await collect(engine, make_request("a"))
+        await until(lambda: not engine._thread.is_alive())
+        with pytest.raises(EngineError, match="dead"):
+            engine.check_health()
+
+    asyncio.run(main())
+
+
+def test_deltas_that_piled_up_are_one_and_a_failure_wins() -> None:
+    deltas = [TokenDelta("a", "x", (1,)), TokenDelta("a", "y", (2,), "stop")]
+    assert merge([*deltas]) == TokenDelta("a", "xy", (1, 2), "stop")
+    with pytest.raises(EngineError, match="gone"):
+        merge([deltas[0], RequestFailure("a", EngineError("gone"))])

@@ -1,0 +1,72 @@
+"""Text as it grows: never unsaid, never half a character, never the beginning of a stop string."""
+
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llava_core.checkpoints.tokenizer import CheckpointTokenizer
+from llava_core.engine.detokenize import IncrementalDetokenizer
+from tests.tiny import build_tokenizer
+
+
+class Bytes:
+    """Ids are bytes of UTF-8."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return bytes(ids).decode("utf-8", errors="replace")
+
+
+def stream(text: str, stop: Sequence[str] = ()) -> list[str]:
+    detokenizer = IncrementalDetokenizer(Bytes(), stop)
+    deltas = []
+    for byte in text.encode():
+        deltas.append(detokenizer.add(byte))
+        if detokenizer.is_stopped:
+            break
+    return [*deltas, detokenizer.finish()]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(max_size=40))
+def test_deltas_join_to_the_text_without_its_leading_space(text: str) -> None:
+    assert "".join(stream(text)) == text.lstrip()
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(alphabet="ab#", max_size=30), st.lists(st.text(alphabet="ab#", min_size=1, max_size=4), max_size=3))
+def test_the_text_ends_before_the_first_stop_string(text: str, stop: list[str]) -> None:
+    """The reference looks at the whole text after each character, which a stream must equal."""
+    expected = text
+    for end in range(len(text) + 1):
+        found = [position for mark in stop if (position := text[:end].find(mark)) >= 0]
+        if found:
+            expected = text[: min(found)]
+            break
+    assert "".join(stream(text, stop)) == expected
+
+
+def test_half_a_character_is_held_back() -> None:
+    detokenizer = IncrementalDetokenizer(Bytes())
+    first, *rest = "é".encode()
+    assert detokenizer.add(first) == ""
+    assert detokenizer.add(rest[0]) == "é"
+
+
+def test_a_partial_stop_string_is_released_when_it_comes_to_nothing() -> None:
+    assert stream("a##b", ["###"])[:4] == ["a", "", "", "##b"]
+
+
+def test_bytes_that_never_become_a_character_are_released_at_the_end() -> None:
+    detokenizer = IncrementalDetokenizer(Bytes())
+    assert detokenizer.add(0xE2) == ""
+    assert detokenizer.finish() == "\ufffd"
+
+
+@pytest.mark.parametrize("text", ["naïve café", "日本語 text", "emoji 👩‍⚕️!"])
+def test_a_real_byte_level_tokenizer_streams_the_same_text(text: str) -> None:
+    tokenizer = CheckpointTokenizer(build_tokenizer())
+    detokenizer = IncrementalDetokenizer(tokenizer)
+    ids = [token for token, _, _ in tokenizer.encode(text)]
+    assert "".join([*(detokenizer.add(token) for token in ids), detokenizer.finish()]) == text

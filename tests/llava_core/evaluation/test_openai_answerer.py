@@ -1,0 +1,70 @@
+"""Asking an OpenAI-compatible service: the request's form, answers in order, and refusals raised instead of counted."""
+
+import base64
+import json
+from collections.abc import Callable
+
+import httpx
+import pytest
+
+from llava_core.errors import LlavaError
+from llava_core.evaluation.openai_answerer import OpenAIAnswerer
+from llava_core.evaluation.task import Sample
+
+Handler = Callable[[httpx.Request], httpx.Response]
+
+
+@pytest.fixture
+def serve(monkeypatch: pytest.MonkeyPatch) -> Callable[[Handler], OpenAIAnswerer]:
+    """An answerer whose requests are handled here."""
+
+    def with_handler(handler: Handler) -> OpenAIAnswerer:
+        client = httpx.Client
+        monkeypatch.setattr(
+            httpx, "Client", lambda **options: client(transport=httpx.MockTransport(handler), **options)
+        )
+        return OpenAIAnswerer("http://service", "tiny", concurrency=2)
+
+    return with_handler
+
+
+def echo(request: httpx.Request) -> httpx.Response:
+    content = json.loads(request.content)["messages"][0]["content"]
+    return httpx.Response(200, json={"choices": [{"message": {"content": f"re: {content[1]['text']}"}}]})
+
+
+def test_answers_come_in_the_order_of_the_samples(serve: Callable[[Handler], OpenAIAnswerer]) -> None:
+    samples = [Sample(str(index), "kind", f"q{index}", "", b"x") for index in range(7)]
+    assert [answer.text for answer in serve(echo).answer(samples)] == [f"re: q{index}" for index in range(7)]
+
+
+@pytest.mark.parametrize(("image", "kind"), [(b"\x89PNG...", "png"), (b"\xff\xd8\xff...", "jpeg")])
+def test_the_request_is_greedy_and_holds_the_picture(
+    serve: Callable[[Handler], OpenAIAnswerer], image: bytes, kind: str
+) -> None:
+    seen: list[httpx.Request] = []
+
+    def record(request: httpx.Request) -> httpx.Response:
+        seen.append(request)
+        return echo(request)
+
+    list(serve(record).answer([Sample("1", "kind", "q", "", image)]))
+    body = json.loads(seen[0].content)
+    assert seen[0].url == "http://service/v1/chat/completions"
+    assert (body["model"], body["temperature"]) == ("tiny", 0)
+    url = body["messages"][0]["content"][0]["image_url"]["url"]
+    assert url == f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
+
+
+def test_a_refusal_stops_the_evaluation(serve: Callable[[Handler], OpenAIAnswerer]) -> None:
+    answerer = serve(lambda _: httpx.Response(400, json={"error": {"message": "too large"}}))
+    with pytest.raises(LlavaError, match=r"refused sample 7 with 400.*too large"):
+        list(answerer.answer([Sample("7", "kind", "q", "", b"x")]))
+
+
+def test_a_service_that_is_not_there_is_named(serve: Callable[[Handler], OpenAIAnswerer]) -> None:
+    def fail(request: httpx.Request) -> httpx.Response:
+        raise httpx.ConnectError("refused", request=request)
+
+    with pytest.raises(LlavaError, match="http://service did not answer"):
+        list(serve(fail).answer([Sample("7", "kind", "q", "", b"x")]))

@@ -1,0 +1,78 @@
+"""Rendering: what each style looks like in plain text, where the answers are, and which conversations are refused."""
+
+import pytest
+
+from llava_core.prompts.conversation import Turn, render
+from llava_core.prompts.templates import TEMPLATES, get_template
+
+OPEN = Turn("assistant", None)
+TURNS = [Turn("user", "<image>\nQ1"), Turn("assistant", "A1"), Turn("user", "Q2"), Turn("assistant", "A2")]
+
+
+def text(name: str, turns: list[Turn], system: str | None = None) -> str:
+    return render(get_template(name), turns, system=system).text
+
+
+def test_two_separators() -> None:
+    assert text("vicuna_v1", [*TURNS[:3], OPEN], "S") == "S USER: <image>\nQ1 ASSISTANT: A1</s>USER: Q2 ASSISTANT:"
+
+
+def test_one_separator() -> None:
+    assert (
+        text("llava_v0", [*TURNS[:3], OPEN], "S") == "S###Human: <image>\nQ1###Assistant: A1###Human: Q2###Assistant:"
+    )
+
+
+def test_chatml() -> None:
+    assert text("chatml_direct", [Turn("user", "Q"), OPEN], "S") == (
+        "<|im_start|>system\nS<|im_end|><|im_start|>user\nQ<|im_end|><|im_start|>assistant\n"
+    )
+
+
+def test_instruct_puts_the_system_text_into_the_first_message() -> None:
+    assert text("mistral_instruct", [*TURNS[:3], OPEN]) == "[INST] <image>\nQ1 [/INST] A1 </s>[INST] Q2 [/INST]"
+    assert text("mistral_instruct", TURNS[:1], "S") == "[INST] <<SYS>>\nS\n<</SYS>>\n\n<image>\nQ1 [/INST]"
+    assert text("llava_llama_2", TURNS[:3], "S").count("<<SYS>>") == 1
+
+
+def test_plain_has_neither_roles_nor_system() -> None:
+    assert text("plain", TURNS[:2]) == "<image>\nQ1\nA1\n"
+
+
+@pytest.mark.parametrize("name", sorted(TEMPLATES))
+def test_an_empty_system_text_replaces_the_templates(name: str) -> None:
+    assert TEMPLATES[name].system not in text(name, [Turn("user", "Q"), OPEN], "") or not TEMPLATES[name].system
+
+
+@pytest.mark.parametrize("name", sorted(TEMPLATES))
+def test_spans_cover_exactly_the_answers_and_their_ends(name: str) -> None:
+    rendered = render(get_template(name), TURNS)
+    answers = [rendered.text[start:end] for start, end in rendered.answer_spans]
+    assert [answer.split("A")[1][:1] for answer in answers] == ["1", "2"]
+    assert all(answer.endswith(TEMPLATES[name].answer_end) for answer in answers)
+    assert not any("Q" in answer or "USER" in answer or "Human" in answer for answer in answers)
+
+
+@pytest.mark.parametrize("name", sorted(TEMPLATES))
+def test_an_open_slot_has_no_span(name: str) -> None:
+    assert render(get_template(name), [Turn("user", "Q"), OPEN]).answer_spans == ()
+
+
+@pytest.mark.parametrize("name", sorted(TEMPLATES))
+def test_an_empty_answer_is_an_answer(name: str) -> None:
+    (span,) = render(get_template(name), [Turn("user", "Q"), Turn("assistant", "")]).answer_spans
+    assert span[1] - span[0] >= len(TEMPLATES[name].answer_end)
+
+
+@pytest.mark.parametrize(
+    ("turns", "named"),
+    [
+        ([Turn("assistant", "A")], "turn 0 must be the user's"),
+        ([Turn("user", "Q"), Turn("user", "Q")], "turn 1 must be the assistant's"),
+        ([Turn("user", None)], "turn 0 has no text"),
+        ([Turn("user", "Q"), OPEN, Turn("user", "Q")], "turn 1 has no text"),
+    ],
+)
+def test_turns_that_do_not_alternate_are_refused(turns: list[Turn], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        render(get_template("vicuna_v1"), turns)

@@ -1,0 +1,65 @@
+"""Templates are protocol constants: the original code's renderings by hash, for each template that is registered."""
+
+import hashlib
+
+import pytest
+
+from llava_core.errors import UnknownNameError
+from llava_core.prompts.conversation import Turn, render
+from llava_core.prompts.templates import TEMPLATES, get_template
+
+# First 16 hex digits of the SHA-256 of what the reference renders for `<image>\nQ1`, `A1`, `Q2`, `A2`:
+# after the first question, after the second question, after the second answer.
+GOLDEN = {
+    "vicuna_v1": ("c6cc56276e84b44e", "080b3549d584eff2", "03b0543a529ad701"),
+    "llava_v1": ("e62e3e6a571bace0", "ff54643a6973c941", "e009fd017453db6a"),
+    "llava_v0": ("63dd172357e19382", "129350366331ff2b", "14bba198f3fe820f"),
+    "mistral_instruct": ("4137c73da44ee29c", "b89525f983145741", "e007a76a8fb73881"),
+    "llava_llama_2": ("82f8be683009846c", "5853d830822fd163", "eeb91b59ecd15771"),
+    "chatml_direct": ("c7a7a78e2157539c", "654dfeac3e00574b", "f5f98af35b3b674f"),
+    "mpt": ("c8d895dba5b42eec", "45965cc860c15870", "f76be061d80b7ab3"),
+}
+# The reference cannot render an answer with `plain`; its prompt is short enough to write down.
+GOLDEN_TEXT = {"plain": "<image>\nQ1\n"}
+
+FIRST = [Turn("user", "<image>\nQ1"), Turn("assistant", None)]
+SECOND = [Turn("user", "<image>\nQ1"), Turn("assistant", "A1"), Turn("user", "Q2"), Turn("assistant", None)]
+CLOSED = [*SECOND[:3], Turn("assistant", "A2")]
+
+
+def digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@pytest.mark.parametrize("name", sorted(GOLDEN))
+def test_renderings_equal_the_references_byte_for_byte(name: str) -> None:
+    template = get_template(name)
+    assert tuple(digest(render(template, turns).text) for turns in (FIRST, SECOND, CLOSED)) == GOLDEN[name]
+
+
+@pytest.mark.parametrize("name", sorted(GOLDEN_TEXT))
+def test_short_renderings_equal_the_references(name: str) -> None:
+    assert render(get_template(name), FIRST).text == GOLDEN_TEXT[name]
+
+
+def test_every_template_has_a_golden_rendering() -> None:
+    assert set(TEMPLATES) == set(GOLDEN) | set(GOLDEN_TEXT)
+
+
+def test_templates_are_registered_under_their_own_names() -> None:
+    assert all(template.name == name for name, template in TEMPLATES.items())
+
+
+@pytest.mark.parametrize("name", sorted(TEMPLATES))
+def test_answer_end_closes_every_answer(name: str) -> None:
+    template = get_template(name)
+    rendered = render(template, CLOSED)
+    assert template.answer_end
+    assert rendered.text.endswith(template.answer_end)
+    assert "A2" in rendered.text[-len(template.answer_end) - 3 :]
+
+
+def test_an_unknown_name_lists_the_known_ones() -> None:
+    with pytest.raises(UnknownNameError, match=r"'vicuna_v2'.*chatml_direct.*vicuna_v1") as caught:
+        get_template("vicuna_v2")
+    assert caught.value.code == "template_not_found"

@@ -1,0 +1,108 @@
+"""Ids with placeholders equal the reference's on its own examples; labels are exactly the tokens inside answers."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llava_core.prompts.conversation import Rendered, Turn, render
+from llava_core.prompts.templates import TEMPLATES, Style, get_template
+from llava_core.prompts.tokenize import IGNORE_LABEL, IMAGE_TOKEN_ID, tokenize_prompt
+
+
+class CharTokenizer:
+    """One token per character, its code point; BOS is 1."""
+
+    def __init__(self, bos_id: int | None = 1) -> None:
+        self.bos_id = bos_id
+
+    def encode(self, text: str) -> list[tuple[int, int, int]]:
+        return [(ord(character), index, index + 1) for index, character in enumerate(text)]
+
+
+class PairTokenizer(CharTokenizer):
+    """Two characters a token, counted from the start of each piece: borders of answers may fall inside a token."""
+
+    def encode(self, text: str) -> list[tuple[int, int, int]]:
+        return [(index + 1000, index, min(index + 2, len(text))) for index in range(0, len(text), 2)]
+
+
+A, B, C, D = map(ord, "abcd")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("ab<image>cd", [A, B, -200, C, D]),
+        ("<image>", [-200]),
+        ("<image><image>", [-200, -200]),
+        ("<image>a<image>", [-200, A, -200]),
+        ("abcd", [A, B, C, D]),
+        ("", []),
+    ],
+)
+def test_ids_equal_the_references(text: str, expected: list[int]) -> None:
+    images = [1] * text.count("<image>")
+    assert tokenize_prompt(Rendered(text, ()), CharTokenizer(), images).ids == (1, *expected)
+    assert tokenize_prompt(Rendered(text, ()), CharTokenizer(None), images).ids == tuple(expected)
+
+
+def test_every_image_has_as_many_placeholders_as_asked_for() -> None:
+    ids = tokenize_prompt(Rendered("a<image>b<image>", ()), CharTokenizer(), [3, 2]).ids
+    assert ids == (1, A, *[IMAGE_TOKEN_ID] * 3, B, *[IMAGE_TOKEN_ID] * 2)
+
+
+def test_pieces_around_an_image_are_tokenized_on_their_own() -> None:
+    # Taken as one text, `bc` would be a token.
+    assert tokenize_prompt(Rendered("ab<image>cd", ()), PairTokenizer(), [1]).ids == (1, 1000, IMAGE_TOKEN_ID, 1000)
+    assert tokenize_prompt(Rendered("abc<image>d", ()), PairTokenizer(), [1]).ids == (1, 1000, 1002, -200, 1000)
+
+
+@pytest.mark.parametrize(("text", "images"), [("<image>", []), ("a", [1]), ("<image><image>", [1])])
+def test_another_number_of_images_is_an_error_with_both_numbers(text: str, images: list[int]) -> None:
+    with pytest.raises(ValueError, match=f"{text.count('<image>')} <image> but {len(images)} images"):
+        tokenize_prompt(Rendered(text, ()), CharTokenizer(), images)
+
+
+def labelled(name: str, answers: list[str], image_tokens: int = 2) -> str:
+    """The text of all labelled tokens of a conversation with one image."""
+    turns = [
+        turn
+        for index, answer in enumerate(answers)
+        for turn in (Turn("user", ("<image>\n" if not index else "") + f"q{index}?"), Turn("assistant", answer))
+    ]
+    prompt = tokenize_prompt(render(get_template(name), turns), CharTokenizer(), [image_tokens])
+    assert len(prompt.ids) == len(prompt.labels)
+    assert all(label in (IGNORE_LABEL, token) for token, label in zip(prompt.ids, prompt.labels, strict=True))
+    return "".join(chr(label) for label in prompt.labels if label != IGNORE_LABEL)
+
+
+def test_labels_are_the_answers_with_what_ends_them() -> None:
+    assert labelled("vicuna_v1", ["yes", "two red"]) == " yes</s> two red</s>"
+    assert labelled("llava_v0", ["yes"]) == " yes###"
+    assert labelled("mistral_instruct", ["yes", "no"]) == " yes </s> no </s>"
+    assert labelled("chatml_direct", ["yes"]) == "yes<|im_end|>"
+
+
+@given(
+    name=st.sampled_from(sorted(TEMPLATES)), answers=st.lists(st.text("xyz é\n", max_size=12), min_size=1, max_size=4)
+)
+def test_nothing_but_answers_is_ever_labelled(name: str, answers: list[str]) -> None:
+    template = get_template(name)
+    got = labelled(name, answers)
+    for answer in answers:
+        before, after, rest = got.partition(answer + " " * (template.style is Style.INSTRUCT) + template.answer_end)
+        assert before in ("", " ")
+        assert after
+        got = rest
+    assert got == ""
+
+
+def test_a_token_that_straddles_an_answers_border_is_not_labelled() -> None:
+    rendered = Rendered("qqqanswer", ((3, 9),))
+    prompt = tokenize_prompt(rendered, PairTokenizer(None), [])
+    assert prompt.labels == (IGNORE_LABEL, IGNORE_LABEL, 1004, 1006, 1008)
+
+
+def test_an_image_inside_an_answer_is_not_labelled_but_what_follows_is() -> None:
+    rendered = Rendered("a<image>b", ((0, 9),))
+    assert tokenize_prompt(rendered, CharTokenizer(None), [2]).labels == (A, IGNORE_LABEL, IGNORE_LABEL, B)

@@ -1,0 +1,81 @@
+"""The whole recipe in miniature: every stage runs, the result is a checkpoint that answers, a stop costs one stage."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from torch import nn
+from transformers import LlavaForConditionalGeneration
+
+from llava_core.checkpoints.load import LoadOptions
+from llava_core.inference import LocalModel
+from llava_core.scenes import recipe as recipe_module
+from llava_core.scenes.recipe import Recipe, StageSpec, build
+from llava_core.scenes.samples import make_samples
+from llava_core.types import GenerationRequest, ImagePart, Message, SamplingParams, TextPart
+
+SMALL = StageSpec(steps=2, batch=2, learning_rate=1e-3)
+TINY = Recipe(
+    num_scenes=8,
+    size=32,
+    patch=16,
+    hidden_size=64,
+    num_layers=1,
+    tower=SMALL,
+    language=SMALL,
+    align=SMALL,
+    instruct=SMALL,
+)
+STAGES = ("tower", "language", "align", "instruct")
+
+pytestmark = pytest.mark.timeout(180)
+
+
+@pytest.fixture(autouse=True)
+def _without_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiling takes longer than the rest."""
+    monkeypatch.setattr(nn.Module, "compile", lambda *_, **__: None)
+
+
+def test_the_recipe_builds_a_checkpoint_that_answers(tmp_path: Path) -> None:
+    work, out = tmp_path / "work", tmp_path / "model"
+    build(TINY, work, out)
+    for stage in STAGES:
+        assert json.loads((work / stage / "curve.json").read_text())
+    assert (work / "loss.png").exists()
+    model = LocalModel(out, options=LoadOptions(dtype="float32"))
+    assert model.preparer.template.name == "vicuna_v1"
+    (sample,) = make_samples(1)
+    parts = (ImagePart(sample.image), TextPart(sample.question))
+    request = GenerationRequest("r", (Message("user", parts),), SamplingParams(max_tokens=4))
+    assert list(model.stream(request))[-1].usage is not None
+    assert LlavaForConditionalGeneration.from_pretrained(out).config.image_token_index is not None
+
+
+def test_finished_stages_are_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build(TINY, tmp_path / "work", tmp_path / "one")
+    (tmp_path / "work" / "instruct" / "weights.pt").unlink()
+    ran: list[str] = []
+    train = recipe_module.train
+
+    def record(*arguments: object, **options: object) -> object:
+        ran.append("trained")
+        return train(*arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(recipe_module, "train", record)
+    monkeypatch.setattr(recipe_module, "Trainer", lambda *_, **__: pytest.fail("the tower was trained again"))
+    build(TINY, tmp_path / "work", tmp_path / "two")
+    assert ran == ["trained"]
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two")]
+    assert weights[0] == weights[1]
+
+
+def test_a_scaled_recipe_has_fewer_pictures_and_steps_and_is_the_same_otherwise() -> None:
+    full = Recipe()
+    trial = full.scaled(0.01)
+    assert trial.num_scenes == full.num_scenes // 100
+    assert all(getattr(trial, name).steps < getattr(full, name).steps for name in STAGES)
+    restored = {name: getattr(full, name) for name in STAGES}
+    assert replace(trial, num_scenes=full.num_scenes, **restored) == full
+    assert full.scaled(1.0) == full

@@ -1,0 +1,117 @@
+"""The `llava` command: answers as text and as JSON, mistakes as one line, offered commands found without an import."""
+
+import json
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from llava_core import cli
+from llava_core.cli import main
+from llava_core.errors import EngineError
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "red.png")
+    return tmp_path / "red.png"
+
+
+def run(*arguments: str) -> tuple[int, str, str]:
+    result = CliRunner().invoke(main, arguments)
+    return result.exit_code, result.stdout, result.stderr
+
+
+def ask(checkpoint: Path, *arguments: str) -> tuple[int, str, str]:
+    return run("ask", "--model", str(checkpoint), "--dtype", "float32", "--max-tokens", "6", *arguments, "What is it?")
+
+
+def test_an_answer_is_printed_and_is_the_same_every_time(tiny_checkpoint: Path, picture: Path) -> None:
+    first = ask(tiny_checkpoint, "--image", str(picture))
+    assert first[0] == 0
+    assert first == ask(tiny_checkpoint, "--image", str(picture))
+    assert first[1].endswith("\n")
+
+
+def test_json_has_the_answer_the_usage_and_the_times(tiny_checkpoint: Path, picture: Path) -> None:
+    code, out, _ = ask(tiny_checkpoint, "--image", str(picture), "--image", str(picture), "--format", "json")
+    answer = json.loads(out)
+    assert code == 0
+    assert answer["usage"]["image_tokens"] == 8
+    assert answer["finish_reason"] in ("stop", "length")
+    assert set(answer["stage_ms"]) >= {"prefill", "decode"}
+    assert answer["answer"] == ask(tiny_checkpoint, "--image", str(picture), "--image", str(picture))[1].rstrip("\n")
+
+
+def test_a_seed_repeats_a_sampled_answer(tiny_checkpoint: Path) -> None:
+    sampled = [ask(tiny_checkpoint, "--temperature", "1.5", "--seed", seed)[1] for seed in ("1", "1", "2")]
+    assert sampled[0] == sampled[1] != sampled[2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("--image", "/no/such/picture.png"), "/no/such/picture.png cannot be read"),
+        (("--template", "nonsense"), "unknown template 'nonsense'"),
+        (("--temperature", "3"), "--temperature"),
+        (("--max-tokens", "0"), "--max-tokens"),
+        (("--max-tokens", "5000"), "context of 512"),
+    ],
+)
+def test_a_mistake_is_one_line_without_a_traceback(
+    tiny_checkpoint: Path, arguments: tuple[str, ...], named: str
+) -> None:
+    code, _, err = ask(tiny_checkpoint, *arguments)
+    assert code != 0
+    assert named in err
+    assert "Traceback" not in err
+
+
+def test_a_file_that_is_no_picture_is_one_line(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.png").write_text("not a picture")
+    code, _, err = ask(tiny_checkpoint, "--image", str(tmp_path / "text.png"))
+    assert code == 1
+    assert err.startswith("Error: the data is not an image")
+
+
+def test_a_missing_model_is_one_line() -> None:
+    code, _, err = run("ask", "--model", "/no/such/model", "Hi")
+    assert code == 1
+    assert err.count("\n") == 1
+
+
+@pytest.fixture
+def offered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands that packages offer: one that is there, and one whose import fails."""
+    points = {"hello": f"{__name__}:hello", "broken": "no_such_module:command"}
+
+    def entry_points(*, group: str, name: str | None = None) -> list[EntryPoint]:
+        return [EntryPoint(key, value, group) for key, value in points.items() if name in (None, key)]
+
+    monkeypatch.setattr(cli, "entry_points", entry_points)
+    monkeypatch.setattr(EntryPoint, "load", lambda point: {"hello": hello}[point.name])
+
+
+@click.command()
+def hello() -> None:
+    """Fail on purpose."""
+    raise EngineError("the engine has stopped")
+
+
+@pytest.mark.usefixtures("offered")
+def test_offered_commands_run_and_their_errors_are_one_line() -> None:
+    assert run("hello") == (1, "", "Error: the engine has stopped\n")
+
+
+def test_commands_are_listed_without_importing_them(monkeypatch: pytest.MonkeyPatch, offered: None) -> None:
+    monkeypatch.setattr(EntryPoint, "load", lambda _: pytest.fail("a command was imported"))
+    assert cli.CommandGroup(commands=main.commands).list_commands(click.Context(main)) == ["ask", "broken", "hello"]
+
+
+def test_an_unknown_command_is_a_usage_error() -> None:
+    code, _, err = run("no-such-command")
+    assert code == 2
+    assert "No such command" in err

@@ -1,0 +1,102 @@
+"""config.json: what is read, which defaults stand in, and that every unsupported value is refused by name."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llava_core.config import read_llava_hf_config
+from llava_core.errors import CheckpointError
+
+# As llava-hf/llava-1.5-7b-hf has it: the decoder's sizes are transformers' defaults and therefore absent.
+LLAVA_1_5_7B: dict[str, Any] = {
+    "model_type": "llava",
+    "image_token_index": 32000,
+    "projector_hidden_act": "gelu",
+    "text_config": {
+        "model_type": "llama",
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-05,
+        "torch_dtype": "float16",
+        "vocab_size": 32064,
+    },
+    "torch_dtype": "float16",
+    "vision_config": {
+        "hidden_size": 1024,
+        "image_size": 336,
+        "intermediate_size": 4096,
+        "model_type": "clip_vision_model",
+        "num_attention_heads": 16,
+        "num_hidden_layers": 24,
+        "patch_size": 14,
+    },
+    "vision_feature_layer": -2,
+    "vision_feature_select_strategy": "default",
+}
+
+
+def changed(section: str | None = None, **values: Any) -> dict[str, Any]:
+    config = copy.deepcopy(LLAVA_1_5_7B)
+    (config if section is None else config[section]).update(values)
+    return config
+
+
+def test_a_hub_config_is_read_with_the_decoders_defaults() -> None:
+    config = read_llava_hf_config(LLAVA_1_5_7B)
+    assert (config.vision.image_size, config.vision.patches_per_side, config.vision.hidden_size) == (336, 24, 1024)
+    assert (config.vision.select_layer, config.vision.select_feature) == (-2, "patch")
+    assert (config.hidden_size, config.context_length, config.vocab_size) == (4096, 4096, 32064)
+    assert (config.projector_type, config.projector_bias) == ("mlp2x_gelu", True)
+    assert (config.image_token_id, config.eos_token_ids) == (32000, (2,))
+    assert (config.tie_word_embeddings, config.dtype) == (False, "float16")
+
+
+def test_a_config_saved_by_transformers_is_read(tiny_checkpoint: Path) -> None:
+    config = read_llava_hf_config(json.loads((tiny_checkpoint / "config.json").read_text()))
+    assert (config.vision.image_size, config.hidden_size, config.context_length) == (28, 32, 512)
+
+
+def test_decoders_have_defaults_of_their_own() -> None:
+    minimal = {"model_type": "mistral"}
+    assert read_llava_hf_config({**LLAVA_1_5_7B, "text_config": minimal}).context_length == 131_072
+    assert read_llava_hf_config({**LLAVA_1_5_7B, "text_config": {}}).context_length == 2048
+
+
+def test_full_selection_keeps_the_class_feature() -> None:
+    config = read_llava_hf_config(changed(vision_feature_select_strategy="full"))
+    assert config.vision.select_feature == "cls_patch"
+
+
+def test_several_end_tokens_are_kept() -> None:
+    assert read_llava_hf_config(changed("text_config", eos_token_id=[2, 7])).eos_token_ids == (2, 7)
+
+
+def test_tied_embeddings_are_read_from_either_level() -> None:
+    assert read_llava_hf_config(changed("text_config", tie_word_embeddings=True)).tie_word_embeddings
+    assert read_llava_hf_config(changed(tie_word_embeddings=True)).tie_word_embeddings
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        ({"model_type": "llama"}, "vision_config or text_config"),
+        (changed(vision_config=None), "vision_config or text_config"),
+        (changed("text_config", model_type="gpt2"), "'gpt2'.*llama, mistral"),
+        (changed("vision_config", model_type="siglip_vision_model"), "siglip_vision_model"),
+        (changed("vision_config", patch_size=15), "336 is not a multiple of patch_size 15"),
+        (changed("vision_config", patch_size=0), "patch_size must be a positive whole number, not 0"),
+        (changed("vision_config", image_size="large"), "image_size must be a positive whole number, not 'large'"),
+        (changed("text_config", vocab_size=None), "vocab_size must be a positive whole number"),
+        (changed("text_config", eos_token_id=None), "eos_token_id is None"),
+        (changed("text_config", eos_token_id=[]), "eos_token_id"),
+        (changed(vision_feature_layer=[-2, -5]), r"one number, not \[-2, -5\]"),
+        (changed(vision_feature_layer=-30), "-30, but the tower has 24 layers"),
+        (changed(vision_feature_select_strategy="mean"), "'mean'.*default"),
+        (changed(projector_hidden_act="relu"), "'relu'; only 'gelu'"),
+    ],
+)
+def test_what_is_not_supported_is_named(config: dict[str, Any], named: str) -> None:
+    with pytest.raises(CheckpointError, match=named):
+        read_llava_hf_config(config)

@@ -1,0 +1,96 @@
+"""A whole model in one process: answers stream, equal transformers' own, and an abandoned one leaves nothing behind."""
+
+import io
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import LlavaForConditionalGeneration
+
+from llava_core.checkpoints.load import LoadOptions
+from llava_core.errors import CheckpointError, ImageError
+from llava_core.evaluation.task import Sample
+from llava_core.images.preprocess import preprocess
+from llava_core.inference import LocalAnswerer, LocalModel
+from llava_core.prompts.tokenize import IMAGE_TOKEN_ID
+from llava_core.types import GenerationRequest, ImagePart, Message, SamplingParams, TextPart
+from llava_core.vision.clip import normalise
+
+
+def picture(seed: int) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (30, 45, 3), np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def ask(text: str, *images: bytes, max_tokens: int = 12, name: str = "r") -> GenerationRequest:
+    parts = (*(ImagePart(image) for image in images), TextPart(text))
+    return GenerationRequest(name, (Message("user", parts),), SamplingParams(max_tokens=max_tokens))
+
+
+@pytest.fixture
+def model(tiny_checkpoint: Path) -> LocalModel:
+    return LocalModel(tiny_checkpoint, options=LoadOptions(dtype="float32"))
+
+
+def test_greedy_answers_equal_transformers(model: LocalModel, reference_model: LlavaForConditionalGeneration) -> None:
+    request = ask("What is it?", picture(0))
+    request = replace(request, sampling=replace(request.sampling, ignore_eos=True))
+    tokens = [token for delta in model.stream(request) for token in delta.token_ids]
+    prepared = model.preparer.prepare(request)
+    image_token = reference_model.config.image_token_id
+    ids = [image_token if token == IMAGE_TOKEN_ID else token for token in prepared.prompt_ids]
+    tile = preprocess(Image.open(io.BytesIO(picture(0))).convert("RGB"), model.preparer.preprocess)
+    generated = reference_model.generate(
+        input_ids=torch.tensor([ids]),
+        attention_mask=torch.ones(1, len(ids), dtype=torch.int64),
+        pixel_values=normalise(torch.from_numpy(tile.copy()), model.preparer.preprocess),
+        max_new_tokens=12,
+        min_new_tokens=12,
+        do_sample=False,
+        eos_token_id=None,
+    )
+    assert tokens == generated[0, len(ids) :].tolist()
+
+
+def test_the_last_delta_tells_reason_usage_and_times(model: LocalModel) -> None:
+    deltas = list(model.stream(ask("Hi", picture(1), picture(2), max_tokens=5)))
+    assert all(delta.finish_reason is None for delta in deltas[:-1])
+    last = deltas[-1]
+    assert last.finish_reason in ("stop", "length")
+    assert last.usage is not None
+    assert last.usage.image_tokens == 8
+    assert last.usage.completion_tokens == sum(len(delta.token_ids) for delta in deltas) <= 5
+    assert {"queue", "prefill", "decode"} <= set(last.stage_ms)
+
+
+def test_an_abandoned_answer_leaves_nothing_behind(model: LocalModel) -> None:
+    stream = model.stream(ask("Hi"))
+    next(stream)
+    stream.close()
+    assert not model.engine.has_work
+    assert list(model.stream(ask("Hi")))
+
+
+def test_a_bad_picture_is_refused_before_anything_is_queued(model: LocalModel) -> None:
+    with pytest.raises(ImageError):
+        next(iter(model.stream(ask("Hi", b"rubbish"))))
+    assert not model.engine.has_work
+
+
+def test_a_folder_that_is_not_there_is_named() -> None:
+    with pytest.raises(CheckpointError, match="/no/such/model"):
+        LocalModel("/no/such/model")
+
+
+def test_an_answerer_gives_every_sample_the_answer_it_gets_alone(model: LocalModel) -> None:
+    samples = [Sample(str(index), "kind", f"Question {index}?", "", picture(index)) for index in range(5)]
+    answers = {answer.sample.id: answer.text for answer in LocalAnswerer(model, together=3).answer(samples)}
+    assert set(answers) == {sample.id for sample in samples}
+    for sample in samples[:2]:
+        alone = model.stream(ask(sample.question, sample.image, max_tokens=256))
+        assert answers[sample.id] == "".join(delta.text for delta in alone)

@@ -1,0 +1,142 @@
+"""Preparing requests: ids and tiles as the model wants them, and every mistake of a caller named by field and limit."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from llava_core.checkpoints.describe import load_preparer
+from llava_core.errors import ImageError, PromptTooLongError, RequestError
+from llava_core.images.loading import ImageLimits
+from llava_core.prepare import Preparer, RequestLimits, message_text, tile_digest
+from llava_core.prompts.tokenize import IMAGE_TOKEN_ID
+from llava_core.types import GenerationRequest, ImagePart, Message, SamplingParams, Size, TextPart
+from tests.tiny import CONTEXT_LENGTH, IMAGE_SIZE, IMAGE_TOKENS, SYSTEM
+
+
+def png(width: int = 40, height: int = 20, colour: str = "red") -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (width, height), colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def user(*parts: str | bytes) -> Message:
+    return Message("user", tuple(TextPart(part) if isinstance(part, str) else ImagePart(part) for part in parts))
+
+
+def assistant(text: str) -> Message:
+    return Message("assistant", (TextPart(text),))
+
+
+def request(*messages: Message, system: str | None = None, **sampling: Any) -> GenerationRequest:
+    return GenerationRequest("r1", messages, SamplingParams(**sampling), system)
+
+
+@pytest.fixture(scope="module")
+def preparer(tiny_checkpoint: Path) -> Preparer:
+    limits = RequestLimits(max_images=2, max_text=300, image=ImageLimits(max_pixels=10_000))
+    return load_preparer(tiny_checkpoint, limits=limits)
+
+
+def text_of(preparer: Preparer, ids: tuple[int, ...]) -> str:
+    return preparer.tokenizer.decode([token for token in ids if token != IMAGE_TOKEN_ID])  # type: ignore[attr-defined]
+
+
+def test_a_question_about_a_picture(preparer: Preparer) -> None:
+    prepared = preparer.prepare(request(user(png(), "What is it?"), max_tokens=5))
+    assert prepared.request_id == "r1"
+    assert prepared.sampling.max_tokens == 5
+    assert prepared.prompt_ids.count(IMAGE_TOKEN_ID) == IMAGE_TOKENS
+    assert text_of(preparer, prepared.prompt_ids) == f"{SYSTEM} USER: \nWhat is it? ASSISTANT:"
+    (image,) = prepared.images
+    assert image.size == Size(40, 20)
+    assert image.tiles.shape == (1, IMAGE_SIZE, IMAGE_SIZE, 3)
+
+
+def test_pictures_stand_before_the_text_wherever_the_caller_put_them(preparer: Preparer) -> None:
+    after = preparer.prepare(request(user("Compare.", png(), png(30, 30))))
+    before = preparer.prepare(request(user(png(), png(30, 30), "Compare.")))
+    assert after.prompt_ids == before.prompt_ids
+    assert [image.size for image in after.images] == [Size(40, 20), Size(30, 30)]
+
+
+def test_a_text_only_request_has_no_pictures(preparer: Preparer) -> None:
+    prepared = preparer.prepare(request(user("Hi"), assistant("Hello"), user("Bye")))
+    assert prepared.images == ()
+    assert text_of(preparer, prepared.prompt_ids).endswith("USER: Hi ASSISTANT: HelloUSER: Bye ASSISTANT:")
+
+
+def test_a_system_text_replaces_the_templates(preparer: Preparer) -> None:
+    assert text_of(preparer, preparer.prepare(request(user("Hi"), system="Be brief.")).prompt_ids).startswith(
+        "Be brief."
+    )
+
+
+def test_equal_pixels_have_equal_digests_whatever_their_encoding(preparer: Preparer) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (40, 20), "red").save(buffer, "BMP")
+    digests = [
+        preparer.prepare(request(user(data, "x"))).images[0].digest
+        for data in (png(), buffer.getvalue(), png(colour="blue"))
+    ]
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_a_digest_knows_the_shape() -> None:
+    flat = np.zeros((1, 2, 8, 3), np.uint8)
+    assert tile_digest(flat) != tile_digest(flat.reshape(1, 8, 2, 3))
+
+
+@pytest.mark.parametrize(
+    ("bad", "param", "named"),
+    [
+        (request(), "messages", "last message must be the user's"),
+        (request(assistant("A")), "messages[0].role", "the role is 'assistant'"),
+        (request(user("Q"), user("Q")), "messages[1].role", "must alternate"),
+        (request(user("Q"), assistant("A")), "messages", "last message must be the user's"),
+        (request(user(png(), png(), png(), "Q")), "messages", "3 images; at most 2"),
+        (request(user("x" * 301)), "messages", "301 characters; at most 300"),
+        (request(user("say </s> now")), "messages[0].content", "'</s>', which is a control token"),
+        (request(user("Q"), assistant("A"), user("<image> again")), "messages[2].content", "'<image>'"),
+        (request(user("Q"), system="<s>"), "messages", "'<s>'"),
+    ],
+)
+def test_a_callers_mistake_is_named(preparer: Preparer, bad: GenerationRequest, param: str, named: str) -> None:
+    with pytest.raises(RequestError, match=named) as caught:
+        preparer.prepare(bad)
+    assert caught.value.param == param
+
+
+@pytest.mark.parametrize("data", [b"", b"not a picture", png()[:60], png(200, 200)])
+def test_a_bad_picture_is_named_by_its_place(preparer: Preparer, data: bytes) -> None:
+    with pytest.raises(ImageError) as caught:
+        preparer.prepare(request(user("Q"), assistant("A"), user("look", data)))
+    assert caught.value.param == "messages[2].content[1].image_url"
+
+
+@pytest.mark.parametrize(("text", "max_tokens", "param"), [("x" * 290, 100, "max_tokens"), ("x", 600, "max_tokens")])
+def test_an_answer_that_does_not_fit_is_refused(preparer: Preparer, text: str, max_tokens: int, param: str) -> None:
+    with pytest.raises(PromptTooLongError, match=str(CONTEXT_LENGTH)) as caught:
+        preparer.prepare(request(user(text), max_tokens=max_tokens))
+    assert caught.value.param == param
+
+
+def test_a_prompt_that_does_not_fit_is_refused(tiny_checkpoint: Path) -> None:
+    with pytest.raises(PromptTooLongError, match=f"context is {CONTEXT_LENGTH}"):
+        load_preparer(tiny_checkpoint).prepare(request(user("x" * 600)))
+
+
+def test_message_texts_keep_their_lines() -> None:
+    message = user("one", b"", "two")
+    assert message_text(message) == "<image>\none\ntwo"
+    assert message_text(message, with_images=False) == "one\ntwo"
+
+
+def test_limits_that_make_no_sense_are_refused() -> None:
+    with pytest.raises(ValueError, match="max_images=-1"):
+        RequestLimits(max_images=-1)
+    with pytest.raises(ValueError, match="max_text=0"):
+        RequestLimits(max_text=0)
