@@ -129,7 +129,7 @@ def measure_answers(port: int, num_requests: int) -> dict[str, Any]:
 
 
 def compare(served: list[Timing], empty: list[Timing], local: list[Timing]) -> dict[str, float]:
-    """What the graph adds to the time to first token, and how that compares with the empty graph, request by request."""
+    """What the graph adds to the time to first token, and that over the empty graph's, request by request."""
     added = [one.first - other.first for one, other in zip(served, local, strict=True)]
     ratios = [more / yardstick.first for more, yardstick in zip(added, empty, strict=True)]
     return {"added_first_ms": milliseconds(added), "added_over_empty": round(statistics.median(ratios), 2)}
@@ -142,9 +142,7 @@ def make_picture(index: int) -> bytes:
 
 def ask_service(url: str, picture: bytes) -> Timing:
     body = chat_body(QUESTION, picture, "image/png", max_tokens=NUM_TOKENS, ignore_eos=True)
-    return clock(
-        (choice["delta"].get("content", "") for chunk in stream_chat(url, body) for choice in chunk["choices"])
-    )
+    return clock(choice["delta"].get("content", "") for chunk in stream_chat(url, body) for choice in chunk["choices"])
 
 
 def ask_empty(port: int, picture: bytes) -> Timing:

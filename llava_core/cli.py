@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import json
 import uuid
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from llava_core.errors import LlavaError
 
 if TYPE_CHECKING:
+    from llava_core.checkpoints.load import Dtype
     from llava_core.inference import LocalModel
     from llava_core.types import GenerationRequest
 
@@ -62,28 +63,34 @@ def main() -> None:
 @click.option("--max-tokens", type=click.IntRange(1), default=None, help="Longest answer (default: the context).")
 @click.option("--seed", type=int, default=None, help="Makes a sampled answer repeatable.")
 @click.option("--template", default=None, help="Prompt template (default: the one the checkpoint declares).")
-@click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto", show_default=True)
+@click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto", help="[auto]")
 @click.option("--device", default="cpu", show_default=True)
 @click.option("--format", "output", type=click.Choice(["text", "json"]), default="text", show_default=True)
-def ask(
-    question: str,
-    model: str | None,
-    images: tuple[Path, ...],
-    temperature: float,
-    max_tokens: int | None,
-    seed: int | None,
-    template: str | None,
-    dtype: str,
-    device: str,
-    output: str,
-) -> None:
+def ask(question: str, **given: Any) -> None:
     """Answer QUESTION, about pictures if there are any, in this process."""
     from llava_core.types import GenerationRequest, ImagePart, Message, SamplingParams, TextPart
 
-    sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
-    parts = (*(ImagePart(_read(path)) for path in images), TextPart(question))
-    request = GenerationRequest(uuid.uuid4().hex, (Message("user", parts),), sampling)
-    _print_answer(_load(model, template, dtype, device), request, output)
+    options = _AskOptions(**given)
+    sampling = SamplingParams(max_tokens=options.max_tokens, temperature=options.temperature, seed=options.seed)
+    pictures = [ImagePart(_read(path)) for path in options.images]
+    message = Message("user", (*pictures, TextPart(question)))
+    request = GenerationRequest(uuid.uuid4().hex, (message,), sampling)
+    _print_answer(_load(options), request, options.output)
+
+
+@dataclass(frozen=True)
+class _AskOptions:
+    """The options of `llava ask`, as click hands them over."""
+
+    model: str | None
+    images: tuple[Path, ...]
+    temperature: float
+    max_tokens: int | None
+    seed: int | None
+    template: str | None
+    dtype: Dtype
+    device: str
+    output: str
 
 
 def _read(path: Path) -> bytes:
@@ -93,11 +100,12 @@ def _read(path: Path) -> bytes:
         raise click.ClickException(f"{path} cannot be read: {error.strerror}") from error
 
 
-def _load(model: str | None, template: str | None, dtype: str, device: str) -> LocalModel:
+def _load(options: _AskOptions) -> LocalModel:
     from llava_core.checkpoints.load import LoadOptions
     from llava_core.inference import DEFAULT_MODEL, LocalModel
 
-    return LocalModel(model or DEFAULT_MODEL, options=LoadOptions(device=device, dtype=dtype), template=template)
+    load = LoadOptions(device=options.device, dtype=options.dtype)
+    return LocalModel(options.model or DEFAULT_MODEL, options=load, template=options.template)
 
 
 def _print_answer(model: LocalModel, request: GenerationRequest, output: str) -> None:

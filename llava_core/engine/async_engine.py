@@ -106,7 +106,8 @@ class AsyncEngine:
                 self._step_started = None
                 if outputs:
                     self._loop.call_soon_threadsafe(self._deliver, outputs)
-        except Exception:  # noqa: BLE001 - last resort: the thread must not die without telling its readers
+        except Exception:
+            # The last resort: the thread must not die without telling its readers.
             logger.exception("the engine thread failed; every running request ends")
         self._end_all()
 

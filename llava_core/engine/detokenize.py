@@ -18,7 +18,7 @@ class Decoder(Protocol):
 
 
 class IncrementalDetokenizer:
-    """The text of one answer as it grows. `is_stopped` turns true once a stop string was met; it is not part of the text.
+    """The text of one answer as it grows. `is_stopped` turns true once a stop string, itself left out, was met.
 
     Leading white space is dropped: it belongs to the prompt's last token, not to the answer.
     """

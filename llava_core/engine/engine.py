@@ -115,7 +115,8 @@ class Engine:
         is_prefill = not state.output_ids
         features = [image.features for image in state.request.features] if is_prefill else []
         packed = torch.tensor([list(ids)], device=self.model.device)
-        return self.model(packed, features, state.cache, last_only=True)[0, -1]
+        logits: torch.Tensor = self.model(packed, features, state.cache, last_only=True)
+        return logits[0, -1]
 
     def _settle(self, state: RequestState, token: int) -> TokenDelta:
         is_eos = token in self._eos_ids and not state.request.sampling.ignore_eos

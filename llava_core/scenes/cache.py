@@ -81,7 +81,7 @@ def render_training_picture(scene: Scene) -> Image.Image:
 
 
 def open_cache(folder: Path, spec: CacheSpec) -> SceneCache:
-    """The cache in `folder`, drawn now as far as it is missing. A cache with another spec is refused, not overwritten."""
+    """The cache in `folder`, drawn now as far as it is missing; one with another spec is refused, not overwritten."""
     folder.mkdir(parents=True, exist_ok=True)
     marker = folder / "spec.json"
     if marker.exists() and json.loads(marker.read_text()) != asdict(spec):
@@ -106,9 +106,7 @@ def open_cache(folder: Path, spec: CacheSpec) -> SceneCache:
     return SceneCache(spec, arrays["tiles"], arrays["labels"])
 
 
-def _draw_chunks(
-    spec: CacheSpec, start: int
-) -> Iterator[tuple[int, npt.NDArray[np.uint8], npt.NDArray[np.uint8]]]:
+def _draw_chunks(spec: CacheSpec, start: int) -> Iterator[tuple[int, npt.NDArray[np.uint8], npt.NDArray[np.uint8]]]:
     firsts = range(start, spec.num_scenes, _CHUNK)
     if not firsts:
         return
@@ -147,11 +145,10 @@ def patch_labels(scene: Scene, spec: CacheSpec) -> npt.NDArray[np.uint8]:
         labels[row, column, 0] = 1
     if scene.text is not None:
         alphabet = LETTERS + DIGITS
-        for character, (x, y) in zip(scene.text.text, character_centres(scene.text), strict=True):
-            x, y = (x + shift[0]) * scale, (y + shift[1]) * scale
-            column = min(max(x / spec.patch, 0), spec.grid - 0.01)
-            slot = 5 if column % 1 < 0.5 else 6
-            labels[int(y / spec.patch), int(column), slot] = 1 + alphabet.index(character)
+        for character, (left, top) in zip(scene.text.text, character_centres(scene.text), strict=True):
+            across = min(max((left + shift[0]) * scale / spec.patch, 0.0), spec.grid - 0.01)
+            down = int((top + shift[1]) * scale / spec.patch)
+            labels[down, int(across), 5 if across % 1 < 0.5 else 6] = 1 + alphabet.index(character)
     return labels.reshape(-1, len(LABELS))
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 if TYPE_CHECKING:
-    from llava_core.evaluation.task import Answerer
+    from llava_core.evaluation.task import Answer, Answerer
 
 
 @click.group("default-model")
@@ -25,14 +25,14 @@ def default_model() -> None:
 
 @default_model.command()
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--work", type=click.Path(path_type=Path), default=Path("runs/default-model"), help="Pictures, checkpoints.")
+@click.option("--work", type=click.Path(path_type=Path), default=Path("runs/work"), help="Pictures, checkpoints.")
 @click.option("--scale", type=float, default=1.0, help="Multiply pictures and steps, for a quick trial.")
 def build(out: Path, work: Path, scale: float) -> None:
     """Draw the pictures and train every stage into OUT; run again after an interruption and it goes on."""
-    from llava_core.scenes.recipe import Recipe, build as run
+    from llava_core.scenes import recipe
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    run(Recipe().scaled(scale), work, out)
+    recipe.build(recipe.Recipe().scaled(scale), work, out)
 
 
 @default_model.command()
@@ -40,7 +40,7 @@ def build(out: Path, work: Path, scale: float) -> None:
 @click.option("--url", default=None, help="Ask a running service instead, such as http://127.0.0.1:8000.")
 @click.option("--questions", type=click.IntRange(9), default=2000)
 @click.option("--image-format", type=click.Choice(["png", "jpeg"]), default="png")
-@click.option("--errors", type=click.Path(path_type=Path), default=None, help="Write wrong answers here, as JSON lines.")
+@click.option("--errors", type=click.Path(path_type=Path), default=None, help="Write wrong answers to this file.")
 def evaluate(
     model: str | None, url: str | None, questions: int, image_format: Literal["png", "jpeg"], errors: Path | None
 ) -> None:
@@ -52,12 +52,16 @@ def evaluate(
     answerer = _answerer(model, url)
     with click.progressbar(answerer.answer(samples), length=len(samples), label="answering") as bar:
         answers = list(bar)
-    click.echo(f"{url or model or 'default model'}, {image_format}, {platform.machine()}, Python {platform.python_version()}")
+    click.echo(f"{url or model or 'default model'}, {image_format}, {platform.machine()}")
     click.echo(score(answers).table())
     if errors is not None:
-        wrong = [answer for answer in answers if not answer.is_right]
-        rows = [{"kind": a.sample.kind, "question": a.sample.question, "expected": a.sample.expected, "answer": a.text} for a in wrong]
-        errors.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        errors.write_text("".join(_error_line(answer) for answer in answers if not answer.is_right))
+
+
+def _error_line(answer: Answer) -> str:
+    sample = answer.sample
+    row = {"kind": sample.kind, "question": sample.question, "expected": sample.expected, "answer": answer.text}
+    return json.dumps(row) + "\n"
 
 
 def _answerer(model: str | None, url: str | None) -> Answerer:

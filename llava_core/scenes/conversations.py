@@ -17,7 +17,9 @@ from llava_core.prompts.conversation import IMAGE_PLACEHOLDER, Turn
 from llava_core.prompts.templates import get_template
 from llava_core.prompts.tokenize import TokenizedPrompt, Tokenizer
 from llava_core.scenes.cache import SceneCache
-from llava_core.scenes.questions import SENTENCE_REQUESTS, SHORT_REQUESTS, Question, ask_all, describe_scene
+from llava_core.scenes.phrases import describe_scene
+from llava_core.scenes.question import SENTENCE_REQUESTS, SHORT_REQUESTS, Question
+from llava_core.scenes.questions import ask_all
 from llava_core.scenes.scene import Scene
 from llava_core.scenes.tokenizer import TEMPLATE_NAME
 from llava_core.training.collate import Example

@@ -148,8 +148,8 @@ def font_files() -> tuple[str, ...]:
     import matplotlib
 
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
-    wanted = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSansMono", "DejaVuSansMono-Bold", "DejaVuSerif", "DejaVuSerif-Bold")
-    return ("", *(str(folder / f"{name}.ttf") for name in wanted))
+    families = ("DejaVuSans", "DejaVuSansMono", "DejaVuSerif")
+    return ("", *(str(folder / f"{family}{weight}.ttf") for family in families for weight in ("", "-Bold")))
 
 
 @functools.lru_cache(maxsize=512)

@@ -4,7 +4,6 @@ Dense labels teach a small tower far faster than answers do. The heads are throw
 tower whose patch features spell out shape, colour, size, place and characters. Knows nothing about language.
 """
 
-from pathlib import Path
 from typing import TypedDict
 
 import numpy as np
@@ -13,8 +12,9 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from llava_core.images.preprocess import CLIP_MEAN, CLIP_STD
+from llava_core.images.preprocess import PreprocessConfig
 from llava_core.scenes.cache import LABELS, SceneCache
+from llava_core.vision.clip import normalise
 
 # Patches that show nothing are most of a picture; characters are the rarest and the hardest.
 _EMPTY = 2.0
@@ -52,12 +52,11 @@ class PatchNamer(nn.Module):
         self.tower = CLIPVisionModel._from_config(config, attn_implementation="eager")
         _init_positions(self.tower, config)
         self.head = nn.Linear(config.hidden_size, sum(LABELS.values()))
-        self.register_buffer("mean", torch.tensor(CLIP_MEAN).view(1, 3, 1, 1) * 255, persistent=False)
-        self.register_buffer("std", torch.tensor(CLIP_STD).view(1, 3, 1, 1) * 255, persistent=False)
+        self.preprocess = PreprocessConfig(size=self.tower.config.image_size)
 
     def forward(self, tiles: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """`tiles` uint8 (batch, size, size, 3), `labels` uint8 (batch, patches, len(LABELS)) → loss and accuracy."""
-        pixels = (tiles.permute(0, 3, 1, 2).float() - self.mean) / self.std
+        pixels = normalise(tiles, self.preprocess)
         hidden = self.tower(pixels, output_hidden_states=True).hidden_states[-1][:, 1:]
         logits = self.head(hidden).float()
         total = torch.zeros((), device=logits.device)
@@ -79,6 +78,8 @@ def _init_positions(tower: CLIPVisionModel, config: CLIPVisionConfig) -> None:
     CLIP's own start, noise of 0.02, is drowned by pixels: the tower would spend its first thousand steps without
     knowing where a patch is.
     """
+    assert isinstance(config.image_size, int)
+    assert isinstance(config.patch_size, int)
     side, quarter = config.image_size // config.patch_size, config.hidden_size // 4
     frequencies = 100.0 ** (-torch.arange(quarter) / quarter)
     angles = torch.arange(side)[:, None] * frequencies
@@ -99,8 +100,3 @@ def tower_config(size: int, patch: int) -> CLIPVisionConfig:
         num_attention_heads=3,
         hidden_act="quick_gelu",
     )
-
-
-def save_tower(namer: PatchNamer, folder: Path) -> None:
-    """The tower alone, as transformers saves a CLIP vision model."""
-    namer.tower.save_pretrained(folder)

@@ -5,24 +5,12 @@ A question is asked only where its answer is beyond doubt. Knows scenes, not pic
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
 
-from llava_core.scenes.scene import Scene, SceneObject
+from llava_core.scenes.comparisons import ask_comparison
+from llava_core.scenes.phrases import article, at, describe_scene, noun, plural, refer
+from llava_core.scenes.question import Question
+from llava_core.scenes.scene import Scene
 from llava_core.scenes.vocabulary import COLOURS, SHAPES
-
-SENTENCE_REQUESTS = ("Answer in a sentence.", "Answer in a full sentence.", "Reply with a full sentence.")
-SHORT_REQUESTS = ("Answer the question using a single word or phrase.", "Answer briefly.", "Answer in one word.")
-
-
-@dataclass(frozen=True)
-class Question:
-    """`kind` is the question type of the evaluation; `answer` the short answer, `sentence` the same as a sentence."""
-
-    kind: str
-    text: str
-    answer: str
-    sentence: str
-
 
 Maker = Callable[[Scene, random.Random], Question | None]
 
@@ -37,57 +25,6 @@ def ask_all(scene: Scene, rng: random.Random, num_questions: int) -> list[Questi
         if question is not None and len(asked) < num_questions:
             asked.setdefault("describe" if kind == "describe" else question.text, question)
     return sorted(asked.values(), key=lambda question: question.kind == "describe")
-
-
-def describe_scene(scene: Scene) -> str:
-    """All objects in reading order, then the printed text: the long answer."""
-    parts = [f"a {o.size} {o.colour} {o.shape} {at(o.place)}" for o in scene.objects]
-    if scene.text is not None:
-        parts.append(f"the {scene.text.kind} {scene.text.text} {at(scene.text.place)}")
-    listed = ", ".join(parts[:-1]) + " and " + parts[-1] if len(parts) > 1 else parts[0]
-    return listed[0].upper() + listed[1:] + "."
-
-
-def at(place: str) -> str:
-    """The place with its preposition: `in the center`, `on the left`, `at the top right`."""
-    if place == "center":
-        return "in the center"
-    return f"on the {place}" if place in ("left", "right") else f"at the {place}"
-
-
-def refer(thing: SceneObject, scene: Scene, rng: random.Random, *, without: str = "") -> str | None:
-    """A noun phrase that fits only this object and does not mention the attribute `without`; None if there is none.
-
-    Looks like `star`, `red object`, `small red star` or `object at the top left`.
-    """
-    attributes = [name for name in ("size", "colour", "shape") if name != without]
-    combinations = [("shape",), ("colour",), ("colour", "shape"), ("size", "shape"), ("size", "colour", "shape")]
-    usable = [c for c in combinations if set(c) <= set(attributes) and not ("size" in c and thing.size == "medium")]
-    unique = [c for c in usable if sum(_agrees(thing, other, c) for other in scene.objects) == 1]
-    phrases = [_phrase(thing, c, rng) for c in unique]
-    if without != "place" and sum(o.place == thing.place for o in scene.objects) == 1 and not _text_at(scene, thing):
-        phrases.append(f"{noun(rng)} {at(thing.place)}")
-    return rng.choice(phrases) if phrases else None
-
-
-def noun(rng: random.Random) -> str:
-    """What any object may be called."""
-    return rng.choice(("object", "shape", "thing", "figure"))
-
-
-def _agrees(one: SceneObject, other: SceneObject, names: tuple[str, ...]) -> bool:
-    return all(getattr(one, name) == getattr(other, name) for name in names)
-
-
-def _phrase(thing: SceneObject, names: tuple[str, ...], rng: random.Random) -> str:
-    words = [getattr(thing, name) for name in names]
-    if "shape" not in names:
-        words.append(noun(rng))
-    return " ".join(words)
-
-
-def _text_at(scene: Scene, thing: SceneObject) -> bool:
-    return scene.text is not None and scene.text.place == thing.place
 
 
 def _describe(scene: Scene, rng: random.Random) -> Question | None:
@@ -123,14 +60,15 @@ def _exists(scene: Scene, rng: random.Random) -> Question | None:
         phrase, present, said = f"a {shape}", any(o.shape == shape for o in scene.objects), f"a {shape}"
     elif form < 0.5:
         present = any(o.colour == colour for o in scene.objects)
-        phrase = said = f"{_article(colour)} {colour} {noun(rng)}"
+        phrase = said = f"{article(colour)} {colour} {noun(rng)}"
     else:
         present = any((o.colour, o.shape) == (colour, shape) for o in scene.objects)
-        phrase = said = f"{_article(colour)} {colour} {shape}"
+        phrase = said = f"{article(colour)} {colour} {shape}"
     where = rng.choice(("", "", " in the picture", " in the image", " in this image"))
     lead = rng.choice(("Is there", "Is there", "Can you see", "Do you see", "Does the picture show"))
     where = "" if lead.startswith("Does") else where
-    sentence = f"Yes, there is {said}." if present else f"No, there is no {said.removeprefix('a ').removeprefix('an ')}."
+    thing = said.removeprefix("a ").removeprefix("an ")
+    sentence = f"Yes, there is {said}." if present else f"No, there is no {thing}."
     return Question("exists", f"{lead} {phrase}{where}?", "yes" if present else "no", sentence)
 
 
@@ -149,10 +87,6 @@ def _probe(scene: Scene, rng: random.Random) -> tuple[str, str]:
     return rng.choice(list(COLOURS)), rng.choice(SHAPES)
 
 
-def _article(word: str) -> str:
-    return "an" if word[0] in "aeiou" else "a"
-
-
 def _count(scene: Scene, rng: random.Random) -> Question | None:
     one = rng.choice(scene.objects)
     form = rng.random()
@@ -160,14 +94,14 @@ def _count(scene: Scene, rng: random.Random) -> Question | None:
         matches, phrase, singular = list(scene.objects), f"{noun(rng)}s", "object"
     elif form < 0.65:
         shape = one.shape if rng.random() < 0.75 else rng.choice(SHAPES)
-        matches, phrase, singular = [o for o in scene.objects if o.shape == shape], _plural(shape), shape
+        matches, phrase, singular = [o for o in scene.objects if o.shape == shape], plural(shape), shape
     elif form < 0.9:
         colour = one.colour if rng.random() < 0.75 else rng.choice(list(COLOURS))
         matches = [o for o in scene.objects if o.colour == colour]
         phrase, singular = f"{colour} {noun(rng)}s", f"{colour} object"
     else:
         matches = [o for o in scene.objects if (o.colour, o.shape) == (one.colour, one.shape)]
-        phrase, singular = f"{one.colour} {_plural(one.shape)}", f"{one.colour} {one.shape}"
+        phrase, singular = f"{one.colour} {plural(one.shape)}", f"{one.colour} {one.shape}"
     number = len(matches)
     text = rng.choice(
         (
@@ -179,12 +113,8 @@ def _count(scene: Scene, rng: random.Random) -> Question | None:
             f"What is the number of {phrase}?",
         )
     )
-    counted = f"There is 1 {singular}." if number == 1 else f"There are {number} {_plural(singular)}."
+    counted = f"There is 1 {singular}." if number == 1 else f"There are {number} {plural(singular)}."
     return Question("count", text, str(number), counted)
-
-
-def _plural(word: str) -> str:
-    return f"{word}es" if word.endswith("ss") else f"{word}s"
 
 
 def _colour(scene: Scene, rng: random.Random) -> Question | None:
@@ -265,79 +195,6 @@ def _where(scene: Scene, rng: random.Random) -> Question | None:
     return Question("where", text, place, f"The {phrase} is {at(place)}.")
 
 
-def _compare(scene: Scene, rng: random.Random) -> Question | None:
-    if len(scene.objects) < 2:
-        return None
-    one, other = rng.sample(scene.objects, 2)
-    first, second = refer(one, scene, rng, without="place"), refer(other, scene, rng, without="place")
-    if first is None or second is None or first == second:
-        return None
-    return rng.choice((_beside, _beside, _same, _bigger, _more))(scene, rng, (one, first), (other, second))
-
-
-Named = tuple[SceneObject, str]
-
-
-def _yes_no(text: str, said: str, negated: str, *, holds: bool) -> Question:
-    sentence = f"Yes, {said}." if holds else f"No, {negated}."
-    return Question("compare", text, "yes" if holds else "no", sentence)
-
-
-def _beside(scene: Scene, rng: random.Random, one: Named, other: Named) -> Question | None:
-    (a, first), (b, second) = one, other
-    horizontal = rng.random() < 0.5
-    gap = (a.x - b.x) / scene.width if horizontal else (a.y - b.y) / scene.height
-    if abs(gap) < 0.12:
-        return None
-    before = rng.random() < 0.5
-    words = ("to the left of", "to the right of") if horizontal else ("above", "below")
-    word = words[0] if before else words[1]
-    said = f"the {first} is {word} the {second}"
-    return _yes_no(
-        f"Is the {first} {word} the {second}?", said, said.replace(" is ", " is not ", 1), holds=(gap < 0) == before
-    )
-
-
-def _same(scene: Scene, rng: random.Random, one: Named, other: Named) -> Question | None:
-    (a, first), (b, second) = one, other
-    name = rng.choice(("colour", "shape", "size"))
-    if name == "size" and "medium" in (a.size, b.size):
-        return None
-    word = rng.choice(("colour", "color")) if name == "colour" else name
-    holds = getattr(a, name) == getattr(b, name)
-    text = f"{rng.choice(('Do', 'Do'))} the {first} and the {second} have the same {word}?"
-    return _yes_no(text, f"they have the same {word}", f"they do not have the same {word}", holds=holds)
-
-
-def _bigger(scene: Scene, rng: random.Random, one: Named, other: Named) -> Question | None:
-    (a, first), (b, second) = one, other
-    bigger = rng.random() < 0.5
-    word = rng.choice(("larger", "bigger")) if bigger else "smaller"
-    if max(a.diameter, b.diameter) < 1.3 * min(a.diameter, b.diameter):
-        return None
-    holds = (a.diameter > b.diameter) == bigger
-    if rng.random() < 0.5:
-        winner = first if holds else second
-        text = f"Which is {word}, the {first} or the {second}?"
-        return Question("compare", text, f"the {winner}", f"The {winner} is {word}.")
-    said = f"the {first} is {word} than the {second}"
-    return _yes_no(
-        f"Is the {first} {word} than the {second}?", said, said.replace(" is ", " is not ", 1), holds=holds
-    )
-
-
-def _more(scene: Scene, rng: random.Random, one: Named, other: Named) -> Question | None:
-    key = rng.choice(("shape", "colour"))
-    names = [getattr(one[0], key), getattr(other[0], key)]
-    if names[0] == names[1]:
-        return None
-    counts = [sum(getattr(o, key) == name for o in scene.objects) for name in names]
-    thing = noun(rng)
-    a, b = (_plural(name) if key == "shape" else f"{name} {thing}s" for name in names)
-    said = f"there are more {a} than {b}"
-    return _yes_no(f"Are there more {a} than {b}?", said, said.replace("are", "are not", 1), holds=counts[0] > counts[1])
-
-
 def _read(scene: Scene, rng: random.Random) -> Question | None:
     if scene.text is None:
         return None
@@ -367,7 +224,7 @@ MAKERS: dict[str, Maker] = {
     "shape": _shape,
     "size": _size,
     "where": _where,
-    "compare": _compare,
+    "compare": ask_comparison,
     "read": _read,
 }
 WEIGHTS = {

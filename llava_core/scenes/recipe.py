@@ -78,7 +78,12 @@ def build(recipe: Recipe, work: Path, out: Path) -> None:
     tokenizer = _tokenizer(recipe, work)
     language = LanguageSide(model_config(recipe, tokenizer), attention="sdpa")
     adapter = CheckpointTokenizer(tokenizer)
-    for purpose, stage in (("language", recipe.language), ("align", recipe.align), ("instruct", recipe.instruct)):
+    stages: dict[Purpose, StageSpec] = {
+        "language": recipe.language,
+        "align": recipe.align,
+        "instruct": recipe.instruct,
+    }
+    for purpose, stage in stages.items():
         _train_language(recipe, work, language, _dataset(cache, features, adapter, purpose, stage), purpose, stage)
     draw_curves({name: _curve(work / name) for name in ("tower", "language", "align", "instruct")}, work / "loss.png")
     save_llava_hf(out, tower, language, tokenizer)

@@ -1,4 +1,4 @@
-"""What is in a scene, and how one is drawn by lot: objects that do not overlap, in places that can be named without doubt.
+"""What is in a scene, and how one is made by lot: objects that do not overlap, in places that have names without doubt.
 
 Geometry only, in pixels of the picture to be drawn. Knows nothing about pixels' colours on canvas (draw.py) or
 language (questions.py).
@@ -55,7 +55,7 @@ class SceneText:
 
 @dataclass(frozen=True)
 class Scene:
-    """One picture: its size in pixels, background, objects in reading order, printed text if any, and a drawing seed."""
+    """One picture: its size in pixels, background, objects in reading order, printed text if any, a drawing seed."""
 
     width: int
     height: int

@@ -10,7 +10,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import PreTrainedTokenizerFast
 
 from llava_core.prompts.templates import get_template
-from llava_core.scenes.questions import SENTENCE_REQUESTS, SHORT_REQUESTS, ask_all
+from llava_core.scenes.question import SENTENCE_REQUESTS, SHORT_REQUESTS
+from llava_core.scenes.questions import ask_all
 from llava_core.scenes.scene import sample_scene
 
 TEMPLATE_NAME = "vicuna_v1"

@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import re
+import select
 import shutil
 import signal
 import socket
@@ -53,7 +54,6 @@ def _free_port() -> int:
 class Running:
     """A service in a process of its own."""
 
-    process: subprocess.Popen[str]
     url: str
     model: str
     logs: Path
@@ -79,27 +79,38 @@ def _ray_files() -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _start(command: str, files: Path, *arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", PROGRAM.format(command), *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "RAY_TMPDIR": str(files), "PYTHONPATH": os.pathsep.join(sys.path)},
-        start_new_session=True,
-    )
+@contextlib.contextmanager
+def _started(command: str, *arguments: str) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
+    """A command of ours in a terminal's place, and where its Ray keeps files; whatever it began ends with the block."""
+    with _ray_files() as files:
+        environment = {**os.environ, "RAY_TMPDIR": str(files), "PYTHONPATH": os.pathsep.join(sys.path)}
+        with subprocess.Popen(
+            [sys.executable, "-c", PROGRAM.format(command), *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            # So that what `select` says of the pipe is true of what `readline` can still read.
+            bufsize=0,
+            env=environment,
+            start_new_session=True,
+        ) as process:
+            try:
+                yield process, files
+            finally:
+                end(descendants(process.pid), patience_s=0.0)
+                process.kill()
 
 
-def _stop(process: subprocess.Popen[str], begun: set[Process]) -> int:
-    """As Ctrl-C does: to every process of the terminal. Returns the exit status, once nothing is left."""
+def _interrupt(process: subprocess.Popen[bytes]) -> None:
+    """As Ctrl-C does: to every process of the terminal. The command must end well, and nothing may be left of it."""
+    begun = descendants(process.pid)
     os.killpg(process.pid, signal.SIGINT)
-    try:
-        return process.wait(60)
-    finally:
-        process.kill()
-        left = {each for each in begun if each in descendants(1)}
-        end(begun, patience_s=0.0)
-        assert not left, f"{len(left)} processes were left behind"
+    assert process.wait(60) == 0
+    assert not _alive(begun)
+
+
+def _alive(processes: set[Process]) -> set[Process]:
+    """Those that have not ended, whoever has inherited them."""
+    return processes & descendants(1)
 
 
 @pytest.fixture(scope="module")
@@ -127,27 +138,21 @@ def service(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     config = tmp_path_factory.mktemp("service") / "config.yaml"
     config.write_text(yaml.safe_dump({"applications": [application]}))
     port = _free_port()
-    with _ray_files() as files, _start("serve", files, "--config", str(config), "--port", str(port)) as process:
-        printed = _read_until(process, "/health")
-        begun = descendants(process.pid)
-        assert "HTTP" in printed
-        yield Running(process, f"http://127.0.0.1:{port}", checkpoint.name, files / "ray")
-        assert _stop(process, begun) == 0
+    with _started("serve", "--config", str(config), "--port", str(port)) as (process, files):
+        assert "HTTP" in _read_until(process, "/health")
+        yield Running(f"http://127.0.0.1:{port}", checkpoint.name, files / "ray")
+        _interrupt(process)
 
 
-def _read_until(process: subprocess.Popen[str], mark: str) -> str:
-    """What a starting service prints. If it ends or stays silent for too long, so does the test."""
+def _read_until(process: subprocess.Popen[bytes], mark: str) -> str:
+    """What a starting service prints up to a line with this mark. Fails when it ends, or stays silent for too long."""
     assert process.stdout is not None
-    lines = []
-    with concurrent.futures.ThreadPoolExecutor(1) as reader:
-        while mark not in (lines[-1] if lines else ""):
-            line = reader.submit(process.stdout.readline)
-            try:
-                lines.append(line.result(START_S))
-            except TimeoutError:
-                os.killpg(process.pid, signal.SIGKILL)
-                raise
-            assert lines[-1], f"the service ended: {''.join(lines)}"
+    lines: list[str] = []
+    while mark not in (lines[-1] if lines else ""):
+        readable, _, _ = select.select([process.stdout], [], [], START_S)
+        assert readable, f"the service has stopped saying anything: {''.join(lines)}"
+        lines.append(process.stdout.readline().decode())
+        assert lines[-1], f"the service ended: {''.join(lines)}"
     return "".join(lines)
 
 
@@ -334,23 +339,21 @@ def test_the_demo_answers_and_leaves_nothing_behind(tiny_checkpoint: Path, tmp_p
     picture.write_bytes(plain())
     port = str(_free_port())
     options = ["--model", str(tiny_checkpoint), "--port", port, "--image", str(picture), "--question", "What is it?"]
-    with _ray_files() as files:
-        process = _start("demo", files, *options)
-        printed = _read_until(process, "ready after")
+    with _started("demo", *options) as (process, _):
+        printed = _read_until(process, "HTTP")
         begun = descendants(process.pid)
-        printed += process.communicate(timeout=START_S)[0]
+        printed += process.communicate(timeout=START_S)[0].decode()
     assert process.returncode == 0, printed
     assert "picture.png: What is it?" in printed
     assert all(stage in printed for stage in ("preprocess", "encode", "prefill", "decode", "total"))
     assert f"curl -sN http://127.0.0.1:{port}/v1/chat/completions" in printed
-    assert not begun & descendants(1)
+    assert not _alive(begun)
 
 
 def test_a_checkpoint_that_does_not_fit_its_config_ends_the_start(checkpoint_copy: Path) -> None:
     edit_json(checkpoint_copy / "config.json", lambda config: config["vision_config"].update(intermediate_size=48))
-    with _ray_files() as files:
-        process = _start("serve", files, "--model", str(checkpoint_copy), "--port", str(_free_port()))
-        printed = process.communicate(timeout=START_S)[0]
+    with _started("serve", "--model", str(checkpoint_copy), "--port", str(_free_port())) as (process, _):
+        printed = process.communicate(timeout=START_S)[0].decode()
     assert process.returncode == 1
     *_, error = printed.strip().splitlines()
     assert error.startswith(f"Error: VisionEncoder: {checkpoint_copy}: tower tensor")

@@ -274,7 +274,7 @@ class TestWhatIsRefused:
         refusal(bytes(data))
 
     def test_a_bomb_in_a_text_chunk(self) -> None:
-        text = b"comment\0\0" + zlib.compress(b"a" * 200_000_000, 9)
+        text = b"comment\0\0" + zlib.compress(b"a" * 20_000_000, 9)
         body = struct.pack(">I", len(text)) + b"zTXt" + text + struct.pack(">I", zlib.crc32(b"zTXt" + text))
         data = encoded(gradient())
         refusal(data[:33] + body + data[33:])

@@ -11,7 +11,7 @@ from llava_core.checkpoints.tokenizer import CheckpointTokenizer
 from llava_core.prompts.tokenize import IGNORE_LABEL, IMAGE_TOKEN_ID
 from llava_core.scenes.cache import SceneCache
 from llava_core.scenes.conversations import NO_PICTURE, ConversationSpec, Purpose, SceneConversations
-from llava_core.scenes.questions import describe_scene
+from llava_core.scenes.phrases import describe_scene
 from llava_core.training.collate import Example
 from tests.llava_core.scenes.conftest import SPEC
 

@@ -6,7 +6,9 @@ from collections import Counter
 
 import pytest
 
-from llava_core.scenes.questions import MAKERS, WEIGHTS, Question, ask_all, describe_scene
+from llava_core.scenes.phrases import describe_scene
+from llava_core.scenes.question import Question
+from llava_core.scenes.questions import MAKERS, WEIGHTS, ask_all
 from llava_core.scenes.scene import Scene, sample_scene
 from tests.llava_core.scenes.reading import PLACES, parse_description, read_answer
 
