@@ -1,7 +1,7 @@
 """`llava serve` and `llava demo`: the service in the foreground, and one question to it from start to finish.
 
-All that is printed is printed here; what Ray prints goes to a file. Found by `llava` through the entry-point group
-`llava.commands`, and imported only when one of the two is called.
+All that is printed is printed here; what Ray prints is dropped, and stands in its logs. Found by `llava` through the
+entry-point group `llava.commands`, and imported only when one of the two is called.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import shlex
 import signal
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
@@ -27,6 +26,7 @@ from llava_core.errors import LlavaError
 
 SCENE = Path(__file__).parents[1] / "examples" / "scene.png"
 QUESTION = "Describe the picture."
+LOGS = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / "session_latest" / "logs" / "serve"
 
 _config = click.option(
     "--config",
@@ -52,6 +52,7 @@ def serve(config: Path | None, model: str | None, host: str | None, port: int | 
             _say(terminal, f"\nServing {plan.args.served_name}. Ctrl-C stops it.")
             for method, path in (("POST", "/v1/chat/completions"), ("GET", "/v1/models"), ("GET", "/health")):
                 _say(terminal, f"  {method:4} {plan.url}{path}")
+            _say(terminal, f"  logs {LOGS}")
             with contextlib.suppress(KeyboardInterrupt):
                 signal.pause()
             _say(terminal, "\nStopping ...")
@@ -144,15 +145,14 @@ def _failing_in_one_line() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _terminal() -> Iterator[TextIO]:
-    """Where to print. File descriptors 1 and 2 go to a file meanwhile: Ray's processes write to them as well."""
+    """Where to print. File descriptors 1 and 2 lead nowhere meanwhile: Ray's processes write to them as well."""
     sys.stdout.flush()
     sys.stderr.flush()
     saved = os.dup(1), os.dup(2)
-    log_path = Path(tempfile.gettempdir()) / f"llava-serve-{os.getpid()}-{int(time.time())}.log"
-    with open(os.dup(saved[0]), "w", buffering=1, encoding="utf-8") as terminal, open(log_path, "wb") as log:
+    with open(os.dup(saved[0]), "w", buffering=1, encoding="utf-8") as terminal, tempfile.TemporaryFile() as noise:
         try:
-            os.dup2(log.fileno(), 1)
-            os.dup2(log.fileno(), 2)
+            os.dup2(noise.fileno(), 1)
+            os.dup2(noise.fileno(), 2)
             yield terminal
         finally:
             sys.stdout.flush()

@@ -103,6 +103,21 @@ def check_port(host: str, port: int) -> None:
             raise LaunchError(f"port {port} on {host} {reason}; choose another with --port") from None
 
 
+def check_resources(args: AppArgs, available: Mapping[str, float]) -> None:
+    """Raise LaunchError when the smallest number of replicas asks for more than there is: Serve would wait for ever."""
+    stages = (args.gateway, args.preprocessor, args.vision_encoder, args.generator)
+    wanted = {
+        "CPU": sum(stage.min_replicas * stage.num_cpus for stage in stages),
+        "GPU": sum(stage.min_replicas * stage.num_gpus for stage in stages),
+    }
+    for name, amount in wanted.items():
+        if amount > available.get(name, 0) + 1e-6:
+            raise LaunchError(
+                f"the stages ask for {amount:g} {name}s in all, and this machine has {available.get(name, 0):g}; "
+                f"lower num_{name.lower()}s or min_replicas in the configuration"
+            )
+
+
 def _read_config(path: Path | None) -> dict[str, Any]:
     if path is None:
         path = Path(CONFIG_FILE)
@@ -169,6 +184,9 @@ class LocalService:
             object_store_memory=_OBJECT_STORE_BYTES,
         )
         report(self._progress("Ray"))
+        if "deployments" not in _find_application(self.plan.config):
+            resources: Mapping[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+            check_resources(self.plan.args, resources)
         serve.start(proxy_location="HeadOnly", http_options=schema.http_options.model_dump())
         client = _get_global_client()
         assert client is not None
@@ -214,7 +232,7 @@ class LocalService:
                 if overview.status == "RUNNING":
                     return
                 messages = {stage: each.message for stage, each in deployments.items() if stage not in ready}
-                _raise_if_stuck(str(overview.status.value), overview.message, messages)
+                _raise_if_failed(str(overview.status.value), overview.message, messages)
             time.sleep(_POLL_S)
 
     def _wait_for_http(self) -> None:
@@ -231,14 +249,10 @@ class LocalService:
             time.sleep(_POLL_S)
 
 
-def _raise_if_stuck(status: str, message: str, stage_messages: Mapping[str, str]) -> None:
+def _raise_if_failed(status: str, message: str, stage_messages: Mapping[str, str]) -> None:
     if status in ("DEPLOY_FAILED", "UNHEALTHY"):
         reasons = [f"{stage}: {_cause(text)}" for stage, text in stage_messages.items() if _ERROR_LINE.search(text)]
         raise LaunchError("; ".join(reasons) or _cause(message))
-    for stage, text in stage_messages.items():
-        # Serve says so after 30 s, and would wait for ever.
-        if "to be scheduled" in text:
-            raise LaunchError(f"{stage} asks for CPUs or GPUs that this machine has not got: {text.splitlines()[0]}")
 
 
 def _cause(text: str) -> str:

@@ -95,7 +95,7 @@ class AppArgs(_Settings):
     limits: LimitArgs = LimitArgs()
     engine: EngineArgs = EngineArgs()
     gateway: StageArgs = StageArgs(num_cpus=0.1, max_ongoing_requests=1000)
-    preprocessor: StageArgs = StageArgs(num_cpus=0.2)
+    preprocessor: StageArgs = StageArgs(num_cpus=0.2, max_ongoing_requests=4)
     vision_encoder: ComputeArgs = ComputeArgs(num_cpus=0.3)
     generator: ComputeArgs = ComputeArgs(num_cpus=0.4, max_ongoing_requests=256, target_ongoing_requests=12)
 

@@ -57,7 +57,7 @@ class LanguageSide(nn.Module):
         """
         out = self.decoder(
             inputs_embeds=self.embed(ids, features),
-            attention_mask=mask,
+            attention_mask=None if mask is None else self._additive(mask),
             position_ids=positions,
             past_key_values=cache,
             use_cache=cache is not None,
@@ -65,3 +65,10 @@ class LanguageSide(nn.Module):
         )
         logits: Tensor = out.logits
         return logits
+
+    def _additive(self, mask: Tensor) -> Tensor:
+        """Who sees whom as numbers to add to scores. Not every attention takes booleans: eager would add 0 and 1."""
+        if mask.ndim == 2:
+            return mask
+        hidden = torch.finfo(self.decoder.dtype).min
+        return torch.zeros(mask.shape, dtype=self.decoder.dtype, device=mask.device).masked_fill(~mask, hidden)

@@ -15,10 +15,12 @@ from deployments.launcher import (
     LaunchError,
     LaunchPlan,
     _cause,
-    _raise_if_stuck,
+    _raise_if_failed,
     check_port,
+    check_resources,
     plan_launch,
 )
+from deployments.settings import AppArgs, ComputeArgs
 from llava_core.errors import CheckpointError
 
 
@@ -134,16 +136,17 @@ llava_core.errors.CheckpointError: /models/x: tower tensor a has shape (1,), con
 
 def test_a_stage_that_cannot_start_is_named_with_its_cause() -> None:
     with pytest.raises(LaunchError, match=r"^VisionEncoder: /models/x: tower tensor a has shape"):
-        _raise_if_stuck("DEPLOY_FAILED", "failed", {"VisionEncoder": TRACEBACK, "Generator": ""})
+        _raise_if_failed("DEPLOY_FAILED", "failed", {"VisionEncoder": TRACEBACK, "Generator": ""})
     with pytest.raises(LaunchError, match=r"^nobody knows$"):
-        _raise_if_stuck("UNHEALTHY", "nobody knows", {})
+        _raise_if_failed("UNHEALTHY", "nobody knows", {})
 
 
-def test_resources_that_are_not_there_end_the_wait() -> None:
-    message = "Deployment 'Generator' has 1 replicas that have taken more than 30s to be scheduled. This may be"
-    with pytest.raises(LaunchError, match="Generator asks for CPUs or GPUs"):
-        _raise_if_stuck("DEPLOYING", "", {"Generator": message})
-    _raise_if_stuck("DEPLOYING", "", {"Generator": "starting"})
+def test_resources_that_are_not_there_end_the_start() -> None:
+    check_resources(AppArgs(), {"CPU": 1.0})
+    with pytest.raises(LaunchError, match=r"ask for 1 CPUs in all, and this machine has 0\.5"):
+        check_resources(AppArgs(), {"CPU": 0.5})
+    with pytest.raises(LaunchError, match="ask for 2 GPUs in all, and this machine has 0; lower num_gpus"):
+        check_resources(AppArgs(generator=ComputeArgs(num_gpus=1, min_replicas=2, max_replicas=2)), {"CPU": 8.0})
 
 
 def test_other_errors_keep_their_class() -> None:

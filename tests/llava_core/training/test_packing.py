@@ -16,9 +16,10 @@ from tests.tiny import IMAGE_TOKENS, VISION_HIDDEN
 PREFIX = (1, *[IMAGE_TOKEN_ID] * IMAGE_TOKENS, 50)
 
 
-@pytest.fixture(scope="module")
-def language(tiny_checkpoint: Path) -> LanguageSide:
-    return load_language_side(tiny_checkpoint, LoadOptions(dtype="float32"))
+@pytest.fixture(scope="module", params=["sdpa", "eager"])
+def language(tiny_checkpoint: Path, request: pytest.FixtureRequest) -> LanguageSide:
+    """With each attention: they do not take masks in the same form."""
+    return load_language_side(tiny_checkpoint, LoadOptions(dtype="float32"), attention=request.param)
 
 
 def prompt(question: tuple[int, ...], answer: tuple[int, ...], prefix: tuple[int, ...] = PREFIX) -> TokenizedPrompt:
@@ -44,6 +45,19 @@ def test_losses_equal_those_of_separate_sequences(language: LanguageSide) -> Non
     packed = losses(language, pack_shared_prefix(PROMPTS, max_length=100), features)
     alone = [loss for one in PROMPTS for loss in losses(language, pack_alone(one), features)]
     assert packed == pytest.approx(alone, abs=1e-4)
+
+
+def test_no_token_sees_the_future(language: LanguageSide) -> None:
+    """Otherwise a model learns to copy its answers from behind, with a fine loss and no use."""
+    features = torch.randn(1, IMAGE_TOKENS, VISION_HIDDEN, generator=torch.Generator().manual_seed(0))
+    ids = PROMPTS[0].ids
+
+    def logits(last: int) -> Tensor:
+        batch = collate([{"tokens": pack_alone(prompt((), (*ids[len(PREFIX) : -1], last))), "features": features}])
+        with torch.inference_mode():
+            return language(batch["ids"], list(features), mask=batch["mask"], positions=batch["positions"])[0, :-1]
+
+    torch.testing.assert_close(logits(2), logits(99))
 
 
 def test_the_prefix_is_kept_once() -> None:
