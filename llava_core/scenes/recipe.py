@@ -57,10 +57,10 @@ class Recipe:
     patch: int = 16
     hidden_size: int = 192
     num_layers: int = 5
-    tower: StageSpec = StageSpec(2200, 128, 1.5e-3)
-    language: StageSpec = StageSpec(250, 48, 1e-3)
-    align: StageSpec = StageSpec(150, 128, 2e-3)
-    instruct: StageSpec = StageSpec(3600, 48, 1e-3)
+    tower: StageSpec = StageSpec(5000, 128, 1.5e-3)
+    language: StageSpec = StageSpec(400, 32, 1e-3)
+    align: StageSpec = StageSpec(300, 64, 2e-3)
+    instruct: StageSpec = StageSpec(12_000, 32, 1.2e-3)
 
     def scaled(self, factor: float) -> Recipe:
         """The same recipe with `factor` times the pictures and steps, for a trial run."""
@@ -76,7 +76,7 @@ def build(recipe: Recipe, work: Path, out: Path) -> None:
     tower = _pretrain_tower(recipe, cache, work)
     features = open_features(work / "features", cache, tower)
     tokenizer = _tokenizer(recipe, work)
-    language = LanguageSide(model_config(recipe, tokenizer), attention="sdpa")
+    language = LanguageSide(model_config(recipe, tokenizer), attention="eager")
     adapter = CheckpointTokenizer(tokenizer)
     stages: dict[Purpose, StageSpec] = {
         "language": recipe.language,
