@@ -43,6 +43,8 @@ ENVIRONMENT: Mapping[str, str] = {
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "120",
     # Despite its name: every port of a local Ray on the loopback interface alone.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    # Ray would run replicas at niceness 15, behind everything else on the machine.
+    "RAY_worker_niceness": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
 _OBJECT_STORE_BYTES = 1024**3
