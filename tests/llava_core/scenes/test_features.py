@@ -32,7 +32,9 @@ def test_features_are_the_towers(tmp_path: Path, cache: SceneCache, tower: ClipT
     assert (features.shape, features.dtype) == ((6, IMAGE_TOKENS, VISION_HIDDEN), np.float16)
     with torch.inference_mode():
         expected = tower(torch.from_numpy(np.array(cache.tiles))).numpy()
-    np.testing.assert_allclose(features, expected, rtol=2e-3, atol=2e-3)
+    # Computed in bfloat16, which has eight bits: a hundredth of the features' spread, layer upon layer.
+    error = np.sqrt(np.mean((features.astype(np.float32) - expected) ** 2))
+    assert error < 0.02 * expected.std()
 
 
 def test_an_interrupted_computation_goes_on(tmp_path: Path, cache: SceneCache, tower: ClipTower) -> None:
