@@ -118,8 +118,9 @@ def _running(plan: LaunchPlan, terminal: TextIO) -> Iterator[None]:
     _say(terminal, f"Starting {plan.args.served_name} on {plan.url} ...")
     try:
         service.start(lambda progress: _show(progress, terminal))
-        # Ray has installed a handler of its own by now.
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        # Ray has installed a handler of its own by now, and a shell ignores Ctrl-C for what it starts in the background.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.default_int_handler)
         yield
     finally:
         service.stop()
