@@ -118,7 +118,7 @@ def _running(plan: LaunchPlan, terminal: TextIO) -> Iterator[None]:
     _say(terminal, f"Starting {plan.args.served_name} on {plan.url} ...")
     try:
         service.start(lambda progress: _show(progress, terminal))
-        # Ray has installed a handler of its own by now, and a shell ignores Ctrl-C for what it starts in the background.
+        # Ray has installed a handler of its own by now, and what a shell starts in the background ignores Ctrl-C.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.default_int_handler)
         yield
