@@ -34,10 +34,10 @@ def stream_chat(base_url: str, body: dict[str, Any], *, timeout_s: float = 120.0
         connection.request(
             "POST", "/v1/chat/completions", json.dumps({**body, "stream": True}), {"content-type": "application/json"}
         )
-        response = connection.getresponse()
-        if response.status != http.HTTPStatus.OK:
-            raise AnswerError(f"the service answered {response.status}: {response.read().decode(errors='replace')}")
-        yield from _events(response)
+        with connection.getresponse() as response:
+            if response.status != http.HTTPStatus.OK:
+                raise AnswerError(f"the service answered {response.status}: {response.read().decode(errors='replace')}")
+            yield from _events(response)
     except (OSError, http.client.HTTPException) as error:
         raise AnswerError(f"the connection to {base_url} failed: {error}") from error
     finally:

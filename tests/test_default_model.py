@@ -2,6 +2,7 @@
 and every command and code block of the README."""
 
 import base64
+import functools
 import io
 import re
 import shlex
@@ -132,15 +133,16 @@ def is_healthy(url: str) -> bool:
     try:
         with urllib.request.urlopen(f"{url}/health", timeout=5):
             return True
+    except urllib.error.HTTPError as refusal:
+        refusal.close()
+        return False
     except (urllib.error.URLError, ConnectionError, TimeoutError):
         return False
 
 
 @pytest.mark.ray
 def test_known_scenes_are_answered_right_by_the_service_all_at_once(service_url: str) -> None:
-    client = OpenAI(base_url=f"{service_url}/v1", api_key="unused", max_retries=0)
-
-    def ask(scene: tuple[tuple[int, int], str, list[Draw], str, str]) -> str:
+    def ask(client: OpenAI, scene: tuple[tuple[int, int], str, list[Draw], str, str]) -> str:
         *drawn, question, _ = scene
         data = base64.b64encode(picture(*drawn)).decode()
         image = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
@@ -148,8 +150,8 @@ def test_known_scenes_are_answered_right_by_the_service_all_at_once(service_url:
         reply = client.chat.completions.create(model="scenes-llava", messages=[message])  # type: ignore[list-item]
         return normalise(reply.choices[0].message.content or "")
 
-    with ThreadPoolExecutor(8) as pool:
-        answers = list(pool.map(ask, SCENES))
+    with OpenAI(base_url=f"{service_url}/v1", api_key="unused", max_retries=0) as client, ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(functools.partial(ask, client), SCENES))
     assert answers == [scene[4] for scene in SCENES]
 
 

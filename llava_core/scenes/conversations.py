@@ -26,7 +26,7 @@ from llava_core.training.collate import Example
 from llava_core.training.dataset import build_example
 from llava_core.training.packing import Packed, pack_alone, pack_shared_prefix
 
-Purpose = Literal["language", "align", "instruct"]
+Purpose = Literal["language", "align", "instruct", "joint"]
 NO_PICTURE = "There is no picture."
 
 
@@ -44,28 +44,35 @@ class ConversationSpec:
 
 class SceneConversations(Dataset[Example]):
     """Examples of one purpose: `language` has the caption as text in place of the picture, `align` asks for the caption
-    alone, `instruct` asks everything. `features` is float16 (num_scenes, image_tokens, vision_hidden)."""
+    alone, `instruct` and `joint` ask everything. `images` has a row for each scene: the tower's features, or tiles."""
 
     def __init__(
-        self, cache: SceneCache, features: npt.NDArray[np.float16], tokenizer: Tokenizer, spec: ConversationSpec
+        self,
+        cache: SceneCache,
+        images: npt.NDArray[np.float16] | npt.NDArray[np.uint8],
+        tokenizer: Tokenizer,
+        spec: ConversationSpec,
+        *,
+        image_tokens: int,
     ) -> None:
         self.cache = cache
-        self.features = features
+        self.images = images
+        self.image_tokens = image_tokens
         self.tokenizer = tokenizer
         self.spec = spec
         self.template = get_template("plain" if spec.purpose == "align" else TEMPLATE_NAME)
 
     def __len__(self) -> int:
-        return len(self.features) * self.spec.passes
+        return len(self.images) * self.spec.passes
 
     def __getitem__(self, index: int) -> Example:
-        scene_index = index % len(self.features)
+        scene_index = index % len(self.images)
         rng = random.Random(f"{self.spec.purpose}:{index}")
         conversations = self._conversations(self.cache.scene(scene_index), rng)
         has_picture = IMAGE_PLACEHOLDER in (conversations[0][0].text or "")
-        image_tokens = [self.features.shape[1]] if has_picture else []
-        chosen = self.features[scene_index : scene_index + 1] if has_picture else self.features[:0]
-        return {"tokens": self._tokens(conversations, image_tokens), "features": torch.from_numpy(np.array(chosen))}
+        tokens = self._tokens(conversations, [self.image_tokens] if has_picture else [])
+        chosen = self.images[scene_index : scene_index + 1] if has_picture else self.images[:0]
+        return {"tokens": tokens, "images": torch.from_numpy(np.array(chosen))}
 
     def _tokens(self, conversations: list[list[Turn]], image_tokens: list[int]) -> Packed:
         limit = self.spec.max_length
@@ -85,9 +92,10 @@ class SceneConversations(Dataset[Example]):
         if self.spec.purpose == "align":
             return [[Turn("user", IMAGE_PLACEHOLDER), Turn("assistant", describe_scene(scene))]]
         questions = ask_all(scene, rng, self.spec.questions)
-        if self.spec.purpose == "instruct" and rng.random() < 0.01:
+        shows_picture = self.spec.purpose != "language"
+        if shows_picture and rng.random() < 0.01:
             return [[Turn("user", vary(questions[0].text, rng)), Turn("assistant", NO_PICTURE)]]
-        opening = f"{IMAGE_PLACEHOLDER}\n" if self.spec.purpose == "instruct" else f"{describe_scene(scene)}\n"
+        opening = f"{IMAGE_PLACEHOLDER}\n" if shows_picture else f"{describe_scene(scene)}\n"
         if rng.random() < self.spec.together:
             # Few enough that the description, which comes last, still fits.
             turns = [turn for question in questions[-8:] for turn in exchange(question, rng)]

@@ -76,13 +76,13 @@ def _probe(scene: Scene, rng: random.Random) -> tuple[str, str]:
     """A colour and a shape to ask for: of one object, mixed from two (a hard negative), or by lot."""
     kind = rng.random()
     one, other = rng.choice(scene.objects), rng.choice(scene.objects)
-    if kind < 0.42:
+    if kind < 0.30:
         return one.colour, one.shape
-    if kind < 0.62:
+    if kind < 0.52:
         return one.colour, other.shape
-    if kind < 0.75:
+    if kind < 0.68:
         return one.colour, rng.choice(SHAPES)
-    if kind < 0.88:
+    if kind < 0.84:
         return rng.choice(list(COLOURS)), one.shape
     return rng.choice(list(COLOURS)), rng.choice(SHAPES)
 
@@ -236,5 +236,5 @@ WEIGHTS = {
     "size": 0.8,
     "where": 1.2,
     "compare": 2.0,
-    "read": 1.2,
+    "read": 1.6,
 }

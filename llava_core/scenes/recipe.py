@@ -1,20 +1,22 @@
-"""The default model from nothing, in six seeded stages, each of which goes on where it was interrupted.
+"""The default model from nothing, in seven seeded stages, each of which goes on where it was interrupted.
 
-    pictures → tower pretraining → features → language pretraining → projector alignment → instruction tuning
+    pictures → tower pretraining → features → language pretraining → projector alignment → instruction tuning → joint
 
-The last two are LLaVA's own stages (`training/sft.py`); the first ones stand in for the CLIP and Vicuna that a real
-LLaVA starts from. Knows files and order; what happens inside a stage is in the modules it calls.
+Alignment and instruction tuning are LLaVA's own stages (`training/sft.py`); those before stand in for the CLIP and
+Vicuna that a real LLaVA starts from; in the last one the tower learns from questions too. Knows files and order; what
+happens inside a stage is in the modules it calls.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
@@ -30,6 +32,7 @@ from llava_core.scenes.curve import draw_curves
 from llava_core.scenes.features import open_features
 from llava_core.scenes.pretrain_tower import PatchDataset, PatchNamer, tower_config
 from llava_core.scenes.tokenizer import train_tokenizer
+from llava_core.training.optimizer import MuonAdamW
 from llava_core.training.sft import has_checkpoint, train
 from llava_core.vision.clip import ClipTower
 
@@ -38,9 +41,13 @@ logger = logging.getLogger(__name__)
 History = list[dict[str, float]]
 
 
+STAGES = ("tower", "language", "align", "instruct", "joint")
+_MUON_FACTOR = 6.0
+
+
 @dataclass(frozen=True)
 class StageSpec:
-    """One training stage: optimizer steps, examples per step and peak learning rate."""
+    """One training stage: optimizer steps, examples per step and AdamW's peak learning rate; Muon's is six times it."""
 
     steps: int
     batch: int
@@ -58,13 +65,14 @@ class Recipe:
     hidden_size: int = 192
     num_layers: int = 5
     tower: StageSpec = StageSpec(5000, 128, 1.5e-3)
-    language: StageSpec = StageSpec(400, 32, 1e-3)
-    align: StageSpec = StageSpec(300, 64, 2e-3)
-    instruct: StageSpec = StageSpec(12_000, 32, 1.2e-3)
+    language: StageSpec = StageSpec(400, 32, 2e-3)
+    align: StageSpec = StageSpec(200, 64, 2e-3)
+    instruct: StageSpec = StageSpec(5000, 32, 2e-3)
+    joint: StageSpec = StageSpec(1000, 32, 5e-4)
 
     def scaled(self, factor: float) -> Recipe:
         """The same recipe with `factor` times the pictures and steps, for a trial run."""
-        stages = {name: getattr(self, name) for name in ("tower", "language", "align", "instruct")}
+        stages = {name: getattr(self, name) for name in STAGES}
         shorter = {name: replace(stage, steps=max(2, round(stage.steps * factor))) for name, stage in stages.items()}
         return replace(self, num_scenes=max(256, round(self.num_scenes * factor)), **shorter)
 
@@ -78,14 +86,17 @@ def build(recipe: Recipe, work: Path, out: Path) -> None:
     tokenizer = _tokenizer(recipe, work)
     language = LanguageSide(model_config(recipe, tokenizer), attention="eager")
     adapter = CheckpointTokenizer(tokenizer)
-    stages: dict[Purpose, StageSpec] = {
+    frozen: dict[Purpose, StageSpec] = {
         "language": recipe.language,
         "align": recipe.align,
         "instruct": recipe.instruct,
     }
-    for purpose, stage in stages.items():
-        _train_language(recipe, work, language, _dataset(cache, features, adapter, purpose, stage), purpose, stage)
-    draw_curves({name: _curve(work / name) for name in ("tower", "language", "align", "instruct")}, work / "loss.png")
+    for purpose, stage in frozen.items():
+        dataset = _dataset(cache, features, adapter, purpose, stage)
+        _train_stage(recipe, work, language, None, dataset, stage)
+    dataset = _dataset(cache, cache.tiles, adapter, "joint", recipe.joint)
+    _train_stage(recipe, work, language, tower, dataset, recipe.joint)
+    draw_curves({name: _curve(work / name) for name in STAGES}, work / "loss.png")
     save_llava_hf(out, tower, language, tokenizer)
     logger.info("the checkpoint is in %s, the loss curves in %s", out, work / "loss.png")
 
@@ -136,30 +147,49 @@ def _pretrain_tower(recipe: Recipe, cache: SceneCache, work: Path) -> ClipTower:
     return tower.eval()
 
 
-def _train_language(
-    recipe: Recipe, work: Path, language: LanguageSide, dataset: SceneConversations, purpose: Purpose, stage: StageSpec
+def _train_stage(
+    recipe: Recipe,
+    work: Path,
+    language: LanguageSide,
+    tower: ClipTower | None,
+    dataset: SceneConversations,
+    stage: StageSpec,
 ) -> None:
+    purpose = dataset.spec.purpose
     folder = work / purpose
     weights = folder / "weights.pt"
+    learning: nn.Module = language if tower is None else nn.ModuleDict({"language": language, "tower": tower})
     if not weights.exists():
         torch.manual_seed(recipe.seed)
-        arguments = _arguments(recipe, folder, stage)
         history = train(
             language,
             dataset,
-            arguments,
+            _arguments(recipe, folder, stage),
             stage="align" if purpose == "align" else "instruct",
+            tower=tower,
+            optimizer=functools.partial(_optimizer, learning_rate=stage.learning_rate),
             compiled_length=dataset.spec.max_length if purpose != "align" else 192,
         )
-        _finish(folder, language, history)
-    language.load_state_dict(torch.load(weights, weights_only=True))
+        _finish(folder, learning, history)
+    learning.load_state_dict(torch.load(weights, weights_only=True))
+
+
+def _optimizer(model: nn.Module, learning_rate: float) -> MuonAdamW:
+    return MuonAdamW(
+        model, learning_rate=learning_rate, muon_learning_rate=_MUON_FACTOR * learning_rate, weight_decay=0.02
+    )
 
 
 def _dataset(
-    cache: SceneCache, features: Any, tokenizer: CheckpointTokenizer, purpose: Purpose, stage: StageSpec
+    cache: SceneCache,
+    images: npt.NDArray[np.float16] | npt.NDArray[np.uint8],
+    tokenizer: CheckpointTokenizer,
+    purpose: Purpose,
+    stage: StageSpec,
 ) -> SceneConversations:
-    passes = -(-stage.steps * stage.batch // len(features))
-    return SceneConversations(cache, features, tokenizer, ConversationSpec(purpose, passes=passes))
+    passes = -(-stage.steps * stage.batch // len(images))
+    spec = ConversationSpec(purpose, passes=passes)
+    return SceneConversations(cache, images, tokenizer, spec, image_tokens=(cache.spec.size // cache.spec.patch) ** 2)
 
 
 def _arguments(recipe: Recipe, folder: Path, stage: StageSpec) -> TrainingArguments:

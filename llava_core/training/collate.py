@@ -11,26 +11,27 @@ from llava_core.training.packing import Packed
 
 
 class Example(TypedDict):
-    """`features`: (num_images, image_tokens, vision_hidden), of the placeholders in `tokens`, in order."""
+    """`images`, of the placeholders in `tokens`, in order: a frozen tower's features (num_images, image_tokens,
+    vision_hidden), or uint8 tiles (num_images, size, size, 3) where the tower learns too."""
 
     tokens: Packed
-    features: Tensor
+    images: Tensor
 
 
 class Batch(TypedDict):
     """`ids`, `labels`, `positions`: int64 (batch, length). `mask`: bool (batch, 1, length, length), true where a token
-    sees another. `features`: (images, image_tokens, vision_hidden)."""
+    sees another. `images`: the examples' one after another."""
 
     ids: Tensor
     labels: Tensor
     positions: Tensor
     mask: Tensor
-    features: Tensor
+    images: Tensor
 
 
 def collate(examples: Sequence[Example], *, multiple_of: int = 1) -> Batch:
     """Pads on the right, to a multiple of `multiple_of` (a compiled model wants few different lengths); padding sees
-    itself alone and is seen by nobody. Features are concatenated in order."""
+    itself alone and is seen by nobody."""
     longest = max(len(example["tokens"].ids) for example in examples)
     length = -(-longest // multiple_of) * multiple_of
     shape = (len(examples), length)
@@ -43,8 +44,8 @@ def collate(examples: Sequence[Example], *, multiple_of: int = 1) -> Batch:
         labels[row, :used] = torch.tensor(tokens.labels)
         positions[row, :used] = torch.tensor(tokens.positions)
         blocks[row, :used] = torch.tensor(tokens.blocks)
-    features = torch.cat([example["features"] for example in examples])
-    return {"ids": ids, "labels": labels, "positions": positions, "mask": visibility(blocks), "features": features}
+    images = torch.cat([example["images"] for example in examples])
+    return {"ids": ids, "labels": labels, "positions": positions, "mask": visibility(blocks), "images": images}
 
 
 def visibility(blocks: Tensor) -> Tensor:

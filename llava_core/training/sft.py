@@ -1,7 +1,7 @@
 """Supervised fine-tuning in LLaVA's two stages, on transformers.Trainer: projector alignment, instruction tuning.
 
-Trains the language side on features of a frozen tower. What is frozen and what learns is logged by name. Knows
-nothing about where examples come from.
+Trains the language side on features of a frozen tower, or tower and language side together. What is frozen and what
+learns is logged by name. Knows nothing about where examples come from.
 """
 
 import functools
@@ -11,32 +11,38 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from llava_core.models.language import LanguageSide
 from llava_core.prompts.tokenize import IGNORE_LABEL
 from llava_core.training.collate import collate
+from llava_core.vision.clip import ClipTower
 
 logger = logging.getLogger(__name__)
 
 Stage = Literal["align", "instruct"]
 Collator = Callable[[list[Any]], dict[str, Any]]
+MakeOptimizer = Callable[[nn.Module], Optimizer]
 
 
 class SupervisedModel(nn.Module):
-    """The language side with a next-token loss over labelled positions, in the form Trainer expects."""
+    """What learns, with a next-token loss over labelled positions, in the form Trainer expects. With a tower, images
+    are tiles, else features."""
 
-    def __init__(self, language: LanguageSide) -> None:
+    def __init__(self, language: LanguageSide, tower: ClipTower | None = None) -> None:
         super().__init__()
         self.language = language
+        self.tower = tower
 
     def forward(
-        self, ids: Tensor, labels: Tensor, positions: Tensor, mask: Tensor, features: Tensor
+        self, ids: Tensor, labels: Tensor, positions: Tensor, mask: Tensor, images: Tensor
     ) -> dict[str, Tensor]:
         """Shapes as in collate.Batch. Raises ValueError for a batch without a single label."""
         if not bool((labels != IGNORE_LABEL).any()):
             raise ValueError("the batch has no supervised token")
+        features = images if self.tower is None or not len(images) else self.tower(images)
         logits = self.language(ids, list(features), mask=mask, positions=positions)
         targets = labels[:, 1:]
         supervised = targets != IGNORE_LABEL
@@ -60,23 +66,28 @@ def train(
     *,
     stage: Stage,
     compiled_length: int | None = None,
+    tower: ClipTower | None = None,
+    optimizer: MakeOptimizer | None = None,
     callbacks: list[TrainerCallback] | None = None,
 ) -> list[dict[str, float]]:
     """Run one stage, going on from the newest checkpoint in `arguments.output_dir`; returns Trainer's log history.
 
     `arguments` must have `remove_unused_columns=False`: examples are collated here. With `compiled_length` the decoder
-    is compiled and batches are padded to multiples of it.
+    is compiled and batches are padded to multiples of it. A `tower` learns too, on examples that carry tiles.
+    `optimizer` makes another optimizer than the one that `arguments` name.
     """
     set_trainable(language, stage)
+    model = SupervisedModel(language, tower)
     if compiled_length is not None:
         language.decoder.base_model.compile(dynamic=False)
     trainer = Trainer(
-        SupervisedModel(language),
+        model,
         arguments,
         # Trainer asks for a plain dictionary, which at run time a typed one is.
         data_collator=cast("Collator", functools.partial(collate, multiple_of=compiled_length or 1)),
         train_dataset=dataset,
         callbacks=callbacks,
+        optimizers=(optimizer(model) if optimizer else None, None),
     )
     trainer.train(resume_from_checkpoint=has_checkpoint(Path(str(arguments.output_dir))))
     history: list[dict[str, float]] = trainer.state.log_history

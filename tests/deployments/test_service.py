@@ -57,10 +57,7 @@ class Running:
     url: str
     model: str
     logs: Path
-
-    @property
-    def client(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
+    client: openai.OpenAI
 
     def post(self, **body: Any) -> httpx.Response:
         return httpx.post(f"{self.url}/v1/chat/completions", json=body, timeout=60)
@@ -140,7 +137,9 @@ def service(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     port = _free_port()
     with _started("serve", "--config", str(config), "--port", str(port)) as (process, files):
         assert "HTTP" in _read_until(process, "/health")
-        yield Running(f"http://127.0.0.1:{port}", checkpoint.name, files / "ray")
+        url = f"http://127.0.0.1:{port}"
+        with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60) as client:
+            yield Running(url, checkpoint.name, files / "ray", client)
         _interrupt(process)
 
 

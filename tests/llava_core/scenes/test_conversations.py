@@ -33,7 +33,9 @@ class Conversations:
 
     def of(self, purpose: Purpose, **options: int | float) -> SceneConversations:
         spec = ConversationSpec(purpose, **options)  # type: ignore[arg-type]
-        return SceneConversations(self.cache, self.features, CheckpointTokenizer(self.tokenizer), spec)
+        images = self.cache.tiles if purpose == "joint" else self.features
+        adapter = CheckpointTokenizer(self.tokenizer)
+        return SceneConversations(self.cache, images, adapter, spec, image_tokens=IMAGE_TOKENS)
 
     def text(self, example: Example) -> str:
         return self.tokenizer.decode([token for token in example["tokens"].ids if token != IMAGE_TOKEN_ID])
@@ -49,18 +51,18 @@ def conversations(
     return Conversations(scene_cache, features, world_tokenizer)
 
 
-@pytest.mark.parametrize("purpose", ["language", "align", "instruct"])
+@pytest.mark.parametrize("purpose", ["language", "align", "instruct", "joint"])
 def test_an_index_always_gives_the_same_example(conversations: Conversations, purpose: Purpose) -> None:
     one, other = conversations.of(purpose)[5], conversations.of(purpose)[5]
     assert one["tokens"] == other["tokens"]
-    assert (one["features"] == other["features"]).all()
+    assert (one["images"] == other["images"]).all()
 
 
 def test_another_pass_asks_other_questions_about_the_same_scene(conversations: Conversations) -> None:
     dataset = conversations.of("instruct", passes=2)
     assert len(dataset) == 2 * SPEC.num_scenes
     assert dataset[1]["tokens"] != dataset[1 + SPEC.num_scenes]["tokens"]
-    assert (dataset[1]["features"] == dataset[1 + SPEC.num_scenes]["features"]).all()
+    assert (dataset[1]["images"] == dataset[1 + SPEC.num_scenes]["images"]).all()
 
 
 def test_alignment_learns_the_caption_alone(conversations: Conversations, scene_cache: SceneCache) -> None:
@@ -76,7 +78,7 @@ def test_language_has_the_caption_in_place_of_the_picture(
     for index in range(4):
         example = conversations.of("language")[index]
         assert IMAGE_TOKEN_ID not in example["tokens"].ids
-        assert example["features"].shape == (0, IMAGE_TOKENS, HIDDEN)
+        assert example["images"].shape == (0, IMAGE_TOKENS, HIDDEN)
         assert describe_scene(scene_cache.scene(index)) in conversations.text(example)
 
 
@@ -88,9 +90,15 @@ def test_instruction_examples_hold_one_picture_and_several_answers(
     for index in range(8):
         example = dataset[index]
         assert example["tokens"].ids.count(IMAGE_TOKEN_ID) == IMAGE_TOKENS
-        assert (example["features"].numpy() == features[index : index + 1]).all()
+        assert (example["images"].numpy() == features[index : index + 1]).all()
         assert conversations.learned(example).count("</s>") >= 3
         assert (max(example["tokens"].blocks) > 1) == (together == 0.0)
+
+
+def test_joint_examples_carry_the_tile(conversations: Conversations, scene_cache: SceneCache) -> None:
+    example = conversations.of("joint")[3]
+    assert (example["images"].numpy() == scene_cache.tiles[3:4]).all()
+    assert example["tokens"].ids.count(IMAGE_TOKEN_ID) == IMAGE_TOKENS
 
 
 def test_examples_stay_within_the_length(conversations: Conversations) -> None:
@@ -101,6 +109,6 @@ def test_examples_stay_within_the_length(conversations: Conversations) -> None:
 
 def test_some_questions_come_without_a_picture(conversations: Conversations) -> None:
     dataset = conversations.of("instruct", passes=60)
-    without = [example for index in range(len(dataset)) if not len((example := dataset[index])["features"])]
+    without = [example for index in range(len(dataset)) if not len((example := dataset[index])["images"])]
     assert 0 < len(without) < 0.05 * len(dataset)
     assert all(re.fullmatch(rf"\s*{NO_PICTURE}</s>", conversations.learned(example)) for example in without)

@@ -11,7 +11,7 @@ from transformers import LlavaForConditionalGeneration
 from llava_core.checkpoints.load import LoadOptions
 from llava_core.inference import LocalModel
 from llava_core.scenes import recipe as recipe_module
-from llava_core.scenes.recipe import Recipe, StageSpec, build
+from llava_core.scenes.recipe import STAGES, Recipe, StageSpec, build
 from llava_core.scenes.samples import make_samples
 from llava_core.types import GenerationRequest, ImagePart, Message, SamplingParams, TextPart
 
@@ -26,8 +26,8 @@ TINY = Recipe(
     language=SMALL,
     align=SMALL,
     instruct=SMALL,
+    joint=SMALL,
 )
-STAGES = ("tower", "language", "align", "instruct")
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -55,7 +55,7 @@ def test_the_recipe_builds_a_checkpoint_that_answers(tmp_path: Path) -> None:
 
 def test_finished_stages_are_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build(TINY, tmp_path / "work", tmp_path / "one")
-    (tmp_path / "work" / "instruct" / "weights.pt").unlink()
+    (tmp_path / "work" / "joint" / "weights.pt").unlink()
     ran: list[str] = []
     train = recipe_module.train
 

@@ -13,7 +13,7 @@ from llava_core.training.packing import Packed
 def example(length: int, num_images: int = 0) -> Example:
     ids = tuple(range(10, 10 + length))
     packed = Packed(ids, ids, tuple(range(length)), (0,) * length)
-    return {"tokens": packed, "features": torch.full((num_images, 4, 3), float(length))}
+    return {"tokens": packed, "images": torch.full((num_images, 4, 3), float(length))}
 
 
 def test_shorter_examples_are_padded_on_the_right() -> None:
@@ -30,7 +30,7 @@ def test_lengths_are_rounded_up_to_a_multiple(multiple: int, length: int) -> Non
 
 def test_features_follow_the_order_of_their_placeholders() -> None:
     batch = collate([example(2, 1), example(3), example(4, 2)])
-    assert batch["features"][:, 0, 0].tolist() == [2, 4, 4]
+    assert batch["images"][:, 0, 0].tolist() == [2, 4, 4]
 
 
 def test_nobody_sees_padding_and_padding_sees_itself() -> None:

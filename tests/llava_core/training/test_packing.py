@@ -32,9 +32,9 @@ PROMPTS = [prompt((60, 61, 62), (70, 2)), prompt((60, 63), (71, 72, 73, 2)), pro
 
 def losses(language: LanguageSide, packed: Packed, features: Tensor) -> list[float]:
     """The loss of every supervised token, in order."""
-    batch = collate([{"tokens": packed, "features": features}])
+    batch = collate([{"tokens": packed, "images": features}])
     with torch.inference_mode():
-        logits = language(batch["ids"], list(batch["features"]), mask=batch["mask"], positions=batch["positions"])
+        logits = language(batch["ids"], list(batch["images"]), mask=batch["mask"], positions=batch["positions"])
     target = batch["labels"][0, 1:]
     each = torch.nn.functional.cross_entropy(logits[0, :-1], target, reduction="none", ignore_index=IGNORE_LABEL)
     return [float(value) for value in each[target != IGNORE_LABEL]]
@@ -53,7 +53,7 @@ def test_no_token_sees_the_future(language: LanguageSide) -> None:
     ids = PROMPTS[0].ids
 
     def logits(last: int) -> Tensor:
-        batch = collate([{"tokens": pack_alone(prompt((), (*ids[len(PREFIX) : -1], last))), "features": features}])
+        batch = collate([{"tokens": pack_alone(prompt((), (*ids[len(PREFIX) : -1], last))), "images": features}])
         with torch.inference_mode():
             return language(batch["ids"], list(features), mask=batch["mask"], positions=batch["positions"])[0, :-1]
 

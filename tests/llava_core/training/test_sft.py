@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainingArguments
 
-from llava_core.checkpoints.load import LoadOptions, load_language_side
+from llava_core.checkpoints.load import LoadOptions, load_language_side, load_tower
 from llava_core.checkpoints.tokenizer import load_tokenizer
 from llava_core.models.language import LanguageSide
 from llava_core.prompts.conversation import Turn
@@ -19,21 +19,24 @@ from llava_core.training.collate import Example, collate
 from llava_core.training.dataset import build_example
 from llava_core.training.packing import pack_alone
 from llava_core.training.sft import SupervisedModel, has_checkpoint, set_trainable, train
-from tests.tiny import IMAGE_TOKENS, VISION_HIDDEN
+from tests.tiny import IMAGE_SIZE, IMAGE_TOKENS, VISION_HIDDEN
 
 
 class FourExamples(Dataset[Example]):
-    """Four pictures (random features), four one-word answers."""
+    """Four pictures (random features, or tiles), four one-word answers."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, tiles: bool = False) -> None:
         tokenizer, template = load_tokenizer(folder), get_template("mistral_instruct")
         generator = torch.Generator().manual_seed(0)
         self.examples: list[Example] = []
         for answer in ("red", "blue", "two", "star"):
             turns = [Turn("user", "<image>\n?"), Turn("assistant", answer)]
             prompt = build_example(turns, template, tokenizer, [IMAGE_TOKENS], max_length=200)
-            features = torch.randn(1, IMAGE_TOKENS, VISION_HIDDEN, generator=generator)
-            self.examples.append({"tokens": pack_alone(prompt), "features": features})
+            images = torch.randn(1, IMAGE_TOKENS, VISION_HIDDEN, generator=generator)
+            if tiles:
+                shape = (1, IMAGE_SIZE, IMAGE_SIZE, 3)
+                images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+            self.examples.append({"tokens": pack_alone(prompt), "images": images})
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -93,7 +96,7 @@ def test_four_examples_are_learned_by_heart(
     batch = collate([examples[index] for index in range(4)])
     language.eval()
     with torch.inference_mode():
-        logits = language(batch["ids"], list(batch["features"]), mask=batch["mask"], positions=batch["positions"])
+        logits = language(batch["ids"], list(batch["images"]), mask=batch["mask"], positions=batch["positions"])
     supervised = batch["labels"][:, 1:] != IGNORE_LABEL
     assert torch.equal(logits[:, :-1].argmax(-1)[supervised], batch["labels"][:, 1:][supervised])
 
@@ -125,6 +128,34 @@ def test_alignment_changes_the_projector_alone(
     changed = {name for name, value in weights(language).items() if not torch.equal(value, before[name])}
     assert changed
     assert all(name.startswith("projector.") for name in changed)
+
+
+def test_a_tower_learns_too_when_it_is_given(
+    tiny_checkpoint: Path, new_language: Callable[[], LanguageSide], tmp_path: Path
+) -> None:
+    tower = load_tower(tiny_checkpoint, LoadOptions(dtype="float32"))
+    before = {name: value.clone() for name, value in tower.state_dict().items()}
+    train(
+        new_language(), FourExamples(tiny_checkpoint, tiles=True), arguments(tmp_path, 2), stage="instruct", tower=tower
+    )
+    changed = {name for name, value in tower.state_dict().items() if not torch.equal(value, before[name])}
+    assert any("patch_embedding" in name for name in changed)
+    assert any("layers.0.self_attn" in name for name in changed)
+
+
+def test_a_batch_without_pictures_needs_no_tower(
+    tiny_checkpoint: Path, new_language: Callable[[], LanguageSide]
+) -> None:
+    prompt = build_example(
+        [Turn("user", "?"), Turn("assistant", "red")],
+        get_template("mistral_instruct"),
+        load_tokenizer(tiny_checkpoint),
+        [],
+        max_length=200,
+    )
+    batch = collate([{"tokens": pack_alone(prompt), "images": torch.zeros(0, IMAGE_SIZE, IMAGE_SIZE, 3)}])
+    model = SupervisedModel(new_language(), load_tower(tiny_checkpoint, LoadOptions(dtype="float32")))
+    assert model(**batch)["loss"].isfinite()
 
 
 def test_instruction_tuning_trains_projector_and_decoder(new_language: Callable[[], LanguageSide]) -> None:
