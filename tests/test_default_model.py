@@ -55,7 +55,7 @@ SCENES: list[tuple[tuple[int, int], str, list[Draw], str, str]] = [
         (400, 300),
         "white",
         [circle(80, 80, 30, "red"), circle(300, 200, 30, "blue")],
-        "How many shapes are there?",
+        "How many circles are there?",
         "2",
     ),
     ((256, 256), "black", [square(128, 128, 45, "yellow")], "Is there a yellow square?", "yes"),
@@ -67,13 +67,7 @@ SCENES: list[tuple[tuple[int, int], str, list[Draw], str, str]] = [
         "no",
     ),
     ((500, 400), "white", [circle(250, 200, 90, "orange")], "Is the circle small or large?", "large"),
-    (
-        (300, 200),
-        "white",
-        [circle(60, 100, 20, "red"), square(230, 100, 20, "blue")],
-        "How many shapes are there?",
-        "2",
-    ),
+    ((256, 256), "white", [square(60, 60, 30, "purple")], "Is there a red circle?", "no"),
     ((300, 200), "white", [circle(50, 100, 22, "red")], "Where is the red circle?", "left"),
     ((640, 480), "white", [square(320, 240, 60, "black")], "Which colour is the square?", "black"),
 ]
