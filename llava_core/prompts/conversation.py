@@ -1,7 +1,7 @@
 """A conversation and its rendering by a template: the prompt text, and where in it the assistant speaks.
 
 The spans are what training learns and what nothing else may guess at. Knows no token ids and no pixels: an image is
-the literal `<image>` in a user's message.
+the literal `<image>` in a user's message, which `user_turns` puts where the originals do.
 """
 
 from collections.abc import Sequence
@@ -11,6 +11,7 @@ from llava_core.prompts.templates import Style, Template
 from llava_core.types import Role
 
 IMAGE_PLACEHOLDER = "<image>"
+IMAGE_START, IMAGE_END = "<im_start>", "<im_end>"
 
 
 @dataclass(frozen=True)
@@ -29,22 +30,39 @@ class Rendered:
     answer_spans: tuple[tuple[int, int], ...]
 
 
+def user_turns(template: Template, texts: Sequence[str], num_images: int, *, start_end: bool = False) -> list[Turn]:
+    """A user's message as turns: a line with `<image>` per picture, then the texts, one per line.
+
+    With `start_end` every `<image>` stands between `<im_start>` and `<im_end>`, as `mm_use_im_start_end` asks for. A
+    template that wraps images gets them as an exchange of their own; that is meant for a conversation's first message.
+    """
+    image = f"{IMAGE_START}{IMAGE_PLACEHOLDER}{IMAGE_END}" if start_end else IMAGE_PLACEHOLDER
+    text = "\n".join(texts)
+    if not template.wraps_images or not num_images:
+        return [Turn("user", "\n".join([*[image] * num_images, text]))]
+    wrapped = "\n".join([f"<Image>{image}</Image>"] * num_images)
+    return [Turn("user", wrapped), Turn("assistant", "Received."), Turn("user", text)]
+
+
 def render(template: Template, turns: Sequence[Turn], *, system: str | None = None) -> Rendered:
     """Render turns that alternate user, assistant, ..., the last of which may be an open assistant slot.
 
-    `system` replaces the template's system text. Raises ValueError when the turns do not alternate.
+    `system` replaces the template's system text. The template's own examples come first and have no spans. Raises
+    ValueError when the turns do not alternate.
     """
     check_alternation(turns)
+    examples = [Turn("assistant" if index % 2 else "user", text) for index, text in enumerate(template.examples)]
     pieces = [_head(template, system)]
     spans: list[tuple[int, int]] = []
     length = len(pieces[0])
-    for index, turn in enumerate(turns):
+    for index, turn in enumerate([*examples, *turns]):
         lead, body = _turn(template, turn, index=index, system=system)
         pieces += [lead, body]
         length += len(lead) + len(body)
-        if turn.role == "assistant" and turn.text is not None:
+        if turn.role == "assistant" and turn.text is not None and index >= len(examples):
             spans.append((length - len(body), length))
-    return Rendered("".join(pieces), tuple(spans))
+    text = "".join(pieces)
+    return Rendered(text.rstrip() if template.style is Style.TWO_SPACED else text, tuple(spans))
 
 
 def check_alternation(turns: Sequence[Turn]) -> None:
@@ -62,6 +80,8 @@ def _head(template: Template, system: str | None) -> str:
     match template.style:
         case Style.SINGLE | Style.TWO | Style.CHATML:
             return text + template.sep
+        case Style.TWO_SPACED:
+            return (text + template.sep).lstrip()
         case Style.PLAIN:
             return text
         case Style.INSTRUCT:
@@ -74,17 +94,25 @@ def _with_system_marker(template: Template, system: str) -> str:
 
 
 def _turn(template: Template, turn: Turn, *, index: int, system: str | None) -> tuple[str, str]:
-    """What precedes the message and the message with its separator; an open slot has no message."""
+    """What precedes the message and the message with its separator; an open slot has no message.
+
+    To the originals a user's empty message is an open slot too.
+    """
     is_user = turn.role == "user"
     role = template.roles[0 if is_user else 1]
+    text = None if is_user and not turn.text else turn.text
     match template.style:
         case Style.SINGLE | Style.TWO:
             end = template.sep if is_user or template.style is Style.SINGLE else template.sep2
-            return f"{role}:", "" if turn.text is None else f" {turn.text}{end}"
+            return f"{role}:", "" if text is None else f" {text}{end}"
+        case Style.TWO_SPACED:
+            # The space after an answer is the next turn's: the prompt is stripped where no turn follows.
+            lead = f" {role}:" if is_user and index else f"{role}:"
+            return lead, "" if text is None else f" {text.strip()}{template.sep if is_user else template.sep2}"
         case Style.CHATML:
-            return role, "" if turn.text is None else f"{turn.text}{template.sep}"
+            return role, "" if text is None else f"{text}{template.sep}"
         case Style.PLAIN:
-            return "", "" if turn.text is None else f"{turn.text}{template.sep}"
+            return "", "" if text is None else f"{text}{template.sep}"
         case Style.INSTRUCT:
             return _instruct_turn(template, turn, index=index, system=system)
 

@@ -1,12 +1,14 @@
-"""Conversation templates of the LLaVA family, as data. Rendering is in conversation.py.
+"""Conversation templates of the LLaVA family, as data. Rendering is in conversation.py, the long texts in texts.py.
 
-The texts are protocol constants: a checkpoint answers well only to the very characters it was trained on.
+The texts are protocol constants: a checkpoint answers well only to the very characters it was trained on. Names are the
+originals' own; where a fork renders an original's name in another way, its form has a name of its own here.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from llava_core.errors import UnknownNameError
+from llava_core.prompts import texts
 
 
 class Style(Enum):
@@ -14,6 +16,7 @@ class Style(Enum):
 
     SINGLE = "single"  # system sep, then `role: message sep`
     TWO = "two"  # as SINGLE, with sep after users and sep2 after assistants
+    TWO_SPACED = "two_spaced"  # as TWO, messages stripped, a space after sep2, the whole prompt stripped
     CHATML = "chatml"  # `role message sep`; the roles carry their own markers and newlines
     INSTRUCT = "instruct"  # `sep[INST] message [/INST] answer sep2`, system inside the first message
     PLAIN = "plain"  # no roles: `message sep answer sep`, for projector alignment
@@ -21,7 +24,11 @@ class Style(Enum):
 
 @dataclass(frozen=True)
 class Template:
-    """One conversation format. `sep2` closes assistant turns where the style has two separators."""
+    """One conversation format. `sep2` closes assistant turns where the style has two separators.
+
+    `examples` are turns, the user's first, that stand before every conversation. With `wraps_images` the pictures of
+    the first message become an exchange of their own.
+    """
 
     name: str
     style: Style
@@ -29,44 +36,51 @@ class Template:
     roles: tuple[str, str]
     sep: str
     sep2: str = ""
+    examples: tuple[str, ...] = ()
+    wraps_images: bool = False
 
     @property
     def answer_end(self) -> str:
         """What follows every assistant message, and therefore ends an answer."""
-        return self.sep2 if self.style in (Style.TWO, Style.INSTRUCT) else self.sep
+        return self.sep2 if self.style in (Style.TWO, Style.TWO_SPACED, Style.INSTRUCT) else self.sep
 
 
-SYSTEM_HUMAN = (
-    "A chat between a curious human and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the human's questions."
-)
-SYSTEM_USER = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions."
-)
-SYSTEM_VISION = (
-    "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
-    "provides, and assist the user with a variety of tasks using natural language."
-)
-SYSTEM_MPT = (
-    "<|im_start|>system\nA conversation between a user and an LLM-based AI assistant. "
-    "The assistant gives helpful and honest answers."
-)
-SYSTEM_CHATML = "<|im_start|>system\nAnswer the questions."
 _USER, _HUMAN = ("USER", "ASSISTANT"), ("Human", "Assistant")
 _CHATML = ("<|im_start|>user\n", "<|im_start|>assistant\n")
+
+_VICUNA = Template("vicuna_v1", Style.TWO, texts.SYSTEM_USER, _USER, " ", "</s>")
+_V0 = Template("v0", Style.SINGLE, texts.SYSTEM_HUMAN, _HUMAN, "###", examples=texts.ENERGY_EXAMPLE)
+_CHATML_DIRECT = Template("chatml_direct", Style.CHATML, texts.SYSTEM_CHATML, _CHATML, "<|im_end|>")
+_PLAIN = Template("plain", Style.PLAIN, "", ("", ""), "\n")
+_V0_MMTAG = Template("v0_mmtag", Style.SINGLE, texts.SYSTEM_TAGS, _HUMAN, "###", wraps_images=True)
+_V1_MMTAG = Template("v1_mmtag", Style.TWO, texts.SYSTEM_TAGS, _USER, " ", "</s>", wraps_images=True)
 
 TEMPLATES: dict[str, Template] = {
     template.name: template
     for template in (
-        Template("vicuna_v1", Style.TWO, SYSTEM_USER, _USER, " ", "</s>"),
-        Template("llava_v1", Style.TWO, SYSTEM_HUMAN, _USER, " ", "</s>"),
-        Template("llava_v0", Style.SINGLE, SYSTEM_HUMAN, _HUMAN, "###"),
+        _VICUNA,
+        Template("llava_v1", Style.TWO, texts.SYSTEM_HUMAN, _USER, " ", "</s>"),
+        Template("llava_v0", Style.SINGLE, texts.SYSTEM_HUMAN, _HUMAN, "###"),
         Template("mistral_instruct", Style.INSTRUCT, "", _USER, "", "</s>"),
-        Template("llava_llama_2", Style.INSTRUCT, SYSTEM_VISION, _USER, "<s>", "</s>"),
-        Template("chatml_direct", Style.CHATML, SYSTEM_CHATML, _CHATML, "<|im_end|>"),
-        Template("mpt", Style.CHATML, SYSTEM_MPT, _CHATML, "<|im_end|>"),
-        Template("plain", Style.PLAIN, "", ("", ""), "\n"),
+        Template("llava_llama_2", Style.INSTRUCT, texts.SYSTEM_VISION, _USER, "<s>", "</s>"),
+        Template("llama_2", Style.INSTRUCT, texts.SYSTEM_LLAMA_2, _USER, "<s>", "</s>"),
+        _CHATML_DIRECT,
+        Template("mpt", Style.CHATML, texts.SYSTEM_MPT, _CHATML, "<|im_end|>"),
+        _V0,
+        _V0_MMTAG,
+        _V1_MMTAG,
+        _PLAIN,
+        # The same under the originals' second names.
+        replace(_VICUNA, name="v1"),
+        replace(_V0, name="default"),
+        replace(_CHATML_DIRECT, name="mistral_direct"),
+        replace(_PLAIN, name="v0_plain"),
+        # What LLaVA-Med and its users call `vicuna_v1`.
+        replace(_VICUNA, name="vicuna_v1_med", style=Style.TWO_SPACED),
+        # What RaDialog calls `vicuna_v1`, and the two that only it has.
+        replace(_VICUNA, name="radialog", system=texts.SYSTEM_RADIOLOGIST),
+        Template("llava_med", Style.TWO, texts.SYSTEM_RADIOLOGIST, _USER, "###", "</s>"),
+        Template("multimodal", Style.SINGLE, texts.SYSTEM_LLAVA_MED, _HUMAN, "###", examples=texts.GREETING_EXAMPLE),
     )
 }
 

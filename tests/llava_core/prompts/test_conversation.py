@@ -2,7 +2,7 @@
 
 import pytest
 
-from llava_core.prompts.conversation import Turn, render
+from llava_core.prompts.conversation import Turn, render, user_turns
 from llava_core.prompts.templates import TEMPLATES, get_template
 
 OPEN = Turn("assistant", None)
@@ -21,6 +21,44 @@ def test_one_separator() -> None:
     assert (
         text("llava_v0", [*TURNS[:3], OPEN], "S") == "S###Human: <image>\nQ1###Assistant: A1###Human: Q2###Assistant:"
     )
+
+
+def test_the_spaced_form_strips_messages_and_prompt() -> None:
+    spaced = [Turn("user", " <image>\nQ1\n"), Turn("assistant", " A1 "), Turn("user", "Q2"), OPEN]
+    assert text("vicuna_v1_med", spaced, "S") == "S USER: <image>\nQ1 ASSISTANT: A1</s> USER: Q2 ASSISTANT:"
+    assert text("vicuna_v1_med", spaced[:1], "") == "USER: <image>\nQ1"
+
+
+def test_examples_stand_before_the_conversation() -> None:
+    rendered = text("multimodal", [Turn("user", "Q"), OPEN], "S")
+    assert rendered == "S###Human: Hi!###Assistant: Hi there!  How can I help you today?\n###Human: Q###Assistant:"
+
+
+def test_an_empty_question_is_an_open_slot_as_in_the_originals() -> None:
+    assert text("vicuna_v1", [Turn("user", ""), OPEN], "S") == "S USER:ASSISTANT:"
+    assert text("chatml_direct", [Turn("user", ""), OPEN]).endswith("<|im_start|>user\n<|im_start|>assistant\n")
+
+
+@pytest.mark.parametrize(
+    ("texts", "num_images", "start_end", "expected"),
+    [
+        (["What?"], 0, False, "What?"),
+        (["What?"], 1, False, "<image>\nWhat?"),
+        ([""], 1, False, "<image>\n"),
+        (["a", "b"], 2, False, "<image>\n<image>\na\nb"),
+        (["What?"], 2, True, "<im_start><image><im_end>\n<im_start><image><im_end>\nWhat?"),
+    ],
+)
+def test_pictures_stand_before_the_texts(texts: list[str], num_images: int, *, start_end: bool, expected: str) -> None:
+    assert user_turns(get_template("vicuna_v1"), texts, num_images, start_end=start_end) == [Turn("user", expected)]
+
+
+def test_a_template_that_wraps_images_makes_them_an_exchange_of_their_own() -> None:
+    turns = user_turns(get_template("v1_mmtag"), ["What is this?"], 1)
+    assert text("v1_mmtag", [*turns, OPEN], "S") == (
+        "S USER: <Image><image></Image> ASSISTANT: Received.</s>USER: What is this? ASSISTANT:"
+    )
+    assert user_turns(get_template("v1_mmtag"), ["Hi"], 0) == [Turn("user", "Hi")]
 
 
 def test_chatml() -> None:
