@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from llava_core.types import EngineRequest, ImageFeatures, PreparedRequest, StageTimes, TokenDelta
+from llava_core.types import EngineRequest, ImageFeatures, PreparedRequest, Size, StageTimes, TokenDelta
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,11 +58,12 @@ class Prepared:
 
 @dataclass(frozen=True)
 class PackedFeatures:
-    """Tower features of one picture as bytes: uint8 (image_tokens, vision_hidden * bytes of `dtype`)."""
+    """Tower features of one picture as bytes: uint8 (rows of its tiles, vision_hidden * bytes of `dtype`)."""
 
     digest: str
     dtype: str
     data: npt.NDArray[np.uint8] = field(repr=False)
+    size: Size | None = None
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,8 @@ def pack(features: ImageFeatures) -> PackedFeatures:
     import torch
 
     rows = features.features.detach().cpu().contiguous()
-    return PackedFeatures(features.digest, str(rows.dtype).removeprefix("torch."), rows.view(torch.uint8).numpy())
+    dtype = str(rows.dtype).removeprefix("torch.")
+    return PackedFeatures(features.digest, dtype, rows.view(torch.uint8).numpy(), features.size)
 
 
 def unpack(packed: PackedFeatures) -> ImageFeatures:
@@ -92,7 +94,7 @@ def unpack(packed: PackedFeatures) -> ImageFeatures:
 
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     rows: Tensor = torch.from_numpy(packed.data.copy()).view(dtypes[packed.dtype])
-    return ImageFeatures(packed.digest, rows)
+    return ImageFeatures(packed.digest, rows, packed.size)
 
 
 def without_tiles(request: PreparedRequest) -> PreparedRequest:

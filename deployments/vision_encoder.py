@@ -15,13 +15,13 @@ from llava_core.errors import EngineError
 from llava_core.types import PreparedRequest
 
 if TYPE_CHECKING:
-    from llava_core.vision.clip import ClipTower
+    from llava_core.vision.towers import VisionTower
 
 
 class VisionEncoder:
     """One tower, one thread: requests are encoded in the order they come, all pictures of one request together."""
 
-    def __init__(self, tower: ClipTower, handoff: Handoff) -> None:
+    def __init__(self, tower: VisionTower, handoff: Handoff) -> None:
         self._tower = tower
         self._handoff = handoff
         self._thread = ThreadPoolExecutor(1, "tower")

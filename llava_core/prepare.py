@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -19,10 +19,10 @@ from llava_core.images.geometry import num_image_tokens
 from llava_core.images.loading import ImageLimits, decode_image
 from llava_core.images.preprocess import PreprocessConfig, preprocess
 from llava_core.prompts.budget import token_budget
-from llava_core.prompts.conversation import IMAGE_PLACEHOLDER, Turn, render
+from llava_core.prompts.conversation import Turn, render, user_turns
 from llava_core.prompts.templates import Template
 from llava_core.prompts.tokenize import Tokenizer, tokenize_prompt
-from llava_core.types import GenerationRequest, ImagePart, Message, PreparedImage, PreparedRequest, Size
+from llava_core.types import GenerationRequest, ImagePart, Message, PreparedImage, PreparedRequest, Size, TextPart
 
 
 @dataclass(frozen=True)
@@ -61,13 +61,22 @@ class Preparer:
             for position, part in enumerate(message.parts)
             if isinstance(part, ImagePart)
         )
-        turns = [Turn(message.role, message_text(message)) for message in request.messages]
+        turns = [turn for index, message in enumerate(request.messages) for turn in self._turns(message, index)]
         rendered = render(self.template, [*turns, Turn("assistant", None)], system=request.system)
-        tokens = [num_image_tokens(self.config.vision)] * len(images)
+        tokens = tuple(num_image_tokens(self.config, image.size) for image in images)
         ids = tokenize_prompt(rendered, self.tokenizer, tokens).ids
         # The engine would refuse it as well, but only after the tower had run.
         token_budget(len(ids), request.sampling.max_tokens, self.config.context_length)
-        return PreparedRequest(request.request_id, ids, images, request.sampling)
+        return PreparedRequest(request.request_id, ids, images, request.sampling, rendered.text, tokens)
+
+    def _turns(self, message: Message, index: int) -> list[Turn]:
+        """A message as the template has it; one that is wrapped in an exchange of its own is the first."""
+        texts = [part.text for part in message.parts if isinstance(part, TextPart)]
+        if message.role == "assistant":
+            return [Turn("assistant", "\n".join(texts))]
+        num_images = sum(isinstance(part, ImagePart) for part in message.parts)
+        template = replace(self.template, wraps_images=self.template.wraps_images and index == 0)
+        return user_turns(template, texts, num_images, start_end=self.config.image_start_end)
 
     def _check(self, request: GenerationRequest) -> None:
         if request.num_images > self.limits.max_images:
@@ -77,7 +86,7 @@ class Preparer:
                 code="too_many_images",
             )
         check_roles(request.messages)
-        texts = [(f"messages[{i}].content", message_text(m, with_images=False)) for i, m in enumerate(request.messages)]
+        texts = [(f"messages[{i}].content", message_text(m)) for i, m in enumerate(request.messages)]
         for param, text in [*texts, ("messages", request.system or "")]:
             self._check_text(text, param)
         total = sum(len(text) for _, text in texts)
@@ -117,11 +126,9 @@ def check_roles(messages: Sequence[Message]) -> None:
         raise RequestError("the last message must be the user's", param="messages")
 
 
-def message_text(message: Message, *, with_images: bool = True) -> str:
-    """The message as the templates expect it: a placeholder line per picture, then the text parts, one per line."""
-    images = [IMAGE_PLACEHOLDER for part in message.parts if isinstance(part, ImagePart)] if with_images else []
-    texts = [part.text for part in message.parts if not isinstance(part, ImagePart)]
-    return "\n".join([*images, "\n".join(texts)])
+def message_text(message: Message) -> str:
+    """The text parts of a message, one per line."""
+    return "\n".join(part.text for part in message.parts if isinstance(part, TextPart))
 
 
 def tile_digest(tiles: npt.NDArray[np.uint8]) -> str:

@@ -102,20 +102,29 @@ class PreparedImage:
 
 @dataclass(frozen=True)
 class PreparedRequest:
-    """Token ids with one sentinel per image token (prompts/tokenize.py), and the tiles of every picture, in order."""
+    """Token ids with one sentinel per image token (prompts/tokenize.py), and the tiles of every picture, in order.
+
+    `prompt` is the text the ids came from, with its `<image>`; `num_image_tokens` counts the sentinels per picture.
+    """
 
     request_id: str
     prompt_ids: tuple[int, ...] = field(repr=False)
     images: tuple[PreparedImage, ...]
     sampling: SamplingParams
+    prompt: str = field(default="", repr=False)
+    num_image_tokens: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class ImageFeatures:
-    """What the tower saw of one picture: (image_tokens, vision_hidden), before the projector."""
+    """What the tower saw of one picture: (rows of all its tiles, vision_hidden), before the projector.
+
+    `size` is the picture's own in pixels, which tells how its tiles belong together.
+    """
 
     digest: str
     features: Tensor = field(repr=False)
+    size: Size | None = None
 
 
 @dataclass(frozen=True)

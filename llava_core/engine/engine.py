@@ -113,9 +113,12 @@ class Engine:
 
     def _next_logits(self, state: RequestState, ids: Sequence[int]) -> torch.Tensor:
         is_prefill = not state.output_ids
-        features = [image.features for image in state.request.features] if is_prefill else []
+        images = state.request.features if is_prefill else ()
+        sizes = [image.size for image in images]
+        known = None if None in sizes else [size for size in sizes if size is not None]
         packed = torch.tensor([list(ids)], device=self.model.device)
-        logits: torch.Tensor = self.model(packed, features, state.cache, last_only=True)
+        features = [image.features for image in images]
+        logits: torch.Tensor = self.model(packed, features, state.cache, sizes=known, last_only=True)
         return logits[0, -1]
 
     def _settle(self, state: RequestState, token: int) -> TokenDelta:

@@ -55,7 +55,8 @@ class RequestState:
 
     def usage(self) -> Usage:
         """Token counts so far."""
-        image_tokens = sum(len(image.features) for image in self.request.features)
+        # Not the features' rows: of a picture in tiles some are left out, and ends of lines come in.
+        image_tokens = sum(token < 0 for token in self.request.prompt_ids)
         return Usage(len(self.request.prompt_ids), len(self.output_ids), image_tokens)
 
     def stage_ms(self) -> StageTimes:

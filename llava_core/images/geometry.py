@@ -1,11 +1,100 @@
-"""How many tokens a picture becomes. The one place that knows: prompts, scheduling and splicing all ask here.
+"""How a picture is cut into tiles, how many tokens it becomes, and in which order. The one place that knows.
 
-Integers only; imports neither torch nor Pillow.
+Prompts, scheduling and merging all ask here. Integers only; imports neither torch nor Pillow. The floating-point steps
+are the originals' own, term by term: another order of multiplication would move some sizes by a pixel.
 """
 
-from llava_core.config import VisionConfig
+from __future__ import annotations
+
+import math
+
+from llava_core.config import Dialect, ModelConfig, VisionConfig
+from llava_core.types import Size
+
+# In a merge order: not a row of the tower but the learned end-of-line vector.
+NEWLINE = -1
 
 
-def num_image_tokens(vision: VisionConfig) -> int:
-    """Placeholders of one picture: a row of features per patch, plus one where the class feature is kept."""
-    return vision.patches_per_side**2 + (1 if vision.select_feature == "cls_patch" else 0)
+def best_resolution(size: Size, candidates: tuple[Size, ...]) -> Size:
+    """The candidate that keeps most of the picture's pixels, then wastes least, then comes first."""
+
+    def fit(candidate: Size) -> tuple[int, int]:
+        scale = min(candidate.width / size.width, candidate.height / size.height)
+        kept = min(int(size.width * scale) * int(size.height * scale), size.width * size.height)
+        return kept, kept - candidate.width * candidate.height
+
+    return max(candidates, key=fit)
+
+
+def scaled_size(size: Size, target: Size) -> Size:
+    """The largest size of the picture's shape inside `target`, rounded up."""
+    across, down = target.width / size.width, target.height / size.height
+    if across < down:
+        return Size(target.width, min(math.ceil(size.height * across), target.height))
+    return Size(min(math.ceil(size.width * down), target.width), target.height)
+
+
+def tile_grid(config: ModelConfig, size: Size) -> Size | None:
+    """Columns and rows of tiles beside the overview; None where pictures are one tile."""
+    if not config.pinpoints:
+        return None
+    best = best_resolution(size, config.pinpoints)
+    side = config.vision.image_size
+    return Size(best.width // side, best.height // side)
+
+
+def unpadded(grid: Size, size: Size, dialect: Dialect) -> tuple[int, int, int, int]:
+    """The part (left, top, right, bottom) of a feature grid that the picture fills, padding cut off on both sides.
+
+    The original cuts the kept length off at once, transformers rounds it to seven digits before.
+    """
+
+    def kept(length: int, scale: float) -> int:
+        exact = length * scale
+        return int(round(exact, 7) if dialect == "llava_hf" else exact)
+
+    if size.width / size.height > grid.width / grid.height:
+        cut = (grid.height - kept(size.height, grid.width / size.width)) // 2
+        return 0, cut, grid.width, grid.height - cut
+    cut = (grid.width - kept(size.width, grid.height / size.height)) // 2
+    return cut, 0, grid.width - cut, grid.height
+
+
+def num_image_tokens(config: ModelConfig, size: Size) -> int:
+    """Placeholders of one picture of `size` pixels."""
+    per_tile = config.vision.tokens_per_tile
+    tiles = tile_grid(config, size)
+    if tiles is None:
+        return per_tile
+    if config.merge_type != "spatial_unpad":
+        return per_tile * (1 + tiles.width * tiles.height)
+    left, top, right, bottom = unpadded(_feature_grid(config.vision, tiles), size, config.dialect)
+    return per_tile + (bottom - top) * (right - left + 1)
+
+
+def merge_order(config: ModelConfig, size: Size) -> tuple[int, ...] | None:
+    """Which row of a picture's tiles, or NEWLINE, each of its tokens is; None where they stay as they come.
+
+    Rows are counted through all tiles, the overview first, each row by row. `spatial` reads the other tiles as one
+    large grid, line by line; `spatial_unpad` leaves the padding out and ends every line with the newline.
+    """
+    tiles = tile_grid(config, size)
+    if tiles is None or config.merge_type == "flat":
+        return None
+    grid = _feature_grid(config.vision, tiles)
+    box = (0, 0, grid.width, grid.height)
+    if config.merge_type == "spatial_unpad":
+        box = unpadded(grid, size, config.dialect)
+    side, per_tile = config.vision.patches_per_side, config.vision.tokens_per_tile
+    order = list(range(per_tile))
+    for y in range(box[1], box[3]):
+        for x in range(box[0], box[2]):
+            tile = 1 + (y // side) * tiles.width + x // side
+            order.append(tile * per_tile + (y % side) * side + x % side)
+        if config.merge_type == "spatial_unpad":
+            order.append(NEWLINE)
+    return tuple(order)
+
+
+def _feature_grid(vision: VisionConfig, tiles: Size) -> Size:
+    return Size(tiles.width * vision.patches_per_side, tiles.height * vision.patches_per_side)

@@ -1,9 +1,10 @@
-"""A decoded picture becomes the square uint8 tile a CLIP-type tower reads: pad or crop, then bicubic resize.
+"""A decoded picture becomes the square uint8 tiles a CLIP-type tower reads: pad, crop, or an overview and tiles.
 
 Normalisation is not done here: tiles stay uint8 until the tower, a quarter of the bytes on every hop (`vision/`).
 Knows nothing about files, base64 or models.
 """
 
+import zlib
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,6 +12,10 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from llava_core.images.geometry import best_resolution, scaled_size
+from llava_core.types import Size
+
+Aspect = Literal["pad", "crop", "anyres"]
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -20,20 +25,27 @@ class PreprocessConfig:
     """How a tower wants its pictures. `size` is the side of the square tile in pixels.
 
     `aspect` is LLaVA's `image_aspect_ratio`: `pad` fills up to a square with the mean colour, `crop` resizes the
-    shortest edge and cuts the centre square out, which is what CLIP itself does.
+    shortest edge and cuts the centre square out, which is what CLIP itself does, `anyres` makes an overview and tiles
+    of the best of the `pinpoints`. With `stretches` a picture is resized to the square, as SigLIP's processor does.
+    `jitter` draws LLaVA-Med's offset of the padding, by one pixel, from the picture's own pixels.
     """
 
     size: int
-    aspect: Literal["pad", "crop"] = "pad"
+    aspect: Aspect = "pad"
     mean: tuple[float, float, float] = CLIP_MEAN
     std: tuple[float, float, float] = CLIP_STD
     resample: Image.Resampling = Image.Resampling.BICUBIC
+    pinpoints: tuple[Size, ...] = ()
+    stretches: bool = False
+    jitter: bool = False
 
     def __post_init__(self) -> None:
         if self.size < 1:
             raise ValueError(f"size must be at least 1 pixel, not {self.size}")
-        if self.aspect not in ("pad", "crop"):
-            raise ValueError(f"aspect must be 'pad' or 'crop', not {self.aspect!r}")
+        if self.aspect not in ("pad", "crop", "anyres"):
+            raise ValueError(f"aspect must be 'pad', 'crop' or 'anyres', not {self.aspect!r}")
+        if (self.aspect == "anyres") != bool(self.pinpoints):
+            raise ValueError(f"pinpoints belong to aspect 'anyres' and to no other: {self}")
 
     @property
     def pad_colour(self) -> tuple[int, int, int]:
@@ -43,23 +55,53 @@ class PreprocessConfig:
 
 
 def preprocess(image: Image.Image, config: PreprocessConfig) -> npt.NDArray[np.uint8]:
-    """The tile of an RGB picture, uint8 of shape (1, size, size, 3)."""
+    """The tiles of an RGB picture, uint8 of shape (num_tiles, size, size, 3); the overview is the first."""
     if image.mode != "RGB":
         raise ValueError(f"expected an RGB picture, not {image.mode}; decode with images.loading first")
+    if config.aspect == "anyres":
+        return np.stack([_fit(tile, config) for tile in cut_tiles(image, config)])
     if config.aspect == "pad":
-        image = pad_to_square(image, config.pad_colour)
+        image = pad_to_square(image, config.pad_colour, shift=_jitter(image) if config.jitter else 0)
+    return _fit(image, config)[None]
+
+
+def _fit(image: Image.Image, config: PreprocessConfig) -> npt.NDArray[np.uint8]:
+    """What the tower's own processor does: uint8 (size, size, 3)."""
+    if config.stretches:
+        return np.asarray(image.resize((config.size, config.size), config.resample), np.uint8)
     image = resize_shortest_edge(image, config.size, config.resample)
-    return np.asarray(centre_crop(image, config.size), np.uint8)[None]
+    return np.asarray(centre_crop(image, config.size), np.uint8)
 
 
-def pad_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
-    """The picture centred on a square of its longer side; the offset is rounded down, as in LLaVA."""
+def cut_tiles(image: Image.Image, config: PreprocessConfig) -> list[Image.Image]:
+    """The picture squeezed to one tile, then its best resolution cut into tiles row by row, on black."""
+    size = Size(*image.size)
+    best = best_resolution(size, config.pinpoints)
+    scaled = image.resize(scaled_size(size, best), Image.Resampling.BICUBIC)
+    canvas = Image.new("RGB", best, (0, 0, 0))
+    canvas.paste(scaled, ((best.width - scaled.width) // 2, (best.height - scaled.height) // 2))
+    tiles = [
+        canvas.crop((x, y, x + config.size, y + config.size))
+        for y in range(0, best.height, config.size)
+        for x in range(0, best.width, config.size)
+    ]
+    return [image.resize((config.size, config.size), Image.Resampling.BICUBIC), *tiles]
+
+
+def _jitter(image: Image.Image) -> int:
+    """0 or 1, the same for the same picture: LLaVA-Med draws it anew each time, so that no answer can be repeated."""
+    return zlib.crc32(image.tobytes()) & 1
+
+
+def pad_to_square(image: Image.Image, colour: tuple[int, int, int], *, shift: int = 0) -> Image.Image:
+    """The picture centred on a square of its longer side; the offset is rounded down, as in LLaVA, plus `shift`."""
     width, height = image.size
     if width == height:
         return image
     side = max(width, height)
     square = Image.new("RGB", (side, side), colour)
-    square.paste(image, ((side - width) // 2, (side - height) // 2))
+    left, top = (0 if length == side else (side - length) // 2 + shift for length in (width, height))
+    square.paste(image, (left, top))
     return square
 
 

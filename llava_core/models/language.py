@@ -11,12 +11,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from llava_core.config import ModelConfig
+from llava_core.images.geometry import merge_order
+from llava_core.models.features import merge_tiles
 from llava_core.models.projector import Projector
 from llava_core.models.splice import splice
+from llava_core.types import Size
 
 
 class LanguageSide(nn.Module):
-    """Projector and decoder of one LLaVA."""
+    """Projector and decoder of one LLaVA; `image_newline` (hidden,) ends the lines of a picture made of tiles."""
 
     def __init__(self, config: ModelConfig, *, attention: str = "sdpa") -> None:
         super().__init__()
@@ -24,6 +27,8 @@ class LanguageSide(nn.Module):
         self.projector = Projector(
             config.projector_type, config.vision.hidden_size, config.hidden_size, bias=config.projector_bias
         )
+        newline = torch.randn(config.hidden_size) / config.hidden_size**0.5 if config.has_newline else None
+        self.image_newline = None if newline is None else nn.Parameter(newline)
         text = AutoConfig.for_model(**{**config.text, "tie_word_embeddings": config.tie_word_embeddings})
         self.decoder: PreTrainedModel = AutoModelForCausalLM.from_config(text, attn_implementation=attention)
 
@@ -32,12 +37,26 @@ class LanguageSide(nn.Module):
         """Where the decoder's weights are."""
         return self.decoder.device
 
-    def embed(self, ids: Tensor, features: Sequence[Tensor]) -> Tensor:
-        """Embeddings (*ids.shape, hidden); each of `features` is (num_image_tokens, vision_hidden), in order."""
+    def embed(self, ids: Tensor, features: Sequence[Tensor], sizes: Sequence[Size] | None = None) -> Tensor:
+        """Embeddings (*ids.shape, hidden); each of `features` is (rows of all its tiles, vision_hidden), in order.
+
+        `sizes` are those of the pictures in pixels; a checkpoint that merges tiles needs them.
+        """
         rows = None
         if features:
             rows = self.projector(torch.cat([image.to(self.device, self.decoder.dtype) for image in features]))
+            if self.config.pinpoints and self.config.merge_type != "flat":
+                rows = self._merge(rows, [len(image) for image in features], sizes)
         return splice(ids, self.decoder.get_input_embeddings(), rows)
+
+    def _merge(self, rows: Tensor, counts: Sequence[int], sizes: Sequence[Size] | None) -> Tensor:
+        if sizes is None or len(sizes) != len(counts):
+            raise ValueError(f"{len(counts)} pictures came with {0 if sizes is None else len(sizes)} sizes")
+        merged = [
+            merge_tiles(image, merge_order(self.config, size), self.image_newline)
+            for image, size in zip(rows.split(list(counts)), sizes, strict=True)
+        ]
+        return torch.cat(merged)
 
     def forward(
         self,
@@ -45,6 +64,7 @@ class LanguageSide(nn.Module):
         features: Sequence[Tensor],
         cache: Cache | None = None,
         *,
+        sizes: Sequence[Size] | None = None,
         mask: Tensor | None = None,
         positions: Tensor | None = None,
         last_only: bool = False,
@@ -53,10 +73,10 @@ class LanguageSide(nn.Module):
 
         `mask` is a padding mask (batch, length) or says who sees whom (batch, 1, length, length); `positions`
         (batch, length) default to 0, 1, 2, ... With `last_only` the length of the result is 1: the position that the
-        next token is drawn from.
+        next token is drawn from. `sizes` as in `embed`.
         """
         out = self.decoder(
-            inputs_embeds=self.embed(ids, features),
+            inputs_embeds=self.embed(ids, features, sizes),
             attention_mask=None if mask is None else self._additive(mask),
             position_ids=positions,
             past_key_values=cache,

@@ -11,7 +11,6 @@ import numpy.typing as npt
 import torch
 from tqdm import tqdm
 
-from llava_core.images.geometry import num_image_tokens
 from llava_core.scenes.cache import SceneCache
 from llava_core.vision.clip import ClipTower
 
@@ -24,7 +23,7 @@ def open_features(folder: Path, cache: SceneCache, tower: ClipTower) -> npt.NDAr
     folder.mkdir(parents=True, exist_ok=True)
     path, done = folder / "features.f16", folder / "encoded.json"
     start = int(json.loads(done.read_text())) if done.exists() else 0
-    shape = (len(cache.tiles), num_image_tokens(tower.config), tower.config.hidden_size)
+    shape = (len(cache.tiles), tower.config.tokens_per_tile, tower.config.hidden_size)
     features: npt.NDArray[np.float16] = np.memmap(path, np.float16, "r+" if path.exists() else "w+", shape=shape)
     device = tower.model.device
     firsts = range(start, len(cache.tiles), _BATCH)

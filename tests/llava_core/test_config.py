@@ -81,10 +81,10 @@ def test_tied_embeddings_are_read_from_either_level() -> None:
 @pytest.mark.parametrize(
     ("config", "named"),
     [
-        ({"model_type": "llama"}, "vision_config or text_config"),
-        (changed(vision_config=None), "vision_config or text_config"),
+        ({"model_type": "llama"}, "neither mm_vision_tower nor vision_config and text_config"),
+        (changed(vision_config=None), "describes no LLaVA"),
         (changed("text_config", model_type="gpt2"), "'gpt2'.*llama, mistral"),
-        (changed("vision_config", model_type="siglip_vision_model"), "siglip_vision_model"),
+        (changed("vision_config", model_type="vit"), "'vit' is not supported"),
         (changed("vision_config", patch_size=15), "336 is not a multiple of patch_size 15"),
         (changed("vision_config", patch_size=0), "patch_size must be a positive whole number, not 0"),
         (changed("vision_config", image_size="large"), "image_size must be a positive whole number, not 'large'"),

@@ -1,6 +1,7 @@
 """Preparing requests: ids and tiles as the model wants them, and every mistake of a caller named by field and limit."""
 
 import io
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from llava_core.checkpoints.describe import load_preparer
 from llava_core.errors import ImageError, PromptTooLongError, RequestError
 from llava_core.images.loading import ImageLimits
 from llava_core.prepare import Preparer, RequestLimits, message_text, tile_digest
+from llava_core.prompts.templates import get_template
 from llava_core.prompts.tokenize import IMAGE_TOKEN_ID
 from llava_core.types import GenerationRequest, ImagePart, Message, SamplingParams, Size, TextPart
 from tests.tiny import CONTEXT_LENGTH, IMAGE_SIZE, IMAGE_TOKENS, SYSTEM
@@ -130,9 +132,27 @@ def test_a_prompt_that_does_not_fit_is_refused(tiny_checkpoint: Path) -> None:
 
 
 def test_message_texts_keep_their_lines() -> None:
-    message = user("one", b"", "two")
-    assert message_text(message) == "<image>\none\ntwo"
-    assert message_text(message, with_images=False) == "one\ntwo"
+    assert message_text(user("one", b"", "two")) == "one\ntwo"
+
+
+def test_the_prompt_and_its_counts_come_along(preparer: Preparer) -> None:
+    prepared = preparer.prepare(request(user(png(), "one", "two"), assistant("A"), user(png(9, 9), "three")))
+    assert prepared.prompt == f"{SYSTEM} USER: <image>\none\ntwo ASSISTANT: A</s>USER: <image>\nthree ASSISTANT:"
+    assert prepared.num_image_tokens == (IMAGE_TOKENS, IMAGE_TOKENS)
+
+
+def test_start_and_end_stand_around_every_image_where_the_config_says_so(preparer: Preparer) -> None:
+    wrapping = replace(preparer, config=replace(preparer.config, image_start_end=True))
+    prompt = wrapping.prepare(request(user(png(), png(), "Q"))).prompt
+    assert "USER: <im_start><image><im_end>\n<im_start><image><im_end>\nQ ASSISTANT:" in prompt
+
+
+def test_a_template_wraps_the_images_of_the_first_message_only(preparer: Preparer) -> None:
+    wrapping = replace(preparer, template=get_template("v1_mmtag"))
+    prompt = wrapping.prepare(request(user(png(), "Q"), assistant("A"), user(png(), "R"))).prompt
+    assert prompt.endswith(
+        " USER: <Image><image></Image> ASSISTANT: Received.</s>USER: Q ASSISTANT: A</s>USER: <image>\nR ASSISTANT:"
+    )
 
 
 def test_limits_that_make_no_sense_are_refused() -> None:

@@ -10,7 +10,6 @@ from transformers import CLIPVisionModel, LlavaForConditionalGeneration
 
 from llava_core.checkpoints.describe import load_config, load_preprocess_config
 from llava_core.config import SelectFeature, VisionConfig
-from llava_core.images.geometry import num_image_tokens
 from llava_core.images.preprocess import CLIP_MEAN, CLIP_STD, PreprocessConfig
 from llava_core.vision.clip import ClipTower, normalise
 from tests.tiny import IMAGE_SIZE, IMAGE_TOKENS, VISION_HIDDEN
@@ -53,7 +52,7 @@ def test_features_equal_the_hidden_states_of_transformers(
     pixels = normalise(tiles, PreprocessConfig(size=IMAGE_SIZE))
     expected = reference(pixels, output_hidden_states=True).hidden_states[layer]
     torch.testing.assert_close(features, expected if select == "cls_patch" else expected[:, 1:])
-    assert features.shape == (2, num_image_tokens(vision), VISION_HIDDEN)
+    assert features.shape == (2, vision.tokens_per_tile, VISION_HIDDEN)
 
 
 @torch.inference_mode()
