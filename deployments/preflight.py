@@ -6,7 +6,6 @@ Whatever this misses, such as a tensor of the wrong shape, the replica that load
 from pathlib import Path
 
 from deployments.settings import AppArgs
-from llava_core.checkpoints.files import resolve_checkpoint
 
 
 def check_checkpoint(args: AppArgs) -> Path:
@@ -14,8 +13,9 @@ def check_checkpoint(args: AppArgs) -> Path:
     # A second's worth of tokenizer library, not wanted for a --help.
     from llava_core.checkpoints.accounting import check_tensors
     from llava_core.checkpoints.describe import load_preparer
+    from llava_core.checkpoints.layout import open_checkpoint
 
-    folder = resolve_checkpoint(args.checkpoint)
-    load_preparer(folder, template=args.template, limits=args.limits.request)
-    check_tensors(folder)
-    return folder
+    checkpoint = open_checkpoint(args.checkpoint, args.base)
+    load_preparer(checkpoint, template=args.template, limits=args.limits.request)
+    check_tensors(checkpoint)
+    return checkpoint.folder

@@ -19,7 +19,6 @@ from deployments.pipeline import Pipeline
 from deployments.preprocessor import Preprocessor
 from deployments.settings import AppArgs, ComputeArgs
 from deployments.vision_encoder import VisionEncoder
-from llava_core.checkpoints.files import resolve_checkpoint
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -55,9 +54,10 @@ class PreprocessorReplica(Preprocessor):
     def __init__(self, args: AppArgs) -> None:
         adopt_serve_logging()
         from llava_core.checkpoints.describe import load_preparer
+        from llava_core.checkpoints.layout import open_checkpoint
 
-        folder = resolve_checkpoint(args.checkpoint)
-        super().__init__(load_preparer(folder, template=args.template, limits=args.limits.request))
+        checkpoint = open_checkpoint(args.checkpoint, args.base)
+        super().__init__(load_preparer(checkpoint, template=args.template, limits=args.limits.request))
 
 
 class VisionEncoderReplica(VisionEncoder):
@@ -65,10 +65,11 @@ class VisionEncoderReplica(VisionEncoder):
 
     def __init__(self, args: AppArgs, handoff: Handoff) -> None:
         adopt_serve_logging()
+        from llava_core.checkpoints.layout import open_checkpoint
         from llava_core.checkpoints.load import load_tower
 
         options = set_up_compute(args.vision_encoder)
-        super().__init__(load_tower(resolve_checkpoint(args.checkpoint), options), handoff)
+        super().__init__(load_tower(open_checkpoint(args.checkpoint, args.base), options), handoff)
 
 
 class GeneratorReplica(Generator):
@@ -76,15 +77,16 @@ class GeneratorReplica(Generator):
 
     def __init__(self, args: AppArgs, handoff: Handoff) -> None:
         adopt_serve_logging()
+        from llava_core.checkpoints.layout import open_checkpoint
         from llava_core.checkpoints.load import load_language_side
         from llava_core.checkpoints.tokenizer import load_tokenizer
         from llava_core.engine.async_engine import AsyncEngine
         from llava_core.engine.engine import Engine, EngineConfig
 
         options = set_up_compute(args.generator)
-        folder = resolve_checkpoint(args.checkpoint)
+        checkpoint = open_checkpoint(args.checkpoint, args.base)
         config = EngineConfig(max_running=args.engine.max_running, max_waiting=args.engine.max_waiting)
-        engine = Engine(load_language_side(folder, options), load_tokenizer(folder), config)
+        engine = Engine(load_language_side(checkpoint, options), load_tokenizer(checkpoint), config)
         super().__init__(AsyncEngine(engine), handoff, chunk_gap_s=args.engine.chunk_gap_ms / 1e3)
 
 

@@ -86,10 +86,12 @@ class LimitArgs(_Settings):
 
 
 class AppArgs(_Settings):
-    """The whole service. `model` None is the default model; `template` None is the one that the checkpoint's own chat
-    template agrees with; `model_name` None is the folder's name or the hub id."""
+    """The whole service. `model` None is the default model; `base` is what an adapter or projector was trained on;
+    `template` None is the one that the checkpoint's own chat template agrees with; `model_name` None is the folder's
+    name or the hub id."""
 
     model: str | None = None
+    base: str | None = None
     model_name: str | None = None
     template: str | None = None
     limits: LimitArgs = LimitArgs()

@@ -5,9 +5,7 @@ Imports nothing heavy before a command runs, so `--help` answers at once. Knows 
 
 from __future__ import annotations
 
-import json
-import uuid
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,8 +16,6 @@ from llava_core.errors import LlavaError
 
 if TYPE_CHECKING:
     from llava_core.checkpoints.load import Dtype
-    from llava_core.inference import LocalModel
-    from llava_core.types import GenerationRequest
 
 COMMAND_GROUP = "llava.commands"
 
@@ -56,67 +52,53 @@ def main() -> None:
 
 
 @main.command()
-@click.argument("question")
+@click.argument("question", required=False)
 @click.option("--model", default=None, help="Checkpoint folder or hub id (default: the small model of this project).")
+@click.option("--base", default=None, help="The model that an adapter or projector was trained on.")
 @click.option("--image", "images", multiple=True, type=click.Path(path_type=Path), help="Picture file; repeatable.")
+@click.option("--questions", type=click.Path(path_type=Path), help="Many questions, one JSON object a line.")
 @click.option("--temperature", type=click.FloatRange(0, 2), default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--max-tokens", type=click.IntRange(1), default=None, help="Longest answer (default: the context).")
 @click.option("--seed", type=int, default=None, help="Makes a sampled answer repeatable.")
 @click.option("--template", default=None, help="Prompt template (default: the one the checkpoint declares).")
 @click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto", help="[auto]")
 @click.option("--device", default="cpu", show_default=True)
+@click.option("--offline", is_flag=True, help="Fetch nothing; what is not here is listed.")
+@click.option("--padding-jitter", is_flag=True, help="Move padding by up to a pixel, as LLaVA-Med did.")
 @click.option("--format", "output", type=click.Choice(["text", "json"]), default="text", show_default=True)
-def ask(question: str, **given: Any) -> None:
-    """Answer QUESTION, about pictures if there are any, in this process."""
-    from llava_core.types import GenerationRequest, ImagePart, Message, SamplingParams, TextPart
+def ask(question: str | None, **given: Any) -> None:
+    """Answer QUESTION, about pictures if there are any, in this process.
 
-    options = _AskOptions(**given)
-    sampling = SamplingParams(max_tokens=options.max_tokens, temperature=options.temperature, seed=options.seed)
-    pictures = [ImagePart(_read(path)) for path in options.images]
-    message = Message("user", (*pictures, TextPart(question)))
-    request = GenerationRequest(uuid.uuid4().hex, (message,), sampling)
-    _print_answer(_load(options), request, options.output)
+    Each line of a --questions file holds `question` or `text`, and may hold `image` or `images` (paths, from the
+    file's folder) and `question_id` or `id`, which comes back with the answer, a JSON object a line.
+    """
+    from llava_core.asking import ask_all, ask_one
+
+    options = AskOptions(**given)
+    if (question is None) == (options.questions is None):
+        raise click.UsageError("give either a QUESTION or --questions FILE")
+    if options.questions is not None:
+        if options.images:
+            raise click.UsageError("with --questions the pictures are named in its lines, not by --image")
+        ask_all(options, options.questions)
+    else:
+        ask_one(options, question or "")
 
 
 @dataclass(frozen=True)
-class _AskOptions:
+class AskOptions:
     """The options of `llava ask`, as click hands them over."""
 
     model: str | None
+    base: str | None
     images: tuple[Path, ...]
+    questions: Path | None
     temperature: float
     max_tokens: int | None
     seed: int | None
     template: str | None
     dtype: Dtype
     device: str
+    offline: bool
+    padding_jitter: bool
     output: str
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise click.ClickException(f"{path} cannot be read: {error.strerror}") from error
-
-
-def _load(options: _AskOptions) -> LocalModel:
-    from llava_core.checkpoints.load import LoadOptions
-    from llava_core.inference import DEFAULT_MODEL, LocalModel
-
-    load = LoadOptions(device=options.device, dtype=options.dtype)
-    return LocalModel(options.model or DEFAULT_MODEL, options=load, template=options.template)
-
-
-def _print_answer(model: LocalModel, request: GenerationRequest, output: str) -> None:
-    deltas = []
-    for delta in model.stream(request):
-        deltas.append(delta)
-        if output == "text":
-            click.echo(delta.text, nl=False)
-    if output == "text":
-        click.echo()
-        return
-    last = deltas[-1]
-    answer = {"answer": "".join(delta.text for delta in deltas), "finish_reason": last.finish_reason}
-    click.echo(json.dumps({**answer, "usage": asdict(last.usage) if last.usage else None, "stage_ms": last.stage_ms}))

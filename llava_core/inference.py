@@ -12,7 +12,7 @@ from pathlib import Path
 
 from llava_core.checkpoints.describe import load_preparer
 from llava_core.checkpoints.files import DEFAULT_MODEL as DEFAULT_MODEL
-from llava_core.checkpoints.files import resolve_checkpoint
+from llava_core.checkpoints.layout import Checkpoint, open_checkpoint
 from llava_core.checkpoints.load import LoadOptions, load_language_side, load_tower
 from llava_core.checkpoints.tokenizer import load_tokenizer
 from llava_core.engine.engine import Engine, EngineConfig
@@ -24,6 +24,7 @@ from llava_core.types import (
     GenerationRequest,
     ImagePart,
     Message,
+    PreparedRequest,
     SamplingParams,
     TextPart,
     TokenDelta,
@@ -36,22 +37,23 @@ class LocalModel:
 
     def __init__(
         self,
-        model: str | Path = DEFAULT_MODEL,
+        model: str | Path | Checkpoint = DEFAULT_MODEL,
         *,
         options: LoadOptions | None = None,
         template: str | None = None,
         limits: RequestLimits | None = None,
         engine: EngineConfig | None = None,
     ) -> None:
-        """Load a folder or hub id. Raises CheckpointError when it is missing, damaged or not understood."""
-        folder = resolve_checkpoint(str(model))
+        """Load a folder, hub id or opened checkpoint. Raises CheckpointError when it is missing, damaged or not
+        understood."""
+        checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
         options = options or LoadOptions()
-        tokenizer = load_tokenizer(folder)
-        self.preparer = load_preparer(folder, tokenizer, template=template, limits=limits)
-        self.tower = load_tower(folder, options)
-        self.engine = Engine(load_language_side(folder, options), tokenizer, engine)
+        tokenizer = load_tokenizer(checkpoint)
+        self.preparer = load_preparer(checkpoint, tokenizer, template=template, limits=limits)
+        self.tower = load_tower(checkpoint, options)
+        self.engine = Engine(load_language_side(checkpoint, options), tokenizer, engine)
 
-    def stream(self, request: GenerationRequest) -> Iterator[TokenDelta]:
+    def stream(self, request: GenerationRequest | PreparedRequest) -> Iterator[TokenDelta]:
         """Deltas of one answer as they are produced. Raises RequestError for the caller's mistakes."""
         self.add(request)
         try:
@@ -65,9 +67,9 @@ class LocalModel:
         finally:
             self.engine.abort(request.request_id)
 
-    def add(self, request: GenerationRequest) -> None:
+    def add(self, request: GenerationRequest | PreparedRequest) -> None:
         """Prepare, encode and queue a request; `engine.step()` then moves it on beside the others."""
-        prepared = self.preparer.prepare(request)
+        prepared = request if isinstance(request, PreparedRequest) else self.preparer.prepare(request)
         features = encode_images(self.tower, prepared.images)
         self.engine.add_request(EngineRequest(prepared.request_id, prepared.prompt_ids, features, prepared.sampling))
 

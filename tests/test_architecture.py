@@ -52,7 +52,7 @@ FORBIDDEN = {
     "cluster": {"deployments", "tests", "benchmarks", "examples", "fastapi", "gradio"},
 }
 STDLIB_ONLY = {"llava_core.types", "llava_core.errors", "llava_core.config"}
-STDLIB_ONLY_MAY = {"llava_core.errors"}
+STDLIB_ONLY_MAY = {"llava_core.errors", "llava_core.types"}
 
 
 def module_name(path: Path) -> str:

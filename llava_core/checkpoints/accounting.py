@@ -10,9 +10,8 @@ from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
-from llava_core.checkpoints.describe import load_config
-from llava_core.checkpoints.files import find_tensors
-from llava_core.checkpoints.keymaps import Key, Part, from_llava_hf
+from llava_core.checkpoints.keymaps import Part
+from llava_core.checkpoints.layout import Checkpoint, first, open_checkpoint
 from llava_core.config import ModelConfig
 from llava_core.errors import CheckpointError
 
@@ -31,32 +30,30 @@ _TOWER = {
 }
 
 
-def check_tensors(folder: Path) -> None:
+def check_tensors(checkpoint: Path | Checkpoint) -> None:
     """Raise CheckpointError for damaged files, for unknown tensors, and for parts or layers that are not complete."""
-    config = load_config(folder)
-    names = _names_by_part(folder)
+    opened = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
+    config, folder = opened.config, opened.folder
+    names = _names_by_part(opened)
     _check_layers(folder, "tower", names["tower"], config.vision.architecture.get("num_hidden_layers"))
     _check_layers(folder, "decoder", names["decoder"], config.text.get("num_hidden_layers"))
     missing = sorted(
         f"{part} {name}" for part, expected in _outside_layers(config).items() for name in expected - names[part]
     )
+    if names["newline"] and not config.has_newline:
+        raise CheckpointError(
+            f"{folder} holds image_newline, which mm_patch_merge_type {config.merge_type} does not have"
+        )
     if missing:
-        raise CheckpointError(f"{folder}: config.json calls for {_first(missing)}, which no file of it holds")
+        raise CheckpointError(f"{folder}: config.json calls for {first(missing, 5)}, which no file of it holds")
 
 
-def _names_by_part(folder: Path) -> dict[Part, set[str]]:
-    names: dict[Part, set[str]] = {"tower": set(), "projector": set(), "decoder": set()}
-    unknown = []
-    for name in find_tensors(folder):
-        try:
-            key: Key | None = from_llava_hf(name)
-        except KeyError:
-            unknown.append(name)
-            continue
-        if key is not None:
-            names[key.part].add(key.name)
-    if unknown:
-        raise CheckpointError(f"{folder} holds {len(unknown)} tensors of unknown purpose: {_first(unknown)}")
+def _names_by_part(checkpoint: Checkpoint) -> dict[Part, set[str]]:
+    names: dict[Part, set[str]] = {"tower": set(), "projector": set(), "decoder": set(), "newline": set()}
+    for weights in checkpoint.weights:
+        for key in weights.keys().values():
+            if key.part in weights.parts:
+                names[key.part].add(key.name)
     return names
 
 
@@ -72,20 +69,20 @@ def _check_layers(folder: Path, part: Part, names: Iterable[str], num_layers: in
     if not full or missing or len(layers) > count:
         raise CheckpointError(
             f"{folder}: config.json calls for {count} {part} layers, the files hold {sum(map(bool, layers.values()))}; "
-            f"missing are: {_first(missing)}"
+            f"missing are: {first(missing, 5)}"
         )
 
 
 def _outside_layers(config: ModelConfig) -> dict[Part, set[str]]:
-    projector = {"0.weight", "2.weight"} | ({"0.bias", "2.bias"} if config.projector_bias else set())
+    depth = {"linear": 1, "identity": 0}.get(config.projector_type)
+    if depth is None:
+        depth = int(config.projector_type.removeprefix("mlp").removesuffix("x_gelu"))
+    kinds = ("weight", "bias") if config.projector_bias else ("weight",)
     head = set() if config.tie_word_embeddings else {"lm_head.weight"}
+    is_clip = config.vision.architecture["model_type"] == "clip_vision_model"
     return {
-        "tower": _TOWER,
-        "projector": projector if config.projector_type == "mlp2x_gelu" else set(),
+        "tower": _TOWER if is_clip else set(),
+        "projector": {f"{2 * index}.{kind}" for index in range(depth) for kind in kinds},
         "decoder": {"model.embed_tokens.weight", "model.norm.weight"} | head,
+        "newline": {"image_newline"} if config.has_newline else set(),
     }
-
-
-def _first(names: list[str], count: int = 5) -> str:
-    shown = ", ".join(names[:count])
-    return shown + (", ..." if len(names) > count else "") if names else "none"

@@ -1,4 +1,4 @@
-"""A checkpoint's folder: its JSON files, and which safetensors file holds which tensor. Reads headers, not weights.
+"""A checkpoint's folder: its JSON files, and which weight file holds which tensor. Reads headers, not weights.
 
 Hub ids are resolved to the local cache or downloaded here and nowhere else. Knows nothing about models.
 """
@@ -33,16 +33,31 @@ def resolve_checkpoint(path_or_id: str, *, offline: bool = False) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
-        return Path(
-            snapshot_download(
-                path_or_id, local_files_only=offline, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"]
-            )
-        )
+        patterns = _PATTERNS if offline else _wanted(path_or_id)
+        return Path(snapshot_download(path_or_id, local_files_only=offline, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise CheckpointError(
             f"{path_or_id} is neither a folder here nor in the hub's local cache, and fetching it failed "
             f"({type(error).__name__}); download it first or give a folder"
         ) from error
+
+
+_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.bin"]
+
+
+def _wanted(repo_id: str) -> list[str]:
+    """What to fetch of a repository: no weights twice, where they are there as safetensors and as `.bin`."""
+    import httpx
+    from huggingface_hub import list_repo_files
+
+    try:
+        files = list_repo_files(repo_id)
+    except (OSError, httpx.HTTPError):
+        # Without a network the cache may still do; whoever asks for the snapshot finds out.
+        return _PATTERNS
+    if not any(Path(file).match("*model*.safetensors") for file in files):
+        return _PATTERNS
+    return [*_PATTERNS[:-1], "mm_projector.bin", "non_lora_trainables*.bin"]
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:
@@ -59,9 +74,9 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
 
 
 def find_tensors(folder: Path) -> dict[str, Path]:
-    """Which file holds each tensor, from the index or the single file's header.
+    """Which file holds each tensor, from an index or a single file; safetensors before `.bin`.
 
-    Raises CheckpointError for missing or damaged files, and when index and headers disagree.
+    Raises CheckpointError for missing or damaged files, and when a safetensors index and headers disagree.
     """
     index = folder / "model.safetensors.index.json"
     if index.exists():
@@ -72,9 +87,32 @@ def find_tensors(folder: Path) -> dict[str, Path]:
             raise CheckpointError(f"{index} and its shards disagree, for example about {wrong}; download it again")
         return found
     single = folder / "model.safetensors"
-    if not single.exists():
-        raise CheckpointError(f"{folder} has no model.safetensors and no model.safetensors.index.json")
-    return dict.fromkeys(tensor_names(single), single)
+    if single.exists():
+        return dict.fromkeys(tensor_names(single), single)
+    index = folder / "pytorch_model.bin.index.json"
+    if index.exists():
+        listed = _read_index(index)
+        absent = sorted(file for file in set(listed.values()) if not file.exists())
+        if absent:
+            raise CheckpointError(f"{absent[0]} is missing; the checkpoint is incomplete")
+        return listed
+    single = folder / "pytorch_model.bin"
+    if single.exists():
+        return dict.fromkeys(tensor_names(single), single)
+    raise CheckpointError(
+        f"{folder} has no model.safetensors and no model.safetensors.index.json, nor pytorch_model.bin or its index"
+    )
+
+
+def has_model(folder: Path) -> bool:
+    """Whether the folder holds a whole model's weights."""
+    names = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+    return any((folder / name).exists() for name in names)
+
+
+def find_file(folder: Path, stem: str) -> Path | None:
+    """`stem.safetensors` or else `stem.bin` of a folder."""
+    return next((file for suffix in ("safetensors", "bin") if (file := folder / f"{stem}.{suffix}").exists()), None)
 
 
 def _read_index(index: Path) -> dict[str, Path]:
@@ -90,7 +128,12 @@ def _is_file_name(value: object) -> bool:
 
 
 def tensor_names(file: Path) -> list[str]:
-    """Names in one safetensors file. Raises CheckpointError when it is missing, truncated or not safetensors."""
+    """Names in one weight file. Raises CheckpointError when it is missing, truncated or holds something else."""
+    if file.suffix == ".bin":
+        # Only unpickling, which needs torch, tells.
+        from llava_core.checkpoints.tensors import read_bin
+
+        return list(read_bin(file))
     try:
         # "np", because asking for "pt" imports torch even for a look at the names.
         with safe_open(file, "np") as tensors:

@@ -1,14 +1,16 @@
 """Foreign weight names to ours and back, as tables of prefixes. Plain data and string work; reads no files.
 
-Our names: the tower's module (`vision/clip.py`), the projector's (`models/projector.py`) and the decoder's own.
+Our names: the tower's module (`vision/clip.py`), the projector's (`models/projector.py`), the decoder's own, and
+`image_newline`.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
-Part = Literal["tower", "projector", "decoder"]
+Part = Literal["tower", "projector", "decoder", "newline"]
 
 
 class Key(NamedTuple):
@@ -18,14 +20,21 @@ class Key(NamedTuple):
     name: str
 
 
+# Our key of a foreign name, None for what is dropped on purpose; raises KeyError for a name no row covers.
+KeyMap = Callable[[str], Key | None]
+_Rows = tuple[tuple[str, Part, str], ...]
+
+NEWLINE_KEY = Key("newline", "image_newline")
+
 # (foreign prefix, part, our prefix); the first match wins. Grouped by the transformers version that saves them.
-_LLAVA_HF: tuple[tuple[str, Part, str], ...] = (
+_LLAVA_HF: _Rows = (
     # transformers 4 and the hub's llava-hf checkpoints
     ("vision_tower.vision_model.", "tower", "model."),
     ("multi_modal_projector.linear_1.", "projector", "0."),
     ("multi_modal_projector.linear_2.", "projector", "2."),
     ("language_model.model.", "decoder", "model."),
     ("language_model.lm_head.", "decoder", "lm_head."),
+    ("image_newline", *NEWLINE_KEY),
     # transformers 5: as it saves them, then as its modules are called
     ("vision_tower.", "tower", "model."),
     ("model.vision_tower.vision_model.", "tower", "model."),
@@ -33,9 +42,35 @@ _LLAVA_HF: tuple[tuple[str, Part, str], ...] = (
     ("model.multi_modal_projector.linear_1.", "projector", "0."),
     ("model.multi_modal_projector.linear_2.", "projector", "2."),
     ("model.language_model.", "decoder", "model."),
+    ("model.image_newline", *NEWLINE_KEY),
     ("lm_head.", "decoder", "lm_head."),
 )
-_HUB_ROWS = 5
+_HUB_ROWS = 6
+
+# The original LLaVA code, and a text-only decoder by itself.
+_ORIGINAL: _Rows = (
+    ("model.vision_tower.vision_tower.vision_model.", "tower", "model."),
+    ("model.mm_projector.weight", "projector", "0.weight"),
+    ("model.mm_projector.bias", "projector", "0.bias"),
+    ("model.mm_projector.", "projector", ""),
+    ("model.image_newline", *NEWLINE_KEY),
+    ("model.embed_tokens.", "decoder", "model.embed_tokens."),
+    ("model.layers.", "decoder", "model.layers."),
+    ("model.norm.", "decoder", "model.norm."),
+    ("lm_head.", "decoder", "lm_head."),
+)
+
+# A tower by itself, as a CLIP or SigLIP model of transformers 4, then as a vision model of transformers 5.
+_TOWER: _Rows = (
+    ("vision_model.", "tower", "model."),
+    ("embeddings.", "tower", "model.embeddings."),
+    ("encoder.", "tower", "model.encoder."),
+    ("pre_layrnorm.", "tower", "model.pre_layrnorm."),
+    ("post_layernorm.", "tower", "model.post_layernorm."),
+    ("head.", "tower", "model.head."),
+)
+# The other half of a CLIP or SigLIP.
+_NOT_THE_TOWERS = re.compile(r"(text_model\.|visual_projection\.|text_projection\.|logit_scale$|logit_bias$)")
 
 # Buffers that old versions saved; they are computed, so a checkpoint's copy is dropped on purpose.
 _COMPUTED = re.compile(r"(\.position_ids|\.rotary_emb\.inv_freq)$")
@@ -43,9 +78,34 @@ _COMPUTED = re.compile(r"(\.position_ids|\.rotary_emb\.inv_freq)$")
 
 def from_llava_hf(name: str) -> Key | None:
     """Our key for a llava-hf name; None for computed buffers. Raises KeyError for a name no row covers."""
+    return _look_up(_LLAVA_HF, name)
+
+
+def from_original(name: str) -> Key | None:
+    """Our key for a name of the original code's, or of a text-only decoder; None and KeyError as above."""
+    return _look_up(_ORIGINAL, name)
+
+
+def from_tower(name: str) -> Key | None:
+    """Our key for a tower's name in a checkpoint of its own; None for its text half too."""
+    return None if _NOT_THE_TOWERS.match(name) else _look_up(_TOWER, name)
+
+
+def from_wrapped(name: str) -> Key | None:
+    """Our key for a name as PEFT and training wrappers save it, of either dialect."""
+    inner = name.removeprefix("module.").removeprefix("base_model.model.").removeprefix("base_model.")
+    if inner.startswith("model.model."):
+        inner = inner.removeprefix("model.")
+    try:
+        return from_original(inner)
+    except KeyError:
+        return from_llava_hf(inner)
+
+
+def _look_up(rows: _Rows, name: str) -> Key | None:
     if _COMPUTED.search(name):
         return None
-    for prefix, part, ours in _LLAVA_HF:
+    for prefix, part, ours in rows:
         if name.startswith(prefix):
             return Key(part, ours + name.removeprefix(prefix))
     raise KeyError(name)

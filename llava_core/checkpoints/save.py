@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from llava_core.checkpoints.keymaps import Key, to_llava_hf
 from llava_core.config import ModelConfig
-from llava_core.images.geometry import num_image_tokens
+from llava_core.errors import CheckpointError
 from llava_core.images.preprocess import PreprocessConfig
 from llava_core.models.language import LanguageSide
 from llava_core.vision.clip import ClipTower
@@ -34,7 +34,12 @@ def save_llava_hf(
     *,
     dtype: torch.dtype = torch.bfloat16,
 ) -> None:
-    """Write weights, configs and tokenizer. Raises FileExistsError when `folder` exists: nothing is overwritten."""
+    """Write weights, configs and tokenizer.
+
+    Raises FileExistsError when `folder` exists: nothing is overwritten; CheckpointError for what the layout has no
+    words for.
+    """
+    _check(language.config)
     if folder.exists():
         raise FileExistsError(f"{folder} exists; choose another folder or remove it")
     partial = folder.with_name(folder.name + ".partial")
@@ -55,6 +60,15 @@ def save_llava_hf(
     partial.rename(folder)
 
 
+def _check(config: ModelConfig) -> None:
+    words = {"projector_type": "mlp2x_gelu", "merge_type": "flat", "pinpoints": (), "image_start_end": False}
+    for field, only in words.items():
+        if vars(config)[field] != only:
+            raise CheckpointError(
+                f"{field} {vars(config)[field]!r} cannot be saved as llava-hf, which has {only!r} only"
+            )
+
+
 def _tensors(tower: ClipTower, language: LanguageSide) -> Iterator[tuple[Key, Tensor]]:
     for name, tensor in tower.state_dict().items():
         yield Key("tower", name), tensor
@@ -73,7 +87,7 @@ def config_json(config: ModelConfig, *, dtype: str) -> JsonObject:
         "model_type": "llava",
         "dtype": dtype,
         "image_token_index": config.image_token_id,
-        "image_seq_length": num_image_tokens(config.vision),
+        "image_seq_length": config.vision.tokens_per_tile,
         "projector_hidden_act": "gelu",
         "multimodal_projector_bias": config.projector_bias,
         "tie_word_embeddings": config.tie_word_embeddings,

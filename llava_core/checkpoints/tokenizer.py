@@ -1,37 +1,98 @@
 """A checkpoint's tokenizer behind the two small interfaces the project needs: prompts to ids, ids to text.
 
-Fast tokenizers only, because labels need character offsets. Knows nothing about weights.
+Which of a folder's files counts, and whether a prompt begins with BOS, is decided as transformers and the original code
+do. Knows nothing about weights.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 
+from llava_core.checkpoints.files import read_json
+from llava_core.checkpoints.layout import Checkpoint, open_checkpoint
+from llava_core.checkpoints.original_config import is_original_config
+from llava_core.config import ModelConfig
 from llava_core.errors import CheckpointError
-from llava_core.prompts.conversation import IMAGE_PLACEHOLDER, Turn, render
+from llava_core.prompts.conversation import IMAGE_END, IMAGE_PLACEHOLDER, IMAGE_START, Turn, render
 from llava_core.prompts.templates import TEMPLATES, Template, get_template
 
+logger = logging.getLogger(__name__)
+_IMAGE_PATCH = "<im_patch>"
+# Classes of transformers that put BOS before a text whatever tokenizer.json says, unless `add_bos_token` is false.
+_LLAMA_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast", "CodeLlamaTokenizer", "CodeLlamaTokenizerFast")
 
-class CheckpointTokenizer:
-    """Satisfies prompts.tokenize.Tokenizer and engine.detokenize.Decoder."""
 
-    def __init__(self, inner: PreTrainedTokenizerFast) -> None:
+class Backend(Protocol):
+    """A tokenizer of any kind; all ids, and offsets in characters of the text."""
+
+    bos_id: int | None
+
+    @property
+    def num_tokens(self) -> int:
+        """Ids there are."""
+        ...
+
+    @property
+    def special_texts(self) -> frozenset[str]:
+        """Texts that become control tokens."""
+        ...
+
+    def token_id(self, text: str) -> int | None:
+        """The id of exactly this token."""
+        ...
+
+    def add_special(self, text: str) -> None:
+        """A new special token with the next free id."""
+        ...
+
+    def encode(self, text: str) -> Sequence[tuple[int, int, int]]:
+        """(id, start, end) per token, without framing."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text, special tokens left out."""
+        ...
+
+
+class FastBackend:
+    """tokenizer.json by the tokenizers library."""
+
+    def __init__(self, inner: PreTrainedTokenizerFast, *, settings: Mapping[str, Any] | None = None) -> None:
         self._inner = inner
-        # A template's opening is the same in every prompt.
-        self.encode = functools.lru_cache(maxsize=256)(self._encode)
-        self.bos_id: int | None = inner.bos_token_id
-        # Not `all_special_tokens`, which leaves out those that only tokenizer.json knows.
-        special = {token.content for token in inner.added_tokens_decoder.values() if token.special}
-        # Text that would turn into control tokens; users' messages must not hold it.
-        self.reserved_texts = frozenset(special | {IMAGE_PLACEHOLDER}) - {""}
+        settings = settings or {}
+        framing = inner.backend_tokenizer.encode("", add_special_tokens=True).ids
+        adds_bos = framing[:1] == [inner.bos_token_id]
+        if settings.get("tokenizer_class") in _LLAMA_CLASSES:
+            adds_bos = bool(settings.get("add_bos_token", True))
+        self.bos_id: int | None = inner.bos_token_id if adds_bos else None
 
-    def _encode(self, text: str) -> Sequence[tuple[int, int, int]]:
+    @property
+    def num_tokens(self) -> int:
+        """Ids there are, added ones among them."""
+        return len(self._inner)
+
+    @property
+    def special_texts(self) -> frozenset[str]:
+        """Not `all_special_tokens`, which leaves out those that only tokenizer.json knows."""
+        return frozenset(token.content for token in self._inner.added_tokens_decoder.values() if token.special)
+
+    def token_id(self, text: str) -> int | None:
+        """The id of exactly this token, None where there is none."""
+        found: int | None = self._inner.backend_tokenizer.token_to_id(text)
+        return found
+
+    def add_special(self, text: str) -> None:
+        """A new special token with the next free id."""
+        self._inner.add_tokens([text], special_tokens=True)
+
+    def encode(self, text: str) -> Sequence[tuple[int, int, int]]:
         """(id, start, end) per token, without BOS or other framing."""
         encoded = self._inner.backend_tokenizer.encode(text, add_special_tokens=False)
         return tuple((token, start, end) for token, (start, end) in zip(encoded.ids, encoded.offsets, strict=True))
@@ -41,26 +102,98 @@ class CheckpointTokenizer:
         text: str = self._inner.backend_tokenizer.decode(list(ids), skip_special_tokens=True)
         return text
 
+
+class CheckpointTokenizer:
+    """Satisfies prompts.tokenize.Tokenizer and engine.detokenize.Decoder."""
+
+    def __init__(self, inner: PreTrainedTokenizerFast | Backend) -> None:
+        self._chat = inner if isinstance(inner, PreTrainedTokenizerFast) else None
+        self.backend: Backend = FastBackend(inner) if isinstance(inner, PreTrainedTokenizerFast) else inner
+        # A template's opening is the same in every prompt.
+        self.encode = functools.lru_cache(maxsize=256)(self.backend.encode)
+        self.decode = self.backend.decode
+        self.bos_id: int | None = self.backend.bos_id
+        # Text that would turn into control tokens; users' messages must not hold it.
+        self.reserved_texts = frozenset(self.backend.special_texts | {IMAGE_PLACEHOLDER}) - {""}
+
+    @property
+    def num_tokens(self) -> int:
+        """Ids there are, added ones among them."""
+        return self.backend.num_tokens
+
     def chat_prompt(self, messages: list[dict[str, Any]]) -> str | None:
         """The prompt by the checkpoint's own chat template, or None if it has none or refuses these messages."""
-        if self._inner.chat_template is None:
+        if self._chat is None or self._chat.chat_template is None:
             return None
         try:
-            return str(self._inner.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+            return str(self._chat.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
         except (TemplateError, TypeError, ValueError, KeyError):
             return None
 
 
-def load_tokenizer(folder: Path) -> CheckpointTokenizer:
-    """The tokenizer of a checkpoint. Raises CheckpointError when it is missing or damaged."""
+def load_tokenizer(checkpoint: Path | Checkpoint) -> CheckpointTokenizer:
+    """The tokenizer of a checkpoint. Raises CheckpointError when it is missing, damaged, or lacks a token."""
+    if isinstance(checkpoint, Path):
+        is_original = (checkpoint / "config.json").exists() and is_original_config(read_json(checkpoint, "config.json"))
+        if not is_original:
+            return CheckpointTokenizer(_load_fast(checkpoint))
+        checkpoint = open_checkpoint(checkpoint)
+    if checkpoint.config.dialect == "llava_hf":
+        return CheckpointTokenizer(_load_fast(checkpoint.text_folder))
+    tokenizer = _load_original(checkpoint)
+    _add_image_tokens(tokenizer, checkpoint)
+    return CheckpointTokenizer(tokenizer)
+
+
+def _load_fast(folder: Path) -> PreTrainedTokenizerFast:
     if not (folder / "tokenizer.json").exists():
         raise CheckpointError(f"{folder / 'tokenizer.json'} is missing; save the fast form of the tokenizer with it")
     try:
         # Not AutoTokenizer, which imports torch and every model; tokenizer.json says all that its class would.
-        inner = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder}: the tokenizer cannot be read ({type(error).__name__}: {error})") from error
-    return CheckpointTokenizer(inner)
+
+
+def _load_original(checkpoint: Checkpoint) -> Backend:
+    """As the original code loads it: the slow form where there is one, but for a whole Mistral the fast one."""
+    folder = checkpoint.text_folder
+    settings = read_json(folder, "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
+    wants_fast = checkpoint.config.text["model_type"] == "mistral" and checkpoint.is_complete
+    has_slow, has_fast = ((folder / name).exists() for name in ("tokenizer.model", "tokenizer.json"))
+    if str(settings.get("tokenizer_class", "")).startswith("PreTrainedTokenizerFast"):
+        has_slow = has_slow and not has_fast
+    if has_slow and not (wants_fast and has_fast):
+        from llava_core.checkpoints.sentencepiece_tokenizer import SentencePieceBackend
+
+        # The fast form that transformers makes of a slow file is the legacy one.
+        return SentencePieceBackend(folder, is_legacy=True if wants_fast else None)
+    if not has_fast:
+        raise CheckpointError(f"{folder} has neither tokenizer.model nor tokenizer.json; copy them from the base model")
+    return FastBackend(_load_fast(folder), settings=settings)
+
+
+def _add_image_tokens(tokenizer: Backend, checkpoint: Checkpoint) -> None:
+    """The tokens that the original code adds when it loads a model, where its embeddings have rows for them."""
+    rows, folder = checkpoint.config.vocab_size, checkpoint.folder
+    wanted = [IMAGE_START, IMAGE_END] if checkpoint.config.image_start_end else []
+    # Prompts never hold it, so a missing row does no harm.
+    if (
+        checkpoint.settings.get("mm_use_im_patch_token", True)
+        and tokenizer.num_tokens + len([text for text in wanted if tokenizer.token_id(text) is None]) < rows
+    ):
+        wanted = [_IMAGE_PATCH, *wanted]
+    for text in wanted:
+        if tokenizer.token_id(text) is None:
+            tokenizer.add_special(text)
+    for text in wanted:
+        number = tokenizer.token_id(text)
+        if number is None or number >= rows:
+            raise CheckpointError(
+                f"{folder / 'config.json'}: mm_use_im_start_end asks for {text}, but the tokenizer of "
+                f"{checkpoint.text_folder} does not have it and vocab_size {rows} leaves it no row; "
+                "use the tokenizer that was saved with the model"
+            )
 
 
 # A conversation that tells templates apart: two turns, a picture, an answer in the middle.
@@ -77,13 +210,16 @@ _PROBE_MESSAGES: list[dict[str, Any]] = [
 ]
 
 
-def choose_template(tokenizer: CheckpointTokenizer, name: str | None) -> Template:
+def choose_template(tokenizer: CheckpointTokenizer, name: str | None, config: ModelConfig | None = None) -> Template:
     """The named template, else the one that renders exactly as the checkpoint's chat template does.
 
-    Raises CheckpointError when none does: a guess would answer badly without a sign of it.
+    An original checkpoint has no chat template; its `config` tells as far as it can. Raises CheckpointError when
+    nothing does: a guess would answer badly without a sign of it.
     """
     if name is not None:
         return get_template(name)
+    if config is not None and config.dialect == "original":
+        return _template_of(config)
     prompt = tokenizer.chat_prompt(_PROBE_MESSAGES)
     for template in TEMPLATES.values():
         if prompt == render(template, _PROBE_TURNS).text:
@@ -92,3 +228,20 @@ def choose_template(tokenizer: CheckpointTokenizer, name: str | None) -> Templat
         "the checkpoint's chat template is none of ours, so its prompt format is unknown; "
         f"name one of: {', '.join(sorted(TEMPLATES))}"
     )
+
+
+def _template_of(config: ModelConfig) -> Template:
+    """What the released models of this shape were trained with: Mistral's, Yi's, and Vicuna's for v1.5 and v1.6."""
+    if config.text["model_type"] == "mistral":
+        name = "mistral_instruct"
+    elif config.vocab_size >= 64_000 and config.eos_token_ids == (7,):
+        name = "chatml_direct"
+    elif config.projector_type != "linear" and not config.image_start_end:
+        name = "vicuna_v1"
+    else:
+        raise CheckpointError(
+            "nothing in this checkpoint says which prompt format it was trained with; "
+            f"name one of: {', '.join(sorted(TEMPLATES))} with --template"
+        )
+    logger.info("the checkpoint names no prompt format; %s fits its configuration", name)
+    return get_template(name)

@@ -36,14 +36,21 @@ def test_an_answer_is_printed_and_is_the_same_every_time(tiny_checkpoint: Path, 
     assert first[1].endswith("\n")
 
 
-def test_json_has_the_answer_the_usage_and_the_times(tiny_checkpoint: Path, picture: Path) -> None:
-    code, out, _ = ask(tiny_checkpoint, "--image", str(picture), "--image", str(picture), "--format", "json")
-    answer = json.loads(out)
+def test_a_file_of_questions_is_answered_with_one_load(tiny_checkpoint: Path, picture: Path) -> None:
+    lines = [{"question_id": 7, "text": "What?", "image": picture.name}, {"question": "Why?"}]
+    file = picture.parent / "questions.jsonl"
+    file.write_text("\n".join(map(json.dumps, lines)))
+    given = ("--model", str(tiny_checkpoint), "--dtype", "float32", "--max-tokens", "3", "--questions", str(file))
+    code, out, _ = run("ask", *given, "--format", "json")
     assert code == 0
-    assert answer["usage"]["image_tokens"] == 8
-    assert answer["finish_reason"] in ("stop", "length")
-    assert set(answer["stage_ms"]) >= {"prefill", "decode"}
-    assert answer["answer"] == ask(tiny_checkpoint, "--image", str(picture), "--image", str(picture))[1].rstrip("\n")
+    assert [json.loads(line).get("question_id") for line in out.splitlines()] == [7, None]
+    assert run("ask", *given, "one more")[0] == run("ask", *given, "--image", str(picture))[0] == 2
+
+
+def test_without_a_question_the_usage_is_shown(tiny_checkpoint: Path) -> None:
+    code, _, err = run("ask", "--model", str(tiny_checkpoint))
+    assert code == 2
+    assert "QUESTION or --questions" in err
 
 
 def test_a_seed_repeats_a_sampled_answer(tiny_checkpoint: Path) -> None:

@@ -70,7 +70,7 @@ def test_a_missing_file_is_named(checkpoint_copy: Path, name: str) -> None:
 
 def test_a_config_of_another_kind_is_refused(checkpoint_copy: Path) -> None:
     edit_json(checkpoint_copy / "config.json", lambda config: config.pop("vision_config"))
-    with pytest.raises(CheckpointError, match="not a llava-hf checkpoint"):
+    with pytest.raises(CheckpointError, match="describes no LLaVA"):
         load_config(checkpoint_copy)
 
 

@@ -3,7 +3,7 @@
 import pytest
 from transformers import LlavaForConditionalGeneration
 
-from llava_core.checkpoints.keymaps import Key, from_llava_hf, to_llava_hf
+from llava_core.checkpoints.keymaps import Key, from_llava_hf, from_original, from_tower, from_wrapped, to_llava_hf
 from tests.tiny import hub_name, saved_name
 
 
@@ -57,7 +57,7 @@ def test_computed_buffers_are_dropped_on_purpose(name: str) -> None:
     assert from_llava_hf(name) is None
 
 
-@pytest.mark.parametrize("name", ["optimizer.step", "image_newline", "model.mm_projector.0.weight", ""])
+@pytest.mark.parametrize("name", ["optimizer.step", "image_oldline", "model.mm_projector.0.weight", ""])
 def test_any_other_name_is_an_error(name: str) -> None:
     with pytest.raises(KeyError):
         from_llava_hf(name)
@@ -66,3 +66,49 @@ def test_any_other_name_is_an_error(name: str) -> None:
 def test_a_key_without_a_foreign_name_is_an_error() -> None:
     with pytest.raises(KeyError):
         to_llava_hf(Key("projector", "4.weight"))
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("model.mm_projector.2.bias", Key("projector", "2.bias")),
+        ("model.mm_projector.weight", Key("projector", "0.weight")),
+        ("model.image_newline", Key("newline", "image_newline")),
+        ("lm_head.weight", Key("decoder", "lm_head.weight")),
+        ("model.layers.3.mlp.up_proj.weight", Key("decoder", "model.layers.3.mlp.up_proj.weight")),
+        (
+            "model.vision_tower.vision_tower.vision_model.embeddings.class_embedding",
+            Key("tower", "model.embeddings.class_embedding"),
+        ),
+        ("model.layers.0.self_attn.rotary_emb.inv_freq", None),
+    ],
+)
+def test_the_originals_names_and_their_wrapped_forms(name: str, key: Key | None) -> None:
+    assert from_original(name) == key
+    for prefix in ("base_model.model.", "base_model.", "module.base_model.model.", ""):
+        assert from_wrapped(prefix + name) == key
+
+
+def test_wrapped_names_of_llava_hf() -> None:
+    expected = Key("decoder", "model.layers.0.mlp.up_proj.weight")
+    for name in (
+        "model.language_model.layers.0.mlp.up_proj.weight",
+        "language_model.model.layers.0.mlp.up_proj.weight",
+    ):
+        assert from_wrapped(f"base_model.model.{name}") == expected
+
+
+def test_a_towers_own_names_and_its_text_half() -> None:
+    key = Key("tower", "model.encoder.layers.0.mlp.fc1.bias")
+    assert from_tower("vision_model.encoder.layers.0.mlp.fc1.bias") == key
+    assert from_tower("encoder.layers.0.mlp.fc1.bias") == key
+    assert from_tower("text_model.encoder.layers.0.mlp.fc1.bias") is None
+    assert from_tower("logit_scale") is None
+    with pytest.raises(KeyError):
+        from_tower("qformer.weight")
+
+
+@pytest.mark.parametrize("name", ["model.vision_resampler.weight", "transformer.wte.weight", "image_newline"])
+def test_names_that_are_not_the_originals(name: str) -> None:
+    with pytest.raises(KeyError):
+        from_original(name)

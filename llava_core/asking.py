@@ -1,0 +1,170 @@
+"""What `llava ask` does: load once, answer one question or a file of them, print text or JSON.
+
+The JSON holds the prompt as the model saw it, so that an answer can be compared with another program's. Knows nothing
+of how options are parsed.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from llava_core.checkpoints.files import DEFAULT_MODEL
+from llava_core.checkpoints.layout import open_checkpoint
+from llava_core.errors import LlavaError, RequestError
+from llava_core.prompts.tokenize import IMAGE_TOKEN_ID
+from llava_core.types import (
+    GenerationRequest,
+    ImagePart,
+    Message,
+    PreparedRequest,
+    SamplingParams,
+    TextPart,
+    TokenDelta,
+)
+
+if TYPE_CHECKING:
+    from llava_core.cli import AskOptions
+    from llava_core.inference import LocalModel
+
+JsonObject = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Question:
+    """One line of a file of questions; `id` is whatever the file gave it."""
+
+    text: str
+    images: tuple[Path, ...]
+    id: object = None
+
+
+def ask_one(options: AskOptions, question: str) -> None:
+    """Print the answer: as text while it is written, or as one JSON object."""
+    request = _request(options, Question(question, options.images))
+    model = _load(options)
+    if options.output == "json":
+        click.echo(json.dumps(_answer(model, request)))
+        return
+    for delta in model.stream(request):
+        click.echo(delta.text, nl=False)
+    click.echo()
+
+
+def ask_all(options: AskOptions, file: Path) -> None:
+    """Print the answer to every question of the file, in order, a JSON object a line; the model is loaded once.
+
+    With text as output the answers alone are printed. A question that cannot be answered is answered with `error`,
+    and the command then fails at the end.
+    """
+    questions = list(read_questions(file))
+    model, num_failed = _load(options), 0
+    for question in questions:
+        try:
+            answer = _answer(model, _request(options, question))
+        except RequestError as error:
+            num_failed += 1
+            answer = {"error": str(error)}
+        if options.output == "text":
+            click.echo(answer.get("text", f"error: {answer.get('error')}"))
+        else:
+            click.echo(json.dumps(answer if question.id is None else {"question_id": question.id, **answer}))
+    if num_failed:
+        raise LlavaError(f"{num_failed} of {len(questions)} questions could not be answered")
+
+
+def read_questions(file: Path) -> Iterator[Question]:
+    """The questions of a JSON-lines file. Raises RequestError naming the first line that is not one."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"{file} cannot be read: {error}", param="questions") from error
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            yield _read_question(line, f"{file}:{number}", file.parent)
+
+
+def _read_question(line: str, where: str, folder: Path) -> Question:
+    try:
+        row = json.loads(line)
+        text = row.get("question", row.get("text"))
+        images = row.get("images", row.get("image"))
+        number = row.get("question_id", row.get("id"))
+    except (ValueError, AttributeError) as error:
+        raise RequestError(f"{where} is not a JSON object: {error}", param="questions") from error
+    images = [] if images is None else [images] if isinstance(images, str) else images
+    if not isinstance(text, str) or not isinstance(images, list) or not all(isinstance(path, str) for path in images):
+        raise RequestError(
+            f"{where} needs `question` (text), and `image` or `images` may name files", param="questions"
+        )
+    return Question(text, tuple(folder / path for path in images), number)
+
+
+def _load(options: AskOptions) -> LocalModel:
+    checkpoint = open_checkpoint(options.model or DEFAULT_MODEL, options.base, offline=options.offline)
+    # Only now: what is wrong with files and fields is told before networks are imported.
+    from llava_core.checkpoints.load import LoadOptions
+    from llava_core.inference import LocalModel
+
+    load = LoadOptions(device=options.device, dtype=options.dtype)
+    model = LocalModel(checkpoint, options=load, template=options.template)
+    if options.padding_jitter:
+        model.preparer = replace(model.preparer, preprocess=replace(model.preparer.preprocess, jitter=True))
+    return model
+
+
+def _request(options: AskOptions, question: Question) -> GenerationRequest:
+    sampling = SamplingParams(max_tokens=options.max_tokens, temperature=options.temperature, seed=options.seed)
+    pictures = [ImagePart(_read(path)) for path in question.images]
+    message = Message("user", (*pictures, TextPart(question.text)))
+    return GenerationRequest(uuid.uuid4().hex, (message,), sampling)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise RequestError(f"{path} cannot be read: {error.strerror}", param="image") from error
+
+
+def _answer(model: LocalModel, request: GenerationRequest) -> JsonObject:
+    """Prompt and answer, ids and counts; times in milliseconds by stage."""
+    started = time.perf_counter()
+    prepared = model.preparer.prepare(request)
+    prepare_ms = (time.perf_counter() - started) * 1e3
+    deltas = list(model.stream(prepared))
+    total_ms = (time.perf_counter() - started) * 1e3
+    last: TokenDelta = deltas[-1]
+    stages = {"preprocess": prepare_ms, **last.stage_ms}
+    return {
+        "prompt": prepared.prompt,
+        "prompt_token_ids": original_ids(prepared),
+        "num_image_tokens": list(prepared.num_image_tokens),
+        "token_ids": [token for delta in deltas for token in delta.token_ids],
+        "text": "".join(delta.text for delta in deltas),
+        "finish_reason": last.finish_reason,
+        "usage": asdict(last.usage) if last.usage else None,
+        "timings": {**stages, "encode": max(0.0, total_ms - sum(stages.values())), "total": total_ms},
+    }
+
+
+def original_ids(prepared: PreparedRequest) -> list[int]:
+    """The prompt's ids with one sentinel per picture, as the original code has them."""
+    ids: list[int] = []
+    counts, left = iter(prepared.num_image_tokens), 0
+    for token in prepared.prompt_ids:
+        if token != IMAGE_TOKEN_ID:
+            ids.append(token)
+            continue
+        if not left:
+            ids.append(token)
+            left = next(counts)
+        left -= 1
+    return ids

@@ -1,0 +1,234 @@
+"""What a checkpoint's folder is, judged by its files and fields and never by its name: layout, base, tower, weights.
+
+    llava-hf      config.json with vision_config and text_config, all weights
+    original      config.json with mm_vision_tower, all weights; the tower inside or elsewhere
+    projector     the same config.json with mm_projector alone, over a base
+    LoRA          the same config.json with adapter_model and non_lora_trainables, over a base
+    PEFT adapter  adapter_model alone, over a base that is a complete LLaVA
+
+Reads configurations and headers, no weights, and imports no torch for safetensors. Knows nothing about modules.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+from llava_core.checkpoints.files import find_file, find_tensors, has_model, read_json, resolve_checkpoint, tensor_names
+from llava_core.checkpoints.keymaps import Key, KeyMap, Part, from_llava_hf, from_original, from_tower, from_wrapped
+from llava_core.checkpoints.original_config import is_original_config, read_original_config, tower_name
+from llava_core.checkpoints.towers import find_tower
+from llava_core.config import JsonObject, ModelConfig, eos_token_ids, read_llava_hf_config
+from llava_core.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+ALL_PARTS: frozenset[Part] = frozenset({"tower", "projector", "decoder", "newline"})
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The model in a folder, or one `file` of it: how its names are read, and which parts are taken from it."""
+
+    folder: Path
+    key_map: KeyMap
+    parts: frozenset[Part] = ALL_PARTS
+    file: Path | None = None
+
+    @cached_property
+    def files(self) -> dict[str, Path]:
+        """Which file holds each foreign name; looked up when first asked for, since preparing requests needs none."""
+        if self.file is not None:
+            return dict.fromkeys(tensor_names(self.file), self.file)
+        return find_tensors(self.folder)
+
+    def keys(self) -> dict[str, Key]:
+        """Our key of every tensor that is not dropped on purpose. Raises CheckpointError naming unknown ones."""
+        keys: dict[str, Key] = {}
+        unknown = []
+        for name in self.files:
+            try:
+                key = self.key_map(name)
+            except KeyError:
+                unknown.append(name)
+                continue
+            if key is not None:
+                keys[name] = key
+        if unknown:
+            raise CheckpointError(f"{self.folder} holds {len(unknown)} tensors of unknown purpose: {first(unknown)}")
+        return keys
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint ready to be loaded. Of two `weights` that hold the same tensor the later one counts.
+
+    `settings` is the config.json with the model's fields, `text_folder` holds the tokenizer, `image_folder` says how
+    the tower wants its pictures (None: as the known tower does), `adapter` holds LoRA matrices.
+    """
+
+    folder: Path
+    settings: JsonObject
+    config: ModelConfig
+    weights: tuple[Weights, ...]
+    text_folder: Path
+    image_folder: Path | None
+    adapter: Path | None = None
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all of the decoder is the checkpoint's own."""
+        return self.text_folder == self.folder
+
+
+def open_checkpoint(path_or_id: str | Path, base: str | Path | None = None, *, offline: bool = False) -> Checkpoint:
+    """Find everything a checkpoint needs. With `offline` nothing is fetched.
+
+    Raises CheckpointError naming file, field and fix, and every part that is missing at once.
+    """
+    folder = resolve_checkpoint(str(path_or_id), offline=offline)
+    is_adapter = (folder / "adapter_config.json").exists()
+    overlay = find_file(folder, "non_lora_trainables" if is_adapter else "mm_projector")
+    if is_adapter and overlay is None:
+        return _open_adapter(folder, base, offline=offline)
+    settings = read_json(folder, "config.json")
+    if not is_original_config(settings):
+        return _open_llava_hf(folder, settings, base)
+    # Beside a whole model mm_projector.bin is a copy of what the model holds.
+    if overlay is None or (has_model(folder) and not is_adapter):
+        return _open_original(folder, settings, base, offline=offline)
+    return _open_over_base(folder, settings, overlay, base, offline=offline)
+
+
+def _open_llava_hf(folder: Path, settings: JsonObject, base: str | Path | None) -> Checkpoint:
+    config = with_generation_config(read_llava_hf_config(settings), folder)
+    _refuse_base(folder, base)
+    weights = Weights(folder, from_llava_hf)
+    return Checkpoint(folder, settings, config, (weights,), folder, folder)
+
+
+def _refuse_base(folder: Path, base: str | Path | None) -> None:
+    if base is not None:
+        raise CheckpointError(f"{folder} is a complete model and takes no base; leave --base out")
+
+
+def _open_original(folder: Path, settings: JsonObject, base: str | Path | None, *, offline: bool) -> Checkpoint:
+    _refuse_base(folder, base)
+    weights = Weights(folder, from_original)
+    config, image_folder, weights_of_parts = _with_tower(folder, settings, (weights,), offline=offline)
+    return Checkpoint(folder, settings, with_generation_config(config, folder), weights_of_parts, folder, image_folder)
+
+
+def _open_over_base(
+    folder: Path, settings: JsonObject, overlay: Path, base: str | Path | None, *, offline: bool
+) -> Checkpoint:
+    """An original LoRA or projector: configuration and `overlay` from the folder, the decoder from the base."""
+    is_lora = (folder / "adapter_config.json").exists()
+    own = Weights(folder, from_wrapped, file=overlay)
+    problems: list[CheckpointError] = []
+    below: tuple[Path, Weights] | None = None
+    try:
+        below = _find_base(folder, base, offline=offline)
+    except CheckpointError as error:
+        problems.append(error)
+    try:
+        config, image_folder, weights = _with_tower(
+            folder, settings, (below[1], own) if below else (own,), offline=offline
+        )
+    except CheckpointError as error:
+        problems.append(error)
+    if problems or below is None:
+        raise CheckpointError("; ".join(map(str, problems))) from problems[0]
+    _check_base(config, folder, below[0])
+    config = with_generation_config(config, below[0])
+    return Checkpoint(folder, settings, config, weights, below[0], image_folder, folder if is_lora else None)
+
+
+def _open_adapter(folder: Path, base: str | Path | None, *, offline: bool) -> Checkpoint:
+    """A PEFT adapter: everything but its matrices is the base's."""
+    name = _base_name(folder, base)
+    try:
+        below = open_checkpoint(name, offline=offline)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{folder} holds an adapter without non_lora_trainables.bin, so all but the adapter must come from its "
+            f"base {name}: {error}"
+        ) from error
+    if below.adapter is not None:
+        raise CheckpointError(f"{below.folder}, the base of {folder}, is an adapter itself; merge it first")
+    return replace(below, adapter=folder)
+
+
+def _find_base(folder: Path, base: str | Path | None, *, offline: bool) -> tuple[Path, Weights]:
+    """The base's folder and weights. Its tower is never taken: the checkpoint's config.json names one."""
+    found = resolve_checkpoint(str(_base_name(folder, base)), offline=offline)
+    settings = read_json(found, "config.json")
+    is_llava_hf = isinstance(settings.get("vision_config"), dict)
+    parts: frozenset[Part] = ALL_PARTS - {"tower"}
+    key_map = from_llava_hf if is_llava_hf else from_original
+    if not has_model(found):
+        raise CheckpointError(f"{found}, the base of {folder}, is not a complete model: it holds no weights of its own")
+    return found, Weights(found, key_map, parts)
+
+
+def _base_name(folder: Path, base: str | Path | None) -> str | Path:
+    if base is not None:
+        return base
+    named = None
+    if (folder / "adapter_config.json").exists():
+        named = read_json(folder, "adapter_config.json").get("base_model_name_or_path")
+    if not isinstance(named, str) or not named:
+        raise CheckpointError(f"{folder} needs the model it was trained on; name it with --base")
+    return named
+
+
+def _check_base(config: ModelConfig, folder: Path, base: Path) -> None:
+    """The fields that tell one size of a decoder from another."""
+    theirs = read_json(base, "config.json")
+    theirs = theirs.get("text_config", theirs)
+    for field in ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads"):
+        if field in theirs and field in config.text and theirs[field] != config.text[field]:
+            raise CheckpointError(
+                f"{base} is the wrong base for {folder}: its {field} is {theirs[field]}, "
+                f"{folder / 'config.json'} says {config.text[field]}; name the right one with --base"
+            )
+
+
+def _with_tower(
+    folder: Path, settings: JsonObject, weights: tuple[Weights, ...], *, offline: bool
+) -> tuple[ModelConfig, Path | None, tuple[Weights, ...]]:
+    """The configuration with its tower's, where pictures' settings are, and the weights with the tower's.
+
+    As in the original code a tower inside the checkpoint counts if it was trained (`unfreeze_mm_vision_tower`); one
+    that was not is the one that is named, and the copy inside stands in for it where that cannot be found.
+    """
+    name = tower_name(settings)
+    has_own = any(key.part == "tower" for key in weights[-1].keys().values())
+    is_inside = has_own and bool(settings.get("unfreeze_mm_vision_tower"))
+    try:
+        source = find_tower(name, folder, is_inside=is_inside, offline=offline)
+    except CheckpointError:
+        if not has_own or is_inside:
+            raise
+        source, is_inside = find_tower(name, folder, is_inside=True, offline=offline), True
+        logger.info("%s: the tower %s is not here; the copy inside the checkpoint is used", folder, name)
+    config = read_original_config(settings, source.config)
+    if is_inside or source.folder is None:
+        return config, source.folder, weights
+    tower = Weights(source.folder, from_tower)
+    return config, source.folder, (tower, *(replace(each, parts=each.parts - {"tower"}) for each in weights))
+
+
+def with_generation_config(config: ModelConfig, folder: Path) -> ModelConfig:
+    """The tokens that end an answer are generation_config.json's where there is one."""
+    if not (folder / "generation_config.json").exists():
+        return config
+    eos = read_json(folder, "generation_config.json").get("eos_token_id")
+    return config if eos is None else replace(config, eos_token_ids=eos_token_ids({"eos_token_id": eos}))
+
+
+def first(names: list[str], count: int = 10) -> str:
+    """The first few of a list of names, for a message."""
+    shown = ", ".join(names[:count])
+    return shown + (", ..." if len(names) > count else "") if names else "none"

@@ -1,0 +1,142 @@
+"""The original LLaVA code's config.json (`mm_vision_tower` and the other `mm_` fields), read into a ModelConfig.
+
+Dispatches on fields alone: `model_type` is no help, because transformers gives one of its names another meaning. Knows
+no files; where the tower's own configuration comes from is layout.py's business.
+"""
+
+from __future__ import annotations
+
+import re
+
+from llava_core.config import (
+    JsonObject,
+    MergeType,
+    ModelConfig,
+    build_vision_config,
+    count,
+    eos_token_ids,
+    read_pinpoints,
+    text_config,
+)
+from llava_core.errors import CheckpointError
+
+_DECODERS = {"Llama": "llama", "Mistral": "mistral"}
+# What a decoder's configuration keeps of config.json; the rest is about pictures, training or generation.
+_TEXT_FIELDS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "rope_theta",
+    "rope_scaling",
+    "rope_parameters",
+    "sliding_window",
+    "attention_bias",
+    "mlp_bias",
+    "vocab_size",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+)
+
+
+def is_original_config(config: JsonObject) -> bool:
+    """Whether config.json is of the originals' dialect: it names a vision tower."""
+    return bool(config.get("mm_vision_tower", config.get("vision_tower"))) and not isinstance(
+        config.get("vision_config"), dict
+    )
+
+
+def tower_name(config: JsonObject) -> str:
+    """The tower's folder or hub id. Raises CheckpointError when the field holds anything else."""
+    name = config.get("mm_vision_tower", config.get("vision_tower"))
+    if not isinstance(name, str) or not name:
+        raise CheckpointError(f"config.json: mm_vision_tower must name a folder or hub id, not {name!r}")
+    return name
+
+
+def read_original_config(config: JsonObject, tower: JsonObject) -> ModelConfig:
+    """The model of an original config.json, whose tower has the configuration `tower` (transformers' form).
+
+    Raises CheckpointError naming the field that is missing or not supported.
+    """
+    text = {"eos_token_id": 2, "bos_token_id": 1, **_text(config)}
+    select = str(config.get("mm_vision_select_feature", "patch"))
+    if select not in ("patch", "cls_patch"):
+        raise CheckpointError(
+            f"config.json: mm_vision_select_feature {select!r} is unknown; known are patch and cls_patch"
+        )
+    layer = config.get("mm_vision_select_layer", -2)
+    if not isinstance(layer, int):
+        raise CheckpointError(f"config.json: mm_vision_select_layer must be one number, not {layer!r}")
+    vision = build_vision_config(tower, layer, select, "mm_vision_select_layer")
+    expected = config.get("mm_hidden_size", vision.hidden_size)
+    if expected != vision.hidden_size:
+        raise CheckpointError(
+            f"config.json: mm_hidden_size is {expected}, but the tower {tower_name(config)} gives "
+            f"{vision.hidden_size} features; it is the wrong tower"
+        )
+    is_anyres = config.get("image_aspect_ratio") == "anyres"
+    return ModelConfig(
+        vision=vision,
+        projector_type=_projector_type(config),
+        projector_bias=True,
+        text=text,
+        hidden_size=count(text, "hidden_size", "config.json"),
+        context_length=count(text, "max_position_embeddings", "config.json"),
+        vocab_size=count(text, "vocab_size", "config.json"),
+        image_token_id=None,
+        eos_token_ids=eos_token_ids(text),
+        tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+        dtype=str(config.get("dtype", config.get("torch_dtype", "float16"))),
+        dialect="original",
+        pinpoints=read_pinpoints(config.get("image_grid_pinpoints")) if is_anyres else (),
+        merge_type=_merge_type(config),
+        image_start_end=bool(config.get("mm_use_im_start_end", False)),
+        tower_name=tower_name(config),
+    )
+
+
+def _text(config: JsonObject) -> JsonObject:
+    fields = {name: config[name] for name in _TEXT_FIELDS if config.get(name) is not None}
+    return text_config({**fields, "model_type": _decoder(config)}, "config.json")
+
+
+def _decoder(config: JsonObject) -> str:
+    names = " ".join(map(str, config.get("architectures") or ()))
+    found = re.findall(r"(?:Llava)?(\w+?)ForCausalLM", names)
+    if not found:
+        # Written by hand, or by a training that named no architecture.
+        kind = str(config.get("model_type", ""))
+        return {"llava_mistral": "mistral", "mistral": "mistral"}.get(kind, "llama")
+    name = found[0].removeprefix("Llava")
+    if name not in _DECODERS:
+        raise CheckpointError(
+            f"config.json: architectures {names} has the decoder {name!r}, which is not supported; "
+            f"known are {', '.join(_DECODERS)}"
+        )
+    return _DECODERS[name]
+
+
+def _projector_type(config: JsonObject) -> str:
+    kind = config.get("mm_projector_type", "linear")
+    if not isinstance(kind, str) or not re.fullmatch(r"linear|identity|mlp[1-9]\d*x_gelu", kind):
+        raise CheckpointError(
+            f"config.json: unknown mm_projector_type {kind!r}; known are linear, mlp<N>x_gelu and identity"
+        )
+    return kind
+
+
+def _merge_type(config: JsonObject) -> MergeType:
+    kind = config.get("mm_patch_merge_type", "flat")
+    if kind not in ("flat", "spatial", "spatial_unpad"):
+        raise CheckpointError(
+            f"config.json: unknown mm_patch_merge_type {kind!r}; known are flat, spatial and spatial_unpad"
+        )
+    merge: MergeType = kind
+    return merge

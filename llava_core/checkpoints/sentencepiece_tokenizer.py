@@ -1,0 +1,182 @@
+"""`tokenizer.model` as the originals read it: the slow Llama tokenizer of transformers 4, restated over sentencepiece.
+
+Later versions turn such a file into another kind of tokenizer, which is not the same at every seam. `legacy` decides
+what follows a special token, as it did there. Knows no templates and no models.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
+
+from llava_core.checkpoints.files import read_json
+from llava_core.errors import CheckpointError
+
+_SPACE = "▁"
+_ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_DEFAULTS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+
+Token = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class AddedToken:
+    """A token that is cut out of the text before anything else; the strips take white space from its neighbours."""
+
+    id: int
+    is_special: bool
+    strips_left: bool = False
+    strips_right: bool = False
+
+
+class SentencePieceBackend:
+    """Text to ids with character offsets, and back."""
+
+    def __init__(self, folder: Path, *, is_legacy: bool | None = None) -> None:
+        """Raises CheckpointError when `tokenizer.model` is damaged. `is_legacy` None: as tokenizer_config.json says."""
+        file = folder / "tokenizer.model"
+        settings = read_json(folder, "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
+        legacy = settings.get("legacy")
+        self._is_legacy = (True if legacy is None else bool(legacy)) if is_legacy is None else is_legacy
+        self._model = _load(file, adds_space=self._is_legacy)
+        self._size: int = self._model.get_piece_size()
+        self._added = _added_tokens(folder, settings, self._model)
+        self.bos_id: int | None = None
+        if settings.get("add_bos_token", True):
+            self.bos_id = self.token_id(_content(settings.get("bos_token")) or "<s>")
+        unknown = _content(settings.get("unk_token")) or "<unk>"
+        self._unknown, self._unknown_length = unknown, len(self._model.encode(unknown, out_type=int))
+
+    @property
+    def special_texts(self) -> frozenset[str]:
+        """Texts of the tokens that no message may contain."""
+        return frozenset(text for text, token in self._added.items() if token.is_special)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the file, and added ones that it does not hold."""
+        return len({*range(self._size), *(token.id for token in self._added.values())})
+
+    def token_id(self, text: str) -> int | None:
+        """The id of exactly this token, None where there is none."""
+        if text in self._added:
+            return self._added[text].id
+        found = self._model.piece_to_id(text)
+        is_there = 0 <= found < self._size and self._model.id_to_piece(found) == text
+        return int(found) if is_there else None
+
+    def add_special(self, text: str) -> None:
+        """A new special token with the next free id; nothing for one that is there."""
+        known = self.token_id(text)
+        self._added[text] = AddedToken(self.num_tokens if known is None else known, is_special=True)
+
+    def encode(self, text: str) -> Sequence[Token]:
+        """(id, start, end) per token, without framing."""
+        if not text:
+            return ()
+        tokens: list[Token] = []
+        pieces = list(self._split(text))
+        for index, (start, piece, token) in enumerate(pieces):
+            if token is not None:
+                tokens.append((token.id, start, start + len(piece)))
+                continue
+            is_first = index == 0 and not self._is_legacy
+            tokens += self._encode_piece(piece, start, prefix=_SPACE if is_first else "")
+        opening = pieces[0][2] if pieces else None
+        if not self._is_legacy and opening is not None and not opening.is_special:
+            # The space that begins every text is dropped before special tokens, and before no others.
+            return [*self._encode_piece("", 0, prefix=_SPACE), *tokens]
+        return tokens
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of these ids, special tokens left out."""
+        special = {token.id for token in self._added.values() if token.is_special}
+        plain = {token.id: text for text, token in self._added.items() if not token.is_special}
+        out, run = "", list[int]()
+        for token in ids:
+            if token in plain:
+                out, run = out + self._model.decode(run) + plain[token], []
+            elif token not in special and token < self._size:
+                run.append(token)
+        return out + str(self._model.decode(run))
+
+    def _split(self, text: str) -> Iterator[tuple[int, str, AddedToken | None]]:
+        """Start, text and, where it is one, added token of each piece; white space that a token strips is left out."""
+        if not self._added:
+            yield 0, text, None
+            return
+        pattern = "|".join(re.escape(token) for token in sorted(self._added, key=len, reverse=True))
+        position, strips = 0, False
+        for match in re.finditer(pattern, text):
+            token = self._added[match.group()]
+            yield from _plain(text[position : match.start()], position, left=strips, right=token.strips_left)
+            yield match.start(), match.group(), token
+            position, strips = match.end(), token.strips_right
+        yield from _plain(text[position:], position, left=strips, right=False)
+
+    def _encode_piece(self, piece: str, start: int, *, prefix: str) -> Iterator[Token]:
+        """One piece between added tokens; offsets count from `start`, and what was put before the piece has none."""
+        text = piece if self._is_legacy else prefix + piece.replace(_SPACE, " ")
+        # Without a space of its own the model would drop one that leads; after another token it does not.
+        guard = self._unknown if not self._is_legacy and text.startswith((_SPACE, " ")) else ""
+        shift = len(guard) + len(text) - len(piece)
+        found = self._model.encode(guard + text, return_type="offset_mapping")
+        skip = self._unknown_length if guard else 0
+        for token, (begin, end) in zip(found["ids"][skip:], found["offsets"][skip:], strict=True):
+            yield token, start + max(0, begin - shift), start + max(0, end - shift)
+
+
+def _plain(text: str, position: int, *, left: bool, right: bool) -> Iterator[tuple[int, str, None]]:
+    stripped = text.lstrip() if left else text
+    position += len(text) - len(stripped)
+    stripped = stripped.rstrip() if right else stripped
+    if stripped:
+        yield position, stripped, None
+
+
+def _load(file: Path, *, adds_space: bool) -> SentencePieceProcessor:
+    try:
+        content = sentencepiece_model_pb2.ModelProto.FromString(file.read_bytes())
+        if not content.pieces:
+            raise ValueError("it holds no pieces")
+        if not adds_space:
+            content.normalizer_spec.add_dummy_prefix = False
+        return SentencePieceProcessor(model_proto=content.SerializeToString())
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{file} cannot be read ({type(error).__name__}: {error}); download it again") from error
+
+
+def _content(token: object) -> str | None:
+    """A token as configuration files have it: its text, or an object with it."""
+    if isinstance(token, Mapping):
+        token = token.get("content")
+    return token if isinstance(token, str) and token else None
+
+
+def _added_tokens(folder: Path, settings: Mapping[str, Any], model: SentencePieceProcessor) -> dict[str, AddedToken]:
+    """Tokens that are cut out first: those listed with their ids, then those that play a role, in the same order as in
+    transformers, since one that nobody gave an id gets the next."""
+    added: dict[str, AddedToken] = {}
+    for number, token in (settings.get("added_tokens_decoder") or {}).items():
+        strips = bool(token.get("lstrip")), bool(token.get("rstrip"))
+        added[str(token["content"])] = AddedToken(int(number), bool(token.get("special")), *strips)
+    if (folder / "added_tokens.json").exists():
+        for text, number in read_json(folder, "added_tokens.json").items():
+            added.setdefault(text, AddedToken(int(number), is_special=False))
+    named = {**_DEFAULTS, **settings}
+    if (folder / "special_tokens_map.json").exists():
+        named |= read_json(folder, "special_tokens_map.json")
+    roles = [_content(named.get(role)) for role in _ROLES]
+    for text in [*roles, *map(_content, named.get("additional_special_tokens") or ())]:
+        if text is None or (text in added and added[text].is_special):
+            continue
+        number = added[text].id if text in added else model.piece_to_id(text)
+        if text not in added and model.id_to_piece(number) != text:
+            number = max([model.get_piece_size() - 1, *(token.id for token in added.values())]) + 1
+        added[text] = AddedToken(int(number), is_special=True)
+    return added

@@ -1,0 +1,75 @@
+"""Tensors out of weight files: safetensors memory-mapped, `.bin` through weights-only unpickling and never otherwise.
+
+Knows formats and what can be wrong with them; nothing about models or names.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from llava_core.errors import CheckpointError
+
+
+def read_tensors(files: Mapping[str, Path]) -> dict[str, Tensor]:
+    """The named tensors of several files. Raises CheckpointError for damage, code, or a name its file does not hold."""
+    by_file: dict[Path, list[str]] = defaultdict(list)
+    for name, file in files.items():
+        by_file[file].append(name)
+    loaded: dict[str, Tensor] = {}
+    for file, names in by_file.items():
+        loaded.update(_read_safetensors(file, names) if file.suffix == ".safetensors" else _read_bin(file, names))
+    return loaded
+
+
+def _read_safetensors(file: Path, names: list[str]) -> dict[str, Tensor]:
+    try:
+        with safe_open(file, "pt") as tensors:
+            return {name: tensors.get_tensor(name) for name in names}
+    except FileNotFoundError:
+        raise CheckpointError(f"{file} is missing; the checkpoint is incomplete") from None
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} is damaged or truncated ({error}); download it again") from error
+
+
+def _read_bin(file: Path, names: list[str]) -> dict[str, Tensor]:
+    tensors = read_bin(file)
+    missing = sorted(set(names) - set(tensors))
+    if missing:
+        raise CheckpointError(f"{file} does not hold {missing[0]}, which the index says it does; download it again")
+    return {name: tensors[name] for name in names}
+
+
+def read_bin(file: Path) -> dict[str, Tensor]:
+    """Every tensor of a `.bin` file, memory-mapped where its format allows it.
+
+    Raises CheckpointError when the file is missing, damaged, or holds anything but a dictionary of tensors.
+    """
+    try:
+        content = _unpickle(file)
+    except FileNotFoundError:
+        raise CheckpointError(f"{file} is missing; the checkpoint is incomplete") from None
+    except pickle.UnpicklingError as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(
+            f"{file} is damaged, or holds objects other than tensors, which could be code and are never run "
+            f"({reason}); download it again or convert it to safetensors where you trust it"
+        ) from error
+    except (RuntimeError, EOFError, ValueError, OSError, KeyError, AttributeError, TypeError, IndexError) as error:
+        raise CheckpointError(f"{file} is damaged or truncated ({type(error).__name__}); download it again") from error
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise CheckpointError(f"{file} must hold a dictionary of tensors by name, and nothing else")
+    return {str(name): value for name, value in content.items()}
+
+
+def _unpickle(file: Path) -> object:
+    with file.open("rb") as opened:
+        is_zip = opened.read(2) == b"PK"
+    # The format before torch 1.6 is no zip archive and cannot be mapped.
+    return torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)

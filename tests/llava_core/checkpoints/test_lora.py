@@ -1,0 +1,108 @@
+"""LoRA added while loading equals what PEFT itself merges; kinds that are not plain LoRA are refused by field."""
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from llava_core.checkpoints.keymaps import Key
+from llava_core.checkpoints.lora import open_lora
+from llava_core.errors import CheckpointError
+from tests.tiny import edit_json
+
+CONFIG = LlamaConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=20)
+
+
+def save_adapter(folder: Path, **options: Any) -> dict[str, torch.Tensor]:
+    """A random adapter as PEFT saves it; returns the merged weights."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIG)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    torch.save(before, folder / "base.pt")
+    adapter = peft.LoraConfig(r=4, lora_alpha=10, target_modules=["q_proj", "down_proj"], **options)
+    wrapped = peft.get_peft_model(model, adapter)
+    for name, parameter in wrapped.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    wrapped.save_pretrained(folder)
+    merged: dict[str, torch.Tensor] = wrapped.merge_and_unload().state_dict()
+    return merged
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"use_rslora": True},
+        {"rank_pattern": {"down_proj": 2}, "alpha_pattern": {"layers.1.self_attn.q_proj": 3}},
+    ],
+)
+def test_merged_weights_equal_pefts(tmp_path: Path, options: dict[str, Any]) -> None:
+    merged = save_adapter(tmp_path, **options)
+    tensors = torch.load(tmp_path / "base.pt", weights_only=True)
+    open_lora(tmp_path).apply("decoder", tensors, torch.float32)
+    assert set(tensors) == set(merged)
+    for name, value in merged.items():
+        torch.testing.assert_close(tensors[name], value)
+
+
+def test_what_is_not_touched_keeps_its_dtype(tmp_path: Path) -> None:
+    save_adapter(tmp_path)
+    tensors = {name: value.half() for name, value in torch.load(tmp_path / "base.pt", weights_only=True).items()}
+    open_lora(tmp_path).apply("decoder", tensors, torch.bfloat16)
+    assert tensors["model.layers.0.self_attn.q_proj.weight"].dtype == torch.bfloat16
+    assert tensors["model.layers.0.self_attn.k_proj.weight"].dtype == torch.float16
+
+
+def test_a_base_of_another_shape_is_the_wrong_one(tmp_path: Path) -> None:
+    save_adapter(tmp_path)
+    lora = open_lora(tmp_path)
+    assert Key("decoder", "model.layers.0.self_attn.q_proj.weight") in lora.pairs
+    with pytest.raises(CheckpointError, match=r"of shape \(16, 16\), but the base has none; it is the wrong base"):
+        lora.apply("decoder", {}, torch.float32)
+    tensors = torch.load(tmp_path / "base.pt", weights_only=True)
+    tensors["model.layers.0.self_attn.q_proj.weight"] = torch.zeros(8, 16)
+    with pytest.raises(CheckpointError, match=r"but the base has \(8, 16\)"):
+        lora.apply("decoder", tensors, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("peft_type", "IA3"), ("use_dora", True), ("fan_in_fan_out", True), ("r", 0)]
+)
+def test_other_kinds_are_refused_by_field(tmp_path: Path, field: str, value: object) -> None:
+    save_adapter(tmp_path)
+    edit_json(tmp_path / "adapter_config.json", lambda config: config.update({field: value}))
+    with pytest.raises(CheckpointError, match=rf"adapter_config\.json: {field}"):
+        open_lora(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": None}, "lora_B alone"),
+        ({"base_model.model.odd.lora_A.weight": 1, "base_model.model.odd.lora_B.weight": 1}, "unknown purpose: .*odd"),
+        ({"base_model.model.model.embed_tokens.lora_embedding_A": 1}, "kind of LoRA that is not supported"),
+        ({"surplus": 1}, "unknown purpose: surplus"),
+    ],
+)
+def test_every_tensor_is_accounted_for(tmp_path: Path, change: dict[str, int | None], named: str) -> None:
+    save_adapter(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    for name, value in change.items():
+        tensors.pop(name, None)
+        if value is not None:
+            tensors[name] = torch.zeros(2, 2)
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match=named):
+        open_lora(tmp_path)
+
+
+def test_an_adapter_without_weights_is_named(tmp_path: Path) -> None:
+    save_adapter(tmp_path)
+    (tmp_path / "adapter_model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"no adapter_model\.safetensors or \.bin"):
+        open_lora(tmp_path)

@@ -1,0 +1,122 @@
+"""The original's config.json: real ones are read with all their fields, and what is not supported is named."""
+
+import copy
+from typing import Any
+
+import pytest
+
+from llava_core.checkpoints.original_config import is_original_config, read_original_config
+from llava_core.checkpoints.towers import KNOWN_TOWERS
+from llava_core.errors import CheckpointError
+from llava_core.types import Size
+
+TOWER = KNOWN_TOWERS["openai/clip-vit-large-patch14-336"]
+# As liuhaotian/llava-v1.5-7b has it; `model_type` means another layout to transformers.
+LLAVA_1_5: dict[str, Any] = {
+    "model_type": "llava",
+    "architectures": ["LlavaLlamaForCausalLM"],
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 4096,
+    "vocab_size": 32000,
+    "rms_norm_eps": 1e-5,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "mm_vision_tower": "openai/clip-vit-large-patch14-336",
+    "mm_vision_select_layer": -2,
+    "mm_vision_select_feature": "patch",
+    "mm_projector_type": "mlp2x_gelu",
+    "mm_hidden_size": 1024,
+    "mm_use_im_start_end": False,
+    "image_aspect_ratio": "pad",
+    "torch_dtype": "float16",
+}
+PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+LLAVA_1_6 = {
+    **LLAVA_1_5,
+    "model_type": "llava_mistral",
+    "architectures": ["LlavaMistralForCausalLM"],
+    "num_key_value_heads": 8,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 32768,
+    "rope_theta": 1000000.0,
+    "image_aspect_ratio": "anyres",
+    "image_grid_pinpoints": PINPOINTS,
+    "mm_patch_merge_type": "spatial_unpad",
+}
+
+
+def read(**changes: Any) -> Any:
+    return read_original_config({**copy.deepcopy(LLAVA_1_5), **changes}, TOWER)
+
+
+def test_llava_1_5_is_read() -> None:
+    config = read()
+    assert (config.dialect, config.text["model_type"], config.context_length) == ("original", "llama", 4096)
+    assert (config.vision.image_size, config.vision.patches_per_side, config.vision.hidden_size) == (336, 24, 1024)
+    assert (config.vision.select_layer, config.vision.select_feature) == (-2, "patch")
+    assert (config.projector_type, config.projector_bias, config.hidden_size) == ("mlp2x_gelu", True, 4096)
+    assert (config.eos_token_ids, config.vocab_size, config.image_token_id) == ((2,), 32000, None)
+    assert (config.pinpoints, config.merge_type, config.has_newline) == ((), "flat", False)
+    assert config.tower_name == "openai/clip-vit-large-patch14-336"
+    assert not {name for name in config.text if name.startswith("mm_")}
+
+
+def test_llava_1_6_is_read_width_first() -> None:
+    config = read_original_config(LLAVA_1_6, TOWER)
+    assert (config.text["model_type"], config.text["rope_theta"]) == ("mistral", 1e6)
+    assert config.pinpoints[0] == Size(336, 672)
+    assert config.has_newline
+    text = {**LLAVA_1_6, "image_grid_pinpoints": str([tuple(pair) for pair in PINPOINTS])}
+    assert read_original_config(text, TOWER) == config
+
+
+def test_pinpoints_count_for_anyres_alone() -> None:
+    assert read(image_grid_pinpoints=PINPOINTS).pinpoints == ()
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (LLAVA_1_5, True),
+        ({"mm_vision_tower": None}, False),
+        ({"model_type": "llama"}, False),
+        ({"vision_config": {}, "text_config": {}}, False),
+    ],
+)
+def test_a_named_tower_makes_it_an_original(config: dict[str, Any], expected: bool) -> None:  # noqa: FBT001
+    assert is_original_config(config) is expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"architectures": ["LlavaMptForCausalLM"]}, "decoder 'Mpt', which is not supported; known are Llama, Mistral"),
+        ({"mm_projector_type": "resampler"}, "unknown mm_projector_type 'resampler'; known are linear"),
+        ({"mm_vision_select_feature": "cls"}, "mm_vision_select_feature 'cls' is unknown"),
+        ({"mm_vision_select_layer": [-2]}, "mm_vision_select_layer must be one number"),
+        ({"mm_vision_select_layer": -30}, "mm_vision_select_layer is -30, but the tower has 24 layers"),
+        ({"mm_hidden_size": 512}, "mm_hidden_size is 512, but the tower .* gives 1024"),
+        ({"mm_patch_merge_type": "maxpool2x2"}, "unknown mm_patch_merge_type 'maxpool2x2'"),
+        ({"image_aspect_ratio": "anyres"}, "image_grid_pinpoints must be a list of pairs"),
+        ({"image_aspect_ratio": "anyres", "image_grid_pinpoints": [[300, 672]]}, "not multiples of 336"),
+        ({"image_aspect_ratio": "anyres", "image_grid_pinpoints": "import os"}, "must be a list of pairs"),
+        ({"vocab_size": "many"}, "vocab_size must be a positive whole number"),
+        (
+            {
+                "image_aspect_ratio": "anyres",
+                "image_grid_pinpoints": PINPOINTS,
+                "mm_patch_merge_type": "spatial",
+                "mm_vision_select_feature": "cls_patch",
+            },
+            "which mm_vision_select_feature cls_patch does not allow",
+        ),
+    ],
+)
+def test_what_is_not_supported_is_named(changes: dict[str, Any], named: str) -> None:
+    with pytest.raises(CheckpointError, match=named):
+        read(**changes)

@@ -1,0 +1,80 @@
+"""`tokenizer.model`: ids at every seam as the slow Llama tokenizer of transformers 4 gave them, offsets, and damage."""
+
+import json
+from pathlib import Path
+
+import pytest
+from sentencepiece import SentencePieceProcessor
+
+from llava_core.checkpoints.sentencepiece_tokenizer import SentencePieceBackend
+from llava_core.errors import CheckpointError
+from tests.original import SP_SIZE, sentencepiece_model
+
+CONTENT = sentencepiece_model()
+
+
+def backend(folder: Path, **settings: object) -> SentencePieceBackend:
+    (folder / "tokenizer.model").write_bytes(CONTENT)
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return SentencePieceBackend(folder)
+
+
+def pieces(tokenizer: SentencePieceBackend, text: str) -> list[str]:
+    model = SentencePieceProcessor(model_proto=CONTENT)
+    ids = [token for token, _, _ in tokenizer.encode(text)]
+    return [model.id_to_piece(token) if token < SP_SIZE else str(token) for token in ids]
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_a_text_without_special_tokens_is_what_sentencepiece_makes_of_it(tmp_path: Path, *, legacy: bool) -> None:
+    tokenizer = backend(tmp_path, legacy=legacy)
+    model = SentencePieceProcessor(model_proto=CONTENT)
+    for text in ("USER: What is it?", "\nWhat", " two", "é", "a  b", ""):
+        assert [token for token, _, _ in tokenizer.encode(text)] == model.encode(text, out_type=int), text
+
+
+def test_what_follows_a_special_token_has_a_space_in_the_legacy_form_alone(tmp_path: Path) -> None:
+    assert pieces(backend(tmp_path, legacy=True), "a</s>a")[1:] == ["</s>", *pieces(backend(tmp_path), "a")]
+    assert pieces(backend(tmp_path, legacy=False), "a</s>a")[1:] == ["</s>", "a"]
+    assert pieces(backend(tmp_path, legacy=False), "a</s> a")[1:] == ["</s>", *pieces(backend(tmp_path), "a")]
+
+
+def test_a_text_that_begins_with_a_special_token_has_no_space_before_it(tmp_path: Path) -> None:
+    assert pieces(backend(tmp_path, legacy=False), "</s>a") == ["</s>", "a"]
+    assert pieces(backend(tmp_path, legacy=True), "</s>a") == ["</s>", *pieces(backend(tmp_path), "a")]
+
+
+def test_added_tokens_keep_their_ids_and_new_ones_come_after_them(tmp_path: Path) -> None:
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<im_start>": SP_SIZE, "[PAD]": SP_SIZE + 1}))
+    tokenizer = backend(tmp_path, pad_token="[PAD]")
+    assert tokenizer.num_tokens == SP_SIZE + 2
+    tokenizer.add_special("<im_start>")
+    tokenizer.add_special("<im_end>")
+    assert pieces(tokenizer, "<im_start><im_end>") == [str(SP_SIZE), str(SP_SIZE + 2)]
+    assert {"<im_start>", "<im_end>", "[PAD]", "<s>", "</s>", "<unk>"} == tokenizer.special_texts
+
+
+def test_bos_is_as_the_configuration_says(tmp_path: Path) -> None:
+    assert backend(tmp_path).bos_id == 1
+    assert backend(tmp_path, add_bos_token=False).bos_id is None
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_offsets_are_characters_of_the_text(tmp_path: Path, *, legacy: bool) -> None:
+    text = "USER: été?</s>ASSISTANT: two"
+    tokens = backend(tmp_path, legacy=legacy).encode(text)
+    assert "".join(text[start:end] for _, start, end in tokens) == text
+    assert all(0 <= start <= end <= len(text) for _, start, end in tokens)
+
+
+def test_decoding_leaves_special_tokens_out(tmp_path: Path) -> None:
+    tokenizer = backend(tmp_path)
+    ids = [token for token, _, _ in tokenizer.encode("USER: two red")]
+    assert tokenizer.decode([1, *ids, 2, SP_SIZE + 50]) == "USER: two red"
+
+
+@pytest.mark.parametrize("content", [b"", b"rubbish", CONTENT[:500]])
+def test_a_damaged_file_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"tokenizer\.model cannot be read"):
+        SentencePieceBackend(tmp_path)

@@ -1,0 +1,66 @@
+"""Towers by name: every way a name can be meant, and every way it can be wrong."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llava_core.checkpoints.towers import KNOWN_TOWERS, find_tower
+from llava_core.errors import CheckpointError
+from tests.original import TOWER_CONFIG
+
+
+def write_tower(folder: Path, config: dict[str, Any], *, weights: bool = True) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    if weights:
+        (folder / "model.safetensors").touch()
+    return folder
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    (tmp_path / "checkpoint").mkdir()
+    return tmp_path / "checkpoint"
+
+
+@pytest.mark.parametrize("name", ["{root}/tower", "../tower", "tower", "/moved/from/elsewhere/tower"])
+def test_a_folder_is_found_however_it_is_named(tmp_path: Path, checkpoint: Path, name: str) -> None:
+    folder = write_tower(tmp_path / "tower", TOWER_CONFIG)
+    source = find_tower(name.format(root=tmp_path), checkpoint, is_inside=False, offline=True)
+    assert source.config["image_size"] == 28
+    assert source.folder is not None
+    assert source.folder.resolve() == folder
+
+
+def test_a_whole_clip_is_read_for_its_vision_half(tmp_path: Path, checkpoint: Path) -> None:
+    write_tower(tmp_path / "tower", {"model_type": "clip", "vision_config": {"hidden_size": 16}})
+    config = find_tower("tower", checkpoint, is_inside=False, offline=True).config
+    assert config == {"hidden_size": 16, "model_type": "clip_vision_model"}
+
+
+@pytest.mark.parametrize("name", sorted(KNOWN_TOWERS))
+def test_known_towers_need_no_files_where_the_weights_are_inside(checkpoint: Path, name: str) -> None:
+    source = find_tower(name, checkpoint, is_inside=True, offline=True)
+    assert (source.config, source.folder) == (KNOWN_TOWERS[name], None)
+
+
+@pytest.mark.parametrize("name", ["/no/such/tower", "tower", "nobody/nothing"])
+def test_a_tower_that_is_not_there_is_named_with_its_field(checkpoint: Path, name: str) -> None:
+    with pytest.raises(CheckpointError, match=rf"config\.json: mm_vision_tower '{name}' is missing"):
+        find_tower(name, checkpoint, is_inside=False, offline=True)
+
+
+def test_a_folder_that_is_no_tower_is_named_with_the_known_kinds(tmp_path: Path, checkpoint: Path) -> None:
+    write_tower(tmp_path / "tower", {"model_type": "vit"})
+    with pytest.raises(
+        CheckpointError, match=r"tower/config\.json: model_type 'vit' is no known tower; known are clip"
+    ):
+        find_tower("tower", checkpoint, is_inside=False, offline=True)
+
+
+def test_a_tower_without_weights_is_named(tmp_path: Path, checkpoint: Path) -> None:
+    write_tower(tmp_path / "tower", TOWER_CONFIG, weights=False)
+    with pytest.raises(CheckpointError, match="holds no weights"):
+        find_tower("tower", checkpoint, is_inside=False, offline=True)

@@ -1,0 +1,136 @@
+"""LLaVA-NeXT checkpoints of llava-hf answer as transformers does with its own processor: tiles, ids, logits, tokens."""
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig, LlavaNextForConditionalGeneration
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+
+from llava_core.checkpoints.accounting import check_tensors
+from llava_core.checkpoints.describe import load_preparer
+from llava_core.checkpoints.load import LoadOptions
+from llava_core.images.preprocess import preprocess
+from llava_core.inference import LocalModel
+from llava_core.prompts.tokenize import IMAGE_TOKEN_ID
+from llava_core.types import GenerationRequest, ImagePart, Message, SamplingParams, TextPart
+from llava_core.vision.clip import normalise
+from llava_core.vision.encode import encode_images
+from tests.tiny import (
+    HIDDEN,
+    IMAGE_SIZE,
+    PATCH_SIZE,
+    VISION_HIDDEN,
+    build_tokenizer,
+    hub_name,
+    write_json,
+    write_weights,
+)
+
+# Height first, as transformers has it; the order decides ties.
+PINPOINTS = [[28, 56], [56, 28], [56, 56], [84, 28], [28, 84]]
+
+
+@pytest.fixture(scope="module")
+def reference() -> LlavaNextForConditionalGeneration:
+    tokenizer = build_tokenizer()
+    config = LlavaNextConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=VISION_HIDDEN,
+            intermediate_size=32,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            image_size=IMAGE_SIZE,
+            patch_size=PATCH_SIZE,
+            initializer_factor=3.0,
+        ),
+        text_config=LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=HIDDEN,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=1024,
+            initializer_range=0.3,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
+        ),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_grid_pinpoints=PINPOINTS,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return LlavaNextForConditionalGeneration(config).eval()
+
+
+def write(folder: Path, model: LlavaNextForConditionalGeneration, rename: Callable[[str], str]) -> Path:
+    folder.mkdir()
+    write_weights(folder, {rename(name): value for name, value in model.state_dict().items()})
+    model.config.save_pretrained(folder)
+    build_tokenizer().save_pretrained(folder)
+    write_json(folder / "preprocessor_config.json", PROCESSOR.to_dict())
+    return folder
+
+
+PROCESSOR = LlavaNextImageProcessorPil(
+    size={"shortest_edge": IMAGE_SIZE},
+    crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
+    image_grid_pinpoints=PINPOINTS,
+)
+
+
+def picture(width: int, height: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(width).integers(0, 256, (height, width, 3), np.uint8))
+
+
+def ask(*images: Image.Image) -> GenerationRequest:
+    parts = []
+    for image in images:
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG")
+        parts.append(ImagePart(buffer.getvalue()))
+    sampling = SamplingParams(max_tokens=16, ignore_eos=True)
+    return GenerationRequest("r", (Message("user", (*parts, TextPart("What?"))),), sampling)
+
+
+@pytest.mark.parametrize("rename", [hub_name, str], ids=["hub", "module"])
+def test_answers_equal_transformers(
+    reference: LlavaNextForConditionalGeneration, tmp_path: Path, rename: Callable[[str], str]
+) -> None:
+    folder = write(tmp_path / "next", reference, rename)
+    check_tensors(folder)
+    model = LocalModel(folder, options=LoadOptions(dtype="float32"))
+    images = [picture(61, 40), picture(30, 97), picture(50, 50)]
+    prepared = model.preparer.prepare(ask(*images))
+    image_token = reference.config.image_token_index
+    ids = torch.tensor([[image_token if token == IMAGE_TOKEN_ID else token for token in prepared.prompt_ids]])
+    given = {
+        **PROCESSOR(images, return_tensors="pt"),
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+    }
+    with torch.inference_mode():
+        expected = reference(**given).logits[0, -1]
+        features = encode_images(model.tower, prepared.images)
+        packed = torch.tensor([prepared.prompt_ids])
+        got = model.engine.model(packed, [f.features for f in features], sizes=[i.size for i in prepared.images])
+    torch.testing.assert_close(got[0, -1], expected, atol=1e-4, rtol=1e-4)
+    generated = reference.generate(**given, max_new_tokens=16, min_new_tokens=16, do_sample=False, eos_token_id=None)
+    tokens = [token for delta in model.stream(prepared) for token in delta.token_ids]
+    assert tokens == generated[0, ids.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("size", [(61, 40), (30, 97), (28, 28), (56, 56), (200, 11), (57, 55), (1, 90)])
+def test_tiles_equal_transformers(
+    tmp_path: Path, reference: LlavaNextForConditionalGeneration, size: tuple[int, int]
+) -> None:
+    config = load_preparer(write(tmp_path / "next", reference, hub_name)).preprocess
+    ours = normalise(torch.from_numpy(preprocess(picture(*size), config)), config)
+    theirs = PROCESSOR([picture(*size)], return_tensors="pt")["pixel_values"][0]
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
