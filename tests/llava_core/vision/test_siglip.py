@@ -108,3 +108,13 @@ def test_padded_pictures_equal_those_of_transformers(size: tuple[int, int]) -> N
     expected = np.asarray(processor(square, return_tensors="np")["pixel_values"])
     got = normalise(torch.from_numpy(preprocess(image, PREPROCESS).copy()), PREPROCESS).numpy()
     assert np.abs(got - expected).max() < 1e-5
+
+
+@pytest.mark.parametrize("size", [(40, 40), (57, 31), (28, 90)])
+def test_stretched_pictures_equal_those_of_transformers(size: tuple[int, int]) -> None:
+    image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (size[1], size[0], 3), np.uint8))
+    processor = SiglipImageProcessorPil(size={"height": SIDE, "width": SIDE})
+    expected = np.asarray(processor(image, return_tensors="np")["pixel_values"])
+    config = replace(PREPROCESS, aspect="crop", stretches=True)
+    got = normalise(torch.from_numpy(preprocess(image, config).copy()), config).numpy()
+    assert np.abs(got - expected).max() < 1e-5
