@@ -59,7 +59,8 @@ class ModelConfig:
     """A LLaVA: tower, projector and decoder. `context_length` is in tokens, image tokens included.
 
     With `pinpoints` a picture becomes an overview and tiles of the best of these resolutions, merged by `merge_type`.
-    `tower_name` is a folder or hub id that the tower's weights come from, None where the checkpoint holds them.
+    `tower_name` is a folder or hub id that the tower's weights come from, None where the checkpoint holds them. With
+    `s2_scales`, in pixels, the tower reads a picture at each of them.
     """
 
     vision: VisionConfig
@@ -78,6 +79,7 @@ class ModelConfig:
     merge_type: MergeType = "flat"
     image_start_end: bool = False
     tower_name: str | None = None
+    s2_scales: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"linear|identity|mlp[1-9]\d*x_gelu", self.projector_type):
@@ -98,6 +100,11 @@ class ModelConfig:
             raise CheckpointError(
                 f"image_grid_pinpoints {list(map(tuple, self.pinpoints))} are not multiples of {side}"
             )
+
+    @property
+    def tile_size(self) -> int:
+        """The side in pixels of the tiles that the tower takes."""
+        return max(self.s2_scales, default=self.vision.image_size)
 
     @property
     def has_newline(self) -> bool:
@@ -147,7 +154,7 @@ def read_llava_hf_config(config: JsonObject) -> ModelConfig:
 def read_pinpoints(value: object, *, is_height_first: bool = False) -> tuple[Size, ...]:
     """`image_grid_pinpoints`: a list of pairs, or the same as text. Raises CheckpointError for anything else."""
     try:
-        pairs = ast.literal_eval(value) if isinstance(value, str) else value
+        pairs: Any = ast.literal_eval(value) if isinstance(value, str) else value
         sizes = tuple(Size(int(first), int(second)) for first, second in pairs)
     except (ValueError, TypeError, SyntaxError):
         sizes = ()

@@ -53,6 +53,12 @@ class Kind:
     start_end: bool = False
     tower_inside: bool = False
     pad_rows: int = 0
+    s2: bool = False
+
+    @property
+    def num_features(self) -> int:
+        """Of the tower, per patch: at two scales twice as many."""
+        return VISION * (2 if self.s2 else 1)
 
 
 @dataclass
@@ -128,11 +134,11 @@ def projector_weights(generator: torch.Generator, kind: Kind) -> Tensors:
     scale = 0.4
     if kind.projector == "linear":
         return {
-            "model.mm_projector.weight": random_tensor(generator, HIDDEN, VISION, scale=scale),
+            "model.mm_projector.weight": random_tensor(generator, HIDDEN, kind.num_features, scale=scale),
             "model.mm_projector.bias": random_tensor(generator, HIDDEN),
         }
     weights = {}
-    for index, width in ((0, VISION), (2, HIDDEN)):
+    for index, width in ((0, kind.num_features), (2, HIDDEN)):
         weights[f"model.mm_projector.{index}.weight"] = random_tensor(generator, HIDDEN, width, scale=scale)
         weights[f"model.mm_projector.{index}.bias"] = random_tensor(generator, HIDDEN)
     return weights
@@ -163,7 +169,9 @@ def write_original(root: Path, kind: Kind, seed: int = 0) -> Original:
         "mm_vision_select_layer": -2,
         "mm_vision_select_feature": kind.select,
         "mm_projector_type": kind.projector,
-        "mm_hidden_size": VISION,
+        "mm_hidden_size": kind.num_features,
+        "s2": kind.s2,
+        "s2_scales": f"{SIDE},{2 * SIDE}",
         "mm_use_im_start_end": kind.start_end,
         "mm_use_im_patch_token": False,
         "mm_patch_merge_type": kind.merge,
@@ -187,6 +195,8 @@ def write_original(root: Path, kind: Kind, seed: int = 0) -> Original:
         write_model(base, decoder, kind)
     if kind.layout == "projector":
         torch.save(own, folder / "mm_projector.bin")
+        # The original code rounds it so, and only it.
+        weights |= {name: value.half().float() for name, value in own.items()}
     if kind.layout == "lora":
         weights |= write_lora(folder, own, decoder, generator)
     return Original(kind, folder, base, config, weights, tower, num_tokens)
@@ -319,13 +329,13 @@ def prompt_ids(prompt: str, tokenize: Any, bos: int) -> list[int]:
     return ids
 
 
-def to_pixels(image: Image.Image) -> torch.Tensor:
+def to_pixels(image: Image.Image, side: int = SIDE) -> torch.Tensor:
     """What CLIP's processor does: shortest edge, centre, scale, normalise."""
     width, height = image.size
-    target = (SIDE, int(SIDE * height / width)) if width <= height else (int(SIDE * width / height), SIDE)
+    target = (side, int(side * height / width)) if width <= height else (int(side * width / height), side)
     image = image.resize(target, Image.Resampling.BICUBIC)
-    left, top = (image.width - SIDE) // 2, (image.height - SIDE) // 2
-    values = np.asarray(image.crop((left, top, left + SIDE, top + SIDE)), np.float32) / 255
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    values = np.asarray(image.crop((left, top, left + side, top + side)), np.float32) / 255
     return torch.from_numpy(((values - np.array(MEAN)) / np.array(STD)).astype(np.float32)).permute(2, 0, 1)
 
 
@@ -367,11 +377,15 @@ def image_rows(original: Original, image: Image.Image) -> torch.Tensor:
     if kind.aspect == "anyres":
         pixels = anyres_pixels(image)
     else:
-        pixels = to_pixels(expand_to_square(image) if kind.aspect == "pad" else image)[None]
+        square = expand_to_square(image) if kind.aspect == "pad" else image
+        pixels = to_pixels(square, 2 * SIDE if kind.s2 else SIDE)[None]
     tower = CLIPVisionModel(CLIPVisionConfig(**TOWER_CONFIG)).eval()
     tower.load_state_dict({name.removeprefix("vision_model."): value for name, value in original.tower.items()})
-    states = tower(pixels, output_hidden_states=True).hidden_states[-2]
-    states = states[:, 1:] if kind.select == "patch" else states
+    if kind.s2:
+        states = two_scales(tower, pixels)
+    else:
+        states = tower(pixels, output_hidden_states=True).hidden_states[-2]
+        states = states[:, 1:] if kind.select == "patch" else states
     if kind.projector == "linear":
         rows = functional.linear(states, weights["model.mm_projector.weight"], weights["model.mm_projector.bias"])
     else:
@@ -382,6 +396,20 @@ def image_rows(original: Original, image: Image.Image) -> torch.Tensor:
     if kind.aspect != "anyres" or kind.merge == "flat":
         return rows.flatten(0, 1)
     return merge_plainly(original, rows, image)
+
+
+def two_scales(tower: CLIPVisionModel, pixels: torch.Tensor) -> torch.Tensor:
+    """S2: the picture as a whole, beside the mean over its four quarters' patches at twice the size."""
+    small = functional.interpolate(pixels, size=(SIDE, SIDE), mode="bicubic")
+    whole = tower(small, output_hidden_states=True).hidden_states[-2][:, 1:]
+    large = torch.zeros(2 * GRID, 2 * GRID, VISION)
+    for y in range(2):
+        for x in range(2):
+            quarter = pixels[:, :, y * SIDE : (y + 1) * SIDE, x * SIDE : (x + 1) * SIDE]
+            patches = tower(quarter, output_hidden_states=True).hidden_states[-2][0, 1:]
+            large[y * GRID : (y + 1) * GRID, x * GRID : (x + 1) * GRID] = patches.view(GRID, GRID, VISION)
+    pooled = [large[2 * y : 2 * y + 2, 2 * x : 2 * x + 2].mean((0, 1)) for y in range(GRID) for x in range(GRID)]
+    return torch.cat([whole, torch.stack(pooled)[None]], -1)
 
 
 def merge_plainly(original: Original, rows: torch.Tensor, image: Image.Image) -> torch.Tensor:

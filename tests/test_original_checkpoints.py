@@ -36,6 +36,7 @@ KINDS = {
     "mistral, square": Kind(decoder="mistral", aspect="square"),
     "start and end, linear, cls_patch": Kind(start_end=True, projector="linear", select="cls_patch"),
     "start and end, slow tokenizer": Kind(start_end=True, tokenizer="slow"),
+    "two scales": Kind(s2=True),
     "more rows than tokens": Kind(pad_rows=24),
     "projector over a base": Kind(layout="projector", files="bin"),
     "LoRA over a base": Kind(layout="lora"),

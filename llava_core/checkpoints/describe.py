@@ -5,6 +5,7 @@ Does not import torch, so a CPU-only preprocessing replica stays small.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from PIL import Image
@@ -32,8 +33,9 @@ def load_config(checkpoint: Path | Checkpoint) -> ModelConfig:
 
 def load_preprocess_config(checkpoint: Path | Checkpoint) -> PreprocessConfig:
     """How the checkpoint wants its pictures. Raises CheckpointError for a way that is not ours."""
-    if isinstance(checkpoint, Path) and not is_original_config(_settings(checkpoint)):
-        return _read_preprocess_config(checkpoint, None, ())
+    if isinstance(checkpoint, Path) and not is_original_config(settings := _settings(checkpoint)):
+        pinpoints = read_llava_hf_config(settings).pinpoints if settings else ()
+        return _read_preprocess_config(checkpoint, None, pinpoints)
     opened = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
     config = opened.config
     if config.dialect == "llava_hf":
@@ -41,8 +43,9 @@ def load_preprocess_config(checkpoint: Path | Checkpoint) -> PreprocessConfig:
     aspect = _original_aspect(opened.settings)
     folder = opened.image_folder or opened.folder
     if not (folder / "preprocessor_config.json").exists():
-        return PreprocessConfig(size=config.vision.image_size, aspect=aspect, pinpoints=config.pinpoints)
-    return _read_preprocess_config(folder, aspect, config.pinpoints)
+        return PreprocessConfig(size=config.tile_size, aspect=aspect, pinpoints=config.pinpoints)
+    preprocess = _read_preprocess_config(folder, aspect, config.pinpoints)
+    return replace(preprocess, size=config.tile_size) if config.s2_scales else preprocess
 
 
 def _settings(folder: Path) -> JsonObject:

@@ -26,6 +26,8 @@ def resolve_checkpoint(path_or_id: str, *, offline: bool = False) -> Path:
     # Not Path.expanduser, which raises for a user there is not.
     path = Path(os.path.expanduser(path_or_id))
     if path_or_id and path.is_dir():
+        if not os.access(path, os.R_OK | os.X_OK):
+            raise CheckpointError(f"{path} cannot be read: permission denied; give this user access to it")
         return path
     if path.is_absolute() or path_or_id.startswith((".", "~")) or path_or_id.count("/") != 1:
         raise CheckpointError(f"{path_or_id!r}: no such checkpoint folder; give a folder or a hub id like owner/name")

@@ -92,14 +92,19 @@ def from_tower(name: str) -> Key | None:
 
 
 def from_wrapped(name: str) -> Key | None:
-    """Our key for a name as PEFT and training wrappers save it, of either dialect."""
-    inner = name.removeprefix("module.").removeprefix("base_model.model.").removeprefix("base_model.")
-    if inner.startswith("model.model."):
-        inner = inner.removeprefix("model.")
-    try:
-        return from_original(inner)
-    except KeyError:
-        return from_llava_hf(inner)
+    """Our key for a name as PEFT and training wrappers save it, of either dialect.
+
+    Wrappers put `module.`, `base_model.` and mostly one more `model.` before it, as the original code expects.
+    """
+    outer = name.removeprefix("module.").removeprefix("base_model.")
+    inner = outer.removeprefix("model.")
+    for look_up in (from_original, from_llava_hf):
+        for candidate in (inner, outer):
+            try:
+                return look_up(candidate)
+            except KeyError:
+                continue
+    raise KeyError(name)
 
 
 def _look_up(rows: _Rows, name: str) -> Key | None:

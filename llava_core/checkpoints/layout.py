@@ -12,6 +12,8 @@ Reads configurations and headers, no weights, and imports no torch for safetenso
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -29,12 +31,16 @@ ALL_PARTS: frozenset[Part] = frozenset({"tower", "projector", "decoder", "newlin
 
 @dataclass(frozen=True)
 class Weights:
-    """The model in a folder, or one `file` of it: how its names are read, and which parts are taken from it."""
+    """The model in a folder, or one `file` of it: how its names are read, and which parts are taken from it.
+
+    With `is_rounded` its numbers are rounded to float16, whatever they are computed in.
+    """
 
     folder: Path
     key_map: KeyMap
     parts: frozenset[Part] = ALL_PARTS
     file: Path | None = None
+    is_rounded: bool = False
 
     @cached_property
     def files(self) -> dict[str, Path]:
@@ -102,7 +108,8 @@ def open_checkpoint(path_or_id: str | Path, base: str | Path | None = None, *, o
 
 
 def _open_llava_hf(folder: Path, settings: JsonObject, base: str | Path | None) -> Checkpoint:
-    config = with_generation_config(read_llava_hf_config(settings), folder)
+    with _naming(folder):
+        config = with_generation_config(read_llava_hf_config(settings), folder)
     _refuse_base(folder, base)
     weights = Weights(folder, from_llava_hf)
     return Checkpoint(folder, settings, config, (weights,), folder, folder)
@@ -125,7 +132,8 @@ def _open_over_base(
 ) -> Checkpoint:
     """An original LoRA or projector: configuration and `overlay` from the folder, the decoder from the base."""
     is_lora = (folder / "adapter_config.json").exists()
-    own = Weights(folder, from_wrapped, file=overlay)
+    # The original code rounds a projector that comes alone, and nothing else, to float16.
+    own = Weights(folder, from_wrapped, file=overlay, is_rounded=not is_lora)
     problems: list[CheckpointError] = []
     below: tuple[Path, Weights] | None = None
     try:
@@ -213,11 +221,21 @@ def _with_tower(
             raise
         source, is_inside = find_tower(name, folder, is_inside=True, offline=offline), True
         logger.info("%s: the tower %s is not here; the copy inside the checkpoint is used", folder, name)
-    config = read_original_config(settings, source.config)
+    with _naming(folder):
+        config = read_original_config(settings, source.config)
     if is_inside or source.folder is None:
         return config, source.folder, weights
     tower = Weights(source.folder, from_tower)
     return config, source.folder, (tower, *(replace(each, parts=each.parts - {"tower"}) for each in weights))
+
+
+@contextmanager
+def _naming(folder: Path) -> Iterator[None]:
+    """Readers of configurations know fields and no folders: put the folder before what they raise."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
 
 
 def with_generation_config(config: ModelConfig, folder: Path) -> ModelConfig:

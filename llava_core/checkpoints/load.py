@@ -53,13 +53,13 @@ def load_tower(checkpoint: Path | Checkpoint, options: LoadOptions, *, attention
     """The vision tower alone, in evaluation mode."""
     opened = _open(checkpoint)
     config, preprocess = opened.config, load_preprocess_config(opened)
-    if preprocess.size != config.vision.image_size:
+    if preprocess.size != config.tile_size:
         raise CheckpointError(
             f"preprocessor_config.json makes tiles of {preprocess.size} pixels, "
-            f"but the tower of config.json takes {config.vision.image_size}"
+            f"but the tower of config.json takes {config.tile_size}"
         )
     with init_empty_weights(include_buffers=False):
-        tower = build_tower(config.vision, preprocess, attention=attention)
+        tower = build_tower(config.vision, preprocess, s2_scales=config.s2_scales, attention=attention)
     _fill(tower, read_part(opened, "tower", options.torch_dtype), opened, "tower", optional=frozenset())
     return tower.to(options.device, options.torch_dtype).eval()
 
@@ -122,6 +122,8 @@ def read_part(checkpoint: Path | Checkpoint, part: Part, dtype: torch.dtype = to
         if part not in weights.parts:
             continue
         tensors = read_tensors({name: weights.files[name] for name in wanted})
+        if weights.is_rounded:
+            tensors = {name: tensor.half() for name, tensor in tensors.items()}
         loaded.update({wanted[name]: tensor for name, tensor in tensors.items()})
     if opened.adapter is not None:
         open_lora(opened.adapter).apply(part, loaded, dtype)

@@ -7,6 +7,7 @@ no files; where the tower's own configuration comes from is layout.py's business
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 from llava_core.config import (
     JsonObject,
@@ -20,7 +21,6 @@ from llava_core.config import (
 )
 from llava_core.errors import CheckpointError
 
-_DECODERS = {"Llama": "llama", "Mistral": "mistral"}
 # What a decoder's configuration keeps of config.json; the rest is about pictures, training or generation.
 _TEXT_FIELDS = (
     "hidden_size",
@@ -74,7 +74,9 @@ def read_original_config(config: JsonObject, tower: JsonObject) -> ModelConfig:
     layer = config.get("mm_vision_select_layer", -2)
     if not isinstance(layer, int):
         raise CheckpointError(f"config.json: mm_vision_select_layer must be one number, not {layer!r}")
+    scales = _s2_scales(config)
     vision = build_vision_config(tower, layer, select, "mm_vision_select_layer")
+    vision = replace(vision, hidden_size=vision.hidden_size * max(1, len(scales)))
     expected = config.get("mm_hidden_size", vision.hidden_size)
     if expected != vision.hidden_size:
         raise CheckpointError(
@@ -99,6 +101,7 @@ def read_original_config(config: JsonObject, tower: JsonObject) -> ModelConfig:
         merge_type=_merge_type(config),
         image_start_end=bool(config.get("mm_use_im_start_end", False)),
         tower_name=tower_name(config),
+        s2_scales=scales,
     )
 
 
@@ -108,19 +111,20 @@ def _text(config: JsonObject) -> JsonObject:
 
 
 def _decoder(config: JsonObject) -> str:
+    """By `architectures`, or by `model_type` where a hand or another training left that out."""
     names = " ".join(map(str, config.get("architectures") or ()))
-    found = re.findall(r"(?:Llava)?(\w+?)ForCausalLM", names)
-    if not found:
-        # Written by hand, or by a training that named no architecture.
-        kind = str(config.get("model_type", ""))
-        return {"llava_mistral": "mistral", "mistral": "mistral"}.get(kind, "llama")
-    name = found[0].removeprefix("Llava")
-    if name not in _DECODERS:
+    if found := re.findall(r"(\w+)ForCausalLM", names):
+        name, known = found[0].removeprefix("Llava"), {"Llama": "llama", "Mistral": "mistral"}
+    else:
+        name = str(config.get("model_type", "llava"))
+        known = {"llava": "llama", "llava_llama": "llama", "llama": "llama"}
+        known |= {"llava_mistral": "mistral", "mistral": "mistral"}
+    if name not in known:
         raise CheckpointError(
-            f"config.json: architectures {names} has the decoder {name!r}, which is not supported; "
-            f"known are {', '.join(_DECODERS)}"
+            f"config.json: architectures {names or 'missing'}, model_type {config.get('model_type')!r}: "
+            f"the decoder {name!r} is not supported; known are {', '.join(known)}"
         )
-    return _DECODERS[name]
+    return known[name]
 
 
 def _projector_type(config: JsonObject) -> str:
@@ -130,6 +134,19 @@ def _projector_type(config: JsonObject) -> str:
             f"config.json: unknown mm_projector_type {kind!r}; known are linear, mlp<N>x_gelu and identity"
         )
     return kind
+
+
+def _s2_scales(config: JsonObject) -> tuple[int, ...]:
+    """`s2_scales` in pixels, smallest first, where `s2` is set; the original's default is three times 336."""
+    if not config.get("s2"):
+        return ()
+    if config.get("image_aspect_ratio") == "anyres":
+        raise CheckpointError("config.json: s2 and image_aspect_ratio anyres exclude one another")
+    value = config.get("s2_scales", "336,672,1008")
+    try:
+        return tuple(sorted(int(scale) for scale in (value.split(",") if isinstance(value, str) else value)))
+    except (ValueError, TypeError):
+        raise CheckpointError(f"config.json: s2_scales must be pixels, separated by commas, not {value!r}") from None
 
 
 def _merge_type(config: JsonObject) -> MergeType:

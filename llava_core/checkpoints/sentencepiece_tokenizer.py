@@ -12,11 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from google.protobuf.message import DecodeError
 from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 
 from llava_core.checkpoints.files import read_json
 from llava_core.errors import CheckpointError
 
+# A generated module, whose classes no type checker sees.
+_ModelProto: Any = vars(sentencepiece_model_pb2)["ModelProto"]
 _SPACE = "▁"
 _ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _DEFAULTS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
@@ -141,13 +144,13 @@ def _plain(text: str, position: int, *, left: bool, right: bool) -> Iterator[tup
 
 def _load(file: Path, *, adds_space: bool) -> SentencePieceProcessor:
     try:
-        content = sentencepiece_model_pb2.ModelProto.FromString(file.read_bytes())
+        content = _ModelProto.FromString(file.read_bytes())
         if not content.pieces:
             raise ValueError("it holds no pieces")
         if not adds_space:
             content.normalizer_spec.add_dummy_prefix = False
         return SentencePieceProcessor(model_proto=content.SerializeToString())
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, DecodeError) as error:
         raise CheckpointError(f"{file} cannot be read ({type(error).__name__}: {error}); download it again") from error
 
 
@@ -171,12 +174,12 @@ def _added_tokens(folder: Path, settings: Mapping[str, Any], model: SentencePiec
     named = {**_DEFAULTS, **settings}
     if (folder / "special_tokens_map.json").exists():
         named |= read_json(folder, "special_tokens_map.json")
-    roles = [_content(named.get(role)) for role in _ROLES]
-    for text in [*roles, *map(_content, named.get("additional_special_tokens") or ())]:
-        if text is None or (text in added and added[text].is_special):
+    roles = [_content(named.get(name)) for name in _ROLES]
+    for role in [*roles, *map(_content, named.get("additional_special_tokens") or ())]:
+        if role is None or (role in added and added[role].is_special):
             continue
-        number = added[text].id if text in added else model.piece_to_id(text)
-        if text not in added and model.id_to_piece(number) != text:
+        number = added[role].id if role in added else model.piece_to_id(role)
+        if role not in added and model.id_to_piece(number) != role:
             number = max([model.get_piece_size() - 1, *(token.id for token in added.values())]) + 1
-        added[text] = AddedToken(int(number), is_special=True)
+        added[role] = AddedToken(int(number), is_special=True)
     return added

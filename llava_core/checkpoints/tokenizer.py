@@ -107,7 +107,7 @@ class CheckpointTokenizer:
     """Satisfies prompts.tokenize.Tokenizer and engine.detokenize.Decoder."""
 
     def __init__(self, inner: PreTrainedTokenizerFast | Backend) -> None:
-        self._chat = inner if isinstance(inner, PreTrainedTokenizerFast) else None
+        self._inner = inner if isinstance(inner, PreTrainedTokenizerFast) else None
         self.backend: Backend = FastBackend(inner) if isinstance(inner, PreTrainedTokenizerFast) else inner
         # A template's opening is the same in every prompt.
         self.encode = functools.lru_cache(maxsize=256)(self.backend.encode)
@@ -123,10 +123,10 @@ class CheckpointTokenizer:
 
     def chat_prompt(self, messages: list[dict[str, Any]]) -> str | None:
         """The prompt by the checkpoint's own chat template, or None if it has none or refuses these messages."""
-        if self._chat is None or self._chat.chat_template is None:
+        if self._inner is None or self._inner.chat_template is None:
             return None
         try:
-            return str(self._chat.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+            return str(self._inner.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
         except (TemplateError, TypeError, ValueError, KeyError):
             return None
 
@@ -150,9 +150,10 @@ def _load_fast(folder: Path) -> PreTrainedTokenizerFast:
         raise CheckpointError(f"{folder / 'tokenizer.json'} is missing; save the fast form of the tokenizer with it")
     try:
         # Not AutoTokenizer, which imports torch and every model; tokenizer.json says all that its class would.
-        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+        loaded: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder}: the tokenizer cannot be read ({type(error).__name__}: {error})") from error
+    return loaded
 
 
 def _load_original(checkpoint: Checkpoint) -> Backend:

@@ -5,6 +5,7 @@ Reads configurations, not weights. Knows nothing about decoders.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,8 @@ KNOWN_TOWERS: dict[str, JsonObject] = {
     "openai/clip-vit-large-patch14": {**_LARGE, "image_size": 224},
     "openai/clip-vit-large-patch14-336": {**_LARGE, "image_size": 336},
 }
+# Hub ids that the original code takes for towers, and SigLIP's: nothing else is worth asking the network about.
+_ON_THE_HUB = re.compile(r"^(openai|laion|apple)/|ShareGPT4V|clip|siglip", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,11 @@ def find_tower(name: str, checkpoint: Path, *, is_inside: bool, offline: bool) -
     folder = _local_folder(name, checkpoint)
     if folder is None and is_inside and name in KNOWN_TOWERS:
         return TowerSource(KNOWN_TOWERS[name], None)
+    if folder is None and not _ON_THE_HUB.search(name):
+        raise CheckpointError(
+            f"{checkpoint / 'config.json'}: mm_vision_tower {name!r} is unknown: it is neither a folder here nor the "
+            "hub id of a CLIP or SigLIP; correct the field, or put the tower beside the checkpoint"
+        )
     if folder is None:
         try:
             folder = resolve_checkpoint(name, offline=offline)

@@ -23,6 +23,12 @@ def test_what_is_neither_folder_nor_hub_id_is_refused(name: str) -> None:
         resolve_checkpoint(name)
 
 
+def test_a_folder_that_may_not_be_read_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(CheckpointError, match="cannot be read: permission denied"):
+        resolve_checkpoint(str(tmp_path))
+
+
 def test_a_hub_id_that_is_not_cached_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointError, match=r"nobody/nothing is neither a folder here nor.*download it first"):

@@ -75,6 +75,17 @@ def test_llava_1_6_is_read_width_first() -> None:
     assert read_original_config(text, TOWER) == config
 
 
+def test_several_scales_multiply_the_features() -> None:
+    config = read(s2=True, mm_hidden_size=3072)
+    assert (config.s2_scales, config.vision.hidden_size, config.tile_size) == ((336, 672, 1008), 3072, 1008)
+    assert config.vision.image_size == 336
+
+
+def test_without_architectures_the_model_type_tells_the_decoder() -> None:
+    assert read(architectures=None, model_type="llava_mistral").text["model_type"] == "mistral"
+    assert read(architectures=None, model_type="llava_llama").text["model_type"] == "llama"
+
+
 def test_pinpoints_count_for_anyres_alone() -> None:
     assert read(image_grid_pinpoints=PINPOINTS).pinpoints == ()
 
@@ -95,7 +106,8 @@ def test_a_named_tower_makes_it_an_original(config: dict[str, Any], expected: bo
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"architectures": ["LlavaMptForCausalLM"]}, "decoder 'Mpt', which is not supported; known are Llama, Mistral"),
+        ({"architectures": ["LlavaMptForCausalLM"]}, "decoder 'Mpt' is not supported; known are Llama, Mistral"),
+        ({"architectures": None, "model_type": "llava_mpt"}, "decoder 'llava_mpt' is not supported; known are llava"),
         ({"mm_projector_type": "resampler"}, "unknown mm_projector_type 'resampler'; known are linear"),
         ({"mm_vision_select_feature": "cls"}, "mm_vision_select_feature 'cls' is unknown"),
         ({"mm_vision_select_layer": [-2]}, "mm_vision_select_layer must be one number"),
@@ -105,6 +117,8 @@ def test_a_named_tower_makes_it_an_original(config: dict[str, Any], expected: bo
         ({"image_aspect_ratio": "anyres"}, "image_grid_pinpoints must be a list of pairs"),
         ({"image_aspect_ratio": "anyres", "image_grid_pinpoints": [[300, 672]]}, "not multiples of 336"),
         ({"image_aspect_ratio": "anyres", "image_grid_pinpoints": "import os"}, "must be a list of pairs"),
+        ({"s2": True, "s2_scales": "large", "mm_hidden_size": 3072}, "s2_scales must be pixels"),
+        ({"s2": True, "image_aspect_ratio": "anyres"}, "s2 and image_aspect_ratio anyres exclude one another"),
         ({"vocab_size": "many"}, "vocab_size must be a positive whole number"),
         (
             {

@@ -46,10 +46,15 @@ def test_known_towers_need_no_files_where_the_weights_are_inside(checkpoint: Pat
     assert (source.config, source.folder) == (KNOWN_TOWERS[name], None)
 
 
-@pytest.mark.parametrize("name", ["/no/such/tower", "tower", "nobody/nothing"])
-def test_a_tower_that_is_not_there_is_named_with_its_field(checkpoint: Path, name: str) -> None:
-    with pytest.raises(CheckpointError, match=rf"config\.json: mm_vision_tower '{name}' is missing"):
-        find_tower(name, checkpoint, is_inside=False, offline=True)
+@pytest.mark.parametrize("name", ["/no/such/tower", "tower", "nobody/nothing", "biovil"])
+def test_an_unknown_tower_is_named_with_its_field_and_no_network(checkpoint: Path, name: str) -> None:
+    with pytest.raises(CheckpointError, match=rf"config\.json: mm_vision_tower '{name}' is unknown"):
+        find_tower(name, checkpoint, is_inside=False, offline=False)
+
+
+def test_a_tower_that_is_not_there_is_named_with_its_field(checkpoint: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"config\.json: mm_vision_tower 'openai/none' is missing"):
+        find_tower("openai/none", checkpoint, is_inside=False, offline=True)
 
 
 def test_a_folder_that_is_no_tower_is_named_with_the_known_kinds(tmp_path: Path, checkpoint: Path) -> None:

@@ -17,7 +17,7 @@ class Stopped:
 
 
 def state(output_ids: list[int], *, stopped: bool = False, **sampling: Any) -> RequestState:
-    request = EngineRequest("a", (1, 2, 3), (ImageFeatures("d", torch.zeros(2, 4)),), SamplingParams(**sampling))
+    request = EngineRequest("a", (1, -200, -200), (ImageFeatures("d", torch.zeros(9, 4)),), SamplingParams(**sampling))
     return RequestState(request, 3, Stopped(is_stopped=stopped), torch.Generator(), output_ids=output_ids)  # type: ignore[arg-type]
 
 
