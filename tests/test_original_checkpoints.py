@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from llava_core.checkpoints.layout import open_checkpoint
 from llava_core.checkpoints.load import LoadOptions
 from llava_core.checkpoints.sentencepiece_tokenizer import SentencePieceBackend
 from llava_core.inference import LocalModel
+from llava_core.prompts.templates import get_template
 from llava_core.prompts.tokenize import IMAGE_TOKEN_ID
 from llava_core.types import GenerationRequest, ImagePart, Message, SamplingParams, TextPart
 from llava_core.vision.encode import encode_images
@@ -94,6 +96,20 @@ def test_an_original_answers_as_the_restatement_of_its_code(tmp_path: Path, name
         got = model.engine.model(packed, [f.features for f in features], sizes=[i.size for i in prepared.images])
     torch.testing.assert_close(got[0, -1], logits[0], atol=1e-4, rtol=1e-4)
     assert len(set(tokens)) > 3, "weights so small that every answer is alike compare nothing"
+
+
+TEMPLATES = ("vicuna_v1", "llava_v1", "v0", "llava_llama_2", "mistral_instruct", "chatml_direct", "plain")
+
+
+def test_every_template_is_tokenized_and_answered_as_the_restatement_does(tmp_path: Path) -> None:
+    original, model = build(tmp_path, KINDS["start and end, slow tokenizer"])
+    for name in TEMPLATES:
+        model.preparer = replace(model.preparer, template=get_template(name))
+        prepared = model.preparer.prepare(ask(IMAGES[:1]))
+        ids = original_ids(prepared)
+        assert ids == expected_ids(original, prepared.prompt), name
+        tokens = [token for delta in model.stream(prepared) for token in delta.token_ids]
+        assert tokens == answer_plainly(original, ids, IMAGES[:1], 24)[0], name
 
 
 def test_texts_and_pictures_side_by_side_answer_as_each_alone(tmp_path: Path) -> None:
