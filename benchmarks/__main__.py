@@ -1,6 +1,6 @@
 """Start-up, time to first token, tokens per second, and what the graph costs over the same engine in one process.
 
-    python -m benchmarks [--port 8000] [--requests 24] [--json FILE]
+    python -m benchmarks [--port 8000] [--requests 24] [--starts 3] [--json FILE]
 
 The service, the empty graph and the in-process engine take turns in one run, so their ratios hold on a noisy machine.
 Talks to 127.0.0.1 only, and ends by itself.
@@ -18,8 +18,6 @@ import statistics
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,7 +25,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from deployments.client import chat_body, stream_chat
+from deployments.client import chat_body, is_healthy, stream_chat
 from deployments.launcher import LocalService, plan_launch
 from llava_core.scenes.samples import encode_picture
 from llava_core.scenes.scene import sample_scene
@@ -45,14 +43,19 @@ class Timing:
     tokens: int
 
 
+# From an encoded picture to how long its answer took.
+Ask = Callable[[bytes], Timing]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--requests", type=int, default=24)
+    parser.add_argument("--requests", type=int, default=24, help="of one client; eight together ask twice as many")
+    parser.add_argument("--starts", type=int, default=3)
     parser.add_argument("--json", type=Path, help="also write the figures here")
     options = parser.parse_args()
     results: dict[str, Any] = {"machine": describe_machine()}
-    results["start_s"] = [round(measure_start(options.port), 1) for _ in range(3)]
+    results["start_s"] = [round(measure_start(options.port), 1) for _ in range(options.starts)]
     results |= measure_answers(options.port, options.requests)
     print(json.dumps(results, indent=2))
     if options.json:
@@ -74,25 +77,24 @@ def describe_machine() -> dict[str, Any]:
 
 def measure_start(port: int) -> float:
     """Seconds from starting the command `llava serve` until /health says every stage can serve."""
+    url = plan_launch(port=port).url
     begun = time.perf_counter()
     command = [str(Path(sys.executable).parent / "llava"), "serve", "--port", str(port)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as service:
         try:
-            wait_until_healthy(port, service)
+            wait_until_healthy(url, service)
             return time.perf_counter() - begun
         finally:
             service.send_signal(signal.SIGINT)
             service.wait(timeout=60)
 
 
-def wait_until_healthy(port: int, service: subprocess.Popen[bytes]) -> None:
+def wait_until_healthy(url: str, service: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + 180
     while time.monotonic() < deadline and service.poll() is None:
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
-                return
-        except (urllib.error.URLError, ConnectionError, TimeoutError):
-            time.sleep(0.05)
+        if is_healthy(url, timeout_s=5):
+            return
+        time.sleep(0.05)
     raise SystemExit("the service did not become ready")
 
 
@@ -108,10 +110,9 @@ def measure_answers(port: int, num_requests: int) -> dict[str, Any]:
     try:
         serve.run(build_empty_graph(), name="empty", route_prefix="/empty")
         pictures = [make_picture(index) for index in range(3 * num_requests + 4)]
-        ask = [lambda p: ask_service(plan.url, p), lambda p: ask_empty(port, p), build_local()]
-        for warm in pictures[-4:]:
-            [one(warm) for one in ask]
-        turns = [[one(picture) for one in ask] for picture in pictures[:num_requests]]
+        ask: list[Ask] = [lambda p: ask_service(plan.url, p), lambda p: ask_empty(port, p), build_local()]
+        warm_up, measured = pictures[-4:], pictures[:num_requests]
+        turns = [[one(picture) for one in ask] for picture in [*warm_up, *measured]][len(warm_up) :]
         served, empty, local = ([turn[i] for turn in turns] for i in range(3))
         with ThreadPoolExecutor(8) as pool:
             begun = time.perf_counter()
@@ -159,7 +160,7 @@ def ask_empty(port: int, picture: bytes) -> Timing:
         connection.close()
 
 
-def build_local() -> Callable[[bytes], Timing]:
+def build_local() -> Ask:
     from llava_core.inference import LocalModel
     from llava_core.types import GenerationRequest, ImagePart, Message, SamplingParams, TextPart
 

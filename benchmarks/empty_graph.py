@@ -7,15 +7,14 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 from ray import serve
-from ray.serve import Application
+from ray.serve import Application, Deployment
 from ray.serve.handle import DeploymentHandle
 from starlette.requests import Request
 from starlette.responses import StreamingResponse
 
-_LIGHT: dict[str, Any] = {"num_cpus": 0}
+Handle = DeploymentHandle[Any]
 
 
-@serve.deployment(ray_actor_options=_LIGHT)
 class Pass:
     """Returns what it is given."""
 
@@ -23,7 +22,6 @@ class Pass:
         return value
 
 
-@serve.deployment(ray_actor_options=_LIGHT, max_ongoing_requests=64)
 class Stream:
     """Yields two chunks."""
 
@@ -32,19 +30,25 @@ class Stream:
         yield "data: [DONE]\n\n"
 
 
-@serve.deployment(ray_actor_options=_LIGHT, max_ongoing_requests=64)
 class Entrance:
     """Sends each request through the three others."""
 
-    def __init__(self, first: DeploymentHandle, second: DeploymentHandle, last: DeploymentHandle) -> None:
+    def __init__(self, first: Handle, second: Handle, last: Handle) -> None:
         self.first, self.second, self.last = first, second, last.options(stream=True)
 
     async def __call__(self, request: Request) -> StreamingResponse:
         body = await request.body()
-        response = self.second.remote(self.first.remote(len(body)))
-        return StreamingResponse(self.last.remote(response), media_type="text/event-stream")
+        chunks: Any = self.last.remote(self.second.remote(self.first.remote(len(body))))
+        return StreamingResponse(chunks, media_type="text/event-stream")
 
 
 def build_empty_graph() -> Application:
     """The application; run it under a route prefix of its own."""
-    return Entrance.bind(Pass.options(name="A").bind(), Pass.options(name="B").bind(), Stream.bind())
+    stages = _deploy(Pass, "A").bind(), _deploy(Pass, "B").bind(), _deploy(Stream, "C").bind()
+    return _deploy(Entrance, "Entrance").bind(*stages)
+
+
+def _deploy(cls: type, name: str) -> Deployment:
+    decorate = serve.deployment(name=name, ray_actor_options={"num_cpus": 0}, max_ongoing_requests=64)
+    deployment: Deployment = decorate(cls)
+    return deployment

@@ -10,32 +10,35 @@ from ray.serve import Application, Deployment
 from ray.serve.config import AutoscalingConfig
 
 from deployments.handoff import Handoff, RayHandoff
-from deployments.preflight import check_checkpoint
+from deployments.preflight import FoundCheckpoint, check_checkpoint
 from deployments.replicas import GatewayReplica, GeneratorReplica, PreprocessorReplica, VisionEncoderReplica
 from deployments.settings import AppArgs, StageArgs
 
 # A long answer outlives Serve's 20 seconds.
 _SHUTDOWN_S = 180.0
+# How long a replica that was killed still counts as one that can serve, where Serve's default is 10 s.
+_HEALTH_CHECK_S = 2.0
 
 
 def build_app(args: AppArgs) -> Application:
     """Serve's typed application builder. Raises CheckpointError before any replica starts, where it can be known."""
-    check_checkpoint(args)
-    return build_graph(args, RayHandoff())
+    return build_graph(args, check_checkpoint(args), RayHandoff())
 
 
-def build_graph(args: AppArgs, handoff: Handoff) -> Application:
+def build_graph(args: AppArgs, checkpoint: FoundCheckpoint, handoff: Handoff) -> Application:
     """Gateway → Preprocessor → VisionEncoder → Generator, as bound deployments."""
     gateway = _deploy(serve.ingress()(GatewayReplica), "Gateway", args.gateway)
-    return gateway.bind(args, *bind_stages(args, handoff), handoff)
+    return gateway.bind(args, *bind_stages(args, checkpoint, handoff), handoff)
 
 
-def bind_stages(args: AppArgs, handoff: Handoff) -> tuple[Application, Application, Application]:
+def bind_stages(
+    args: AppArgs, checkpoint: FoundCheckpoint, handoff: Handoff
+) -> tuple[Application, Application, Application]:
     """The three stages behind the gateway."""
     return (
-        _deploy(PreprocessorReplica, "Preprocessor", args.preprocessor).bind(args),
-        _deploy(VisionEncoderReplica, "VisionEncoder", args.vision_encoder).bind(args, handoff),
-        _deploy(GeneratorReplica, "Generator", args.generator).bind(args, handoff),
+        _deploy(PreprocessorReplica, "Preprocessor", args.preprocessor).bind(args, checkpoint),
+        _deploy(VisionEncoderReplica, "VisionEncoder", args.vision_encoder).bind(args, checkpoint, handoff),
+        _deploy(GeneratorReplica, "Generator", args.generator).bind(args, checkpoint, handoff),
     )
 
 
@@ -46,6 +49,7 @@ def _deploy(cls: Any, name: str, args: StageArgs) -> Deployment:
         max_ongoing_requests=args.max_ongoing_requests,
         max_queued_requests=args.max_queued_requests,
         graceful_shutdown_timeout_s=_SHUTDOWN_S,
+        health_check_period_s=_HEALTH_CHECK_S,
         # What fails in a constructor is the checkpoint or the memory, and would fail again.
         max_constructor_retry_count=1,
         **_scale(args),

@@ -24,7 +24,7 @@ from deployments.client import chat_body, stream_chat
 from deployments.launcher import CONFIG_FILE, LaunchPlan, LocalService, Progress, plan_launch
 from llava_core.errors import LlavaError
 
-SCENE = Path(__file__).parents[1] / "examples" / "scene.png"
+SCENE = Path(__file__).with_name("scene.png")
 QUESTION = "Describe the picture."
 LOGS = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / "session_latest" / "logs" / "serve"
 
@@ -46,9 +46,9 @@ _port = click.option("--port", type=click.IntRange(1, 65535), envvar="PORT", hel
 @_port
 def serve(config: Path | None, model: str | None, host: str | None, port: int | None) -> None:
     """Serve a model over HTTP on this machine until Ctrl-C."""
-    with _failing_in_one_line(), _terminal() as terminal:
-        plan = plan_launch(config, model=model, host=host, port=port)
-        with _running(plan, terminal):
+    with _failing_in_one_line():
+        plan = plan_launch(config, model=model, host=host, port=port, on_fetch=_announce_fetch)
+        with _terminal() as terminal, _running(plan, terminal):
             _say(terminal, f"\nServing {plan.args.served_name}. Ctrl-C stops it.")
             for method, path in (("POST", "/v1/chat/completions"), ("GET", "/v1/models"), ("GET", "/health")):
                 _say(terminal, f"  {method:4} {plan.url}{path}")
@@ -66,14 +66,14 @@ def serve(config: Path | None, model: str | None, host: str | None, port: int | 
     "--image",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     default=SCENE,
-    help="[default: examples/scene.png]",
+    help="[default: a drawn scene that comes with this project]",
 )
 @click.option("--question", default=QUESTION, show_default=True)
 def demo(config: Path | None, model: str | None, port: int | None, image: Path, question: str) -> None:
     """Start the service, ask it one question about a picture, show the answer as it streams, and stop."""
-    with _failing_in_one_line(), _terminal() as terminal:
-        plan = plan_launch(config, model=model, port=port)
-        with _running(plan, terminal):
+    with _failing_in_one_line():
+        plan = plan_launch(config, model=model, port=port, on_fetch=_announce_fetch)
+        with _terminal() as terminal, _running(plan, terminal):
             _say(terminal, f"\n{image.name}: {question}")
             last = _ask(plan, image, question, terminal)
             _say(terminal, "\n\nWhere the time went:")
@@ -124,6 +124,11 @@ def _running(plan: LaunchPlan, terminal: TextIO) -> Iterator[None]:
         yield
     finally:
         service.stop()
+
+
+def _announce_fetch(hub_id: str) -> None:
+    """The hub's client shows how far it is, on standard error."""
+    click.echo(f"{hub_id} is no folder here: downloading what is missing of it from the Hugging Face hub ...")
 
 
 def _show(progress: Progress, terminal: TextIO) -> None:

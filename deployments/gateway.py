@@ -1,7 +1,7 @@
 """The HTTP surface: routes, request ids, body limits, streams, and an OpenAI-shaped body for every error.
 
-A Starlette app around anything that streams items for a request (pipeline.py). Imports no torch, and knows neither Ray
-nor what the stages do.
+A Starlette app around anything that streams items for a request (pipeline.py). Imports neither torch nor Ray, and does
+not know what the stages do.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from typing import Protocol
 
@@ -24,20 +24,13 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments import sse
-from deployments.http_errors import (
-    HttpError,
-    RequestTooLargeError,
-    describe,
-    describe_http,
-    error_body,
-    error_response,
-)
-from deployments.messages import Item, Rejected
-from deployments.openai_answers import Answer, model_body
-from deployments.openai_api import ChatRequest, read_chat_request
-from deployments.pipeline import StageHealth
+from deployments.bodies import BodyBudget, Lease, read_body
+from deployments.chat_request import ReplyForm, read_chat_request
+from deployments.chat_response import Answer, model_body
+from deployments.http_errors import HttpError, describe, describe_http, error_body, error_response
+from deployments.messages import Item, Rejected, StageHealth, is_last
 from deployments.settings import LimitArgs
-from llava_core.errors import EngineError, RequestError, UnknownNameError
+from llava_core.errors import EngineError, OverloadedError, RequestError, UnknownNameError
 from llava_core.types import GenerationRequest, TokenDelta
 
 logger = logging.getLogger(__name__)
@@ -45,15 +38,11 @@ REQUEST_ID_HEADER = "x-request-id"
 _CLIENT_CLOSED_REQUEST = 499
 
 
-class Answerer(Protocol):
+class EngineClient(Protocol):
     """What the gateway needs of the graph."""
 
-    def stream(self, request: GenerationRequest) -> AsyncGenerator[Item, None]:
-        """Items up to the last one; closing it early ends the request."""
-        ...
-
-    async def ping(self, timeout_s: float) -> list[StageHealth]:
-        """The state of every stage."""
+    def stream(self, request: GenerationRequest, on_sent: Callable[[], None]) -> AsyncGenerator[Item, None]:
+        """Items up to the last one; closing it before that ends the request. Calls `on_sent` when it lets go of it."""
         ...
 
 
@@ -62,17 +51,18 @@ class Gateway:
 
     def __init__(
         self,
-        answerer: Answerer,
+        engine: EngineClient,
+        check_stages: Callable[[], Awaitable[Sequence[StageHealth]]],
         *,
         model_name: str,
         limits: LimitArgs | None = None,
         echo_request_id: bool = True,
-        ping_timeout_s: float = 5.0,
     ) -> None:
-        self._answerer = answerer
+        self._engine = engine
+        self._check_stages = check_stages
         self._model_name = model_name
         self._limits = limits or LimitArgs()
-        self._ping_timeout_s = ping_timeout_s
+        self._bodies = BodyBudget(self._limits.max_bytes_in_flight)
         self._created = int(time.time())
         self._echo_request_id = echo_request_id
         self.app = Starlette(
@@ -91,32 +81,34 @@ class Gateway:
         )
 
     async def _chat(self, request: Request) -> Response:
+        body = self._bodies.lease()
         try:
-            chat = await self._read(request)
-        except RequestError as error:
+            form, answer, items = await self._begin(request, body)
+            # Nothing is sent before the first item: whatever is wrong by then gets a status of its own.
+            first = await anext(items)
+        except (RequestError, OverloadedError) as error:
             return error_response(describe(error), _request_id(request))
-        answer = Answer(
-            chat.generation.request_id, self._model_name, include_usage=chat.include_usage, timings=chat.timings
-        )
-        items = _settled(self._answerer.stream(chat.generation), _request_id(request))
-        # Nothing is sent before the first item: whatever is wrong by then gets a status of its own.
-        first = await anext(items)
+        finally:
+            body.release()
         if isinstance(first, Rejected):
             await items.aclose()
-            return error_response(_describe_for(chat, first), _request_id(request))
-        if not chat.stream:
-            return await _in_one_piece(chat, answer, first, items, _request_id(request))
-        events = _events(chat, answer, first, items, _request_id(request))
-        return _EventStream(events, media_type=sse.MEDIA_TYPE, headers=sse.HEADERS)
+            return error_response(_describe_for(form, first), _request_id(request))
+        if not form.stream:
+            return await _in_one_piece(form, answer, first, items, _request_id(request))
+        return _EventStream(_events(form, answer, first, items, _request_id(request)), items)
 
-    async def _read(self, request: Request) -> ChatRequest:
-        body = await _read_body(request, self._limits.max_body_bytes)
+    async def _begin(self, request: Request, lease: Lease) -> tuple[ReplyForm, Answer, AsyncGenerator[Item, None]]:
+        """Body and pictures are gone from here when this returns; the stream lets go of them once they are sent."""
+        body = await read_body(request, self._limits.max_body_bytes, lease)
         completion_id = f"chatcmpl-{uuid.uuid4().hex}"
         # Parsing JSON and base64 of several megabytes takes tens of milliseconds.
-        chat = await asyncio.to_thread(read_chat_request, body, completion_id, self._limits.image)
-        if chat.model is not None:
-            self._check_model(chat.model)
-        return chat
+        chat = await asyncio.to_thread(read_chat_request, body, completion_id, self._limits.request)
+        form = chat.form
+        if form.model is not None:
+            self._check_model(form.model)
+        answer = Answer(completion_id, self._model_name, include_usage=form.include_usage, timings=form.timings)
+        items = self._engine.stream(chat.generation, lease.release)
+        return form, answer, _settled(items, _request_id(request))
 
     def _check_model(self, name: str) -> None:
         if name != self._model_name:
@@ -133,7 +125,7 @@ class Gateway:
         return JSONResponse(model_body(self._model_name, self._created))
 
     async def _health(self, request: Request) -> Response:
-        stages = await self._answerer.ping(self._ping_timeout_s)
+        stages = await self._check_stages()
         missing = [stage.name for stage in stages if not stage.is_ready]
         if missing:
             message = f"not ready: {', '.join(missing)}"
@@ -150,63 +142,75 @@ class Gateway:
 
 
 async def _settled(items: AsyncGenerator[Item, None], request_id: str) -> AsyncGenerator[Item, None]:
-    """The items; whatever goes wrong becomes the last of them."""
+    """The items; whatever goes wrong becomes the last of them.
+
+    Reads to the very end, because a stream that is dropped before is a cancellation to the stage that writes it.
+    """
+    is_complete = False
     async with aclosing(items):
         try:
             async for item in items:
+                is_complete = is_last(item)
                 yield item
-                if isinstance(item, Rejected) or item.finish_reason is not None:
-                    return
-            raise EngineError("the stream ended before the answer did")
+            if not is_complete:
+                raise EngineError("the stream ended before the answer did")
         except Exception as error:
             # The last resort: the client is owed an answer whatever happened.
-            if describe(error).is_unexpected:
+            if describe(error).is_unexpected or is_complete:
                 logger.exception("request %s failed", request_id)
-            yield Rejected(error)
+            if not is_complete:
+                yield Rejected(error)
 
 
 async def _in_one_piece(
-    chat: ChatRequest, answer: Answer, first: TokenDelta, items: AsyncGenerator[Item, None], request_id: str
+    form: ReplyForm, answer: Answer, first: TokenDelta, items: AsyncGenerator[Item, None], request_id: str
 ) -> Response:
     deltas = [first]
     async with aclosing(items):
         async for item in items:
             if isinstance(item, Rejected):
-                return error_response(_describe_for(chat, item), request_id)
+                return error_response(_describe_for(form, item), request_id)
             deltas.append(item)
     return JSONResponse(answer.completion(deltas))
 
 
 async def _events(
-    chat: ChatRequest, answer: Answer, first: TokenDelta, items: AsyncGenerator[Item, None], request_id: str
+    form: ReplyForm, answer: Answer, first: TokenDelta, items: AsyncGenerator[Item, None], request_id: str
 ) -> AsyncGenerator[bytes, None]:
     """Several events that are due together go out as one piece: every piece costs the graph a hop."""
-    async with aclosing(items):
-        yield b"".join(map(sse.event, [answer.first_chunk(), *answer.chunks(first)]))
-        async for item in items:
-            if isinstance(item, Rejected):
-                yield sse.event(error_body(_describe_for(chat, item), request_id))
-                return
-            if piece := b"".join(map(sse.event, answer.chunks(item))):
-                yield piece
-    yield sse.DONE
+    yield b"".join(map(sse.event, [answer.first_chunk(), *answer.chunks(first)])) + _end_after(first)
+    async for item in items:
+        if isinstance(item, Rejected):
+            yield sse.event(error_body(_describe_for(form, item), request_id))
+        elif piece := b"".join(map(sse.event, answer.chunks(item))) + _end_after(item):
+            yield piece
 
 
-def _describe_for(chat: ChatRequest, rejected: Rejected) -> HttpError:
+def _end_after(delta: TokenDelta) -> bytes:
+    return sse.DONE if is_last(delta) else b""
+
+
+def _describe_for(form: ReplyForm, rejected: Rejected) -> HttpError:
     """The error in the client's own terms."""
     error = describe(rejected.error)
-    return error.at(chat.locate(error.param))
+    return error.at(form.locate(error.param))
 
 
 class _EventStream(StreamingResponse):
-    """Closes its source however it ends, so that a client that hangs up is noticed by the stages at once."""
+    """Closes its source however it ends, begun or not: a client that hangs up is noticed by the stages at once."""
+
+    def __init__(self, events: AsyncGenerator[bytes, None], source: AsyncGenerator[Item, None]) -> None:
+        super().__init__(events, media_type=sse.MEDIA_TYPE, headers=sse.HEADERS)
+        self._events, self._source = events, source
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
+        except ClientDisconnect:
+            logger.info("the client hung up")
         finally:
-            assert isinstance(self.body_iterator, AsyncGenerator)
-            await self.body_iterator.aclose()
+            await self._events.aclose()
+            await self._source.aclose()
 
 
 class _RequestIds:
@@ -234,21 +238,6 @@ class _RequestIds:
 
 def _request_id(request: Request) -> str:
     return str(request.state.request_id)
-
-
-async def _read_body(request: Request, max_bytes: int) -> bytes:
-    error = RequestTooLargeError(f"the body has more than {max_bytes} bytes, which is the limit")
-    announced = request.headers.get("content-length", "")
-    if announced.isdigit() and int(announced) > max_bytes:
-        raise error
-    pieces = []
-    size = 0
-    async for piece in request.stream():
-        size += len(piece)
-        if size > max_bytes:
-            raise error
-        pieces.append(piece)
-    return b"".join(pieces)
 
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:

@@ -13,14 +13,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from deployments.handoff import Handoff
-from deployments.messages import (
-    Elapsed,
-    Encoded,
-    Item,
-    Prepared,
-    Rejected,
-    engine_request,
-)
+from deployments.messages import Elapsed, Encoded, Item, Prepared, Rejected, engine_request
+from deployments.watchdog import Watchdog
 from llava_core.errors import EngineError, LlavaError
 from llava_core.types import EngineRequest, TokenDelta
 
@@ -38,10 +32,15 @@ class Generator:
         self._engine = engine
         self._handoff = handoff
         self._chunk_gap_s = chunk_gap_s
+        # How long a step may take is the engine's own concern.
+        self._watchdog = Watchdog("generator")
 
     async def generate(self, given: object) -> AsyncGenerator[Item, None]:
         """Deltas up to one with `finish_reason`; or, first or last, a rejection. Leaving early aborts the request."""
-        handed = await self._handoff.take(given)
+        try:
+            handed = await self._handoff.take(given)
+        except LlavaError as error:
+            handed = Rejected(error)
         if isinstance(handed, Rejected):
             yield handed
             return
@@ -51,19 +50,19 @@ class Generator:
         try:
             async with aclosing(self._paced(request)) as deltas:
                 async for delta in deltas:
+                    if delta.finish_reason is not None:
+                        self._watchdog.succeeded()
                     yield _with_times(delta, elapsed)
         except LlavaError as error:
             if isinstance(error, EngineError):
                 logger.warning("request %s ended with %s: %s", request.request_id, type(error).__name__, error)
+                self._watchdog.failed()
             yield Rejected(error)
 
-    async def ping(self) -> None:
-        """Returns when requests would be answered; raises EngineError otherwise."""
-        self._engine.check_health()
-
-    def check_health(self) -> None:
+    async def check_health(self) -> None:
         """For Serve, which replaces a replica that raises here."""
         self._engine.check_health()
+        self._watchdog.check()
 
     async def _paced(self, request: EngineRequest) -> AsyncGenerator[TokenDelta, None]:
         """The engine's deltas, not faster than the graph can carry; what comes meanwhile is joined by its mailbox."""

@@ -13,6 +13,8 @@ from typing import Any, Protocol
 import ray
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
+from deployments.ray_errors import ray_errors_as_ours
+
 
 class Handoff(Protocol):
     """Two ways to compose stages: RayHandoff for a cluster, LocalHandoff for Serve's local testing mode and fakes."""
@@ -50,9 +52,10 @@ class RayHandoff:
         return Reference(await response._to_object_ref())
 
     async def take(self, given: object) -> object:
-        """Waits for the result; raises what the stage that makes it has raised."""
+        """Waits for the result; raises what the stage that makes it has raised, StageLostError if it is gone."""
         if isinstance(given, Reference):
-            return await given.ref
+            with ray_errors_as_ours():
+                return await given.ref
         return given
 
 

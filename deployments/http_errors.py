@@ -3,29 +3,20 @@
     {"error": {"message": ..., "type": ..., "param": ..., "code": ...}, "request_id": ...}
 
 What is the client's fault is told in the error's own words; what is not, in ours, so that nothing internal gets out.
-Knows no routes.
+Knows no routes, and nothing about Ray.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from http import HTTPStatus
 from typing import Any
 
-from ray.exceptions import ObjectLostError, RayActorError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
+from deployments.errors import RequestTooLargeError, StageLostError, StageUnavailableError
 from llava_core.errors import EngineError, LlavaError, OverloadedError, RequestError, UnknownNameError
-
-
-class RequestTooLargeError(RequestError):
-    """The body has more bytes than allowed."""
-
-    def __init__(self, message: str, *, param: str | None = None, code: str = "request_too_large") -> None:
-        super().__init__(message, param=param, code=code)
 
 
 @dataclass(frozen=True)
@@ -49,7 +40,7 @@ class HttpError:
         return replace(self, param=param)
 
 
-_OVERLOADED = "the service is at its capacity; try again later"
+_UNAVAILABLE = "a stage of the service is not available; try again"
 _LOST = "the part of the service that worked on this request is gone; try again"
 
 # The first row whose class fits wins; RequestErrors bring their own code and param.
@@ -58,14 +49,8 @@ TABLE: tuple[tuple[type[BaseException], HttpError], ...] = (
     (UnknownNameError, HttpError(404, "invalid_request_error", "not_found")),
     (RequestError, HttpError(400, "invalid_request_error", "invalid_value")),
     (OverloadedError, HttpError(429, "overloaded_error", "overloaded", retry_after_s=1)),
-    (BackPressureError, HttpError(429, "overloaded_error", "overloaded", _OVERLOADED, retry_after_s=1)),
-    (
-        DeploymentUnavailableError,
-        HttpError(503, "server_error", "unavailable", "a stage of the service is not available", retry_after_s=5),
-    ),
-    (ReplicaUnavailableError, HttpError(503, "server_error", "replica_lost", _LOST, retry_after_s=1)),
-    (RayActorError, HttpError(503, "server_error", "replica_lost", _LOST, retry_after_s=1)),
-    (ObjectLostError, HttpError(503, "server_error", "replica_lost", _LOST, retry_after_s=1)),
+    (StageUnavailableError, HttpError(503, "server_error", "unavailable", _UNAVAILABLE, retry_after_s=5)),
+    (StageLostError, HttpError(503, "server_error", "replica_lost", _LOST, retry_after_s=1)),
     (EngineError, HttpError(500, "server_error", "engine_error", "the answer could not be generated")),
     (LlavaError, HttpError(500, "server_error", "internal_error", "the request failed inside the service")),
     (Exception, HttpError(500, "server_error", "internal_error", "the request failed inside the service")),
@@ -79,8 +64,6 @@ def describe(error: BaseException) -> HttpError:
         return replace(row, message=error.message, param=error.param, code=error.code)
     if isinstance(error, OverloadedError):
         return replace(row, message=error.message, retry_after_s=error.retry_after_s)
-    if isinstance(error, BackPressureError) and error.retry_after_s is not None:
-        return replace(row, retry_after_s=max(1, math.ceil(error.retry_after_s)))
     return row
 
 

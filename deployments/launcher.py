@@ -12,8 +12,6 @@ import os
 import re
 import socket
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,8 +20,9 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from deployments.client import is_healthy
 from deployments.preflight import check_checkpoint
-from deployments.processes import descendants, end
+from deployments.processes import Process, descendants, end
 from deployments.settings import AppArgs
 from llava_core.errors import LlavaError
 
@@ -46,6 +45,8 @@ ENVIRONMENT: Mapping[str, str] = {
     # Ray would run replicas at niceness 15, behind everything else on the machine.
     "RAY_worker_niceness": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
+    # Serve's gRPC ports between replicas are open to the network: only who has Ray's token may call.
+    "RAY_AUTH_MODE": "token",
 }
 _OBJECT_STORE_BYTES = 1024**3
 _POLL_S, _HTTP_DEADLINE_S, _STOP_PATIENCE_S = 0.1, 60.0, 5.0
@@ -64,34 +65,46 @@ class LaunchPlan:
     args: AppArgs
     host: str
     port: int
+    route_prefix: str = "/"
 
     @property
     def url(self) -> str:
-        """Where clients on this machine reach the service."""
+        """Where clients on this machine reach the service, its route prefix included."""
         host = "127.0.0.1" if self.host == "0.0.0.0" else self.host
-        return f"http://{host}:{self.port}"
+        return f"http://{host}:{self.port}{self.route_prefix.rstrip('/')}"
 
 
 def plan_launch(
-    config: Path | None = None, *, model: str | None = None, host: str | None = None, port: int | None = None
+    config: Path | None = None,
+    *,
+    model: str | None = None,
+    host: str | None = None,
+    port: int | None = None,
+    on_fetch: Callable[[str], None] = lambda _: None,
 ) -> LaunchPlan:
-    """Read the configuration, let the options override it, and look at settings, checkpoint and port.
+    """Read the configuration, let the options override it, and look at settings, port and checkpoint.
 
-    Raises LaunchError or CheckpointError, each with one message that says what to do.
+    `on_fetch` is told the hub id before whatever is missing of it is downloaded. Raises LaunchError or CheckpointError,
+    each with one message that says what to do.
     """
     content = _read_config(config)
     application = _find_application(content)
     if model is not None:
         application["args"] = {**(application.get("args") or {}), "model": model}
     args = _check_args(application.get("args") or {})
-    # Replicas do not work in this directory, so a relative path would mean nothing to them.
-    application["args"] = {**(application.get("args") or {}), "model": args.checkpoint, "model_name": args.served_name}
     http = dict(content.get("http_options") or {})
-    plan = LaunchPlan(content, args, host or http.get("host", "127.0.0.1"), port or http.get("port", 8000))
-    content["http_options"] = {**http, "host": plan.host, "port": plan.port}
-    check_checkpoint(args)
-    check_port(plan.host, plan.port)
-    return plan
+    address = host or http.get("host", "127.0.0.1"), port or http.get("port", 8000)
+    check_port(*address)
+    prefix = application.get("route_prefix", "/")
+    if not prefix:
+        raise LaunchError("the application has no route_prefix, so that nobody could reach it")
+    if args.is_hub_id:
+        on_fetch(args.checkpoint)
+    # Found once: replicas do not work in this directory, and must not look for a revision of their own.
+    folder = str(check_checkpoint(args).folder)
+    application["args"] = {**(application.get("args") or {}), "model": folder, "model_name": args.served_name}
+    content["http_options"] = {**http, "host": address[0], "port": address[1]}
+    return LaunchPlan(content, args, *address, prefix)
 
 
 def check_port(host: str, port: int) -> None:
@@ -163,13 +176,19 @@ class Progress:
 
 @dataclass
 class LocalService:
-    """A running service and the Ray under it. `stop` ends every process that `start` began, however far it came."""
+    """A running service and the Ray under it. `stop` ends every process that `start` began, however far it came.
+
+    Other processes of the caller's are none of its business.
+    """
 
     plan: LaunchPlan
     _started: float = field(default_factory=time.monotonic)
+    _before: set[Process] | None = None
+    _own: set[Process] = field(default_factory=set)
 
     def start(self, report: Callable[[Progress], None]) -> None:
         """Returns when the service answers. Raises LaunchError when a stage cannot start."""
+        self._before = descendants(os.getpid())
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         import ray
@@ -185,6 +204,7 @@ class LocalService:
             log_to_driver=False,
             object_store_memory=_OBJECT_STORE_BYTES,
         )
+        self._own = descendants(os.getpid()) - self._before
         report(self._progress("Ray"))
         if "deployments" not in _find_application(self.plan.config):
             resources: Mapping[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
@@ -200,11 +220,14 @@ class LocalService:
 
     def stop(self) -> None:
         """Requests that are still being answered are cut off. Returns when the last process is gone."""
+        if self._before is None:
+            return
         import ray
 
-        begun = descendants(os.getpid())
+        own = self._own or descendants(os.getpid()) - self._before
+        own |= descendants(*(process.pid for process in own))
         ray.shutdown()
-        end(begun, patience_s=_STOP_PATIENCE_S)
+        end(own, patience_s=_STOP_PATIENCE_S)
 
     def _schema(self, schema: Any) -> Any:
         try:
@@ -239,15 +262,9 @@ class LocalService:
 
     def _wait_for_http(self) -> None:
         deadline = time.monotonic() + _HTTP_DEADLINE_S
-        while True:
-            try:
-                with urllib.request.urlopen(f"{self.plan.url}/health", timeout=10):
-                    return
-            except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
-                if time.monotonic() > deadline:
-                    raise LaunchError(
-                        f"the stages are up, but {self.plan.url}/health does not answer: {error}"
-                    ) from None
+        while not is_healthy(self.plan.url):
+            if time.monotonic() > deadline:
+                raise LaunchError(f"the stages are up, but {self.plan.url}/health does not say so")
             time.sleep(_POLL_S)
 
 

@@ -79,6 +79,19 @@ class Encoded:
 Item = TokenDelta | Rejected
 
 
+def is_last(item: Item) -> bool:
+    """Whether nothing follows this one."""
+    return isinstance(item, Rejected) or item.finish_reason is not None
+
+
+@dataclass(frozen=True)
+class StageHealth:
+    """Whether a stage could take a request now."""
+
+    name: str
+    is_ready: bool
+
+
 def pack(features: ImageFeatures) -> PackedFeatures:
     """A tensor of any float dtype as bytes; numpy has no bfloat16."""
     import torch

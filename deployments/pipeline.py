@@ -5,29 +5,17 @@ Responses are passed on un-awaited, so pictures and features go from replica to 
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncGenerator
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
-from ray.exceptions import RayError
-from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from deployments.handoff import Handoff
-from deployments.messages import Item
-from llava_core.errors import LlavaError
+from deployments.messages import Item, is_last
+from deployments.ray_errors import ray_errors_as_ours
 from llava_core.types import GenerationRequest
 
 Handle = DeploymentHandle[Any]
-
-
-@dataclass(frozen=True)
-class StageHealth:
-    """A stage is not ready when it does not answer in time, or with an error."""
-
-    name: str
-    is_ready: bool
 
 
 class Pipeline:
@@ -38,41 +26,33 @@ class Pipeline:
         self._prepare = handoff.calling(preprocessor, "prepare")
         self._encode = handoff.calling(encoder, "encode")
         self._generate = handoff.streaming(generator, "generate")
-        self._pings = {
-            "preprocessor": handoff.calling(preprocessor, "ping"),
-            "vision_encoder": handoff.calling(encoder, "ping"),
-            "generator": handoff.calling(generator, "ping"),
-        }
 
-    async def stream(self, request: GenerationRequest) -> AsyncGenerator[Item, None]:
-        """Items up to the last one. Leaving early, by closing or cancelling, cancels the request on every stage."""
+    async def stream(
+        self, request: GenerationRequest, on_sent: Callable[[], None] = lambda: None
+    ) -> AsyncGenerator[Item, None]:
+        """Items up to the last one; `on_sent` is called once the request has left this process.
+
+        Leaving before the last item, by closing or cancelling, cancels the request on every stage. Raises errors of
+        ours for what Ray does to calls, and whatever else a stage has raised.
+        """
         # Held until the end: the results of the first two live as long as their responses do.
         calls: list[Any] = []
         is_complete = False
         try:
-            calls.append(self._prepare.remote(request))
-            if request.num_images:
-                calls.append(self._encode.remote(calls[-1]))
-            calls.append(self._generate.remote(await self._handoff.give(calls[-1])))
-            async for item in calls[-1]:
-                yield item
-            is_complete = True
+            with ray_errors_as_ours():
+                has_images = request.num_images > 0
+                calls.append(self._prepare.remote(request))
+                # Megabytes of pictures, which the preprocessor has now.
+                del request
+                if has_images:
+                    calls.append(self._encode.remote(calls[-1]))
+                given = await self._handoff.give(calls[-1])
+                on_sent()
+                calls.append(self._generate.remote(given))
+                async for item in calls[-1]:
+                    is_complete = is_last(item)
+                    yield item
         finally:
             if not is_complete:
                 for call in reversed(calls):
                     call.cancel()
-
-    async def ping(self, timeout_s: float) -> list[StageHealth]:
-        """Ask every stage at once; a real call through its handle, as requests make it."""
-        names = list(self._pings)
-        return list(await asyncio.gather(*(self._ping(name, timeout_s) for name in names)))
-
-    async def _ping(self, name: str, timeout_s: float) -> StageHealth:
-        response: Any = self._pings[name].remote()
-        try:
-            async with asyncio.timeout(timeout_s):
-                await response
-        except (TimeoutError, LlavaError, RayServeException, RayError):
-            response.cancel()
-            return StageHealth(name, is_ready=False)
-        return StageHealth(name, is_ready=True)

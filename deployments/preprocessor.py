@@ -1,33 +1,50 @@
 """The first stage: pictures decoded and tiled, prompts rendered and tokenized, limits checked. On a CPU, without torch.
 
-Wraps llava_core.prepare and adds nothing to it but threads and the clock.
+Wraps llava_core.prepare and adds nothing to it but threads, the clock and a watchdog.
 """
 
+from __future__ import annotations
+
 import asyncio
-import logging
+from concurrent.futures import ThreadPoolExecutor
 
 from deployments.messages import Elapsed, Prepared, Rejected
+from deployments.watchdog import Watchdog
 from llava_core.errors import LlavaError
 from llava_core.prepare import Preparer
-from llava_core.types import GenerationRequest
-
-logger = logging.getLogger(__name__)
+from llava_core.types import GenerationRequest, PreparedRequest
 
 
 class Preprocessor:
-    """Prepares several requests at once, each on a thread of its own."""
+    """Prepares up to `num_threads` requests at once: as many decoded pictures are in memory, whoever hangs up."""
 
-    def __init__(self, preparer: Preparer) -> None:
+    def __init__(self, preparer: Preparer, *, num_threads: int = 4) -> None:
         self._preparer = preparer
+        self._threads = ThreadPoolExecutor(num_threads, "prepare")
+        self._watchdog = Watchdog("preprocessor")
 
     async def prepare(self, request: GenerationRequest) -> Prepared | Rejected:
-        """Ids and tiles, or what is wrong with the request."""
+        """Ids and tiles, or what is wrong with the request.
+
+        A thread cannot be stopped: a request that is cancelled keeps its place until its thread is done with it.
+        """
         elapsed = Elapsed()
+        job = self._threads.submit(self._work, request)
+        result = asyncio.wrap_future(job)
         try:
-            prepared = await asyncio.to_thread(self._preparer.prepare, request)
+            prepared = await asyncio.shield(result)
         except LlavaError as error:
             return Rejected(error)
+        except asyncio.CancelledError:
+            if not job.cancel():
+                await asyncio.wait([result])
+            raise
         return Prepared(prepared, elapsed.finished("preprocess"))
 
-    async def ping(self) -> None:
-        """Returns when requests would be answered."""
+    async def check_health(self) -> None:
+        """For Serve, which replaces a replica that raises here."""
+        self._watchdog.check()
+
+    def _work(self, request: GenerationRequest) -> PreparedRequest:
+        with self._watchdog.work():
+            return self._preparer.prepare(request)

@@ -6,6 +6,7 @@ Elsewhere there seem to be none. Standard library only.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import time
@@ -13,7 +14,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-_POLL_S = 0.05
+logger = logging.getLogger(__name__)
+_POLL_S, _KILL_PATIENCE_S = 0.05, 10.0
 
 
 class Process(NamedTuple):
@@ -23,11 +25,11 @@ class Process(NamedTuple):
     started: str
 
 
-def descendants(root: int) -> set[Process]:
+def descendants(*roots: int) -> set[Process]:
     """Children, their children and so on, without those that have ended and wait to be collected."""
     stats = {stat.pid: stat for stat in map(_stat, _pids()) if stat is not None}
     found: set[Process] = set()
-    parents = {root}
+    parents = set(roots)
     while parents:
         children = {stat for stat in stats.values() if stat.parent in parents}
         found |= {Process(stat.pid, stat.started) for stat in children if not stat.has_ended}
@@ -37,12 +39,20 @@ def descendants(root: int) -> set[Process]:
 
 def end(processes: Iterable[Process], *, patience_s: float) -> None:
     """Return when all of them are gone; what is left after `patience_s` is killed."""
-    deadline = time.monotonic() + patience_s
-    while (left := [process for process in processes if _is_alive(process)]) and time.monotonic() < deadline:
-        time.sleep(_POLL_S)
+    left = _wait(list(processes), patience_s)
     for process in left:
         with contextlib.suppress(ProcessLookupError):
             os.kill(process.pid, signal.SIGKILL)
+    for process in _wait(left, _KILL_PATIENCE_S):
+        logger.warning("process %d was killed and is still there", process.pid)
+
+
+def _wait(processes: list[Process], patience_s: float) -> list[Process]:
+    """Those that are still there after so long."""
+    deadline = time.monotonic() + patience_s
+    while (processes := [each for each in processes if _is_alive(each)]) and time.monotonic() < deadline:
+        time.sleep(_POLL_S)
+    return processes
 
 
 class _Stat(NamedTuple):

@@ -7,18 +7,22 @@ without one never import torch. Knows how replicas log, and nothing about how ma
 from __future__ import annotations
 
 import logging
-import os
 from typing import TYPE_CHECKING, Any
 
+import ray
 from ray.serve.handle import DeploymentHandle
 
+from deployments.cores import usable_cores
 from deployments.gateway import Gateway
 from deployments.generator import Generator
 from deployments.handoff import Handoff
 from deployments.pipeline import Pipeline
+from deployments.preflight import FoundCheckpoint
 from deployments.preprocessor import Preprocessor
 from deployments.settings import AppArgs, ComputeArgs
+from deployments.stage_status import StageStatus
 from deployments.vision_encoder import VisionEncoder
+from llava_core.errors import LlavaError
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -26,6 +30,10 @@ if TYPE_CHECKING:
     from llava_core.checkpoints.load import LoadOptions
 
 logger = logging.getLogger(__name__)
+
+
+class DeviceError(LlavaError):
+    """A replica cannot compute where it is told to."""
 
 
 class GatewayReplica:
@@ -41,52 +49,53 @@ class GatewayReplica:
     ) -> None:
         adopt_serve_logging()
         pipeline = Pipeline(preprocessor, encoder, generator, handoff)
+        stages = {"preprocessor": preprocessor, "vision_encoder": encoder, "generator": generator}
+        status = StageStatus(generator.app_name, {name: handle.deployment_name for name, handle in stages.items()})
         # Serve's HTTP server puts the request id on every response itself.
-        self._gateway = Gateway(pipeline, model_name=args.served_name, limits=args.limits, echo_request_id=False)
+        self._gateway = Gateway(
+            pipeline, status, model_name=args.served_name, limits=args.limits, echo_request_id=False
+        )
 
     def __serve_build_asgi_app__(self) -> Starlette:
         return self._gateway.app
 
 
 class PreprocessorReplica(Preprocessor):
-    """Loads tokenizer and configuration."""
+    """Loads tokenizer and preprocessing settings."""
 
-    def __init__(self, args: AppArgs) -> None:
+    def __init__(self, args: AppArgs, checkpoint: FoundCheckpoint) -> None:
         adopt_serve_logging()
         from llava_core.checkpoints.describe import load_preparer
-        from llava_core.checkpoints.layout import open_checkpoint
 
-        checkpoint = open_checkpoint(args.checkpoint, args.base)
-        super().__init__(load_preparer(checkpoint, template=args.template, limits=args.limits.request))
+        preparer = load_preparer(checkpoint.open(), template=args.template, limits=args.limits.request)
+        super().__init__(preparer, num_threads=args.preprocessor.max_ongoing_requests)
 
 
 class VisionEncoderReplica(VisionEncoder):
     """Loads the tower."""
 
-    def __init__(self, args: AppArgs, handoff: Handoff) -> None:
+    def __init__(self, args: AppArgs, checkpoint: FoundCheckpoint, handoff: Handoff) -> None:
         adopt_serve_logging()
-        from llava_core.checkpoints.layout import open_checkpoint
         from llava_core.checkpoints.load import load_tower
 
         options = set_up_compute(args.vision_encoder)
-        super().__init__(load_tower(open_checkpoint(args.checkpoint, args.base), options), handoff)
+        super().__init__(load_tower(checkpoint.open(), options), handoff)
 
 
 class GeneratorReplica(Generator):
     """Loads projector and decoder; must be constructed on the event loop that will serve, as Serve does."""
 
-    def __init__(self, args: AppArgs, handoff: Handoff) -> None:
+    def __init__(self, args: AppArgs, checkpoint: FoundCheckpoint, handoff: Handoff) -> None:
         adopt_serve_logging()
-        from llava_core.checkpoints.layout import open_checkpoint
         from llava_core.checkpoints.load import load_language_side
         from llava_core.checkpoints.tokenizer import load_tokenizer
         from llava_core.engine.async_engine import AsyncEngine
         from llava_core.engine.engine import Engine, EngineConfig
 
         options = set_up_compute(args.generator)
-        checkpoint = open_checkpoint(args.checkpoint, args.base)
+        opened = checkpoint.open()
         config = EngineConfig(max_running=args.engine.max_running, max_waiting=args.engine.max_waiting)
-        engine = Engine(load_language_side(checkpoint, options), load_tokenizer(checkpoint), config)
+        engine = Engine(load_language_side(opened, options), load_tokenizer(opened), config)
         super().__init__(AsyncEngine(engine), handoff, chunk_gap_s=args.engine.chunk_gap_ms / 1e3)
 
 
@@ -96,14 +105,28 @@ def set_up_compute(args: ComputeArgs) -> LoadOptions:
 
     from llava_core.checkpoints.load import LoadOptions
 
-    threads = args.threads or len(os.sched_getaffinity(0))
+    threads = args.threads or usable_cores()
     torch.set_num_threads(threads)
-    device = args.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = choose_device(args.device, num_gpus=len(ray.get_gpu_ids()) if ray.is_initialized() else 0)
     options = LoadOptions(device, args.dtype)
     logger.info("computing on %s in %s with %d threads", device, options.torch_dtype, threads)
     return options
+
+
+def choose_device(asked: str, *, num_gpus: int) -> str:
+    """`auto` is the GPU that Ray has given this replica, the CPU if it has given none: Ray hides none from it.
+
+    Raises DeviceError when there is no CUDA where it is called for.
+    """
+    import torch
+
+    device = asked if asked != "auto" else "cuda" if num_gpus else "cpu"
+    if device != "cpu" and not torch.cuda.is_available():
+        raise DeviceError(
+            f"device {asked} with {num_gpus} GPUs from Ray calls for CUDA, and torch {torch.__version__} finds none; "
+            "install torch for this GPU, or set num_gpus: 0 and device: cpu"
+        )
+    return device
 
 
 def adopt_serve_logging() -> None:

@@ -4,6 +4,7 @@ Unknown keys are errors. Knows names and bounds, and neither Ray nor torch. How 
 gets can also be overridden by Serve's own `deployments:` section.
 """
 
+import re
 from pathlib import Path
 from typing import Literal, Self
 
@@ -24,7 +25,8 @@ class _Settings(BaseModel):
 class StageArgs(_Settings):
     """Replicas of one stage. They autoscale between the two bounds; equal bounds are a fixed number.
 
-    `max_ongoing_requests` is per replica, `max_queued_requests` per gateway replica: beyond both, requests are refused.
+    `max_ongoing_requests` is per replica, `max_queued_requests` per gateway replica: beyond both, requests are refused
+    with 429. The generator's engine has a limit of its own, below both.
     """
 
     num_cpus: float = Field(default=0.1, ge=0)
@@ -51,7 +53,7 @@ class ComputeArgs(StageArgs):
 
 
 class EngineArgs(_Settings):
-    """Of each generator replica: how many answers are written at once, how many more may wait.
+    """Of each generator replica: how many answers are written at once, how many more may wait before it says 429.
 
     `chunk_gap_ms` is the least time between two chunks of one answer, times the answers being written: each chunk costs
     the graph about that much CPU, so a busy replica sends fewer and larger ones.
@@ -63,14 +65,26 @@ class EngineArgs(_Settings):
 
 
 class LimitArgs(_Settings):
-    """What one request may hold; more is refused with a message that names the limit."""
+    """What one request may hold; more is refused with a message that names the limit.
+
+    `max_bytes_in_flight` is of each gateway replica: the bodies it holds at once, until they are sent on.
+    """
 
     max_body_bytes: int = Field(default=64 * 1024 * 1024, ge=1)
+    max_bytes_in_flight: int = Field(default=512 * 1024 * 1024, ge=1)
     max_images: int = Field(default=8, ge=0)
     max_image_bytes: int = Field(default=20 * 1024 * 1024, ge=1)
     max_image_pixels: int = Field(default=40_000_000, ge=1)
     max_image_side: int = Field(default=10_000, ge=1)
     max_text: int = Field(default=200_000, ge=1)
+
+    @model_validator(mode="after")
+    def _check_bytes(self) -> Self:
+        if self.max_bytes_in_flight < self.max_body_bytes:
+            raise ValueError(
+                f"max_bytes_in_flight {self.max_bytes_in_flight} is below max_body_bytes {self.max_body_bytes}"
+            )
+        return self
 
     @property
     def image(self) -> ImageLimits:
@@ -96,10 +110,10 @@ class AppArgs(_Settings):
     template: str | None = None
     limits: LimitArgs = LimitArgs()
     engine: EngineArgs = EngineArgs()
-    gateway: StageArgs = StageArgs(num_cpus=0.1, max_ongoing_requests=1000)
+    gateway: StageArgs = StageArgs(num_cpus=0.1, max_ongoing_requests=1000, target_ongoing_requests=200)
     preprocessor: StageArgs = StageArgs(num_cpus=0.2, max_ongoing_requests=4)
     vision_encoder: ComputeArgs = ComputeArgs(num_cpus=0.3)
-    generator: ComputeArgs = ComputeArgs(num_cpus=0.4, max_ongoing_requests=256, target_ongoing_requests=12)
+    generator: ComputeArgs = ComputeArgs(num_cpus=0.4, max_ongoing_requests=1000, target_ongoing_requests=12)
 
     @property
     def checkpoint(self) -> str:
@@ -108,6 +122,11 @@ class AppArgs(_Settings):
             return str(DEFAULT_MODEL)
         folder = Path(self.model).expanduser()
         return str(folder.resolve()) if folder.is_dir() else self.model
+
+    @property
+    def is_hub_id(self) -> bool:
+        """Whether the checkpoint is on the hub, and may have to be downloaded."""
+        return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", self.checkpoint) is not None
 
     @property
     def served_name(self) -> str:

@@ -1,12 +1,13 @@
 """The `llava` command. What needs only this package is here; other packages add commands through entry points.
 
-Imports nothing heavy before a command runs, so `--help` answers at once. Knows no ray, HTTP server or training.
+Modules with commands import nothing heavy before a command runs, so `--help` answers at once. Knows no ray, HTTP
+server or training.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from llava_core.checkpoints.load import Dtype
 
 COMMAND_GROUP = "llava.commands"
+OWN_PACKAGES = ("llava_core", "deployments", "cluster")
 
 
 class CommandGroup(click.Group):
@@ -33,8 +35,7 @@ class CommandGroup(click.Group):
         if own is not None:
             return own
         for point in entry_points(group=COMMAND_GROUP, name=cmd_name):
-            command: click.Command = point.load()
-            return command
+            return _import_command(point)
         return None
 
     def invoke(self, ctx: click.Context) -> object:
@@ -45,10 +46,31 @@ class CommandGroup(click.Group):
             raise click.ClickException(str(error)) from error
 
 
+def _import_command(point: EntryPoint) -> click.Command:
+    """The offered command, or one in its place that says which extra is missing when it is run."""
+    try:
+        command: click.Command = point.load()
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] in OWN_PACKAGES:
+            raise
+        missing = error.name
+
+        def explain(**_: object) -> None:
+            raise click.ClickException(
+                f"`llava {point.name}` needs {missing}, which is not installed: pip install 'llava-serve[serve,train]'"
+            )
+
+        settings: dict[str, Any] = {"ignore_unknown_options": True, "allow_extra_args": True}
+        return click.Command(
+            point.name, callback=explain, context_settings=settings, short_help=f"(not available: {missing} is missing)"
+        )
+    return command
+
+
 @click.group(cls=CommandGroup)
 @click.version_option(package_name="llava-serve")
 def main() -> None:
-    """LLaVA-family vision-language models: ask, serve, train, evaluate."""
+    """LLaVA-family vision-language models."""
 
 
 @main.command()

@@ -15,7 +15,7 @@ from llava_core.checkpoints.files import DEFAULT_MODEL as DEFAULT_MODEL
 from llava_core.checkpoints.layout import Checkpoint, open_checkpoint
 from llava_core.checkpoints.load import LoadOptions, load_language_side, load_tower
 from llava_core.checkpoints.tokenizer import load_tokenizer
-from llava_core.engine.engine import Engine, EngineConfig
+from llava_core.engine.engine import Engine, EngineConfig, StepOutput
 from llava_core.engine.request import RequestFailure
 from llava_core.evaluation.task import Answer, Sample
 from llava_core.prepare import RequestLimits
@@ -52,20 +52,33 @@ class LocalModel:
         self.preparer = load_preparer(checkpoint, tokenizer, template=template, limits=limits)
         self.tower = load_tower(checkpoint, options)
         self.engine = Engine(load_language_side(checkpoint, options), tokenizer, engine)
+        self._streams: dict[str, deque[StepOutput]] = {}
 
     def stream(self, request: GenerationRequest | PreparedRequest) -> Iterator[TokenDelta]:
-        """Deltas of one answer as they are produced. Raises RequestError for the caller's mistakes."""
+        """Deltas of one answer as they are produced; several streams may be read in turns, in one thread.
+
+        Raises RequestError for the caller's mistakes.
+        """
         self.add(request)
+        mine = self._streams[request.request_id] = deque()
         try:
             while True:
-                for output in self.engine.step():
-                    if isinstance(output, RequestFailure):
-                        raise output.error
-                    yield output
-                    if output.finish_reason is not None:
-                        return
+                while not mine:
+                    self._step()
+                output = mine.popleft()
+                if isinstance(output, RequestFailure):
+                    raise output.error
+                yield output
+                if output.finish_reason is not None:
+                    return
         finally:
+            del self._streams[request.request_id]
             self.engine.abort(request.request_id)
+
+    def _step(self) -> None:
+        for output in self.engine.step():
+            if output.request_id in self._streams:
+                self._streams[output.request_id].append(output)
 
     def add(self, request: GenerationRequest | PreparedRequest) -> None:
         """Prepare, encode and queue a request; `engine.step()` then moves it on beside the others."""

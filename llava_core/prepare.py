@@ -89,7 +89,7 @@ class Preparer:
         texts = [(f"messages[{i}].content", message_text(m)) for i, m in enumerate(request.messages)]
         for param, text in [*texts, ("messages", request.system or "")]:
             self._check_text(text, param)
-        total = sum(len(text) for _, text in texts)
+        total = sum(len(text) for _, text in texts) + len(request.system or "")
         if total > self.limits.max_text:
             raise RequestError(
                 f"the messages have {total} characters; at most {self.limits.max_text} are allowed",

@@ -93,7 +93,7 @@ class GenerationRequest:
 
 @dataclass(frozen=True)
 class PreparedImage:
-    """A decoded picture as tiles: uint8 (num_tiles, size, size, 3). `digest` is the SHA-256 of tiles and settings."""
+    """A decoded picture as tiles: uint8 (num_tiles, size, size, 3). `digest` is the SHA-256 of the tiles."""
 
     digest: str
     size: Size

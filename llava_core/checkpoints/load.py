@@ -1,4 +1,4 @@
-"""Loading by part: a tower, a language side or a tokenizer, each reading only its own weights and missing none.
+"""Loading by part: a tower or a language side, each reading only its own weights and missing none.
 
 Modules are built on the meta device and filled by assignment; every key of the files is either loaded, belongs to
 another part, or is a computed buffer, else loading fails. Knows nothing about serving.

@@ -6,7 +6,6 @@ do. Knows nothing about weights.
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -109,8 +108,7 @@ class CheckpointTokenizer:
     def __init__(self, inner: PreTrainedTokenizerFast | Backend) -> None:
         self._inner = inner if isinstance(inner, PreTrainedTokenizerFast) else None
         self.backend: Backend = FastBackend(inner) if isinstance(inner, PreTrainedTokenizerFast) else inner
-        # A template's opening is the same in every prompt.
-        self.encode = functools.lru_cache(maxsize=256)(self.backend.encode)
+        self.encode = self.backend.encode
         self.decode = self.backend.decode
         self.bos_id: int | None = self.backend.bos_id
         # Text that would turn into control tokens; users' messages must not hold it.

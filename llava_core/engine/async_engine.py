@@ -50,6 +50,8 @@ class AsyncEngine:
         self._commands: list[EngineRequest | str] = []
         self._wake = threading.Condition()
         self._is_closed = False
+        # Set on the event loop once the thread has ended: nobody would answer what comes later.
+        self._has_ended = False
         self._step_started: float | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -62,8 +64,10 @@ class AsyncEngine:
     async def generate(self, request: EngineRequest) -> AsyncGenerator[TokenDelta, None]:
         """Yield deltas until one carries `finish_reason`. Leaving early aborts the request at the next step.
 
-        Raises whatever LlavaError the request ended with.
+        Raises whatever LlavaError the request ended with, and EngineError when the engine has stopped.
         """
+        if self._has_ended:
+            raise EngineError("the engine has stopped")
         if request.request_id in self._mailboxes:
             raise EngineError(f"request id {request.request_id!r} is already in use")
         mailbox = self._mailboxes[request.request_id] = _Mailbox()
@@ -140,6 +144,7 @@ class AsyncEngine:
 
     def _end_all(self) -> None:
         def fail() -> None:
+            self._has_ended = True
             for request_id, mailbox in self._mailboxes.items():
                 mailbox.put(RequestFailure(request_id, EngineError("the engine has stopped")))
 

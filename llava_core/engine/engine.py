@@ -6,6 +6,7 @@ so what it produces does not depend on its neighbours. Knows nothing about HTTP,
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -22,12 +23,14 @@ from llava_core.models.language import LanguageSide
 from llava_core.prompts.budget import token_budget
 from llava_core.types import EngineRequest, TokenDelta
 
+logger = logging.getLogger(__name__)
+
 StepOutput = TokenDelta | RequestFailure
 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """`max_running` requests decode together, `max_waiting` more may queue; the next is refused."""
+    """`max_running` requests move on in every step, `max_waiting` more may queue; the next is refused."""
 
     max_running: int = 16
     max_waiting: int = 256
@@ -103,13 +106,15 @@ class Engine:
         """Run `ids` through the model, take one token, and settle what that means for the request."""
         try:
             token = sample(self._next_logits(state, ids), state.request.sampling, state.generator)
-        except (LlavaError, ValueError, RuntimeError) as error:
-            del self._running[state.request_id]
+            state.output_ids.append(token)
+            return self._settle(state, token)
+        except Exception as error:
+            # The last resort: whatever is wrong with one request must not end the others.
+            self.abort(state.request_id)
             if isinstance(error, LlavaError):
                 return RequestFailure(state.request_id, error)
+            logger.exception("request %s failed", state.request_id)
             return RequestFailure(state.request_id, EngineError(f"generation failed: {error}"))
-        state.output_ids.append(token)
-        return self._settle(state, token)
 
     def _next_logits(self, state: RequestState, ids: Sequence[int]) -> torch.Tensor:
         is_prefill = not state.output_ids

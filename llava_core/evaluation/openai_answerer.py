@@ -46,4 +46,16 @@ class OpenAIAnswerer:
             raise LlavaError(f"{self.url} did not answer: {error!r}") from error
         if reply.status_code != httpx.codes.OK:
             raise LlavaError(f"{self.url} refused sample {sample.id} with {reply.status_code}: {reply.text[:300]}")
-        return Answer(sample, str(reply.json()["choices"][0]["message"]["content"]))
+        try:
+            return Answer(sample, str(reply.json()["choices"][0]["message"]["content"]))
+        except (ValueError, KeyError, IndexError, TypeError) as error:
+            raise LlavaError(f"{self.url} answered what is not a chat completion: {reply.text[:300]}") from error
+
+
+def served_model(url: str) -> str:
+    """The first model that a server lists. Raises LlavaError when it does not answer or lists none."""
+    try:
+        with httpx.Client(timeout=30) as client:
+            return str(client.get(f"{url}/v1/models").raise_for_status().json()["data"][0]["id"])
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, IndexError, TypeError) as error:
+        raise LlavaError(f"{url}/v1/models does not list a model: {error!r}") from error

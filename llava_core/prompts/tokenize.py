@@ -17,7 +17,7 @@ IGNORE_LABEL = -100
 
 
 class Tokenizer(Protocol):
-    """What prompts need of a tokenizer; PreTrainedTokenizerFast has it through `checkpoints.load.TokenizerAdapter`."""
+    """What prompts need of a tokenizer; `checkpoints.tokenizer` has it for those of transformers."""
 
     bos_id: int | None
 

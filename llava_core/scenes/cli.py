@@ -66,12 +66,9 @@ def _error_line(answer: Answer) -> str:
 
 def _answerer(model: str | None, url: str | None) -> Answerer:
     if url is not None:
-        import httpx
+        from llava_core.evaluation.openai_answerer import OpenAIAnswerer, served_model
 
-        from llava_core.evaluation.openai_answerer import OpenAIAnswerer
-
-        name = httpx.get(f"{url}/v1/models", timeout=30).raise_for_status().json()["data"][0]["id"]
-        return OpenAIAnswerer(url, name)
+        return OpenAIAnswerer(url, served_model(url))
     from llava_core.inference import DEFAULT_MODEL, LocalAnswerer, LocalModel
 
     return LocalAnswerer(LocalModel(model or DEFAULT_MODEL))

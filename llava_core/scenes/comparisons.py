@@ -52,7 +52,7 @@ def _same(scene: Scene, rng: random.Random, one: Named, other: Named) -> Questio
         return None
     word = rng.choice(("colour", "color")) if name == "colour" else name
     holds = getattr(a, name) == getattr(b, name)
-    text = f"{rng.choice(('Do', 'Do'))} the {first} and the {second} have the same {word}?"
+    text = f"Do the {first} and the {second} have the same {word}?"
     return _yes_no(text, f"they have the same {word}", f"they do not have the same {word}", holds=holds)
 
 

@@ -10,10 +10,12 @@ happens inside a stage is in the modules it calls.
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +26,7 @@ from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 from llava_core.checkpoints.save import save_llava_hf
 from llava_core.checkpoints.tokenizer import CheckpointTokenizer
 from llava_core.config import ModelConfig, read_llava_hf_config
+from llava_core.errors import LlavaError
 from llava_core.images.preprocess import PreprocessConfig
 from llava_core.models.language import LanguageSide
 from llava_core.scenes.cache import CacheSpec, SceneCache, open_cache
@@ -78,12 +81,20 @@ class Recipe:
 
 
 def build(recipe: Recipe, work: Path, out: Path) -> None:
-    """Run every stage that is not done yet in `work`, then write the checkpoint to `out` and the curves to `work`."""
+    """Run every stage that is not done yet in `work`, then write the checkpoint to `out` and the curves to `work`.
+
+    Raises LlavaError when `out` exists, or when `work` holds a stage of another recipe or made from other weights.
+    """
+    if out.exists():
+        raise LlavaError(f"{out} exists; choose another folder or remove it")
     spec = CacheSpec(recipe.seed, recipe.num_scenes, recipe.size, recipe.patch)
     cache = open_cache(work / "pictures", spec)
     tower = _pretrain_tower(recipe, cache, work)
+    made_from = _digest(work / "tower" / "weights.pt")
+    _claim(work / "features", tower=made_from)
     features = open_features(work / "features", cache, tower)
     tokenizer = _tokenizer(recipe, work)
+    torch.manual_seed(recipe.seed)
     language = LanguageSide(model_config(recipe, tokenizer), attention="eager")
     adapter = CheckpointTokenizer(tokenizer)
     frozen: dict[Purpose, StageSpec] = {
@@ -93,9 +104,9 @@ def build(recipe: Recipe, work: Path, out: Path) -> None:
     }
     for purpose, stage in frozen.items():
         dataset = _dataset(cache, features, adapter, purpose, stage)
-        _train_stage(recipe, work, language, None, dataset, stage)
+        made_from = _train_stage(recipe, work, language, None, dataset, stage, made_from)
     dataset = _dataset(cache, cache.tiles, adapter, "joint", recipe.joint)
-    _train_stage(recipe, work, language, tower, dataset, recipe.joint)
+    _train_stage(recipe, work, language, tower, dataset, recipe.joint, made_from)
     draw_curves({name: _curve(work / name) for name in STAGES}, work / "loss.png")
     save_llava_hf(out, tower, language, tokenizer)
     logger.info("the checkpoint is in %s, the loss curves in %s", out, work / "loss.png")
@@ -133,6 +144,7 @@ def _pretrain_tower(recipe: Recipe, cache: SceneCache, work: Path) -> ClipTower:
     config = tower_config(recipe.size, recipe.patch)
     namer = PatchNamer(config)
     weights = work / "tower" / "weights.pt"
+    _claim(work / "tower", seed=recipe.seed, stage=asdict(recipe.tower), pictures=asdict(cache.spec))
     if not weights.exists():
         arguments = _arguments(recipe, work / "tower", recipe.tower)
         trainer = Trainer(namer, arguments, train_dataset=PatchDataset(cache))
@@ -154,9 +166,12 @@ def _train_stage(
     tower: ClipTower | None,
     dataset: SceneConversations,
     stage: StageSpec,
-) -> None:
+    made_from: str,
+) -> str:
+    """Train one stage unless it is done, leave its weights in the modules, and return the digest of their file."""
     purpose = dataset.spec.purpose
     folder = work / purpose
+    _claim(folder, seed=recipe.seed, stage=asdict(stage), made_from=made_from)
     weights = folder / "weights.pt"
     learning: nn.Module = language if tower is None else nn.ModuleDict({"language": language, "tower": tower})
     if not weights.exists():
@@ -172,6 +187,23 @@ def _train_stage(
         )
         _finish(folder, learning, history)
     learning.load_state_dict(torch.load(weights, weights_only=True))
+    return _digest(weights)
+
+
+def _claim(folder: Path, **inputs: Any) -> None:
+    """Note what the stage in `folder` is made from. Raises LlavaError when it holds one made from something else."""
+    note, text = folder / "inputs.json", json.dumps(inputs, sort_keys=True, indent=1)
+    if note.exists() and note.read_text() != text:
+        raise LlavaError(
+            f"{folder} was made by another recipe, or from weights that have changed since; "
+            "remove it, or choose another folder with --work"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    note.write_text(text)
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _optimizer(model: nn.Module, learning_rate: float) -> MuonAdamW:

@@ -12,7 +12,9 @@ from deployments.app import bind_stages
 from deployments.gateway import Gateway
 from deployments.handoff import LocalHandoff
 from deployments.pipeline import Pipeline
+from deployments.preflight import check_checkpoint
 from deployments.settings import AppArgs, ComputeArgs, LimitArgs
+from tests.deployments.fakes import all_ready
 
 LIMITS = LimitArgs(max_body_bytes=2_000_000, max_images=3, max_image_bytes=200_000, max_image_pixels=400_000)
 
@@ -37,7 +39,7 @@ def local_args(tiny_checkpoint: Path) -> AppArgs:
 @pytest.fixture(scope="session")
 def local_pipeline(local_args: AppArgs) -> Pipeline:
     """All three stages on the tiny checkpoint."""
-    stages = bind_stages(local_args, LocalHandoff())
+    stages = bind_stages(local_args, check_checkpoint(local_args), LocalHandoff())
     handles = serve.run(_Handles.bind(*stages), _local_testing_mode=True).get.remote().result()
     return Pipeline(*handles, LocalHandoff())
 
@@ -45,6 +47,6 @@ def local_pipeline(local_args: AppArgs) -> Pipeline:
 @pytest.fixture(scope="session")
 def local_client(local_pipeline: Pipeline, local_args: AppArgs) -> Iterator[TestClient]:
     """HTTP to the whole graph."""
-    gateway = Gateway(local_pipeline, model_name=local_args.served_name, limits=local_args.limits)
+    gateway = Gateway(local_pipeline, all_ready, model_name=local_args.served_name, limits=local_args.limits)
     with TestClient(gateway.app) as client:
         yield client

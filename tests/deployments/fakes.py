@@ -4,8 +4,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any, Self
 
-from deployments.messages import Item
-from deployments.pipeline import StageHealth
+from deployments.messages import Item, StageHealth
 from llava_core.types import GenerationRequest, TokenDelta, Usage
 
 
@@ -55,7 +54,7 @@ class FakeHandle:
         return response
 
 
-class ScriptedAnswerer:
+class ScriptedEngine:
     """A graph that yields `items`, raising those that are exceptions; then waits for ever if `hangs`."""
 
     def __init__(self, items: Sequence[Item | Exception] = (), *, hangs: bool = False) -> None:
@@ -63,9 +62,9 @@ class ScriptedAnswerer:
         self.hangs = hangs
         self.requests: list[GenerationRequest] = []
         self.num_open = 0
-        self.health = [StageHealth(name, is_ready=True) for name in ("preprocessor", "vision_encoder", "generator")]
+        self.num_left_early = 0
 
-    async def stream(self, request: GenerationRequest) -> AsyncGenerator[Item, None]:
+    async def stream(self, request: GenerationRequest, on_sent: Callable[[], None]) -> AsyncGenerator[Item, None]:
         self.requests.append(request)
         self.num_open += 1
         try:
@@ -75,11 +74,19 @@ class ScriptedAnswerer:
                 yield item
             if self.hangs:
                 await asyncio.Event().wait()
+        except (GeneratorExit, asyncio.CancelledError):
+            self.num_left_early += 1
+            raise
         finally:
             self.num_open -= 1
 
-    async def ping(self, timeout_s: float) -> list[StageHealth]:
-        return self.health
+
+STAGES = ("preprocessor", "vision_encoder", "generator")
+
+
+async def all_ready() -> list[StageHealth]:
+    """What /health is told where there is no controller to ask."""
+    return [StageHealth(name, is_ready=True) for name in STAGES]
 
 
 def answer(*texts: str, **last: Any) -> list[TokenDelta]:

@@ -8,6 +8,7 @@ from starlette.testclient import TestClient
 
 from deployments.app import build_app, build_graph
 from deployments.handoff import LocalHandoff
+from deployments.preflight import FoundCheckpoint, check_checkpoint
 from deployments.settings import AppArgs, StageArgs
 from llava_core.errors import CheckpointError
 from llava_core.inference import LocalModel
@@ -59,12 +60,6 @@ def test_every_stage_tells_its_time(local_client: TestClient) -> None:
     assert sum(value for stage, value in timings.items() if stage != "total") <= timings["total"] * 1.05
 
 
-def test_health_asks_every_stage(local_client: TestClient) -> None:
-    response = local_client.get("/health")
-    assert response.status_code == 200
-    assert set(response.json()["stages"]) == {"preprocessor", "vision_encoder", "generator"}
-
-
 def test_the_builder_is_a_typed_one_that_refuses_unknown_settings(tiny_checkpoint: Path) -> None:
     built = call_user_app_builder_with_args_if_necessary(build_app, {"model": str(tiny_checkpoint)})
     assert built._bound_deployment.name == "Gateway"
@@ -83,9 +78,27 @@ def test_replicas_and_resources_come_from_the_settings(tiny_checkpoint: Path) ->
         gateway=StageArgs(num_cpus=0.5, min_replicas=3, max_replicas=3),
         preprocessor=StageArgs(min_replicas=1, max_replicas=4, target_ongoing_requests=7),
     )
-    gateway = build_graph(args, LocalHandoff())._bound_deployment
+    gateway = build_graph(args, check_checkpoint(args), LocalHandoff())._bound_deployment
     assert gateway.num_replicas == 3
     assert gateway.ray_actor_options["num_cpus"] == 0.5
     preprocessor = gateway.init_args[1]._bound_deployment
     scaling = preprocessor._deployment_config.autoscaling_config
     assert (scaling.min_replicas, scaling.max_replicas, scaling.target_ongoing_requests) == (1, 4, 7)
+
+
+def test_every_stage_gets_the_checkpoint_that_was_found_once(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resolved: list[str] = []
+
+    def resolve(name: str) -> Path:
+        resolved.append(name)
+        return tiny_checkpoint
+
+    monkeypatch.setattr("deployments.preflight.resolve_checkpoint", resolve)
+    gateway = build_app(AppArgs(model="owner/name"))._bound_deployment
+    stages = [stage._bound_deployment for stage in gateway.init_args[1:4]]
+    assert [stage.init_args[1] for stage in stages] == [FoundCheckpoint("owner/name", tiny_checkpoint)] * 3
+    assert [stage.init_args[1].here() for stage in stages] == [tiny_checkpoint] * 3
+    assert resolved == ["owner/name"]
+    assert gateway.init_args[0].served_name == "owner/name"

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from PIL import Image
 
-from deployments.cli import curl_line, demo, serve
+import deployments
+from deployments.cli import SCENE, curl_line, demo, serve
 
 PROGRAM = "import sys; from deployments.cli import {0}; {0}(sys.argv[1:])"
 
@@ -62,3 +64,20 @@ def test_the_curl_line_sends_what_the_demo_sends(tmp_path: Path) -> None:
     assert text["text"] == question
     assert picture["image_url"]["url"].startswith("data:image/png;base64,AAECAw")
     assert (body["model"], body["stream"]) == ("m", True)
+
+
+def test_the_demos_picture_comes_with_the_package_and_stands_in_the_examples_once() -> None:
+    assert SCENE.parent == Path(deployments.__file__).parent
+    example = Path(__file__).parents[2] / "examples" / "scene.png"
+    assert example.is_symlink()
+    assert example.resolve() == SCENE
+    with Image.open(SCENE) as picture:
+        assert picture.size >= (128, 128)
+
+
+@pytest.mark.parametrize("command", ["serve", "demo"])
+def test_a_download_is_announced_before_it_begins(command: str) -> None:
+    result = _run(command, "--model", "owner/there-is-no-such-model")
+    assert result.returncode == 1
+    assert result.stdout.startswith("owner/there-is-no-such-model is no folder here: downloading")
+    assert "neither a folder here nor in the hub's local cache" in result.stderr

@@ -6,22 +6,20 @@ import json
 import logging
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from typing import Any
 
 import pytest
-from ray.exceptions import ActorDiedError
-from ray.serve.exceptions import BackPressureError
 from starlette.testclient import TestClient
 
+from deployments.errors import StageLostError
 from deployments.gateway import Gateway
-from deployments.messages import Rejected
-from deployments.pipeline import StageHealth
+from deployments.messages import Item, Rejected, StageHealth
 from deployments.settings import LimitArgs
 from llava_core.errors import EngineError, OverloadedError, RequestError
-from llava_core.types import TokenDelta
+from llava_core.types import GenerationRequest, TokenDelta
 from tests.deployments.conftest import LIMITS
-from tests.deployments.fakes import ScriptedAnswerer, answer
+from tests.deployments.fakes import STAGES, ScriptedEngine, all_ready, answer
 from tests.deployments.pictures import data_url, plain, unusable, unusual
 
 PATH = "/v1/chat/completions"
@@ -29,14 +27,14 @@ HELLO = {"messages": [{"role": "user", "content": "hi"}]}
 
 
 @contextlib.contextmanager
-def _client(answerer: ScriptedAnswerer, **options: Any) -> Iterator[TestClient]:
-    gateway = Gateway(answerer, model_name="m", **options)
+def _client(engine: ScriptedEngine, **options: Any) -> Iterator[TestClient]:
+    gateway = Gateway(engine, **{"check_stages": all_ready, "model_name": "m", **options})
     with TestClient(gateway.app, raise_server_exceptions=False) as client:
         yield client
 
 
-def _post(answerer: ScriptedAnswerer, **fields: Any) -> Any:
-    with _client(answerer) as client:
+def _post(engine: ScriptedEngine, **fields: Any) -> Any:
+    with _client(engine) as client:
         return client.post(PATH, json={**HELLO, **fields})
 
 
@@ -56,13 +54,16 @@ def _assert_is_error(response: Any, status: int, code: str) -> dict:
     return body["error"]
 
 
-def test_the_gateway_imports_no_torch() -> None:
-    program = "import sys, deployments.gateway, deployments.replicas; sys.exit('torch' in sys.modules)"
+@pytest.mark.parametrize(
+    ("modules", "foreign"), [("deployments.gateway", "{'ray', 'torch'}"), ("deployments.replicas", "{'torch'}")]
+)
+def test_the_gateway_imports_neither_ray_nor_torch(modules: str, foreign: str) -> None:
+    program = f"import sys, {modules}; sys.exit(bool({foreign} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", program], timeout=60, check=False).returncode == 0
 
 
 def test_an_answer_in_one_piece() -> None:
-    response = _post(ScriptedAnswerer(answer("Hel", "lo")), model="m")
+    response = _post(ScriptedEngine(answer("Hel", "lo")), model="m")
     assert response.status_code == 200
     assert response.json()["choices"][0]["message"]["content"] == "Hello"
     assert response.json()["id"].startswith("chatcmpl-")
@@ -70,7 +71,7 @@ def test_an_answer_in_one_piece() -> None:
 
 
 def test_an_answer_as_a_stream() -> None:
-    response = _post(ScriptedAnswerer(answer("Hel", "lo")), stream=True)
+    response = _post(ScriptedEngine(answer("Hel", "lo")), stream=True)
     assert response.headers["content-type"].startswith("text/event-stream")
     *chunks, done = _events(response.text)
     assert done == "[DONE]"
@@ -80,7 +81,7 @@ def test_an_answer_as_a_stream() -> None:
 
 
 def test_a_stream_with_usage_and_timings() -> None:
-    response = _post(ScriptedAnswerer(answer("x")), stream=True, stream_options={"include_usage": True}, timings=True)
+    response = _post(ScriptedEngine(answer("x")), stream=True, stream_options={"include_usage": True}, timings=True)
     *chunks, last, _done = _events(response.text)
     assert all(chunk["usage"] is None for chunk in chunks)
     assert last["choices"] == []
@@ -89,17 +90,17 @@ def test_a_stream_with_usage_and_timings() -> None:
 
 
 def test_the_clients_request_id_is_kept_but_never_used_inside() -> None:
-    answerer = ScriptedAnswerer(answer("x"))
-    with _client(answerer) as client:
+    engine = ScriptedEngine(answer("x"))
+    with _client(engine) as client:
         for _ in range(2):
             response = client.post(PATH, json=HELLO, headers={"x-request-id": "mine"})
             assert response.headers["x-request-id"] == "mine"
-    first, second = (request.request_id for request in answerer.requests)
+    first, second = (request.request_id for request in engine.requests)
     assert first != second
 
 
 def test_the_request_id_is_left_to_a_server_that_adds_it_itself() -> None:
-    with _client(ScriptedAnswerer(), echo_request_id=False) as client:
+    with _client(ScriptedEngine(), echo_request_id=False) as client:
         response = client.get("/v1/models/nothing", headers={"x-request-id": "mine"})
     assert "x-request-id" not in response.headers
     assert response.json()["request_id"] == "mine"
@@ -112,26 +113,28 @@ def test_the_request_id_is_left_to_a_server_that_adds_it_itself() -> None:
         (Rejected(RequestError("bad", param="messages[0].role", code="c")), 400, "c"),
         (Rejected(OverloadedError("full")), 429, "overloaded"),
         (Rejected(EngineError("broken")), 500, "engine_error"),
-        (BackPressureError(1, 1), 429, "overloaded"),
-        (ActorDiedError(), 503, "replica_lost"),
+        (OverloadedError("full"), 429, "overloaded"),
+        (StageLostError("gone"), 503, "replica_lost"),
         (ZeroDivisionError("oops"), 500, "internal_error"),
     ],
 )
 def test_what_is_wrong_before_the_first_token_gets_its_own_status(
     *, first: Rejected | Exception, status: int, code: str, stream: bool
 ) -> None:
-    answerer = ScriptedAnswerer([first])  # type: ignore[list-item]
-    response = _post(answerer, stream=stream)
+    engine = ScriptedEngine([first])  # type: ignore[list-item]
+    response = _post(engine, stream=stream)
     error = _assert_is_error(response, status, code)
     assert "oops" not in error["message"]
-    assert answerer.num_open == 0
+    assert engine.num_open == 0
     if status in (429, 503):
         assert int(response.headers["retry-after"]) >= 1
 
 
-@pytest.mark.parametrize("failure", [Rejected(EngineError("broken")), ActorDiedError(), ZeroDivisionError("oops")])
+@pytest.mark.parametrize(
+    "failure", [Rejected(EngineError("broken")), StageLostError("gone"), ZeroDivisionError("oops")]
+)
 def test_what_goes_wrong_later_ends_the_stream_with_an_error(failure: Any) -> None:
-    response = _post(ScriptedAnswerer([TokenDelta("id", "Hel", (1,)), failure]), stream=True)
+    response = _post(ScriptedEngine([TokenDelta("id", "Hel", (1,)), failure]), stream=True)
     assert response.status_code == 200
     *_, text, last = _events(response.text)
     assert text["choices"][0]["delta"] == {"content": "Hel"}
@@ -141,44 +144,48 @@ def test_what_goes_wrong_later_ends_the_stream_with_an_error(failure: Any) -> No
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_answer_that_stops_short_is_an_error(*, stream: bool) -> None:
-    response = _post(ScriptedAnswerer([TokenDelta("id", "Hel", (1,))]), stream=stream)
+    response = _post(ScriptedEngine([TokenDelta("id", "Hel", (1,))]), stream=stream)
     body = _events(response.text)[-1] if stream else response.json()
     assert body["error"]["code"] == "engine_error"
 
 
 def test_only_what_nobody_expected_is_logged_with_a_traceback(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.ERROR):
-        _post(ScriptedAnswerer([Rejected(RequestError("bad"))]))
-        _post(ScriptedAnswerer([BackPressureError(1, 1)]))
+        _post(ScriptedEngine([Rejected(RequestError("bad"))]))
+        _post(ScriptedEngine([OverloadedError("full")]))
         assert caplog.records == []
-        _post(ScriptedAnswerer([ZeroDivisionError("oops")]))
+        _post(ScriptedEngine([ZeroDivisionError("oops")]))
     assert [record.name for record in caplog.records] == ["deployments.gateway"]
 
 
 def test_an_error_names_the_clients_message_when_a_system_message_came_first() -> None:
-    answerer = ScriptedAnswerer([Rejected(RequestError("bad", param="messages[0].content[1].image_url"))])
-    response = _post(answerer, messages=[{"role": "system", "content": "s"}, *HELLO["messages"]])
+    engine = ScriptedEngine([Rejected(RequestError("bad", param="messages[0].content[1].image_url"))])
+    response = _post(engine, messages=[{"role": "system", "content": "s"}, *HELLO["messages"]])
     assert response.json()["error"]["param"] == "messages[1].content[1].image_url"
 
 
 def test_models_are_listed_and_found() -> None:
-    with _client(ScriptedAnswerer()) as client:
+    with _client(ScriptedEngine()) as client:
         assert [model["id"] for model in client.get("/v1/models").json()["data"]] == ["m"]
         assert client.get("/v1/models/m").json()["object"] == "model"
         _assert_is_error(client.get("/v1/models/owner/other"), 404, "model_not_found")
 
 
 def test_an_unknown_model_is_not_found() -> None:
-    error = _assert_is_error(_post(ScriptedAnswerer(), model="gpt-9"), 404, "model_not_found")
+    error = _assert_is_error(_post(ScriptedEngine(), model="gpt-9"), 404, "model_not_found")
     assert error["param"] == "model"
     assert "m" in error["message"]
 
 
 def test_health_names_the_stages_that_are_not_ready() -> None:
-    answerer = ScriptedAnswerer()
-    with _client(answerer) as client:
-        assert client.get("/health").json()["status"] == "ok"
-        answerer.health = [*answerer.health[:2], StageHealth("generator", is_ready=False)]
+    ready = dict.fromkeys(STAGES, True)
+
+    async def check() -> list[StageHealth]:
+        return [StageHealth(name, is_ready=is_ready) for name, is_ready in ready.items()]
+
+    with _client(ScriptedEngine(), check_stages=check) as client:
+        assert client.get("/health").json() == {"status": "ok", "stages": dict.fromkeys(STAGES, "ok")}
+        ready["generator"] = False
         error = _assert_is_error(client.get("/health"), 503, "not_ready")
     assert "generator" in error["message"]
     assert "preprocessor" not in error["message"]
@@ -193,16 +200,15 @@ def test_health_names_the_stages_that_are_not_ready() -> None:
     ],
 )
 def test_routing_errors_have_the_same_shape(method: str, path: str, status: int, code: str) -> None:
-    with _client(ScriptedAnswerer()) as client:
+    with _client(ScriptedEngine()) as client:
         _assert_is_error(client.request(method, path), status, code)
 
 
 def test_a_bug_is_an_error_of_the_same_shape() -> None:
-    class Broken(ScriptedAnswerer):
-        async def ping(self, timeout_s: float) -> list[StageHealth]:
-            raise ZeroDivisionError
+    async def check() -> list[StageHealth]:
+        raise ZeroDivisionError
 
-    with _client(Broken()) as client:
+    with _client(ScriptedEngine(), check_stages=check) as client:
         _assert_is_error(client.get("/health"), 500, "internal_error")
 
 
@@ -210,16 +216,103 @@ def test_a_body_beyond_the_limit_is_refused_announced_or_not() -> None:
     def pieces() -> Iterator[bytes]:
         yield from [b"x" * 60] * 2
 
-    with _client(ScriptedAnswerer(), limits=LimitArgs(max_body_bytes=100)) as client:
+    with _client(ScriptedEngine(), limits=LimitArgs(max_body_bytes=100)) as client:
         for content in (b"x" * 101, pieces()):
             error = _assert_is_error(client.post(PATH, content=content), 413, "request_too_large")
             assert "100" in error["message"]
 
 
+def test_bodies_are_bounded_together_until_they_are_sent_on() -> None:
+    body = json.dumps({**HELLO, "stream": True}).encode()
+    limits = LimitArgs(max_body_bytes=len(body), max_bytes_in_flight=len(body) + 10)
+    held: list[Callable[[], None]] = []
+
+    class Slow(ScriptedEngine):
+        """Lets go of a request when it is told to."""
+
+        async def stream(self, request: GenerationRequest, on_sent: Callable[[], None]) -> AsyncGenerator[Item, None]:
+            held.append(on_sent)
+            await asyncio.Event().wait()
+            yield Rejected(OverloadedError("never"))
+
+    engine = Slow()
+    app = Gateway(engine, all_ready, model_name="m", limits=limits).app
+
+    async def statuses() -> list[int]:
+        first = asyncio.create_task(_status(app, body))
+        await _until(lambda: len(held) == 1)
+        refused = await _status(app, body)
+        held[0]()
+        third = asyncio.create_task(_status(app, body))
+        await _until(lambda: len(held) == 2)
+        for task in (first, third):
+            task.cancel()
+        await asyncio.gather(first, third, return_exceptions=True)
+        engine.stream = ScriptedEngine(answer("x")).stream  # type: ignore[method-assign]
+        return [refused, await _status(app, body)]
+
+    assert asyncio.run(statuses()) == [429, 200]
+
+
+async def _until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+async def _status(app: Any, body: bytes) -> int:
+    """Of one request, made as a server would."""
+    incoming = iter([{"type": "http.request", "body": body, "more_body": False}])
+    statuses: list[int] = []
+
+    async def receive() -> Any:
+        message = next(incoming, None)
+        if message is None:
+            await asyncio.Event().wait()
+        return message
+
+    async def send(message: Any) -> None:
+        if message["type"] == "http.response.start":
+            statuses.append(message["status"])
+
+    await app(_scope(), receive, send)
+    return statuses[0]
+
+
+def _scope(**asgi: str) -> dict[str, Any]:
+    return {"type": "http", "method": "POST", "path": PATH, "headers": [], "query_string": b"", "asgi": asgi}
+
+
+@pytest.mark.parametrize("asgi", [{}, {"spec_version": "2.4"}])
+def test_a_client_that_has_hung_up_before_the_first_chunk_closes_the_stream_below(asgi: dict[str, str]) -> None:
+    engine = ScriptedEngine([TokenDelta("id", "Hel", (1,))], hangs=True)
+    app = Gateway(engine, all_ready, model_name="m").app
+    incoming = iter([{"type": "http.request", "body": json.dumps({**HELLO, "stream": True}).encode()}])
+
+    async def receive() -> Any:
+        return next(incoming, {"type": "http.disconnect"})
+
+    async def send(_message: Any) -> None:
+        if asgi:
+            raise OSError("the connection is closed")
+        await asyncio.Event().wait()
+
+    asyncio.run(asyncio.wait_for(app(_scope(**asgi), receive, send), 10))
+    assert len(engine.requests) == 1
+    assert engine.num_open == 0
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_an_answer_is_read_to_its_end_so_that_no_stage_sees_a_cancellation(*, stream: bool) -> None:
+    engine = ScriptedEngine(answer("Hel", "lo"))
+    assert _post(engine, stream=stream).status_code == 200
+    assert (engine.num_open, engine.num_left_early) == (0, 0)
+
+
 def test_a_client_that_hangs_up_closes_the_stream_below() -> None:
     """Driven as an ASGI server would: a disconnect arrives while the answer hangs."""
-    answerer = ScriptedAnswerer([TokenDelta("id", "Hel", (1,))], hangs=True)
-    app = Gateway(answerer, model_name="m").app
+    engine = ScriptedEngine([TokenDelta("id", "Hel", (1,))], hangs=True)
+    app = Gateway(engine, all_ready, model_name="m").app
     body = json.dumps({**HELLO, "stream": True}).encode()
 
     async def request() -> list[str]:
@@ -239,42 +332,26 @@ def test_a_client_that_hangs_up_closes_the_stream_below() -> None:
             if message.get("body"):
                 begun.set()
 
-        scope = {"type": "http", "method": "POST", "path": PATH, "headers": [], "query_string": b"", "asgi": {}}
-        await asyncio.wait_for(app(scope, receive, send), 10)
+        await asyncio.wait_for(app(_scope(), receive, send), 10)
         return sent
 
     assert asyncio.run(request())[0] == "http.response.start"
-    assert answerer.num_open == 0
+    assert engine.num_open == 0
 
 
 def test_a_cancelled_request_closes_the_stream_below() -> None:
     """As Serve does it when a client leaves, streaming or not."""
     for stream in (False, True):
-        answerer = ScriptedAnswerer([TokenDelta("id", "Hel", (1,))], hangs=True)
-        app = Gateway(answerer, model_name="m").app
+        engine = ScriptedEngine([TokenDelta("id", "Hel", (1,))], hangs=True)
+        app = Gateway(engine, all_ready, model_name="m").app
         body = json.dumps({**HELLO, "stream": stream}).encode()
-        asyncio.run(_cancel_when_open(app, body, lambda answerer=answerer: answerer.num_open == 1))
-        assert answerer.num_open == 0
+        asyncio.run(_cancel_when_open(app, body, lambda engine=engine: engine.num_open == 1))
+        assert engine.num_open == 0
 
 
 async def _cancel_when_open(app: Any, body: bytes, is_open: Callable[[], bool]) -> None:
-    incoming = iter([{"type": "http.request", "body": body, "more_body": False}])
-
-    async def receive() -> Any:
-        message = next(incoming, None)
-        if message is None:
-            await asyncio.Event().wait()
-        return message
-
-    async def send(_message: Any) -> None:
-        await asyncio.sleep(0)
-
-    scope = {"type": "http", "method": "POST", "path": PATH, "headers": [], "query_string": b"", "asgi": {}}
-    task = asyncio.create_task(app(scope, receive, send))
-    async with asyncio.timeout(10):
-        while not is_open():
-            await asyncio.sleep(0.001)
-    await asyncio.sleep(0.01)
+    task = asyncio.create_task(_status(app, body))
+    await _until(is_open)
     task.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await task
@@ -324,6 +401,12 @@ def test_unusable_pictures_are_refused_naming_the_field(
         ),
         ({"messages": [{"role": "user", "content": "long " * 500}]}, "messages", "context_length_exceeded", "512"),
         ({"messages": [{"role": "user", "content": "x" * 300_000}]}, "messages", "text_too_long", "200000"),
+        (
+            {"messages": [{"role": "system", "content": "x" * 300_000}, *HELLO["messages"]]},
+            "messages",
+            "text_too_long",
+            "200000",
+        ),
         ({"messages": [{"role": "user", "content": "a </s> b"}]}, "messages[0].content", "reserved_text", "</s>"),
         ({"messages": [{"role": "assistant", "content": "a"}]}, "messages[0].role", "invalid_value", "assistant"),
     ],

@@ -1,6 +1,7 @@
 """The generator stage on scripted and real engines: times, rejections, pacing, freeing what is left early."""
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from deployments.errors import StageLostError
 from deployments.generator import Generator
 from deployments.handoff import LocalHandoff
 from deployments.messages import Elapsed, Item, Prepared, Rejected
@@ -106,15 +108,44 @@ def test_a_busy_replica_sends_chunks_less_often() -> None:
     assert 0.15 <= seconds(1000) < 0.3
 
 
-def test_ping_and_health_check_speak_for_the_engine() -> None:
-    well = Generator(ScriptedEngine([]), LocalHandoff())  # type: ignore[arg-type]
-    dead = Generator(ScriptedEngine([], EngineError("dead")), LocalHandoff())  # type: ignore[arg-type]
-    well.check_health()
-    asyncio.run(well.ping())
+def test_health_is_the_engines() -> None:
+    async def check(engine: ScriptedEngine) -> None:
+        await Generator(engine, LocalHandoff()).check_health()  # type: ignore[arg-type]
+
+    asyncio.run(check(ScriptedEngine([])))
     with pytest.raises(EngineError, match="dead"):
-        dead.check_health()
-    with pytest.raises(EngineError, match="dead"):
-        asyncio.run(dead.ping())
+        asyncio.run(check(ScriptedEngine([], EngineError("dead"))))
+
+
+@pytest.mark.parametrize(("error", "is_well"), [(EngineError("broken"), False), (OverloadedError("full"), True)])
+def test_too_many_failures_in_a_row_are_unhealthy_until_an_answer_succeeds(error: Exception, *, is_well: bool) -> None:
+    engine = ScriptedEngine([], error)
+    engine.check_health = lambda: None  # type: ignore[method-assign]
+
+    async def run() -> None:
+        generator = Generator(engine, LocalHandoff())  # type: ignore[arg-type]
+        for _ in range(5):
+            assert len([item async for item in generator.generate(_prepared())]) == 1
+        with contextlib.nullcontext() if is_well else pytest.raises(EngineError, match="the last 5 requests"):
+            await generator.check_health()
+        engine.deltas, engine.error = answer("a"), None
+        assert len([item async for item in generator.generate(_prepared())]) == 1
+        await generator.check_health()
+
+    asyncio.run(run())
+
+
+def test_what_could_not_be_handed_over_is_a_rejection() -> None:
+    class Broken(LocalHandoff):
+        async def take(self, given: object) -> object:
+            raise StageLostError("gone")
+
+    async def run() -> list[Item]:
+        return [item async for item in Generator(ScriptedEngine([]), Broken()).generate(object())]  # type: ignore[arg-type]
+
+    [item] = asyncio.run(run())
+    assert isinstance(item, Rejected)
+    assert isinstance(item.error, StageLostError)
 
 
 def _with_engine(folder: Path, use: Callable[[Generator, AsyncEngine], Awaitable[Any]]) -> Any:

@@ -1,11 +1,10 @@
 """Every deliberate error has one status, type and code, and nothing internal gets out."""
 
 import pytest
-from ray.exceptions import ActorDiedError, ActorUnavailableError
-from ray.serve.exceptions import BackPressureError, RayServeException
 from starlette.exceptions import HTTPException
 
-from deployments.http_errors import TABLE, RequestTooLargeError, describe, describe_http, error_body, error_response
+from deployments.errors import RequestTooLargeError, StageLostError, StageUnavailableError
+from deployments.http_errors import TABLE, describe, describe_http, error_body, error_response
 from llava_core import errors
 from llava_core.errors import (
     CheckpointError,
@@ -28,13 +27,11 @@ from llava_core.errors import (
         (UnknownNameError("model", "x", ["y"]), 404, "model_not_found"),
         (RequestTooLargeError("m"), 413, "request_too_large"),
         (OverloadedError("m"), 429, "overloaded"),
-        (BackPressureError(5, 5), 429, "overloaded"),
-        (ActorDiedError(), 503, "replica_lost"),
-        (ActorUnavailableError("gone", b"\0" * 16), 503, "replica_lost"),
+        (StageLostError("m"), 503, "replica_lost"),
+        (StageUnavailableError("m"), 503, "unavailable"),
         (EngineError("m"), 500, "engine_error"),
         (CheckpointError("m"), 500, "internal_error"),
         (LlavaError("m"), 500, "internal_error"),
-        (RayServeException("m"), 500, "internal_error"),
         (ZeroDivisionError("m"), 500, "internal_error"),
     ],
 )
@@ -47,7 +44,8 @@ def test_every_deliberate_error_is_in_the_table_by_itself_or_by_a_base_of_its_ow
     def subclasses(cls: type) -> list[type]:
         return [found for child in cls.__subclasses__() for found in (child, *subclasses(child))]
 
-    deliberate = [cls for cls in subclasses(errors.LlavaError) if cls.__module__ == "llava_core.errors"]
+    modules = ("llava_core.errors", "deployments.errors")
+    deliberate = [cls for cls in subclasses(errors.LlavaError) if cls.__module__ in modules]
     rows = {kind for kind, _ in TABLE} - {LlavaError, Exception}
     unmapped = {cls for cls in deliberate if not rows & set(cls.__mro__)}
     assert unmapped == {CheckpointError}, "these end as internal errors; add a row or name them here"
@@ -75,7 +73,7 @@ def test_nothing_internal_gets_out() -> None:
 
 def test_overload_says_when_to_come_again() -> None:
     assert error_response(describe(OverloadedError("full", retry_after_s=7)), "x").headers["retry-after"] == "7"
-    assert error_response(describe(BackPressureError(1, 1, 503, 2.5)), "x").headers["retry-after"] == "3"
+    assert error_response(describe(StageUnavailableError("m")), "x").headers["retry-after"] == "5"
     assert "retry-after" not in error_response(describe(RequestError("m")), "x").headers
 
 

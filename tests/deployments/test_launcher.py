@@ -1,5 +1,6 @@
 """Everything that is judged before Ray starts; test_service.py starts it."""
 
+import signal
 import socket
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from deployments.launcher import (
     IMPORT_PATH,
     LaunchError,
     LaunchPlan,
+    LocalService,
     _cause,
     _raise_if_failed,
     check_port,
@@ -119,6 +121,67 @@ def test_a_port_in_use_ends_the_start_at_once(tiny_checkpoint: Path) -> None:
 def test_an_address_of_another_machine_cannot_be_used() -> None:
     with pytest.raises(LaunchError, match="cannot be used"):
         check_port("192.0.2.200", 0)
+
+
+def test_a_route_prefix_is_part_of_the_address(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    plan = _plan(_write(tmp_path / "c.yaml", route_prefix="/vision/"), model=str(tiny_checkpoint))
+    assert plan.url == f"http://127.0.0.1:{plan.port}/vision"
+    with pytest.raises(LaunchError, match="no route_prefix"):
+        _plan(_write(tmp_path / "c.yaml", route_prefix=None), model=str(tiny_checkpoint))
+
+
+def test_a_hub_id_is_announced_found_once_and_handed_on_as_a_folder(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[str] = []
+
+    def resolve(name: str) -> Path:
+        steps.append(f"found {name}")
+        return tiny_checkpoint
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("deployments.preflight.resolve_checkpoint", resolve)
+    plan = _plan(model="owner/name", on_fetch=lambda name: steps.append(f"fetch {name}"))
+    assert steps == ["fetch owner/name", "found owner/name"]
+    assert plan.config["applications"][0]["args"] == {"model": str(tiny_checkpoint), "model_name": "owner/name"}
+    steps.clear()
+    _plan(model=str(tiny_checkpoint), on_fetch=lambda name: steps.append(f"fetch {name}"))
+    assert steps == [f"found {tiny_checkpoint}"]
+
+
+def test_ports_between_replicas_ask_for_a_token_unless_the_user_says_otherwise() -> None:
+    assert ENVIRONMENT["RAY_AUTH_MODE"] == "token"
+
+
+@pytest.mark.parametrize("is_begun", [True, False])
+def test_stopping_ends_what_was_started_and_no_process_of_the_callers(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, *, is_begun: bool
+) -> None:
+    """A start that fails at different points, with a process of the caller's begun before and another one meanwhile."""
+    sleeper = [sys.executable, "-c", "import time; time.sleep(60)"]
+    monkeypatch.setattr("ray.shutdown", lambda: None)
+    monkeypatch.setattr("deployments.launcher._STOP_PATIENCE_S", 0.0)
+    with subprocess.Popen(sleeper) as foreign:
+        service = LocalService(_plan(model=str(tiny_checkpoint)))
+        started: list[subprocess.Popen[bytes]] = []
+
+        def init(**_: object) -> None:
+            started.append(subprocess.Popen(sleeper))
+            if not is_begun:
+                raise LaunchError("Ray did not start")
+
+        monkeypatch.setattr("ray.init", init)
+        monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 0.0})
+        service.stop()
+        with pytest.raises(LaunchError):
+            service.start(lambda _: None)
+        with subprocess.Popen(sleeper) as later:
+            service.stop()
+            assert started[0].wait(10) == -signal.SIGKILL
+            assert foreign.poll() is None
+            assert later.poll() is None or not is_begun
+            later.kill()
+        foreign.kill()
 
 
 def test_ray_is_imported_only_after_its_environment_is_set() -> None:

@@ -1,18 +1,25 @@
 """The graph on fake handles: what is passed to whom, and what is cancelled when a client leaves."""
 
 import asyncio
+import weakref
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
 import pytest
+from ray.exceptions import ActorDiedError
+from ray.serve.exceptions import BackPressureError
+from starlette.testclient import TestClient
 
+from deployments.errors import StageLostError
+from deployments.gateway import Gateway
 from deployments.handoff import LocalHandoff
-from deployments.messages import Item
-from deployments.pipeline import Pipeline, StageHealth
-from llava_core.errors import EngineError
+from deployments.messages import Item, Rejected
+from deployments.pipeline import Pipeline
+from llava_core.errors import OverloadedError, RequestError
 from llava_core.types import GenerationRequest, ImagePart, Message, SamplingParams, TextPart
-from tests.deployments.fakes import FakeHandle, FakeResponse, answer
+from tests.deployments.fakes import FakeHandle, FakeResponse, all_ready, answer
+from tests.deployments.pictures import data_url, plain
 
 
 def _request(*parts: TextPart | ImagePart) -> GenerationRequest:
@@ -29,12 +36,9 @@ class _Graph:
             if hangs:
                 await asyncio.Event().wait()
 
-        def ping() -> None:
-            return None
-
-        self.preprocessor = FakeHandle(prepare=lambda request: request, ping=ping)
-        self.encoder = FakeHandle(encode=lambda prepared: prepared, ping=ping)
-        self.generator = FakeHandle(generate=generate, ping=ping)
+        self.preprocessor = FakeHandle(prepare=lambda request: request)
+        self.encoder = FakeHandle(encode=lambda prepared: prepared)
+        self.generator = FakeHandle(generate=generate)
 
     @property
     def pipeline(self) -> Pipeline:
@@ -102,19 +106,59 @@ def test_cancelling_cancels_every_stage() -> None:
     assert all(response.is_cancelled for response in graph.responses)
 
 
-def test_ping_asks_every_stage() -> None:
-    names = ("preprocessor", "vision_encoder", "generator")
-    assert asyncio.run(_Graph([]).pipeline.ping(1.0)) == [StageHealth(name, is_ready=True) for name in names]
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize(
+    ("items", "status"), [([*answer("a", "b")], 200), ([Rejected(RequestError("bad", param="messages"))], 400)]
+)
+def test_nothing_is_cancelled_when_a_client_has_been_answered(*, items: list[Item], status: int, stream: bool) -> None:
+    graph = _Graph(items)
+    content = [{"type": "image_url", "image_url": {"url": data_url(plain())}}, {"type": "text", "text": "hi"}]
+    with TestClient(Gateway(graph.pipeline, all_ready, model_name="m").app) as client:
+        response = client.post(
+            "/v1/chat/completions", json={"messages": [{"role": "user", "content": content}], "stream": stream}
+        )
+    assert response.status_code == status
+    assert len(graph.responses) == 3
+    assert not any(response.is_cancelled for response in graph.responses)
 
 
-def test_a_stage_that_fails_or_hangs_has_no_status_and_no_open_call() -> None:
+class _Forgetful(FakeHandle):
+    """As a real handle does, keeps nothing of what it has sent."""
+
+    def remote(self, *_args: Any) -> FakeResponse:
+        return FakeResponse(lambda: None)
+
+
+def test_the_request_is_let_go_of_before_the_answer_begins() -> None:
+    graph = _Graph([*answer("a")])
+    graph.preprocessor = _Forgetful()
+    seen: list[int] = []
+
+    async def read() -> None:
+        request = _request(ImagePart(b"x"))
+        items = graph.pipeline.stream(request, lambda: seen.append(len(graph.generator.calls)))
+        watched = weakref.ref(request)
+        del request
+        await anext(items)
+        assert watched() is None
+        await items.aclose()
+
+    asyncio.run(read())
+    assert seen == [0]
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected"),
+    [(BackPressureError(1, 1), OverloadedError), (ActorDiedError(), StageLostError), (ZeroDivisionError(), None)],
+)
+def test_what_ray_does_to_a_call_is_an_error_of_ours(raised: Exception, expected: type[Exception] | None) -> None:
     graph = _Graph([])
 
-    def fail() -> None:
-        raise EngineError("dead")
+    async def generate(_given: object) -> AsyncGenerator[Item, None]:
+        yield answer("a", "b")[0]
+        raise raised
 
-    graph.encoder = FakeHandle(encode=None, ping=lambda: asyncio.Event().wait())
-    graph.generator = FakeHandle(generate=None, ping=fail)
-    health = asyncio.run(graph.pipeline.ping(0.05))
-    assert [stage.is_ready for stage in health] == [True, False, False]
-    assert graph.encoder.calls[0][2].is_cancelled
+    graph.generator = FakeHandle(generate=generate)
+    with pytest.raises(expected or type(raised)):
+        asyncio.run(_items(graph.pipeline, _request(TextPart("hi"))))
+    assert all(response.is_cancelled for response in graph.responses)

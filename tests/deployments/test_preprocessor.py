@@ -1,6 +1,8 @@
 """The preprocessing stage: its results and its rejections, side by side."""
 
 import asyncio
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -8,8 +10,8 @@ import pytest
 from deployments.messages import Prepared, Rejected
 from deployments.preprocessor import Preprocessor
 from llava_core.checkpoints.describe import load_preparer
-from llava_core.errors import ImageError
-from llava_core.types import GenerationRequest, ImagePart, Message, SamplingParams, TextPart
+from llava_core.errors import EngineError, ImageError
+from llava_core.types import GenerationRequest, ImagePart, Message, PreparedRequest, SamplingParams, TextPart
 from tests.deployments.pictures import plain
 
 
@@ -38,9 +40,65 @@ def test_a_bad_picture_is_a_value_not_an_exception(preprocessor: Preprocessor) -
 
 def test_requests_are_prepared_side_by_side(preprocessor: Preprocessor) -> None:
     async def several() -> list[Prepared | Rejected]:
-        await preprocessor.ping()
         return await asyncio.gather(*(preprocessor.prepare(_request(TextPart(str(index)))) for index in range(8)))
 
     prepared = asyncio.run(several())
     assert all(isinstance(each, Prepared) for each in prepared)
     assert len({each.request.prompt_ids for each in prepared if isinstance(each, Prepared)}) == 8
+
+
+class _Slow:
+    """A preparer whose work lasts until it is told to end."""
+
+    def __init__(self) -> None:
+        self.may_end = threading.Event()
+        self.begun: list[str] = []
+
+    def prepare(self, request: GenerationRequest) -> PreparedRequest:
+        self.begun.append(request.request_id)
+        assert self.may_end.wait(10)
+        return PreparedRequest(request.request_id, (1,), (), request.sampling)
+
+
+def test_a_request_that_is_cancelled_keeps_its_place_until_its_thread_ends() -> None:
+    slow = _Slow()
+    preprocessor = Preprocessor(slow, num_threads=1)  # type: ignore[arg-type]
+
+    async def run() -> None:
+        first, waiting, third = (asyncio.create_task(preprocessor.prepare(_request(TextPart(x)))) for x in "123")
+        await _until(lambda: bool(slow.begun))
+        first.cancel()
+        waiting.cancel()
+        # What has not begun goes at once; what has begun stays, and nothing else begins.
+        await asyncio.wait([waiting])
+        assert not first.done()
+        assert len(slow.begun) == 1
+        slow.may_end.set()
+        done = await asyncio.gather(first, waiting, third, return_exceptions=True)
+        assert [type(each) for each in done] == [asyncio.CancelledError, asyncio.CancelledError, Prepared]
+        assert len(slow.begun) == 2
+
+    asyncio.run(run())
+
+
+async def _until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+def test_failures_that_are_not_the_clients_make_it_unhealthy(preprocessor: Preprocessor) -> None:
+    class Broken:
+        def prepare(self, _request: GenerationRequest) -> PreparedRequest:
+            raise ZeroDivisionError("oops")
+
+    async def run(broken: Preprocessor) -> None:
+        for _ in range(5):
+            await preprocessor.prepare(_request(ImagePart(b"no picture")))
+            with pytest.raises(ZeroDivisionError):
+                await broken.prepare(_request(TextPart("hi")))
+        await preprocessor.check_health()
+        with pytest.raises(EngineError, match="preprocessor"):
+            await broken.check_health()
+
+    asyncio.run(run(Preprocessor(Broken())))  # type: ignore[arg-type]

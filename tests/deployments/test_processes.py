@@ -46,3 +46,20 @@ def test_a_process_that_has_ended_is_none() -> None:
         time.sleep(0.01)
     assert not any(each.pid == process.pid for each in descendants(os.getpid()))
     process.wait(10)
+
+
+def test_what_is_killed_is_gone_when_that_returns() -> None:
+    for _ in range(3):
+        process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+        begun = {each for each in descendants(os.getpid()) if each.pid == process.pid}
+        end(begun, patience_s=0.0)
+        assert not begun & descendants(os.getpid())
+        process.wait(10)
+
+
+def test_descendants_of_several_are_found_together() -> None:
+    process = _start_two()
+    [grandchild] = descendants(process.pid)
+    assert descendants(process.pid, grandchild.pid) == {grandchild}
+    end({grandchild, *(each for each in descendants(os.getpid()) if each.pid == process.pid)}, patience_s=0.0)
+    process.wait(10)

@@ -6,7 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from deployments.replicas import PreprocessorReplica, VisionEncoderReplica, adopt_serve_logging, set_up_compute
+from deployments.handoff import LocalHandoff
+from deployments.preflight import FoundCheckpoint
+from deployments.replicas import (
+    DeviceError,
+    PreprocessorReplica,
+    VisionEncoderReplica,
+    adopt_serve_logging,
+    choose_device,
+    set_up_compute,
+)
 from deployments.settings import AppArgs, ComputeArgs
 from llava_core.errors import CheckpointError
 from tests.tiny import edit_json
@@ -42,12 +51,38 @@ def test_our_records_go_where_serves_go() -> None:
 def test_a_replica_reads_its_own_part_only(checkpoint_copy: Path) -> None:
     (checkpoint_copy / "model.safetensors").unlink()
     args = AppArgs(model=str(checkpoint_copy))
-    PreprocessorReplica(args)
+    found = FoundCheckpoint(args.checkpoint, checkpoint_copy)
+    PreprocessorReplica(args, found)
     with pytest.raises(CheckpointError, match=r"model\.safetensors"):
-        VisionEncoderReplica(args, None)  # type: ignore[arg-type]
+        VisionEncoderReplica(args, found, LocalHandoff())
 
 
 def test_a_wrong_shape_is_found_where_it_is_loaded(checkpoint_copy: Path) -> None:
     edit_json(checkpoint_copy / "config.json", lambda config: config["vision_config"].update(intermediate_size=48))
     with pytest.raises(CheckpointError, match="tower tensor"):
-        VisionEncoderReplica(AppArgs(model=str(checkpoint_copy)), None)  # type: ignore[arg-type]
+        VisionEncoderReplica(AppArgs(), FoundCheckpoint("x", checkpoint_copy), LocalHandoff())
+
+
+def test_auto_is_the_gpu_that_ray_has_given_and_never_one_that_is_merely_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert choose_device("auto", num_gpus=0) == "cpu"
+    assert choose_device("auto", num_gpus=1) == "cuda"
+    assert choose_device("cuda:1", num_gpus=0) == "cuda:1"
+    assert choose_device("cpu", num_gpus=1) == "cpu"
+
+
+@pytest.mark.parametrize(("asked", "num_gpus"), [("auto", 1), ("cuda", 0), ("cuda:0", 1)])
+def test_a_gpu_that_torch_cannot_use_ends_the_start(asked: str, num_gpus: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(DeviceError, match="calls for CUDA"):
+        choose_device(asked, num_gpus=num_gpus)
+
+
+def test_ray_is_asked_which_gpus_it_has_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    for gpus, device in (([], "cpu"), ([1], "cuda")):
+        monkeypatch.setattr("ray.get_gpu_ids", lambda gpus=gpus: gpus)
+        assert set_up_compute(ComputeArgs(threads=1, dtype="float32")).device == device

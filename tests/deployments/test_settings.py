@@ -6,7 +6,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from deployments.settings import AppArgs, EngineArgs, LimitArgs, StageArgs
+from deployments.settings import AppArgs, LimitArgs, StageArgs
 from llava_core.checkpoints.files import DEFAULT_MODEL
 
 
@@ -26,6 +26,8 @@ def test_a_folder_is_served_under_its_name_and_made_absolute(tmp_path: Path, mon
 
 def test_a_hub_id_is_served_as_it_is() -> None:
     args = AppArgs(model="owner/some-llava")
+    assert args.is_hub_id
+    assert not any(AppArgs(model=name).is_hub_id for name in (None, "~/a", "./a/b", "/a/b", "a", "a/b/c"))
     assert args.served_name == args.checkpoint == "owner/some-llava"
     assert AppArgs(model="owner/some-llava", model_name="short").served_name == "short"
 
@@ -68,5 +70,17 @@ def test_stages_fit_a_small_machine_twice() -> None:
     assert sum(stage.num_cpus for stage in stages) * 2 <= 2
 
 
-def test_the_generator_holds_what_its_engine_may_hold() -> None:
-    assert AppArgs().generator.max_ongoing_requests <= EngineArgs().max_running + EngineArgs().max_waiting
+def test_the_engine_refuses_first_and_the_gateway_holds_what_the_stages_accept() -> None:
+    args = AppArgs()
+    accepted = args.engine.max_running + args.engine.max_waiting
+    assert accepted == 272
+    stages = (args.preprocessor, args.vision_encoder)
+    before = [stage.max_ongoing_requests + stage.max_queued_requests for stage in stages]
+    assert before == [260, 272]
+    assert accepted + args.vision_encoder.max_ongoing_requests < args.generator.max_ongoing_requests
+    assert accepted + sum(before) <= args.gateway.max_ongoing_requests
+
+
+def test_bodies_in_flight_are_never_less_than_one_body() -> None:
+    with pytest.raises(ValidationError, match="max_bytes_in_flight 5 is below max_body_bytes 6"):
+        LimitArgs(max_body_bytes=6, max_bytes_in_flight=5)

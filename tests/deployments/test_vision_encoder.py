@@ -50,18 +50,39 @@ def test_a_rejection_is_passed_on(tower: ClipTower) -> None:
     assert asyncio.run(VisionEncoder(tower, LocalHandoff()).encode(rejected)) is rejected
 
 
-def test_a_failure_of_the_tower_ends_one_request(tower: ClipTower) -> None:
+def test_a_failure_of_the_tower_ends_one_request_and_leaves_a_trace(
+    tower: ClipTower, caplog: pytest.LogCaptureFixture
+) -> None:
     encoder = VisionEncoder(tower, LocalHandoff())
-    odd = PreparedImage("odd", Size(5, 5), np.zeros((1, 5, 5, 3), np.uint8))
 
     async def both() -> list[Encoded | Rejected]:
-        await encoder.ping()
-        return await asyncio.gather(encoder.encode(_prepared(odd)), encoder.encode(_prepared(_image(1))))
+        return await asyncio.gather(encoder.encode(_prepared(_odd())), encoder.encode(_prepared(_image(1))))
 
     bad, good = asyncio.run(both())
     assert isinstance(bad, Rejected)
     assert isinstance(bad.error, EngineError)
     assert isinstance(good, Encoded)
+    [record] = [record for record in caplog.records if record.exc_info]
+    assert record.getMessage() == "request id could not be encoded"
+
+
+def test_a_tower_that_always_fails_is_unhealthy_until_it_works(tower: ClipTower) -> None:
+    encoder = VisionEncoder(tower, LocalHandoff())
+
+    async def run() -> None:
+        for _ in range(5):
+            await encoder.check_health()
+            await encoder.encode(_prepared(_odd()))
+        with pytest.raises(EngineError, match="vision encoder: the last 5 requests have failed"):
+            await encoder.check_health()
+        await encoder.encode(_prepared(_image(1)))
+        await encoder.check_health()
+
+    asyncio.run(run())
+
+
+def _odd() -> PreparedImage:
+    return PreparedImage("odd", Size(5, 5), np.zeros((1, 5, 5, 3), np.uint8))
 
 
 def test_a_request_that_is_cancelled_while_it_waits_is_never_encoded(

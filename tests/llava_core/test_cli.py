@@ -1,6 +1,8 @@
 """The `llava` command: answers as text and as JSON, mistakes as one line, offered commands found without an import."""
 
 import json
+import subprocess
+import sys
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -116,6 +118,42 @@ def test_offered_commands_run_and_their_errors_are_one_line() -> None:
 def test_commands_are_listed_without_importing_them(monkeypatch: pytest.MonkeyPatch, offered: None) -> None:
     monkeypatch.setattr(EntryPoint, "load", lambda _: pytest.fail("a command was imported"))
     assert cli.CommandGroup(commands=main.commands).list_commands(click.Context(main)) == ["ask", "broken", "hello"]
+
+
+@pytest.mark.usefixtures("offered")
+def test_help_names_a_command_whose_package_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(point: EntryPoint) -> click.Command:
+        if point.name == "hello":
+            return hello
+        raise ModuleNotFoundError("No module named 'pydantic'", name="pydantic")
+
+    monkeypatch.setattr(EntryPoint, "load", load)
+    code, out, _ = run("--help")
+    assert code == 0
+    assert "Fail on purpose" in out
+    assert "pydantic is missing" in out
+    code, _, err = run("broken", "--some-option", "value")
+    assert code == 1
+    assert "`llava broken` needs pydantic" in err
+    assert "pip install" in err
+
+
+def test_a_missing_module_of_our_own_is_a_defect_and_not_a_missing_extra(
+    monkeypatch: pytest.MonkeyPatch, offered: None
+) -> None:
+    def load(_: EntryPoint) -> click.Command:
+        raise ModuleNotFoundError("No module named 'deployments.nothing'", name="deployments.nothing")
+
+    monkeypatch.setattr(EntryPoint, "load", load)
+    assert isinstance(CliRunner().invoke(main, ["broken"]).exception, ModuleNotFoundError)
+
+
+def test_help_loads_neither_torch_nor_ray() -> None:
+    code = "import sys; from llava_core.cli import main; main(['--help'], standalone_mode=False); "
+    code += "print([name for name in ('torch', 'transformers', 'ray', 'starlette') if name in sys.modules])"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert "serve" in shown.stdout
+    assert shown.stdout.splitlines()[-1] == "[]"
 
 
 def test_an_unknown_command_is_a_usage_error() -> None:

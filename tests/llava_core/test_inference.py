@@ -16,7 +16,7 @@ from llava_core.evaluation.task import Sample
 from llava_core.images.preprocess import preprocess
 from llava_core.inference import LocalAnswerer, LocalModel
 from llava_core.prompts.tokenize import IMAGE_TOKEN_ID
-from llava_core.types import GenerationRequest, ImagePart, Message, SamplingParams, TextPart
+from llava_core.types import GenerationRequest, ImagePart, Message, SamplingParams, TextPart, TokenDelta
 from llava_core.vision.clip import normalise
 
 
@@ -66,6 +66,22 @@ def test_the_last_delta_tells_reason_usage_and_times(model: LocalModel) -> None:
     assert last.usage.image_tokens == 8
     assert last.usage.completion_tokens == sum(len(delta.token_ids) for delta in deltas) <= 5
     assert {"queue", "prefill", "decode"} <= set(last.stage_ms)
+
+
+def test_streams_read_in_turns_do_not_mix(model: LocalModel) -> None:
+    requests = [ask("What is it?", picture(1), name="a"), ask("And this?", picture(2), max_tokens=7, name="b")]
+    alone = {request.request_id: list(model.stream(request)) for request in requests}
+    streams = {request.request_id: model.stream(request) for request in requests}
+    together: dict[str, list[TokenDelta]] = {name: [] for name in streams}
+    while streams:
+        for name in list(streams):
+            delta = next(streams[name], None)
+            if delta is None:
+                del streams[name]
+            else:
+                together[name].append(delta)
+    for name, deltas in alone.items():
+        assert [(d.request_id, d.token_ids) for d in together[name]] == [(name, d.token_ids) for d in deltas]
 
 
 def test_an_abandoned_answer_leaves_nothing_behind(model: LocalModel) -> None:

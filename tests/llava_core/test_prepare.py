@@ -101,6 +101,7 @@ def test_a_digest_knows_the_shape() -> None:
         (request(user("Q"), assistant("A")), "messages", "last message must be the user's"),
         (request(user(png(), png(), png(), "Q")), "messages", "3 images; at most 2"),
         (request(user("x" * 301)), "messages", "301 characters; at most 300"),
+        (request(user("x" * 200), system="y" * 200), "messages", "400 characters; at most 300"),
         (request(user("say </s> now")), "messages[0].content", "'</s>', which is a control token"),
         (request(user("Q"), assistant("A"), user("<image> again")), "messages[2].content", "'<image>'"),
         (request(user("Q"), system="<s>"), "messages", "'<s>'"),

@@ -102,6 +102,21 @@ def test_a_dead_thread_ends_its_readers_and_fails_the_health_check(
         await until(lambda: not engine._thread.is_alive())
         with pytest.raises(EngineError, match="dead"):
             engine.check_health()
+        async with asyncio.timeout(20):
+            with pytest.raises(EngineError, match="has stopped"):
+                await collect(engine, make_request("late"))
+
+    asyncio.run(main())
+
+
+def test_a_request_after_closing_is_refused(build_engine: BuildEngine) -> None:
+    async def main() -> None:
+        engine = AsyncEngine(build_engine())
+        engine.close()
+        async with asyncio.timeout(20):
+            for name in ("a", "b"):
+                with pytest.raises(EngineError, match="has stopped"):
+                    await collect(engine, make_request(name))
 
     asyncio.run(main())
 

@@ -123,6 +123,21 @@ def test_poisoned_features_fail_alone(build_engine: BuildEngine) -> None:
     assert tokens == expected
 
 
+def test_a_token_beyond_the_embeddings_fails_alone(build_engine: BuildEngine, caplog: pytest.LogCaptureFixture) -> None:
+    engine = build_engine()
+    good = make_request("good", max_tokens=3)
+    bad = make_request("bad", max_tokens=3)
+    engine.add_request(replace(bad, prompt_ids=(*bad.prompt_ids, 100_000)))
+    engine.add_request(good)
+    outputs = [output for _ in range(4) for output in engine.step()]
+    (failure,) = (output for output in outputs if isinstance(output, RequestFailure))
+    assert failure.request_id == "bad"
+    assert isinstance(failure.error, EngineError)
+    assert "IndexError" in caplog.text
+    tokens = [token for output in outputs if isinstance(output, TokenDelta) for token in output.token_ids]
+    assert tokens == run(build_engine(), good)["good"]
+
+
 def test_features_that_do_not_match_the_placeholders_fail_alone(build_engine: BuildEngine) -> None:
     engine = build_engine()
     engine.add_request(replace(make_request("bad"), features=()))

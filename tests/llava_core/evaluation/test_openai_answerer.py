@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from llava_core.errors import LlavaError
-from llava_core.evaluation.openai_answerer import OpenAIAnswerer
+from llava_core.evaluation.openai_answerer import OpenAIAnswerer, served_model
 from llava_core.evaluation.task import Sample
 
 Handler = Callable[[httpx.Request], httpx.Response]
@@ -68,3 +68,26 @@ def test_a_service_that_is_not_there_is_named(serve: Callable[[Handler], OpenAIA
 
     with pytest.raises(LlavaError, match="http://service did not answer"):
         list(serve(fail).answer([Sample("7", "kind", "q", "", b"x")]))
+
+
+@pytest.mark.parametrize("body", [b"not json", b"{}", b'{"choices": []}', b'{"choices": [3]}'])
+def test_an_answer_that_is_none_is_named(serve: Callable[[Handler], OpenAIAnswerer], body: bytes) -> None:
+    with pytest.raises(LlavaError, match="not a chat completion"):
+        list(serve(lambda _: httpx.Response(200, content=body)).answer([Sample("7", "kind", "q", "", b"x")]))
+
+
+def test_the_served_model_is_asked_for(serve: Callable[[Handler], OpenAIAnswerer]) -> None:
+    serve(lambda _: httpx.Response(200, json={"data": [{"id": "tiny"}]}))
+    assert served_model("http://service") == "tiny"
+
+
+@pytest.mark.parametrize("status", [200, 500])
+def test_a_server_without_models_is_named(serve: Callable[[Handler], OpenAIAnswerer], status: int) -> None:
+    serve(lambda _: httpx.Response(status, content=b"hello"))
+    with pytest.raises(LlavaError, match="http://service/v1/models does not list a model"):
+        served_model("http://service")
+
+
+def test_an_address_that_is_none_is_named() -> None:
+    with pytest.raises(LlavaError, match="does not list a model"):
+        served_model("nonsense")

@@ -5,10 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from torch import nn
 from transformers import LlavaForConditionalGeneration
 
 from llava_core.checkpoints.load import LoadOptions
+from llava_core.errors import LlavaError
 from llava_core.inference import LocalModel
 from llava_core.scenes import recipe as recipe_module
 from llava_core.scenes.recipe import STAGES, Recipe, StageSpec, build
@@ -69,6 +71,25 @@ def test_finished_stages_are_not_run_again(tmp_path: Path, monkeypatch: pytest.M
     assert ran == ["trained"]
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two")]
     assert weights[0] == weights[1]
+
+
+def test_a_stage_made_otherwise_is_not_taken_for_this_one(tmp_path: Path) -> None:
+    build(TINY, tmp_path / "work", tmp_path / "one")
+    other = replace(TINY, align=replace(SMALL, learning_rate=2e-3))
+    with pytest.raises(LlavaError, match=r"work/align was made by another recipe"):
+        build(other, tmp_path / "work", tmp_path / "two")
+    weights = tmp_path / "work" / "tower" / "weights.pt"
+    state = torch.load(weights, weights_only=True)
+    torch.save({name: value + 1 for name, value in state.items()}, weights)
+    with pytest.raises(LlavaError, match=r"work/features was made .* from weights that have changed"):
+        build(TINY, tmp_path / "work", tmp_path / "two")
+
+
+def test_a_result_that_exists_is_refused_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with pytest.raises(LlavaError, match="out exists"):
+        build(TINY, tmp_path / "work", tmp_path / "out")
+    assert not (tmp_path / "work").exists()
 
 
 def test_a_scaled_recipe_has_fewer_pictures_and_steps_and_is_the_same_otherwise() -> None:

@@ -1,6 +1,6 @@
 """Answers, chunks and models look as OpenAI's do."""
 
-from deployments.openai_answers import Answer, model_body
+from deployments.chat_response import Answer, model_body
 from llava_core.types import TokenDelta
 from tests.deployments.fakes import answer
 

@@ -1,0 +1,21 @@
+"""Errors of the service that the core does not know: a body that is too large, a stage that is lost or not there.
+
+Plain exceptions on top of the core's tree, which every process can afford and pickle. Knows neither HTTP nor Ray.
+"""
+
+from llava_core.errors import LlavaError, RequestError
+
+
+class RequestTooLargeError(RequestError):
+    """The body has more bytes than allowed."""
+
+    def __init__(self, message: str, *, param: str | None = None, code: str = "request_too_large") -> None:
+        super().__init__(message, param=param, code=code)
+
+
+class StageUnavailableError(LlavaError):
+    """A stage has no replica that could take the request."""
+
+
+class StageLostError(LlavaError):
+    """The replica that worked on the request, or what it made, is gone."""

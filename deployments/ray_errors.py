@@ -1,0 +1,39 @@
+"""What Ray, Serve and gRPC raise when a call between stages fails, as errors of ours.
+
+So that nothing outside of the files that make such calls needs to know Ray. What a stage itself has raised is passed
+on as it is.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from grpc.aio import AioRpcError
+from ray.exceptions import ObjectLostError, RayActorError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
+
+from deployments.errors import StageLostError, StageUnavailableError
+from llava_core.errors import OverloadedError
+
+logger = logging.getLogger(__name__)
+
+# Serve names gRPC's UNAVAILABLE itself; a replica that is killed in the middle of an answer also shows as others.
+_LOST = (ReplicaUnavailableError, RayActorError, ObjectLostError, AioRpcError)
+
+
+@contextmanager
+def ray_errors_as_ours() -> Iterator[None]:
+    """For a block that calls a stage or reads what it answers."""
+    try:
+        yield
+    except BackPressureError as error:
+        retry_after_s = max(1, math.ceil(error.retry_after_s or 0))
+        raise OverloadedError("the service is at its capacity; try again later", retry_after_s=retry_after_s) from error
+    except DeploymentUnavailableError as error:
+        raise StageUnavailableError("a stage of the service is not available") from error
+    except _LOST as error:
+        logger.warning("a call to a stage failed: %s: %s", type(error).__name__, error)
+        raise StageLostError("the part of the service that worked on this request is gone") from error

@@ -1,0 +1,74 @@
+"""Which stages can serve, as Serve's controller sees it: it watches every replica and is told by their `check_health`.
+
+Asked off the event loop and at most once in a while. No stage is called, so nothing waits behind requests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+from ray.serve.schema import DeploymentStatusOverview, ServeStatus
+
+from deployments.messages import StageHealth
+
+logger = logging.getLogger(__name__)
+
+
+class StageStatus:
+    """Callable for the state of `stages`: names for clients to names of deployments of the application.
+
+    An answer of the controller serves everybody who asks within `max_age_s` of the question.
+    """
+
+    def __init__(
+        self,
+        application: str,
+        stages: Mapping[str, str],
+        *,
+        max_age_s: float = 1.0,
+        timeout_s: float = 5.0,
+        ask: Callable[[], ServeStatus] = serve.status,
+    ) -> None:
+        self._application = application
+        self._stages = stages
+        self._max_age_s = max_age_s
+        self._timeout_s = timeout_s
+        self._ask = ask
+        # Not the loop's own threads: those may be busy with bodies.
+        self._thread = ThreadPoolExecutor(1, "stage-status")
+        self._answer: asyncio.Future[ServeStatus] | None = None
+        self._asked_at = 0.0
+
+    async def __call__(self) -> list[StageHealth]:
+        """Stages are not ready when the controller does not say so in time."""
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                status = await asyncio.shield(self._latest())
+        except (TimeoutError, RayError, RayServeException) as error:
+            logger.warning("Serve's controller did not say how the stages are: %s: %s", type(error).__name__, error)
+            return [StageHealth(name, is_ready=False) for name in self._stages]
+        application = status.applications.get(self._application)
+        deployments = {} if application is None else application.deployments
+        return [StageHealth(name, is_ready=_is_ready(deployments.get(stage))) for name, stage in self._stages.items()]
+
+    def _latest(self) -> asyncio.Future[ServeStatus]:
+        now = time.monotonic()
+        if self._answer is None or (self._answer.done() and now - self._asked_at > self._max_age_s):
+            self._asked_at = now
+            self._answer = asyncio.get_running_loop().run_in_executor(self._thread, self._ask)
+        return self._answer
+
+
+def _is_ready(deployment: DeploymentStatusOverview | None) -> bool:
+    """A replica runs; or none does and none is wanted, because the first request will start one."""
+    if deployment is None:
+        return False
+    is_running = any(count and state == "RUNNING" for state, count in deployment.replica_states.items())
+    return is_running or deployment.status == "HEALTHY"

@@ -1,0 +1,15 @@
+"""Errors of the service survive the way from process to process."""
+
+import pickle
+
+import pytest
+
+from deployments.errors import RequestTooLargeError, StageLostError, StageUnavailableError
+
+
+@pytest.mark.parametrize(
+    "error", [RequestTooLargeError("m", param="p"), StageUnavailableError("m"), StageLostError("m")]
+)
+def test_pickling_keeps_class_message_and_fields(error: Exception) -> None:
+    again = pickle.loads(pickle.dumps(error))
+    assert (type(again), str(again), vars(again)) == (type(error), str(error), vars(error))

@@ -1,0 +1,53 @@
+"""What calls between stages raise becomes an error of ours; what a stage has raised stays as it is."""
+
+import pytest
+from grpc import StatusCode
+from grpc.aio import AioRpcError, Metadata
+from ray.exceptions import ActorDiedError, ActorUnavailableError, ObjectLostError
+from ray.serve.config import DeploymentID
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
+
+from deployments.errors import StageLostError, StageUnavailableError
+from deployments.ray_errors import ray_errors_as_ours
+from llava_core.errors import LlavaError, OverloadedError, RequestError
+
+
+def _raised(error: Exception) -> Exception:
+    try:
+        with ray_errors_as_ours():
+            raise error
+    except (LlavaError, ArithmeticError) as ours:
+        return ours
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (ActorDiedError(), StageLostError),
+        (ActorUnavailableError("gone", b"\0" * 16), StageLostError),
+        (ObjectLostError("0" * 56, None, ""), StageLostError),
+        (ReplicaUnavailableError("gone"), StageLostError),
+        *(
+            (AioRpcError(code, Metadata(), Metadata()), StageLostError)
+            for code in (StatusCode.UNKNOWN, StatusCode.INTERNAL)
+        ),
+        (DeploymentUnavailableError(DeploymentID(name="x")), StageUnavailableError),
+        (BackPressureError(1, 1), OverloadedError),
+    ],
+)
+def test_each_kind_has_an_error_of_ours(error: Exception, expected: type[Exception]) -> None:
+    ours = _raised(error)
+    assert type(ours) is expected
+    assert ours.__cause__ is error
+
+
+def test_overload_keeps_when_to_come_again() -> None:
+    for given, expected in ((None, 1), (0.2, 1), (2.5, 3)):
+        error = _raised(BackPressureError(1, 1, 503, given))
+        assert isinstance(error, OverloadedError)
+        assert error.retry_after_s == expected
+
+
+@pytest.mark.parametrize("error", [RequestError("bad"), ZeroDivisionError("oops")])
+def test_what_a_stage_has_raised_is_passed_on(error: Exception) -> None:
+    assert _raised(error) is error

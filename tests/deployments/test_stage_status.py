@@ -1,0 +1,91 @@
+"""What the controller says about the stages: asked rarely, not waited for too long. test_faults.py kills replicas."""
+
+import asyncio
+import threading
+from collections.abc import Callable
+
+import pytest
+from ray.exceptions import RayError
+from ray.serve._private.common import DeploymentStatus, DeploymentStatusTrigger, ReplicaState
+from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, DeploymentStatusOverview, ServeStatus
+
+from deployments.stage_status import StageStatus
+
+STAGES = {"preprocessor": "Preprocessor", "generator": "Generator"}
+
+
+def _overview(status: str, **replicas: int) -> DeploymentStatusOverview:
+    states = {ReplicaState(name): count for name, count in replicas.items()}
+    return DeploymentStatusOverview(DeploymentStatus(status), DeploymentStatusTrigger.UNSPECIFIED, states, "")
+
+
+def _status(generator: DeploymentStatusOverview | None) -> ServeStatus:
+    deployments = {"Preprocessor": _overview("HEALTHY", RUNNING=1)}
+    if generator is not None:
+        deployments["Generator"] = generator
+    application = ApplicationStatusOverview(ApplicationStatus.RUNNING, "", 0.0, deployments)
+    return ServeStatus(applications={"llava": application})
+
+
+def _ready(ask: Callable[[], ServeStatus], **options: float) -> dict[str, bool]:
+    stages = asyncio.run(StageStatus("llava", STAGES, ask=ask, **options)())
+    return {stage.name: stage.is_ready for stage in stages}
+
+
+@pytest.mark.parametrize(
+    ("generator", "is_ready"),
+    [
+        (_overview("HEALTHY", RUNNING=2), True),
+        (_overview("UPSCALING", RUNNING=1, STARTING=1), True),
+        (_overview("UNHEALTHY", RUNNING=1, STARTING=1), True),
+        (_overview("HEALTHY"), True),
+        (_overview("UNHEALTHY", STARTING=1), False),
+        (_overview("UPDATING", STARTING=1), False),
+        (_overview("UNHEALTHY", RUNNING=0), False),
+        (None, False),
+    ],
+)
+def test_a_stage_is_ready_with_a_running_replica_or_when_none_is_wanted(
+    generator: DeploymentStatusOverview | None, *, is_ready: bool
+) -> None:
+    assert _ready(lambda: _status(generator)) == {"preprocessor": True, "generator": is_ready}
+
+
+def test_no_stage_of_an_application_that_is_not_there_is_ready() -> None:
+    assert _ready(ServeStatus) == {"preprocessor": False, "generator": False}
+
+
+def test_a_controller_that_fails_or_does_not_answer_means_not_ready(caplog: pytest.LogCaptureFixture) -> None:
+    def fail() -> ServeStatus:
+        raise RayError("no controller")
+
+    assert _ready(fail) == {"preprocessor": False, "generator": False}
+    may_end = threading.Event()
+
+    async def hang() -> list[bool]:
+        status = StageStatus("llava", STAGES, ask=lambda: ServeStatus() if may_end.wait(10) else None, timeout_s=0.01)  # type: ignore[arg-type,return-value]
+        try:
+            return [stage.is_ready for stage in await status()]
+        finally:
+            may_end.set()
+
+    assert asyncio.run(hang()) == [False, False]
+    assert "did not say how the stages are" in caplog.text
+
+
+def test_many_who_ask_at_once_are_one_question_and_its_answer_grows_old() -> None:
+    asked: list[int] = []
+
+    def ask() -> ServeStatus:
+        asked.append(1)
+        return _status(None)
+
+    async def several(max_age_s: float) -> int:
+        asked.clear()
+        status = StageStatus("llava", STAGES, ask=ask, max_age_s=max_age_s)
+        await asyncio.gather(*(status() for _ in range(5)))
+        await status()
+        return len(asked)
+
+    assert asyncio.run(several(60.0)) == 1
+    assert asyncio.run(several(0.0)) == 2
