@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 from pydantic_core import ErrorDetails
 
@@ -159,7 +160,9 @@ def parse_body(body: bytes, *, max_text: int) -> ChatBody:
 
 def _refuse_swollen(body: bytes, max_tokens: int) -> None:
     """A few bytes of JSON can become a hundred times as many in memory; base64 has none of these characters."""
-    if sum(body.count(mark) for mark in (b",", b"[", b"{")) > max_tokens:
+    # numpy counts many times faster than bytes.count does, and lets other threads run meanwhile.
+    characters = np.frombuffer(body, np.uint8)
+    if sum(np.count_nonzero(characters == mark) for mark in b",[{") > max_tokens:
         raise RequestError("the body holds too many values", code="request_too_complex")
 
 

@@ -1,9 +1,15 @@
-"""What can be said without a cluster; test_service.py sees references travel."""
+"""How stages are called; and on a real Ray, that results pass the gateway by and do not stay behind."""
 
 import asyncio
+import json
+import sys
+from pathlib import Path
 from typing import Any
 
+import pytest
+
 from deployments.handoff import LocalHandoff, RayHandoff
+from tests.deployments.service import started
 
 
 class _Handle:
@@ -34,3 +40,19 @@ def test_in_one_process_responses_are_passed_on_untouched() -> None:
     assert asyncio.run(LocalHandoff().take(response)) is response
     assert LocalHandoff().calling(handle, "encode").given == {"method_name": "encode"}
     assert LocalHandoff().streaming(handle, "generate").given == {"method_name": "generate", "stream": True}
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(300)
+def test_results_pass_the_gateway_by_and_leave_the_object_store(tmp_path: Path) -> None:
+    program = Path(__file__).with_name("handoff_program.py")
+    with started([sys.executable, str(program), str(tmp_path / "log")]) as (process, _):
+        printed = process.communicate(timeout=200)[0].decode()
+    assert process.returncode == 0, printed
+    seen = json.loads(printed.strip().splitlines()[-1])
+    assert seen["after"] <= seen["before"]
+    assert seen["before"] < 4 * seen["payload"]
+    # Two results for each request, each of them unpacked once, by the stage that it was meant for.
+    assert len(seen["unpacked_by"]) == 2 * (8 + 60)
+    assert len(set(seen["unpacked_by"])) == 2
+    assert seen["gateway"] not in seen["unpacked_by"]

@@ -1,0 +1,131 @@
+"""Run by test_handoff.py in a process of its own: the real pipeline and handoff on a real Ray, over stages that compute
+nothing, with results that write down in which process they are unpacked. Prints what it has seen as JSON."""
+
+import asyncio
+import json
+import os
+import sys
+import time
+from collections.abc import AsyncGenerator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deployments.launcher import ENVIRONMENT
+from llava_core.types import GenerationRequest, ImagePart, Message, SamplingParams, TokenDelta
+
+# As many as one picture's features of a 7B model.
+NUM_BYTES = 576 * 1024 * 2
+NUM_REQUESTS = 60
+DEADLINE_S = 30.0
+
+
+class Payload:
+    """A large result."""
+
+    def __init__(self, log: str) -> None:
+        self.log = log
+        self.data = np.zeros(NUM_BYTES, np.uint8)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        with open(self.log, "a") as log:
+            log.write(f"{os.getpid()}\n")
+
+
+class First:
+    def __init__(self, log: str) -> None:
+        self._log = log
+
+    async def prepare(self, _request: GenerationRequest) -> Payload:
+        return Payload(self._log)
+
+
+class Second:
+    def __init__(self, log: str, handoff: Any) -> None:
+        self._log, self._handoff = log, handoff
+
+    async def encode(self, given: object) -> Payload:
+        assert (await self._handoff.take(given)).data.nbytes == NUM_BYTES
+        return Payload(self._log)
+
+
+class Last:
+    def __init__(self, handoff: Any) -> None:
+        self._handoff = handoff
+
+    async def generate(self, given: object) -> AsyncGenerator[TokenDelta, None]:
+        assert (await self._handoff.take(given)).data.nbytes == NUM_BYTES
+        yield TokenDelta("id", "a")
+        yield TokenDelta("id", "b", finish_reason="stop")
+
+
+class Entrance:
+    def __init__(self, *stages: Any) -> None:
+        from deployments.pipeline import Pipeline
+
+        self._pipeline = Pipeline(*stages)
+
+    async def ask(self) -> int:
+        request = GenerationRequest("id", (Message("user", (ImagePart(b"x"),)),), SamplingParams())
+        assert [item.text async for item in self._pipeline.stream(request) if isinstance(item, TokenDelta)] == [
+            "a",
+            "b",
+        ]
+        return os.getpid()
+
+
+def stored_bytes() -> int:
+    """What Ray's object store holds."""
+    from ray._private.internal_api import get_memory_info_reply, get_state_from_address
+
+    stats: Any = get_memory_info_reply(get_state_from_address(None)).store_stats
+    return int(stats.object_store_bytes_used)
+
+
+def main(log: str) -> None:
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    import ray
+    from ray import serve
+
+    from deployments.handoff import RayHandoff
+
+    ray.init(address="local", include_dashboard=False, log_to_driver=False, object_store_memory=256 * 1024**2)
+
+    serve.start(proxy_location="Disabled")
+
+    def deploy(cls: type, *args: Any) -> Any:
+        decorate = serve.deployment(name=cls.__name__, ray_actor_options={"num_cpus": 0}, max_ongoing_requests=16)
+        return decorate(cls).bind(*args)
+
+    handoff = RayHandoff()
+    stages = deploy(First, log), deploy(Second, log, handoff), deploy(Last, handoff)
+    handle: Any = serve.run(deploy(Entrance, *stages, handoff), route_prefix=None)
+
+    async def ask(num_requests: int) -> set[int]:
+        return {
+            pid
+            for _ in range(num_requests // 4)
+            for pid in await asyncio.gather(*(handle.ask.remote() for _ in range(4)))
+        }
+
+    async def run() -> dict[str, Any]:
+        [gateway] = await ask(8)
+        before = stored_bytes()
+        await ask(NUM_REQUESTS)
+        deadline = time.monotonic() + DEADLINE_S
+        while (after := stored_bytes()) > before and time.monotonic() < deadline:
+            await asyncio.sleep(0.1)
+        return {"before": before, "after": after, "gateway": gateway, "payload": NUM_BYTES}
+
+    seen = asyncio.run(run())
+    seen["unpacked_by"] = [int(line) for line in Path(log).read_text().split()]
+    sys.stdout.write(json.dumps(seen) + "\n")
+    serve.shutdown()
+    ray.shutdown()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
