@@ -229,12 +229,12 @@ MAKERS: dict[str, Maker] = {
 }
 WEIGHTS = {
     "describe": 1.5,
-    "exists": 1.6,
-    "count": 1.2,
-    "colour": 1.0,
-    "shape": 1.0,
-    "size": 0.8,
-    "where": 1.2,
+    "exists": 0.8,
+    "count": 2.0,
+    "colour": 0.6,
+    "shape": 0.8,
+    "size": 0.5,
+    "where": 0.8,
     "compare": 2.0,
-    "read": 1.6,
+    "read": 2.5,
 }

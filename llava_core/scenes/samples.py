@@ -17,7 +17,10 @@ EVALUATION_SEED = 20_000
 
 
 def make_samples(num_questions: int, *, image_format: ImageFormat = "png", seed: int = EVALUATION_SEED) -> list[Sample]:
-    """Questions in equal numbers of every kind, about pictures of 64 to 1,500 pixels, each picture asked about once."""
+    """Questions in equal numbers of every kind, about pictures of 64 to 1,500 pixels, each picture asked about once.
+
+    What is printed in them are numbers and words, as in the model card; random letters are for learning alone.
+    """
     kinds = list(MAKERS)
     return [_make(seed, index, kinds[index % len(kinds)], image_format) for index in range(num_questions)]
 
@@ -26,7 +29,7 @@ def _make(seed: int, index: int, kind: str, image_format: ImageFormat) -> Sample
     """The first scene of this index's series about which this kind of question can be asked."""
     for attempt in range(1000):
         rng = random.Random(f"evaluation:{seed}:{index}:{attempt}")
-        scene = sample_scene(rng)
+        scene = sample_scene(rng, random_letters=0.0)
         question = MAKERS[kind](scene, rng)
         if question is not None:
             return Sample(f"{index}", kind, question.text, question.answer, encode_picture(scene, image_format))

@@ -66,19 +66,24 @@ class Scene:
     seed: int
 
 
-def sample_scene(rng: random.Random, *, longest_side: tuple[int, int] = (64, 1500)) -> Scene:
-    """Draw a scene by lot: 1 to 6 objects, a printed text in about two of five, any aspect up to 3:1."""
+def sample_scene(
+    rng: random.Random, *, longest_side: tuple[int, int] = (64, 1500), random_letters: float = 0.34
+) -> Scene:
+    """Draw a scene by lot: 1 to 6 objects, a printed text in about two of five, any aspect up to 3:1.
+
+    `random_letters` is the share of texts that are neither numbers nor words: who reads those has learned the letters.
+    """
     width, height = _sample_frame(rng, longest_side)
     background = _sample_background(rng)
     builder = _Builder(rng, width, height, background)
     if rng.random() < 0.42:
-        builder.place_text()
+        builder.place_text(_sample_text(rng, random_letters))
     has_medium = rng.random() < 0.2
     num_objects = rng.randint(1, 6)
     for _ in range(num_objects):
         builder.place_object(_sample_size(rng, num_objects=num_objects, has_medium=has_medium))
     if not builder.objects:
-        return sample_scene(rng, longest_side=longest_side)
+        return sample_scene(rng, longest_side=longest_side, random_letters=random_letters)
     return Scene(
         width=width,
         height=height,
@@ -149,11 +154,11 @@ def _jitter(rng: random.Random, level: int) -> int:
     return min(255, max(0, level + rng.randint(-9, 9)))
 
 
-def _sample_text(rng: random.Random) -> str:
+def _sample_text(rng: random.Random, random_letters: float) -> str:
     kind = rng.random()
-    if kind < 0.33:
+    if kind < (1 - random_letters) / 2:
         return "".join(rng.choices(DIGITS, k=rng.randint(1, 4)))
-    if kind < 0.66:
+    if kind < 1 - random_letters:
         return rng.choice(PRINTED_WORDS)
     return "".join(rng.choices(LETTERS, k=rng.randint(2, 5)))
 
@@ -171,8 +176,7 @@ class _Builder:
         self.objects: list[SceneObject] = []
         self.text: SceneText | None = None
 
-    def place_text(self) -> None:
-        text = _sample_text(self.rng)
+    def place_text(self, text: str) -> None:
         height = self.longest * self.rng.uniform(0.115, 0.21)
         # A capital letter is about 0.75 as wide as high with its spacing; narrow the box until it fits the frame.
         width = min(0.78 * height * len(text), 0.9 * self.width)

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from llava_core.scenes.scene import Scene, colour_distance, place_of, reading_order, sample_scene
-from llava_core.scenes.vocabulary import COLOURS, PLACES, SHAPES, SIZES
+from llava_core.scenes.vocabulary import COLOURS, PLACES, PRINTED_WORDS, SHAPES, SIZES
 from tests.llava_core.scenes import reading
 
 SCENES = [sample_scene(random.Random(seed)) for seed in range(400)]
@@ -115,3 +115,14 @@ def test_places_have_names(x: float, y: float, place: str) -> None:
 @pytest.mark.parametrize(("x", "y"), [(0.34, 0.1), (0.1, 0.65), (1 / 3, 1 / 3)])
 def test_near_a_border_there_is_no_name(x: float, y: float) -> None:
     assert place_of(x, y, margin=0.03) is None
+
+
+def test_texts_are_numbers_and_words_where_random_letters_are_not_wanted() -> None:
+    def texts(share: float) -> list[str]:
+        scenes = (sample_scene(random.Random(seed), random_letters=share) for seed in range(150))
+        return [scene.text.text for scene in scenes if scene.text is not None]
+
+    plain = texts(0.0)
+    assert any(text.isdigit() for text in plain)
+    assert all(text.isdigit() or text in PRINTED_WORDS for text in plain)
+    assert not any(text.isdigit() or text in PRINTED_WORDS for text in texts(1.0) if len(text) > 3)
