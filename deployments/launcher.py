@@ -47,6 +47,8 @@ ENVIRONMENT: Mapping[str, str] = {
     "RAY_USAGE_STATS_ENABLED": "0",
     # Serve's gRPC ports between replicas are open to the network: only who has Ray's token may call.
     "RAY_AUTH_MODE": "token",
+    # gRPC would ask an `http_proxy` for a replica on this machine.
+    "no_grpc_proxy": "127.0.0.1,localhost",
 }
 _OBJECT_STORE_BYTES = 1024**3
 _POLL_S, _HTTP_DEADLINE_S, _STOP_PATIENCE_S = 0.1, 60.0, 5.0
