@@ -26,7 +26,7 @@ from llava_core.training.collate import Example
 from llava_core.training.dataset import build_example
 from llava_core.training.packing import Packed, pack_alone, pack_shared_prefix
 
-Purpose = Literal["language", "align", "instruct", "joint", "reading"]
+Purpose = Literal["language", "align", "instruct", "joint"]
 NO_PICTURE = "There is no picture."
 
 
@@ -44,8 +44,7 @@ class ConversationSpec:
 
 class SceneConversations(Dataset[Example]):
     """Examples of one purpose: `language` has the caption as text in place of the picture, `align` asks for the caption
-    alone, the others ask everything, `reading` about pictures with a text alone. `images` has a row for each scene: the
-    tower's features, or tiles."""
+    alone, `instruct` and `joint` ask everything. `images` has a row for each scene: the tower's features, or tiles."""
 
     def __init__(
         self,
@@ -68,19 +67,12 @@ class SceneConversations(Dataset[Example]):
 
     def __getitem__(self, index: int) -> Example:
         scene_index = index % len(self.images)
-        if self.spec.purpose == "reading":
-            scene_index = self._next_with_text(scene_index)
         rng = random.Random(f"{self.spec.purpose}:{index}")
         conversations = self._conversations(self.cache.scene(scene_index), rng)
         has_picture = IMAGE_PLACEHOLDER in (conversations[0][0].text or "")
         tokens = self._tokens(conversations, [self.image_tokens] if has_picture else [])
         chosen = self.images[scene_index : scene_index + 1] if has_picture else self.images[:0]
         return {"tokens": tokens, "images": torch.from_numpy(np.array(chosen))}
-
-    def _next_with_text(self, first: int) -> int:
-        """The first scene from this one on, around the end, that has a printed text; this one if none has."""
-        candidates = ((first + step) % len(self.images) for step in range(len(self.images)))
-        return next((index for index in candidates if self.cache.scene(index).text is not None), first)
 
     def _tokens(self, conversations: list[list[Turn]], image_tokens: list[int]) -> Packed:
         limit = self.spec.max_length

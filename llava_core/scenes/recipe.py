@@ -1,11 +1,10 @@
-"""The default model from nothing, in seeded stages, each of which goes on where it was interrupted.
+"""The default model from nothing, in seven seeded stages, each of which goes on where it was interrupted.
 
-    pictures → tower pretraining → features → language pretraining → projector alignment → instruction tuning
-             → joint → reading
+    pictures → tower pretraining → features → language pretraining → projector alignment → instruction tuning → joint
 
 Alignment and instruction tuning are LLaVA's own stages (`training/sft.py`); those before stand in for the CLIP and
-Vicuna that a real LLaVA starts from; in the last two the tower learns from questions too, at the end about pictures with
-a text alone. Knows files and order; what happens inside a stage is in the modules it calls.
+Vicuna that a real LLaVA starts from; in the last one the tower learns from questions too. Knows files and order; what
+happens inside a stage is in the modules it calls.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ logger = logging.getLogger(__name__)
 History = list[dict[str, float]]
 
 
-STAGES = ("tower", "language", "align", "instruct", "joint", "reading")
+STAGES = ("tower", "language", "align", "instruct", "joint")
 _MUON_FACTOR = 6.0
 
 
@@ -74,7 +73,6 @@ class Recipe:
     instruct: StageSpec = StageSpec(3000, 32, 2e-3)
     # Gently: at 8e-4 the tower forgot faster than it learned, and the loss rose from 0.05 to 0.14.
     joint: StageSpec = StageSpec(1700, 32, 3e-4)
-    reading: StageSpec = StageSpec(450, 32, 1.5e-4)
 
     def scaled(self, factor: float) -> Recipe:
         """The same recipe with `factor` times the pictures and steps, for a trial run."""
@@ -108,10 +106,8 @@ def build(recipe: Recipe, work: Path, out: Path) -> None:
     for purpose, stage in frozen.items():
         dataset = _dataset(cache, features, adapter, purpose, stage)
         made_from = _train_stage(recipe, work, language, None, dataset, stage, made_from)
-    unfrozen: dict[Purpose, StageSpec] = {"joint": recipe.joint, "reading": recipe.reading}
-    for purpose, stage in unfrozen.items():
-        dataset = _dataset(cache, cache.tiles, adapter, purpose, stage)
-        made_from = _train_stage(recipe, work, language, tower, dataset, stage, made_from)
+    dataset = _dataset(cache, cache.tiles, adapter, "joint", recipe.joint)
+    _train_stage(recipe, work, language, tower, dataset, recipe.joint, made_from)
     draw_curves({name: _curve(work / name) for name in STAGES}, work / "loss.png")
     save_llava_hf(out, tower, language, tokenizer)
     logger.info("the checkpoint is in %s, the loss curves in %s", out, work / "loss.png")

@@ -33,7 +33,7 @@ class Conversations:
 
     def of(self, purpose: Purpose, **options: int | float) -> SceneConversations:
         spec = ConversationSpec(purpose, **options)  # type: ignore[arg-type]
-        images = self.cache.tiles if purpose in ("joint", "reading") else self.features
+        images = self.cache.tiles if purpose == "joint" else self.features
         adapter = CheckpointTokenizer(self.tokenizer)
         return SceneConversations(self.cache, images, adapter, spec, image_tokens=IMAGE_TOKENS)
 
@@ -51,7 +51,7 @@ def conversations(
     return Conversations(scene_cache, features, world_tokenizer)
 
 
-@pytest.mark.parametrize("purpose", ["language", "align", "instruct", "joint", "reading"])
+@pytest.mark.parametrize("purpose", ["language", "align", "instruct", "joint"])
 def test_an_index_always_gives_the_same_example(conversations: Conversations, purpose: Purpose) -> None:
     one, other = conversations.of(purpose)[5], conversations.of(purpose)[5]
     assert one["tokens"] == other["tokens"]
@@ -99,15 +99,6 @@ def test_joint_examples_carry_the_tile(conversations: Conversations, scene_cache
     example = conversations.of("joint")[3]
     assert (example["images"].numpy() == scene_cache.tiles[3:4]).all()
     assert example["tokens"].ids.count(IMAGE_TOKEN_ID) == IMAGE_TOKENS
-
-
-def test_reading_examples_are_of_pictures_with_a_text(conversations: Conversations, scene_cache: SceneCache) -> None:
-    dataset = conversations.of("reading")
-    with_text = [index for index in range(len(dataset)) if scene_cache.scene(index).text is not None]
-    assert 0 < len(with_text) < len(dataset)
-    for index in range(len(dataset)):
-        expected = next((i for i in with_text if i >= index), with_text[0])
-        assert (dataset[index]["images"].numpy() == scene_cache.tiles[expected : expected + 1]).all()
 
 
 def test_examples_stay_within_the_length(conversations: Conversations) -> None:

@@ -29,7 +29,6 @@ TINY = Recipe(
     align=SMALL,
     instruct=SMALL,
     joint=SMALL,
-    reading=SMALL,
 )
 
 pytestmark = pytest.mark.timeout(180)
@@ -58,7 +57,7 @@ def test_the_recipe_builds_a_checkpoint_that_answers(tmp_path: Path) -> None:
 
 def test_finished_stages_are_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build(TINY, tmp_path / "work", tmp_path / "one")
-    (tmp_path / "work" / "reading" / "weights.pt").unlink()
+    (tmp_path / "work" / "joint" / "weights.pt").unlink()
     ran: list[str] = []
     train = recipe_module.train
 
