@@ -100,14 +100,15 @@ def wait_until_healthy(url: str, service: subprocess.Popen[bytes]) -> None:
 
 def measure_answers(port: int, num_requests: int) -> dict[str, Any]:
     """The service, the empty graph and the engine in this process, one after the other for each picture."""
-    from ray import serve
-
-    from benchmarks.empty_graph import build_empty_graph
-
     plan = plan_launch(port=port)
     service = LocalService(plan)
     service.start(lambda progress: print(f"{progress.what} ready after {progress.seconds:.1f} s", file=sys.stderr))
     try:
+        # Only now: Ray reads its environment, which the service sets, when it is imported.
+        from ray import serve
+
+        from benchmarks.empty_graph import build_empty_graph
+
         serve.run(build_empty_graph(), name="empty", route_prefix="/empty")
         pictures = [make_picture(index) for index in range(3 * num_requests + 4)]
         ask: list[Ask] = [lambda p: ask_service(plan.url, p), lambda p: ask_empty(port, p), build_local()]

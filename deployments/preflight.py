@@ -56,10 +56,13 @@ def check_checkpoint(args: AppArgs) -> FoundCheckpoint:
     # A second's worth of tokenizer library, not wanted for a --help.
     from llava_core.checkpoints.accounting import check_tensors
     from llava_core.checkpoints.describe import load_preparer
-    from llava_core.checkpoints.layout import open_checkpoint
 
-    checkpoint = open_checkpoint(args.checkpoint, args.base)
+    found = FoundCheckpoint(args.checkpoint, resolve_checkpoint(args.checkpoint), _find_base(args))
+    checkpoint = found.open()
     load_preparer(checkpoint, template=args.template, limits=args.limits.request)
     check_tensors(checkpoint)
-    base = None if args.base is None else FoundCheckpoint(args.base, resolve_checkpoint(args.base))
-    return FoundCheckpoint(args.checkpoint, checkpoint.folder, base)
+    return found
+
+
+def _find_base(args: AppArgs) -> FoundCheckpoint | None:
+    return None if args.base is None else FoundCheckpoint(args.base, resolve_checkpoint(args.base))
