@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig, LlavaNextForConditionalGeneration
+from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
 from llava_core.checkpoints.accounting import check_tensors
@@ -21,11 +21,10 @@ from llava_core.types import GenerationRequest, ImagePart, Message, SamplingPara
 from llava_core.vision.clip import normalise
 from llava_core.vision.encode import encode_images
 from tests.tiny import (
-    HIDDEN,
     IMAGE_SIZE,
-    PATCH_SIZE,
-    VISION_HIDDEN,
+    build_text_config,
     build_tokenizer,
+    build_vision_config,
     hub_name,
     write_json,
     write_weights,
@@ -39,28 +38,8 @@ PINPOINTS = [[28, 56], [56, 28], [56, 56], [84, 28], [28, 84]]
 def reference() -> LlavaNextForConditionalGeneration:
     tokenizer = build_tokenizer()
     config = LlavaNextConfig(
-        vision_config=CLIPVisionConfig(
-            hidden_size=VISION_HIDDEN,
-            intermediate_size=32,
-            num_hidden_layers=3,
-            num_attention_heads=2,
-            image_size=IMAGE_SIZE,
-            patch_size=PATCH_SIZE,
-            initializer_factor=3.0,
-        ),
-        text_config=LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=HIDDEN,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=1024,
-            initializer_range=0.3,
-            bos_token_id=1,
-            eos_token_id=2,
-            pad_token_id=0,
-        ),
+        vision_config=build_vision_config(),
+        text_config=build_text_config(len(tokenizer), 1024),
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         image_grid_pinpoints=PINPOINTS,
     )

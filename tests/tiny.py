@@ -58,32 +58,42 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
+def build_vision_config() -> CLIPVisionConfig:
+    """A tower of three layers; weights large enough for varied answers."""
+    return CLIPVisionConfig(
+        hidden_size=VISION_HIDDEN,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=IMAGE_SIZE,
+        patch_size=PATCH_SIZE,
+        initializer_factor=3.0,
+    )
+
+
+def build_text_config(vocab_size: int, context_length: int) -> LlamaConfig:
+    """A decoder of two layers with two heads to a KV group; weights large enough for varied answers."""
+    return LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=HIDDEN,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=context_length,
+        initializer_range=0.3,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+
+
 def build_reference_model(seed: int = 0) -> LlavaForConditionalGeneration:
     """The model as transformers builds it, float32, in evaluation mode; weights large enough for varied answers."""
     tokenizer = build_tokenizer()
     config = LlavaConfig(
-        vision_config=CLIPVisionConfig(
-            hidden_size=VISION_HIDDEN,
-            intermediate_size=32,
-            num_hidden_layers=3,
-            num_attention_heads=2,
-            image_size=IMAGE_SIZE,
-            patch_size=PATCH_SIZE,
-            initializer_factor=3.0,
-        ),
-        text_config=LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=HIDDEN,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=CONTEXT_LENGTH,
-            initializer_range=0.3,
-            bos_token_id=1,
-            eos_token_id=2,
-            pad_token_id=0,
-        ),
+        vision_config=build_vision_config(),
+        text_config=build_text_config(len(tokenizer), CONTEXT_LENGTH),
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
