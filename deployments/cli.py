@@ -36,18 +36,20 @@ _config = click.option(
 _model = click.option(
     "--model", help="A checkpoint folder or hub id. [default: the configuration's, or the default model]"
 )
+_base = click.option("--base", help="The model that an adapter or projector was trained on.")
 _port = click.option("--port", type=click.IntRange(1, 65535), envvar="PORT", help="[default: 8000]")
 
 
 @click.command()
 @_config
 @_model
+@_base
 @click.option("--host", help="The interface to listen on; requests are not authenticated. [default: 127.0.0.1]")
 @_port
-def serve(config: Path | None, model: str | None, host: str | None, port: int | None) -> None:
+def serve(config: Path | None, model: str | None, base: str | None, host: str | None, port: int | None) -> None:
     """Serve a model over HTTP on this machine until Ctrl-C."""
     with _failing_in_one_line():
-        plan = plan_launch(config, model=model, host=host, port=port, on_fetch=_announce_fetch)
+        plan = plan_launch(config, model=model, base=base, host=host, port=port, on_fetch=_announce_fetch)
         with _terminal() as terminal, _running(plan, terminal):
             _say(terminal, f"\nServing {plan.args.served_name}. Ctrl-C stops it.")
             for method, path in (("POST", "/v1/chat/completions"), ("GET", "/v1/models"), ("GET", "/health")):
@@ -61,6 +63,7 @@ def serve(config: Path | None, model: str | None, host: str | None, port: int | 
 @click.command()
 @_config
 @_model
+@_base
 @_port
 @click.option(
     "--image",
@@ -69,10 +72,12 @@ def serve(config: Path | None, model: str | None, host: str | None, port: int | 
     help="[default: a drawn scene that comes with this project]",
 )
 @click.option("--question", default=QUESTION, show_default=True)
-def demo(config: Path | None, model: str | None, port: int | None, image: Path, question: str) -> None:
+def demo(
+    config: Path | None, model: str | None, base: str | None, port: int | None, image: Path, question: str
+) -> None:
     """Start the service, ask it one question about a picture, show the answer as it streams, and stop."""
     with _failing_in_one_line():
-        plan = plan_launch(config, model=model, port=port, on_fetch=_announce_fetch)
+        plan = plan_launch(config, model=model, base=base, port=port, on_fetch=_announce_fetch)
         with _terminal() as terminal, _running(plan, terminal):
             _say(terminal, f"\n{image.name}: {question}")
             last = _ask(plan, image, question, terminal)

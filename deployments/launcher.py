@@ -80,6 +80,7 @@ def plan_launch(
     config: Path | None = None,
     *,
     model: str | None = None,
+    base: str | None = None,
     host: str | None = None,
     port: int | None = None,
     on_fetch: Callable[[str], None] = lambda _: None,
@@ -91,9 +92,14 @@ def plan_launch(
     """
     content = _read_config(config)
     application = _find_application(content)
+    given = dict(application.get("args") or {})
     if model is not None:
-        application["args"] = {**(application.get("args") or {}), "model": model}
-    args = _check_args(application.get("args") or {})
+        given["model"] = model
+        # The base of another model.
+        given.pop("base", None)
+    if base is not None:
+        given["base"] = base
+    args = _check_args(given)
     http = dict(content.get("http_options") or {})
     address = host or http.get("host", "127.0.0.1"), port or http.get("port", 8000)
     check_port(*address)
@@ -103,8 +109,10 @@ def plan_launch(
     if args.is_hub_id:
         on_fetch(args.checkpoint)
     # Found once: replicas do not work in this directory, and must not look for a revision of their own.
-    folder = str(check_checkpoint(args).folder)
-    application["args"] = {**(application.get("args") or {}), "model": folder, "model_name": args.served_name}
+    found = check_checkpoint(args)
+    below = {} if found.base is None else {"base": str(found.base.folder)}
+    named = {"model": str(found.folder), "model_name": args.served_name}
+    application["args"] = {**given, **named, **below}
     content["http_options"] = {**http, "host": address[0], "port": address[1]}
     return LaunchPlan(content, args, *address, prefix)
 

@@ -65,4 +65,5 @@ def check_checkpoint(args: AppArgs) -> FoundCheckpoint:
 
 
 def _find_base(args: AppArgs) -> FoundCheckpoint | None:
-    return None if args.base is None else FoundCheckpoint(args.base, resolve_checkpoint(args.base))
+    base = args.base_checkpoint
+    return None if base is None else FoundCheckpoint(base, resolve_checkpoint(base))

@@ -7,6 +7,7 @@ without one never import torch. Knows how replicas log, and nothing about how ma
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -92,10 +93,11 @@ class GeneratorReplica(Generator):
         from llava_core.engine.async_engine import AsyncEngine
         from llava_core.engine.engine import Engine, EngineConfig
 
-        options = set_up_compute(args.generator)
+        options = replace(set_up_compute(args.generator), quantization=args.generator.quantization)
         opened = checkpoint.open()
+        tokenizer = load_tokenizer(opened)
         config = EngineConfig(max_running=args.engine.max_running, max_waiting=args.engine.max_waiting)
-        engine = Engine(load_language_side(opened, options), load_tokenizer(opened), config)
+        engine = Engine(load_language_side(opened, options, num_tokens=tokenizer.num_tokens), tokenizer, config)
         super().__init__(AsyncEngine(engine), handoff, chunk_gap_s=args.engine.chunk_gap_ms / 1e3)
 
 

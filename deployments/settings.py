@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from llava_core.checkpoints.files import DEFAULT_MODEL
 from llava_core.images.loading import ImageLimits
 from llava_core.prepare import RequestLimits
+from llava_core.types import Quantization
 
 DEFAULT_MODEL_NAME = "scenes-llava"
 
@@ -50,6 +51,12 @@ class ComputeArgs(StageArgs):
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     threads: int | None = Field(default=None, ge=1)
+
+
+class GeneratorArgs(ComputeArgs):
+    """The stage with the decoder, whose linear layers `quantization` stores in fewer bits."""
+
+    quantization: Quantization | None = None
 
 
 class EngineArgs(_Settings):
@@ -113,15 +120,17 @@ class AppArgs(_Settings):
     gateway: StageArgs = StageArgs(num_cpus=0.1, max_ongoing_requests=1000, target_ongoing_requests=200)
     preprocessor: StageArgs = StageArgs(num_cpus=0.2, max_ongoing_requests=4)
     vision_encoder: ComputeArgs = ComputeArgs(num_cpus=0.3)
-    generator: ComputeArgs = ComputeArgs(num_cpus=0.4, max_ongoing_requests=1000, target_ongoing_requests=12)
+    generator: GeneratorArgs = GeneratorArgs(num_cpus=0.4, max_ongoing_requests=1000, target_ongoing_requests=12)
 
     @property
     def checkpoint(self) -> str:
         """The folder, absolute because replicas work elsewhere, or the hub id."""
-        if self.model is None:
-            return str(DEFAULT_MODEL)
-        folder = Path(self.model).expanduser()
-        return str(folder.resolve()) if folder.is_dir() else self.model
+        return str(DEFAULT_MODEL) if self.model is None else _located(self.model)
+
+    @property
+    def base_checkpoint(self) -> str | None:
+        """The same of the base."""
+        return None if self.base is None else _located(self.base)
 
     @property
     def is_hub_id(self) -> bool:
@@ -137,3 +146,8 @@ class AppArgs(_Settings):
         if folder == DEFAULT_MODEL:
             return DEFAULT_MODEL_NAME
         return folder.name if folder.is_dir() else self.checkpoint
+
+
+def _located(checkpoint: str) -> str:
+    folder = Path(checkpoint).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else checkpoint

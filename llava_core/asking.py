@@ -113,7 +113,7 @@ def _load(options: AskOptions) -> LocalModel:
     from llava_core.checkpoints.load import LoadOptions
     from llava_core.inference import LocalModel
 
-    load = LoadOptions(device=options.device, dtype=options.dtype)
+    load = LoadOptions(options.device, options.dtype, options.quantization)
     model = LocalModel(checkpoint, options=load, template=options.template)
     if options.padding_jitter:
         model.preparer = replace(model.preparer, preprocess=replace(model.preparer.preprocess, jitter=True))

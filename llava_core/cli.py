@@ -17,6 +17,7 @@ from llava_core.errors import LlavaError
 
 if TYPE_CHECKING:
     from llava_core.checkpoints.load import Dtype
+    from llava_core.types import Quantization
 
 COMMAND_GROUP = "llava.commands"
 OWN_PACKAGES = ("llava_core", "deployments", "cluster")
@@ -84,6 +85,7 @@ def main() -> None:
 @click.option("--seed", type=int, default=None, help="Makes a sampled answer repeatable.")
 @click.option("--template", default=None, help="Prompt template (default: the one the checkpoint declares).")
 @click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto", help="[auto]")
+@click.option("--quantization", type=click.Choice(["8bit", "4bit"]), help="Of the decoder's linear layers.")
 @click.option("--device", default="cpu", show_default=True)
 @click.option("--offline", is_flag=True, help="Fetch nothing; what is not here is listed.")
 @click.option("--padding-jitter", is_flag=True, help="Move padding by up to a pixel, as LLaVA-Med did.")
@@ -120,6 +122,7 @@ class AskOptions:
     seed: int | None
     template: str | None
     dtype: Dtype
+    quantization: Quantization | None
     device: str
     offline: bool
     padding_jitter: bool

@@ -51,7 +51,8 @@ class LocalModel:
         tokenizer = load_tokenizer(checkpoint)
         self.preparer = load_preparer(checkpoint, tokenizer, template=template, limits=limits)
         self.tower = load_tower(checkpoint, options)
-        self.engine = Engine(load_language_side(checkpoint, options), tokenizer, engine)
+        language = load_language_side(checkpoint, options, num_tokens=tokenizer.num_tokens)
+        self.engine = Engine(language, tokenizer, engine)
         self._streams: dict[str, deque[StepOutput]] = {}
 
     def stream(self, request: GenerationRequest | PreparedRequest) -> Iterator[TokenDelta]:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 Role = Literal["user", "assistant"]
 FinishReason = Literal["stop", "length"]
+# The decoder's linear layers in fewer bits: LLM.int8() or NF4.
+Quantization = Literal["8bit", "4bit"]
 
 # Milliseconds by stage name: preprocess, encode, transfer, queue, prefill, decode.
 StageTimes = dict[str, float]

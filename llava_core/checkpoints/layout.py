@@ -99,12 +99,22 @@ def open_checkpoint(path_or_id: str | Path, base: str | Path | None = None, *, o
     if is_adapter and overlay is None:
         return _open_adapter(folder, base, offline=offline)
     settings = read_json(folder, "config.json")
+    _refuse_quantised(folder, settings)
     if not is_original_config(settings):
         return _open_llava_hf(folder, settings, base)
     # Beside a whole model mm_projector.bin is a copy of what the model holds.
     if overlay is None or (has_model(folder) and not is_adapter):
         return _open_original(folder, settings, base, offline=offline)
     return _open_over_base(folder, settings, overlay, base, offline=offline)
+
+
+def _refuse_quantised(folder: Path, settings: JsonObject) -> None:
+    kind = settings.get("quantization_config") or (settings.get("text_config") or {}).get("quantization_config")
+    if kind:
+        raise CheckpointError(
+            f"{folder / 'config.json'}: quantization_config says that the weights are stored quantised "
+            f"({kind.get('quant_method', 'unnamed')}); load the model that they were made from, with --quantization"
+        )
 
 
 def _open_llava_hf(folder: Path, settings: JsonObject, base: str | Path | None) -> Checkpoint:

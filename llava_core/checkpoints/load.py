@@ -1,11 +1,13 @@
 """Loading by part: a tower or a language side, each reading only its own weights and missing none.
 
 Modules are built on the meta device and filled by assignment; every key of the files is either loaded, belongs to
-another part, or is a computed buffer, else loading fails. Knows nothing about serving.
+another part, or is a computed buffer, else loading fails. Numbers stored in the dtype that is computed in stay mapped
+to their files, others are converted a few tensors at a time. Knows nothing about serving.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,23 +21,34 @@ from llava_core.checkpoints.describe import load_preprocess_config
 from llava_core.checkpoints.keymaps import NEWLINE_KEY, Part
 from llava_core.checkpoints.layout import Checkpoint, first, open_checkpoint
 from llava_core.checkpoints.lora import open_lora
+from llava_core.checkpoints.memory import MemoryNeed, check_fits, language_need, weight_bytes
 from llava_core.checkpoints.tensors import read_tensors
 from llava_core.checkpoints.tokenizer import load_tokenizer
 from llava_core.errors import CheckpointError
 from llava_core.models.language import LanguageSide
+from llava_core.models.quantize import check_layers, check_quantization, quantize
+from llava_core.types import Quantization
 from llava_core.vision.towers import VisionTower, build_tower
+
+logger = logging.getLogger(__name__)
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """Where and how precisely to compute. `auto`: bfloat16 where the device computes it natively, else float32."""
+    """Where and how precisely to compute. `auto`: bfloat16 where the device computes it natively, else float32.
+
+    `quantization` stores the decoder's linear layers in fewer bits; tower, projector and all that is computed have the
+    dtype. Raises CheckpointError for a quantization that cannot be had here.
+    """
 
     device: str = "cpu"
     dtype: Dtype = "auto"
+    quantization: Quantization | None = None
 
     def __post_init__(self) -> None:
+        check_quantization(self.quantization)
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ValueError(f"dtype must be auto, float32, bfloat16 or float16, not {self.dtype!r}")
 
@@ -60,16 +73,28 @@ def load_tower(checkpoint: Path | Checkpoint, options: LoadOptions, *, attention
         )
     with init_empty_weights(include_buffers=False):
         tower = build_tower(config.vision, preprocess, s2_scales=config.s2_scales, attention=attention)
+    shapes, itemsize = _shapes(tower), options.torch_dtype.itemsize
+    _check_fits(MemoryNeed(weight_bytes("tower", shapes, itemsize)), options, f"the tower of {opened.folder}")
     _fill(tower, read_part(opened, "tower", options.torch_dtype), opened, "tower", optional=frozenset())
     return tower.to(options.device, options.torch_dtype).eval()
 
 
-def load_language_side(checkpoint: Path | Checkpoint, options: LoadOptions, *, attention: str = "sdpa") -> LanguageSide:
-    """Projector and decoder, without the tower, in evaluation mode."""
+def load_language_side(
+    checkpoint: Path | Checkpoint, options: LoadOptions, *, num_tokens: int | None = None, attention: str = "sdpa"
+) -> LanguageSide:
+    """Projector and decoder, without the tower, in evaluation mode.
+
+    `num_tokens` is the size of the checkpoint's tokenizer, for whoever has loaded it already.
+    """
     opened = _open(checkpoint)
     config, dtype = opened.config, options.torch_dtype
     with init_empty_weights(include_buffers=False):
         side = LanguageSide(config, attention=attention)
+    if options.quantization:
+        check_layers(side.decoder, options.quantization, device=options.device)
+    weights = weight_bytes("decoder", _shapes(side.decoder), dtype.itemsize, options.quantization)
+    weights += weight_bytes("projector", _shapes(side.projector), dtype.itemsize)
+    _check_fits(language_need(config, weights, dtype.itemsize), options, f"the language side of {opened.folder}")
     newline = read_part(opened, "newline", dtype)
     if set(newline) != ({NEWLINE_KEY.name} if config.has_newline else set()):
         raise CheckpointError(
@@ -80,10 +105,23 @@ def load_language_side(checkpoint: Path | Checkpoint, options: LoadOptions, *, a
         side.image_newline = _checked_newline(newline[NEWLINE_KEY.name], config.hidden_size, opened)
     tied = frozenset({"lm_head.weight"} if config.tie_word_embeddings else ())
     _fill(side.projector, read_part(opened, "projector", dtype), opened, "projector", optional=frozenset())
-    _fill(side.decoder, read_part(opened, "decoder", dtype), opened, "decoder", optional=tied)
+    # What is quantised layer by layer stays in its file until then.
+    as_stored = options.quantization is not None and opened.adapter is None
+    _fill(side.decoder, read_part(opened, "decoder", None if as_stored else dtype), opened, "decoder", optional=tied)
     side.decoder.tie_weights()
-    _fit_vocabulary(side, opened)
+    _fit_vocabulary(side, opened, load_tokenizer(opened).num_tokens if num_tokens is None else num_tokens)
+    if options.quantization:
+        quantize(side.decoder, options.quantization, device=options.device, dtype=dtype)
     return side.to(options.device, dtype).eval()
+
+
+def _check_fits(need: MemoryNeed, options: LoadOptions, what: str) -> None:
+    check_fits(need, options.device, what)
+    logger.info("%s: %s", what, need)
+
+
+def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in module.state_dict().items()}
 
 
 def _open(checkpoint: Path | Checkpoint) -> Checkpoint:
@@ -98,9 +136,9 @@ def _checked_newline(tensor: Tensor, hidden_size: int, checkpoint: Checkpoint) -
     return nn.Parameter(tensor)
 
 
-def _fit_vocabulary(side: LanguageSide, checkpoint: Checkpoint) -> None:
+def _fit_vocabulary(side: LanguageSide, checkpoint: Checkpoint, num_tokens: int) -> None:
     """The original cuts rows that no token has, which could otherwise be drawn; a token without a row is an error."""
-    num_tokens, rows = load_tokenizer(checkpoint).num_tokens, checkpoint.config.vocab_size
+    rows = checkpoint.config.vocab_size
     if num_tokens > rows:
         raise CheckpointError(
             f"{checkpoint.text_folder}: the tokenizer has {num_tokens} tokens, but config.json's vocab_size is {rows}; "
@@ -110,23 +148,25 @@ def _fit_vocabulary(side: LanguageSide, checkpoint: Checkpoint) -> None:
         side.decoder.resize_token_embeddings(num_tokens)
 
 
-def read_part(checkpoint: Path | Checkpoint, part: Part, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """One part's tensors under our names, memory-mapped where nothing changes them; LoRA is added in `dtype`.
+def read_part(checkpoint: Path | Checkpoint, part: Part, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """One part's tensors under our names, in `dtype`, or (None) as they are stored and with LoRA added in float32.
 
     Raises CheckpointError for a key that no part accounts for.
     """
     opened = _open(checkpoint)
+    # LoRA is added to what is stored, not to what has been rounded to `dtype` already.
+    early = dtype if opened.adapter is None else None
     loaded: dict[str, Tensor] = {}
     for weights in opened.weights:
         wanted = {name: key.name for name, key in weights.keys().items() if key.part == part}
         if part not in weights.parts:
             continue
-        tensors = read_tensors({name: weights.files[name] for name in wanted})
+        tensors = read_tensors({name: weights.files[name] for name in wanted}, None if weights.is_rounded else early)
         if weights.is_rounded:
             tensors = {name: tensor.half() for name, tensor in tensors.items()}
         loaded.update({wanted[name]: tensor for name, tensor in tensors.items()})
     if opened.adapter is not None:
-        open_lora(opened.adapter).apply(part, loaded, dtype)
+        open_lora(opened.adapter).apply(part, loaded, dtype or torch.float32)
     return loaded
 
 

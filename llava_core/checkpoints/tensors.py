@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pickle
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -16,16 +16,33 @@ from torch import Tensor
 
 from llava_core.errors import CheckpointError
 
+# Tensors of one file that are mapped at a time when they are converted: about a decoder's layer.
+_PIECE = 9
 
-def read_tensors(files: Mapping[str, Path]) -> dict[str, Tensor]:
-    """The named tensors of several files. Raises CheckpointError for damage, code, or a name its file does not hold."""
+
+def read_tensors(files: Mapping[str, Path], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """The named tensors of several files, memory-mapped; floats that are not of `dtype` are converted to it.
+
+    Raises CheckpointError for damage, code, or a name its file does not hold.
+    """
     by_file: dict[Path, list[str]] = defaultdict(list)
     for name, file in files.items():
         by_file[file].append(name)
     loaded: dict[str, Tensor] = {}
     for file, names in by_file.items():
-        loaded.update(_read_safetensors(file, names) if file.suffix == ".safetensors" else _read_bin(file, names))
+        read = _read_safetensors if file.suffix == ".safetensors" else _read_bin
+        for some in _in_pieces(names) if dtype else [names]:
+            # What is converted was read for nothing else: reading in pieces lets go of each piece's pages.
+            loaded.update({name: _converted(tensor, dtype) for name, tensor in read(file, some).items()})
     return loaded
+
+
+def _in_pieces(names: list[str]) -> Iterator[list[str]]:
+    return (names[first : first + _PIECE] for first in range(0, len(names), _PIECE))
+
+
+def _converted(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
 
 
 def _read_safetensors(file: Path, names: list[str]) -> dict[str, Tensor]:

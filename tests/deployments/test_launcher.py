@@ -22,8 +22,9 @@ from deployments.launcher import (
     check_resources,
     plan_launch,
 )
-from deployments.settings import AppArgs, ComputeArgs
+from deployments.settings import AppArgs, GeneratorArgs
 from llava_core.errors import CheckpointError
+from tests.original import Kind, write_original
 
 
 def _free_port() -> int:
@@ -68,6 +69,19 @@ def test_a_relative_model_becomes_absolute_and_keeps_its_name(
     plan = _plan(model=tiny_checkpoint.name)
     args = plan.config["applications"][0]["args"]
     assert args == {"model": str(tiny_checkpoint), "model_name": tiny_checkpoint.name}
+
+
+def test_a_base_is_found_too_and_another_model_does_not_get_it(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = write_original(tmp_path, Kind(layout="projector", tower_inside=True))
+    assert original.base is not None
+    monkeypatch.chdir(original.base.parent)
+    plan = _plan(model=str(original.folder), base=original.base.name)
+    assert plan.config["applications"][0]["args"]["base"] == str(original.base)
+    stated = _write(tmp_path / "c.yaml", args={"model": str(original.folder), "base": str(original.base)})
+    assert _plan(stated).args.base == str(original.base)
+    assert _plan(stated, model=str(tiny_checkpoint)).args.base is None
 
 
 def test_a_configuration_in_the_working_directory_is_found(
@@ -209,7 +223,7 @@ def test_resources_that_are_not_there_end_the_start() -> None:
     with pytest.raises(LaunchError, match=r"ask for 1 CPUs in all, and this machine has 0\.5"):
         check_resources(AppArgs(), {"CPU": 0.5})
     with pytest.raises(LaunchError, match="ask for 2 GPUs in all, and this machine has 0; lower num_gpus"):
-        check_resources(AppArgs(generator=ComputeArgs(num_gpus=1, min_replicas=2, max_replicas=2)), {"CPU": 8.0})
+        check_resources(AppArgs(generator=GeneratorArgs(num_gpus=1, min_replicas=2, max_replicas=2)), {"CPU": 8.0})
 
 
 def test_other_errors_keep_their_class() -> None:

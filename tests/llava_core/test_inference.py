@@ -3,11 +3,12 @@
 import io
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from transformers import LlavaForConditionalGeneration
 
 from llava_core.checkpoints.load import LoadOptions
@@ -55,6 +56,18 @@ def test_greedy_answers_equal_transformers(model: LocalModel, reference_model: L
         eos_token_id=None,
     )
     assert tokens == generated[0, len(ids) :].tolist()
+
+
+@pytest.mark.parametrize("quantization", [None, "8bit", "4bit"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_default_model_answers_in_every_precision(dtype: Any, quantization: Any) -> None:
+    model = LocalModel(options=LoadOptions(dtype=dtype, quantization=quantization))
+    drawn = Image.new("RGB", (200, 200), "white")
+    ImageDraw.Draw(drawn).ellipse((60, 60, 140, 140), fill="red")
+    buffer = io.BytesIO()
+    drawn.save(buffer, "PNG")
+    for question, answer in (("What colour is the circle?", "red"), ("What shape is the red object?", "circle")):
+        assert "".join(delta.text for delta in model.stream(ask(question, buffer.getvalue()))) == answer
 
 
 def test_the_last_delta_tells_reason_usage_and_times(model: LocalModel) -> None:

@@ -35,6 +35,14 @@ def test_a_llava_hf_folder_needs_nothing_else(tiny_checkpoint: Path) -> None:
         open_checkpoint(tiny_checkpoint, tiny_checkpoint)
 
 
+@pytest.mark.parametrize("inside", [False, True])
+def test_weights_that_are_stored_quantised_are_refused(checkpoint_copy: Path, *, inside: bool) -> None:
+    quantised = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    edit_json(checkpoint_copy / "config.json", lambda c: (c["text_config"] if inside else c).update(quantised))
+    with pytest.raises(CheckpointError, match=r"config\.json: quantization_config .*\(bitsandbytes\); load the model"):
+        open_checkpoint(checkpoint_copy)
+
+
 def test_a_projector_beside_a_whole_model_is_a_copy(tmp_path: Path) -> None:
     original = write_original(tmp_path, Kind())
     torch.save({}, original.folder / "mm_projector.bin")
