@@ -191,8 +191,8 @@ def decoder_hint(decoder: object) -> str:
     if "mpt" not in str(decoder).lower():
         return ""
     return (
-        ". LLaVA's own code no longer runs MPT either, whose fields and cache it fell behind; use a LLaVA on Llama or "
-        "Mistral, such as liuhaotian/llava-v1.5-7b"
+        "; MPT is left out because LLaVA's own code no longer runs it: use a LLaVA on Llama or Mistral, such as "
+        "liuhaotian/llava-v1.5-7b"
     )
 
 

@@ -146,8 +146,8 @@ def check_image_pooling(config: JsonObject) -> None:
     # `False` is what its training writes where the option is not given.
     if kind not in (None, False, "none", "concat"):
         raise CheckpointError(
-            f"config.json: mv_type {kind!r} needs RaDialog's image pooler, which is not supported; only 'concat' is, "
-            "which every released checkpoint has"
+            f"config.json: mv_type {kind!r} needs RaDialog's image pooler, which is not supported; use a checkpoint "
+            "with mv_type 'concat'"
         )
 
 

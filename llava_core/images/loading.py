@@ -1,4 +1,4 @@
-"""Encoded pictures from strangers become upright RGB images, and `data:` URLs become bytes.
+"""Encoded pictures from strangers become upright RGB images, or deep grey ones, and `data:` URLs become bytes.
 
 The format's header is read and judged before a pixel is decoded; whatever is wrong with a picture becomes an ImageError
 in our words, never in a decoder's. Of animated pictures the first frame counts. Colour profiles are ignored. Fetches
