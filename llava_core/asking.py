@@ -18,7 +18,8 @@ import click
 
 from llava_core.checkpoints.files import DEFAULT_MODEL
 from llava_core.checkpoints.layout import open_checkpoint
-from llava_core.errors import LlavaError, RequestError
+from llava_core.errors import CheckpointError, LlavaError, RequestError
+from llava_core.images.preprocess import PreprocessConfig
 from llava_core.prompts.tokenize import IMAGE_TOKEN_ID
 from llava_core.types import (
     GenerationRequest,
@@ -116,7 +117,10 @@ def _load(options: AskOptions) -> LocalModel:
     load = LoadOptions(options.device, options.dtype, options.quantization)
     model = LocalModel(checkpoint, options=load, template=options.template)
     if options.padding_jitter:
-        model.preparer = replace(model.preparer, preprocess=replace(model.preparer.preprocess, jitter=True))
+        preprocess = model.preparer.preprocess
+        if not isinstance(preprocess, PreprocessConfig):
+            raise CheckpointError("--padding-jitter moves padding, which BioViL-T's pictures do not have; leave it out")
+        model.preparer = replace(model.preparer, preprocess=replace(preprocess, jitter=True))
     return model
 
 

@@ -20,6 +20,8 @@ SelectFeature = Literal["patch", "cls_patch"]
 MergeType = Literal["flat", "spatial", "spatial_unpad"]
 # Whose conventions a checkpoint follows where the two differ: transformers' own, or the original LLaVA code's.
 Dialect = Literal["llava_hf", "original"]
+# RaDialog's tower, which transformers does not have: the `model_type` is ours.
+BIOVIL_T = "biovil_t"
 _SELECT = {"default": "patch", "patch": "patch", "full": "cls_patch", "cls_patch": "cls_patch"}
 
 
@@ -38,14 +40,14 @@ class VisionConfig:
     architecture: JsonObject
 
     def __post_init__(self) -> None:
-        if self.image_size % self.patch_size:
+        if self.image_size < self.patch_size:
             raise CheckpointError(
-                f"vision_config: image_size {self.image_size} is not a multiple of patch_size {self.patch_size}"
+                f"vision_config: image_size {self.image_size} is smaller than patch_size {self.patch_size}"
             )
 
     @property
     def patches_per_side(self) -> int:
-        """Columns and rows of the patch grid."""
+        """Columns and rows of the patch grid. Towers leave out what is less than a patch: 384 pixels are 27 of 14."""
         return self.image_size // self.patch_size
 
     @property
@@ -179,8 +181,19 @@ def text_config(text: JsonObject, where: str) -> JsonObject:
     """A decoder's configuration with its class's defaults. Raises CheckpointError for a decoder that is not ours."""
     decoder = text.get("model_type", "llama")
     if decoder not in _TEXT_DEFAULTS:
-        raise CheckpointError(f"{where}: decoder {decoder!r} is not supported; known are {', '.join(_TEXT_DEFAULTS)}")
+        known = ", ".join(_TEXT_DEFAULTS) + decoder_hint(decoder)
+        raise CheckpointError(f"{where}: decoder {decoder!r} is not supported; known are {known}")
     return {"model_type": decoder, **_TEXT_DEFAULTS[decoder], **text}
+
+
+def decoder_hint(decoder: object) -> str:
+    """What to do about a decoder that is known and not supported."""
+    if "mpt" not in str(decoder).lower():
+        return ""
+    return (
+        "; MPT is left out because LLaVA's own code no longer runs it: use a LLaVA on Llama or Mistral, such as "
+        "liuhaotian/llava-v1.5-7b"
+    )
 
 
 def eos_token_ids(text: JsonObject) -> tuple[int, ...]:
@@ -218,6 +231,9 @@ def build_vision_config(tower: JsonObject, layer: int, select: str, layer_field:
     Raises CheckpointError for a tower that is not supported, or that has no such layer.
     """
     kind = tower.get("model_type", "clip_vision_model")
+    if kind == BIOVIL_T:
+        # A ResNet has neither layers to choose from nor a class feature: config.json's fields for both mean nothing.
+        return VisionConfig(448, 32, 512, -1, "patch", {"model_type": BIOVIL_T})
     if kind not in _VISION_DEFAULTS:
         raise CheckpointError(
             f"vision_config: tower {kind!r} is not supported; known are {', '.join(_VISION_DEFAULTS)}"

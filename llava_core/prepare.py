@@ -15,9 +15,10 @@ import numpy.typing as npt
 
 from llava_core.config import ModelConfig
 from llava_core.errors import RequestError
+from llava_core.images.biovil import AnyPreprocessConfig, BioVilPreprocessConfig, preprocess_biovil
 from llava_core.images.geometry import num_image_tokens
 from llava_core.images.loading import ImageLimits, decode_image
-from llava_core.images.preprocess import PreprocessConfig, preprocess
+from llava_core.images.preprocess import preprocess
 from llava_core.prompts.budget import token_budget
 from llava_core.prompts.conversation import Turn, render, user_turns
 from llava_core.prompts.templates import Template
@@ -48,7 +49,7 @@ class Preparer:
     config: ModelConfig
     template: Template
     tokenizer: Tokenizer
-    preprocess: PreprocessConfig
+    preprocess: AnyPreprocessConfig
     reserved_texts: Set[str]
     limits: RequestLimits = field(default_factory=RequestLimits)
 
@@ -107,8 +108,13 @@ class Preparer:
                 )
 
     def _prepare_image(self, part: ImagePart, param: str) -> PreparedImage:
-        image = decode_image(part.data, self.limits.image, param=param)
-        tiles = preprocess(image, self.preprocess)
+        if isinstance(self.preprocess, BioVilPreprocessConfig):
+            # Its contrast is stretched, which 8 of 16 bits would not survive.
+            image = decode_image(part.data, self.limits.image, param=param, keeps_depth=True)
+            tiles = preprocess_biovil(image, self.preprocess)
+        else:
+            image = decode_image(part.data, self.limits.image, param=param)
+            tiles = preprocess(image, self.preprocess)
         return PreparedImage(tile_digest(tiles), Size(*image.size), tiles)
 
 

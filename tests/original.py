@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -434,7 +434,11 @@ def merge_plainly(original: Original, rows: torch.Tensor, image: Image.Image) ->
 
 @torch.inference_mode()
 def answer_plainly(
-    original: Original, ids: Sequence[int], images: Sequence[Image.Image], num_tokens: int
+    original: Original,
+    ids: Sequence[int],
+    images: Sequence[Image.Image],
+    num_tokens: int,
+    encode: Callable[[Original, Image.Image], torch.Tensor] = image_rows,
 ) -> tuple[list[int], torch.Tensor]:
     """Greedy tokens up to the end token, and the logits they were drawn from; the whole sequence anew each time."""
     text = {name: original.config[name] for name in text_config(original.kind, 1, 1)}
@@ -444,7 +448,7 @@ def answer_plainly(
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         weights[name] = weights[name][: original.num_tokens]
     decoder.load_state_dict(weights)
-    blocks = iter([image_rows(original, image) for image in images])
+    blocks = iter([encode(original, image) for image in images])
     rows = [next(blocks) if token == -200 else weights["model.embed_tokens.weight"][[token]] for token in ids]
     embedded = torch.cat(rows)
     tokens: list[int] = []

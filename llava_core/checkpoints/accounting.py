@@ -12,22 +12,23 @@ from pathlib import Path
 
 from llava_core.checkpoints.keymaps import Part
 from llava_core.checkpoints.layout import Checkpoint, first, open_checkpoint
-from llava_core.config import ModelConfig
+from llava_core.config import BIOVIL_T, ModelConfig
 from llava_core.errors import CheckpointError
+from llava_core.vision.biovil_keys import tensor_names
 
 _LAYER = re.compile(r"layers\.(\d+)\.")
 # transformers' own defaults, which its configuration files leave out.
 _DEFAULT_LAYERS: dict[Part, int] = {"tower": 12, "decoder": 32}
 
-_TOWER = {
-    "model.embeddings.class_embedding",
+_SIGLIP = {
     "model.embeddings.patch_embedding.weight",
     "model.embeddings.position_embedding.weight",
-    "model.pre_layrnorm.weight",
-    "model.pre_layrnorm.bias",
     "model.post_layernorm.weight",
     "model.post_layernorm.bias",
 }
+_CLIP = _SIGLIP | {"model.embeddings.class_embedding", "model.pre_layrnorm.weight", "model.pre_layrnorm.bias"}
+# By kind of tower, what belongs to no layer.
+_TOWERS = {"clip_vision_model": _CLIP, "siglip_vision_model": _SIGLIP, BIOVIL_T: tensor_names()}
 
 
 def check_tensors(checkpoint: Path | Checkpoint) -> None:
@@ -35,7 +36,8 @@ def check_tensors(checkpoint: Path | Checkpoint) -> None:
     opened = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
     config, folder = opened.config, opened.folder
     names = _names_by_part(opened)
-    _check_layers(folder, "tower", names["tower"], config.vision.architecture.get("num_hidden_layers"))
+    if config.vision.architecture["model_type"] != BIOVIL_T:
+        _check_layers(folder, "tower", names["tower"], config.vision.architecture.get("num_hidden_layers"))
     _check_layers(folder, "decoder", names["decoder"], config.text.get("num_hidden_layers"))
     missing = sorted(
         f"{part} {name}" for part, expected in _outside_layers(config).items() for name in expected - names[part]
@@ -79,9 +81,8 @@ def _outside_layers(config: ModelConfig) -> dict[Part, set[str]]:
         depth = int(config.projector_type.removeprefix("mlp").removesuffix("x_gelu"))
     kinds = ("weight", "bias") if config.projector_bias else ("weight",)
     head = set() if config.tie_word_embeddings else {"lm_head.weight"}
-    is_clip = config.vision.architecture["model_type"] == "clip_vision_model"
     return {
-        "tower": _TOWER if is_clip else set(),
+        "tower": set(_TOWERS[config.vision.architecture["model_type"]]),
         "projector": {f"{2 * index}.{kind}" for index in range(depth) for kind in kinds},
         "decoder": {"model.embed_tokens.weight", "model.norm.weight"} | head,
         "newline": {"image_newline"} if config.has_newline else set(),

@@ -14,9 +14,17 @@ from llava_core.checkpoints.files import read_json
 from llava_core.checkpoints.layout import Checkpoint, open_checkpoint, with_generation_config
 from llava_core.checkpoints.original_config import is_original_config
 from llava_core.checkpoints.tokenizer import CheckpointTokenizer, choose_template, load_tokenizer
-from llava_core.config import JsonObject, ModelConfig, read_llava_hf_config
+from llava_core.config import BIOVIL_T, JsonObject, ModelConfig, read_llava_hf_config
 from llava_core.errors import CheckpointError
-from llava_core.images.preprocess import CLIP_MEAN, CLIP_STD, Aspect, PreprocessConfig
+from llava_core.images.biovil import AnyPreprocessConfig, BioVilPreprocessConfig
+from llava_core.images.preprocess import (
+    CLIP_MEAN,
+    CLIP_STD,
+    SIGLIP_MEAN,
+    SIGLIP_STD,
+    Aspect,
+    PreprocessConfig,
+)
 from llava_core.prepare import Preparer, RequestLimits
 from llava_core.types import Size
 
@@ -31,7 +39,7 @@ def load_config(checkpoint: Path | Checkpoint) -> ModelConfig:
     return with_generation_config(read_llava_hf_config(settings), checkpoint)
 
 
-def load_preprocess_config(checkpoint: Path | Checkpoint) -> PreprocessConfig:
+def load_preprocess_config(checkpoint: Path | Checkpoint) -> AnyPreprocessConfig:
     """How the checkpoint wants its pictures. Raises CheckpointError for a way that is not ours."""
     if isinstance(checkpoint, Path) and not is_original_config(settings := _settings(checkpoint)):
         pinpoints = read_llava_hf_config(settings).pinpoints if settings else ()
@@ -40,10 +48,16 @@ def load_preprocess_config(checkpoint: Path | Checkpoint) -> PreprocessConfig:
     config = opened.config
     if config.dialect == "llava_hf":
         return _read_preprocess_config(opened.folder, None, config.pinpoints)
+    kind = config.vision.architecture["model_type"]
+    if kind == BIOVIL_T:
+        # Its config.json has LLaVA-1.5's image_aspect_ratio, which says nothing about radiographs.
+        return BioVilPreprocessConfig(size=config.tile_size)
     aspect = _original_aspect(opened.settings)
     folder = opened.image_folder or opened.folder
     if not (folder / "preprocessor_config.json").exists():
-        return PreprocessConfig(size=config.tile_size, aspect=aspect, pinpoints=config.pinpoints)
+        usual = PreprocessConfig(size=config.tile_size, aspect=aspect, pinpoints=config.pinpoints)
+        is_siglip = kind == "siglip_vision_model"
+        return replace(usual, mean=SIGLIP_MEAN, std=SIGLIP_STD, stretches=True) if is_siglip else usual
     preprocess = _read_preprocess_config(folder, aspect, config.pinpoints)
     return replace(preprocess, size=config.tile_size) if config.s2_scales else preprocess
 

@@ -117,6 +117,11 @@ def find_file(folder: Path, stem: str) -> Path | None:
     return next((file for suffix in ("safetensors", "bin") if (file := folder / f"{stem}.{suffix}").exists()), None)
 
 
+def find_non_lora(folder: Path) -> Path | None:
+    """What an original LoRA trained in full. Of RaDialog's two files the extended one counts, as in its code."""
+    return find_file(folder, "non_lora_trainables_extended") or find_file(folder, "non_lora_trainables")
+
+
 def _read_index(index: Path) -> dict[str, Path]:
     weight_map = read_json(index.parent, index.name).get("weight_map")
     # A name with a folder in it would read files that are not the checkpoint's.
@@ -131,7 +136,7 @@ def _is_file_name(value: object) -> bool:
 
 def tensor_names(file: Path) -> list[str]:
     """Names in one weight file. Raises CheckpointError when it is missing, truncated or holds something else."""
-    if file.suffix == ".bin":
+    if file.suffix != ".safetensors":
         # Only unpickling, which needs torch, tells.
         from llava_core.checkpoints.tensors import read_bin
 

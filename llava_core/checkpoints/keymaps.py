@@ -10,6 +10,8 @@ import re
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
+from llava_core.vision.biovil_keys import from_biovil_t
+
 Part = Literal["tower", "projector", "decoder", "newline"]
 
 
@@ -72,8 +74,12 @@ _TOWER: _Rows = (
 # The other half of a CLIP or SigLIP.
 _NOT_THE_TOWERS = re.compile(r"(text_model\.|visual_projection\.|text_projection\.|logit_scale$|logit_bias$)")
 
-# Buffers that old versions saved; they are computed, so a checkpoint's copy is dropped on purpose.
-_COMPUTED = re.compile(r"(\.position_ids|\.rotary_emb\.inv_freq)$")
+# RaDialog's tower is a BioViL-T without a wrapper; CLIP's names have `vision_tower` twice.
+_BIOVIL = re.compile(r"model\.vision_tower\.(?=encoder\.|projector\.)")
+
+# Buffers that old versions saved, and RaDialog with all others; they are computed, so a checkpoint's copy is dropped
+# on purpose.
+_COMPUTED = re.compile(r"(\.position_ids|\.rotary_emb\.(inv_freq|cos_cached|sin_cached))$")
 
 
 def from_llava_hf(name: str) -> Key | None:
@@ -83,7 +89,15 @@ def from_llava_hf(name: str) -> Key | None:
 
 def from_original(name: str) -> Key | None:
     """Our key for a name of the original code's, or of a text-only decoder; None and KeyError as above."""
+    if match := _BIOVIL.match(name):
+        return from_biovil(name[match.end() :])
     return _look_up(_ORIGINAL, name)
+
+
+def from_biovil(name: str) -> Key | None:
+    """Our key for a name in the released file of BioViL-T; None for what only its text half reads."""
+    ours = from_biovil_t(name)
+    return None if ours is None else Key("tower", ours)
 
 
 def from_tower(name: str) -> Key | None:

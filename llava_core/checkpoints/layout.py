@@ -3,7 +3,7 @@
     llava-hf      config.json with vision_config and text_config, all weights
     original      config.json with mm_vision_tower, all weights; the tower inside or elsewhere
     projector     the same config.json with mm_projector alone, over a base
-    LoRA          the same config.json with adapter_model and non_lora_trainables, over a base
+    LoRA          the same config.json with adapter_model and non_lora_trainables, over a base; RaDialog's tower in it
     PEFT adapter  adapter_model alone, over a base that is a complete LLaVA
 
 Reads configurations and headers, no weights, and imports no torch for safetensors. Knows nothing about modules.
@@ -15,55 +15,24 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 
-from llava_core.checkpoints.files import find_file, find_tensors, has_model, read_json, resolve_checkpoint, tensor_names
-from llava_core.checkpoints.keymaps import Key, KeyMap, Part, from_llava_hf, from_original, from_tower, from_wrapped
-from llava_core.checkpoints.original_config import is_original_config, read_original_config, tower_name
-from llava_core.checkpoints.towers import find_tower
+from llava_core.checkpoints.files import find_file, find_non_lora, has_model, read_json, resolve_checkpoint
+from llava_core.checkpoints.keymaps import Part, from_biovil, from_llava_hf, from_original, from_tower, from_wrapped
+from llava_core.checkpoints.original_config import (
+    check_image_pooling,
+    is_original_config,
+    read_original_config,
+    tower_name,
+)
+from llava_core.checkpoints.towers import BIOVIL, BIOVIL_CONFIG, check_biovil, find_biovil_file, find_tower
+from llava_core.checkpoints.weights import ALL_PARTS
+from llava_core.checkpoints.weights import Weights as Weights
+from llava_core.checkpoints.weights import first as first
 from llava_core.config import JsonObject, ModelConfig, eos_token_ids, read_llava_hf_config
 from llava_core.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
-ALL_PARTS: frozenset[Part] = frozenset({"tower", "projector", "decoder", "newline"})
-
-
-@dataclass(frozen=True)
-class Weights:
-    """The model in a folder, or one `file` of it: how its names are read, and which parts are taken from it.
-
-    With `is_rounded` its numbers are rounded to float16, whatever they are computed in.
-    """
-
-    folder: Path
-    key_map: KeyMap
-    parts: frozenset[Part] = ALL_PARTS
-    file: Path | None = None
-    is_rounded: bool = False
-
-    @cached_property
-    def files(self) -> dict[str, Path]:
-        """Which file holds each foreign name; looked up when first asked for, since preparing requests needs none."""
-        if self.file is not None:
-            return dict.fromkeys(tensor_names(self.file), self.file)
-        return find_tensors(self.folder)
-
-    def keys(self) -> dict[str, Key]:
-        """Our key of every tensor that is not dropped on purpose. Raises CheckpointError naming unknown ones."""
-        keys: dict[str, Key] = {}
-        unknown = []
-        for name in self.files:
-            try:
-                key = self.key_map(name)
-            except KeyError:
-                unknown.append(name)
-                continue
-            if key is not None:
-                keys[name] = key
-        if unknown:
-            raise CheckpointError(f"{self.folder} holds {len(unknown)} tensors of unknown purpose: {first(unknown)}")
-        return keys
 
 
 @dataclass(frozen=True)
@@ -95,13 +64,15 @@ def open_checkpoint(path_or_id: str | Path, base: str | Path | None = None, *, o
     """
     folder = resolve_checkpoint(str(path_or_id), offline=offline)
     is_adapter = (folder / "adapter_config.json").exists()
-    overlay = find_file(folder, "non_lora_trainables" if is_adapter else "mm_projector")
+    overlay = find_non_lora(folder) if is_adapter else find_file(folder, "mm_projector")
     if is_adapter and overlay is None:
         return _open_adapter(folder, base, offline=offline)
     settings = read_json(folder, "config.json")
     _refuse_quantised(folder, settings)
     if not is_original_config(settings):
         return _open_llava_hf(folder, settings, base)
+    with _naming(folder):
+        check_image_pooling(settings)
     # Beside a whole model mm_projector.bin is a copy of what the model holds.
     if overlay is None or (has_model(folder) and not is_adapter):
         return _open_original(folder, settings, base, offline=offline)
@@ -132,9 +103,12 @@ def _refuse_base(folder: Path, base: str | Path | None) -> None:
 
 def _open_original(folder: Path, settings: JsonObject, base: str | Path | None, *, offline: bool) -> Checkpoint:
     _refuse_base(folder, base)
-    weights = Weights(folder, from_original)
-    config, image_folder, weights_of_parts = _with_tower(folder, settings, (weights,), offline=offline)
-    return Checkpoint(folder, settings, with_generation_config(config, folder), weights_of_parts, folder, image_folder)
+    weights: tuple[Weights, ...] = (Weights(folder, from_original),)
+    # A RaDialog that was merged is saved without its tower, which stays in the file it came in.
+    if tower_name(settings) == BIOVIL and (rest := find_non_lora(folder)):
+        weights += (Weights(folder, from_wrapped, file=rest),)
+    config, image_folder, weights = _with_tower(folder, settings, weights, offline=offline)
+    return Checkpoint(folder, settings, with_generation_config(config, folder), weights, folder, image_folder)
 
 
 def _open_over_base(
@@ -151,9 +125,7 @@ def _open_over_base(
     except CheckpointError as error:
         problems.append(error)
     try:
-        config, image_folder, weights = _with_tower(
-            folder, settings, (below[1], own) if below else (own,), offline=offline
-        )
+        config, image_folder, weights = _with_tower(folder, settings, _laid_over(below, own), offline=offline)
     except CheckpointError as error:
         problems.append(error)
     if problems or below is None:
@@ -161,6 +133,15 @@ def _open_over_base(
     _check_base(config, folder, below[0])
     config = with_generation_config(config, below[0])
     return Checkpoint(folder, settings, config, weights, below[0], image_folder, folder if is_lora else None)
+
+
+def _laid_over(below: tuple[Path, Weights] | None, own: Weights) -> tuple[Weights, ...]:
+    """The base's weights and a checkpoint's. A projector is never put together of two: one may be of another shape."""
+    if below is None:
+        return (own,)
+    has_projector = any(key.part == "projector" for key in own.keys().values())
+    base = replace(below[1], parts=below[1].parts - {"projector"}) if has_projector else below[1]
+    return base, own
 
 
 def _open_adapter(folder: Path, base: str | Path | None, *, offline: bool) -> Checkpoint:
@@ -222,6 +203,8 @@ def _with_tower(
     that was not is the one that is named, and the copy inside stands in for it where that cannot be found.
     """
     name = tower_name(settings)
+    if name == BIOVIL:
+        return _with_biovil(folder, settings, weights)
     has_own = any(key.part == "tower" for key in weights[-1].keys().values())
     is_inside = has_own and bool(settings.get("unfreeze_mm_vision_tower"))
     try:
@@ -239,6 +222,19 @@ def _with_tower(
     return config, source.folder, (tower, *(replace(each, parts=each.parts - {"tower"}) for each in weights))
 
 
+def _with_biovil(
+    folder: Path, settings: JsonObject, weights: tuple[Weights, ...]
+) -> tuple[ModelConfig, Path | None, tuple[Weights, ...]]:
+    """RaDialog: the checkpoint brings its tower; the released file stands in for whatever of it was not trained."""
+    with _naming(folder):
+        config = read_original_config(settings, BIOVIL_CONFIG)
+    if released := find_biovil_file(folder):
+        weights = (Weights(folder, from_biovil, frozenset({"tower"}), released), *weights)
+    of_tower = [each for each in weights if "tower" in each.parts]
+    check_biovil(folder, {key.name for each in of_tower for key in each.keys().values() if key.part == "tower"})
+    return config, None, weights
+
+
 @contextmanager
 def _naming(folder: Path) -> Iterator[None]:
     """Readers of configurations know fields and no folders: put the folder before what they raise."""
@@ -254,9 +250,3 @@ def with_generation_config(config: ModelConfig, folder: Path) -> ModelConfig:
         return config
     eos = read_json(folder, "generation_config.json").get("eos_token_id")
     return config if eos is None else replace(config, eos_token_ids=eos_token_ids({"eos_token_id": eos}))
-
-
-def first(names: list[str], count: int = 10) -> str:
-    """The first few of a list of names, for a message."""
-    shown = ", ".join(names[:count])
-    return shown + (", ..." if len(names) > count else "") if names else "none"

@@ -10,11 +10,13 @@ import re
 from dataclasses import replace
 
 from llava_core.config import (
+    BIOVIL_T,
     JsonObject,
     MergeType,
     ModelConfig,
     build_vision_config,
     count,
+    decoder_hint,
     eos_token_ids,
     read_pinpoints,
     text_config,
@@ -74,6 +76,8 @@ def read_original_config(config: JsonObject, tower: JsonObject) -> ModelConfig:
     layer = config.get("mm_vision_select_layer", -2)
     if not isinstance(layer, int):
         raise CheckpointError(f"config.json: mm_vision_select_layer must be one number, not {layer!r}")
+    if tower["model_type"] == BIOVIL_T:
+        _check_biovil(config)
     scales = _s2_scales(config)
     vision = build_vision_config(tower, layer, select, "mm_vision_select_layer")
     vision = replace(vision, hidden_size=vision.hidden_size * max(1, len(scales)))
@@ -122,7 +126,7 @@ def _decoder(config: JsonObject) -> str:
     if name not in known:
         raise CheckpointError(
             f"config.json: architectures {names or 'missing'}, model_type {config.get('model_type')!r}: "
-            f"the decoder {name!r} is not supported; known are {', '.join(known)}"
+            f"the decoder {name!r} is not supported; known are {', '.join(known)}{decoder_hint(name)}"
         )
     return known[name]
 
@@ -134,6 +138,24 @@ def _projector_type(config: JsonObject) -> str:
             f"config.json: unknown mm_projector_type {kind!r}; known are linear, mlp<N>x_gelu and identity"
         )
     return kind
+
+
+def check_image_pooling(config: JsonObject) -> None:
+    """Raise CheckpointError where RaDialog's `mv_type` asks for the network that makes one picture's tokens of many."""
+    kind = config.get("mv_type")
+    # `False` is what its training writes where the option is not given.
+    if kind not in (None, False, "none", "concat"):
+        raise CheckpointError(
+            f"config.json: mv_type {kind!r} needs RaDialog's image pooler, which is not supported; use a checkpoint "
+            "with mv_type 'concat'"
+        )
+
+
+def _check_biovil(config: JsonObject) -> None:
+    if config.get("image_aspect_ratio") == "anyres":
+        raise CheckpointError("config.json: image_aspect_ratio is anyres, but BioViL-T reads a picture as one tile")
+    if config.get("s2"):
+        raise CheckpointError("config.json: s2 is set, but BioViL-T is read at one scale")
 
 
 def _s2_scales(config: JsonObject) -> tuple[int, ...]:

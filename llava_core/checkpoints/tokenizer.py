@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from llava_core.checkpoints.files import read_json
 from llava_core.checkpoints.layout import Checkpoint, open_checkpoint
 from llava_core.checkpoints.original_config import is_original_config
-from llava_core.config import ModelConfig
+from llava_core.config import BIOVIL_T, ModelConfig
 from llava_core.errors import CheckpointError
 from llava_core.prompts.conversation import IMAGE_END, IMAGE_PLACEHOLDER, IMAGE_START, Turn, render
 from llava_core.prompts.templates import TEMPLATES, Template, get_template
@@ -230,8 +230,10 @@ def choose_template(tokenizer: CheckpointTokenizer, name: str | None, config: Mo
 
 
 def _template_of(config: ModelConfig) -> Template:
-    """What the released models of this shape were trained with: Mistral's, Yi's, and Vicuna's for v1.5 and v1.6."""
-    if config.text["model_type"] == "mistral":
+    """What the released models of this shape were trained with; Vicuna's is that of LLaVA-1.5 and 1.6."""
+    if config.vision.architecture["model_type"] == BIOVIL_T:
+        name = "radialog"
+    elif config.text["model_type"] == "mistral":
         name = "mistral_instruct"
     elif config.vocab_size >= 64_000 and config.eos_token_ids == (7,):
         name = "chatml_direct"

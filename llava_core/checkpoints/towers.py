@@ -6,12 +6,14 @@ Reads configurations, not weights. Knows nothing about decoders.
 from __future__ import annotations
 
 import re
+from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
 
 from llava_core.checkpoints.files import has_model, read_json, resolve_checkpoint
-from llava_core.config import JsonObject
+from llava_core.config import BIOVIL_T, JsonObject
 from llava_core.errors import CheckpointError
+from llava_core.vision.biovil_keys import tensor_names, to_biovil_t
 
 _LARGE: JsonObject = {
     "model_type": "clip_vision_model",
@@ -27,6 +29,10 @@ KNOWN_TOWERS: dict[str, JsonObject] = {
     "openai/clip-vit-large-patch14": {**_LARGE, "image_size": 224},
     "openai/clip-vit-large-patch14-336": {**_LARGE, "image_size": 336},
 }
+# What RaDialog's config.json calls its tower, and the file that holds the one it was trained from.
+BIOVIL = "biovil"
+BIOVIL_CONFIG: JsonObject = {"model_type": BIOVIL_T}
+BIOVIL_FILE = "biovil_t_image_model_proj_size_128.pt"
 # Hub ids that the original code takes for towers, and SigLIP's: nothing else is worth asking the network about.
 _ON_THE_HUB = re.compile(r"^(openai|laion|apple)/|ShareGPT4V|clip|siglip", re.IGNORECASE)
 
@@ -63,6 +69,22 @@ def find_tower(name: str, checkpoint: Path, *, is_inside: bool, offline: bool) -
     if not is_inside and not has_model(folder):
         raise CheckpointError(f"{folder}, the mm_vision_tower of {checkpoint}, holds no weights")
     return TowerSource(_vision_part(read_json(folder, "config.json"), folder), folder)
+
+
+def find_biovil_file(checkpoint: Path) -> Path | None:
+    """The released BioViL-T inside a checkpoint or beside it, where somebody put it."""
+    return next((file for folder in (checkpoint, checkpoint.parent) if (file := folder / BIOVIL_FILE).exists()), None)
+
+
+def check_biovil(checkpoint: Path, names: Set[str]) -> None:
+    """Raise CheckpointError unless these tensors, under our names, make BioViL-T complete."""
+    missing = sorted(to_biovil_t(name) for name in tensor_names() - names)
+    if missing:
+        raise CheckpointError(
+            f"{checkpoint}/config.json: mm_vision_tower is {BIOVIL!r}, of which {len(missing)} tensors are missing: "
+            f"{', '.join(missing[:3])}, ...; download non_lora_trainables.bin again, or, where the tower was not "
+            f"trained, put {BIOVIL_FILE} of the hub's microsoft/BiomedVLP-BioViL-T into {checkpoint}"
+        )
 
 
 def _local_folder(name: str, checkpoint: Path) -> Path | None:

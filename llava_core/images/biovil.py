@@ -4,12 +4,13 @@ Mean and standard deviation play no part: the tower divides by 255 and no more. 
 """
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from llava_core.images.preprocess import resize_shortest_edge
+from llava_core.images.preprocess import PreprocessConfig, resize_shortest_edge
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,10 @@ class BioVilPreprocessConfig:
     def __post_init__(self) -> None:
         if not 1 <= self.size <= self.resize:
             raise ValueError(f"size must be at least 1 pixel and at most resize: {self}")
+
+
+# How any tower wants its pictures.
+AnyPreprocessConfig: TypeAlias = PreprocessConfig | BioVilPreprocessConfig
 
 
 def preprocess_biovil(image: Image.Image, config: BioVilPreprocessConfig) -> npt.NDArray[np.uint8]:

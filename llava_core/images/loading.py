@@ -1,4 +1,4 @@
-"""Encoded pictures from strangers become upright RGB images, and `data:` URLs become bytes.
+"""Encoded pictures from strangers become upright RGB images, or deep grey ones, and `data:` URLs become bytes.
 
 The format's header is read and judged before a pixel is decoded; whatever is wrong with a picture becomes an ImageError
 in our words, never in a decoder's. Of animated pictures the first frame counts. Colour profiles are ignored. Fetches
@@ -13,6 +13,7 @@ import zlib
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 from PIL import (
     BmpImagePlugin,
     GifImagePlugin,
@@ -113,9 +114,10 @@ def decode_data_url(url: str, limits: ImageLimits, param: str) -> bytes:
     return data
 
 
-def decode_image(data: bytes, limits: ImageLimits, *, param: str) -> Image.Image:
+def decode_image(data: bytes, limits: ImageLimits, *, param: str, keeps_depth: bool = False) -> Image.Image:
     """The picture, upright, RGB, transparency composited on white; 16-bit grey is scaled by the type's range.
 
+    With `keeps_depth` grey of more than 8 bits comes as it is, in mode I;16, for whoever scales it by its contents.
     Raises ImageError naming cause and limit when the bytes are no picture of a known format or exceed a limit.
     """
     if not data:
@@ -127,6 +129,8 @@ def decode_image(data: bytes, limits: ImageLimits, *, param: str) -> Image.Image
         picture.load()
         # Some formats say only now how large they are.
         _check_size(picture.size, limits, param)
+        if keeps_depth and picture.mode.startswith("I"):
+            return _upright(Image.fromarray(_grey_values(picture, param)[0].astype(np.uint16)), picture)
         return _upright(_to_rgb(picture, param), picture)
     except _DECODER_ERRORS:
         raise ImageError(
@@ -189,6 +193,16 @@ def _to_rgb(picture: ImageFile.ImageFile, param: str) -> Image.Image:
 
 def _grey_to_8_bit(picture: ImageFile.ImageFile, param: str) -> Image.Image:
     """Integer grey scaled by its type's range, not by the values that happen to occur: equal pixels look equal."""
+    values, white = _grey_values(picture, param)
+    # In place: the largest pictures have 40 million values.
+    values *= 255
+    values += white // 2
+    values //= white
+    return Image.fromarray(values.astype(np.uint8))
+
+
+def _grey_values(picture: ImageFile.ImageFile, param: str) -> tuple[npt.NDArray[np.int32], int]:
+    """Integer grey, 0 being black, and the value of white."""
     # A 12-bit TIFF comes in a 16-bit mode, and a 16-bit one where 0 is white comes as it is stored.
     tags = picture.tag_v2 if isinstance(picture, TiffImagePlugin.TiffImageFile) else {}
     white = 4095 if tags.get(_BITS_TAG) == (12,) else _MAX_16_BIT
@@ -197,11 +211,7 @@ def _grey_to_8_bit(picture: ImageFile.ImageFile, param: str) -> Image.Image:
         raise ImageError(f"the image has grey values outside 0 to {white}; save it with 8 or 16 bits", param=param)
     if picture.mode != "I" and tags.get(_PHOTOMETRIC_TAG) == _WHITE_IS_ZERO:
         values = white - values
-    # In place: the largest pictures have 40 million values.
-    values *= 255
-    values += white // 2
-    values //= white
-    return Image.fromarray(values.astype(np.uint8))
+    return values, white
 
 
 def _upright(rgb: Image.Image, picture: ImageFile.ImageFile) -> Image.Image:

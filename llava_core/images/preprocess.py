@@ -18,6 +18,8 @@ from llava_core.types import Size
 Aspect = Literal["pad", "crop", "anyres"]
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+# Of every released SigLIP.
+SIGLIP_MEAN = SIGLIP_STD = (0.5, 0.5, 0.5)
 
 
 @dataclass(frozen=True)

@@ -35,11 +35,17 @@ def user_turns(template: Template, texts: Sequence[str], num_images: int, *, sta
 
     With `start_end` every `<image>` stands between `<im_start>` and `<im_end>`, as `mm_use_im_start_end` asks for. A
     template that wraps images gets them as an exchange of their own; that is meant for a conversation's first message.
+    A text that begins as the template's `inline` says stays on the line of the last picture.
     """
     image = f"{IMAGE_START}{IMAGE_PLACEHOLDER}{IMAGE_END}" if start_end else IMAGE_PLACEHOLDER
     text = "\n".join(texts)
     if not template.wraps_images or not num_images:
-        return [Turn("user", "\n".join([*[image] * num_images, text]))]
+        lines = [image] * num_images
+        if lines and template.inline and text.startswith(template.inline):
+            lines[-1] += text
+        else:
+            lines.append(text)
+        return [Turn("user", "\n".join(lines))]
     wrapped = "\n".join([f"<Image>{image}</Image>"] * num_images)
     return [Turn("user", wrapped), Turn("assistant", "Received."), Turn("user", text)]
 

@@ -27,7 +27,8 @@ class Template:
     """One conversation format. `sep2` closes assistant turns where the style has two separators.
 
     `examples` are turns, the user's first, that stand before every conversation. With `wraps_images` the pictures of
-    the first message become an exchange of their own.
+    the first message become an exchange of their own. A message that begins with `inline` goes on right behind its
+    pictures, where any other begins on a line of its own.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Template:
     sep2: str = ""
     examples: tuple[str, ...] = ()
     wraps_images: bool = False
+    inline: str = ""
 
     @property
     def answer_end(self) -> str:
@@ -77,8 +79,8 @@ TEMPLATES: dict[str, Template] = {
         replace(_PLAIN, name="v0_plain"),
         # What LLaVA-Med and its users call `vicuna_v1`.
         replace(_VICUNA, name="vicuna_v1_med", style=Style.TWO_SPACED),
-        # What RaDialog calls `vicuna_v1`, and the two that only it has.
-        replace(_VICUNA, name="radialog", system=texts.SYSTEM_RADIOLOGIST),
+        # What RaDialog calls `vicuna_v1`, and the two that only it has. It asks by `<image>. Predicted ...`.
+        replace(_VICUNA, name="radialog", system=texts.SYSTEM_RADIOLOGIST, inline=". "),
         Template("llava_med", Style.TWO, texts.SYSTEM_RADIOLOGIST, _USER, "###", "</s>"),
         Template("multimodal", Style.SINGLE, texts.SYSTEM_LLAVA_MED, _HUMAN, "###", examples=texts.GREETING_EXAMPLE),
     )

@@ -108,6 +108,8 @@ def read_architecture(config: VisionConfig) -> BioVilTArchitecture:
     if "depths" in given:
         given["depths"] = tuple(given["depths"])
     architecture = BioVilTArchitecture(**given)
+    if config.image_size % STRIDE:
+        raise CheckpointError(f"BioViL-T takes multiples of {STRIDE} pixels, not {config.image_size}")
     if config.patch_size != STRIDE or config.hidden_size != 2 * architecture.width:
         raise CheckpointError(
             f"BioViL-T has patches of {STRIDE} pixels and {2 * architecture.width} features; "

@@ -11,9 +11,6 @@ from llava_core.errors import CheckpointError
 from llava_core.images.preprocess import PreprocessConfig
 from llava_core.vision.clip import normalise
 
-# Of every released SigLIP; the processor resizes to the square with bicubic interpolation, cutting nothing off.
-SIGLIP_MEAN = SIGLIP_STD = (0.5, 0.5, 0.5)
-
 
 class SiglipTower(nn.Module):
     """A SigLIP vision transformer read at its select layer. `patch` selects every position: all of them are patches."""

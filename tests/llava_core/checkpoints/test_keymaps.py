@@ -3,7 +3,15 @@
 import pytest
 from transformers import LlavaForConditionalGeneration
 
-from llava_core.checkpoints.keymaps import Key, from_llava_hf, from_original, from_tower, from_wrapped, to_llava_hf
+from llava_core.checkpoints.keymaps import (
+    Key,
+    from_biovil,
+    from_llava_hf,
+    from_original,
+    from_tower,
+    from_wrapped,
+    to_llava_hf,
+)
 from tests.tiny import hub_name, saved_name
 
 
@@ -81,6 +89,10 @@ def test_a_key_without_a_foreign_name_is_an_error() -> None:
             Key("tower", "model.embeddings.class_embedding"),
         ),
         ("model.layers.0.self_attn.rotary_emb.inv_freq", None),
+        ("model.layers.0.self_attn.rotary_emb.cos_cached", None),
+        ("model.vision_tower.encoder.encoder.bn1.running_var", Key("tower", "model.trunk.bn1.running_var")),
+        ("model.vision_tower.encoder.vit_pooler.pos_embed", None),
+        ("model.vision_tower.projector.model.0.weight", None),
     ],
 )
 def test_the_originals_names_and_their_wrapped_forms(name: str, key: Key | None) -> None:
@@ -96,6 +108,13 @@ def test_wrapped_names_of_llava_hf() -> None:
         "language_model.model.layers.0.mlp.up_proj.weight",
     ):
         assert from_wrapped(f"base_model.model.{name}") == expected
+
+
+def test_the_names_of_the_released_biovil() -> None:
+    assert from_biovil("encoder.backbone_to_vit.weight") == Key("tower", "model.narrow.weight")
+    assert from_biovil("encoder.encoder.fc.bias") is None
+    with pytest.raises(KeyError):
+        from_biovil("classifier.weight")
 
 
 def test_a_towers_own_names_and_its_text_half() -> None:

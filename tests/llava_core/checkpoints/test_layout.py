@@ -84,6 +84,18 @@ def test_a_text_only_model_is_named_as_such(tmp_path: Path) -> None:
         open_checkpoint(str(original.base), offline=True)
 
 
+def test_a_projector_is_never_put_together_of_two(tmp_path: Path) -> None:
+    base = write_original(tmp_path / "whole", Kind())
+    original = write_original(tmp_path, Kind(layout="projector"))
+    load_language_side(open_checkpoint(original.folder, base.folder), FP32)
+    file = original.folder / "mm_projector.bin"
+    tensors = torch.load(file, weights_only=True)
+    del tensors["model.mm_projector.2.bias"]
+    torch.save(tensors, file)
+    with pytest.raises(CheckpointError, match=r"missing 1 \(2\.bias\)"):
+        load_language_side(open_checkpoint(original.folder, base.folder), FP32)
+
+
 def test_an_adapter_without_its_projector_says_so(tmp_path: Path) -> None:
     original = write_original(tmp_path, Kind(layout="lora"))
     (original.folder / "non_lora_trainables.bin").unlink()

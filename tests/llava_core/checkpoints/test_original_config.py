@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from llava_core.checkpoints.original_config import is_original_config, read_original_config
-from llava_core.checkpoints.towers import KNOWN_TOWERS
+from llava_core.checkpoints.original_config import check_image_pooling, is_original_config, read_original_config
+from llava_core.checkpoints.towers import BIOVIL_CONFIG, KNOWN_TOWERS
 from llava_core.errors import CheckpointError
 from llava_core.types import Size
 
@@ -75,6 +75,22 @@ def test_llava_1_6_is_read_width_first() -> None:
     assert read_original_config(text, TOWER) == config
 
 
+def test_radialog_is_read_whatever_its_fields_say_about_layers() -> None:
+    config = read_original_config({**LLAVA_1_5, "mm_vision_tower": "biovil", "mm_hidden_size": 512}, BIOVIL_CONFIG)
+    assert (config.vision.image_size, config.vision.tokens_per_tile, config.vision.hidden_size) == (448, 196, 512)
+    assert (config.vision.select_layer, config.vision.select_feature) == (-1, "patch")
+    with pytest.raises(CheckpointError, match="s2 is set, but BioViL-T is read at one scale"):
+        read_original_config({**LLAVA_1_5, "s2": True}, BIOVIL_CONFIG)
+
+
+@pytest.mark.parametrize("kind", ["pool", "pool_all", "pool_concat", True])
+def test_pooling_several_pictures_is_refused_by_name(kind: object) -> None:
+    with pytest.raises(CheckpointError, match=f"mv_type {kind!r} needs RaDialog's image pooler"):
+        check_image_pooling({"mv_type": kind})
+    check_image_pooling({"mv_type": "concat"})
+    check_image_pooling(LLAVA_1_5)
+
+
 def test_several_scales_multiply_the_features() -> None:
     config = read(s2=True, mm_hidden_size=3072)
     assert (config.s2_scales, config.vision.hidden_size, config.tile_size) == ((336, 672, 1008), 3072, 1008)
@@ -106,8 +122,11 @@ def test_a_named_tower_makes_it_an_original(config: dict[str, Any], expected: bo
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"architectures": ["LlavaMptForCausalLM"]}, "decoder 'Mpt' is not supported; known are Llama, Mistral"),
-        ({"architectures": None, "model_type": "llava_mpt"}, "decoder 'llava_mpt' is not supported; known are llava"),
+        ({"architectures": ["LlavaMptForCausalLM"]}, "decoder 'Mpt' is not supported; known are Llama, Mistral.*use a"),
+        (
+            {"architectures": None, "model_type": "llava_mpt"},
+            "decoder 'llava_mpt' is not supported.* use a LLaVA on Llama",
+        ),
         ({"mm_projector_type": "resampler"}, "unknown mm_projector_type 'resampler'; known are linear"),
         ({"mm_vision_select_feature": "cls"}, "mm_vision_select_feature 'cls' is unknown"),
         ({"mm_vision_select_layer": [-2]}, "mm_vision_select_layer must be one number"),

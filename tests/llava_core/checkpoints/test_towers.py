@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from llava_core.checkpoints.towers import KNOWN_TOWERS, find_tower
+from llava_core.checkpoints.towers import BIOVIL_FILE, KNOWN_TOWERS, check_biovil, find_biovil_file, find_tower
 from llava_core.errors import CheckpointError
+from llava_core.vision.biovil_keys import tensor_names
 from tests.original import TOWER_CONFIG
 
 
@@ -46,7 +47,7 @@ def test_known_towers_need_no_files_where_the_weights_are_inside(checkpoint: Pat
     assert (source.config, source.folder) == (KNOWN_TOWERS[name], None)
 
 
-@pytest.mark.parametrize("name", ["/no/such/tower", "tower", "nobody/nothing", "biovil"])
+@pytest.mark.parametrize("name", ["/no/such/tower", "tower", "nobody/nothing", "biovil_t"])
 def test_an_unknown_tower_is_named_with_its_field_and_no_network(checkpoint: Path, name: str) -> None:
     with pytest.raises(CheckpointError, match=rf"config\.json: mm_vision_tower '{name}' is unknown"):
         find_tower(name, checkpoint, is_inside=False, offline=False)
@@ -69,3 +70,17 @@ def test_a_tower_without_weights_is_named(tmp_path: Path, checkpoint: Path) -> N
     write_tower(tmp_path / "tower", TOWER_CONFIG, weights=False)
     with pytest.raises(CheckpointError, match="holds no weights"):
         find_tower("tower", checkpoint, is_inside=False, offline=True)
+
+
+def test_a_biovil_that_is_not_complete_is_named_with_what_to_do(checkpoint: Path) -> None:
+    check_biovil(checkpoint, tensor_names())
+    message = rf"{checkpoint}/config\.json.* 1 tensors are missing: encoder\.missing_previous_emb, .*put {BIOVIL_FILE}"
+    with pytest.raises(CheckpointError, match=message):
+        check_biovil(checkpoint, tensor_names() - {"model.missing_prior"})
+
+
+def test_the_released_biovil_is_found_inside_and_beside(checkpoint: Path) -> None:
+    assert find_biovil_file(checkpoint) is None
+    for folder in (checkpoint.parent, checkpoint):
+        (folder / BIOVIL_FILE).touch()
+        assert find_biovil_file(checkpoint) == folder / BIOVIL_FILE

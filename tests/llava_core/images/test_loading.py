@@ -203,6 +203,23 @@ class TestDeepPixels:
         data[offset : offset + 3] = b"\xff\xf8\x00"
         assert self.grey(decoded(bytes(data))) == (255, 128)
 
+    @pytest.mark.parametrize("mode", ["I;16", "I;16B", "I"])
+    def test_whoever_asks_for_it_gets_the_depth_as_it_is(self, mode: str) -> None:
+        order = {"I;16": "<u2", "I;16B": ">u2", "I": "<i4"}[mode]
+        image = Image.frombytes(mode, (4, 1), self.VALUES.astype(order).tobytes())
+        kept = decode_image(encoded(image, "TIFF"), LIMITS, param=PARAM, keeps_depth=True)
+        assert kept.mode == "I;16"
+        assert (np.asarray(kept) == self.VALUES).all()
+
+    def test_depth_is_kept_upright_with_zero_black_and_8_bits_stay_8(self) -> None:
+        tags = TiffImagePlugin.ImageFileDirectory_v2()
+        tags[ExifTags.Base.Orientation] = 6
+        data = bytearray(encoded(Image.fromarray(65535 - self.VALUES), "TIFF", tiffinfo=tags))
+        data[data.index(struct.pack("<HHI", 262, 3, 1)) + 8] = 0
+        kept = decode_image(bytes(data), LIMITS, param=PARAM, keeps_depth=True)
+        assert (np.asarray(kept) == self.VALUES.T).all()
+        assert decode_image(encoded(gradient()), LIMITS, param=PARAM, keeps_depth=True).mode == "RGB"
+
     def test_16_bit_colour_loses_its_low_bytes(self) -> None:
         row = struct.pack(">B6H", 0, 65535, 0, 0x8000, 257, 514, 771)
         got = decoded(png(2, 1, bits=16, data=zlib.compress(row)))

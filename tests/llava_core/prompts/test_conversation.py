@@ -53,6 +53,14 @@ def test_pictures_stand_before_the_texts(texts: list[str], num_images: int, *, s
     assert user_turns(get_template("vicuna_v1"), texts, num_images, start_end=start_end) == [Turn("user", expected)]
 
 
+def test_a_text_that_begins_as_the_template_says_stays_on_the_line_of_the_last_picture() -> None:
+    template = get_template("radialog")
+    assert user_turns(template, [". Predicted"], 2) == [Turn("user", "<image>\n<image>. Predicted")]
+    assert user_turns(template, ["Predicted"], 1) == [Turn("user", "<image>\nPredicted")]
+    assert user_turns(template, [". Predicted"], 0) == [Turn("user", ". Predicted")]
+    assert user_turns(get_template("vicuna_v1"), [". Predicted"], 1) == [Turn("user", "<image>\n. Predicted")]
+
+
 def test_a_template_that_wraps_images_makes_them_an_exchange_of_their_own() -> None:
     turns = user_turns(get_template("v1_mmtag"), ["What is this?"], 1)
     assert text("v1_mmtag", [*turns, OPEN], "S") == (

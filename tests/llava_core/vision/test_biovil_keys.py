@@ -5,10 +5,11 @@ import torch
 
 from llava_core.config import VisionConfig
 from llava_core.images.biovil import BioVilPreprocessConfig
-from llava_core.vision.biovil_keys import from_biovil_t, to_biovil_t
+from llava_core.vision.biovil_keys import from_biovil_t, tensor_names, to_biovil_t
 from llava_core.vision.biovil_t import BioVilTTower
 
 DROPPED = [
+    "encoder.vit_pooler.pos_embed",
     "encoder.encoder.fc.weight",
     "encoder.encoder.fc.bias",
     "projector.model.0.weight",
@@ -70,6 +71,7 @@ def test_the_released_names_are_exactly_the_towers() -> None:
     ours = {name: tuple(value.shape) for name, value in state.items()}
     assert {from_biovil_t(name): shape for name, shape in released().items()} == ours
     assert {to_biovil_t(name): shape for name, shape in ours.items()} == released()
+    assert tensor_names() == set(ours)
 
 
 @pytest.mark.parametrize("name", DROPPED)

@@ -100,6 +100,7 @@ def test_priors_of_another_shape_are_our_mistake(tower: BioVilTTower) -> None:
         (replace(VISION, architecture={"widht": 8}), "has no widht; known are depths"),
         (replace(VISION, hidden_size=512), "16 features; the configuration says 32 and 512"),
         (replace(VISION, patch_size=16), "patches of 32 pixels"),
+        (replace(VISION, image_size=100), "multiples of 32 pixels, not 100"),
         (replace(VISION, select_feature="cls_patch"), "'cls_patch'"),
         (replace(VISION, image_size=448), "takes 448 pixels, but pictures are preprocessed to 96"),
         (replace(VISION, architecture={**SMALL, "depths": [1, 1]}), "four stages"),

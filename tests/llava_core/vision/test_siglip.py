@@ -10,9 +10,9 @@ from transformers import SiglipImageProcessorPil, SiglipVisionConfig, SiglipVisi
 
 from llava_core.config import VisionConfig
 from llava_core.errors import CheckpointError
-from llava_core.images.preprocess import PreprocessConfig, preprocess
+from llava_core.images.preprocess import SIGLIP_MEAN, SIGLIP_STD, PreprocessConfig, preprocess
 from llava_core.vision.clip import normalise
-from llava_core.vision.siglip import SIGLIP_MEAN, SIGLIP_STD, SiglipTower
+from llava_core.vision.siglip import SiglipTower
 
 SIDE, PATCH, WIDTH, LAYERS = 28, 14, 16, 3
 ARCHITECTURE = {

@@ -1,0 +1,59 @@
+"""The weights in a folder or file under our names, and which of a model's parts are taken from them. Reads names only.
+
+Knows nothing about layouts: who lays which weights over which is layout.py's business.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from llava_core.checkpoints.files import find_tensors, tensor_names
+from llava_core.checkpoints.keymaps import Key, KeyMap, Part
+from llava_core.errors import CheckpointError
+
+ALL_PARTS: frozenset[Part] = frozenset({"tower", "projector", "decoder", "newline"})
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The model in a folder, or one `file` of it: how its names are read, and which parts are taken from it.
+
+    With `is_rounded` its numbers are rounded to float16, whatever they are computed in.
+    """
+
+    folder: Path
+    key_map: KeyMap
+    parts: frozenset[Part] = ALL_PARTS
+    file: Path | None = None
+    is_rounded: bool = False
+
+    @cached_property
+    def files(self) -> dict[str, Path]:
+        """Which file holds each foreign name; looked up when first asked for, since preparing requests needs none."""
+        if self.file is not None:
+            return dict.fromkeys(tensor_names(self.file), self.file)
+        return find_tensors(self.folder)
+
+    def keys(self) -> dict[str, Key]:
+        """Our key of every tensor that is not dropped on purpose. Raises CheckpointError naming unknown ones."""
+        keys: dict[str, Key] = {}
+        unknown = []
+        for name in self.files:
+            try:
+                key = self.key_map(name)
+            except KeyError:
+                unknown.append(name)
+                continue
+            if key is not None:
+                keys[name] = key
+        if unknown:
+            raise CheckpointError(f"{self.folder} holds {len(unknown)} tensors of unknown purpose: {first(unknown)}")
+        return keys
+
+
+def first(names: list[str], count: int = 10) -> str:
+    """The first few of a list of names, for a message."""
+    shown = ", ".join(names[:count])
+    return shown + (", ..." if len(names) > count else "") if names else "none"
