@@ -166,9 +166,10 @@ def read_pinpoints(value: object, *, is_height_first: bool = False) -> tuple[Siz
 
 
 # What transformers may leave out of a saved configuration because it is the class's default.
+_DECODER = {"hidden_size": 4096, "vocab_size": 32000, "num_hidden_layers": 32, "num_attention_heads": 32}
 _TEXT_DEFAULTS: dict[str, JsonObject] = {
-    "llama": {"hidden_size": 4096, "max_position_embeddings": 2048, "vocab_size": 32000},
-    "mistral": {"hidden_size": 4096, "max_position_embeddings": 131_072, "vocab_size": 32000},
+    "llama": {**_DECODER, "max_position_embeddings": 2048},
+    "mistral": {**_DECODER, "max_position_embeddings": 131_072, "num_key_value_heads": 8},
 }
 _VISION_DEFAULTS: dict[str, JsonObject] = {
     "clip_vision_model": {"hidden_size": 768, "image_size": 224, "patch_size": 32, "num_hidden_layers": 12},

@@ -17,8 +17,6 @@ from llava_core.errors import CheckpointError
 from llava_core.vision.biovil_keys import tensor_names
 
 _LAYER = re.compile(r"layers\.(\d+)\.")
-# transformers' own defaults, which its configuration files leave out.
-_DEFAULT_LAYERS: dict[Part, int] = {"tower": 12, "decoder": 32}
 
 _SIGLIP = {
     "model.embeddings.patch_embedding.weight",
@@ -37,8 +35,8 @@ def check_tensors(checkpoint: Path | Checkpoint) -> None:
     config, folder = opened.config, opened.folder
     names = _names_by_part(opened)
     if config.vision.architecture["model_type"] != BIOVIL_T:
-        _check_layers(folder, "tower", names["tower"], config.vision.architecture.get("num_hidden_layers"))
-    _check_layers(folder, "decoder", names["decoder"], config.text.get("num_hidden_layers"))
+        _check_layers(folder, "tower", names["tower"], config.vision.architecture["num_hidden_layers"])
+    _check_layers(folder, "decoder", names["decoder"], config.text["num_hidden_layers"])
     missing = sorted(
         f"{part} {name}" for part, expected in _outside_layers(config).items() for name in expected - names[part]
     )
@@ -59,14 +57,13 @@ def _names_by_part(checkpoint: Checkpoint) -> dict[Part, set[str]]:
     return names
 
 
-def _check_layers(folder: Path, part: Part, names: Iterable[str], num_layers: int | None) -> None:
+def _check_layers(folder: Path, part: Part, names: Iterable[str], count: int) -> None:
     """Every layer must be there and hold what the fullest one holds: a hole shows without knowing the architecture."""
     layers: dict[int, set[str]] = defaultdict(set)
     for name in names:
         if match := _LAYER.search(name):
             layers[int(match.group(1))].add(name[match.end() :])
     full = set().union(*layers.values())
-    count = _DEFAULT_LAYERS[part] if num_layers is None else num_layers
     missing = [f"layer {i}: {name}" for i in range(count) for name in sorted(full - layers[i])]
     if not full or missing or len(layers) > count:
         raise CheckpointError(

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import psutil
 
@@ -21,11 +20,6 @@ from llava_core.types import Quantization, Size
 
 Shape = tuple[int, ...]
 
-# transformers' own defaults, which its configuration files leave out.
-_DEFAULT_TEXT: Mapping[str, Mapping[str, int | None]] = {
-    "llama": {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": None},
-    "mistral": {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8},
-}
 # Beside the picture in the least that a model must have room for: one question and its answer.
 _TEXT_TOKENS = 512
 _CGROUP = Path("/sys/fs/cgroup")
@@ -72,10 +66,9 @@ def _quantised_bytes(shape: Shape, quantization: Quantization) -> int:
 
 def cache_bytes_per_token(config: ModelConfig, itemsize: int) -> int:
     """Keys and values of one token in every layer."""
-    text: dict[str, Any] = {**_DEFAULT_TEXT[config.text["model_type"]], **config.text}
-    heads = text["num_attention_heads"]
+    text, heads = config.text, config.text["num_attention_heads"]
     head_dim = text.get("head_dim") or config.hidden_size // heads
-    return int(2 * text["num_hidden_layers"] * (text["num_key_value_heads"] or heads) * head_dim * itemsize)
+    return int(2 * text["num_hidden_layers"] * (text.get("num_key_value_heads") or heads) * head_dim * itemsize)
 
 
 def language_need(config: ModelConfig, weights: int, itemsize: int) -> MemoryNeed:
