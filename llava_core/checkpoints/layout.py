@@ -5,6 +5,7 @@
     projector     the same config.json with mm_projector alone, over a base
     LoRA          the same config.json with adapter_model and non_lora_trainables, over a base
     PEFT adapter  adapter_model alone, over a base that is a complete LLaVA
+    delta         delta_base in config.json: differences to a base, which must be applied before anything else
 
 Reads configurations and headers, no weights, and imports no torch for safetensors. Knows nothing about modules.
 """
@@ -17,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 from llava_core.checkpoints.files import find_file, find_tensors, has_model, read_json, resolve_checkpoint, tensor_names
 from llava_core.checkpoints.keymaps import Key, KeyMap, Part, from_llava_hf, from_original, from_tower, from_wrapped
@@ -26,6 +28,9 @@ from llava_core.config import JsonObject, ModelConfig, eos_token_ids, read_llava
 from llava_core.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
+Layout = Literal["llava-hf", "original", "original projector", "original LoRA", "PEFT adapter", "delta"]
+# Of the deltas that this project makes. Those that the original code made have nothing to be told by.
+DELTA_FIELD = "delta_base"
 ALL_PARTS: frozenset[Part] = frozenset({"tower", "projector", "decoder", "newline"})
 
 
@@ -51,6 +56,13 @@ class Weights:
 
     def keys(self) -> dict[str, Key]:
         """Our key of every tensor that is not dropped on purpose. Raises CheckpointError naming unknown ones."""
+        keys, unknown = self.sorted_keys()
+        if unknown:
+            raise CheckpointError(f"{self.folder} holds {len(unknown)} tensors of unknown purpose: {first(unknown)}")
+        return keys
+
+    def sorted_keys(self) -> tuple[dict[str, Key], list[str]]:
+        """The same, and beside it the names that no row of the key table covers."""
         keys: dict[str, Key] = {}
         unknown = []
         for name in self.files:
@@ -61,9 +73,7 @@ class Weights:
                 continue
             if key is not None:
                 keys[name] = key
-        if unknown:
-            raise CheckpointError(f"{self.folder} holds {len(unknown)} tensors of unknown purpose: {first(unknown)}")
-        return keys
+        return keys, unknown
 
 
 @dataclass(frozen=True)
@@ -94,17 +104,42 @@ def open_checkpoint(path_or_id: str | Path, base: str | Path | None = None, *, o
     Raises CheckpointError naming file, field and fix, and every part that is missing at once.
     """
     folder = resolve_checkpoint(str(path_or_id), offline=offline)
-    is_adapter = (folder / "adapter_config.json").exists()
-    overlay = find_file(folder, "non_lora_trainables" if is_adapter else "mm_projector")
-    if is_adapter and overlay is None:
+    layout = find_layout(folder)
+    if layout == "PEFT adapter":
         return _open_adapter(folder, base, offline=offline)
     settings = read_json(folder, "config.json")
-    if not is_original_config(settings):
+    if layout == "delta":
+        raise CheckpointError(
+            f"{folder} holds the differences to {settings[DELTA_FIELD]}, not a model; apply them to it: "
+            f"llava delta apply {settings[DELTA_FIELD]} {folder} OUT"
+        )
+    if layout == "llava-hf":
         return _open_llava_hf(folder, settings, base)
+    if layout == "original":
+        return _open_original(folder, settings, base, offline=offline)
+    return _open_over_base(folder, settings, _find_overlay(folder), base, offline=offline)
+
+
+def find_layout(folder: Path) -> Layout:
+    """Which of the layouts a folder has. Raises CheckpointError when config.json is missing or damaged."""
+    overlay = _find_overlay(folder)
+    is_adapter = (folder / "adapter_config.json").exists()
+    if is_adapter and overlay is None:
+        return "PEFT adapter"
+    settings = read_json(folder, "config.json")
+    if DELTA_FIELD in settings:
+        return "delta"
+    if not is_original_config(settings):
+        return "llava-hf"
     # Beside a whole model mm_projector.bin is a copy of what the model holds.
     if overlay is None or (has_model(folder) and not is_adapter):
-        return _open_original(folder, settings, base, offline=offline)
-    return _open_over_base(folder, settings, overlay, base, offline=offline)
+        return "original"
+    return "original LoRA" if is_adapter else "original projector"
+
+
+def _find_overlay(folder: Path) -> Path | None:
+    is_adapter = (folder / "adapter_config.json").exists()
+    return find_file(folder, "non_lora_trainables" if is_adapter else "mm_projector")
 
 
 def _open_llava_hf(folder: Path, settings: JsonObject, base: str | Path | None) -> Checkpoint:
@@ -128,9 +163,10 @@ def _open_original(folder: Path, settings: JsonObject, base: str | Path | None, 
 
 
 def _open_over_base(
-    folder: Path, settings: JsonObject, overlay: Path, base: str | Path | None, *, offline: bool
+    folder: Path, settings: JsonObject, overlay: Path | None, base: str | Path | None, *, offline: bool
 ) -> Checkpoint:
     """An original LoRA or projector: configuration and `overlay` from the folder, the decoder from the base."""
+    assert overlay is not None, folder
     is_lora = (folder / "adapter_config.json").exists()
     # The original code rounds a projector that comes alone, and nothing else, to float16.
     own = Weights(folder, from_wrapped, file=overlay, is_rounded=not is_lora)
@@ -212,7 +248,7 @@ def _with_tower(
     that was not is the one that is named, and the copy inside stands in for it where that cannot be found.
     """
     name = tower_name(settings)
-    has_own = any(key.part == "tower" for key in weights[-1].keys().values())
+    has_own = any(key.part == "tower" for key in weights[-1].sorted_keys()[0].values())
     is_inside = has_own and bool(settings.get("unfreeze_mm_vision_tower"))
     try:
         source = find_tower(name, folder, is_inside=is_inside, offline=offline)
