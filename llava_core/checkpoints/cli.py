@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -21,37 +21,28 @@ if TYPE_CHECKING:
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
-class SizeInPixels(click.ParamType[Size]):
-    """`640x480`, width first."""
-
-    name = "WxH"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Size:
-        """Two positive whole numbers, or a usage error."""
-        width, _, height = str(value).lower().partition("x")
-        if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
-            self.fail(f"{value!r} is no size in pixels; write for example 640x480", param, ctx)
-        return Size(int(width), int(height))
+def _read_sizes(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> tuple[Size, ...]:
+    """`640x480`, width first; anything else is a usage error."""
+    matches = [re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", value.lower()) for value in values]
+    for value, match in zip(values, matches, strict=True):
+        if match is None:
+            raise click.BadParameter(f"{value!r} is no size in pixels; write for example 640x480")
+    return tuple(Size(int(match.group(1)), int(match.group(2))) for match in matches if match)
 
 
-class NumBytes(click.ParamType[int]):
-    """`5GB`, `500MB` or plain bytes."""
-
-    name = "SIZE"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """A positive number of bytes, or a usage error."""
-        match = re.fullmatch(r"(\d+)\s*([A-Za-z]*)", str(value).strip())
-        if match is None or match.group(2).upper() not in _UNITS or int(match.group(1)) < 1:
-            self.fail(f"{value!r} is no size; write for example 5GB, 500MB or 2GiB", param, ctx)
-        return int(match.group(1)) * _UNITS[match.group(2).upper()]
+def _read_num_bytes(_: click.Context, __: click.Parameter, value: str) -> int:
+    """`5GB`, `500MB`, `2GiB` or plain bytes; anything else is a usage error."""
+    match = re.fullmatch(r"([1-9]\d*)\s*([A-Za-z]*)", value.strip())
+    if match is None or match.group(2).upper() not in _UNITS:
+        raise click.BadParameter(f"{value!r} is no size; write for example 5GB, 500MB or 2GiB")
+    return int(match.group(1)) * _UNITS[match.group(2).upper()]
 
 
 _OUT = click.argument("out", type=click.Path(path_type=Path))
 _BASE = click.option("--base", default=None, help="The model that an adapter or projector was trained on.")
 _OFFLINE = click.option("--offline", is_flag=True, help="Never fetch anything; all that is missing is listed.")
 _SHARD = click.option(
-    "--max-shard-size", type=NumBytes(), default="5GB", show_default=True, help="Largest file, for example 500MB."
+    "--max-shard-size", callback=_read_num_bytes, default="5GB", show_default=True, help="Largest file of weights."
 )
 
 
@@ -60,7 +51,9 @@ _SHARD = click.option(
 @_BASE
 @_OFFLINE
 @click.option("--format", "output", type=click.Choice(["text", "json"]), default="text", show_default=True)
-@click.option("--image-size", "sizes", type=SizeInPixels(), multiple=True, help="Count image tokens of it; repeatable.")
+@click.option(
+    "--image-size", "sizes", callback=_read_sizes, multiple=True, metavar="WxH", help="Count its tokens; repeatable."
+)
 @click.option("--template", default=None, help="Prompt template (default: the one the checkpoint declares).")
 @click.pass_context
 def inspect(

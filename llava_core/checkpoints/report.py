@@ -92,7 +92,7 @@ def _describe(checkpoint: Checkpoint, sizes: Sequence[Size], template: str | Non
 
 def _sources(checkpoint: Checkpoint) -> Report:
     """Where the parts come from, None where the checkpoint holds them."""
-    towers = [str(each.folder) for each in checkpoint.weights if each.key_map is from_tower]
+    towers = [str(each.folder.resolve()) for each in checkpoint.weights if each.key_map is from_tower]
     # Of a PEFT adapter the opened folder is the base.
     is_own = checkpoint.adapter is None or checkpoint.folder == checkpoint.adapter
     base = checkpoint.text_folder if not checkpoint.is_complete or not is_own else None

@@ -44,7 +44,8 @@ def with_image_token(checkpoint: Checkpoint) -> tuple[PreTrainedTokenizerFast, i
     tokenizer.chat_template = inner.chat_template
     image = AddedToken(IMAGE_PLACEHOLDER, special=True, normalized=False)
     tokenizer.add_special_tokens({"additional_special_tokens": [image]})
-    return tokenizer, raw.token_to_id(IMAGE_PLACEHOLDER)
+    # Of the new one, which holds a copy of `raw`.
+    return tokenizer, tokenizer.backend_tokenizer.token_to_id(IMAGE_PLACEHOLDER)
 
 
 def _load(folder: Path) -> PreTrainedTokenizerFast:
