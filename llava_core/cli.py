@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from llava_core.checkpoints.cli import TOOLS
 from llava_core.errors import LlavaError
 
 if TYPE_CHECKING:
@@ -72,6 +73,10 @@ def _import_command(point: EntryPoint) -> click.Command:
 @click.version_option(package_name="llava-serve")
 def main() -> None:
     """LLaVA-family vision-language models."""
+
+
+for tool in TOOLS:
+    main.add_command(tool)
 
 
 @main.command()

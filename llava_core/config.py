@@ -168,12 +168,18 @@ def read_pinpoints(value: object, *, is_height_first: bool = False) -> tuple[Siz
 # What transformers may leave out of a saved configuration because it is the class's default.
 _DECODER = {"hidden_size": 4096, "vocab_size": 32000, "num_hidden_layers": 32, "num_attention_heads": 32}
 _TEXT_DEFAULTS: dict[str, JsonObject] = {
-    "llama": {**_DECODER, "max_position_embeddings": 2048},
-    "mistral": {**_DECODER, "max_position_embeddings": 131_072, "num_key_value_heads": 8},
+    "llama": {**_DECODER, "intermediate_size": 11008, "max_position_embeddings": 2048},
+    "mistral": {
+        **_DECODER,
+        "intermediate_size": 14336,
+        "max_position_embeddings": 131_072,
+        "num_key_value_heads": 8,
+    },
 }
+_TOWER = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_channels": 3, "image_size": 224}
 _VISION_DEFAULTS: dict[str, JsonObject] = {
-    "clip_vision_model": {"hidden_size": 768, "image_size": 224, "patch_size": 32, "num_hidden_layers": 12},
-    "siglip_vision_model": {"hidden_size": 768, "image_size": 224, "patch_size": 16, "num_hidden_layers": 12},
+    "clip_vision_model": {**_TOWER, "patch_size": 32},
+    "siglip_vision_model": {**_TOWER, "patch_size": 16},
 }
 _PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 

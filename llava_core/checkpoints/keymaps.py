@@ -49,11 +49,14 @@ _LLAVA_HF: _Rows = (
 )
 _HUB_ROWS = 6
 
+_LINEAR: _Rows = (
+    ("model.mm_projector.weight", "projector", "0.weight"),
+    ("model.mm_projector.bias", "projector", "0.bias"),
+)
 # The original LLaVA code, and a text-only decoder by itself.
 _ORIGINAL: _Rows = (
     ("model.vision_tower.vision_tower.vision_model.", "tower", "model."),
-    ("model.mm_projector.weight", "projector", "0.weight"),
-    ("model.mm_projector.bias", "projector", "0.bias"),
+    *_LINEAR,
     ("model.mm_projector.", "projector", ""),
     ("model.image_newline", *NEWLINE_KEY),
     ("model.embed_tokens.", "decoder", "model.embed_tokens."),
@@ -136,3 +139,20 @@ def to_llava_hf(key: Key) -> str:
         if part == key.part and key.name.startswith(ours):
             return prefix + key.name.removeprefix(ours)
     raise KeyError(key)
+
+
+def to_original(key: Key, projector_type: str) -> str:
+    """The original code's name of one of our keys; its `linear` projector is one layer, not a sequence of them."""
+    rows = _ORIGINAL if projector_type == "linear" else [row for row in _ORIGINAL if row not in _LINEAR]
+    for prefix, part, ours in rows:
+        if part == key.part and key.name.startswith(ours):
+            return prefix + key.name.removeprefix(ours)
+    raise KeyError(key)
+
+
+def to_tower(key: Key) -> str:
+    """The name of one of our keys in a tower's checkpoint of its own."""
+    prefix, part, ours = _TOWER[0]
+    if key.part != part or not key.name.startswith(ours):
+        raise KeyError(key)
+    return prefix + key.name.removeprefix(ours)

@@ -5,6 +5,7 @@
     projector     the same config.json with mm_projector alone, over a base
     LoRA          the same config.json with adapter_model and non_lora_trainables, over a base; RaDialog's tower in it
     PEFT adapter  adapter_model alone, over a base that is a complete LLaVA
+    delta         delta_base in config.json: differences to a base, which must be applied before anything else
 
 Reads configurations and headers, no weights, and imports no torch for safetensors. Knows nothing about modules.
 """
@@ -16,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from llava_core.checkpoints.files import find_file, find_non_lora, has_model, read_json, resolve_checkpoint
 from llava_core.checkpoints.keymaps import Part, from_biovil, from_llava_hf, from_original, from_tower, from_wrapped
@@ -33,6 +35,9 @@ from llava_core.config import JsonObject, ModelConfig, eos_token_ids, read_llava
 from llava_core.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
+Layout = Literal["llava-hf", "original", "original projector", "original LoRA", "PEFT adapter", "delta"]
+# Of the deltas that this project makes. Those that the original code made have nothing to be told by.
+DELTA_FIELD = "delta_base"
 
 
 @dataclass(frozen=True)
@@ -63,20 +68,45 @@ def open_checkpoint(path_or_id: str | Path, base: str | Path | None = None, *, o
     Raises CheckpointError naming file, field and fix, and every part that is missing at once.
     """
     folder = resolve_checkpoint(str(path_or_id), offline=offline)
-    is_adapter = (folder / "adapter_config.json").exists()
-    overlay = find_non_lora(folder) if is_adapter else find_file(folder, "mm_projector")
-    if is_adapter and overlay is None:
+    layout = find_layout(folder)
+    if layout == "PEFT adapter":
         return _open_adapter(folder, base, offline=offline)
     settings = read_json(folder, "config.json")
+    if layout == "delta":
+        raise CheckpointError(
+            f"{folder} holds the differences to {settings[DELTA_FIELD]}, not a model; apply them to it: "
+            f"llava delta apply {settings[DELTA_FIELD]} {folder} OUT"
+        )
     _refuse_quantised(folder, settings)
-    if not is_original_config(settings):
+    if layout == "llava-hf":
         return _open_llava_hf(folder, settings, base)
     with _naming(folder):
         check_image_pooling(settings)
+    if layout == "original":
+        return _open_original(folder, settings, base, offline=offline)
+    return _open_over_base(folder, settings, _find_overlay(folder), base, offline=offline)
+
+
+def find_layout(folder: Path) -> Layout:
+    """Which of the layouts a folder has. Raises CheckpointError when config.json is missing or damaged."""
+    overlay = _find_overlay(folder)
+    is_adapter = (folder / "adapter_config.json").exists()
+    if is_adapter and overlay is None:
+        return "PEFT adapter"
+    settings = read_json(folder, "config.json")
+    if DELTA_FIELD in settings:
+        return "delta"
+    if not is_original_config(settings):
+        return "llava-hf"
     # Beside a whole model mm_projector.bin is a copy of what the model holds.
     if overlay is None or (has_model(folder) and not is_adapter):
-        return _open_original(folder, settings, base, offline=offline)
-    return _open_over_base(folder, settings, overlay, base, offline=offline)
+        return "original"
+    return "original LoRA" if is_adapter else "original projector"
+
+
+def _find_overlay(folder: Path) -> Path | None:
+    is_adapter = (folder / "adapter_config.json").exists()
+    return find_non_lora(folder) if is_adapter else find_file(folder, "mm_projector")
 
 
 def _refuse_quantised(folder: Path, settings: JsonObject) -> None:
@@ -112,9 +142,10 @@ def _open_original(folder: Path, settings: JsonObject, base: str | Path | None, 
 
 
 def _open_over_base(
-    folder: Path, settings: JsonObject, overlay: Path, base: str | Path | None, *, offline: bool
+    folder: Path, settings: JsonObject, overlay: Path | None, base: str | Path | None, *, offline: bool
 ) -> Checkpoint:
     """An original LoRA or projector: configuration and `overlay` from the folder, the decoder from the base."""
+    assert overlay is not None, folder
     is_lora = (folder / "adapter_config.json").exists()
     # The original code rounds a projector that comes alone, and nothing else, to float16.
     own = Weights(folder, from_wrapped, file=overlay, is_rounded=not is_lora)
@@ -205,7 +236,7 @@ def _with_tower(
     name = tower_name(settings)
     if name == BIOVIL:
         return _with_biovil(folder, settings, weights)
-    has_own = any(key.part == "tower" for key in weights[-1].keys().values())
+    has_own = any(key.part == "tower" for key in weights[-1].sorted_keys()[0].values())
     is_inside = has_own and bool(settings.get("unfreeze_mm_vision_tower"))
     try:
         source = find_tower(name, folder, is_inside=is_inside, offline=offline)

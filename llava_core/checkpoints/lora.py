@@ -18,7 +18,7 @@ from torch import Tensor
 
 from llava_core.checkpoints.files import find_file, read_json, tensor_names
 from llava_core.checkpoints.keymaps import Key, Part, from_wrapped
-from llava_core.checkpoints.tensors import read_tensors
+from llava_core.checkpoints.tensors import TensorReader, read_tensors
 from llava_core.errors import CheckpointError
 
 _MATRIX = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
@@ -49,19 +49,22 @@ class Lora:
         whole = {key.name: name for key, name in self.replaced.items() if key.part == part}
         loaded = read_tensors(dict.fromkeys(whole.values(), self.file))
         tensors.update({ours: loaded[name] for ours, name in whole.items()})
-        pairs = {key.name: pair for key, pair in self.pairs.items() if key.part == part}
-        matrices = read_tensors(dict.fromkeys([n for pair in pairs.values() for n in (pair.down, pair.up)], self.file))
-        for name, pair in pairs.items():
-            down, up = matrices[pair.down].float(), matrices[pair.up].float()
-            weight = tensors.get(name)
-            shape = (up.shape[0], down.shape[1])
-            if weight is None or tuple(weight.shape) != shape:
-                found = "has none" if weight is None else f"has {tuple(weight.shape)}"
-                raise CheckpointError(
-                    f"{self.file} changes {part} {name} of shape {shape}, but the base {found}; "
-                    "it is the wrong base, name the right one with --base"
-                )
-            tensors[name] = (weight.float() + (up @ down) * pair.scale).to(dtype)
+        reader = TensorReader()
+        for key in self.pairs:
+            if key.part == part:
+                tensors[key.name] = self.change(key, tensors.get(key.name), reader).to(dtype)
+
+    def change(self, key: Key, weight: Tensor | None, reader: TensorReader) -> Tensor:
+        """A weight with the product of its matrices added, in float32. Raises CheckpointError as above."""
+        down, up = (reader.read(self.file, name).float() for name in (self.pairs[key].down, self.pairs[key].up))
+        shape = (up.shape[0], down.shape[1])
+        if weight is None or tuple(weight.shape) != shape:
+            found = "has none" if weight is None else f"has {tuple(weight.shape)}"
+            raise CheckpointError(
+                f"{self.file} changes {key.part} {key.name} of shape {shape}, but the base {found}; "
+                "it is the wrong base, name the right one with --base"
+            )
+        return weight.float() + (up @ down) * self.pairs[key].scale
 
 
 def open_lora(folder: Path) -> Lora:

@@ -13,12 +13,11 @@ from pathlib import Path
 import psutil
 
 from llava_core.checkpoints.keymaps import Part
+from llava_core.checkpoints.shapes import Shape, decoder_fields
 from llava_core.config import ModelConfig
 from llava_core.errors import CheckpointError
 from llava_core.images.geometry import num_image_tokens
 from llava_core.types import Quantization, Size
-
-Shape = tuple[int, ...]
 
 # Beside the picture in the least that a model must have room for: one question and its answer.
 _TEXT_TOKENS = 512
@@ -66,9 +65,8 @@ def _quantised_bytes(shape: Shape, quantization: Quantization) -> int:
 
 def cache_bytes_per_token(config: ModelConfig, itemsize: int) -> int:
     """Keys and values of one token in every layer."""
-    text, heads = config.text, config.text["num_attention_heads"]
-    head_dim = text.get("head_dim") or config.hidden_size // heads
-    return int(2 * text["num_hidden_layers"] * (text.get("num_key_value_heads") or heads) * head_dim * itemsize)
+    text = decoder_fields(config)
+    return int(2 * text["num_hidden_layers"] * text["num_key_value_heads"] * text["head_dim"] * itemsize)
 
 
 def language_need(config: ModelConfig, weights: int, itemsize: int) -> MemoryNeed:

@@ -1,4 +1,4 @@
-"""The original LLaVA code's config.json (`mm_vision_tower` and the other `mm_` fields), read into a ModelConfig.
+"""The original LLaVA code's config.json (`mm_vision_tower` and the other `mm_` fields) to a ModelConfig and back.
 
 Dispatches on fields alone: `model_type` is no help, because transformers gives one of its names another meaning. Knows
 no files; where the tower's own configuration comes from is layout.py's business.
@@ -179,3 +179,56 @@ def _merge_type(config: JsonObject) -> MergeType:
         )
     merge: MergeType = kind
     return merge
+
+
+def original_json(config: ModelConfig, tower: str, aspect: str) -> JsonObject:
+    """The config.json with which the original code, transformers 4.37 under it, loads a model whose tower is inside.
+
+    `tower` is the folder or hub id that the tower's configuration is found under, `aspect` is `image_aspect_ratio`.
+    Raises CheckpointError naming the field for what the original has no words for.
+    """
+    if not config.projector_bias:
+        raise CheckpointError("multimodal_projector_bias false cannot be said in the original's config.json")
+    decoder = config.text["model_type"]
+    eos = config.eos_token_ids
+    return {
+        "architectures": ["LlavaMistralForCausalLM" if decoder == "mistral" else "LlavaLlamaForCausalLM"],
+        # Not `llava`, which transformers gives another meaning.
+        "model_type": f"llava_{decoder}",
+        **_original_text(config),
+        "vocab_size": config.vocab_size,
+        "eos_token_id": eos[0] if len(eos) == 1 else list(eos),
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "torch_dtype": config.dtype,
+        "mm_vision_tower": tower,
+        "unfreeze_mm_vision_tower": True,
+        "mm_vision_select_layer": config.vision.select_layer,
+        "mm_vision_select_feature": config.vision.select_feature,
+        "mm_projector_type": config.projector_type,
+        "mm_hidden_size": config.vision.hidden_size,
+        "mm_use_im_start_end": False,
+        "mm_use_im_patch_token": False,
+        "mm_patch_merge_type": config.merge_type,
+        "use_mm_proj": True,
+        "image_aspect_ratio": aspect,
+        **({"image_grid_pinpoints": [list(size) for size in config.pinpoints]} if config.pinpoints else {}),
+        "tokenizer_model_max_length": config.context_length,
+        "tokenizer_padding_side": "right",
+    }
+
+
+def _original_text(config: ModelConfig) -> JsonObject:
+    """The decoder's fields; transformers 5 keeps in `rope_parameters` what was `rope_theta` and `rope_scaling`."""
+    fields = {name: config.text[name] for name in _TEXT_FIELDS if config.text.get(name) is not None}
+    rope = dict(fields.pop("rope_parameters", {}))
+    if "rope_theta" in rope:
+        fields["rope_theta"] = rope.pop("rope_theta")
+    if rope.get("rope_type", "default") != "default":
+        # 4.37 knows `type`, and refuses the field with anything but `type` and `factor` in it.
+        if set(rope) - {"rope_type", "type", "factor"}:
+            raise CheckpointError(
+                f"text_config: rope_parameters {rope} cannot be said in the original's config.json, "
+                "which knows linear and dynamic scaling by a factor"
+            )
+        fields["rope_scaling"] = {"type": rope["rope_type"], "factor": rope.get("factor")}
+    return fields

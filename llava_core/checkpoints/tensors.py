@@ -45,6 +45,24 @@ def _converted(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     return tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
 
 
+class TensorReader:
+    """One tensor after another. The last `.bin` file stays open, since it must be unpickled to find anything in it."""
+
+    def __init__(self) -> None:
+        self._file: Path | None = None
+        self._content: dict[str, Tensor] = {}
+
+    def read(self, file: Path, name: str) -> Tensor:
+        """The tensor of this name, memory-mapped where the format allows it. Raises CheckpointError as above."""
+        if file.suffix != ".bin":
+            return _read_safetensors(file, [name])[name]
+        if file != self._file:
+            self._file, self._content = file, read_bin(file)
+        if name not in self._content:
+            raise CheckpointError(f"{file} does not hold {name}, which the index says it does; download it again")
+        return self._content[name]
+
+
 def _read_safetensors(file: Path, names: list[str]) -> dict[str, Tensor]:
     try:
         with safe_open(file, "pt") as tensors:

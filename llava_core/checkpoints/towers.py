@@ -51,7 +51,7 @@ def find_tower(name: str, checkpoint: Path, *, is_inside: bool, offline: bool) -
     A name is a folder (as it stands, beside the checkpoint, or inside it) or a hub id. Raises CheckpointError naming
     the field when it is neither, or when what it names is no tower.
     """
-    folder = _local_folder(name, checkpoint)
+    folder = local_folder(name, checkpoint)
     if folder is None and is_inside and name in KNOWN_TOWERS:
         return TowerSource(KNOWN_TOWERS[name], None)
     if folder is None and not _ON_THE_HUB.search(name):
@@ -87,7 +87,7 @@ def check_biovil(checkpoint: Path, names: Set[str]) -> None:
         )
 
 
-def _local_folder(name: str, checkpoint: Path) -> Path | None:
+def local_folder(name: str, checkpoint: Path) -> Path | None:
     """The folder a name stands for. One that was moved together with its checkpoint is found by its last part."""
     candidates = [Path(name), checkpoint / name, checkpoint.parent / name]
     if Path(name).is_absolute():

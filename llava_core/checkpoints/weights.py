@@ -38,6 +38,13 @@ class Weights:
 
     def keys(self) -> dict[str, Key]:
         """Our key of every tensor that is not dropped on purpose. Raises CheckpointError naming unknown ones."""
+        keys, unknown = self.sorted_keys()
+        if unknown:
+            raise CheckpointError(f"{self.folder} holds {len(unknown)} tensors of unknown purpose: {first(unknown)}")
+        return keys
+
+    def sorted_keys(self) -> tuple[dict[str, Key], list[str]]:
+        """The same, and beside it the names that no row of the key table covers."""
         keys: dict[str, Key] = {}
         unknown = []
         for name in self.files:
@@ -48,9 +55,7 @@ class Weights:
                 continue
             if key is not None:
                 keys[name] = key
-        if unknown:
-            raise CheckpointError(f"{self.folder} holds {len(unknown)} tensors of unknown purpose: {first(unknown)}")
-        return keys
+        return keys, unknown
 
 
 def first(names: list[str], count: int = 10) -> str:

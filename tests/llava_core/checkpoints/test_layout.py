@@ -173,7 +173,9 @@ def test_an_added_key_is_named(tmp_path: Path, name: str) -> None:
     original = write_original(tmp_path, ANYRES)
     rewrite(original, **{name: torch.zeros(1)})
     with pytest.raises(CheckpointError, match=f"1 tensors of unknown purpose: {name.replace('__', '.')}"):
-        opened(original)
+        load(original)
+    with pytest.raises(CheckpointError, match=f"1 tensors of unknown purpose: {name.replace('__', '.')}"):
+        check_tensors(opened(original))
 
 
 def test_a_newline_where_none_belongs_is_named(tmp_path: Path) -> None:

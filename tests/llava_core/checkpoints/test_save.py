@@ -14,6 +14,7 @@ from llava_core.checkpoints.describe import load_config, load_preprocess_config
 from llava_core.checkpoints.load import LoadOptions, load_language_side, load_tower
 from llava_core.checkpoints.save import config_json, save_llava_hf
 from llava_core.config import read_llava_hf_config
+from llava_core.errors import CheckpointError
 from tests.tiny import build_tokenizer
 
 FP32 = LoadOptions(dtype="float32")
@@ -59,7 +60,7 @@ def test_weights_are_saved_in_the_dtype_asked_for(tiny_checkpoint: Path, tmp_pat
 
 def test_nothing_is_overwritten(tiny_checkpoint: Path, tmp_path: Path) -> None:
     save(tiny_checkpoint, tmp_path / "saved")
-    with pytest.raises(FileExistsError, match="choose another folder"):
+    with pytest.raises(CheckpointError, match="choose another folder"):
         save(tiny_checkpoint, tmp_path / "saved")
 
 
@@ -67,10 +68,10 @@ def test_a_failure_leaves_no_checkpoint(tiny_checkpoint: Path, tmp_path: Path, m
     def fail(*_: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(save_module, "_write", fail)
-    with pytest.raises(OSError, match="disk full"):
+    monkeypatch.setattr(save_module, "write_json", fail)
+    with pytest.raises(CheckpointError, match="cannot be written: disk full"):
         save(tiny_checkpoint, tmp_path / "saved")
-    assert not (tmp_path / "saved").exists()
+    assert not list(tmp_path.iterdir())
     monkeypatch.undo()
     assert save(tiny_checkpoint, tmp_path / "saved").exists()
 

@@ -1,0 +1,144 @@
+"""`llava inspect`, `convert`, `merge` and `delta`: what is in a checkpoint, and checkpoints made of others.
+
+Parses options and prints; everything else is imported when a command runs, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from llava_core.types import Size
+
+if TYPE_CHECKING:
+    from llava_core.checkpoints.convert import Target
+
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def _read_sizes(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> tuple[Size, ...]:
+    """`640x480`, width first; anything else is a usage error."""
+    matches = [re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", value.lower()) for value in values]
+    for value, match in zip(values, matches, strict=True):
+        if match is None:
+            raise click.BadParameter(f"{value!r} is no size in pixels; write for example 640x480")
+    return tuple(Size(int(match.group(1)), int(match.group(2))) for match in matches if match)
+
+
+def _read_num_bytes(_: click.Context, __: click.Parameter, value: str) -> int:
+    """`5GB`, `500MB`, `2GiB` or plain bytes; anything else is a usage error."""
+    match = re.fullmatch(r"([1-9]\d*)\s*([A-Za-z]*)", value.strip())
+    if match is None or match.group(2).upper() not in _UNITS:
+        raise click.BadParameter(f"{value!r} is no size; write for example 5GB, 500MB or 2GiB")
+    return int(match.group(1)) * _UNITS[match.group(2).upper()]
+
+
+_OUT = click.argument("out", type=click.Path(path_type=Path))
+_BASE = click.option("--base", default=None, help="The model that an adapter or projector was trained on.")
+_OFFLINE = click.option("--offline", is_flag=True, help="Never fetch anything; all that is missing is listed.")
+_SHARD = click.option(
+    "--max-shard-size", callback=_read_num_bytes, default="5GB", show_default=True, help="Largest file of weights."
+)
+
+
+@click.command()
+@click.argument("model")
+@_BASE
+@_OFFLINE
+@click.option("--format", "output", type=click.Choice(["text", "json"]), default="text", show_default=True)
+@click.option(
+    "--image-size", "sizes", callback=_read_sizes, multiple=True, metavar="WxH", help="Count its tokens; repeatable."
+)
+@click.option("--template", default=None, help="Prompt template (default: the one the checkpoint declares).")
+@click.pass_context
+def inspect(
+    ctx: click.Context,
+    model: str,
+    base: str | None,
+    output: str,
+    sizes: tuple[Size, ...],
+    template: str | None,
+    *,
+    offline: bool,
+) -> None:
+    """Show what the checkpoint MODEL is, what it needs, and everything that is wrong with it.
+
+    Reads headers, not weights. Exit status 1 when something is wrong.
+    """
+    from llava_core.checkpoints.report import as_text, inspect_checkpoint
+
+    report = inspect_checkpoint(model, base, offline=offline, sizes=sizes, template=template)
+    click.echo(json.dumps(report, indent=2) if output == "json" else as_text(report))
+    if report["problems"]:
+        ctx.exit(1)
+
+
+@click.command()
+@click.argument("source")
+@_OUT
+@click.option("--to", required=True, type=click.Choice(["llava-hf", "original"]), help="The layout to write.")
+@_SHARD
+@_OFFLINE
+def convert(source: str, out: Path, to: Target, max_shard_size: int, *, offline: bool) -> None:
+    """Write the checkpoint SOURCE in another layout into the new folder OUT.
+
+    Numbers are never changed. In its own layout SOURCE becomes safetensors of the size asked for.
+    """
+    from llava_core.checkpoints.convert import convert as run
+
+    run(source, out, to, offline=offline, max_shard_size=max_shard_size)
+
+
+@click.command()
+@click.argument("model")
+@_OUT
+@_BASE
+@_SHARD
+@_OFFLINE
+def merge(model: str, out: Path, base: str | None, max_shard_size: int, *, offline: bool) -> None:
+    """Make one whole model of the LoRA or projector MODEL and its base, in the new folder OUT.
+
+    Computed in float32, written in the dtype of the base.
+    """
+    from llava_core.checkpoints.merge import merge as run
+
+    run(model, out, base=base, offline=offline, max_shard_size=max_shard_size)
+
+
+@click.group()
+def delta() -> None:
+    """A model as its differences to a base."""
+
+
+@delta.command("make")
+@click.argument("base")
+@click.argument("target")
+@_OUT
+@_SHARD
+@_OFFLINE
+def make(base: str, target: str, out: Path, max_shard_size: int, *, offline: bool) -> None:
+    """Write TARGET minus BASE into the new folder OUT."""
+    from llava_core.checkpoints.delta import make_delta
+
+    make_delta(base, target, out, offline=offline, max_shard_size=max_shard_size)
+
+
+@delta.command("apply")
+@click.argument("base")
+@click.argument("delta")
+@_OUT
+@_SHARD
+@_OFFLINE
+def apply(base: str, delta: str, out: Path, max_shard_size: int, *, offline: bool) -> None:
+    """Write BASE plus DELTA into the new folder OUT."""
+    from llava_core.checkpoints.delta import apply_delta
+
+    apply_delta(base, delta, out, offline=offline, max_shard_size=max_shard_size)
+
+
+TOOLS = (inspect, convert, merge, delta)

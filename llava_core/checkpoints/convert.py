@@ -1,0 +1,175 @@
+"""llava-hf and original checkpoints, each written as the other; numbers are never changed, only their names and files.
+
+What the new layout has no words for is refused by field, not dropped. An original written as llava-hf gets a row for
+`<image>`, which transformers looks up before it puts features there, and keeps its own settings in `original/`, from
+which the way back restores them. Weights are read and written one tensor at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from llava_core.checkpoints.accounting import check_tensors
+from llava_core.checkpoints.contents import stored_tensors
+from llava_core.checkpoints.describe import load_preprocess_config
+from llava_core.checkpoints.files import read_json
+from llava_core.checkpoints.headers import TensorInfo
+from llava_core.checkpoints.keymaps import Key, to_llava_hf, to_original, to_tower
+from llava_core.checkpoints.layout import Checkpoint, open_checkpoint
+from llava_core.checkpoints.merge import rewrite
+from llava_core.checkpoints.original_config import original_json, read_original_config
+from llava_core.checkpoints.save import check_llava_hf, preprocessor_json, write_settings
+from llava_core.checkpoints.tensors import TensorReader
+from llava_core.checkpoints.tokenizer_files import with_image_token
+from llava_core.checkpoints.towers import KNOWN_TOWERS
+from llava_core.checkpoints.writing import (
+    DEFAULT_SHARD_SIZE,
+    ORIGINAL_FOLDER,
+    Planned,
+    as_stored,
+    copy_files,
+    copy_text_files,
+    new_folder,
+    write_json,
+    write_model,
+)
+from llava_core.config import JsonObject, ModelConfig
+from llava_core.errors import CheckpointError
+from llava_core.images.preprocess import PreprocessConfig
+
+Target = Literal["llava-hf", "original"]
+_VOCABULARY = (Key("decoder", "model.embed_tokens.weight"), Key("decoder", "lm_head.weight"))
+# Of the folder for a tower that no hub id stands for.
+_TOWER_FOLDER = "vision_tower"
+
+
+def convert(
+    source: str, out: Path, to: Target, *, offline: bool = False, max_shard_size: int = DEFAULT_SHARD_SIZE
+) -> None:
+    """Write a whole checkpoint in the other layout, or in its own as safetensors of the size asked for.
+
+    Raises CheckpointError when `out` exists, when the source is not whole, and for what the layout cannot say.
+    """
+    checkpoint = open_checkpoint(source, offline=offline)
+    if checkpoint.adapter is not None or not checkpoint.is_complete:
+        raise CheckpointError(f"{checkpoint.folder} needs a base; make one model of the two first: llava merge")
+    check_tensors(checkpoint)
+    with new_folder(out) as folder:
+        if to == checkpoint.config.dialect.replace("_", "-"):
+            rewrite(checkpoint, folder, out, max_shard_size=max_shard_size)
+        elif to == "llava-hf":
+            _to_llava_hf(checkpoint, folder, max_shard_size)
+        else:
+            _to_original(checkpoint, folder, out, max_shard_size)
+
+
+def _to_llava_hf(checkpoint: Checkpoint, folder: Path, max_shard_size: int) -> None:
+    config = checkpoint.config
+    check_llava_hf(config)
+    tokenizer, image_token = with_image_token(checkpoint)
+    tokenizer.save_pretrained(folder)
+    copy_files(checkpoint.folder, folder, ["tokenizer.model"])
+    rows = max(config.vocab_size, image_token + 1)
+    text = {**config.text, "vocab_size": rows, "tie_word_embeddings": config.tie_word_embeddings}
+    new = replace(config, text=text, vocab_size=rows, image_token_id=image_token)
+    write_settings(folder, new, load_preprocess_config(checkpoint), dtype=config.dtype)
+    (folder / ORIGINAL_FOLDER).mkdir()
+    write_json(folder / ORIGINAL_FOLDER / "config.json", checkpoint.settings)
+    copy_text_files(checkpoint.folder, folder / ORIGINAL_FOLDER)
+    eos = {"eos_token_id": list(config.eos_token_ids), "do_sample": False}
+    write_json(folder / "generation_config.json", {"bos_token_id": tokenizer.bos_token_id, **eos})
+    copy_files(folder / ORIGINAL_FOLDER, folder, ["generation_config.json"])
+    tensors = _plan(checkpoint, to_llava_hf, rows)
+    write_model(folder, tensors, max_shard_size=max_shard_size)
+
+
+def _to_original(checkpoint: Checkpoint, folder: Path, out: Path, max_shard_size: int) -> None:
+    config, kept = checkpoint.config, checkpoint.folder / ORIGINAL_FOLDER
+    preprocess = load_preprocess_config(checkpoint)
+    tower = _known_tower(config, preprocess)
+    name = tower or str((out / _TOWER_FOLDER).resolve())
+    aspect = "square" if preprocess.aspect == "crop" else preprocess.aspect
+    settings, rows = original_json(config, name, aspect), config.vocab_size
+    if (kept / "config.json").exists():
+        settings = {**_kept_settings(kept, config), "mm_vision_tower": name, "unfreeze_mm_vision_tower": True}
+        rows = settings.get("vocab_size", rows)
+    write_json(folder / "config.json", settings)
+    copy_text_files(kept if (kept / "config.json").exists() else checkpoint.folder, folder)
+    name_of = partial(to_original, projector_type=config.projector_type)
+    write_model(folder, _plan(checkpoint, name_of, rows), max_shard_size=max_shard_size)
+    if tower is None:
+        # The original code loads the tower from its name before it takes the one inside.
+        _write_tower(checkpoint, folder / _TOWER_FOLDER, preprocess, max_shard_size)
+
+
+def _known_tower(config: ModelConfig, preprocess: PreprocessConfig) -> str | None:
+    """The hub id of a released tower of this very architecture, which prepares pictures in the same way."""
+    plain = PreprocessConfig(size=config.tile_size, aspect=preprocess.aspect, pinpoints=config.pinpoints)
+    architecture = {"hidden_act": "quick_gelu", "num_channels": 3, "layer_norm_eps": 1e-5} | dict(
+        config.vision.architecture
+    )
+    for name, known in KNOWN_TOWERS.items():
+        wanted = {"hidden_act": "quick_gelu", "num_channels": 3, "layer_norm_eps": 1e-5} | dict(known)
+        del wanted["projection_dim"]
+        if preprocess == plain and all(architecture.get(field) == value for field, value in wanted.items()):
+            return name
+    return None
+
+
+def _write_tower(checkpoint: Checkpoint, folder: Path, preprocess: PreprocessConfig, max_shard_size: int) -> None:
+    folder.mkdir()
+    architecture = dict(checkpoint.config.vision.architecture)
+    kind = "CLIPVisionModel" if architecture["model_type"] == "clip_vision_model" else "SiglipVisionModel"
+    write_json(folder / "config.json", {**architecture, "architectures": [kind]})
+    aspect: JsonObject = preprocessor_json(replace(preprocess, aspect="crop", pinpoints=()))
+    write_json(folder / "preprocessor_config.json", aspect)
+    reader, stored = TensorReader(), stored_tensors(checkpoint.weights)
+    tensors = [as_stored(to_tower(key), each, reader) for key, each in stored.items() if key.part == "tower"]
+    write_model(folder, tensors, max_shard_size=max_shard_size)
+
+
+def _kept_settings(kept: Path, config: ModelConfig) -> JsonObject:
+    """The original's own config.json, if the model is still the one that it describes."""
+    settings = read_json(kept, "config.json")
+    was = read_original_config(settings, config.vision.architecture)
+    for field in ("hidden_size", "projector_type", "merge_type", "pinpoints", "tie_word_embeddings", "vision"):
+        if vars(was)[field] != vars(config)[field]:
+            raise CheckpointError(
+                f"{kept / 'config.json'}: {field} is {vars(was)[field]!r}, but the model's is {vars(config)[field]!r}; "
+                f"it has changed since it was converted: remove {kept}, then its own settings are written"
+            )
+    if config.vocab_size - was.vocab_size not in (0, 1):
+        raise CheckpointError(
+            f"{kept / 'config.json'}: vocab_size is {was.vocab_size}, but the model has {config.vocab_size} rows; "
+            f"tokens were added since it was converted: remove {kept}, then all rows are kept"
+        )
+    return settings
+
+
+def _plan(checkpoint: Checkpoint, name_of: Callable[[Key], str], rows: int) -> list[Planned]:
+    reader = TensorReader()
+    tensors = []
+    for key, stored in stored_tensors(checkpoint.weights).items():
+        planned = as_stored(name_of(key), stored, reader)
+        if key in _VOCABULARY and stored.info.shape[0] != rows:
+            info = TensorInfo(stored.info.dtype, (rows, *stored.info.shape[1:]))
+            planned = Planned(planned.name, info, partial(_with_rows, planned, rows))
+        tensors.append(planned)
+    return tensors
+
+
+def _with_rows(planned: Planned, rows: int) -> Tensor:
+    """Cut, or filled with the mean of all rows: as a row of the head its logit is the mean of the others, so that it is
+    never the largest, and as an embedding it is never seen."""
+    tensor = planned.make()
+    if rows <= len(tensor):
+        return tensor[:rows]
+    mean = tensor.float().mean(0).to(tensor.dtype)
+    return torch.cat([tensor, mean.expand(rows - len(tensor), -1)])

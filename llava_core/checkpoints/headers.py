@@ -1,0 +1,80 @@
+"""Dtype and shape of every tensor in a weight file, from its header alone. Reads no weights and runs no code.
+
+safetensors need no torch; a `.bin` file is unpickled as tensors that stay on disk. Knows nothing about models.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from llava_core.errors import CheckpointError
+
+# safetensors' names of dtypes, with torch's and the bytes of one number.
+DTYPES: dict[str, tuple[str, int]] = {
+    "F64": ("float64", 8),
+    "F32": ("float32", 4),
+    "F16": ("float16", 2),
+    "BF16": ("bfloat16", 2),
+    "F8_E4M3": ("float8_e4m3fn", 1),
+    "F8_E5M2": ("float8_e5m2", 1),
+    "I64": ("int64", 8),
+    "I32": ("int32", 4),
+    "I16": ("int16", 2),
+    "I8": ("int8", 1),
+    "U8": ("uint8", 1),
+    "BOOL": ("bool", 1),
+}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A tensor as stored: `dtype` in safetensors' words, `shape` in numbers."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def num_elements(self) -> int:
+        """How many numbers it holds."""
+        return math.prod(self.shape)
+
+    @property
+    def num_bytes(self) -> int:
+        """Its size on disk."""
+        return self.num_elements * DTYPES[self.dtype][1]
+
+
+def read_header(file: Path) -> dict[str, TensorInfo]:
+    """What a weight file holds. Raises CheckpointError when it is missing, damaged, or of a dtype that is not known."""
+    found = _read_bin(file) if file.suffix == ".bin" else _read_safetensors(file)
+    unknown = sorted({info.dtype for info in found.values()} - set(DTYPES))
+    if unknown:
+        raise CheckpointError(f"{file} holds numbers of type {unknown[0]}; known are {', '.join(DTYPES)}")
+    return found
+
+
+def _read_safetensors(file: Path) -> dict[str, TensorInfo]:
+    try:
+        # "np", because asking for "pt" imports torch even for a look at the header.
+        with safe_open(file, "np") as tensors:
+            slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
+            return {name: TensorInfo(part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+    except FileNotFoundError:
+        raise CheckpointError(f"{file} is missing; the checkpoint is incomplete") from None
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} is damaged or truncated ({error}); download it again") from error
+
+
+def _read_bin(file: Path) -> dict[str, TensorInfo]:
+    from llava_core.checkpoints.tensors import read_bin
+
+    names = {torch_name: name for name, (torch_name, _) in DTYPES.items()}
+    found = {}
+    for name, tensor in read_bin(file).items():
+        kind = str(tensor.dtype).removeprefix("torch.")
+        found[name] = TensorInfo(names.get(kind, kind), tuple(tensor.shape))
+    return found

@@ -1,0 +1,249 @@
+"""What `llava inspect` tells: one JSON object about a checkpoint, and the same as text.
+
+Reads configurations and headers, and imports torch only where a `.bin` file or an adapter is met. A step that fails
+becomes a problem in the report, and the others go on. Knows nothing of how options are parsed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from llava_core.checkpoints.accounting import name_problems, shape_problems
+from llava_core.checkpoints.contents import Stored, stored_tensors
+from llava_core.checkpoints.files import has_model, read_json, resolve_checkpoint
+from llava_core.checkpoints.headers import TensorInfo
+from llava_core.checkpoints.keymaps import Key, Part, from_llava_hf, from_original, from_tower
+from llava_core.checkpoints.layout import DELTA_FIELD, Checkpoint, Weights, find_layout, open_checkpoint
+from llava_core.checkpoints.memory import cache_bytes_per_token, weight_bytes
+from llava_core.checkpoints.shapes import Shape, decoder_fields, expected_shapes
+from llava_core.config import ModelConfig
+from llava_core.errors import CheckpointError, LlavaError
+from llava_core.images.geometry import num_image_tokens
+from llava_core.images.preprocess import PreprocessConfig
+from llava_core.types import Quantization, Size
+
+Report = dict[str, Any]
+Result = TypeVar("Result")
+
+# Bytes of a number, and how the decoder's linear layers are stored.
+_PRECISIONS: dict[str, tuple[int, Quantization | None]] = {
+    "float32": (4, None),
+    "bfloat16": (2, None),
+    "float16": (2, None),
+    "8bit": (2, "8bit"),
+    "4bit": (2, "4bit"),
+}
+DEFAULT_SIZES = (Size(336, 336), Size(640, 480), Size(1920, 1080))
+
+
+def inspect_checkpoint(
+    path_or_id: str,
+    base: str | None = None,
+    *,
+    offline: bool = False,
+    sizes: Sequence[Size] = (),
+    template: str | None = None,
+) -> Report:
+    """Everything that can be learnt; `problems` holds what is wrong. Raises CheckpointError when there is no folder."""
+    folder = resolve_checkpoint(path_or_id, offline=offline)
+    problems: list[str] = []
+    report: Report = {"folder": str(folder), "layout": _attempt(problems, lambda: find_layout(folder))}
+    if report["layout"] == "delta":
+        report["base"] = _attempt(problems, lambda: read_json(folder, "config.json")[DELTA_FIELD])
+        problems.append(f"{folder} is a delta and cannot be loaded; apply it to its base: llava delta apply")
+    opened = None
+    if report["layout"] not in (None, "delta"):
+        opened = _attempt(problems, lambda: open_checkpoint(folder, base, offline=offline))
+    if opened is not None:
+        report |= _describe(opened, sizes or DEFAULT_SIZES, template, problems)
+    elif has_model(folder):
+        report["parts"] = _attempt(problems, lambda: _parts(_own_tensors(folder)))
+    return {**report, "problems": list(dict.fromkeys(problems))}
+
+
+def _attempt(problems: list[str], step: Callable[[], Result]) -> Result | None:
+    try:
+        return step()
+    except LlavaError as error:
+        problems.append(str(error))
+        return None
+
+
+def _own_tensors(folder: Path) -> dict[Key, Stored]:
+    """Of a folder that could not be opened, for instance since its tower is missing."""
+    is_llava_hf = isinstance(read_json(folder, "config.json").get("vision_config"), dict)
+    return stored_tensors([Weights(folder, from_llava_hf if is_llava_hf else from_original)])
+
+
+def _describe(checkpoint: Checkpoint, sizes: Sequence[Size], template: str | None, problems: list[str]) -> Report:
+    config = checkpoint.config
+    stored = _attempt(problems, lambda: stored_tensors(checkpoint.weights)) or {}
+    problems += _attempt(problems, lambda: name_problems(checkpoint)) or []
+    problems += shape_problems(config, stored)
+    shapes = _shapes(config, stored)
+    counts = {part: sum(map(math.prod, each.values())) for part, each in shapes.items()}
+    return {
+        **_sources(checkpoint),
+        "parts": _parts(stored),
+        "adapter": _attempt(problems, lambda: _adapter(checkpoint, stored)) if checkpoint.adapter else None,
+        "decoder": _decoder(config),
+        "tower": _tower(config),
+        "projector": {"type": config.projector_type, "bias": config.projector_bias},
+        "pictures": _attempt(problems, lambda: _pictures(checkpoint)),
+        "prompt": _prompt(checkpoint, template, problems),
+        "image_tokens": {f"{size.width}x{size.height}": num_image_tokens(config, size) for size in sizes},
+        "num_parameters": {**counts, "total": sum(counts.values())},
+        **_memory(config, shapes),
+    }
+
+
+def _sources(checkpoint: Checkpoint) -> Report:
+    """Where the parts come from, None where the checkpoint holds them."""
+    towers = [str(each.folder.resolve()) for each in checkpoint.weights if each.key_map is from_tower]
+    # Of a PEFT adapter the opened folder is the base.
+    is_own = checkpoint.adapter is None or checkpoint.folder == checkpoint.adapter
+    base = checkpoint.text_folder if not checkpoint.is_complete or not is_own else None
+    return {
+        "base": None if base is None else str(base),
+        "tower_name": checkpoint.config.tower_name,
+        "tower_folder": towers[0] if towers else None,
+    }
+
+
+def _parts(stored: Mapping[Key, Stored]) -> Report:
+    """Tensors, numbers and dtypes of each part, as they are stored."""
+    by_part: dict[str, list[TensorInfo]] = defaultdict(list)
+    for key, each in stored.items():
+        by_part[key.part].append(each.info)
+    return {part: _summary(infos) for part, infos in sorted(by_part.items())}
+
+
+def _summary(infos: Iterable[TensorInfo]) -> Report:
+    infos = list(infos)
+    return {
+        "tensors": len(infos),
+        "parameters": sum(info.num_elements for info in infos),
+        "dtypes": sorted({info.dtype for info in infos}),
+        "bytes": sum(info.num_bytes for info in infos),
+    }
+
+
+def _adapter(checkpoint: Checkpoint, stored: Mapping[Key, Stored]) -> Report:
+    """LoRA's matrices. Raises CheckpointError naming every weight that they change and the base does not have."""
+    from llava_core.checkpoints.headers import read_header
+    from llava_core.checkpoints.lora import open_lora
+
+    assert checkpoint.adapter is not None
+    lora = open_lora(checkpoint.adapter)
+    header = read_header(lora.file)
+    wrong = []
+    for key, pair in lora.pairs.items():
+        shape = (header[pair.up].shape[0], header[pair.down].shape[1])
+        found = stored[key].info.shape if key in stored else None
+        if found != shape:
+            wrong.append(f"{key.part} {key.name} of shape {shape}, where the base has {found or 'none'}")
+    if wrong:
+        raise CheckpointError(f"{lora.file} changes {', '.join(wrong)}; name the right base with --base")
+    return {"file": str(lora.file), **_summary(header.values())}
+
+
+def _decoder(config: ModelConfig) -> Report:
+    fields = decoder_fields(config)
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    return {
+        "architecture": fields["model_type"],
+        **{name: fields[name] for name in (*names, "head_dim")},
+        "vocab_size": config.vocab_size,
+        "context_length": config.context_length,
+        "dtype": config.dtype,
+    }
+
+
+def _tower(config: ModelConfig) -> Report:
+    vision = config.vision
+    return {
+        "architecture": vision.architecture["model_type"],
+        "image_size": vision.image_size,
+        "patch_size": vision.patch_size,
+        "hidden_size": vision.hidden_size,
+        "num_hidden_layers": vision.architecture.get("num_hidden_layers"),
+        "select_layer": vision.select_layer,
+        "select_feature": vision.select_feature,
+        "s2_scales": list(config.s2_scales),
+    }
+
+
+def _pictures(checkpoint: Checkpoint) -> Report:
+    from llava_core.checkpoints.describe import load_preprocess_config
+
+    preprocess, config = load_preprocess_config(checkpoint), checkpoint.config
+    if preprocess.size != config.tile_size:
+        raise CheckpointError(
+            f"preprocessor_config.json makes tiles of {preprocess.size} pixels, but the tower takes {config.tile_size}"
+        )
+    return {
+        "aspect": preprocess.aspect if isinstance(preprocess, PreprocessConfig) else "as BioViL-T",
+        "merge_type": config.merge_type,
+        "pinpoints": [list(size) for size in config.pinpoints],
+    }
+
+
+def _prompt(checkpoint: Checkpoint, template: str | None, problems: list[str]) -> Report:
+    """Template and tokenizer. That a checkpoint does not tell its template is no fault of it: `why` says so."""
+    from llava_core.checkpoints.tokenizer import choose_template, load_tokenizer
+
+    tokenizer = _attempt(problems, lambda: load_tokenizer(checkpoint))
+    if tokenizer is None:
+        return {"template": None, "why": "the tokenizer cannot be read", "num_tokens": None}
+    if tokenizer.num_tokens > checkpoint.config.vocab_size:
+        problems.append(
+            f"{checkpoint.text_folder}: the tokenizer has {tokenizer.num_tokens} tokens, "
+            f"but config.json's vocab_size is {checkpoint.config.vocab_size}"
+        )
+    reasons: list[str] = []
+    chosen = _attempt(reasons, lambda: choose_template(tokenizer, template, checkpoint.config))
+    name = chosen.name if chosen else None
+    return {"template": name, "why": reasons[0] if reasons else None, "num_tokens": tokenizer.num_tokens}
+
+
+def _shapes(config: ModelConfig, stored: Mapping[Key, Stored]) -> dict[Part, dict[str, Shape]]:
+    """By part and name what config.json calls for; where that says no shape, what is stored."""
+    shapes: dict[Part, dict[str, Shape]] = defaultdict(dict)
+    for key, shape in expected_shapes(config).items():
+        if shape is not None:
+            shapes[key.part][key.name] = shape
+        elif key in stored:
+            shapes[key.part][key.name] = stored[key].info.shape
+    return shapes
+
+
+def _memory(config: ModelConfig, shapes: Mapping[Part, Mapping[str, Shape]]) -> Report:
+    """Bytes of all weights at each precision, and of one token's keys and values."""
+    weights = {
+        name: sum(weight_bytes(part, each, itemsize, quantization) for part, each in shapes.items())
+        for name, (itemsize, quantization) in _PRECISIONS.items()
+    }
+    cache = {name: cache_bytes_per_token(config, itemsize) for name, (itemsize, _) in _PRECISIONS.items()}
+    return {"weight_bytes": weights, "kv_cache_bytes_per_token": cache}
+
+
+def as_text(report: Report) -> str:
+    """A line for every value, those of an object indented below its name; problems last, one a line."""
+    lines = list(_lines({name: value for name, value in report.items() if name != "problems"}, ""))
+    problems = report["problems"]
+    lines.append(f"problems: {len(problems) or 'none'}")
+    return "\n".join([*lines, *(f"  - {problem}" for problem in problems)])
+
+
+def _lines(values: Report, indent: str) -> Iterable[str]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield f"{indent}{name}:"
+            yield from _lines(value, indent + "  ")
+        elif value not in (None, []):
+            shown = ", ".join(map(str, value)) if isinstance(value, list) else value
+            yield f"{indent}{name}: {f'{shown:,}' if isinstance(shown, int) and abs(shown) > 9999 else shown}"

@@ -1,0 +1,58 @@
+"""An original checkpoint's tokenizer as transformers' llava-hf models need it: one tokenizer.json with `<image>` in it.
+
+A checkpoint that has only tokenizer.model gets the fast form that transformers makes of it, which may read a text
+that follows a special token in another way than the original's slow one. Knows no weights.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tokenizers.processors import TemplateProcessing
+from transformers import AddedToken, LlamaTokenizer, PreTrainedTokenizerFast
+
+from llava_core.checkpoints.layout import Checkpoint
+from llava_core.checkpoints.tokenizer import load_tokenizer
+from llava_core.errors import CheckpointError
+from llava_core.prompts.conversation import IMAGE_PLACEHOLDER
+
+_ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+
+def with_image_token(checkpoint: Checkpoint) -> tuple[PreTrainedTokenizerFast, int]:
+    """The tokenizer, and the id of `<image>`: the one it has, or the first that no token has.
+
+    Raises CheckpointError when the tokenizer is missing or has more tokens than the embeddings have rows.
+    """
+    folder = checkpoint.text_folder
+    inner = _load(folder)
+    rows = checkpoint.config.vocab_size
+    if len(inner) > rows:
+        raise CheckpointError(
+            f"{folder}: the tokenizer has {len(inner)} tokens, but config.json's vocab_size is {rows}"
+        )
+    raw = inner.backend_tokenizer
+    bos = load_tokenizer(checkpoint).bos_id
+    if bos is not None:
+        text = raw.id_to_token(bos)
+        raw.post_processor = TemplateProcessing(single=f"{text} $A", special_tokens=[(text, bos)])
+    roles = {role: str(token) for role in _ROLES if (token := getattr(inner, role)) is not None}
+    # Batches need one to fill up with, and Llama's tokenizers have none.
+    roles.setdefault("pad_token", roles.get("unk_token", roles["eos_token"]))
+    # Not the class it was: that would put its own idea of BOS over what tokenizer.json says.
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, clean_up_tokenization_spaces=False, **roles)
+    tokenizer.chat_template = inner.chat_template
+    image = AddedToken(IMAGE_PLACEHOLDER, special=True, normalized=False)
+    tokenizer.add_special_tokens({"additional_special_tokens": [image]})
+    # Of the new one, which holds a copy of `raw`.
+    return tokenizer, tokenizer.backend_tokenizer.token_to_id(IMAGE_PLACEHOLDER)
+
+
+def _load(folder: Path) -> PreTrainedTokenizerFast:
+    if (folder / "tokenizer.json").exists():
+        loaded: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+        return loaded
+    if not (folder / "tokenizer.model").exists():
+        raise CheckpointError(f"{folder} has neither tokenizer.json nor tokenizer.model; copy them from the base model")
+    made: PreTrainedTokenizerFast = LlamaTokenizer.from_pretrained(folder, local_files_only=True)
+    return made

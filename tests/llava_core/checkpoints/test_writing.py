@@ -1,0 +1,106 @@
+"""Written files are what safetensors' own reader expects, in shards as large as asked for; a failure leaves nothing."""
+
+import json
+import os
+import stat
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import GenerationConfig
+
+from llava_core.checkpoints.headers import DTYPES, TensorInfo
+from llava_core.checkpoints.tensors import read_tensors
+from llava_core.checkpoints.writing import Planned, clean_generation_config, new_folder, write_model
+from llava_core.errors import CheckpointError
+
+NAMES = {torch_name: name for name, (torch_name, _) in DTYPES.items()}
+# Odd sizes of narrow numbers before wide ones: the order of writing must keep each where it may begin.
+TENSORS = {
+    "a": torch.arange(3, dtype=torch.uint8),
+    "b": torch.randn(5, 3).bfloat16(),
+    "c": torch.randn(4, 2).t(),
+    "d": torch.tensor(7),
+    "e": torch.tensor([True, False, True]),
+    "f": torch.zeros(0, 4, dtype=torch.float16),
+    "g": torch.randn(3).to(torch.float8_e4m3fn),
+}
+
+
+def plan(tensors: dict[str, torch.Tensor]) -> list[Planned]:
+    return [
+        Planned(name, TensorInfo(NAMES[str(t.dtype).removeprefix("torch.")], tuple(t.shape)), lambda t=t: t)  # type: ignore[misc]
+        for name, t in tensors.items()
+    ]
+
+
+def same(left: torch.Tensor, right: torch.Tensor) -> bool:
+    return left.dtype == right.dtype and torch.equal(left.float(), right.float()) and left.shape == right.shape
+
+
+def test_one_file_is_read_by_safetensors(tmp_path: Path) -> None:
+    write_model(tmp_path, plan(TENSORS))
+    assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"]
+    loaded = load_file(tmp_path / "model.safetensors")
+    assert set(loaded) == set(TENSORS)
+    assert all(same(loaded[name], value) for name, value in TENSORS.items())
+
+
+@pytest.mark.parametrize("limit", [1, 40, 70])
+def test_shards_are_no_larger_than_asked_for_but_by_a_single_tensor(tmp_path: Path, limit: int) -> None:
+    write_model(tmp_path, plan(TENSORS), max_shard_size=limit)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    files = {name: tmp_path / file for name, file in index["weight_map"].items()}
+    loaded = read_tensors(files)
+    assert all(same(loaded[name], value) for name, value in TENSORS.items())
+    assert index["metadata"]["total_size"] == sum(value.nbytes for value in TENSORS.values())
+    for file in set(files.values()):
+        sizes = [TENSORS[name].nbytes for name in files if files[name] == file]
+        assert sum(sizes) <= limit or len([size for size in sizes if size]) == 1
+    assert sorted(path.name for path in set(files.values()))[0].startswith("model-00001-of-")
+
+
+def test_a_folder_appears_whole_and_readable(tmp_path: Path) -> None:
+    with new_folder(tmp_path / "new" / "model") as folder:
+        (folder / "x").write_text("")
+        assert not (tmp_path / "new" / "model").exists()
+    assert [file.name for file in (tmp_path / "new").iterdir()] == ["model"]
+    assert stat.S_IMODE(os.stat(tmp_path / "new" / "model").st_mode) == 0o755
+
+
+def fail_in_the_middle(folder: Path, error: BaseException) -> None:
+    with new_folder(folder) as new:
+        (new / "x").write_text("")
+        raise error
+
+
+@pytest.mark.parametrize("error", [ValueError(), KeyboardInterrupt()])
+def test_a_failure_leaves_nothing(tmp_path: Path, error: BaseException) -> None:
+    with pytest.raises(type(error)):
+        fail_in_the_middle(tmp_path / "model", error)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_named_with_the_folder(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"model cannot be written: .*No space left"):
+        fail_in_the_middle(tmp_path / "model", OSError(28, "No space left on device"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_is_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for name in ("empty", "link"):
+        with pytest.raises(CheckpointError, match=f"{name} exists and is not overwritten"), new_folder(tmp_path / name):
+            pytest.fail("the block was entered")
+
+
+def test_settings_that_transformers_would_not_save_are_left_out(tmp_path: Path) -> None:
+    raw = {"temperature": 0.9, "top_p": 0.6, "eos_token_id": 2, "max_length": 4096}
+    with pytest.raises(ValueError, match="GenerationConfig is invalid"):
+        GenerationConfig(**raw, do_sample=False).save_pretrained(tmp_path)
+    cleaned = clean_generation_config(raw)
+    assert cleaned == {"eos_token_id": 2, "max_length": 4096}
+    GenerationConfig(**cleaned, do_sample=False).save_pretrained(tmp_path)
+    assert clean_generation_config({**raw, "do_sample": True}) == {**raw, "do_sample": True}
