@@ -108,9 +108,12 @@ def _check_shapes(key: Key, own: Stored, theirs: Stored) -> None:
 def _combined(planned: Planned, base: Stored, reader: TensorReader, sign: Sign) -> Tensor:
     """The tensor plus or minus the base's; rows that only one of them has stay as they are, or are left out."""
     own, other = planned.make(), reader.read(base.file, base.name)
-    other, exact = other.to(own.dtype), torch.promote_types(own.dtype, torch.float32)
-    if own.shape == other.shape:
-        return (own.to(exact) + sign * other.to(exact)).to(own.dtype)
-    rows, result = min(len(own), len(other)), own.clone()
-    result[:rows] = (own[:rows].to(exact) + sign * other[:rows].to(exact)).to(own.dtype)
-    return result
+    exact = torch.promote_types(own.dtype, torch.float32)
+    result = own.to(exact, copy=True)
+    shared = result
+    if own.shape != other.shape:
+        rows = min(len(own), len(other))
+        shared, other = result[:rows], other[:rows]
+    # In place, for the largest tensor is a gigabyte and more.
+    shared.add_(other.to(own.dtype).to(exact), alpha=sign)
+    return result.to(own.dtype)

@@ -99,7 +99,7 @@ def config_json(config: ModelConfig, *, dtype: str) -> JsonObject:
 
 
 def _has_class_feature(config: ModelConfig) -> bool:
-    return config.vision.architecture["model_type"] == "clip_vision_model"
+    return str(config.vision.architecture["model_type"]) == "clip_vision_model"
 
 
 def _strategy(config: ModelConfig) -> str:

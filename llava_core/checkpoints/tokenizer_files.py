@@ -45,7 +45,9 @@ def with_image_token(checkpoint: Checkpoint) -> tuple[PreTrainedTokenizerFast, i
     image = AddedToken(IMAGE_PLACEHOLDER, special=True, normalized=False)
     tokenizer.add_special_tokens({"additional_special_tokens": [image]})
     # Of the new one, which holds a copy of `raw`.
-    return tokenizer, tokenizer.backend_tokenizer.token_to_id(IMAGE_PLACEHOLDER)
+    image_id = tokenizer.backend_tokenizer.token_to_id(IMAGE_PLACEHOLDER)
+    assert image_id is not None
+    return tokenizer, image_id
 
 
 def _load(folder: Path) -> PreTrainedTokenizerFast:
