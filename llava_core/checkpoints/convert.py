@@ -73,13 +73,14 @@ def convert(
 def _to_llava_hf(checkpoint: Checkpoint, folder: Path, max_shard_size: int) -> None:
     config = checkpoint.config
     check_llava_hf(config)
+    preprocess = _preprocess_config(checkpoint)
     tokenizer, image_token = with_image_token(checkpoint)
     tokenizer.save_pretrained(folder)
     copy_files(checkpoint.folder, folder, ["tokenizer.model"])
     rows = max(config.vocab_size, image_token + 1)
     text = {**config.text, "vocab_size": rows, "tie_word_embeddings": config.tie_word_embeddings}
     new = replace(config, text=text, vocab_size=rows, image_token_id=image_token)
-    write_settings(folder, new, load_preprocess_config(checkpoint), dtype=config.dtype)
+    write_settings(folder, new, preprocess, dtype=config.dtype)
     (folder / ORIGINAL_FOLDER).mkdir()
     write_json(folder / ORIGINAL_FOLDER / "config.json", checkpoint.settings)
     copy_text_files(checkpoint.folder, folder / ORIGINAL_FOLDER)
@@ -92,7 +93,7 @@ def _to_llava_hf(checkpoint: Checkpoint, folder: Path, max_shard_size: int) -> N
 
 def _to_original(checkpoint: Checkpoint, folder: Path, out: Path, max_shard_size: int) -> None:
     config, kept = checkpoint.config, checkpoint.folder / ORIGINAL_FOLDER
-    preprocess = load_preprocess_config(checkpoint)
+    preprocess = _preprocess_config(checkpoint)
     tower = _known_tower(config, preprocess)
     name = tower or str((out / _TOWER_FOLDER).resolve())
     aspect = "square" if preprocess.aspect == "crop" else preprocess.aspect
@@ -107,6 +108,16 @@ def _to_original(checkpoint: Checkpoint, folder: Path, out: Path, max_shard_size
     if tower is None:
         # The original code loads the tower from its name before it takes the one inside.
         _write_tower(checkpoint, folder / _TOWER_FOLDER, preprocess, max_shard_size)
+
+
+def _preprocess_config(checkpoint: Checkpoint) -> PreprocessConfig:
+    preprocess = load_preprocess_config(checkpoint)
+    if not isinstance(preprocess, PreprocessConfig):
+        raise CheckpointError(
+            f"mm_vision_tower {checkpoint.config.tower_name!r} cannot be saved as llava-hf: "
+            "transformers has no BioViL-T"
+        )
+    return preprocess
 
 
 def _known_tower(config: ModelConfig, preprocess: PreprocessConfig) -> str | None:

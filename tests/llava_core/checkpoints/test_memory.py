@@ -31,10 +31,10 @@ def stored_bytes(module: nn.Module) -> int:
     total = 0
     for parameter in {id(value): value for value in module.parameters()}.values():
         total += parameter.numel() * parameter.element_size()
-        if getattr(parameter, "SCB", None) is not None:
-            total += parameter.SCB.numel() * parameter.SCB.element_size()
-        if getattr(parameter, "quant_state", None) is not None:
-            total += parameter.quant_state.absmax.numel() * 4
+        if (scales := getattr(parameter, "SCB", None)) is not None:
+            total += scales.numel() * scales.element_size()
+        if (state := getattr(parameter, "quant_state", None)) is not None:
+            total += state.absmax.numel() * 4
     return total
 
 

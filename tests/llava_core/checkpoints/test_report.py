@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from llava_core.checkpoints.files import DEFAULT_MODEL
 from llava_core.checkpoints.layout import open_checkpoint
 from llava_core.checkpoints.load import LoadOptions, load_language_side, load_tower
-from llava_core.checkpoints.report import as_text, inspect_checkpoint, weight_bytes
+from llava_core.checkpoints.report import as_text, inspect_checkpoint
 from llava_core.types import Size
 from tests.original import Kind, write_json, write_original
 from tests.tiny import cut_short, edit_json
@@ -116,10 +116,12 @@ def test_a_delta_is_told_by_its_field(tmp_path: Path) -> None:
     assert "llava delta apply" in report["problems"][0]
 
 
-def test_bytes_at_each_precision() -> None:
-    counts = {"decoder": (1000, 10), "tower": (0, 100)}
-    expected = {"float32": 4440, "bfloat16": 2220, "float16": 2220, "8bit": 1220, "4bit": 720}
-    assert weight_bytes(counts) == expected
+def test_fewer_bits_take_fewer_bytes() -> None:
+    report = inspect_checkpoint(str(DEFAULT_MODEL))
+    weights, cache = report["weight_bytes"], report["kv_cache_bytes_per_token"]
+    assert weights["float32"] == 4 * report["num_parameters"]["total"] == 2 * weights["bfloat16"]
+    assert weights["4bit"] < weights["8bit"] < weights["float16"] == weights["bfloat16"]
+    assert cache["8bit"] == cache["bfloat16"] == cache["float32"] / 2 == 2 * 5 * 192 * 2
 
 
 def test_a_look_at_safetensors_needs_no_torch() -> None:

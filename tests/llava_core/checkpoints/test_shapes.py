@@ -1,5 +1,7 @@
 """Restated names and shapes equal those of the modules that transformers and we build."""
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, CLIPVisionConfig, LlamaConfig, MistralConfig, SiglipVisionConfig
@@ -10,7 +12,13 @@ from llava_core.images.preprocess import PreprocessConfig
 from llava_core.models.language import LanguageSide
 from llava_core.vision.towers import build_tower
 
-SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 50}
+SMALL: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 50,
+}
 TOWER = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
 CLIP = CLIPVisionConfig(**TOWER, image_size=28, patch_size=14)
 SIGLIP = SiglipVisionConfig(**TOWER, image_size=28, patch_size=14)
@@ -36,7 +44,7 @@ def config(text: object, tower: object = CLIP, **fields: object) -> ModelConfig:
 @pytest.mark.parametrize("kind", ["llava", "llava_next"])
 def test_shapes_equal_the_modules(text: LlamaConfig, tower: CLIPVisionConfig, kind: str) -> None:
     model = config(text, tower, model_type=kind, image_grid_pinpoints=[[28, 56]])
-    got: dict[str, dict[str, tuple[int, ...]]] = {"tower": {}, "projector": {}, "decoder": {}, "newline": {}}
+    got: dict[str, dict[str, tuple[int, ...] | None]] = {"tower": {}, "projector": {}, "decoder": {}, "newline": {}}
     for key, shape in expected_shapes(model).items():
         got[key.part][key.name] = shape
     with torch.device("meta"):
