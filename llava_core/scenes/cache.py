@@ -41,12 +41,15 @@ _CHUNK = 256
 
 @dataclass(frozen=True)
 class CacheSpec:
-    """What is in a cache. `size` and `patch` are the tower's tile side and patch side in pixels."""
+    """What is in a cache. `size` and `patch` are the tower's tile side and patch side in pixels; `with_text` and
+    `random_letters` as in sample_scene."""
 
     seed: int
     num_scenes: int
     size: int
     patch: int
+    with_text: float = 0.42
+    random_letters: float = 0.34
 
     @property
     def grid(self) -> int:
@@ -64,13 +67,14 @@ class SceneCache:
 
     def scene(self, index: int) -> Scene:
         """The scene behind tile `index`."""
-        return training_scene(self.spec.seed, index)
+        return training_scene(self.spec, index)
 
 
-def training_scene(seed: int, index: int) -> Scene:
-    """Scene `index` of a seed. One in twelve is large (500 to 1,500 pixels), the others 64 to 500."""
-    rng = random.Random(f"{seed}:{index}")
-    return sample_scene(rng, longest_side=(500, 1500) if rng.random() < 1 / 12 else (64, 500))
+def training_scene(spec: CacheSpec, index: int) -> Scene:
+    """Scene `index` of a cache. One in twelve is large (500 to 1,500 pixels), the others 64 to 500."""
+    rng = random.Random(f"{spec.seed}:{index}")
+    longest_side = (500, 1500) if rng.random() < 1 / 12 else (64, 500)
+    return sample_scene(rng, longest_side=longest_side, with_text=spec.with_text, random_letters=spec.random_letters)
 
 
 def render_training_picture(scene: Scene) -> Image.Image:
@@ -124,7 +128,7 @@ def _batched(values: range, size: int) -> Iterator[range]:
 
 def _draw_chunk(spec: CacheSpec, first: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
     config = PreprocessConfig(size=spec.size)
-    scenes = [training_scene(spec.seed, i) for i in range(first, min(first + _CHUNK, spec.num_scenes))]
+    scenes = [training_scene(spec, i) for i in range(first, min(first + _CHUNK, spec.num_scenes))]
     tiles = np.concatenate([preprocess(render_training_picture(scene), config) for scene in scenes])
     return tiles, np.stack([patch_labels(scene, spec) for scene in scenes])
 

@@ -26,7 +26,7 @@ from llava_core.training.collate import Example
 from llava_core.training.dataset import build_example
 from llava_core.training.packing import Packed, pack_alone, pack_shared_prefix
 
-Purpose = Literal["language", "align", "instruct", "joint"]
+Purpose = Literal["language", "align", "instruct", "joint", "sharpen"]
 NO_PICTURE = "There is no picture."
 
 
@@ -44,7 +44,7 @@ class ConversationSpec:
 
 class SceneConversations(Dataset[Example]):
     """Examples of one purpose: `language` has the caption as text in place of the picture, `align` asks for the caption
-    alone, `instruct` and `joint` ask everything. `images` has a row for each scene: the tower's features, or tiles."""
+    alone, the others ask everything. `images` has a row for each scene: the tower's features, or tiles."""
 
     def __init__(
         self,

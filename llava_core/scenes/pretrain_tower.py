@@ -87,16 +87,3 @@ def _init_positions(tower: CLIPVisionModel, config: CLIPVisionConfig) -> None:
     rows, columns = waves[:, None].expand(side, side, -1), waves[None, :].expand(side, side, -1)
     grid = torch.cat([rows, columns], -1).flatten(0, 1)
     tower.embeddings.position_embedding.weight[1:] = 0.5 * grid
-
-
-def tower_config(size: int, patch: int) -> CLIPVisionConfig:
-    """The default model's tower: 6 layers of width 192."""
-    return CLIPVisionConfig(
-        image_size=size,
-        patch_size=patch,
-        hidden_size=192,
-        intermediate_size=768,
-        num_hidden_layers=6,
-        num_attention_heads=3,
-        hidden_act="quick_gelu",
-    )

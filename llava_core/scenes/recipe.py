@@ -1,10 +1,12 @@
-"""The default model from nothing, in seven seeded stages, each of which goes on where it was interrupted.
+"""The default model from nothing, in seeded stages, each of which goes on where it was interrupted.
 
     pictures → tower pretraining → features → language pretraining → projector alignment → instruction tuning → joint
+    sharp pictures → sharpen
 
 Alignment and instruction tuning are LLaVA's own stages (`training/sft.py`); those before stand in for the CLIP and
-Vicuna that a real LLaVA starts from; in the last one the tower learns from questions too. Knows files and order; what
-happens inside a stage is in the modules it calls.
+Vicuna that a real LLaVA starts from. In the last two the tower learns from questions too, first as it is, then on
+larger tiles with its positions interpolated, as vision transformers are tuned for a higher resolution. Knows files and
+order; what happens inside a stage is in the modules it calls.
 """
 
 from __future__ import annotations
@@ -27,14 +29,14 @@ from llava_core.checkpoints.save import save_llava_hf
 from llava_core.checkpoints.tokenizer import CheckpointTokenizer
 from llava_core.config import ModelConfig, read_llava_hf_config
 from llava_core.errors import LlavaError
-from llava_core.images.preprocess import PreprocessConfig
 from llava_core.models.language import LanguageSide
 from llava_core.scenes.cache import CacheSpec, SceneCache, open_cache
 from llava_core.scenes.conversations import ConversationSpec, Purpose, SceneConversations
 from llava_core.scenes.curve import draw_curves
 from llava_core.scenes.features import open_features
-from llava_core.scenes.pretrain_tower import PatchDataset, PatchNamer, tower_config
+from llava_core.scenes.pretrain_tower import PatchDataset, PatchNamer
 from llava_core.scenes.tokenizer import train_tokenizer
+from llava_core.scenes.tower import new_tower, resize_tower, tower_config, tower_words
 from llava_core.training.optimizer import MuonAdamW
 from llava_core.training.sft import has_checkpoint, train
 from llava_core.vision.clip import ClipTower
@@ -44,7 +46,7 @@ logger = logging.getLogger(__name__)
 History = list[dict[str, float]]
 
 
-STAGES = ("tower", "language", "align", "instruct", "joint")
+STAGES = ("tower", "language", "align", "instruct", "joint", "sharpen")
 _MUON_FACTOR = 6.0
 
 
@@ -59,11 +61,13 @@ class StageSpec:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides the result. `size` and `patch` are the tower's tile and patch sides in pixels."""
+    """Everything that decides the result. `size` and `patch` are the tower's tile and patch sides in pixels,
+    `sharp_size` is the tile side in the last stage and from then on."""
 
     seed: int = 1
     num_scenes: int = 100_000
     size: int = 128
+    sharp_size: int = 192
     patch: int = 16
     hidden_size: int = 192
     num_layers: int = 5
@@ -73,6 +77,7 @@ class Recipe:
     instruct: StageSpec = StageSpec(3000, 32, 2e-3)
     # Gently: at 8e-4 the tower forgot faster than it learned, and the loss rose from 0.05 to 0.14.
     joint: StageSpec = StageSpec(1700, 32, 3e-4)
+    sharpen: StageSpec = StageSpec(3000, 32, 4e-4)
 
     def scaled(self, factor: float) -> Recipe:
         """The same recipe with `factor` times the pictures and steps, for a trial run."""
@@ -107,19 +112,29 @@ def build(recipe: Recipe, work: Path, out: Path) -> None:
         dataset = _dataset(cache, features, adapter, purpose, stage)
         made_from = _train_stage(recipe, work, language, None, dataset, stage, made_from)
     dataset = _dataset(cache, cache.tiles, adapter, "joint", recipe.joint)
-    _train_stage(recipe, work, language, tower, dataset, recipe.joint, made_from)
+    made_from = _train_stage(recipe, work, language, tower, dataset, recipe.joint, made_from)
+    sharp = open_cache(work / "sharp_pictures", sharp_spec(recipe))
+    tower = resize_tower(tower, recipe.sharp_size)
+    language.config = replace(language.config, vision=tower.config)
+    dataset = _dataset(sharp, sharp.tiles, adapter, "sharpen", recipe.sharpen)
+    _train_stage(recipe, work, language, tower, dataset, recipe.sharpen, made_from)
     draw_curves({name: _curve(work / name) for name in STAGES}, work / "loss.png")
     save_llava_hf(out, tower, language, tokenizer)
     logger.info("the checkpoint is in %s, the loss curves in %s", out, work / "loss.png")
 
 
+def sharp_spec(recipe: Recipe) -> CacheSpec:
+    """Pictures unseen so far, more of them with something to read and more of that words: what is learned last."""
+    return CacheSpec(
+        recipe.seed + 1, recipe.num_scenes, recipe.sharp_size, recipe.patch, with_text=0.7, random_letters=0.2
+    )
+
+
 def model_config(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> ModelConfig:
-    """The default model's configuration, in the words of its config.json."""
-    vision = tower_config(recipe.size, recipe.patch).to_diff_dict()
-    vision |= {"hidden_size": 192, "image_size": recipe.size, "patch_size": recipe.patch}
+    """The default model's configuration before the last stage, in the words of its config.json."""
     return read_llava_hf_config(
         {
-            "vision_config": vision,
+            "vision_config": tower_words(recipe.size, recipe.patch),
             "vision_feature_layer": -1,
             "image_token_index": tokenizer.convert_tokens_to_ids("<image>"),
             "text_config": {
@@ -152,10 +167,7 @@ def _pretrain_tower(recipe: Recipe, cache: SceneCache, work: Path) -> ClipTower:
         trainer.train(resume_from_checkpoint=has_checkpoint(work / "tower"))
         _finish(work / "tower", namer, trainer.state.log_history)
     namer.load_state_dict(torch.load(weights, weights_only=True))
-    vision = read_llava_hf_config(
-        {"vision_config": config.to_dict(), "vision_feature_layer": -1, "text_config": {}}
-    ).vision
-    tower = ClipTower(vision, PreprocessConfig(size=recipe.size), attention="eager")
+    tower = new_tower(recipe.size, recipe.patch)
     tower.model.load_state_dict(namer.tower.state_dict())
     return tower.eval()
 
@@ -221,8 +233,9 @@ def _dataset(
     stage: StageSpec,
 ) -> SceneConversations:
     passes = -(-stage.steps * stage.batch // len(images))
-    spec = ConversationSpec(purpose, passes=passes)
-    return SceneConversations(cache, images, tokenizer, spec, image_tokens=(cache.spec.size // cache.spec.patch) ** 2)
+    image_tokens = cache.spec.grid**2
+    spec = ConversationSpec(purpose, passes=passes, max_length=256 + image_tokens)
+    return SceneConversations(cache, images, tokenizer, spec, image_tokens=image_tokens)
 
 
 def _arguments(recipe: Recipe, folder: Path, stage: StageSpec) -> TrainingArguments:

@@ -67,23 +67,27 @@ class Scene:
 
 
 def sample_scene(
-    rng: random.Random, *, longest_side: tuple[int, int] = (64, 1500), random_letters: float = 0.34
+    rng: random.Random,
+    *,
+    longest_side: tuple[int, int] = (64, 1500),
+    with_text: float = 0.42,
+    random_letters: float = 0.34,
 ) -> Scene:
-    """Draw a scene by lot: 1 to 6 objects, a printed text in about two of five, any aspect up to 3:1.
+    """Draw a scene by lot: 1 to 6 objects, any aspect up to 3:1; in the share `with_text` a printed text, if it fits.
 
     `random_letters` is the share of texts that are neither numbers nor words: who reads those has learned the letters.
     """
     width, height = _sample_frame(rng, longest_side)
     background = _sample_background(rng)
     builder = _Builder(rng, width, height, background)
-    if rng.random() < 0.42:
+    if rng.random() < with_text:
         builder.place_text(_sample_text(rng, random_letters))
     has_medium = rng.random() < 0.2
     num_objects = rng.randint(1, 6)
     for _ in range(num_objects):
         builder.place_object(_sample_size(rng, num_objects=num_objects, has_medium=has_medium))
     if not builder.objects:
-        return sample_scene(rng, longest_side=longest_side, random_letters=random_letters)
+        return sample_scene(rng, longest_side=longest_side, with_text=with_text, random_letters=random_letters)
     return Scene(
         width=width,
         height=height,

@@ -17,7 +17,7 @@ from llava_core.scenes.cache import (
     training_scene,
 )
 from llava_core.scenes.draw import character_centres
-from llava_core.scenes.vocabulary import COLOURS, DIGITS, LETTERS, PLACES, SHAPES, SIZES
+from llava_core.scenes.vocabulary import COLOURS, DIGITS, LETTERS, PLACES, PRINTED_WORDS, SHAPES, SIZES
 from tests.llava_core.scenes.conftest import SPEC
 
 WIDE = CacheSpec(seed=9, num_scenes=60, size=128, patch=16)
@@ -32,16 +32,24 @@ def test_tiles_are_the_preprocessed_pictures(scene_cache: SceneCache) -> None:
 
 
 def test_a_scene_depends_on_seed_and_index_alone() -> None:
-    assert training_scene(3, 5) == training_scene(3, 5)
-    assert training_scene(3, 5) != training_scene(3, 6)
-    assert training_scene(3, 5) != training_scene(4, 5)
+    assert training_scene(SPEC, 5) == training_scene(replace(SPEC, num_scenes=6), 5)
+    assert training_scene(SPEC, 5) != training_scene(SPEC, 6)
+    assert training_scene(SPEC, 5) != training_scene(replace(SPEC, seed=4), 5)
 
 
 def test_one_scene_in_twelve_is_large() -> None:
-    sides = [max(scene.width, scene.height) for scene in (training_scene(0, index) for index in range(600))]
+    sides = [max(scene.width, scene.height) for scene in (training_scene(WIDE, index) for index in range(600))]
     assert 0.04 < sum(side > 500 for side in sides) / len(sides) < 0.13
     assert min(sides) >= 64
     assert max(sides) <= 1500
+
+
+def test_a_cache_may_have_more_to_read_and_fewer_random_letters() -> None:
+    words = replace(WIDE, with_text=1.0, random_letters=0.0)
+    texts = [[training_scene(spec, index).text for index in range(100)] for spec in (WIDE, words)]
+    printed = [[text.text for text in column if text is not None] for column in texts]
+    assert len(printed[1]) > 1.5 * len(printed[0])
+    assert all(text.isdigit() or text in PRINTED_WORDS for text in printed[1])
 
 
 def test_a_stopped_drawing_goes_on_to_the_same_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,7 +78,7 @@ def test_a_folder_with_another_cache_is_refused(scene_cache: SceneCache, tmp_pat
 def test_the_patch_under_each_centre_names_the_object() -> None:
     places = [name for row in PLACES for name in row]
     for index in range(WIDE.num_scenes):
-        scene = training_scene(WIDE.seed, index)
+        scene = training_scene(WIDE, index)
         grid = patch_labels(scene, WIDE).reshape(8, 8, len(COLUMNS))
         longest = max(scene.width, scene.height)
         for thing in scene.objects:
@@ -86,7 +94,7 @@ def test_the_patch_under_each_centre_names_the_object() -> None:
 
 def test_there_is_one_centre_per_object_at_most_and_empty_patches_say_nothing() -> None:
     for index in range(WIDE.num_scenes):
-        scene = training_scene(WIDE.seed, index)
+        scene = training_scene(WIDE, index)
         labels = patch_labels(scene, WIDE)
         assert 0 < labels[:, 0].sum() <= len(scene.objects)
         empty = labels[:, 1] == 0
@@ -98,7 +106,7 @@ def test_characters_read_from_left_to_right_are_the_text() -> None:
     alphabet = LETTERS + DIGITS
     read = []
     for index in range(WIDE.num_scenes):
-        scene = training_scene(WIDE.seed, index)
+        scene = training_scene(WIDE, index)
         slots = patch_labels(scene, WIDE).reshape(8, 8, len(COLUMNS))[..., 5:]
         rows = [row for row in slots if row.any()]
         text = "".join(alphabet[value - 1] for row in rows for value in row.flatten().tolist() if value)
@@ -110,7 +118,7 @@ def test_characters_read_from_left_to_right_are_the_text() -> None:
 
 def test_a_character_is_in_the_slot_of_its_half_of_the_patch() -> None:
     for index in range(WIDE.num_scenes):
-        scene = training_scene(WIDE.seed, index)
+        scene = training_scene(WIDE, index)
         if scene.text is None:
             continue
         slots = patch_labels(scene, WIDE).reshape(8, 8, len(COLUMNS))[..., 5:]
@@ -122,5 +130,5 @@ def test_a_character_is_in_the_slot_of_its_half_of_the_patch() -> None:
 
 
 def test_labels_stay_below_their_number_of_classes() -> None:
-    labels = np.concatenate([patch_labels(training_scene(1, index), WIDE) for index in range(40)])
+    labels = np.concatenate([patch_labels(training_scene(WIDE, index), WIDE) for index in range(40)])
     assert (labels.max(0) < np.array(list(LABELS.values()))).all()

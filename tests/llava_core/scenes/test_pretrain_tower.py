@@ -5,7 +5,8 @@ import torch
 from transformers import CLIPVisionConfig
 
 from llava_core.scenes.cache import LABELS, SceneCache
-from llava_core.scenes.pretrain_tower import PatchDataset, PatchNamer, tower_config
+from llava_core.scenes.pretrain_tower import PatchDataset, PatchNamer
+from llava_core.scenes.tower import tower_config
 
 
 @pytest.fixture

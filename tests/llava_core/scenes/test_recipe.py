@@ -21,6 +21,7 @@ SMALL = StageSpec(steps=2, batch=2, learning_rate=1e-3)
 TINY = Recipe(
     num_scenes=8,
     size=32,
+    sharp_size=48,
     patch=16,
     hidden_size=64,
     num_layers=1,
@@ -29,6 +30,7 @@ TINY = Recipe(
     align=SMALL,
     instruct=SMALL,
     joint=SMALL,
+    sharpen=SMALL,
 )
 
 pytestmark = pytest.mark.timeout(180)
@@ -57,7 +59,7 @@ def test_the_recipe_builds_a_checkpoint_that_answers(tmp_path: Path) -> None:
 
 def test_finished_stages_are_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build(TINY, tmp_path / "work", tmp_path / "one")
-    (tmp_path / "work" / "joint" / "weights.pt").unlink()
+    (tmp_path / "work" / "sharpen" / "weights.pt").unlink()
     ran: list[str] = []
     train = recipe_module.train
 
