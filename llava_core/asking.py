@@ -26,16 +26,37 @@ from llava_core.types import (
     ImagePart,
     Message,
     PreparedRequest,
+    Quantization,
     SamplingParams,
     TextPart,
     TokenDelta,
 )
 
 if TYPE_CHECKING:
-    from llava_core.cli import AskOptions
+    from llava_core.checkpoints.load import Dtype
     from llava_core.inference import LocalModel
 
 JsonObject = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class AskOptions:
+    """What `llava ask` was told."""
+
+    model: str | None
+    base: str | None
+    images: tuple[Path, ...]
+    questions: Path | None
+    temperature: float
+    max_tokens: int | None
+    seed: int | None
+    template: str | None
+    dtype: Dtype
+    quantization: Quantization | None
+    device: str
+    offline: bool
+    padding_jitter: bool
+    output: str
 
 
 @dataclass(frozen=True)

@@ -6,19 +6,14 @@ server or training.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from llava_core.checkpoints.cli import TOOLS
 from llava_core.errors import LlavaError
-
-if TYPE_CHECKING:
-    from llava_core.checkpoints.load import Dtype
-    from llava_core.types import Quantization
 
 COMMAND_GROUP = "llava.commands"
 OWN_PACKAGES = ("llava_core", "deployments", "cluster")
@@ -101,7 +96,7 @@ def ask(question: str | None, **given: Any) -> None:
     Each line of a --questions file holds `question` or `text`, and may hold `image` or `images` (paths, from the
     file's folder) and `question_id` or `id`, which comes back with the answer, a JSON object a line.
     """
-    from llava_core.asking import ask_all, ask_one
+    from llava_core.asking import AskOptions, ask_all, ask_one
 
     options = AskOptions(**given)
     if (question is None) == (options.questions is None):
@@ -112,23 +107,3 @@ def ask(question: str | None, **given: Any) -> None:
         ask_all(options, options.questions)
     else:
         ask_one(options, question or "")
-
-
-@dataclass(frozen=True)
-class AskOptions:
-    """The options of `llava ask`, as click hands them over."""
-
-    model: str | None
-    base: str | None
-    images: tuple[Path, ...]
-    questions: Path | None
-    temperature: float
-    max_tokens: int | None
-    seed: int | None
-    template: str | None
-    dtype: Dtype
-    quantization: Quantization | None
-    device: str
-    offline: bool
-    padding_jitter: bool
-    output: str
