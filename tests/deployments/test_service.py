@@ -193,7 +193,7 @@ def test_a_full_service_says_so_and_clients_that_hang_up_make_room(service: Runn
             # Each goes to the replica that has less to do, so both of them refuse.
             return {_status(service) for _ in range(3)} == {429}
 
-        until(fill_up)
+        until(fill_up, deadline_s=90)
         # Full is not ill, and who asks does not wait behind those who fill it.
         assert httpx.get(f"{service.url}/health", timeout=5).status_code == 200
     until(lambda: _status(service) == 200, deadline_s=20)
