@@ -28,6 +28,13 @@ def check_tensors(checkpoint: Path | Checkpoint) -> None:
         raise CheckpointError(f"{opened.folder}: {first(problems, 5)}")
 
 
+def check_shapes(config: ModelConfig, stored: Mapping[Key, Stored]) -> None:
+    """Raise CheckpointError for tensors of another shape than config.json says; reads headers alone."""
+    problems = shape_problems(config, stored)
+    if problems:
+        raise CheckpointError(first(problems, 5))
+
+
 def name_problems(checkpoint: Checkpoint) -> list[str]:
     """Everything that is missing, left over, or of unknown purpose. Raises CheckpointError for damaged files."""
     names: set[Key] = set()

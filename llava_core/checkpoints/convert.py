@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from llava_core.checkpoints.accounting import check_tensors
+from llava_core.checkpoints.accounting import check_shapes, check_tensors
 from llava_core.checkpoints.contents import stored_tensors
 from llava_core.checkpoints.describe import load_preprocess_config
 from llava_core.checkpoints.files import read_json
@@ -61,6 +61,7 @@ def convert(
     if checkpoint.adapter is not None or not checkpoint.is_complete:
         raise CheckpointError(f"{checkpoint.folder} needs a base; make one model of the two first: llava merge")
     check_tensors(checkpoint)
+    check_shapes(checkpoint.config, stored_tensors(checkpoint.weights))
     with new_folder(out) as folder:
         if to == checkpoint.config.dialect.replace("_", "-"):
             rewrite(checkpoint, folder, out, max_shard_size=max_shard_size)

@@ -112,9 +112,10 @@ def _find_overlay(folder: Path) -> Path | None:
 def _refuse_quantised(folder: Path, settings: JsonObject) -> None:
     kind = settings.get("quantization_config") or (settings.get("text_config") or {}).get("quantization_config")
     if kind:
+        method = kind.get("quant_method", "unnamed") if isinstance(kind, dict) else kind
         raise CheckpointError(
-            f"{folder / 'config.json'}: quantization_config says that the weights are stored quantised "
-            f"({kind.get('quant_method', 'unnamed')}); load the model that they were made from, with --quantization"
+            f"{folder / 'config.json'}: quantization_config says that the weights are stored quantised ({method}); "
+            "load the model that they were made from, with --quantization"
         )
 
 

@@ -8,6 +8,7 @@ to their files, others are converted a few tensors at a time. Knows nothing abou
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +41,7 @@ class LoadOptions:
     """Where and how precisely to compute. `auto`: bfloat16 where the device computes it natively, else float32.
 
     `quantization` stores the decoder's linear layers in fewer bits; tower, projector and all that is computed have the
-    dtype. Raises CheckpointError for a quantization that cannot be had here.
+    dtype. Raises CheckpointError for a device or a quantization that cannot be had here.
     """
 
     device: str = "cpu"
@@ -49,6 +50,10 @@ class LoadOptions:
 
     def __post_init__(self) -> None:
         check_quantization(self.quantization)
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
+            raise CheckpointError(f"device {self.device!r} is unknown; known are cpu, cuda and cuda:N")
+        if self.device != "cpu" and not torch.cuda.is_available():
+            raise CheckpointError(f"device {self.device} calls for CUDA, and torch {torch.__version__} finds none")
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ValueError(f"dtype must be auto, float32, bfloat16 or float16, not {self.dtype!r}")
 

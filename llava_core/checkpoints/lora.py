@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llava_core.checkpoints.files import find_file, read_json, tensor_names
+from llava_core.checkpoints.files import find_file, read_json
+from llava_core.checkpoints.headers import read_header
 from llava_core.checkpoints.keymaps import Key, Part, from_wrapped
 from llava_core.checkpoints.tensors import TensorReader, read_tensors
 from llava_core.errors import CheckpointError
@@ -74,9 +75,10 @@ def open_lora(folder: Path) -> Lora:
     file = find_file(folder, "adapter_model")
     if file is None:
         raise CheckpointError(f"{folder} has an adapter_config.json but no adapter_model.safetensors or .bin")
+    header = read_header(file)
     halves: dict[str, dict[str, str]] = {}
     replaced: dict[Key, str] = {}
-    for name in tensor_names(file):
+    for name in header:
         match = _MATRIX.fullmatch(name)
         if match:
             halves.setdefault(match.group(1), {})[match.group(2)] = name
@@ -90,7 +92,14 @@ def open_lora(folder: Path) -> Lora:
             raise CheckpointError(f"{file}: {module} has lora_{''.join(half)} alone; both lora_A and lora_B are needed")
         key = _key(f"{module}.weight", file)
         assert key is not None, module
-        pairs[key] = LoraPair(half["A"], half["B"], _scale(config, module))
+        rank = _by_pattern(config.get("rank_pattern") or {}, module, config["r"])
+        ranks = header[half["A"]].shape[0], header[half["B"]].shape[-1]
+        if ranks != (rank, rank):
+            raise CheckpointError(
+                f"{file}: {module} has matrices of rank {ranks[0]} and {ranks[1]}, adapter_config.json says {rank}; "
+                "the two files are not of one adapter"
+            )
+        pairs[key] = LoraPair(half["A"], half["B"], _scale(config, module, rank))
     if not pairs:
         raise CheckpointError(f"{file} holds no LoRA matrices")
     return Lora(file, pairs, replaced)
@@ -111,13 +120,12 @@ def _check(config: Mapping[str, Any], folder: Path) -> None:
                 f"{folder / 'adapter_config.json'}: {field} {config[field]!r} is not supported; "
                 "merge the adapter with the library that made it"
             )
-    if not isinstance(config.get("r"), int) or config["r"] < 1 or config.get("lora_alpha") is None:
+    if not isinstance(config.get("r"), int) or config["r"] < 1 or not isinstance(config.get("lora_alpha"), int | float):
         raise CheckpointError(f"{folder / 'adapter_config.json'}: r and lora_alpha must be positive numbers")
 
 
-def _scale(config: Mapping[str, Any], module: str) -> float:
+def _scale(config: Mapping[str, Any], module: str, rank: float) -> float:
     """alpha / r, or alpha / sqrt(r) with `use_rslora`; patterns name modules by the end of their path."""
-    rank = _by_pattern(config.get("rank_pattern") or {}, module, config["r"])
     alpha = _by_pattern(config.get("alpha_pattern") or {}, module, config["lora_alpha"])
     return float(alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank)
 

@@ -8,7 +8,7 @@ stored. So the merged model computes what the unmerged one does when both are lo
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llava_core.checkpoints.accounting import check_tensors
+from llava_core.checkpoints.accounting import check_shapes, check_tensors
 from llava_core.checkpoints.contents import Stored, stored_tensors
-from llava_core.checkpoints.headers import DTYPES, read_header
+from llava_core.checkpoints.headers import DTYPES, TensorInfo, read_header
 from llava_core.checkpoints.keymaps import Key, from_tower, to_llava_hf, to_original
 from llava_core.checkpoints.layout import Checkpoint, open_checkpoint
 from llava_core.checkpoints.lora import Lora, open_lora
@@ -34,6 +34,7 @@ from llava_core.checkpoints.writing import (
     write_json,
     write_model,
 )
+from llava_core.config import ModelConfig
 from llava_core.errors import CheckpointError
 
 
@@ -57,12 +58,12 @@ def rewrite(checkpoint: Checkpoint, folder: Path, out: Path, *, max_shard_size: 
     lora = open_lora(checkpoint.adapter) if checkpoint.adapter else None
     if checkpoint.config.dialect == "llava_hf":
         copy_settings(checkpoint.folder, folder)
-        tensors = _plan(stored_tensors(checkpoint.weights), lora, to_llava_hf)
+        tensors = _plan(checkpoint.config, stored_tensors(checkpoint.weights), lora, to_llava_hf)
     else:
         changes_tower = lora is not None and any(key.part == "tower" for key in {**lora.pairs, **lora.replaced})
         weights = [each for each in checkpoint.weights if changes_tower or each.key_map is not from_tower]
         name_of = partial(to_original, projector_type=checkpoint.config.projector_type)
-        tensors = _plan(stored_tensors(weights), lora, name_of)
+        tensors = _plan(checkpoint.config, stored_tensors(weights), lora, name_of)
         settings = {**checkpoint.settings, **_tower_fields(checkpoint, folder, out)}
         if changes_tower:
             # A tower that is not the named one any more goes inside, and counts there.
@@ -86,12 +87,15 @@ def _tower_fields(checkpoint: Checkpoint, folder: Path, out: Path) -> dict[str, 
     return {"mm_vision_tower": str(named.resolve())}
 
 
-def _plan(stored: dict[Key, Stored], lora: Lora | None, name_of: Callable[[Key], str]) -> list[Planned]:
+def _plan(
+    config: ModelConfig, stored: dict[Key, Stored], lora: Lora | None, name_of: Callable[[Key], str]
+) -> list[Planned]:
     reader, adapter = TensorReader(), TensorReader()
     if lora is not None:
         header = read_header(lora.file)
         stored |= {key: Stored(lora.file, name, header[name]) for key, name in lora.replaced.items()}
-        _check_pairs(lora, stored)
+        _check_pairs(lora, header, stored)
+    check_shapes(config, stored)
     tensors = [as_stored(name_of(key), each, reader) for key, each in stored.items()]
     if lora is None:
         return tensors
@@ -101,12 +105,14 @@ def _plan(stored: dict[Key, Stored], lora: Lora | None, name_of: Callable[[Key],
     ]
 
 
-def _check_pairs(lora: Lora, stored: dict[Key, Stored]) -> None:
+def _check_pairs(lora: Lora, header: Mapping[str, TensorInfo], stored: Mapping[Key, Stored]) -> None:
     """What would be noticed only after half of the model was written."""
-    for key in lora.pairs:
-        if key not in stored:
+    for key, pair in lora.pairs.items():
+        shape = (header[pair.up].shape[0], header[pair.down].shape[1])
+        if key not in stored or stored[key].info.shape != shape:
+            found = f"but the base has {stored[key].info.shape}" if key in stored else "which the base does not hold"
             raise CheckpointError(
-                f"{lora.file} changes {key.part} {key.name}, which the base does not hold; "
+                f"{lora.file} changes {key.part} {key.name} of shape {shape}, {found}; "
                 "it is the wrong base, name the right one with --base"
             )
 

@@ -140,9 +140,9 @@ def _adapter(checkpoint: Checkpoint, stored: Mapping[Key, Stored]) -> Report:
     assert checkpoint.adapter is not None
     lora = open_lora(checkpoint.adapter)
     header = read_header(lora.file)
+    shapes = {key: (header[pair.up].shape[0], header[pair.down].shape[1]) for key, pair in lora.pairs.items()}
     wrong = []
-    for key, pair in lora.pairs.items():
-        shape = (header[pair.up].shape[0], header[pair.down].shape[1])
+    for key, shape in {**shapes, **{key: header[name].shape for key, name in lora.replaced.items()}}.items():
         found = stored[key].info.shape if key in stored else None
         if found != shape:
             wrong.append(f"{key.part} {key.name} of shape {shape}, where the base has {found or 'none'}")

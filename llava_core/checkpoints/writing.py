@@ -7,6 +7,7 @@ header's length, the header as JSON, then the tensors. Knows no layouts.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -54,14 +55,21 @@ def new_folder(folder: Path) -> Iterator[Path]:
         raise CheckpointError(f"{folder} cannot be made: {error}") from error
     try:
         yield partial
-        # Temporary folders are their owner's alone; a checkpoint is there to be read.
-        partial.chmod(0o755)
+        # Temporary folders are their owner's alone; this one is to be as any other that the user makes.
+        partial.chmod(0o777 & ~_umask())
         partial.rename(folder)
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be written: {error}") from error
     finally:
         # Nothing is there any more once it has its name.
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _umask() -> int:
+    """What the user keeps from others; to be told it must be set."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def write_model(

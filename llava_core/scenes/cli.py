@@ -26,7 +26,12 @@ def default_model() -> None:
 @default_model.command()
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--work", type=click.Path(path_type=Path), default=Path("runs/work"), help="Pictures, checkpoints.")
-@click.option("--scale", type=float, default=1.0, help="Multiply pictures and steps, for a quick trial.")
+@click.option(
+    "--scale",
+    type=click.FloatRange(0, min_open=True),
+    default=1.0,
+    help="Multiply pictures and steps, for a quick trial.",
+)
 def build(out: Path, work: Path, scale: float) -> None:
     """Draw the pictures and train every stage into OUT; run again after an interruption and it goes on."""
     from llava_core.scenes import recipe

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -288,3 +289,15 @@ def test_pictures_are_prepared_alike(tmp_path: Path) -> None:
     prepared = source.preparer.prepare(ask([IMAGES[0]]))
     ours = normalise(torch.from_numpy(prepared.images[0].tiles.copy()), source.tower.preprocess)
     torch.testing.assert_close(ours, theirs([IMAGES[0]], return_tensors="pt")["pixel_values"], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("to", ["llava-hf", "original"])
+@pytest.mark.parametrize("rows", [-3, 5])
+def test_rows_are_neither_cut_nor_made_up_where_config_json_is_wrong(
+    tmp_path: Path, to: Literal["llava-hf", "original"], rows: int
+) -> None:
+    original = write_original(tmp_path / "source", Kind())
+    edit_json(original.folder / "config.json", lambda config: config.update(vocab_size=config["vocab_size"] + rows))
+    with pytest.raises(CheckpointError, match=r"decoder .* has shape .*, config\.json says"):
+        convert(str(original.folder), tmp_path / "out", to)
+    assert not (tmp_path / "out").exists()

@@ -171,3 +171,15 @@ def test_tiles_and_tower_must_agree(checkpoint_copy: Path) -> None:
     edit_json(checkpoint_copy / "preprocessor_config.json", lambda config: config.update(sides))
     with pytest.raises(CheckpointError, match=r"tiles of 56 pixels.*takes 28"):
         load_tower(checkpoint_copy, FP32)
+
+
+@pytest.mark.parametrize("device", ["cud", "gpu", "cuda:x", "meta"])
+def test_a_device_that_is_none_is_refused_by_name(device: str) -> None:
+    with pytest.raises(CheckpointError, match=f"device '{device}' is unknown; known are cpu, cuda and cuda:N"):
+        LoadOptions(device)
+
+
+def test_cuda_is_refused_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(CheckpointError, match=r"device cuda calls for CUDA, and torch .* finds none"):
+        LoadOptions("cuda")

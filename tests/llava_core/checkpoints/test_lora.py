@@ -109,3 +109,18 @@ def test_an_adapter_without_weights_is_named(tmp_path: Path) -> None:
     (tmp_path / "adapter_model.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"no adapter_model\.safetensors or \.bin"):
         open_lora(tmp_path)
+
+
+@pytest.mark.parametrize("rank", [2, 64])
+def test_a_rank_that_the_matrices_do_not_have_is_refused(tmp_path: Path, rank: int) -> None:
+    save_adapter(tmp_path)
+    edit_json(tmp_path / "adapter_config.json", lambda config: config.update(r=rank))
+    with pytest.raises(CheckpointError, match=rf"matrices of rank 4 and 4, adapter_config\.json says {rank}"):
+        open_lora(tmp_path)
+
+
+def test_an_alpha_that_is_no_number_is_refused(tmp_path: Path) -> None:
+    save_adapter(tmp_path)
+    edit_json(tmp_path / "adapter_config.json", lambda config: config.update(lora_alpha="8"))
+    with pytest.raises(CheckpointError, match="r and lora_alpha must be positive numbers"):
+        open_lora(tmp_path)

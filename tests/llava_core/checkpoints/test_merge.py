@@ -163,3 +163,17 @@ def test_a_wrong_base_is_named_and_nothing_is_left(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"up_proj\.weight of shape \(7, 32\), but the base has \(48, 32\)"):
         merge(str(original.folder), tmp_path / "merged", base=str(original.base))
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_tensor_that_an_adapter_replaces_must_fit(tmp_path: Path) -> None:
+    original = write_original(tmp_path / "source", Kind(layout="lora"))
+    assert original.base is not None
+    file = next(original.folder.glob("adapter_model.*"))
+    head = {"base_model.model.lm_head.weight": torch.zeros(7, 32)}
+    if file.suffix == ".bin":
+        torch.save({**torch.load(file, weights_only=True), **head}, file)
+    else:
+        save_file({**load_file(file), **head}, file)
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight has shape \(7, 32\) in .*, config\.json says"):
+        merge(str(original.folder), tmp_path / "out", base=str(original.base), offline=True)
+    assert not (tmp_path / "out").exists()
