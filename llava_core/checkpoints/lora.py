@@ -86,13 +86,13 @@ def open_lora(folder: Path) -> Lora:
             raise CheckpointError(f"{file}: {name} is of a kind of LoRA that is not supported")
         elif key := _key(name, file):
             replaced[key] = name
-    pairs = {}
+    pairs: dict[Key, LoraPair] = {}
     for module, half in halves.items():
         if set(half) != {"A", "B"}:
             raise CheckpointError(f"{file}: {module} has lora_{''.join(half)} alone; both lora_A and lora_B are needed")
         key = _key(f"{module}.weight", file)
         assert key is not None, module
-        rank = _by_pattern(config.get("rank_pattern") or {}, module, config["r"])
+        rank = int(_by_pattern(config.get("rank_pattern") or {}, module, config["r"]))
         ranks = header[half["A"]].shape[0], header[half["B"]].shape[-1]
         if ranks != (rank, rank):
             raise CheckpointError(
@@ -124,7 +124,7 @@ def _check(config: Mapping[str, Any], folder: Path) -> None:
         raise CheckpointError(f"{folder / 'adapter_config.json'}: r and lora_alpha must be positive numbers")
 
 
-def _scale(config: Mapping[str, Any], module: str, rank: float) -> float:
+def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
     """alpha / r, or alpha / sqrt(r) with `use_rslora`; patterns name modules by the end of their path."""
     alpha = _by_pattern(config.get("alpha_pattern") or {}, module, config["lora_alpha"])
     return float(alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank)
