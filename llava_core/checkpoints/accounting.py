@@ -10,14 +10,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from llava_core.checkpoints.contents import Stored
-from llava_core.checkpoints.keymaps import NEWLINE_KEY, Key, Part
+from llava_core.checkpoints.keymaps import HEAD_KEY, NEWLINE_KEY, Key, Part
 from llava_core.checkpoints.layout import Checkpoint, first, open_checkpoint
 from llava_core.checkpoints.shapes import expected_shapes
 from llava_core.config import ModelConfig
 from llava_core.errors import CheckpointError
 
 _LAYER = re.compile(r"layers\.(\d+)\.")
-_TIED = Key("decoder", "lm_head.weight")
 
 
 def check_tensors(checkpoint: Path | Checkpoint) -> None:
@@ -48,12 +47,12 @@ def name_problems(checkpoint: Checkpoint) -> list[str]:
     for part in ("tower", "decoder"):
         problems += _layer_problems(part, names, expected)
     problems += [f"{key.part} {key.name} is missing" for key in sorted(set(expected) - names)]
-    return problems + [_left_over(key, checkpoint.config) for key in sorted(names - set(expected) - {_TIED})]
+    return problems + [_left_over(key, checkpoint.config) for key in sorted(names - set(expected) - {HEAD_KEY})]
 
 
 def shape_problems(config: ModelConfig, stored: Mapping[Key, Stored]) -> list[str]:
     """Every tensor of another shape than config.json says."""
-    expected = {_TIED: (config.vocab_size, config.hidden_size), **expected_shapes(config)}
+    expected = {HEAD_KEY: (config.vocab_size, config.hidden_size), **expected_shapes(config)}
     return [
         f"{key.part} {key.name} has shape {found.info.shape} in {found.file}, config.json says {expected[key]}"
         for key, found in stored.items()

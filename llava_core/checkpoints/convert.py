@@ -7,7 +7,7 @@ which the way back restores them. Weights are read and written one tensor at a t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from llava_core.checkpoints.accounting import check_shapes, check_tensors
-from llava_core.checkpoints.contents import stored_tensors
+from llava_core.checkpoints.contents import Stored, stored_tensors
 from llava_core.checkpoints.describe import load_preprocess_config
 from llava_core.checkpoints.files import read_json
 from llava_core.checkpoints.headers import TensorInfo
-from llava_core.checkpoints.keymaps import Key, to_llava_hf, to_original, to_tower
+from llava_core.checkpoints.keymaps import VOCABULARY_KEYS, Key, to_llava_hf, to_original, to_tower
 from llava_core.checkpoints.layout import Checkpoint, open_checkpoint
 from llava_core.checkpoints.merge import rewrite
 from llava_core.checkpoints.original_config import original_json, read_original_config
@@ -45,7 +45,9 @@ from llava_core.errors import CheckpointError
 from llava_core.images.preprocess import PreprocessConfig
 
 Target = Literal["llava-hf", "original"]
-_VOCABULARY = (Key("decoder", "model.embed_tokens.weight"), Key("decoder", "lm_head.weight"))
+Contents = Mapping[Key, Stored]
+# CLIP's own, which its configurations leave out.
+_CLIP_DEFAULTS = {"hidden_act": "quick_gelu", "num_channels": 3, "layer_norm_eps": 1e-5}
 # Of the folder for a tower that no hub id stands for.
 _TOWER_FOLDER = "vision_tower"
 
@@ -61,17 +63,19 @@ def convert(
     if checkpoint.adapter is not None or not checkpoint.is_complete:
         raise CheckpointError(f"{checkpoint.folder} needs a base; make one model of the two first: llava merge")
     check_tensors(checkpoint)
-    check_shapes(checkpoint.config, stored_tensors(checkpoint.weights))
     with new_folder(out) as folder:
         if to == checkpoint.config.dialect.replace("_", "-"):
             rewrite(checkpoint, folder, out, max_shard_size=max_shard_size)
-        elif to == "llava-hf":
-            _to_llava_hf(checkpoint, folder, max_shard_size)
+            return
+        stored = stored_tensors(checkpoint.weights)
+        check_shapes(checkpoint.config, stored)
+        if to == "llava-hf":
+            _to_llava_hf(checkpoint, stored, folder, max_shard_size)
         else:
-            _to_original(checkpoint, folder, out, max_shard_size)
+            _to_original(checkpoint, stored, folder, out, max_shard_size)
 
 
-def _to_llava_hf(checkpoint: Checkpoint, folder: Path, max_shard_size: int) -> None:
+def _to_llava_hf(checkpoint: Checkpoint, stored: Contents, folder: Path, max_shard_size: int) -> None:
     config = checkpoint.config
     check_llava_hf(config)
     preprocess = _preprocess_config(checkpoint)
@@ -88,11 +92,10 @@ def _to_llava_hf(checkpoint: Checkpoint, folder: Path, max_shard_size: int) -> N
     eos = {"eos_token_id": list(config.eos_token_ids), "do_sample": False}
     write_json(folder / "generation_config.json", {"bos_token_id": tokenizer.bos_token_id, **eos})
     copy_files(folder / ORIGINAL_FOLDER, folder, ["generation_config.json"])
-    tensors = _plan(checkpoint, to_llava_hf, rows)
-    write_model(folder, tensors, max_shard_size=max_shard_size)
+    write_model(folder, _plan(stored, to_llava_hf, rows), max_shard_size=max_shard_size)
 
 
-def _to_original(checkpoint: Checkpoint, folder: Path, out: Path, max_shard_size: int) -> None:
+def _to_original(checkpoint: Checkpoint, stored: Contents, folder: Path, out: Path, max_shard_size: int) -> None:
     config, kept = checkpoint.config, checkpoint.folder / ORIGINAL_FOLDER
     preprocess = _preprocess_config(checkpoint)
     tower = _known_tower(config, preprocess)
@@ -105,10 +108,10 @@ def _to_original(checkpoint: Checkpoint, folder: Path, out: Path, max_shard_size
     write_json(folder / "config.json", settings)
     copy_text_files(kept if (kept / "config.json").exists() else checkpoint.folder, folder)
     name_of = partial(to_original, projector_type=config.projector_type)
-    write_model(folder, _plan(checkpoint, name_of, rows), max_shard_size=max_shard_size)
+    write_model(folder, _plan(stored, name_of, rows), max_shard_size=max_shard_size)
     if tower is None:
         # The original code loads the tower from its name before it takes the one inside.
-        _write_tower(checkpoint, folder / _TOWER_FOLDER, preprocess, max_shard_size)
+        _write_tower(config, stored, folder / _TOWER_FOLDER, preprocess, max_shard_size)
 
 
 def _preprocess_config(checkpoint: Checkpoint) -> PreprocessConfig:
@@ -124,25 +127,25 @@ def _preprocess_config(checkpoint: Checkpoint) -> PreprocessConfig:
 def _known_tower(config: ModelConfig, preprocess: PreprocessConfig) -> str | None:
     """The hub id of a released tower of this very architecture, which prepares pictures in the same way."""
     plain = PreprocessConfig(size=config.tile_size, aspect=preprocess.aspect, pinpoints=config.pinpoints)
-    architecture = {"hidden_act": "quick_gelu", "num_channels": 3, "layer_norm_eps": 1e-5} | dict(
-        config.vision.architecture
-    )
+    architecture = {**_CLIP_DEFAULTS, **config.vision.architecture}
     for name, known in KNOWN_TOWERS.items():
-        wanted = {"hidden_act": "quick_gelu", "num_channels": 3, "layer_norm_eps": 1e-5} | dict(known)
+        wanted = {**_CLIP_DEFAULTS, **known}
         del wanted["projection_dim"]
         if preprocess == plain and all(architecture.get(field) == value for field, value in wanted.items()):
             return name
     return None
 
 
-def _write_tower(checkpoint: Checkpoint, folder: Path, preprocess: PreprocessConfig, max_shard_size: int) -> None:
+def _write_tower(
+    config: ModelConfig, stored: Contents, folder: Path, preprocess: PreprocessConfig, max_shard_size: int
+) -> None:
     folder.mkdir()
-    architecture = dict(checkpoint.config.vision.architecture)
+    architecture = dict(config.vision.architecture)
     kind = "CLIPVisionModel" if architecture["model_type"] == "clip_vision_model" else "SiglipVisionModel"
     write_json(folder / "config.json", {**architecture, "architectures": [kind]})
     aspect: JsonObject = preprocessor_json(replace(preprocess, aspect="crop", pinpoints=()))
     write_json(folder / "preprocessor_config.json", aspect)
-    reader, stored = TensorReader(), stored_tensors(checkpoint.weights)
+    reader = TensorReader()
     tensors = [as_stored(to_tower(key), each, reader) for key, each in stored.items() if key.part == "tower"]
     write_model(folder, tensors, max_shard_size=max_shard_size)
 
@@ -165,13 +168,13 @@ def _kept_settings(kept: Path, config: ModelConfig) -> JsonObject:
     return settings
 
 
-def _plan(checkpoint: Checkpoint, name_of: Callable[[Key], str], rows: int) -> list[Planned]:
+def _plan(stored: Contents, name_of: Callable[[Key], str], rows: int) -> list[Planned]:
     reader = TensorReader()
     tensors = []
-    for key, stored in stored_tensors(checkpoint.weights).items():
-        planned = as_stored(name_of(key), stored, reader)
-        if key in _VOCABULARY and stored.info.shape[0] != rows:
-            info = TensorInfo(stored.info.dtype, (rows, *stored.info.shape[1:]))
+    for key, each in stored.items():
+        planned = as_stored(name_of(key), each, reader)
+        if key in VOCABULARY_KEYS and each.info.shape[0] != rows:
+            info = TensorInfo(each.info.dtype, (rows, *each.info.shape[1:]))
             planned = Planned(planned.name, info, partial(_with_rows, planned, rows))
         tensors.append(planned)
     return tensors

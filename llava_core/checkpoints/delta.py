@@ -17,8 +17,8 @@ from torch import Tensor
 
 from llava_core.checkpoints.contents import Stored, stored_tensors
 from llava_core.checkpoints.files import read_json, resolve_checkpoint
-from llava_core.checkpoints.keymaps import Key, from_llava_hf, from_original
-from llava_core.checkpoints.layout import DELTA_FIELD, Weights, first
+from llava_core.checkpoints.keymaps import VOCABULARY_KEYS, Key
+from llava_core.checkpoints.layout import DELTA_FIELD, find_weights, first
 from llava_core.checkpoints.tensors import TensorReader
 from llava_core.checkpoints.writing import (
     DEFAULT_SHARD_SIZE,
@@ -32,7 +32,6 @@ from llava_core.checkpoints.writing import (
 from llava_core.errors import CheckpointError
 
 Sign = Literal[1, -1]
-_VOCABULARY = (Key("decoder", "model.embed_tokens.weight"), Key("decoder", "lm_head.weight"))
 
 
 def make_delta(
@@ -89,8 +88,7 @@ def _plan(folder: Path, base: Path, sign: Sign) -> list[Planned]:
 
 
 def _stored(folder: Path) -> dict[Key, Stored]:
-    is_llava_hf = isinstance(read_json(folder, "config.json").get("vision_config"), dict)
-    weights = Weights(folder, from_llava_hf if is_llava_hf else from_original)
+    weights = find_weights(folder)
     # Raises for tensors of unknown purpose.
     weights.keys()
     return stored_tensors([weights])
@@ -98,7 +96,7 @@ def _stored(folder: Path) -> dict[Key, Stored]:
 
 def _check_shapes(key: Key, own: Stored, theirs: Stored) -> None:
     ours, other = own.info.shape, theirs.info.shape
-    if ours != other and (key not in _VOCABULARY or ours[1:] != other[1:]):
+    if ours != other and (key not in VOCABULARY_KEYS or ours[1:] != other[1:]):
         raise CheckpointError(
             f"{theirs.file}: {theirs.name} has shape {other}, but {own.name} in {own.file} has {ours}; "
             "it is the wrong base"

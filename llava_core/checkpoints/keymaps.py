@@ -27,6 +27,9 @@ KeyMap = Callable[[str], Key | None]
 _Rows = tuple[tuple[str, Part, str], ...]
 
 NEWLINE_KEY = Key("newline", "image_newline")
+HEAD_KEY = Key("decoder", "lm_head.weight")
+# What has a row for each token.
+VOCABULARY_KEYS = (Key("decoder", "model.embed_tokens.weight"), HEAD_KEY)
 
 # (foreign prefix, part, our prefix); the first match wins. Grouped by the transformers version that saves them.
 _LLAVA_HF: _Rows = (

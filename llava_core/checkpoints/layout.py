@@ -194,13 +194,16 @@ def _open_adapter(folder: Path, base: str | Path | None, *, offline: bool) -> Ch
 def _find_base(folder: Path, base: str | Path | None, *, offline: bool) -> tuple[Path, Weights]:
     """The base's folder and weights. Its tower is never taken: the checkpoint's config.json names one."""
     found = resolve_checkpoint(str(_base_name(folder, base)), offline=offline)
-    settings = read_json(found, "config.json")
-    is_llava_hf = isinstance(settings.get("vision_config"), dict)
-    parts: frozenset[Part] = ALL_PARTS - {"tower"}
-    key_map = from_llava_hf if is_llava_hf else from_original
+    weights = find_weights(found, ALL_PARTS - {"tower"})
     if not has_model(found):
         raise CheckpointError(f"{found}, the base of {folder}, is not a complete model: it holds no weights of its own")
-    return found, Weights(found, key_map, parts)
+    return found, weights
+
+
+def find_weights(folder: Path, parts: frozenset[Part] = ALL_PARTS) -> Weights:
+    """A folder's own weights, whether or not it is a whole LLaVA: a text-only decoder has the originals' names."""
+    is_llava_hf = isinstance(read_json(folder, "config.json").get("vision_config"), dict)
+    return Weights(folder, from_llava_hf if is_llava_hf else from_original, parts)
 
 
 def _base_name(folder: Path, base: str | Path | None) -> str | Path:

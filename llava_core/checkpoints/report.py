@@ -16,8 +16,8 @@ from llava_core.checkpoints.accounting import name_problems, shape_problems
 from llava_core.checkpoints.contents import Stored, stored_tensors
 from llava_core.checkpoints.files import has_model, read_json, resolve_checkpoint
 from llava_core.checkpoints.headers import TensorInfo
-from llava_core.checkpoints.keymaps import Key, Part, from_llava_hf, from_original, from_tower
-from llava_core.checkpoints.layout import DELTA_FIELD, Checkpoint, Weights, find_layout, open_checkpoint
+from llava_core.checkpoints.keymaps import Key, Part, from_tower
+from llava_core.checkpoints.layout import DELTA_FIELD, Checkpoint, find_layout, find_weights, open_checkpoint
 from llava_core.checkpoints.memory import cache_bytes_per_token, weight_bytes
 from llava_core.checkpoints.shapes import Shape, decoder_fields, expected_shapes
 from llava_core.config import ModelConfig
@@ -75,8 +75,7 @@ def _attempt(problems: list[str], step: Callable[[], Result]) -> Result | None:
 
 def _own_tensors(folder: Path) -> dict[Key, Stored]:
     """Of a folder that could not be opened, for instance since its tower is missing."""
-    is_llava_hf = isinstance(read_json(folder, "config.json").get("vision_config"), dict)
-    return stored_tensors([Weights(folder, from_llava_hf if is_llava_hf else from_original)])
+    return stored_tensors([find_weights(folder)])
 
 
 def _describe(checkpoint: Checkpoint, sizes: Sequence[Size], template: str | None, problems: list[str]) -> Report:
