@@ -91,7 +91,8 @@ class GeneratorReplica(Generator):
         from llava_core.checkpoints.load import load_language_side
         from llava_core.checkpoints.tokenizer import load_tokenizer
         from llava_core.engine.async_engine import AsyncEngine
-        from llava_core.engine.engine import Engine, EngineConfig
+        from llava_core.engine.config import EngineConfig
+        from llava_core.engine.engine import Engine
 
         options = replace(set_up_compute(args.generator), quantization=args.generator.quantization)
         opened = checkpoint.open()

@@ -15,7 +15,8 @@ from llava_core.checkpoints.files import DEFAULT_MODEL as DEFAULT_MODEL
 from llava_core.checkpoints.layout import Checkpoint, open_checkpoint
 from llava_core.checkpoints.load import LoadOptions, load_language_side, load_tower
 from llava_core.checkpoints.tokenizer import load_tokenizer
-from llava_core.engine.engine import Engine, EngineConfig, StepOutput
+from llava_core.engine.config import EngineConfig
+from llava_core.engine.engine import Engine, StepOutput
 from llava_core.engine.request import RequestFailure
 from llava_core.evaluation.task import Answer, Sample
 from llava_core.prepare import RequestLimits

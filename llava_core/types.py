@@ -19,6 +19,9 @@ FinishReason = Literal["stop", "length"]
 # The decoder's linear layers in fewer bits: LLM.int8() or NF4.
 Quantization = Literal["8bit", "4bit"]
 
+# Alternatives listed beside a token's own log-probability; OpenAI's limit.
+MAX_LOGPROBS = 20
+
 # Milliseconds by stage name: preprocess, encode, transfer, queue, prefill, decode.
 StageTimes = dict[str, float]
 
@@ -32,28 +35,62 @@ class Size(NamedTuple):
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How an answer is drawn. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 are off; `max_tokens` None: no limit
-    but the context. `seed` makes a sampled answer repeatable whatever else is in the batch."""
+    """How an answer is drawn.
+
+    `temperature` 0 is greedy; `top_k` 0, `top_p` 1, `min_p` 0 and the penalties' defaults are off. `max_tokens` None:
+    no limit but the context. `seed` makes a sampled answer repeatable whatever else is in the batch. The answer ends
+    before a string of `stop` and at a token of `stop_token_ids`; neither such a token nor the model's own end is drawn
+    before there are `min_tokens`. `logit_bias` are (token id, what to add). `n` answers share one reading of the prompt. `logprobs` None:
+    none; else how many alternatives to list beside each token's own.
+    """
 
     max_tokens: int | None = None
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    min_tokens: int = 0
+    n: int = 1
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None and self.max_tokens < 1:
             raise ValueError(f"max_tokens must be at least 1, not {self.max_tokens}")
+        if not 0 <= self.min_tokens <= (self.max_tokens or self.min_tokens):
+            raise ValueError(f"min_tokens must not be negative nor above max_tokens, not {self.min_tokens}")
+        if self.n < 1:
+            raise ValueError(f"n must be at least 1, not {self.n}")
+        if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
+            raise ValueError(f"logprobs must lie between 0 and {MAX_LOGPROBS}, not {self.logprobs}")
+        if any(not text for text in self.stop):
+            raise ValueError("stop must not hold an empty string")
+        self._check_shape()
+
+    def _check_shape(self) -> None:
+        """Of the distribution. Written so that NaN is refused too."""
         if not 0 <= self.temperature <= 2:
             raise ValueError(f"temperature must lie between 0 and 2, not {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must lie above 0 and at most at 1, not {self.top_p}")
         if self.top_k < 0:
             raise ValueError(f"top_k must not be negative, not {self.top_k}")
-        if any(not text for text in self.stop):
-            raise ValueError("stop must not hold an empty string")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p must lie between 0 and 1, not {self.min_p}")
+        if not 0 < self.repetition_penalty < float("inf"):
+            raise ValueError(f"repetition_penalty must be a number above 0, not {self.repetition_penalty}")
+        for name, value in (("presence", self.presence_penalty), ("frequency", self.frequency_penalty)):
+            if not -2 <= value <= 2:
+                raise ValueError(f"{name}_penalty must lie between -2 and 2, not {value}")
+        if any(not -100 <= bias <= 100 for _, bias in self.logit_bias):
+            raise ValueError(f"logit_bias must lie between -100 and 100: {self.logit_bias}")
 
 
 @dataclass(frozen=True)
@@ -131,12 +168,29 @@ class ImageFeatures:
 
 @dataclass(frozen=True)
 class EngineRequest:
-    """A prompt the engine can run: ids with sentinels, and the features that replace them, in order."""
+    """A prompt the engine can run: ids with sentinels, and the features that replace them, in order.
+
+    The lower `priority`, the sooner. `output_ids` are tokens that were written before an interruption: the answer goes
+    on after them. With `score_from` nothing is written: the log-probabilities of the prompt's tokens from there on are
+    the answer.
+    """
 
     request_id: str
     prompt_ids: Sequence[int] = field(repr=False)
     features: Sequence[ImageFeatures]
     sampling: SamplingParams
+    priority: int = 0
+    output_ids: Sequence[int] = field(default=(), repr=False)
+    score_from: int | None = None
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """The natural logarithm of what the model gave a token, and its likeliest alternatives, likeliest first."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -151,7 +205,10 @@ class Usage:
 
 @dataclass(frozen=True)
 class TokenDelta:
-    """What an answer grew by. The last one carries `finish_reason`, `usage` and `stage_ms`."""
+    """What an answer grew by. The last one carries `finish_reason`, `usage` and `stage_ms`.
+
+    `index` tells the answers of one request apart. `logprobs` has an entry for each token where they were asked for.
+    """
 
     request_id: str
     text: str
@@ -159,3 +216,5 @@ class TokenDelta:
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
     stage_ms: StageTimes = field(default_factory=dict)
+    index: int = 0
+    logprobs: tuple[TokenLogprob, ...] = ()

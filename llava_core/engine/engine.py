@@ -1,26 +1,32 @@
-"""The generation engine: add requests, step, abort. One step moves every running request on by one token.
+"""The generation engine: add requests, step, abort. A step moves every answer on by a token and reads on in prompts.
 
-Synchronous and single-threaded (async_engine.py adds the thread). Each request has its own cache and random generator,
-so what it produces does not depend on its neighbours. Knows nothing about HTTP, prompts' texts or pictures.
+Synchronous and single-threaded (async_engine.py adds the thread). Who runs is the scheduler's decision, the arithmetic
+the runner's; here tokens are chosen, and a failure stays with the request it belongs to. Knows nothing about HTTP,
+prompts' texts or pictures.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
-from transformers import DynamicCache
+from torch import Tensor
 
-from llava_core.engine.detokenize import Decoder, IncrementalDetokenizer
+from llava_core.engine.admission import Admission
+from llava_core.engine.attention import Backend
+from llava_core.engine.blocks import BlockPool
+from llava_core.engine.config import EngineConfig
+from llava_core.engine.detokenize import Decoder
 from llava_core.engine.request import RequestFailure, RequestState
-from llava_core.engine.sampler import build_generator, sample
+from llava_core.engine.runner import ModelRunner, cache_tokens, choose_backend, wanted
+from llava_core.engine.sampler import check_finite, choose, process, token_logprob, uniform
+from llava_core.engine.scheduler import Chunk, Scheduler
+from llava_core.engine.stats import EngineStats
 from llava_core.errors import EngineError, LlavaError, OverloadedError
 from llava_core.models.language import LanguageSide
-from llava_core.prompts.budget import token_budget
 from llava_core.types import EngineRequest, TokenDelta
 
 logger = logging.getLogger(__name__)
@@ -28,112 +34,175 @@ logger = logging.getLogger(__name__)
 StepOutput = TokenDelta | RequestFailure
 
 
-@dataclass(frozen=True)
-class EngineConfig:
-    """`max_running` requests move on in every step, `max_waiting` more may queue; the next is refused."""
-
-    max_running: int = 16
-    max_waiting: int = 256
-
-    def __post_init__(self) -> None:
-        if self.max_running < 1 or self.max_waiting < 0:
-            raise ValueError(f"max_running must be at least 1 and max_waiting at least 0: {self}")
-
-
 class Engine:
     """Continuous generation for prompts whose image features were made elsewhere."""
 
-    def __init__(self, model: LanguageSide, decoder: Decoder, config: EngineConfig | None = None) -> None:
+    def __init__(
+        self,
+        model: LanguageSide,
+        decoder: Decoder,
+        config: EngineConfig | None = None,
+        *,
+        backend: Backend | None = None,
+    ) -> None:
         self.model = model
         self.config = config or EngineConfig()
-        self._decoder = decoder
+        backend = backend or choose_backend(model)
+        block_size = self.config.block_size or backend.block_size
+        num_blocks = -(-cache_tokens(model, self.config, backend) // block_size)
+        self.pool = BlockPool(num_blocks, block_size)
+        self.stats = EngineStats(num_blocks)
+        self._admission = Admission(model, decoder, num_blocks * block_size)
+        self._scheduler = Scheduler(self.config, self.pool)
+        self._runner = ModelRunner(model, backend, num_blocks, block_size)
         self._eos_ids = frozenset(model.config.eos_token_ids)
-        self._waiting: deque[RequestState] = deque()
-        self._running: dict[str, RequestState] = {}
+        # Answers by their request's id.
+        self._states: dict[str, list[RequestState]] = {}
+        self._ready: list[StepOutput] = []
 
     @property
     def num_waiting(self) -> int:
-        """Requests admitted but not begun."""
-        return len(self._waiting)
+        """Answers admitted but not begun."""
+        return len(self._scheduler.waiting)
 
     @property
     def num_running(self) -> int:
-        """Requests that hold a cache."""
-        return len(self._running)
+        """Answers that hold a part of the cache."""
+        return len(self._scheduler.running)
 
     @property
     def has_work(self) -> bool:
         """Whether a step would do anything."""
-        return bool(self._waiting or self._running)
+        return bool(self._states or self._ready)
 
     def add_request(self, request: EngineRequest) -> None:
         """Queue a request.
 
-        Raises PromptTooLongError when it cannot fit, OverloadedError when the queue is full, ValueError for an id that
-        is in use.
+        Raises what `Admission.admit` does for one that cannot be served, OverloadedError when the queue is full,
+        ValueError for an id that is in use.
         """
-        known = [*self._running, *(state.request_id for state in self._waiting)]
-        if request.request_id in known:
+        if request.request_id in self._states:
             raise ValueError(f"request id {request.request_id!r} is already in use")
-        budget = token_budget(len(request.prompt_ids), request.sampling.max_tokens, self.model.config.context_length)
-        if len(self._waiting) >= self.config.max_waiting:
-            raise OverloadedError(f"{len(self._waiting)} requests are waiting already; try again later")
-        detokenizer = IncrementalDetokenizer(self._decoder, request.sampling.stop)
-        self._waiting.append(RequestState(request, budget, detokenizer, build_generator(request.sampling)))
+        states = self._admission.admit(request)
+        if self.num_waiting + len(states) > self.config.max_waiting:
+            raise OverloadedError(f"{self.num_waiting} requests are waiting already; try again later")
+        if request.output_ids and self._is_over(states[0]):
+            states[0].skipped()
+            self._ready.append(self._last(states[0], TokenDelta(request.request_id, "")))
+            return
+        self._states[request.request_id] = states
+        for state in states:
+            self._scheduler.add(state)
 
     def abort(self, request_id: str) -> None:
         """Drop a request wherever it is; unknown ids are ignored, because it may just have finished."""
-        self._running.pop(request_id, None)
-        self._waiting = deque(state for state in self._waiting if state.request_id != request_id)
+        for state in self._states.pop(request_id, ()):
+            self._scheduler.remove(state)
 
     @torch.inference_mode()
     def step(self) -> list[StepOutput]:
-        """Prefill at most one waiting request and decode one token of every running one."""
-        outputs = [self._advance(state, [state.output_ids[-1]]) for state in list(self._running.values())]
-        if self._waiting and len(self._running) < self.config.max_running:
-            outputs.append(self._prefill(self._waiting.popleft()))
+        """Run the tokens that the scheduler chose; what answers grew by, and failures."""
+        outputs, self._ready = self._ready, []
+        began = time.perf_counter()
+        chunks = self._scheduler.schedule()
+        for chunk, result in self._run(chunks):
+            # One of several answers may have taken the others with it.
+            if chunk.state in self._states.get(chunk.state.request_id, ()):
+                outputs += self._settle(chunk, result)
+        self._count(chunks, time.perf_counter() - began)
         return outputs
 
-    def _prefill(self, state: RequestState) -> StepOutput:
-        state.cache = DynamicCache()
-        state.prefill_started = time.perf_counter()
-        self._running[state.request_id] = state
-        output = self._advance(state, state.request.prompt_ids)
-        state.prefill_ended = time.perf_counter()
-        return output
-
-    def _advance(self, state: RequestState, ids: Sequence[int]) -> StepOutput:
-        """Run `ids` through the model, take one token, and settle what that means for the request."""
+    def _run(self, chunks: list[Chunk]) -> Iterator[tuple[Chunk, Tensor | Exception]]:
+        """Logits of each chunk's wanted positions. What fails together is tried one by one: whose fault is it?"""
+        if not chunks:
+            return
         try:
-            token = sample(self._next_logits(state, ids), state.request.sampling, state.generator)
-            state.output_ids.append(token)
-            return self._settle(state, token)
+            logits = self._runner.run(chunks)
         except Exception as error:
             # The last resort: whatever is wrong with one request must not end the others.
-            self.abort(state.request_id)
-            if isinstance(error, LlavaError):
-                return RequestFailure(state.request_id, error)
-            logger.exception("request %s failed", state.request_id)
-            return RequestFailure(state.request_id, EngineError(f"generation failed: {error}"))
+            if len(chunks) == 1:
+                logger.exception("request %s failed", chunks[0].state.request_id)
+                yield chunks[0], error
+                return
+            for chunk in chunks:
+                yield from self._run([chunk])
+            return
+        yield from zip(chunks, logits.split([len(wanted(chunk)) for chunk in chunks]), strict=True)
 
-    def _next_logits(self, state: RequestState, ids: Sequence[int]) -> torch.Tensor:
-        is_prefill = not state.output_ids
-        images = state.request.features if is_prefill else ()
-        sizes = [image.size for image in images]
-        known = None if None in sizes else [size for size in sizes if size is not None]
-        packed = torch.tensor([list(ids)], device=self.model.device)
-        features = [image.features for image in images]
-        logits: torch.Tensor = self.model(packed, features, state.cache, sizes=known, last_only=True)
-        return logits[0, -1]
+    def _settle(self, chunk: Chunk, result: Tensor | Exception) -> list[StepOutput]:
+        """Take what a chunk was run for, and settle what that means for its answer."""
+        state = chunk.state
+        try:
+            if isinstance(result, Exception):
+                raise result if isinstance(result, LlavaError) else EngineError(f"generation failed: {result}")
+            if len(result):
+                check_finite(result)
+        except LlavaError as error:
+            return [self._fail(state, error)]
+        self._scheduler.computed(chunk)
+        if state.request.score_from is not None:
+            for place, logits in zip(wanted(chunk), result, strict=True):
+                num_top = state.request.sampling.logprobs or 0
+                state.prompt_logprobs.append(token_logprob(logits, state.tokens[place + 1], num_top))
+            return [self._finish(state, TokenDelta(state.request_id, ""))] if chunk.is_last else []
+        return [self._write(state, result[0])] if chunk.is_last else []
 
-    def _settle(self, state: RequestState, token: int) -> TokenDelta:
-        is_eos = token in self._eos_ids and not state.request.sampling.ignore_eos
-        text = "" if is_eos else state.detokenizer.add(token)
+    def _write(self, state: RequestState, logits: Tensor) -> TokenDelta:
+        """Choose the next token."""
+        sampling = state.request.sampling
+        ends = {*sampling.stop_token_ids, *(() if sampling.ignore_eos else self._eos_ids)}
+        processed = process(logits, sampling, state.request.prompt_ids, state.output_ids, ends)
+        token = choose(processed, sampling, lambda: uniform(state.seed, state.index, state.num_output))
+        logprobs = () if sampling.logprobs is None else (token_logprob(logits, token, sampling.logprobs),)
+        state.tokens.append(token)
+        state.wrote()
+        self.stats.output_tokens += 1
+        text = "" if token in ends else state.detokenizer.add(token)
+        delta = TokenDelta(state.request_id, text, (token,), index=state.index, logprobs=logprobs)
+        return delta if state.finish_reason(self._eos_ids) is None else self._finish(state, delta)
+
+    def _is_over(self, state: RequestState) -> bool:
+        """Take up what was written before an interruption; whether that was all there is to write."""
+        for token in state.output_ids:
+            if not state.is_end(token, self._eos_ids):
+                state.detokenizer.add(token)
+        return state.finish_reason(self._eos_ids) is not None
+
+    def _last(self, state: RequestState, delta: TokenDelta) -> TokenDelta:
+        """What an answer grew by, with all that is known at its end."""
         reason = state.finish_reason(self._eos_ids)
-        if reason is None:
-            return TokenDelta(state.request_id, text, (token,))
-        del self._running[state.request_id]
-        if state.prefill_ended == 0.0:
-            state.prefill_ended = time.perf_counter()
-        text += state.detokenizer.finish()
-        return TokenDelta(state.request_id, text, (token,), reason, state.usage(), state.stage_ms())
+        assert reason is not None, state
+        self.stats.num_finished += 1
+        return replace(
+            delta,
+            text=delta.text + state.detokenizer.finish(),
+            finish_reason=reason,
+            usage=state.usage(),
+            stage_ms=state.stage_ms(),
+            logprobs=delta.logprobs or tuple(state.prompt_logprobs),
+        )
+
+    def _finish(self, state: RequestState, delta: TokenDelta) -> TokenDelta:
+        self._scheduler.remove(state)
+        states = self._states[state.request_id]
+        states.remove(state)
+        if not states:
+            del self._states[state.request_id]
+        return self._last(state, delta)
+
+    def _fail(self, state: RequestState, error: LlavaError) -> RequestFailure:
+        """End all answers of a request. What it left in the cache is not for others."""
+        self.pool.disown(state.blocks)
+        self.abort(state.request_id)
+        self.stats.num_failed += 1
+        return RequestFailure(state.request_id, error)
+
+    def _count(self, chunks: list[Chunk], seconds: float) -> None:
+        stats = self.stats
+        stats.num_steps += 1
+        stats.step_seconds += seconds
+        stats.computed_tokens += sum(chunk.length for chunk in chunks)
+        stats.cached_tokens = self._scheduler.num_cached
+        stats.num_preemptions = self._scheduler.num_preemptions
+        stats.num_running, stats.num_waiting, stats.batch_size = self.num_running, self.num_waiting, len(chunks)
+        stats.used_blocks, stats.idle_blocks = self.pool.num_used, self.pool.num_idle

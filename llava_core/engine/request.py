@@ -1,20 +1,21 @@
-"""The state of one request inside the engine: what it asked, what it has produced, where its time went.
+"""The state of one answer inside the engine: what was asked, what there is so far, where its time went.
 
-Imports no torch; the key-value cache and the random generator are held, not understood.
+Imports no torch; features are held, not understood.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from llava_core.engine.prefix import ImageSpan, next_key
 from llava_core.errors import LlavaError
-from llava_core.types import EngineRequest, FinishReason, StageTimes, Usage
+from llava_core.types import EngineRequest, FinishReason, StageTimes, TokenLogprob, Usage
 
 if TYPE_CHECKING:
-    import torch
-    from transformers.cache_utils import Cache
+    from torch import Tensor
 
     from llava_core.engine.detokenize import IncrementalDetokenizer
 
@@ -27,43 +28,127 @@ class RequestFailure:
     error: LlavaError
 
 
-@dataclass
+@dataclass(eq=False)
 class RequestState:
-    """A request between admission and its end. Times are seconds of a monotonic clock."""
+    """One answer between admission and its end; a request for several has one of these for each, told by `index`.
+
+    `tokens` are the prompt's and the answer's; the cache has the keys and values of the first `num_computed`, in
+    `blocks`, the first `num_published` of which others can use. Times are seconds of a monotonic clock.
+    """
 
     request: EngineRequest
+    index: int
+    number: int
     max_tokens: int
+    seed: int
+    images: tuple[ImageSpan, ...]
     detokenizer: IncrementalDetokenizer
-    generator: torch.Generator
-    cache: Cache | None = None
-    output_ids: list[int] = field(default_factory=list)
+    tokens: list[int]
+    num_computed: int = 0
+    num_published: int = 0
+    num_cached: int = 0
+    num_preemptions: int = 0
+    blocks: list[int] = field(default_factory=list)
+    # Projected rows of the pictures by number, while the prompt is being read.
+    image_rows: dict[int, Tensor] = field(default_factory=dict, repr=False)
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list, repr=False)
     arrived: float = field(default_factory=time.perf_counter)
     prefill_started: float = 0.0
     prefill_ended: float = 0.0
+    _keys: list[bytes] = field(default_factory=list, repr=False)
 
     @property
     def request_id(self) -> str:
         """The caller's id."""
         return self.request.request_id
 
+    @property
+    def is_running(self) -> bool:
+        """Whether it holds blocks."""
+        return bool(self.blocks)
+
+    @property
+    def num_prompt(self) -> int:
+        """Tokens of the prompt, placeholders included."""
+        return len(self.request.prompt_ids)
+
+    @property
+    def num_pending(self) -> int:
+        """Tokens that the model has not seen: 1 while the answer is being written."""
+        return len(self.tokens) - self.num_computed
+
+    @property
+    def output_ids(self) -> list[int]:
+        """The answer so far."""
+        return self.tokens[self.num_prompt :]
+
+    @property
+    def num_output(self) -> int:
+        """Tokens of the answer so far."""
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of prompt and answer at most."""
+        return self.num_prompt + self.max_tokens
+
+    def num_shareable(self, block_size: int) -> int:
+        """Blocks that may come from the cache: the last token must be run, and those before the ones to be scored."""
+        scored = self.request.score_from
+        last = len(self.tokens) if scored is None else min(len(self.tokens), scored)
+        return max(0, last - 1) // block_size
+
+    def prefix_keys(self, block_size: int) -> Iterator[bytes]:
+        """Keys of the blocks that may come from the cache, in order."""
+        return (self.block_key(index, block_size) for index in range(self.num_shareable(block_size)))
+
+    def block_key(self, index: int, block_size: int) -> bytes:
+        """The key of a block that is full."""
+        while len(self._keys) <= index:
+            previous = self._keys[-1] if self._keys else b""
+            start = len(self._keys) * block_size
+            self._keys.append(next_key(previous, self.tokens, start, self.images, block_size=block_size))
+        return self._keys[index]
+
+    def started(self) -> None:
+        """Note the time, and what was found in the cache, the first time that it is admitted."""
+        if self.prefill_started == 0.0:
+            self.prefill_started = time.perf_counter()
+            self.num_cached = self.num_computed
+
+    def wrote(self) -> None:
+        """Note the time of the first token."""
+        if self.prefill_ended == 0.0:
+            self.prefill_ended = time.perf_counter()
+
+    def skipped(self) -> None:
+        """Note that nothing is left to be done."""
+        self.prefill_started = self.prefill_ended = self.arrived
+
     def finish_reason(self, eos_ids: frozenset[int]) -> FinishReason | None:
-        """Why the request is over, or None while it is not."""
-        is_eos = self.output_ids[-1] in eos_ids and not self.request.sampling.ignore_eos
-        if is_eos or self.detokenizer.is_stopped:
+        """Why the answer is over, or None while it is not."""
+        if self.num_output and (self.is_end(self.tokens[-1], eos_ids) or self.detokenizer.is_stopped):
             return "stop"
-        return "length" if len(self.output_ids) >= self.max_tokens else None
+        return "length" if self.num_output >= self.max_tokens else None
+
+    def is_end(self, token: int, eos_ids: frozenset[int]) -> bool:
+        """Whether this token ends the answer and is no part of its text."""
+        sampling = self.request.sampling
+        return token in sampling.stop_token_ids or (token in eos_ids and not sampling.ignore_eos)
 
     def usage(self) -> Usage:
         """Token counts so far."""
         # Not the features' rows: of a picture in tiles some are left out, and ends of lines come in.
-        image_tokens = sum(token < 0 for token in self.request.prompt_ids)
-        return Usage(len(self.request.prompt_ids), len(self.output_ids), image_tokens)
+        image_tokens = sum(image.stop - image.start for image in self.images)
+        return Usage(self.num_prompt, self.num_output, image_tokens, self.num_cached)
 
     def stage_ms(self) -> StageTimes:
         """Time spent waiting, in prefill and in decode, in milliseconds."""
         now = time.perf_counter()
+        # Of a prompt that is only scored, all of the time is the reading.
+        prefill_ended = self.prefill_ended or now
         return {
             "queue": (self.prefill_started - self.arrived) * 1e3,
-            "prefill": (self.prefill_ended - self.prefill_started) * 1e3,
-            "decode": (now - self.prefill_ended) * 1e3,
+            "prefill": (prefill_ended - self.prefill_started) * 1e3,
+            "decode": (now - prefill_ended) * 1e3,
         }

@@ -1,41 +1,106 @@
-"""The next token from a row of logits: greedy, temperature, top-k, top-p, with a generator of the request's own.
+"""The next token from a row of logits: penalties, temperature, top-k, top-p, min-p, and what the choice was worth.
 
-Pure functions; a sampled token depends on the request's logits, parameters and seed, never on its neighbours.
+Pure functions of one request's logits, parameters, seed and tokens so far, never of its neighbours: what is drawn is
+the same in any batch, and after an interruption. Knows no models.
 """
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
+from random import Random
 
 import torch
 from torch import Tensor
 
 from llava_core.errors import EngineError
-from llava_core.types import SamplingParams
+from llava_core.types import SamplingParams, TokenLogprob
 
 
-def build_generator(params: SamplingParams) -> torch.Generator:
-    """The request's source of randomness, on the CPU so that a seed means the same on every device."""
-    generator = torch.Generator()
-    if params.seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(params.seed)
-    return generator
+def uniform(seed: int, index: int, position: int) -> float:
+    """A number from [0, 1) that only its arguments decide: answer `index` of a seed, token `position` of the answer."""
+    return Random(f"{seed}/{index}/{position}").random()
 
 
-def sample(logits: Tensor, params: SamplingParams, generator: torch.Generator) -> int:
-    """A token id from `logits` (vocab,). Raises EngineError when they are not finite."""
-    if not bool(torch.isfinite(logits).all()):
+def check_finite(values: Tensor) -> None:
+    """Raise EngineError for logits that are no numbers."""
+    # A NaN or an infinity wins every maximum.
+    if not bool(torch.isfinite(values.max())):
         raise EngineError("the model produced values that are not finite; the features or the weights are damaged")
+
+
+def choose(logits: Tensor, params: SamplingParams, draw: Callable[[], float]) -> int:
+    """A token id from processed `logits` (vocab,); `draw` is asked once for a number in [0, 1) if chance is needed."""
     if params.temperature == 0:
         return int(logits.argmax())
-    probabilities = filtered_probabilities(logits.float().cpu(), params)
-    return int(torch.multinomial(probabilities, 1, generator=generator))
+    cumulative = filtered_probabilities(logits, params).double().cumsum(-1)
+    # Right: a token of probability 0 is never drawn. The last sum may fall short of 1 by rounding.
+    chosen = int(torch.searchsorted(cumulative, draw() * float(cumulative[-1]), right=True))
+    return min(chosen, int(cumulative.argmax()))
+
+
+def process(
+    logits: Tensor, params: SamplingParams, prompt: Sequence[int], output: Sequence[int], ends: Collection[int]
+) -> Tensor:
+    """`logits` (vocab,) in float32 with bias and penalties, and without `ends` before `min_tokens` were written.
+
+    The repetition penalty counts prompt and answer (https://arxiv.org/abs/1909.05858), presence and frequency penalties
+    the answer alone, as OpenAI has them. This is the place for whatever else narrows the choice, a grammar for instance.
+    """
+    if not needs_processing(params, len(output)):
+        return logits
+    logits = logits.float().clone()
+    if params.repetition_penalty != 1.0:
+        seen = torch.tensor(sorted({token for token in (*prompt, *output) if token >= 0}), device=logits.device)
+        values = logits[seen]
+        logits[seen] = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
+    if output and (params.presence_penalty or params.frequency_penalty):
+        counts = Counter(output)
+        times = torch.tensor(list(counts.values()), dtype=logits.dtype, device=logits.device)
+        logits[list(counts)] -= params.presence_penalty + params.frequency_penalty * times
+    for token, bias in params.logit_bias:
+        logits[token] += bias
+    if len(output) < params.min_tokens:
+        logits[list(ends)] = -torch.inf
+    return logits
+
+
+def needs_processing(params: SamplingParams, num_output: int) -> bool:
+    """Whether `process` would change anything."""
+    return bool(
+        params.repetition_penalty != 1.0
+        or params.presence_penalty
+        or params.frequency_penalty
+        or params.logit_bias
+        or num_output < params.min_tokens
+    )
 
 
 def filtered_probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
-    """Probabilities (vocab,) after temperature, then top-k, then top-p (nucleus: the smallest set reaching top_p)."""
-    ordered, order = (logits / params.temperature).sort(descending=True)
+    """Probabilities (vocab,) after temperature, top-k, top-p (nucleus: the smallest set reaching top_p) and min-p (what
+    has at least that share of the likeliest token's probability), in this order; on the CPU."""
+    logits = logits.float().cpu() / params.temperature
+    if not params.top_k and params.top_p == 1.0:
+        return _min_p(logits.softmax(-1), params.min_p)
+    ordered, order = logits.sort(descending=True, stable=True)
     if params.top_k:
         ordered[params.top_k :] = -torch.inf
     probabilities = ordered.softmax(-1)
     before = probabilities.cumsum(-1) - probabilities
     probabilities[before >= params.top_p] = 0.0
-    return torch.zeros_like(probabilities).scatter(0, order, probabilities / probabilities.sum())
+    probabilities = _min_p(probabilities / probabilities.sum(), params.min_p)
+    return torch.zeros_like(probabilities).scatter(0, order, probabilities)
+
+
+def _min_p(probabilities: Tensor, min_p: float) -> Tensor:
+    if not min_p:
+        return probabilities
+    kept = probabilities * (probabilities >= min_p * probabilities.max())
+    return kept / kept.sum()
+
+
+def token_logprob(logits: Tensor, token: int, num_top: int) -> TokenLogprob:
+    """What the model itself gave `token`, before penalties and temperature, and its `num_top` likeliest tokens."""
+    logprobs = logits.float().log_softmax(-1)
+    top, ids = logprobs.topk(min(num_top, len(logprobs)))
+    return TokenLogprob(token, float(logprobs[token]), tuple(zip(ids.tolist(), top.tolist(), strict=True)))

@@ -15,7 +15,7 @@ from llava_core.images.geometry import merge_order
 from llava_core.models.features import merge_tiles
 from llava_core.models.projector import Projector
 from llava_core.models.splice import splice
-from llava_core.types import Size
+from llava_core.types import ImageFeatures, Size
 
 
 class LanguageSide(nn.Module):
@@ -42,12 +42,27 @@ class LanguageSide(nn.Module):
 
         `sizes` are those of the pictures in pixels; a checkpoint that merges tiles needs them.
         """
-        rows = None
-        if features:
-            rows = self.projector(torch.cat([image.to(self.device, self.decoder.dtype) for image in features]))
-            if self.config.pinpoints and self.config.merge_type != "flat":
-                rows = self._merge(rows, [len(image) for image in features], sizes)
+        rows = self.image_rows(features, sizes) if features else None
         return splice(ids, self.decoder.get_input_embeddings(), rows)
+
+    def image_rows(self, features: Sequence[Tensor], sizes: Sequence[Size] | None = None) -> Tensor:
+        """What stands for pictures in a prompt, (image tokens of all of them, hidden), from what the tower saw of them;
+        arguments as in `embed`."""
+        rows: Tensor = self.projector(torch.cat([image.to(self.device, self.decoder.dtype) for image in features]))
+        if self.config.pinpoints and self.config.merge_type != "flat":
+            rows = self._merge(rows, [len(image) for image in features], sizes)
+        return rows
+
+    def num_image_rows(self, image: ImageFeatures) -> int:
+        """Rows that `image_rows` makes of a picture. Raises ValueError when it has too few to make them of."""
+        order = None if image.size is None else merge_order(self.config, image.size)
+        if order is None:
+            return len(image.features)
+        if max(order) >= len(image.features):
+            raise ValueError(
+                f"a picture of {image.size} needs {max(order) + 1} feature rows, not {len(image.features)}"
+            )
+        return len(order)
 
     def _merge(self, rows: Tensor, counts: Sequence[int], sizes: Sequence[Size] | None) -> Tensor:
         if sizes is None or len(sizes) != len(counts):

@@ -18,7 +18,8 @@ from deployments.messages import Elapsed, Item, Prepared, Rejected
 from llava_core.checkpoints.load import LoadOptions, load_language_side
 from llava_core.checkpoints.tokenizer import load_tokenizer
 from llava_core.engine.async_engine import AsyncEngine
-from llava_core.engine.engine import Engine, EngineConfig
+from llava_core.engine.config import EngineConfig
+from llava_core.engine.engine import Engine
 from llava_core.errors import EngineError, ImageError, OverloadedError
 from llava_core.types import EngineRequest, PreparedRequest, SamplingParams, TokenDelta, Usage
 from tests.deployments.fakes import answer

@@ -8,7 +8,8 @@ import torch
 
 from llava_core.checkpoints.load import LoadOptions, load_language_side
 from llava_core.checkpoints.tokenizer import load_tokenizer
-from llava_core.engine.engine import Engine, EngineConfig
+from llava_core.engine.config import EngineConfig
+from llava_core.engine.engine import Engine
 from llava_core.models.language import LanguageSide
 from llava_core.prompts.tokenize import IMAGE_TOKEN_ID
 from llava_core.types import EngineRequest, ImageFeatures, SamplingParams

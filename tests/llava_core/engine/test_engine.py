@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from llava_core.engine.engine import Engine, EngineConfig
+from llava_core.engine.config import EngineConfig
+from llava_core.engine.engine import Engine
 from llava_core.engine.request import RequestFailure
 from llava_core.errors import EngineError, OverloadedError, PromptTooLongError
 from llava_core.models.language import LanguageSide

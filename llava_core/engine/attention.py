@@ -1,0 +1,159 @@
+"""Attention over a paged cache: what a step's layers share, the interface of the backends, and the plain reference.
+
+The tokens of all requests of a step come packed, one after another; each request's keys and values lie in its blocks.
+transformers' decoders reach it under the name `paged`. Knows neither requests nor what a block is worth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+NAME = "paged"
+
+
+@dataclass(frozen=True)
+class Span:
+    """The part of one request in a packed batch: its `num_queries` tokens are the last of `length` in `blocks`."""
+
+    num_queries: int
+    length: int
+    blocks: Sequence[int]
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """Blocks of `block_size` tokens, for each of `num_layers` layers."""
+
+    num_layers: int
+    num_blocks: int
+    block_size: int
+    num_heads: int
+    head_dim: int
+
+
+class PagedCache:
+    """Keys and values of every block: per layer (num_blocks, block_size, num_heads, head_dim)."""
+
+    def __init__(self, shape: CacheShape, dtype: torch.dtype, device: torch.device) -> None:
+        size = (shape.num_blocks, shape.block_size, shape.num_heads, shape.head_dim)
+        self.shape = shape
+        self.keys = [torch.empty(size, dtype=dtype, device=device) for _ in range(shape.num_layers)]
+        self.values = [torch.empty(size, dtype=dtype, device=device) for _ in range(shape.num_layers)]
+
+    def write(self, layer: int, slots: Tensor, key: Tensor, value: Tensor) -> None:
+        """Store `key` and `value` (tokens, num_heads, head_dim) in these slots: block * block_size + offset."""
+        for pages, new in ((self.keys[layer], key), (self.values[layer], value)):
+            pages.flatten(0, 1).index_copy_(0, slots, new.to(pages.dtype))
+
+
+class Batch(Protocol):
+    """One step's packed tokens over a cache; made once, asked by every layer."""
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
+        """Store the new `key` and `value` (tokens, num_kv_heads, head_dim), and let `query` (tokens, num_heads,
+        head_dim) see its request's tokens up to itself, the last `window` of them if given; returns (tokens, num_heads,
+        head_dim)."""
+        ...
+
+
+class Backend(Protocol):
+    """A way to do it. Nothing else in the engine knows which one runs. `block_size` is the one it works best with."""
+
+    block_size: int
+
+    def cache_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """What keys and values of a model that computes in `dtype` are kept in."""
+        ...
+
+    def batch(self, cache: PagedCache, spans: Sequence[Span]) -> Batch:
+        """What the layers of a step with these requests share."""
+        ...
+
+
+def slots_of(spans: Sequence[Span], block_size: int) -> list[int]:
+    """Where the keys and values of a packed batch's tokens belong."""
+    return [
+        span.blocks[place // block_size] * block_size + place % block_size
+        for span in spans
+        for place in range(span.length - span.num_queries, span.length)
+    ]
+
+
+def visible(num_queries: int, length: int, window: int | None, device: torch.device) -> Tensor:
+    """Which of `length` tokens each of the last `num_queries` sees: bool (num_queries, length)."""
+    query = torch.arange(length - num_queries, length, device=device)[:, None]
+    key = torch.arange(length, device=device)
+    seen = key <= query
+    return seen if window is None else seen & (key > query - window)
+
+
+class ReferenceBackend:
+    """The definition: request by request, gathered, in float32."""
+
+    block_size = 16
+
+    def cache_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The model's own."""
+        return dtype
+
+    def batch(self, cache: PagedCache, spans: Sequence[Span]) -> ReferenceBatch:
+        """Nothing is prepared."""
+        return ReferenceBatch(cache, spans)
+
+
+class ReferenceBatch:
+    """Softmax of scaled scores, written out."""
+
+    def __init__(self, cache: PagedCache, spans: Sequence[Span]) -> None:
+        self._cache = cache
+        self._spans = spans
+        self._slots = torch.tensor(slots_of(spans, cache.shape.block_size), device=cache.keys[0].device)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
+        """As Batch.attend."""
+        self._cache.write(layer, self._slots, key, value)
+        queries = query.split([span.num_queries for span in self._spans])
+        parts = zip(queries, self._spans, strict=True)
+        return torch.cat([self._one(layer, part, span, scale, window) for part, span in parts])
+
+    def _one(self, layer: int, query: Tensor, span: Span, scale: float, window: int | None) -> Tensor:
+        blocks = torch.tensor(span.blocks, device=query.device)
+        groups = query.shape[1] // self._cache.shape.num_heads
+        keys, values = (
+            pages[layer][blocks].flatten(0, 1)[: span.length].float().repeat_interleave(groups, dim=1)
+            for pages in (self._cache.keys, self._cache.values)
+        )
+        scores = torch.einsum("qhd,khd->hqk", query.float(), keys) * scale
+        seen = visible(span.num_queries, span.length, window, query.device)
+        weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+        return torch.einsum("hqk,khd->qhd", weights, values).to(query.dtype)
+
+
+def _forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    paged: Batch,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    **_: object,
+) -> tuple[Tensor, None]:
+    """What transformers calls in every layer, with tensors (1, heads, tokens, head_dim)."""
+    assert attention_mask is None, "a paged batch knows itself who sees whom"
+    layer = module.layer_idx
+    assert isinstance(layer, int), layer
+    queries, keys, values = (states[0].transpose(0, 1) for states in (query, key, value))
+    return paged.attend(layer, queries, keys, values, scaling, sliding_window)[None], None
+
+
+AttentionInterface.register(NAME, _forward)

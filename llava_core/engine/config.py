@@ -1,0 +1,33 @@
+"""The engine's settings. Standard library only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How much the engine takes on at once.
+
+    `max_running` requests move on in every step, `max_waiting` more may queue; the next is refused. A step runs at most
+    `max_step_tokens` tokens through the model, and at most `prefill_chunk` of prompts while answers are being written:
+    so long do these wait for a new prompt. The cache holds `cache_tokens` tokens, None: as many as are useful, and as the
+    memory at hand allows; in blocks of `block_size`, None: what suits the device.
+    """
+
+    max_running: int = 16
+    max_waiting: int = 256
+    max_step_tokens: int = 1024
+    prefill_chunk: int = 128
+    block_size: int | None = None
+    cache_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_running < 1 or self.max_waiting < 0:
+            raise ValueError(f"max_running must be at least 1 and max_waiting at least 0: {self}")
+        if self.prefill_chunk < 1 or self.max_step_tokens < self.max_running + self.prefill_chunk:
+            raise ValueError(
+                f"max_step_tokens must have room for a token of each of max_running and for prefill_chunk: {self}"
+            )
+        if any(value is not None and value < 1 for value in (self.block_size, self.cache_tokens)):
+            raise ValueError(f"block_size and cache_tokens must be at least 1: {self}")

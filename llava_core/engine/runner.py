@@ -1,0 +1,134 @@
+"""What a schedule says, done with tensors: embeddings, the paged cache, the decoder, and logits where they are wanted.
+
+Knows nothing about who is admitted, how a token is chosen, or how attention is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from llava_core.engine.attention import NAME, Backend, CacheShape, PagedCache, ReferenceBackend, Span
+from llava_core.engine.attention_cpu import CpuBackend
+from llava_core.engine.attention_cuda import CudaBackend
+from llava_core.engine.config import EngineConfig
+from llava_core.engine.request import RequestState
+from llava_core.engine.scheduler import Chunk
+from llava_core.errors import EngineError
+from llava_core.memory import available_bytes
+from llava_core.models.language import LanguageSide
+from llava_core.models.splice import splice
+from llava_core.types import ImageFeatures
+
+# Of what is free once the model is loaded, by device. A GPU is the engine's alone; activations need some of it.
+_MEMORY_SHARE = {"cpu": 0.4, "cuda": 0.85}
+# Frequencies that follow the longest sequence in a batch would let one request change another's answer.
+_VARYING_ROPE = ("dynamic", "longrope")
+
+
+class ModelRunner:
+    """One model with its cache. Its attention is the paged one while a step runs, and what it was between steps."""
+
+    def __init__(self, model: LanguageSide, backend: Backend, num_blocks: int, block_size: int) -> None:
+        self.model = model
+        self._backend = backend
+        config = model.decoder.config
+        rope = (config.rope_parameters or {}).get("rope_type", "default")
+        if rope in _VARYING_ROPE:
+            raise EngineError(f"rope_type {rope!r} depends on the longest text in a batch and is not supported")
+        shape = cache_shape(model, num_blocks, block_size)
+        self.cache = PagedCache(shape, self._backend.cache_dtype(model.decoder.dtype), model.device)
+
+    def run(self, chunks: Sequence[Chunk]) -> Tensor:
+        """Run the chunks' tokens through the model, keep their keys and values, and return logits (rows, vocab) of
+        the positions that `wanted` names, chunk by chunk."""
+        spans = [Span(chunk.length, chunk.stop, chunk.state.blocks) for chunk in chunks]
+        positions = [place for chunk in chunks for place in range(chunk.start, chunk.stop)]
+        with _paged_attention(self.model.decoder):
+            hidden = self.model.decoder.get_decoder()(
+                inputs_embeds=self._embed(chunks),
+                position_ids=torch.tensor([positions], device=self.model.device),
+                use_cache=False,
+                paged=self._backend.batch(self.cache, spans),
+            ).last_hidden_state[0]
+        rows, first = [], 0
+        for chunk in chunks:
+            rows += [first + place - chunk.start for place in wanted(chunk)]
+            first += chunk.length
+        logits: Tensor = self.model.decoder.get_output_embeddings()(hidden[rows])
+        return logits
+
+    def _embed(self, chunks: Sequence[Chunk]) -> Tensor:
+        """(1, tokens, hidden), of pictures those rows that the chunks hold."""
+        ids = [token for chunk in chunks for token in chunk.state.tokens[chunk.start : chunk.stop]]
+        rows = [part for chunk in chunks for part in self._image_rows(chunk)]
+        embeddings = self.model.decoder.get_input_embeddings()
+        return splice(torch.tensor([ids], device=self.model.device), embeddings, torch.cat(rows) if rows else None)
+
+    def _image_rows(self, chunk: Chunk) -> list[Tensor]:
+        state, parts = chunk.state, []
+        for number, image in enumerate(state.images):
+            start, stop = max(image.start, chunk.start), min(image.stop, chunk.stop)
+            if start < stop:
+                rows = self._project(state, number)
+                parts.append(rows[start - image.start : stop - image.start])
+            if image.stop <= chunk.stop:
+                # It will not be asked for again, unless the request is set back and begins anew.
+                state.image_rows.pop(number, None)
+        return parts
+
+    def _project(self, state: RequestState, number: int) -> Tensor:
+        if number not in state.image_rows:
+            image: ImageFeatures = state.request.features[number]
+            sizes = None if image.size is None else [image.size]
+            state.image_rows[number] = self.model.image_rows([image.features], sizes)
+        return state.image_rows[number]
+
+
+@contextmanager
+def _paged_attention(decoder: PreTrainedModel) -> Iterator[None]:
+    before = decoder.config._attn_implementation
+    decoder.config._attn_implementation = NAME
+    try:
+        yield
+    finally:
+        decoder.config._attn_implementation = before
+
+
+def wanted(chunk: Chunk) -> range:
+    """The positions of a chunk whose logits are wanted: the last token's, and those before tokens to be scored."""
+    scored = chunk.state.request.score_from
+    if scored is not None:
+        return range(max(chunk.start, scored - 1), min(chunk.stop, chunk.state.num_prompt - 1))
+    return range(chunk.stop - 1, chunk.stop) if chunk.is_last else range(0)
+
+
+def cache_shape(model: LanguageSide, num_blocks: int, block_size: int) -> CacheShape:
+    """The cache that this model's layers need."""
+    config = model.decoder.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return CacheShape(config.num_hidden_layers, num_blocks, block_size, config.num_key_value_heads, head_dim)
+
+
+def choose_backend(model: LanguageSide) -> Backend:
+    """The fastest way to compute attention where the model is."""
+    if model.device.type == "cpu":
+        return CpuBackend()
+    # The kernel for GPUs knows half precisions only.
+    return ReferenceBackend() if model.decoder.dtype == torch.float32 else CudaBackend()
+
+
+def cache_tokens(model: LanguageSide, config: EngineConfig, backend: Backend) -> int:
+    """How many tokens the cache shall hold: as told, else what all running requests could fill, within a share of the
+    memory that is free."""
+    if config.cache_tokens is not None:
+        return config.cache_tokens
+    shape = cache_shape(model, 1, 1)
+    itemsize = backend.cache_dtype(model.decoder.dtype).itemsize
+    per_token = 2 * shape.num_layers * shape.num_heads * shape.head_dim * itemsize
+    fitting = int(_MEMORY_SHARE[model.device.type] * available_bytes(str(model.device))) // per_token
+    return max(1, min(config.max_running * model.config.context_length, fitting))

@@ -1,0 +1,180 @@
+"""Which tokens run in the next step: who is admitted, in what pieces a prompt is read, who makes room when none is left.
+
+Policy on integers, in pure Python: knows neither tensors nor models. What it decides, runner.py carries out.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from dataclasses import dataclass
+
+from llava_core.engine.blocks import BlockPool
+from llava_core.engine.config import EngineConfig
+from llava_core.engine.request import RequestState
+
+# Blocks that an answer is given at a time, so that they lie side by side.
+_GROWTH = 4
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The tokens [start, start + length) of a request, to be run through the model in this step."""
+
+    state: RequestState
+    start: int
+    length: int
+
+    @property
+    def stop(self) -> int:
+        """One past the last token."""
+        return self.start + self.length
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the next token can be drawn after it."""
+        return self.stop == len(self.state.tokens)
+
+
+class Scheduler:
+    """Requests by importance: lower `priority` first, then in the order they came.
+
+    Answers that are being written move on by one token in every step; what is left of the step's tokens goes to
+    prompts. Where blocks run out, the least important request is set back: it gives up its blocks, keeps its features
+    and its answer so far, and starts again when there is room.
+    """
+
+    def __init__(self, config: EngineConfig, pool: BlockPool) -> None:
+        self._config = config
+        self.pool = pool
+        self.waiting: list[RequestState] = []
+        self.running: list[RequestState] = []
+        self.num_preemptions = 0
+        # Tokens of prompts that were found in the cache.
+        self.num_cached = 0
+        self._chunks: list[Chunk] = []
+
+    def add(self, state: RequestState) -> None:
+        """Queue a request."""
+        insort(self.waiting, state, key=_rank)
+
+    def remove(self, state: RequestState) -> None:
+        """Forget a request, wherever it is, and take its blocks back."""
+        (self.running if state.is_running else self.waiting).remove(state)
+        self._give_back(state)
+
+    def schedule(self) -> list[Chunk]:
+        """The tokens of the next step. Every running request that writes is in it unless it was set back."""
+        self._chunks = []
+        num_before = self.num_preemptions
+        budget = self._config.max_step_tokens
+        writing = [state for state in self.running if state.num_pending == 1]
+        for state in writing:
+            budget -= self._run(state, budget)
+        if self._chunks:
+            budget = min(budget, self._config.prefill_chunk)
+        for state in [state for state in self.running if state.num_pending > 1]:
+            budget -= self._run(state, budget)
+        if self.num_preemptions == num_before:
+            self._admit(budget)
+        return self._chunks
+
+    def computed(self, chunk: Chunk) -> None:
+        """The keys and values of a chunk are in the cache: the blocks that are full by now can be used by others."""
+        state, size = chunk.state, self.pool.block_size
+        state.num_computed = chunk.stop
+        for index in range(state.num_published, chunk.stop // size):
+            self.pool.publish(state.blocks[index], state.block_key(index, size))
+        state.num_published = max(state.num_published, chunk.stop // size)
+
+    def _run(self, state: RequestState, budget: int) -> int:
+        """Schedule as many of a running request's tokens as budget and blocks allow; returns how many."""
+        length = min(state.num_pending, budget)
+        if length < 1 or not state.is_running or not self._make_room(state, length):
+            return 0
+        self._chunks.append(Chunk(state, state.num_computed, length))
+        return length
+
+    def _admit(self, budget: int) -> None:
+        for state in list(self.waiting):
+            if budget < 1 or len(self.running) >= self._config.max_running:
+                return
+            if self._is_being_read(state):
+                continue
+            if not self._start(state):
+                return
+            budget -= self._run(state, budget)
+
+    def _is_being_read(self, state: RequestState) -> bool:
+        """Whether a running request is about to know the next block of this one's prompt: waiting costs less."""
+        size = self.pool.block_size
+        known = len(self.pool.find(state.prefix_keys(size)))
+        return known < state.num_shareable(size) and any(
+            other.num_computed // size <= known < len(other.tokens) // size
+            and other.block_key(known, size) == state.block_key(known, size)
+            for other in self.running
+            if other.num_pending > 1
+        )
+
+    def _start(self, state: RequestState) -> bool:
+        """Take the blocks for a waiting request's tokens, those of its prefix that are known already among them."""
+        size = self.pool.block_size
+        found = self.pool.find(state.prefix_keys(size))
+        self.pool.hold(found)
+        needed = self._num_blocks(len(state.tokens)) - len(found)
+        # Each of the others can grow by a block before anybody is set back.
+        if self.pool.num_available < needed + len(self.running):
+            self.pool.release(found)
+            return False
+        state.blocks = found
+        state.blocks = found + self._allocate(state, needed)
+        state.num_computed = len(found) * size
+        state.num_published = len(found)
+        self.num_cached += state.num_computed
+        state.started()
+        self.waiting.remove(state)
+        insort(self.running, state, key=_rank)
+        return True
+
+    def _make_room(self, state: RequestState, length: int) -> bool:
+        """Blocks for `length` more tokens, taken from less important requests where none is left; False where these
+        have all been set back or move on in this step."""
+        needed = self._num_blocks(state.num_computed + length) - len(state.blocks)
+        if needed < 1:
+            return True
+        while self.pool.num_available < needed:
+            if not self._set_one_back(state):
+                return False
+        state.blocks = state.blocks + self._allocate(state, needed)
+        return True
+
+    def _allocate(self, state: RequestState, needed: int) -> list[int]:
+        """`needed` blocks, which there are, and some for what will follow where there are plenty."""
+        ahead = min(needed + _GROWTH, self._num_blocks(state.max_length) - len(state.blocks))
+        if self.pool.num_available < ahead + len(self.running):
+            ahead = needed
+        blocks = self.pool.allocate(ahead, after=state.blocks[-1] if state.blocks else None)
+        assert blocks is not None, (ahead, self.pool.num_available)
+        return blocks
+
+    def _num_blocks(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.pool.block_size)
+
+    def _set_one_back(self, state: RequestState) -> bool:
+        """Set back the least important request that is not in this step; False when that is `state` itself."""
+        scheduled = {id(chunk.state) for chunk in self._chunks}
+        victim = next(other for other in reversed(self.running) if id(other) not in scheduled)
+        self.running.remove(victim)
+        self._give_back(victim)
+        self.num_preemptions += 1
+        victim.num_preemptions += 1
+        insort(self.waiting, victim, key=_rank)
+        return victim is not state
+
+    def _give_back(self, state: RequestState) -> None:
+        self.pool.release(state.blocks)
+        state.blocks = []
+        state.num_computed = state.num_published = 0
+
+
+def _rank(state: RequestState) -> tuple[int, int]:
+    return state.request.priority, state.number

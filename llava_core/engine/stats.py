@@ -1,0 +1,28 @@
+"""What the engine counts about itself, cheaply enough to do so always. Standard library only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class EngineStats:
+    """Totals since the start, and how things stand after the last step. Times in seconds."""
+
+    num_blocks: int
+    num_steps: int = 0
+    step_seconds: float = 0.0
+    # Tokens run through the model, tokens of prompts that were found in the cache instead, and tokens written.
+    computed_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    num_preemptions: int = 0
+    num_finished: int = 0
+    num_failed: int = 0
+    num_running: int = 0
+    num_waiting: int = 0
+    # Requests in the last step.
+    batch_size: int = 0
+    # Blocks that a request holds, and those that are kept for their content.
+    used_blocks: int = 0
+    idle_blocks: int = 0
