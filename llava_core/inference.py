@@ -57,12 +57,13 @@ class LocalModel:
         self._streams: dict[str, deque[StepOutput]] = {}
 
     def stream(self, request: GenerationRequest | PreparedRequest) -> Iterator[TokenDelta]:
-        """Deltas of one answer as they are produced; several streams may be read in turns, in one thread.
+        """Deltas of a request's answers as they are produced; several streams may be read in turns, in one thread.
 
         Raises RequestError for the caller's mistakes.
         """
         self.add(request)
         mine = self._streams[request.request_id] = deque()
+        num_open = request.sampling.n
         try:
             while True:
                 while not mine:
@@ -71,7 +72,8 @@ class LocalModel:
                 if isinstance(output, RequestFailure):
                     raise output.error
                 yield output
-                if output.finish_reason is not None:
+                num_open -= output.finish_reason is not None
+                if not num_open:
                     return
         finally:
             del self._streams[request.request_id]

@@ -40,8 +40,8 @@ class SamplingParams:
     `temperature` 0 is greedy; `top_k` 0, `top_p` 1, `min_p` 0 and the penalties' defaults are off. `max_tokens` None:
     no limit but the context. `seed` makes a sampled answer repeatable whatever else is in the batch. The answer ends
     before a string of `stop` and at a token of `stop_token_ids`; neither such a token nor the model's own end is drawn
-    before there are `min_tokens`. `logit_bias` are (token id, what to add). `n` answers share one reading of the prompt. `logprobs` None:
-    none; else how many alternatives to list beside each token's own.
+    before there are `min_tokens`. `logit_bias` has pairs of token id and what to add. `n` answers share one reading of
+    the prompt. `logprobs` None: none; else how many alternatives to list beside each token's own.
     """
 
     max_tokens: int | None = None

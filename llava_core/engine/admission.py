@@ -103,7 +103,7 @@ class Admission:
         image, width = request.features[number], self.model.config.vision.hidden_size
         if image.features.ndim != 2 or image.features.shape[1] != width:
             raise EngineError(
-                f"features of picture {number + 1} have shape {tuple(image.features.shape)}; the model takes (rows, {width})"
+                f"features of picture {number + 1} have shape {tuple(image.features.shape)}, not (rows, {width})"
             )
         if not bool(torch.isfinite(image.features).all()):
             raise EngineError(f"features of picture {number + 1} hold values that are not finite")

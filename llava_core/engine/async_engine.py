@@ -1,4 +1,4 @@
-"""The engine on a thread of its own, seen from asyncio: one stream of deltas per request.
+"""The engine on a thread of its own, seen from asyncio: one stream of deltas for each request.
 
 One cross-thread call per engine step, however many requests it moved; a reader that is slow gets what has piled up as
 one delta. Knows nothing about models.
@@ -50,8 +50,8 @@ class AsyncEngine:
         self._commands: list[EngineRequest | str] = []
         self._wake = threading.Condition()
         self._is_closed = False
-        # Set on the event loop once the thread has ended: nobody would answer what comes later.
-        self._has_ended = False
+        # Why nobody answers any more; set on the event loop once the thread has ended.
+        self._ended: EngineError | None = None
         self._step_started: float | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -62,21 +62,23 @@ class AsyncEngine:
         return len(self._mailboxes)
 
     async def generate(self, request: EngineRequest) -> AsyncGenerator[TokenDelta, None]:
-        """Yield deltas until one carries `finish_reason`. Leaving early aborts the request at the next step.
+        """Yield deltas until each answer has had its last. Leaving early aborts the request at the next step.
 
         Raises whatever LlavaError the request ended with, and EngineError when the engine has stopped.
         """
-        if self._has_ended:
-            raise EngineError("the engine has stopped")
+        if self._ended is not None:
+            raise self._ended
         if request.request_id in self._mailboxes:
             raise EngineError(f"request id {request.request_id!r} is already in use")
         mailbox = self._mailboxes[request.request_id] = _Mailbox()
         self._tell(request)
+        num_open = request.sampling.n
         try:
             while True:
-                delta = merge(await mailbox.take())
-                yield delta
-                if delta.finish_reason is not None:
+                for delta in merge(await mailbox.take()):
+                    yield delta
+                    num_open -= delta.finish_reason is not None
+                if not num_open:
                     return
         finally:
             del self._mailboxes[request.request_id]
@@ -102,6 +104,7 @@ class AsyncEngine:
             self._wake.notify()
 
     def _run(self) -> None:
+        cause = EngineError("the engine has stopped: it was closed")
         try:
             while (commands := self._next_commands()) is not None:
                 outputs = self._obey(commands)
@@ -110,10 +113,11 @@ class AsyncEngine:
                 self._step_started = None
                 if outputs:
                     self._loop.call_soon_threadsafe(self._deliver, outputs)
-        except Exception:
+        except Exception as error:
             # The last resort: the thread must not die without telling its readers.
             logger.exception("the engine thread failed; every running request ends")
-        self._end_all()
+            cause = EngineError(f"the engine has stopped: {type(error).__name__}: {error}")
+        self._end_all(cause)
 
     def _next_commands(self) -> list[EngineRequest | str] | None:
         """New requests and aborts, waiting for some when the engine is idle; None once closed."""
@@ -142,25 +146,30 @@ class AsyncEngine:
             if mailbox is not None:
                 mailbox.put(output)
 
-    def _end_all(self) -> None:
+    def _end_all(self, cause: EngineError) -> None:
         def fail() -> None:
-            self._has_ended = True
+            self._ended = cause
             for request_id, mailbox in self._mailboxes.items():
-                mailbox.put(RequestFailure(request_id, EngineError("the engine has stopped")))
+                mailbox.put(RequestFailure(request_id, cause))
 
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(fail)
 
 
-def merge(outputs: list[StepOutput]) -> TokenDelta:
-    """Deltas of one request as one. Raises the error of a failure, after which nothing follows."""
-    deltas: list[TokenDelta] = []
+def merge(outputs: list[StepOutput]) -> list[TokenDelta]:
+    """One delta for each answer of a request. Raises the error of a failure, after which nothing follows."""
+    answers: dict[int, list[TokenDelta]] = {}
     for output in outputs:
         if isinstance(output, RequestFailure):
             raise output.error
-        deltas.append(output)
+        answers.setdefault(output.index, []).append(output)
+    return [_join(deltas) for deltas in answers.values()]
+
+
+def _join(deltas: list[TokenDelta]) -> TokenDelta:
     return replace(
         deltas[-1],
         text="".join(delta.text for delta in deltas),
         token_ids=tuple(token for delta in deltas for token in delta.token_ids),
+        logprobs=tuple(logprob for delta in deltas for logprob in delta.logprobs),
     )

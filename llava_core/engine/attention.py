@@ -144,7 +144,6 @@ def _forward(
     *,
     scaling: float,
     paged: Batch,
-    dropout: float = 0.0,
     sliding_window: int | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:

@@ -36,18 +36,14 @@ class _Run:
 
 @dataclass(frozen=True)
 class _Runs:
-    """`whole` are all that their row sees, `parts` are mixed: results of theirs, one after another, belong to
-    `rows[places]`."""
+    """`whole` are all that their row sees. `parts` are mixed: theirs are the results at `places` of a table that has a
+    line for each of `rows` and `width` columns."""
 
     whole: list[_Run]
     parts: list[_Run]
     rows: Tensor
-    places: Tensor
-
-    @property
-    def num_rows(self) -> int:
-        """Rows that see several runs."""
-        return len(self.rows)
+    width: int
+    places: tuple[Tensor, Tensor]
 
 
 class CpuBackend:
@@ -55,7 +51,7 @@ class CpuBackend:
 
     block_size = 16
 
-    def cache_dtype(self, dtype: torch.dtype) -> torch.dtype:  # noqa: ARG002 - the same for every model
+    def cache_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """float32."""
         return torch.float32
 
@@ -109,12 +105,10 @@ class CpuBatch:
         # Softmax over several runs: each run's result counts as much as the sum of its exponentials.
         results = [_see(query[run.rows], keys[run.slots], values[run.slots], scale) for run in runs.parts]
         seen, logsumexp = (torch.cat(part) for part in zip(*results, strict=True))
-        shape = (runs.num_rows, *out.shape[1:])
-        top = torch.full(shape[:2], -torch.inf).index_reduce_(0, runs.places, logsumexp, "amax")
-        share = (logsumexp - top[runs.places]).exp_()
-        total = torch.zeros(shape[:2]).index_add_(0, runs.places, share)
-        mixed = torch.zeros(shape).index_add_(0, runs.places, seen * share[..., None])
-        out[runs.rows] = (mixed / total[..., None]).to(out.dtype)
+        shape = (len(runs.rows), runs.width, *out.shape[1:])
+        weights = torch.full(shape[:3], -torch.inf).index_put_(runs.places, logsumexp).softmax(1)
+        mixed = (torch.zeros(shape).index_put_(runs.places, seen) * weights[..., None]).sum(1)
+        out[runs.rows] = mixed.to(out.dtype)
 
     def _runs_for(self, window: int | None) -> _Runs:
         if window not in self._runs:
@@ -160,12 +154,23 @@ def find_runs(spans: dict[int, Span], block_size: int, window: int | None) -> li
 
 def _sort_runs(found: list[tuple[slice, list[int]]]) -> _Runs:
     times = Counter(row for _, rows in found for row in rows)
-    # A run that several rows see is never all of one: the token a request writes is its own.
-    runs = [_Run(slots, torch.tensor(rows)) for slots, rows in found]
-    whole = [run for run, (_, rows) in zip(runs, found, strict=True) if max(times[row] for row in rows) == 1]
-    parts = [run for run, (_, rows) in zip(runs, found, strict=True) if max(times[row] for row in rows) > 1]
-    all_rows = [run.rows for run in parts] or [torch.empty(0, dtype=torch.int64)]
-    return _Runs(whole, parts, *torch.cat(all_rows).unique(return_inverse=True))
+    # What several rows see is never all of one: the token that a request writes is its own.
+    whole = [_Run(slots, torch.tensor(rows)) for slots, rows in found if times[rows[0]] == 1]
+    parts = [(slots, rows) for slots, rows in found if times[rows[0]] > 1]
+    mixed = sorted({row for _, rows in parts for row in rows})
+    lines, columns, next_column = [], [], Counter[int]()
+    for _, rows in parts:
+        for row in rows:
+            lines.append(mixed.index(row))
+            columns.append(next_column[row])
+            next_column[row] += 1
+    return _Runs(
+        whole,
+        [_Run(slots, torch.tensor(rows)) for slots, rows in parts],
+        torch.tensor(mixed),
+        max(columns, default=-1) + 1,
+        (torch.tensor(lines), torch.tensor(columns)),
+    )
 
 
 def _read(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:
@@ -176,8 +181,8 @@ def _read(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: floa
 
 
 def _see(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Rows that see all of these tokens: the result (rows, num_heads, head_dim) in float32, and the logarithm of the sum
-    of the scores' exponentials (rows, num_heads)."""
+    """Rows that see all of these tokens: the result (rows, num_heads, head_dim) in float32, and the logarithm of the
+    sum of the scores' exponentials (rows, num_heads)."""
     folded = _fold(query.to(keys.dtype), keys.shape[1])
     keys, values = keys.transpose(0, 1)[None], values.transpose(0, 1)[None]
     seen, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(folded, keys, values, scale=scale)

@@ -11,8 +11,8 @@ class EngineConfig:
 
     `max_running` requests move on in every step, `max_waiting` more may queue; the next is refused. A step runs at most
     `max_step_tokens` tokens through the model, and at most `prefill_chunk` of prompts while answers are being written:
-    so long do these wait for a new prompt. The cache holds `cache_tokens` tokens, None: as many as are useful, and as the
-    memory at hand allows; in blocks of `block_size`, None: what suits the device.
+    so long do these wait for a new prompt. The cache holds `cache_tokens` tokens, None: as many as are useful, and as
+    the memory at hand allows; in blocks of `block_size`, None: what suits the device.
     """
 
     max_running: int = 16

@@ -45,7 +45,7 @@ def process(
     """`logits` (vocab,) in float32 with bias and penalties, and without `ends` before `min_tokens` were written.
 
     The repetition penalty counts prompt and answer (https://arxiv.org/abs/1909.05858), presence and frequency penalties
-    the answer alone, as OpenAI has them. This is the place for whatever else narrows the choice, a grammar for instance.
+    the answer alone, as OpenAI has them. Whatever else narrows the choice belongs here, a grammar for instance.
     """
     if not needs_processing(params, len(output)):
         return logits

@@ -1,4 +1,4 @@
-"""Which tokens run in the next step: who is admitted, in what pieces a prompt is read, who makes room when none is left.
+"""Which tokens run in the next step: who is admitted, in what pieces a prompt is read, who makes room for whom.
 
 Policy on integers, in pure Python: knows neither tensors nor models. What it decides, runner.py carries out.
 """

@@ -97,7 +97,7 @@ def test_a_dead_thread_ends_its_readers_and_fails_the_health_check(
     async def main() -> None:
         engine = AsyncEngine(inner)
         engine.check_health()
-        with pytest.raises(EngineError, match="has stopped"):
+        with pytest.raises(EngineError, match="has stopped: MemoryError: no room"):
             await collect(engine, make_request("a"))
         await until(lambda: not engine._thread.is_alive())
         with pytest.raises(EngineError, match="dead"):
@@ -121,8 +121,20 @@ def test_a_request_after_closing_is_refused(build_engine: BuildEngine) -> None:
     asyncio.run(main())
 
 
-def test_deltas_that_piled_up_are_one_and_a_failure_wins() -> None:
-    deltas = [TokenDelta("a", "x", (1,)), TokenDelta("a", "y", (2,), "stop")]
-    assert merge([*deltas]) == TokenDelta("a", "xy", (1, 2), "stop")
+def test_all_answers_of_one_request_come_in_one_stream(build_engine: BuildEngine) -> None:
+    async def main() -> dict[int, list[int]]:
+        engine = AsyncEngine(build_engine())
+        answers: dict[int, list[int]] = {}
+        async for delta in engine.generate(make_request("a", n=3, temperature=1.0, seed=5)):
+            answers.setdefault(delta.index, []).extend(delta.token_ids)
+        engine.close()
+        return answers
+
+    assert {index: len(tokens) for index, tokens in asyncio.run(main()).items()} == {0: 12, 1: 12, 2: 12}
+
+
+def test_deltas_that_piled_up_are_one_for_each_answer_and_a_failure_wins() -> None:
+    deltas = [TokenDelta("a", "x", (1,)), TokenDelta("a", "z", (3,), index=1), TokenDelta("a", "y", (2,), "stop")]
+    assert merge([*deltas]) == [TokenDelta("a", "xy", (1, 2), "stop"), TokenDelta("a", "z", (3,), index=1)]
     with pytest.raises(EngineError, match="gone"):
         merge([deltas[0], RequestFailure("a", EngineError("gone"))])

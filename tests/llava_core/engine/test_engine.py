@@ -7,26 +7,47 @@ import pytest
 import torch
 
 from llava_core.engine.config import EngineConfig
-from llava_core.engine.engine import Engine
+from llava_core.engine.engine import Engine, StepOutput
 from llava_core.engine.request import RequestFailure
-from llava_core.errors import EngineError, OverloadedError, PromptTooLongError
+from llava_core.engine.scheduler import Chunk
+from llava_core.errors import EngineError, OverloadedError, PromptTooLongError, RequestError
 from llava_core.models.language import LanguageSide
-from llava_core.types import EngineRequest, TokenDelta
+from llava_core.types import EngineRequest, SamplingParams, TokenDelta
 from tests.llava_core.engine.conftest import make_request
 from tests.tiny import CONTEXT_LENGTH
 
 BuildEngine = Callable[..., Engine]
 
 
-def run(engine: Engine, *requests: EngineRequest) -> dict[str, list[int]]:
+def collect(engine: Engine, *requests: EngineRequest) -> list[StepOutput]:
+    """All that comes of these requests; the cache's books are right after every step."""
     for request in requests:
         engine.add_request(request)
-    tokens: dict[str, list[int]] = {request.request_id: [] for request in requests}
+    outputs = []
     while engine.has_work:
-        for output in engine.step():
-            assert isinstance(output, TokenDelta), output
-            tokens[output.request_id] += output.token_ids
-    return tokens
+        outputs += engine.step()
+        engine.pool.check_integrity()
+    assert engine.pool.num_used == 0
+    return outputs
+
+
+def tokens_of(outputs: list[StepOutput], name: str, index: int = 0) -> list[int]:
+    """The tokens of one answer."""
+    deltas = [output for output in outputs if isinstance(output, TokenDelta)]
+    return [t for delta in deltas if (delta.request_id, delta.index) == (name, index) for t in delta.token_ids]
+
+
+def last_of(outputs: list[StepOutput]) -> TokenDelta:
+    """The last delta, of the only request."""
+    assert isinstance(outputs[-1], TokenDelta)
+    assert outputs[-1].usage is not None
+    return outputs[-1]
+
+
+def run(engine: Engine, *requests: EngineRequest) -> dict[str, list[int]]:
+    outputs = collect(engine, *requests)
+    assert all(isinstance(output, TokenDelta) for output in outputs), outputs
+    return {request.request_id: tokens_of(outputs, request.request_id) for request in requests}
 
 
 @torch.inference_mode()
@@ -106,45 +127,71 @@ def test_an_abort_takes_effect_at_the_next_step_wherever_the_request_is(build_en
     assert not engine.has_work
 
 
-def test_poisoned_features_fail_alone(build_engine: BuildEngine) -> None:
+def test_what_is_wrong_with_a_request_is_said_before_it_costs_anything(build_engine: BuildEngine) -> None:
+    engine = build_engine()
     poisoned = make_request("bad", seed=1)
     poisoned.features[0].features[0, 0] = float("nan")
-    healthy = make_request("good", seed=2)
-    expected = run(build_engine(), healthy)["good"]
-    engine = build_engine()
-    engine.add_request(poisoned)
-    engine.add_request(healthy)
-    outputs = []
-    while engine.has_work:
-        outputs += engine.step()
-    failures = [output for output in outputs if isinstance(output, RequestFailure)]
-    assert [failure.request_id for failure in failures] == ["bad"]
-    assert isinstance(failures[0].error, EngineError)
-    tokens = [token for output in outputs if isinstance(output, TokenDelta) for token in output.token_ids]
-    assert tokens == expected
+    good = make_request("good")
+    for request, error, cause in [
+        (poisoned, EngineError, "not finite"),
+        (replace(good, features=()), EngineError, "4 image placeholders but 0 feature rows"),
+        (replace(good, prompt_ids=(*good.prompt_ids, 100_000)), RequestError, "token 100000 does not exist"),
+    ]:
+        with pytest.raises(error, match=cause):
+            engine.add_request(request)
+    assert not engine.has_work
+    assert engine.pool.num_used == 0
 
 
-def test_a_token_beyond_the_embeddings_fails_alone(build_engine: BuildEngine, caplog: pytest.LogCaptureFixture) -> None:
-    engine = build_engine()
-    good = make_request("good", max_tokens=3)
-    bad = make_request("bad", max_tokens=3)
-    engine.add_request(replace(bad, prompt_ids=(*bad.prompt_ids, 100_000)))
-    engine.add_request(good)
-    outputs = [output for _ in range(4) for output in engine.step()]
+@pytest.mark.parametrize("when", [0, 3])
+def test_a_request_that_fails_in_the_model_fails_alone(
+    build_engine: BuildEngine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, when: int
+) -> None:
+    requests = [make_request(f"r{i}", seed=i) for i in range(3)]
+    expected = run(build_engine(), *requests)
+    engine = build_engine(prefill_chunk=5)
+    whole = engine._runner.run
+
+    def explode(chunks: list[Chunk]) -> torch.Tensor:
+        if any(chunk.state.request_id == "r1" and chunk.state.num_output == when for chunk in chunks):
+            raise RuntimeError("this one")
+        return whole(chunks)
+
+    monkeypatch.setattr(engine._runner, "run", explode)
+    outputs = collect(engine, *requests)
     (failure,) = (output for output in outputs if isinstance(output, RequestFailure))
-    assert failure.request_id == "bad"
-    assert isinstance(failure.error, EngineError)
-    assert "IndexError" in caplog.text
-    tokens = [token for output in outputs if isinstance(output, TokenDelta) for token in output.token_ids]
-    assert tokens == run(build_engine(), good)["good"]
+    assert failure.request_id == "r1"
+    assert "this one" in str(failure.error)
+    assert "this one" in caplog.text
+    for name in ("r0", "r2"):
+        assert tokens_of(outputs, name) == expected[name]
+    assert engine.pool.num_used == 0
 
 
-def test_features_that_do_not_match_the_placeholders_fail_alone(build_engine: BuildEngine) -> None:
+def test_values_that_are_no_numbers_end_one_request_and_leave_nothing_for_others(
+    build_engine: BuildEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = [make_request(f"r{i}", seed=i) for i in range(2)]
+    expected = run(build_engine(), *requests)
     engine = build_engine()
-    engine.add_request(replace(make_request("bad"), features=()))
-    (failure,) = engine.step()
-    assert isinstance(failure, RequestFailure)
-    assert "4 image placeholders but 0 feature rows" in str(failure.error)
+    whole = engine._runner.run
+
+    def poison(chunks: list[Chunk]) -> torch.Tensor:
+        logits = whole(chunks).clone()
+        for row, chunk in enumerate(chunks):
+            if chunk.state.request_id == "r1" and chunk.state.num_output == 4:
+                logits[row, 7] = float("nan")
+        return logits
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._runner, "run", poison)
+        outputs = collect(engine, *requests)
+    assert [output.request_id for output in outputs if isinstance(output, RequestFailure)] == ["r1"]
+    assert tokens_of(outputs, "r0") == expected["r0"]
+    again = collect(engine, requests[1])
+    assert tokens_of(again, "r1") == expected["r1"]
+    assert last_of(again).usage.cached_tokens == 0
+    assert last_of(collect(engine, requests[0])).usage.cached_tokens > 0
 
 
 def test_what_cannot_fit_is_refused_with_all_numbers(build_engine: BuildEngine) -> None:
@@ -164,3 +211,132 @@ def test_a_full_queue_refuses_and_an_id_in_use_is_an_error(build_engine: BuildEn
 def test_impossible_limits_are_refused() -> None:
     with pytest.raises(ValueError, match="max_running"):
         EngineConfig(max_running=0)
+
+
+@pytest.mark.parametrize("offset", range(17))
+def test_a_picture_read_before_is_not_read_again_and_never_taken_for_another(
+    build_engine: BuildEngine, offset: int
+) -> None:
+    """At every place of the picture among the blocks."""
+
+    def request(name: str, picture: int) -> EngineRequest:
+        made = make_request(name, num_images=2)
+        other = make_request(name, seed=picture, num_images=2)
+        ids = [*range(10, 10 + offset), *made.prompt_ids]
+        return replace(made, prompt_ids=ids, features=[made.features[0], other.features[1]])
+
+    alone = {f"{i}": run(build_engine(block_size=4), request(f"{i}", i))[f"{i}"] for i in range(3)}
+    engine = build_engine(block_size=4)
+    for name in ("0", "1", "2", "0", "1"):
+        before = engine.stats.computed_tokens
+        outputs = collect(engine, request(name, int(name)))
+        assert tokens_of(outputs, name) == alone[name]
+        usage = last_of(outputs).usage
+        assert usage is not None
+        assert engine.stats.computed_tokens - before == usage.prompt_tokens - usage.cached_tokens + 11
+    # The second time, all but the rest of a block and the token that must be run.
+    assert usage.cached_tokens == (usage.prompt_tokens - 1) // 4 * 4
+    assert len({tuple(tokens) for tokens in alone.values()}) == 3
+
+
+def test_requests_that_come_together_read_what_they_share_once(build_engine: BuildEngine) -> None:
+    requests = [replace(make_request("r", num_images=2), request_id=f"r{i}") for i in range(5)]
+    alone = run(build_engine(), requests[0])["r0"]
+    engine = build_engine(block_size=4)
+    assert list(run(engine, *requests).values()) == [alone] * 5
+    num_prompt = len(requests[0].prompt_ids)
+    assert engine.stats.computed_tokens <= num_prompt + 4 * 4 + 5 * 11
+
+
+@pytest.mark.parametrize("prefill_chunk", [1, 3, 7])
+def test_answers_go_on_while_a_prompt_is_read_in_pieces(build_engine: BuildEngine, prefill_chunk: int) -> None:
+    first, second = make_request("first", max_tokens=40), make_request("second", seed=1, num_images=3)
+    alone = {**run(build_engine(), first), **run(build_engine(), second)}
+    engine = build_engine(prefill_chunk=prefill_chunk, block_size=3)
+    engine.add_request(first)
+    outputs = engine.step()
+    engine.add_request(second)
+    while engine.num_running:
+        step = engine.step()
+        assert any(output.request_id == "first" for output in step) or len(tokens_of(outputs, "first")) == 40
+        outputs += step
+    assert {name: tokens_of(outputs, name) for name in alone} == alone
+
+
+def test_requests_set_back_for_want_of_room_lose_nothing(build_engine: BuildEngine) -> None:
+    requests = [make_request(f"r{i}", seed=i, num_images=i % 3, max_tokens=30) for i in range(5)]
+    alone = {name: ids for request in requests for name, ids in run(build_engine(), request).items()}
+    engine = build_engine(block_size=4, cache_tokens=100)
+    assert run(engine, *requests) == alone
+    assert engine.stats.num_preemptions > 0
+
+
+def test_the_lower_priority_number_is_served_first(build_engine: BuildEngine) -> None:
+    requests = [replace(make_request(f"r{i}", seed=i), priority=-i) for i in range(4)]
+    outputs = collect(build_engine(max_running=1), *requests)
+    ended = [output.request_id for output in outputs if isinstance(output, TokenDelta) and output.finish_reason]
+    assert ended == ["r3", "r2", "r1", "r0"]
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 3, "frequency_penalty": 0.5}])
+@pytest.mark.parametrize("cut", [1, 5, 11, 12])
+def test_an_interrupted_answer_goes_on_as_if_nothing_had_been(
+    build_engine: BuildEngine, sampling: dict[str, float], cut: int
+) -> None:
+    plain = make_request("a")
+    request = replace(plain, sampling=replace(plain.sampling, **sampling))
+    whole = collect(build_engine(), request)
+    tokens, text = tokens_of(whole, "a"), "".join(delta.text for delta in whole)
+    rest = collect(build_engine(), replace(request, output_ids=tokens[:cut]))
+    assert tokens_of(rest, "a") == tokens[cut:]
+    assert text.endswith("".join(delta.text for delta in rest))
+    assert last_of(rest).usage == last_of(whole).usage
+    assert last_of(rest).finish_reason == "length"
+
+
+def test_several_answers_share_the_reading_and_are_those_of_their_seed(build_engine: BuildEngine) -> None:
+    plain = make_request("a")
+    request = replace(plain, sampling=replace(plain.sampling, n=4, temperature=1.0, seed=9))
+    engine = build_engine(block_size=4)
+    outputs = collect(engine, request, make_request("b", seed=7))
+    answers = [tokens_of(outputs, "a", index) for index in range(4)]
+    assert len({tuple(answer) for answer in answers}) == 4
+    single = collect(build_engine(), replace(request, sampling=replace(request.sampling, n=1)))
+    assert tokens_of(single, "a") == answers[0]
+    assert engine.stats.cached_tokens >= 3 * ((len(request.prompt_ids) - 1) // 4 * 4)
+
+
+@torch.inference_mode()
+def test_log_probabilities_are_the_models_own(build_engine: BuildEngine, language_side: LanguageSide) -> None:
+    request = make_request("a", num_images=1, logprobs=3, max_tokens=6)
+    outputs = collect(build_engine(), request)
+    answer = tokens_of(outputs, "a")
+    ids = torch.tensor([[*request.prompt_ids, *answer]])
+    expected = language_side(ids, [image.features for image in request.features])[0].log_softmax(-1)
+    start = len(request.prompt_ids) - 1
+    found = [logprob for delta in outputs if isinstance(delta, TokenDelta) for logprob in delta.logprobs]
+    assert [each.token for each in found] == answer
+    for place, each in enumerate(found, start):
+        assert each.logprob == pytest.approx(float(expected[place, each.token]), abs=1e-4)
+        top = expected[place].topk(3)
+        assert [token for token, _ in each.top] == top.indices.tolist()
+    # The same, asked for afterwards as a prompt's, in pieces and with what the cache knows.
+    scored = EngineRequest("s", ids[0].tolist(), request.features, SamplingParams(logprobs=3), score_from=start + 1)
+    engine = build_engine(prefill_chunk=4, max_step_tokens=20, block_size=4)
+    for _ in range(2):
+        last = last_of(collect(engine, scored))
+        assert [each.token for each in last.logprobs] == answer
+        assert [each.logprob for each in last.logprobs] == pytest.approx([each.logprob for each in found], abs=1e-4)
+    assert last.usage is not None
+    assert last.usage.cached_tokens > 0
+
+
+def test_an_answer_ends_at_a_named_token_and_not_before_the_least_length(build_engine: BuildEngine) -> None:
+    tokens = run(build_engine(), make_request("a", max_tokens=20))["a"]
+    stop = next(token for place, token in enumerate(tokens) if place >= 4 and token not in tokens[:place])
+    ended = collect(build_engine(), make_request("a", max_tokens=20, stop_token_ids=(stop,)))
+    assert tokens_of(ended, "a") == tokens[: tokens.index(stop) + 1]
+    assert last_of(ended).finish_reason == "stop"
+    longer = run(build_engine(), make_request("a", max_tokens=20, stop_token_ids=(stop,), min_tokens=15))["a"]
+    assert len(longer) >= 15
+    assert stop not in longer[:15]
