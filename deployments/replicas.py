@@ -91,14 +91,13 @@ class GeneratorReplica(Generator):
         from llava_core.checkpoints.load import load_language_side
         from llava_core.checkpoints.tokenizer import load_tokenizer
         from llava_core.engine.async_engine import AsyncEngine
-        from llava_core.engine.config import EngineConfig
         from llava_core.engine.engine import Engine
 
         options = replace(set_up_compute(args.generator), quantization=args.generator.quantization)
         opened = checkpoint.open()
         tokenizer = load_tokenizer(opened)
-        config = EngineConfig(max_running=args.engine.max_running, max_waiting=args.engine.max_waiting)
-        engine = Engine(load_language_side(opened, options, num_tokens=tokenizer.num_tokens), tokenizer, config)
+        language = load_language_side(opened, options, num_tokens=tokenizer.num_tokens)
+        engine = Engine(language, tokenizer, args.engine.config)
         super().__init__(AsyncEngine(engine), handoff, chunk_gap_s=args.engine.chunk_gap_ms / 1e3)
 
 

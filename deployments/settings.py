@@ -11,6 +11,7 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from llava_core.checkpoints.files import DEFAULT_MODEL
+from llava_core.engine.config import EngineConfig
 from llava_core.images.loading import ImageLimits
 from llava_core.prepare import RequestLimits
 from llava_core.types import Quantization
@@ -60,7 +61,8 @@ class GeneratorArgs(ComputeArgs):
 
 
 class EngineArgs(_Settings):
-    """Of each generator replica: how many answers are written at once, how many more may wait before it says 429.
+    """Of each generator replica: how many answers are written at once, how many more may wait before it says 429, and
+    the rest of llava_core.engine.config.EngineConfig.
 
     `chunk_gap_ms` is the least time between two chunks of one answer, times the answers being written: each chunk costs
     the graph about that much CPU, so a busy replica sends fewer and larger ones.
@@ -68,7 +70,21 @@ class EngineArgs(_Settings):
 
     max_running: int = Field(default=16, ge=1)
     max_waiting: int = Field(default=256, ge=0)
+    max_step_tokens: int = EngineConfig.max_step_tokens
+    prefill_chunk: int = EngineConfig.prefill_chunk
+    cache_tokens: int | None = None
+    block_size: int | None = None
     chunk_gap_ms: float = Field(default=1.0, ge=0)
+
+    @property
+    def config(self) -> EngineConfig:
+        """What the engine takes. Raises ValueError for limits that exclude each other."""
+        return EngineConfig(**self.model_dump(exclude={"chunk_gap_ms"}))
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _ = self.config
+        return self
 
 
 class LimitArgs(_Settings):
