@@ -116,6 +116,15 @@ def test_a_delta_is_told_by_its_field(tmp_path: Path) -> None:
     assert "llava delta apply" in report["problems"][0]
 
 
+def test_what_is_no_llava_is_not_called_one(tmp_path: Path) -> None:
+    original = write_original(tmp_path, Kind(layout="projector"))
+    report = inspect_checkpoint(str(original.base))
+    assert (report["layout"], len(report["problems"])) == ("text-only", 1)
+    assert "describes no LLaVA, but perhaps a text-only model" in report["problems"][0]
+    assert report["parts"]["decoder"]["tensors"] == 21
+    assert inspect_checkpoint(str(tmp_path / "tower"))["layout"] == "unknown"
+
+
 def test_fewer_bits_take_fewer_bytes() -> None:
     report = inspect_checkpoint(str(DEFAULT_MODEL))
     weights, cache = report["weight_bytes"], report["kv_cache_bytes_per_token"]
