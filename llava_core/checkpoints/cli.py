@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import json
 import re
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,6 +39,16 @@ def _read_num_bytes(_: click.Context, __: click.Parameter, value: str) -> int:
     if match is None or match.group(2).upper() not in _UNITS:
         raise click.BadParameter(f"{value!r} is no size; write for example 5GB, 500MB or 2GiB")
     return int(match.group(1)) * _UNITS[match.group(2).upper()]
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM counts as Ctrl-C, after which nothing that is half written stays."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 _OUT = click.argument("out", type=click.Path(path_type=Path))
@@ -84,6 +97,7 @@ def inspect(
 @click.option("--to", required=True, type=click.Choice(["llava-hf", "original"]), help="The layout to write.")
 @_SHARD
 @_OFFLINE
+@_ended_by_sigterm()
 def convert(source: str, out: Path, to: Target, max_shard_size: int, *, offline: bool) -> None:
     """Write the checkpoint SOURCE in another layout into the new folder OUT.
 
@@ -100,6 +114,7 @@ def convert(source: str, out: Path, to: Target, max_shard_size: int, *, offline:
 @_BASE
 @_SHARD
 @_OFFLINE
+@_ended_by_sigterm()
 def merge(model: str, out: Path, base: str | None, max_shard_size: int, *, offline: bool) -> None:
     """Make one whole model of the LoRA or projector MODEL and its base, in the new folder OUT.
 
@@ -121,6 +136,7 @@ def delta() -> None:
 @_OUT
 @_SHARD
 @_OFFLINE
+@_ended_by_sigterm()
 def make(base: str, target: str, out: Path, max_shard_size: int, *, offline: bool) -> None:
     """Write TARGET minus BASE into the new folder OUT."""
     from llava_core.checkpoints.delta import make_delta
@@ -134,6 +150,7 @@ def make(base: str, target: str, out: Path, max_shard_size: int, *, offline: boo
 @_OUT
 @_SHARD
 @_OFFLINE
+@_ended_by_sigterm()
 def apply(base: str, delta: str, out: Path, max_shard_size: int, *, offline: bool) -> None:
     """Write BASE plus DELTA into the new folder OUT."""
     from llava_core.checkpoints.delta import apply_delta

@@ -7,7 +7,6 @@ stored. So the merged model computes what the unmerged one does when both are lo
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -28,6 +27,7 @@ from llava_core.checkpoints.writing import (
     DEFAULT_SHARD_SIZE,
     Planned,
     as_stored,
+    copy_folder,
     copy_settings,
     copy_text_files,
     new_folder,
@@ -82,7 +82,7 @@ def _tower_fields(checkpoint: Checkpoint, folder: Path, out: Path) -> dict[str, 
     if named is None:
         return {}
     if named.resolve().is_relative_to(checkpoint.folder.resolve()):
-        shutil.copytree(named, folder / named.name)
+        copy_folder(named, folder / named.name)
         named = out / named.name
     return {"mm_vision_tower": str(named.resolve())}
 

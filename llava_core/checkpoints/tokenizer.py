@@ -146,9 +146,14 @@ def load_tokenizer(checkpoint: Path | Checkpoint) -> CheckpointTokenizer:
 def _load_fast(folder: Path) -> PreTrainedTokenizerFast:
     if not (folder / "tokenizer.json").exists():
         raise CheckpointError(f"{folder / 'tokenizer.json'} is missing; save the fast form of the tokenizer with it")
+    # Not AutoTokenizer, which imports torch and every model; tokenizer.json says all that its class would.
+    return read_tokenizer(PreTrainedTokenizerFast, folder)
+
+
+def read_tokenizer(kind: type[PreTrainedTokenizerFast], folder: Path) -> PreTrainedTokenizerFast:
+    """A folder's tokenizer by this class of transformers. Raises CheckpointError when it cannot be read."""
     try:
-        # Not AutoTokenizer, which imports torch and every model; tokenizer.json says all that its class would.
-        loaded: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+        loaded: PreTrainedTokenizerFast = kind.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder}: the tokenizer cannot be read ({type(error).__name__}: {error})") from error
     return loaded

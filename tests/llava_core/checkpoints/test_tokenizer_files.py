@@ -43,6 +43,14 @@ def test_a_tokenizer_that_asks_for_no_bos_gets_none(tmp_path: Path) -> None:
     assert made("USER")["input_ids"][0] != 1
 
 
+@pytest.mark.parametrize(("tokenizer", "file"), [("fast", "tokenizer.json"), ("slow", "tokenizer.model")])
+def test_a_damaged_tokenizer_is_named(tmp_path: Path, tokenizer: str, file: str) -> None:
+    original = write_original(tmp_path, Kind(tokenizer=tokenizer))
+    (original.folder / file).write_text("[]")
+    with pytest.raises(CheckpointError, match=f"{original.folder}: the tokenizer cannot be read"):
+        with_image_token(open_checkpoint(original.folder))
+
+
 def test_a_tokenizer_of_another_model_and_a_missing_one_are_named(tmp_path: Path) -> None:
     original = write_original(tmp_path, Kind())
     edit_json(original.folder / "config.json", lambda config: config.update(vocab_size=9))
