@@ -50,6 +50,12 @@ def with_image_token(checkpoint: Checkpoint) -> tuple[PreTrainedTokenizerFast, i
     return tokenizer, image_id
 
 
+def changed_tokens(before: Path, now: Path) -> list[str]:
+    """Tokens that one of two folders has and the other has not, or under another id; `<image>` is none of them."""
+    was, has = (_load(folder).get_vocab().items() for folder in (before, now))
+    return sorted({text for text, _ in was ^ has} - {IMAGE_PLACEHOLDER})
+
+
 def _load(folder: Path) -> PreTrainedTokenizerFast:
     if (folder / "tokenizer.json").exists():
         return read_tokenizer(PreTrainedTokenizerFast, folder)
