@@ -148,14 +148,18 @@ def make(base: str, target: str, out: Path, max_shard_size: int, *, offline: boo
 @click.argument("base")
 @click.argument("delta")
 @_OUT
+@click.option("--force", is_flag=True, help="Without looking whether DELTA is one, and one of BASE.")
 @_SHARD
 @_OFFLINE
 @_ended_by_sigterm()
-def apply(base: str, delta: str, out: Path, max_shard_size: int, *, offline: bool) -> None:
-    """Write BASE plus DELTA into the new folder OUT."""
+def apply(base: str, delta: str, out: Path, max_shard_size: int, *, offline: bool, force: bool) -> None:
+    """Write BASE plus DELTA into the new folder OUT.
+
+    DELTA must say that it is one and was made from this BASE. Deltas of the original code say nothing: --force.
+    """
     from llava_core.checkpoints.delta import apply_delta
 
-    apply_delta(base, delta, out, offline=offline, max_shard_size=max_shard_size)
+    apply_delta(base, delta, out, force=force, offline=offline, max_shard_size=max_shard_size)
 
 
 TOOLS = (inspect, convert, merge, delta)

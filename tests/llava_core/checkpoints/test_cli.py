@@ -92,6 +92,8 @@ def test_sigterm_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         ),
         (("inspect", "MODEL", "--image-size", "640"), 2, "is no size in pixels"),
         (("inspect", "MODEL", "--image-size", "0x5"), 2, "is no size in pixels"),
+        (("delta", "apply", "MODEL", "MODEL", "OUT"), 1, "has no delta_base"),
+        (("delta", "apply", "MODEL", "MODEL", "MODEL", "--force"), 1, "exists and is not overwritten"),
         (("delta", "apply", "/no/such", "MODEL", "OUT"), 1, "no such checkpoint folder"),
     ],
 )
