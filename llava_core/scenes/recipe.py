@@ -24,9 +24,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
-from llava_core.checkpoints.save import save_llava_hf
 from llava_core.checkpoints.tokenizer import CheckpointTokenizer
-from llava_core.checkpoints.writing import new_folder
+from llava_core.checkpoints.tools.save import save_llava_hf
+from llava_core.checkpoints.tools.writing import new_folder
 from llava_core.config import ModelConfig, read_llava_hf_config
 from llava_core.errors import LlavaError
 from llava_core.models.language import LanguageSide

@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from llava_core.checkpoints.delta import apply_delta, make_delta
 from llava_core.checkpoints.files import find_tensors, read_json
 from llava_core.checkpoints.layout import open_checkpoint
 from llava_core.checkpoints.tensors import read_tensors
+from llava_core.checkpoints.tools.delta import apply_delta, make_delta
 from llava_core.errors import CheckpointError
 from tests.original import (
     Kind,
@@ -150,9 +150,8 @@ def test_a_base_is_recorded_by_a_name_that_means_something_elsewhere(
         make_delta(name, str(target.folder), tmp_path / str(number))
         assert read_json(tmp_path / str(number), "config.json")["delta_base"] == "base"
     snapshots = {"lmsys/some-base": base}
-    monkeypatch.setattr(
-        "llava_core.checkpoints.delta.resolve_checkpoint", lambda name, *, offline: snapshots.get(name, Path(name))
-    )
+    resolve = "llava_core.checkpoints.tools.delta.resolve_checkpoint"
+    monkeypatch.setattr(resolve, lambda name, *, offline: snapshots.get(name, Path(name)))
     make_delta("lmsys/some-base", str(target.folder), tmp_path / "of-the-hub")
     assert read_json(tmp_path / "of-the-hub", "config.json")["delta_base"] == "lmsys/some-base"
 
@@ -201,7 +200,7 @@ def test_memory_is_bounded_by_tensors_and_not_by_the_model(tmp_path: Path, suffi
     script = (
         "import re, sys, torch\n"
         "from pathlib import Path\n"
-        "from llava_core.checkpoints.delta import make_delta\n"
+        "from llava_core.checkpoints.tools.delta import make_delta\n"
         "torch.ones(10).bfloat16().float()\n"
         "def kib(field):\n"
         "    return int(re.search(rf'{field}:\\s+(\\d+) kB', Path('/proc/self/status').read_text()).group(1))\n"

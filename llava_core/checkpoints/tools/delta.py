@@ -26,7 +26,7 @@ from llava_core.checkpoints.headers import DTYPES
 from llava_core.checkpoints.keymaps import VOCABULARY_KEYS, Key
 from llava_core.checkpoints.layout import DELTA_FIELD, find_weights, first
 from llava_core.checkpoints.tensors import TensorReader
-from llava_core.checkpoints.writing import (
+from llava_core.checkpoints.tools.writing import (
     DEFAULT_SHARD_SIZE,
     Planned,
     as_stored,

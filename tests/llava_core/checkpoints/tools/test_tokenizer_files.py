@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerFast
 
 from llava_core.checkpoints.layout import open_checkpoint
 from llava_core.checkpoints.tokenizer import load_tokenizer
-from llava_core.checkpoints.tokenizer_files import changed_tokens, with_image_token
+from llava_core.checkpoints.tools.tokenizer_files import changed_tokens, with_image_token
 from llava_core.errors import CheckpointError
 from tests.original import SP_SIZE, Kind, write_json, write_original
 from tests.tiny import edit_json

@@ -22,8 +22,7 @@ from llava_core.checkpoints.keymaps import Key, from_tower, to_llava_hf, to_orig
 from llava_core.checkpoints.layout import Checkpoint, open_checkpoint
 from llava_core.checkpoints.lora import Lora, open_lora
 from llava_core.checkpoints.tensors import TensorReader
-from llava_core.checkpoints.towers import local_folder
-from llava_core.checkpoints.writing import (
+from llava_core.checkpoints.tools.writing import (
     DEFAULT_SHARD_SIZE,
     Planned,
     as_stored,
@@ -34,6 +33,7 @@ from llava_core.checkpoints.writing import (
     write_json,
     write_model,
 )
+from llava_core.checkpoints.towers import local_folder
 from llava_core.config import ModelConfig
 from llava_core.errors import CheckpointError
 

@@ -20,13 +20,13 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from llava_core.asking import original_ids
 from llava_core.checkpoints.contents import stored_tensors
-from llava_core.checkpoints.convert import _known_tower, convert
 from llava_core.checkpoints.files import find_tensors, read_json
 from llava_core.checkpoints.keymaps import HEAD_KEY, Key
 from llava_core.checkpoints.layout import open_checkpoint
 from llava_core.checkpoints.load import LoadOptions
 from llava_core.checkpoints.tensors import read_tensors
 from llava_core.checkpoints.tokenizer import load_tokenizer
+from llava_core.checkpoints.tools.convert import _known_tower, convert
 from llava_core.checkpoints.towers import KNOWN_TOWERS
 from llava_core.errors import CheckpointError
 from llava_core.images.preprocess import PreprocessConfig

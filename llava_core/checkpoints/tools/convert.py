@@ -23,14 +23,13 @@ from llava_core.checkpoints.files import read_json
 from llava_core.checkpoints.headers import TensorInfo
 from llava_core.checkpoints.keymaps import VOCABULARY_KEYS, Key, to_llava_hf, to_original, to_tower
 from llava_core.checkpoints.layout import Checkpoint, first, open_checkpoint
-from llava_core.checkpoints.merge import rewrite
 from llava_core.checkpoints.original_config import original_json, read_original_config
-from llava_core.checkpoints.save import check_llava_hf, preprocessor_json, write_settings
 from llava_core.checkpoints.shapes import decoder_fields
 from llava_core.checkpoints.tensors import TensorReader
-from llava_core.checkpoints.tokenizer_files import changed_tokens, with_image_token
-from llava_core.checkpoints.towers import KNOWN_TOWERS
-from llava_core.checkpoints.writing import (
+from llava_core.checkpoints.tools.merge import rewrite
+from llava_core.checkpoints.tools.save import check_llava_hf, preprocessor_json, write_settings
+from llava_core.checkpoints.tools.tokenizer_files import changed_tokens, with_image_token
+from llava_core.checkpoints.tools.writing import (
     DEFAULT_SHARD_SIZE,
     ORIGINAL_FOLDER,
     Planned,
@@ -41,6 +40,7 @@ from llava_core.checkpoints.writing import (
     write_json,
     write_model,
 )
+from llava_core.checkpoints.towers import KNOWN_TOWERS
 from llava_core.config import JsonObject, ModelConfig
 from llava_core.errors import CheckpointError
 from llava_core.images.preprocess import PreprocessConfig

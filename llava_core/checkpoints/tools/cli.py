@@ -18,7 +18,7 @@ import click
 from llava_core.types import Size
 
 if TYPE_CHECKING:
-    from llava_core.checkpoints.convert import Target
+    from llava_core.checkpoints.tools.convert import Target
 
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -83,7 +83,7 @@ def inspect(
 
     Reads headers, not weights. Exit status 1 when something is wrong.
     """
-    from llava_core.checkpoints.report import as_text, inspect_checkpoint
+    from llava_core.checkpoints.tools.report import as_text, inspect_checkpoint
 
     report = inspect_checkpoint(model, base, offline=offline, sizes=sizes, template=template)
     click.echo(json.dumps(report, indent=2) if output == "json" else as_text(report))
@@ -103,7 +103,7 @@ def convert(source: str, out: Path, to: Target, max_shard_size: int, *, offline:
 
     Numbers are never changed. In its own layout SOURCE becomes safetensors of the size asked for.
     """
-    from llava_core.checkpoints.convert import convert as run
+    from llava_core.checkpoints.tools.convert import convert as run
 
     run(source, out, to, offline=offline, max_shard_size=max_shard_size)
 
@@ -120,7 +120,7 @@ def merge(model: str, out: Path, base: str | None, max_shard_size: int, *, offli
 
     Computed in float32, written in the dtype of the base.
     """
-    from llava_core.checkpoints.merge import merge as run
+    from llava_core.checkpoints.tools.merge import merge as run
 
     run(model, out, base=base, offline=offline, max_shard_size=max_shard_size)
 
@@ -139,7 +139,7 @@ def delta() -> None:
 @_ended_by_sigterm()
 def make(base: str, target: str, out: Path, max_shard_size: int, *, offline: bool) -> None:
     """Write TARGET minus BASE into the new folder OUT."""
-    from llava_core.checkpoints.delta import make_delta
+    from llava_core.checkpoints.tools.delta import make_delta
 
     make_delta(base, target, out, offline=offline, max_shard_size=max_shard_size)
 
@@ -157,7 +157,7 @@ def apply(base: str, delta: str, out: Path, max_shard_size: int, *, offline: boo
 
     DELTA must say that it is one and was made from this BASE. Deltas of the original code say nothing: --force.
     """
-    from llava_core.checkpoints.delta import apply_delta
+    from llava_core.checkpoints.tools.delta import apply_delta
 
     apply_delta(base, delta, out, force=force, offline=offline, max_shard_size=max_shard_size)
 

@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 
 from llava_core.checkpoints.headers import DTYPES, TensorInfo
 from llava_core.checkpoints.tensors import read_tensors
-from llava_core.checkpoints.writing import (
+from llava_core.checkpoints.tools.writing import (
     Planned,
     clean_generation_config,
     copy_files,
