@@ -84,10 +84,7 @@ class ModelConfig:
     s2_scales: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"linear|identity|mlp[1-9]\d*x_gelu", self.projector_type):
-            raise CheckpointError(
-                f"unknown projector type {self.projector_type!r}; known are linear, mlp<N>x_gelu and identity"
-            )
+        projector_depth(self.projector_type)
         if self.merge_type not in ("flat", "spatial", "spatial_unpad"):
             raise CheckpointError(
                 f"mm_patch_merge_type {self.merge_type!r} is unknown; known are flat, spatial and spatial_unpad"
@@ -182,6 +179,15 @@ _VISION_DEFAULTS: dict[str, JsonObject] = {
     "siglip_vision_model": {**_TOWER, "patch_size": 16},
 }
 _PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+
+
+def projector_depth(kind: str) -> int:
+    """Linear layers of a projector, by LLaVA's name for it. Raises CheckpointError for a name that is not known."""
+    if kind in ("identity", "linear"):
+        return int(kind == "linear")
+    if match := re.fullmatch(r"mlp([1-9]\d*)x_gelu", kind):
+        return int(match.group(1))
+    raise CheckpointError(f"mm_projector_type {kind!r} is unknown; known are linear, mlp<N>x_gelu and identity")
 
 
 def text_config(text: JsonObject, where: str) -> JsonObject:

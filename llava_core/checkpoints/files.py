@@ -10,8 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
+from llava_core.checkpoints.safetensors_file import open_safetensors
 from llava_core.errors import CheckpointError
 
 # What is served, asked and evaluated where no checkpoint is named.
@@ -141,11 +140,5 @@ def tensor_names(file: Path) -> list[str]:
         from llava_core.checkpoints.tensors import read_bin
 
         return list(read_bin(file))
-    try:
-        # "np", because asking for "pt" imports torch even for a look at the names.
-        with safe_open(file, "np") as tensors:
-            return list(tensors.keys())
-    except FileNotFoundError:
-        raise CheckpointError(f"{file} is missing; the checkpoint is incomplete") from None
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file} is damaged or truncated ({error}); download it again") from error
+    with open_safetensors(file, "np") as tensors:
+        return list(tensors.keys())

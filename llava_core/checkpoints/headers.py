@@ -9,8 +9,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-
+from llava_core.checkpoints.safetensors_file import open_safetensors
 from llava_core.errors import CheckpointError
 
 # safetensors' names of dtypes, with torch's and the bytes of one number.
@@ -58,15 +57,9 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
 
 
 def _read_safetensors(file: Path) -> dict[str, TensorInfo]:
-    try:
-        # "np", because asking for "pt" imports torch even for a look at the header.
-        with safe_open(file, "np") as tensors:
-            slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
-            return {name: TensorInfo(part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
-    except FileNotFoundError:
-        raise CheckpointError(f"{file} is missing; the checkpoint is incomplete") from None
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file} is damaged or truncated ({error}); download it again") from error
+    with open_safetensors(file, "np") as tensors:
+        slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
+        return {name: TensorInfo(part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
 
 
 def _read_bin(file: Path) -> dict[str, TensorInfo]:

@@ -6,6 +6,7 @@
     LoRA          the same config.json with adapter_model and non_lora_trainables, over a base; RaDialog's tower in it
     PEFT adapter  adapter_model alone, over a base that is a complete LLaVA
     delta         delta_base in config.json: differences to a base, which must be applied before anything else
+    text-only     a vocabulary and no tower: no LLaVA, but the base of one
 
 Reads configurations and headers, no weights, and imports no torch for safetensors. Knows nothing about modules.
 """
@@ -35,7 +36,9 @@ from llava_core.config import JsonObject, ModelConfig, eos_token_ids, read_llava
 from llava_core.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
-Layout = Literal["llava-hf", "original", "original projector", "original LoRA", "PEFT adapter", "delta"]
+Layout = Literal[
+    "llava-hf", "original", "original projector", "original LoRA", "PEFT adapter", "delta", "text-only", "unknown"
+]
 # Of the deltas that this project makes. Those that the original code made have nothing to be told by.
 DELTA_FIELD = "delta_base"
 
@@ -78,7 +81,8 @@ def open_checkpoint(path_or_id: str | Path, base: str | Path | None = None, *, o
             f"llava delta apply {settings[DELTA_FIELD]} {folder} OUT"
         )
     _refuse_quantised(folder, settings)
-    if layout == "llava-hf":
+    if layout in ("llava-hf", "text-only", "unknown"):
+        # The reader says what the others lack.
         return _open_llava_hf(folder, settings, base)
     with _naming(folder):
         check_image_pooling(settings)
@@ -96,8 +100,11 @@ def find_layout(folder: Path) -> Layout:
     settings = read_json(folder, "config.json")
     if DELTA_FIELD in settings:
         return "delta"
-    if not is_original_config(settings):
+    if all(isinstance(settings.get(field), dict) for field in ("vision_config", "text_config")):
         return "llava-hf"
+    if not is_original_config(settings):
+        # A tower by itself has no vocabulary.
+        return "text-only" if "vocab_size" in settings else "unknown"
     # Beside a whole model mm_projector.bin is a copy of what the model holds.
     if overlay is None or (has_model(folder) and not is_adapter):
         return "original"

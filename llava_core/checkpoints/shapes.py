@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from llava_core.checkpoints.keymaps import NEWLINE_KEY, Key
-from llava_core.config import BIOVIL_T, JsonObject, ModelConfig
+from llava_core.config import BIOVIL_T, JsonObject, ModelConfig, projector_depth
 from llava_core.vision.biovil_keys import tensor_names
 
 Shape = tuple[int, ...]
@@ -64,10 +64,7 @@ def _decoder(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
 
 
 def _projector(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
-    depth = {"linear": 1, "identity": 0}.get(config.projector_type)
-    if depth is None:
-        depth = int(config.projector_type.removeprefix("mlp").removesuffix("x_gelu"))
-    for index in range(depth):
+    for index in range(projector_depth(config.projector_type)):
         columns = config.hidden_size if index else config.vision.hidden_size
         yield from _linear(str(2 * index), columns, config.hidden_size, bias=config.projector_bias)
 

@@ -11,9 +11,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from llava_core.checkpoints.safetensors_file import open_safetensors
 from llava_core.errors import CheckpointError
 
 # Tensors of one file that are mapped at a time when they are converted: about a decoder's layer.
@@ -64,13 +64,8 @@ class TensorReader:
 
 
 def _read_safetensors(file: Path, names: list[str]) -> dict[str, Tensor]:
-    try:
-        with safe_open(file, "pt") as tensors:
-            return {name: tensors.get_tensor(name) for name in names}
-    except FileNotFoundError:
-        raise CheckpointError(f"{file} is missing; the checkpoint is incomplete") from None
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file} is damaged or truncated ({error}); download it again") from error
+    with open_safetensors(file, "pt") as tensors:
+        return {name: tensors.get_tensor(name) for name in names}
 
 
 def _read_bin(file: Path, names: list[str]) -> dict[str, Tensor]:

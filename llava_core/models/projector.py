@@ -1,9 +1,8 @@
 """Projectors: tower features to decoder embeddings. Knows nothing about towers, decoders or files."""
 
-import re
-
 from torch import Tensor, nn
 
+from llava_core.config import projector_depth
 from llava_core.errors import CheckpointError
 
 
@@ -28,11 +27,7 @@ def _layers(kind: str, in_features: int, out_features: int, *, bias: bool) -> li
         if in_features != out_features:
             raise CheckpointError(f"an identity projector cannot turn {in_features} features into {out_features}")
         return []
-    match = re.fullmatch(r"mlp([1-9]\d*)x_gelu", kind)
-    if kind != "linear" and match is None:
-        raise CheckpointError(f"unknown projector type {kind!r}; known are linear, mlp<N>x_gelu and identity")
-    depth = int(match.group(1)) if match else 1
     layers: list[nn.Module] = [nn.Linear(in_features, out_features, bias=bias)]
-    for _ in range(depth - 1):
+    for _ in range(projector_depth(kind) - 1):
         layers += [nn.GELU(), nn.Linear(out_features, out_features, bias=bias)]
     return layers

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from llava_core.config import read_llava_hf_config
+from llava_core.config import projector_depth, read_llava_hf_config
 from llava_core.errors import CheckpointError
 
 # As llava-hf/llava-1.5-7b-hf has it: the decoder's sizes are transformers' defaults and therefore absent.
@@ -62,6 +62,17 @@ def test_decoders_have_defaults_of_their_own() -> None:
     minimal = {"model_type": "mistral"}
     assert read_llava_hf_config({**LLAVA_1_5_7B, "text_config": minimal}).context_length == 131_072
     assert read_llava_hf_config({**LLAVA_1_5_7B, "text_config": {}}).context_length == 2048
+
+
+@pytest.mark.parametrize(("kind", "depth"), [("identity", 0), ("linear", 1), ("mlp1x_gelu", 1), ("mlp12x_gelu", 12)])
+def test_a_projectors_name_tells_its_layers(kind: str, depth: int) -> None:
+    assert projector_depth(kind) == depth
+
+
+@pytest.mark.parametrize("kind", ["", "mlp0x_gelu", "mlp2x_relu", "mlp2x_gelu ", "resampler"])
+def test_a_projector_of_an_unknown_name_is_refused(kind: str) -> None:
+    with pytest.raises(CheckpointError, match=f"mm_projector_type '{kind}' is unknown; known are linear, mlp<N>x_gelu"):
+        projector_depth(kind)
 
 
 def test_full_selection_keeps_the_class_feature() -> None:

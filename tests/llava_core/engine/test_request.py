@@ -1,12 +1,16 @@
-"""A request's state: why it ends, what it counts."""
+"""A request's state: why it ends, what it counts, which of its blocks can be shared, where its time went."""
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
-import torch
 
+from llava_core.engine.prefix import ImageSpan, next_key
 from llava_core.engine.request import RequestState
-from llava_core.types import EngineRequest, ImageFeatures, SamplingParams
+from llava_core.types import EngineRequest, SamplingParams, Size, Usage
+
+IMAGE = ImageSpan(1, 3, "cat", Size(40, 30))
+PROMPT = (1, -200, -200, 5, 6)
 
 
 class Stopped:
@@ -16,26 +20,128 @@ class Stopped:
         self.is_stopped = is_stopped
 
 
-def state(output_ids: list[int], *, stopped: bool = False, **sampling: Any) -> RequestState:
-    request = EngineRequest("a", (1, -200, -200), (ImageFeatures("d", torch.zeros(9, 4)),), SamplingParams(**sampling))
-    return RequestState(request, 3, Stopped(is_stopped=stopped), torch.Generator(), output_ids=output_ids)  # type: ignore[arg-type]
+def make(
+    written: list[int], *, score_from: int | None = None, max_tokens: int = 3, is_stopped: bool = False, **sampling: Any
+) -> RequestState:
+    request = EngineRequest("a", PROMPT, (), SamplingParams(max_tokens=3, **sampling), score_from=score_from)
+    return RequestState(
+        request=request,
+        index=0,
+        number=0,
+        max_tokens=max_tokens,
+        seed=0,
+        images=(IMAGE,),
+        detokenizer=Stopped(is_stopped=is_stopped),  # type: ignore[arg-type]
+        tokens=[*PROMPT, *written],
+    )
 
 
 @pytest.mark.parametrize(
-    ("made", "reason"),
+    ("state", "reason"),
     [
-        (state([5]), None),
-        (state([5, 2]), "stop"),
-        (state([5, 2], ignore_eos=True), None),
-        (state([5, 6, 7]), "length"),
-        (state([5, 6, 2]), "stop"),
-        (state([5], stopped=True), "stop"),
+        (make([]), None),
+        (make([7]), None),
+        (make([7, 2]), "stop"),
+        (make([7, 2], ignore_eos=True), None),
+        (make([7, 8], stop_token_ids=(8,)), "stop"),
+        (make([7, 8], stop_token_ids=(8,), ignore_eos=True), "stop"),
+        (make([7, 8, 9]), "length"),
+        (make([7, 8, 2]), "stop"),
+        (make([7, 8, 9], is_stopped=True), "stop"),
+        (make([7], is_stopped=True), "stop"),
+        # Only scored: there is nothing to write.
+        (make([], max_tokens=0, score_from=3), "length"),
     ],
 )
-def test_a_request_ends_for_the_right_reason(made: RequestState, reason: str | None) -> None:
-    assert made.finish_reason(frozenset({2})) == reason
+def test_an_answer_ends_for_the_right_reason(state: RequestState, reason: str | None) -> None:
+    assert state.finish_reason(frozenset({2})) == reason
 
 
-def test_usage_counts_prompt_answer_and_image_tokens() -> None:
-    usage = state([5, 6]).usage()
-    assert (usage.prompt_tokens, usage.completion_tokens, usage.image_tokens) == (3, 2, 2)
+def test_an_end_in_the_prompt_ends_nothing() -> None:
+    assert make([]).finish_reason(frozenset({6})) is None
+
+
+def test_usage_counts_prompt_answer_picture_and_what_was_cached() -> None:
+    state = make([7, 8])
+    state.num_computed = 4
+    state.started()
+    assert state.usage() == Usage(5, 2, 2, 4)
+
+
+def test_what_was_cached_is_what_was_found_the_first_time() -> None:
+    state = make([])
+    state.started()
+    state.num_computed = 4
+    state.started()
+    assert state.usage().cached_tokens == 0
+
+
+def test_lengths_follow_the_answer() -> None:
+    state = make([])
+    assert (state.num_prompt, state.num_output, state.num_pending, state.max_length) == (5, 0, 5, 8)
+    state.num_computed = 5
+    state.tokens += [7, 8]
+    assert (state.num_prompt, state.num_output, state.num_pending, state.max_length) == (5, 2, 2, 8)
+    assert state.output_ids == [7, 8]
+
+
+def test_it_runs_while_it_holds_blocks() -> None:
+    state = make([])
+    assert not state.is_running
+    state.blocks = [0]
+    assert state.is_running
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("num_written", [0, 1, 4])
+@pytest.mark.parametrize("score_from", [None, 3, 4])
+def test_of_the_cached_blocks_as_many_are_taken_as_leave_the_wanted_tokens_to_be_run(
+    block_size: int, num_written: int, score_from: int | None
+) -> None:
+    state = make([7] * num_written, score_from=score_from)
+    # The last token's logits give the next token; those of the one before score_from its first log-probability.
+    first_wanted = len(state.tokens) - 1 if score_from is None else score_from - 1
+    fitting = [num for num in range(20) if num * block_size <= first_wanted]
+    assert state.num_shareable(block_size) == max(fitting)
+    assert len(list(state.prefix_keys(block_size))) == max(fitting)
+
+
+def test_keys_are_those_of_the_tokens_and_go_on_with_the_answer() -> None:
+    state = make([])
+    first = state.block_key(0, 2)
+    assert first == next_key(b"", PROMPT, 0, [IMAGE], block_size=2)
+    state.tokens += [7, 8, 9]
+    keys = [state.block_key(index, 2) for index in range(4)]
+    assert keys[0] == first
+    for index, (previous, key) in enumerate(pairwise(keys), start=1):
+        assert key == next_key(previous, state.tokens, 2 * index, [IMAGE], block_size=2)
+    assert list(state.prefix_keys(2)) == keys[:3]
+
+
+def test_the_stages_times_are_measured_once_and_add_up() -> None:
+    state = make([])
+    state.started()
+    state.wrote()
+    begun, ended = state.prefill_started, state.prefill_ended
+    state.started()
+    state.wrote()
+    assert (state.prefill_started, state.prefill_ended) == (begun, ended)
+    times = state.stage_ms()
+    assert list(times) == ["queue", "prefill", "decode"]
+    assert all(value >= 0 for value in times.values())
+    assert times["queue"] == pytest.approx((begun - state.arrived) * 1e3)
+    assert times["prefill"] == pytest.approx((ended - begun) * 1e3)
+
+
+def test_of_a_prompt_that_is_only_scored_all_time_is_reading() -> None:
+    state = make([], score_from=3, max_tokens=0)
+    state.started()
+    times = state.stage_ms()
+    assert times["prefill"] >= 0
+    assert times["decode"] == 0
+
+
+def test_an_answer_that_was_complete_already_took_no_time_to_read() -> None:
+    state = make([7, 8, 9])
+    state.skipped()
+    assert (state.stage_ms()["queue"], state.stage_ms()["prefill"]) == (0, 0)

@@ -1,73 +1,271 @@
-"""Sampling: filters against a slow obvious reference, seeds, and values that are not finite."""
+"""Sampling: each parameter against a slow obvious reference, chance that only its arguments decide, damaged logits."""
+
+import math
+from collections import Counter
+from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from llava_core.engine.sampler import build_generator, filtered_probabilities, sample
+from llava_core.engine.sampler import (
+    check_finite,
+    choose,
+    filtered_probabilities,
+    needs_processing,
+    process,
+    token_logprob,
+    uniform,
+)
 from llava_core.errors import EngineError
 from llava_core.types import SamplingParams
 
+VOCAB = 8
+tokens = st.integers(0, VOCAB - 1)
+# Tenths, so that ties are made on purpose and not by rounding.
+rows = st.lists(st.integers(-50, 50).map(lambda value: value / 10), min_size=VOCAB, max_size=VOCAB)
+numbers = st.floats(0, 1, exclude_max=True)
+shapes = st.builds(
+    SamplingParams,
+    temperature=st.sampled_from([0.1, 0.7, 1.0, 2.0]),
+    top_k=st.integers(0, VOCAB + 2),
+    top_p=st.sampled_from([0.01, 0.33, 0.5, 0.9, 1.0]),
+    min_p=st.sampled_from([0.0, 0.05, 0.3, 1.0]),
+)
+penalties = st.fixed_dictionaries(
+    {},
+    optional={
+        "repetition_penalty": st.sampled_from([0.5, 1.3, 2.0]),
+        "presence_penalty": st.sampled_from([-2.0, 0.7]),
+        "frequency_penalty": st.sampled_from([-1.0, 0.4]),
+        "logit_bias": st.lists(st.tuples(tokens, st.sampled_from([-100.0, -1.5, 3.0])), max_size=3).map(tuple),
+        "min_tokens": st.integers(0, 4),
+    },
+)
+
+
+def softmax(values: list[float]) -> list[float]:
+    weights = [math.exp(value - max(values)) for value in values]
+    return [weight / sum(weights) for weight in weights]
+
 
 def reference_probabilities(logits: list[float], params: SamplingParams) -> list[float]:
-    """Sort, keep, normalise; one token at a time."""
-    weights = torch.tensor([value / params.temperature for value in logits]).softmax(-1).tolist()
-    order = sorted(range(len(logits)), key=lambda token: -weights[token])
+    """Sort, keep, normalise; one token at a time. Leaves out what hangs on the last digit."""
+    order = sorted(range(len(logits)), key=lambda token: -logits[token])
     if params.top_k:
         order = order[: params.top_k]
-    total = sum(weights[token] for token in order)
+    weights = dict(zip(order, softmax([logits[token] / params.temperature for token in order]), strict=True))
     kept, reached = [], 0.0
     for token in order:
+        assume(abs(reached - params.top_p) > 1e-6)
         if reached >= params.top_p:
             break
         kept.append(token)
-        reached += weights[token] / total
+        reached += weights[token]
+    least = params.min_p * weights[order[0]]
+    assume(all(abs(weights[token] - least) > 1e-6 or logits[token] == logits[order[0]] for token in kept))
+    kept = [token for token in kept if weights[token] >= least - 1e-9]
     mass = sum(weights[token] for token in kept)
     return [weights[token] / mass if token in kept else 0.0 for token in range(len(logits))]
 
 
-@settings(max_examples=150, deadline=None)
-@given(
-    logits=st.lists(st.integers(-50, 50), min_size=2, max_size=12, unique=True),
-    top_k=st.integers(0, 6),
-    top_p=st.sampled_from([0.1, 0.33, 0.5, 0.9, 1.0]),
-    temperature=st.sampled_from([0.2, 1.0, 2.0]),
+@given(logits=rows, params=shapes)
+def test_filters_match_the_slow_reference(logits: list[float], params: SamplingParams) -> None:
+    expected = torch.tensor(reference_probabilities(logits, params))
+    torch.testing.assert_close(filtered_probabilities(torch.tensor(logits), params), expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("params", "expected"),
+    [
+        ({}, [0.5, 0.25, 0.15, 0.1]),
+        ({"top_k": 2}, [2 / 3, 1 / 3, 0, 0]),
+        ({"top_p": 0.7}, [2 / 3, 1 / 3, 0, 0]),
+        ({"top_p": 0.0001}, [1.0, 0, 0, 0]),
+        ({"min_p": 0.25}, [5 / 9, 2.5 / 9, 1.5 / 9, 0]),
+        # top-p counts in what top-k left, min-p in what both left.
+        ({"top_k": 2, "top_p": 0.6}, [1.0, 0, 0, 0]),
+        ({"top_p": 0.8, "min_p": 0.4}, [2 / 3, 1 / 3, 0, 0]),
+    ],
 )
-def test_filters_match_the_slow_reference(logits: list[int], top_k: int, top_p: float, temperature: float) -> None:
-    params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p)
-    values = [value / 10 for value in logits]
-    expected = torch.tensor(reference_probabilities(values, params))
-    torch.testing.assert_close(filtered_probabilities(torch.tensor(values), params), expected, atol=1e-5, rtol=1e-4)
+def test_each_filter_does_what_its_name_says(params: dict[str, Any], expected: list[float]) -> None:
+    logits = torch.tensor([0.5, 0.25, 0.15, 0.1]).log()
+    seen = filtered_probabilities(logits, SamplingParams(temperature=1.0, **params))
+    torch.testing.assert_close(seen, torch.tensor(expected))
 
 
-def test_temperature_zero_takes_the_largest_logit() -> None:
-    params = SamplingParams(temperature=0)
-    assert sample(torch.tensor([0.1, 3.0, 2.9]), params, build_generator(params)) == 1
+def test_of_equal_tokens_top_k_keeps_the_first() -> None:
+    seen = filtered_probabilities(torch.zeros(5), SamplingParams(temperature=1.0, top_k=2))
+    assert seen.tolist() == [0.5, 0.5, 0, 0, 0]
 
 
-def test_a_seed_repeats_its_tokens_and_another_seed_does_not() -> None:
-    logits = torch.zeros(1000)
-
-    def draw(seed: int) -> list[int]:
-        params = SamplingParams(temperature=1.0, seed=seed)
-        generator = build_generator(params)
-        return [sample(logits, params, generator) for _ in range(8)]
-
-    assert draw(7) == draw(7)
-    assert draw(7) != draw(8)
+def test_temperature_sharpens_and_flattens() -> None:
+    logits = torch.tensor([2.0, 1.0])
+    cold, warm, hot = (
+        filtered_probabilities(logits, SamplingParams(temperature=value))[0].item() for value in (0.5, 1.0, 2.0)
+    )
+    assert cold > warm > hot > 0.5
+    assert cold == pytest.approx(1 / (1 + math.exp(-2)))
 
 
-def test_sampled_frequencies_follow_the_probabilities() -> None:
-    params = SamplingParams(temperature=1.0, seed=3)
-    generator = build_generator(params)
+def reference_process(
+    logits: list[float], params: SamplingParams, prompt: list[int], output: list[int], ends: set[int]
+) -> list[float]:
+    """Token by token, in the order that the parameters are documented."""
+    values = list(logits)
+    for token in range(len(values)):
+        if token in prompt or token in output:
+            factor = params.repetition_penalty
+            values[token] = values[token] / factor if values[token] > 0 else values[token] * factor
+        if token in output:
+            values[token] -= params.presence_penalty + params.frequency_penalty * output.count(token)
+        values[token] += sum(bias for biased, bias in params.logit_bias if biased == token)
+        if token in ends and len(output) < params.min_tokens:
+            values[token] = -math.inf
+    return values
+
+
+@given(
+    logits=rows,
+    options=penalties,
+    prompt=st.lists(tokens | st.just(-200), max_size=5).map(lambda drawn: [1, *drawn]),
+    output=st.lists(tokens, max_size=6),
+    ends=st.sets(tokens, max_size=3),
+)
+def test_penalties_and_bias_match_the_slow_reference(
+    logits: list[float], options: dict[str, Any], prompt: list[int], output: list[int], ends: set[int]
+) -> None:
+    params = SamplingParams(**options)
+    given_logits = torch.tensor(logits)
+    processed = process(given_logits, params, prompt, output, ends)
+    expected = torch.tensor(reference_process(logits, params, prompt, output, ends))
+    torch.testing.assert_close(processed, expected, atol=1e-5, rtol=1e-5)
+    assert given_logits.tolist() == pytest.approx(logits, abs=1e-6), "the model's own logits were changed"
+    if not needs_processing(params, len(output)):
+        assert processed is given_logits
+
+
+def test_the_repetition_penalty_lowers_what_was_seen_on_either_side_of_zero() -> None:
+    processed = process(torch.tensor([4.0, -4.0, 4.0]), SamplingParams(repetition_penalty=2.0), [0], [1], set())
+    assert processed.tolist() == [2.0, -8.0, 4.0]
+
+
+def test_presence_and_frequency_count_the_answer_and_not_the_prompt() -> None:
+    params = SamplingParams(presence_penalty=1.0, frequency_penalty=0.5)
+    assert process(torch.zeros(3), params, [0, 0], [1, 1, 2], set()).tolist() == [0, -2.0, -1.5]
+
+
+def test_an_end_cannot_be_drawn_before_there_are_min_tokens() -> None:
+    params = SamplingParams(min_tokens=2)
+    logits = torch.tensor([0.0, 5.0, 9.0])
+    drawn = [choose(process(logits, params, [0], [0] * num, {1, 2}), params, lambda: 0.0) for num in range(3)]
+    assert drawn == [0, 0, 2]
+
+
+def test_half_precision_logits_are_processed_in_float32() -> None:
+    processed = process(torch.ones(3, dtype=torch.bfloat16), SamplingParams(logit_bias=((0, 0.001),)), [0], [], set())
+    assert processed[0] > 1
+
+
+def test_temperature_zero_takes_the_largest_logit_and_asks_for_no_chance() -> None:
+    def never() -> float:
+        raise AssertionError
+
+    assert choose(torch.tensor([0.1, 3.0, 2.9]), SamplingParams(temperature=0, top_p=0.1), never) == 1
+
+
+@given(logits=rows, params=shapes, number=numbers | st.sampled_from([0.0, 1 - 2**-53]))
+def test_a_token_of_probability_zero_is_never_chosen(
+    logits: list[float], params: SamplingParams, number: float
+) -> None:
+    logits[0] = logits[-1] = -math.inf
+    chosen = choose(torch.tensor(logits), params, lambda: number)
+    assert filtered_probabilities(torch.tensor(logits), params)[chosen] > 0
+
+
+@given(logits=rows, params=shapes)
+def test_evenly_spread_numbers_choose_each_token_as_often_as_is_likely(
+    logits: list[float], params: SamplingParams
+) -> None:
+    num = 60
+    values = torch.tensor(logits)
+    drawn = Counter(choose(values, params, lambda i=i: (i + 0.5) / num) for i in range(num))
+    for token, probability in enumerate(filtered_probabilities(values, params).tolist()):
+        assert abs(drawn[token] - num * probability) <= 1.001
+
+
+def test_drawn_frequencies_follow_the_probabilities() -> None:
+    params = SamplingParams(temperature=1.0)
     logits = torch.tensor([0.5, 0.3, 0.2]).log()
-    drawn = torch.bincount(torch.tensor([sample(logits, params, generator) for _ in range(4000)]), minlength=3) / 4000
-    torch.testing.assert_close(drawn, torch.tensor([0.5, 0.3, 0.2]), atol=0.03, rtol=0)
+    drawn = Counter(choose(logits, params, lambda i=i: uniform(3, 0, i)) for i in range(4000))
+    assert [drawn[token] / 4000 for token in range(3)] == pytest.approx([0.5, 0.3, 0.2], abs=0.03)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_values_that_are_not_finite_are_an_error(value: float) -> None:
-    params = SamplingParams()
+def test_chance_is_asked_once() -> None:
+    asked = []
+    choose(torch.zeros(4), SamplingParams(temperature=1.0, top_k=3, top_p=0.9), lambda: asked.append(1) or 0.3)
+    assert asked == [1]
+
+
+def test_a_number_is_the_same_in_any_process() -> None:
+    """So that an answer can go on elsewhere as it would have here."""
+    assert [uniform(*place) for place in ((0, 0, 0), (7, 1, 30), (2**63 - 1, 0, 5))] == pytest.approx(
+        [0.5013997148167615, 0.6561753916813553, 0.5584228914381719]
+    )
+
+
+def test_a_number_depends_on_each_of_its_arguments() -> None:
+    places = [(seed, index, position) for seed in (-1, 1, 11, 111) for index in (0, 1, 11) for position in (1, 11, 111)]
+    assert len({uniform(*place) for place in places}) == len(places)
+
+
+@pytest.mark.parametrize("varied", range(3))
+def test_numbers_are_spread_evenly_whatever_varies(varied: int) -> None:
+    drawn = [uniform(*(number if place == varied else 5 for place in range(3))) for number in range(4000)]
+    assert all(0 <= number < 1 for number in drawn)
+    tenths = Counter(int(number * 10) for number in drawn)
+    assert all(abs(tenths[tenth] - 400) < 80 for tenth in range(10))
+    neighbours = Counter((one < 0.5, other < 0.5) for one, other in pairwise(drawn))
+    assert all(abs(times - 1000) < 130 for times in neighbours.values())
+
+
+@given(logits=rows, token=tokens, num_top=st.integers(0, VOCAB + 3))
+def test_a_tokens_logprob_is_that_of_a_softmax_with_the_likeliest_beside_it(
+    logits: list[float], token: int, num_top: int
+) -> None:
+    expected = [math.log(probability) for probability in softmax(logits)]
+    worth = token_logprob(torch.tensor(logits), token, num_top)
+    assert worth.token == token
+    assert worth.logprob == pytest.approx(expected[token], abs=1e-5)
+    assert [value for _, value in worth.top] == pytest.approx(sorted(expected, reverse=True)[:num_top], abs=1e-5)
+    assert all(value == pytest.approx(expected[other], abs=1e-5) for other, value in worth.top)
+    assert len({other for other, _ in worth.top}) == min(num_top, VOCAB)
+
+
+def test_logprobs_of_half_precision_logits_are_computed_in_float32() -> None:
+    logits = torch.tensor([0.0, 1.0, 2.0], dtype=torch.bfloat16)
+    assert token_logprob(logits, 1, 0).logprob == pytest.approx(logits.double().log_softmax(-1)[1].item(), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "logits",
+    [
+        [0.0, math.nan, 1.0],
+        [math.nan] * 3,
+        [0.0, math.inf, 1.0],
+        [-math.inf] * 3,
+        [-math.inf, math.nan, 0.0],
+        [math.inf, -math.inf, math.nan],
+    ],
+)
+def test_logits_that_are_no_numbers_are_an_error(logits: list[float]) -> None:
     with pytest.raises(EngineError, match="not finite"):
-        sample(torch.tensor([0.0, value]), params, build_generator(params))
+        check_finite(torch.tensor(logits))
+    with pytest.raises(EngineError, match="not finite"):
+        check_finite(torch.tensor([logits, logits]))
+
+
+def test_tokens_that_a_model_rules_out_are_none() -> None:
+    check_finite(torch.tensor([0.0, -math.inf, -1e30]))

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from llava_core.checkpoints.files import DEFAULT_MODEL
 from llava_core.checkpoints.layout import open_checkpoint
 from llava_core.checkpoints.load import LoadOptions, load_language_side, load_tower
-from llava_core.checkpoints.report import as_text, inspect_checkpoint
+from llava_core.checkpoints.tools.report import as_text, inspect_checkpoint
 from llava_core.types import Size
 from tests.original import Kind, write_json, write_original
 from tests.tiny import cut_short, edit_json
@@ -116,6 +116,15 @@ def test_a_delta_is_told_by_its_field(tmp_path: Path) -> None:
     assert "llava delta apply" in report["problems"][0]
 
 
+def test_what_is_no_llava_is_not_called_one(tmp_path: Path) -> None:
+    original = write_original(tmp_path, Kind(layout="projector"))
+    report = inspect_checkpoint(str(original.base))
+    assert (report["layout"], len(report["problems"])) == ("text-only", 1)
+    assert "describes no LLaVA, but perhaps a text-only model" in report["problems"][0]
+    assert report["parts"]["decoder"]["tensors"] == 21
+    assert inspect_checkpoint(str(tmp_path / "tower"))["layout"] == "unknown"
+
+
 def test_fewer_bits_take_fewer_bytes() -> None:
     report = inspect_checkpoint(str(DEFAULT_MODEL))
     weights, cache = report["weight_bytes"], report["kv_cache_bytes_per_token"]
@@ -126,7 +135,7 @@ def test_fewer_bits_take_fewer_bytes() -> None:
 
 def test_a_look_at_safetensors_needs_no_torch() -> None:
     script = (
-        "import sys; from llava_core.checkpoints.report import inspect_checkpoint\n"
+        "import sys; from llava_core.checkpoints.tools.report import inspect_checkpoint\n"
         f"assert inspect_checkpoint({str(DEFAULT_MODEL)!r})['problems'] == []\n"
         "print('torch' in sys.modules)"
     )

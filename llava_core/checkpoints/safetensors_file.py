@@ -1,0 +1,33 @@
+"""A safetensors file, opened; whatever is wrong with it becomes a CheckpointError that names it.
+
+Needs no torch for names and headers. Knows nothing about what a file should hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+from safetensors import SafetensorError, safe_open
+
+from llava_core.errors import CheckpointError
+
+
+@contextmanager
+def open_safetensors(file: Path, framework: Literal["np", "pt"]) -> Iterator[safe_open]:
+    """The file, for tensors of numpy's or torch's; asking for "pt" imports torch even for a look at the header.
+
+    Raises CheckpointError when the file is missing, unreadable or damaged, now or while it is read.
+    """
+    try:
+        with safe_open(file, framework) as opened:
+            yield opened
+    except FileNotFoundError:
+        # The library says the same of a file that this user may not read.
+        if file.exists():
+            raise CheckpointError(f"{file} cannot be read: permission denied; give this user access to it") from None
+        raise CheckpointError(f"{file} is missing; the checkpoint is incomplete") from None
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} is damaged or truncated ({error}); download it again") from error

@@ -1,0 +1,145 @@
+"""Packed batches over a paged cache, and what attention over them must give: softmax on each request's own tokens.
+
+The definition here knows no pages: requests keep their keys and values in one piece. Whatever in the cache is not a
+request's is NaN, so nothing can read it unnoticed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from random import Random
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from llava_core.engine.attention import Backend, CacheShape, PagedCache, Span, slots_of
+
+SCALE = 0.3
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which requests are in a batch. `requests` are (tokens before, tokens new, blocks of the one before that it has
+    too); `ahead` blocks that nothing is in yet follow each one's own."""
+
+    block_size: int
+    num_kv_heads: int
+    groups: int
+    head_dim: int
+    requests: tuple[tuple[int, int, int], ...]
+    ahead: int
+    is_scattered: bool
+    seed: int
+
+
+@st.composite
+def layouts(draw: st.DrawFn, block_sizes: tuple[int, ...] = (1, 3, 16), head_dims: tuple[int, ...] = (8, 20)) -> Layout:
+    """Mixtures of prompts and of answers that are being written."""
+    block_size = draw(st.sampled_from(block_sizes))
+    before = st.integers(0, min(3 * block_size + 1, 700)) | st.sampled_from([0, block_size, 2 * block_size])
+    new = st.just(1) | st.just(1) | st.integers(2, 9)
+    requests = draw(st.lists(st.tuples(before, new, st.integers(0, 3)), min_size=1, max_size=6))
+    return Layout(
+        block_size,
+        num_kv_heads=draw(st.sampled_from([1, 2])),
+        groups=draw(st.sampled_from([1, 3])),
+        head_dim=draw(st.sampled_from(head_dims)),
+        requests=tuple(requests),
+        ahead=draw(st.sampled_from([0, 2])),
+        is_scattered=draw(st.booleans()),
+        seed=draw(st.integers(0, 1000)),
+    )
+
+
+class Packed:
+    """A layout with numbers in it. `keys` and `values` hold each request's (length, num_kv_heads, head_dim)."""
+
+    def __init__(self, layout: Layout, *, device: str = "cpu") -> None:
+        self.layout = layout
+        self.spans, num_blocks = _place(layout)
+        self.shape = CacheShape(1, num_blocks, layout.block_size, layout.num_kv_heads, layout.head_dim)
+        generator = torch.Generator().manual_seed(layout.seed)
+
+        def draw(length: int, heads: int) -> Tensor:
+            return torch.randn(length, heads, layout.head_dim, generator=generator).to(device)
+
+        self.keys = [draw(span.length, layout.num_kv_heads) for span in self.spans]
+        self.values = [draw(span.length, layout.num_kv_heads) for span in self.spans]
+        for index, (_, _, wanted) in enumerate(layout.requests):
+            shared = _num_shared(layout, index, wanted) * layout.block_size
+            if shared:
+                self.keys[index][:shared] = self.keys[index - 1][:shared]
+                self.values[index][:shared] = self.values[index - 1][:shared]
+        num_queries = sum(span.num_queries for span in self.spans)
+        self.query = draw(num_queries, layout.num_kv_heads * layout.groups)
+
+    def cache(self, dtype: torch.dtype = torch.float32, *, garbage: float = torch.nan) -> PagedCache:
+        """What is there before the step; the rest is `garbage`."""
+        cache = PagedCache(self.shape, dtype, self.query.device)
+        for pages in (*cache.keys, *cache.values):
+            pages.fill_(garbage)
+        for span, keys, values in zip(self.spans, self.keys, self.values, strict=True):
+            num_before = span.length - span.num_queries
+            if num_before:
+                old = Span(num_before, num_before, span.blocks)
+                slots = torch.tensor(slots_of([old], self.shape.block_size), device=self.query.device)
+                cache.write(0, slots, keys[:num_before], values[:num_before])
+        return cache
+
+    def attend(
+        self,
+        backend: Backend,
+        window: int | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        garbage: float = torch.nan,
+    ) -> Tensor:
+        """What a backend makes of it, for a model that computes in `dtype`."""
+        cache = self.cache(backend.cache_dtype(dtype), garbage=garbage)
+        # As a decoder has them: the heads first.
+        query, key, value = (
+            part.to(dtype).transpose(0, 1).contiguous().transpose(0, 1)
+            for part in (self.query, self._new(self.keys), self._new(self.values))
+        )
+        return backend.batch(cache, self.spans).attend(0, query, key, value, SCALE, window)
+
+    def expected(self, window: int | None = None) -> Tensor:
+        """The definition, query by query."""
+        rows: list[Tensor] = []
+        for span, keys, values in zip(self.spans, self.keys, self.values, strict=True):
+            for place in range(span.length - span.num_queries, span.length):
+                first = 0 if window is None else max(0, place + 1 - window)
+                seen, told = (part[first : place + 1].double() for part in (keys, values))
+                query = self.query[len(rows)].double().view(self.layout.num_kv_heads, self.layout.groups, -1)
+                weights = (torch.einsum("hgd,khd->hgk", query, seen) * SCALE).softmax(-1)
+                rows.append(torch.einsum("hgk,khd->hgd", weights, told).flatten(0, 1))
+        return torch.stack(rows).float()
+
+    def _new(self, parts: list[Tensor]) -> Tensor:
+        return torch.cat([part[-span.num_queries :] for part, span in zip(parts, self.spans, strict=True)])
+
+
+def _num_shared(layout: Layout, index: int, wanted: int) -> int:
+    """Blocks that both had filled before this step."""
+    if index == 0:
+        return 0
+    return min(wanted, *(before // layout.block_size for before, _, _ in layout.requests[index - 1 : index + 1]))
+
+
+def _place(layout: Layout) -> tuple[list[Span], int]:
+    size = layout.block_size
+    lengths = [before + new for before, new, _ in layout.requests]
+    needed = [-(-length // size) + layout.ahead for length in lengths]
+    num_blocks = sum(needed) + 2
+    places = list(range(num_blocks))
+    if layout.is_scattered:
+        Random(layout.seed).shuffle(places)
+    spans: list[Span] = []
+    for index, (_, new, wanted) in enumerate(layout.requests):
+        num_shared = _num_shared(layout, index, wanted)
+        blocks = list(spans[-1].blocks[:num_shared]) if num_shared else []
+        while len(blocks) < needed[index]:
+            blocks.append(places.pop(0))
+        spans.append(Span(new, lengths[index], blocks))
+    return spans, num_blocks

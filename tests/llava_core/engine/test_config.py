@@ -1,0 +1,37 @@
+"""The engine's settings refuse what could never work."""
+
+from typing import Any
+
+import pytest
+
+from llava_core.engine.config import EngineConfig
+
+
+def test_the_defaults_are_sound() -> None:
+    config = EngineConfig()
+    assert config.max_step_tokens >= config.max_running + config.prefill_chunk
+    assert config.block_size is None
+    assert config.cache_tokens is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_running": 0}, "max_running must be at least 1"),
+        ({"max_waiting": -1}, "max_waiting at least 0"),
+        ({"prefill_chunk": 0}, "max_step_tokens must have room"),
+        ({"max_running": 9, "prefill_chunk": 8, "max_step_tokens": 16}, "max_step_tokens must have room"),
+        ({"block_size": 0}, "block_size and cache_tokens must be at least 1"),
+        ({"cache_tokens": 0}, "block_size and cache_tokens must be at least 1"),
+    ],
+)
+def test_impossible_limits_are_refused_with_all_settings(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=rf"{message}.*EngineConfig\(max_running="):
+        EngineConfig(**options)
+
+
+def test_the_tightest_limits_are_taken() -> None:
+    config = EngineConfig(
+        max_running=1, max_waiting=0, max_step_tokens=2, prefill_chunk=1, block_size=1, cache_tokens=1
+    )
+    assert config.max_step_tokens == 2

@@ -1,0 +1,456 @@
+"""Scheduling on integers: an engine whose model is a digest of all that came before, watched in every step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llava_core.engine.blocks import BlockPool
+from llava_core.engine.config import EngineConfig
+from llava_core.engine.prefix import ImageSpan
+from llava_core.engine.request import RequestState
+from llava_core.engine.scheduler import Chunk, Scheduler
+from llava_core.types import EngineRequest, SamplingParams
+
+# Pieces that prompts are put together from, so that many begin alike: words and pictures, told by their digests.
+PIECES: tuple[tuple[int, ...] | str, ...] = ((1, 2, 3), (4,), (5, 6, 7, 8, 9), "cat", "dog")
+PICTURE_TOKENS = 4
+
+
+class Silent:
+    """A detokenizer that never stops anything."""
+
+    is_stopped = False
+
+
+def lay_out(pieces: Sequence[tuple[int, ...] | str]) -> tuple[list[int], tuple[ImageSpan, ...]]:
+    tokens: list[int] = []
+    images: list[ImageSpan] = []
+    for piece in pieces:
+        if isinstance(piece, str):
+            images.append(ImageSpan(len(tokens), len(tokens) + PICTURE_TOKENS, piece, None))
+            tokens += [-200] * PICTURE_TOKENS
+        else:
+            tokens += piece
+    return tokens, tuple(images)
+
+
+def digests(state: RequestState) -> list[int]:
+    """For each token a number that stands for it and for all before it, as its keys and values do."""
+    pictures = {place: image for image in state.images for place in range(image.start, image.stop)}
+    found: list[int] = []
+    for place, token in enumerate(state.tokens):
+        image = pictures.get(place)
+        cell = token if image is None else -10 * len(PIECES) * (place - image.start) - PIECES.index(image.digest)
+        found.append(hash((found[-1] if found else 0, cell)))
+    return found
+
+
+def rank(state: RequestState) -> tuple[int, int]:
+    return state.request.priority, state.number
+
+
+class World:
+    """Runs what is scheduled, and looks at everything that must hold."""
+
+    def __init__(self, num_blocks: int = 64, block_size: int = 4, **options: int) -> None:
+        self.config = EngineConfig(**{"max_running": 4, "max_step_tokens": 32, "prefill_chunk": 8, **options})
+        self.pool = BlockPool(num_blocks, block_size)
+        self.scheduler = Scheduler(self.config, self.pool)
+        self.states: list[RequestState] = []
+        self.answers: dict[int, list[int]] = {}
+        self.num_steps = 0
+        # What the cache holds, by slot.
+        self.memory: dict[int, int] = {}
+        self._numbers = 0
+
+    def add(
+        self, pieces: Sequence[Any] | int, max_tokens: int = 3, *, written: int = 0, **request: Any
+    ) -> RequestState:
+        """A request; `written` tokens of its answer came with it. It must fit, as admission sees to."""
+        number, self._numbers = self._numbers, self._numbers + 1
+        prompt, images = lay_out([tuple(range(100, 100 + pieces))] if isinstance(pieces, int) else pieces)
+        assert len(prompt) + max_tokens <= self.pool.num_blocks * self.pool.block_size
+        state = RequestState(
+            request=EngineRequest(str(number), prompt, (), SamplingParams(), **request),
+            index=0,
+            number=number,
+            max_tokens=max_tokens,
+            seed=0,
+            images=images,
+            detokenizer=Silent(),  # type: ignore[arg-type]
+            tokens=list(prompt),
+        )
+        for _ in range(written):
+            state.tokens.append(self._next_token(state))
+        self.states.append(state)
+        self.scheduler.add(state)
+        return state
+
+    def abort(self, state: RequestState) -> None:
+        self.scheduler.remove(state)
+        self.states.remove(state)
+        self._check_books()
+
+    def step(self) -> list[Chunk]:
+        scheduler = self.scheduler
+        before = list(scheduler.running)
+        num_pending = {state.number: state.num_pending for state in self.states}
+        num_available = self.pool.num_available
+        chunks = scheduler.schedule()
+        self.num_steps += 1
+        writing = [state for state in before if num_pending[state.number] == 1]
+        self._check_amounts(chunks, writing)
+        self._check_blocks(chunks)
+        self._check_set_back(chunks, before, writing, num_available)
+        self._check_order(before)
+        self._check_books()
+        self._run(chunks)
+        self._check_books()
+        return chunks
+
+    def run(self) -> None:
+        """Until all is written, in a number of steps that shows that nobody starves."""
+        limit = self.num_steps + 2 * sum(state.max_length for state in self.states)
+        while self.states:
+            assert self.step(), "there is work, but nothing was scheduled"
+            assert self.num_steps <= limit, "it takes far too long"
+        assert (self.pool.num_used, self.scheduler.running, self.scheduler.waiting) == (0, [], [])
+
+    def _next_token(self, state: RequestState) -> int:
+        return 200 + digests(state)[-1] % 2
+
+    def _run(self, chunks: list[Chunk]) -> None:
+        size = self.pool.block_size
+        for chunk in chunks:
+            slots = [block * size + offset for block in chunk.state.blocks for offset in range(size)]
+            known = digests(chunk.state)
+            read = [self.memory.get(slot) for slot in slots[: chunk.start]]
+            assert read == known[: chunk.start], "what it counts on is not in the cache"
+            self.memory.update(zip(slots[chunk.start : chunk.stop], known[chunk.start : chunk.stop], strict=True))
+        for chunk in chunks:
+            state = chunk.state
+            self.scheduler.computed(chunk)
+            if not chunk.is_last:
+                continue
+            if state.max_tokens:
+                state.tokens.append(self._next_token(state))
+            if state.num_output == state.max_tokens:
+                self.answers[state.number] = state.output_ids
+                self.scheduler.remove(state)
+                self.states.remove(state)
+
+    def _check_amounts(self, chunks: list[Chunk], writing: list[RequestState]) -> None:
+        assert len({chunk.state.number for chunk in chunks}) == len(chunks), "a request is twice in a step"
+        assert sum(chunk.length for chunk in chunks) <= self.config.max_step_tokens
+        answers = [chunk for chunk in chunks if chunk.state in writing]
+        assert all(chunk.length == 1 for chunk in answers)
+        if answers:
+            assert sum(chunk.length for chunk in chunks) - len(answers) <= self.config.prefill_chunk
+        for state in writing:
+            assert any(chunk.state is state for chunk in answers) or not state.is_running, "an answer stood still"
+
+    def _check_blocks(self, chunks: list[Chunk]) -> None:
+        size = self.pool.block_size
+        for chunk in chunks:
+            state = chunk.state
+            assert state in self.scheduler.running
+            assert chunk.start == state.num_computed
+            assert chunk.start < chunk.stop <= len(state.tokens)
+            assert chunk.stop <= len(state.blocks) * size
+            written = set(state.blocks[chunk.start // size :])
+            for other in self.scheduler.running:
+                assert other is state or not written & set(other.blocks), "others see what is being written"
+
+    def _check_set_back(
+        self, chunks: list[Chunk], before: list[RequestState], writing: list[RequestState], num_available: int
+    ) -> None:
+        set_back = [state for state in before if not state.is_running]
+        # The least important ones, and only if there was not a block for each that needed one.
+        assert set_back == before[len(before) - len(set_back) :]
+        assert all(state in self.scheduler.waiting and not state.num_computed for state in set_back)
+        if set_back:
+            size = self.pool.block_size
+            assert num_available < sum((len(state.tokens) - 1) % size == 0 for state in writing)
+            assert all(chunk.state in before for chunk in chunks), "one is set back, and another begins"
+
+    def _check_order(self, before: list[RequestState]) -> None:
+        """Nobody is overtaken, but for one who waits for what another is reading."""
+        running, waiting = self.scheduler.running, self.scheduler.waiting
+        assert running == sorted(running, key=rank)
+        assert waiting == sorted(waiting, key=rank)
+        assert len(running) <= self.config.max_running
+        admitted = [state for state in running if state not in before]
+        for state in admitted:
+            # What is found in the cache leaves those tokens to be run whose logits are wanted.
+            assert state.num_computed < (state.request.score_from or len(state.tokens))
+        for state in waiting:
+            if any(rank(other) > rank(state) for other in admitted):
+                assert any(self._reads_for(other, state) for other in running), "it was overtaken"
+
+    def _reads_for(self, reader: RequestState, waiting: RequestState) -> bool:
+        """Whether the two begin alike for longer than the reader has read."""
+        size, alike = self.pool.block_size, 0
+        for one, other in zip(digests(reader), digests(waiting), strict=False):
+            if one != other:
+                break
+            alike += 1
+        return reader.num_computed // size < alike // size
+
+    def _check_books(self) -> None:
+        self.pool.check_integrity()
+        running, waiting = self.scheduler.running, self.scheduler.waiting
+        assert sorted(map(rank, self.states)) == sorted(map(rank, [*running, *waiting]))
+        assert self.pool.num_used == len({block for state in running for block in state.blocks})
+        assert all(len(set(state.blocks)) == len(state.blocks) > 0 for state in running)
+        assert not any(state.blocks or state.num_computed for state in waiting)
+
+
+pieces = st.lists(st.sampled_from(PIECES), min_size=1, max_size=5)
+arrivals = st.fixed_dictionaries(
+    {
+        "pieces": pieces,
+        "max_tokens": st.integers(0, 12),
+        "written": st.integers(0, 5),
+        "priority": st.sampled_from([0, 0, 0, -1, 1]),
+    }
+)
+# What happens: a request comes, a few steps pass, the n-th request is dropped.
+events = st.one_of(arrivals, arrivals, st.integers(1, 6).map(lambda num: ("steps", num)), st.integers(0, 5))
+
+
+def happen(world: World, event: Any) -> None:
+    if isinstance(event, dict):
+        prompt, images = lay_out(event["pieces"])
+        first = max((image.stop for image in images), default=1)
+        room = world.pool.num_blocks * world.pool.block_size - len(prompt)
+        max_tokens = min(event["max_tokens"], room)
+        if room < 0 or (max_tokens == 0 and first >= len(prompt)):
+            return
+        request = {"priority": event["priority"], "score_from": None if max_tokens else first}
+        written = max(0, min(event["written"], max_tokens - 1))
+        world.add(event["pieces"], max_tokens, written=written, **request)
+    elif isinstance(event, tuple):
+        for _ in range(event[1]):
+            world.step()
+    elif world.states:
+        world.abort(world.states[event % len(world.states)])
+
+
+@settings(max_examples=150)
+@given(
+    num_blocks=st.integers(4, 14),
+    block_size=st.sampled_from([1, 2, 3, 4]),
+    max_running=st.integers(1, 5),
+    prefill_chunk=st.integers(1, 9),
+    slack=st.integers(0, 20),
+    script=st.lists(events, max_size=25),
+)
+def test_whatever_comes_everything_is_written_and_all_books_agree(
+    num_blocks: int, block_size: int, max_running: int, prefill_chunk: int, slack: int, script: list[Any]
+) -> None:
+    limits = {"max_running": max_running, "prefill_chunk": prefill_chunk}
+    world = World(num_blocks, block_size, max_step_tokens=max_running + prefill_chunk + slack, **limits)
+    for event in script:
+        happen(world, event)
+    world.run()
+
+
+def lengths(chunks: list[Chunk]) -> dict[int, int]:
+    """Tokens in a step by the request's number."""
+    return {chunk.state.number: chunk.length for chunk in chunks}
+
+
+def test_of_equal_importance_the_first_to_come_is_the_first_to_begin() -> None:
+    world = World(max_running=2)
+    for _ in range(3):
+        world.add(2, max_tokens=2)
+    assert lengths(world.step()) == {0: 2, 1: 2}
+    world.run()
+
+
+def test_the_lower_priority_begins_first() -> None:
+    world = World(max_running=1)
+    for priority in (1, 0, -1, 0):
+        world.add(2, max_tokens=1, priority=priority)
+    assert [list(lengths(world.step())) for _ in range(4)] == [[2], [1], [3], [0]]
+
+
+def test_a_long_prompt_is_read_by_the_step_where_nothing_is_being_written() -> None:
+    world = World(max_step_tokens=12)
+    world.add(30, max_tokens=2)
+    assert [lengths(world.step()) for _ in range(4)] == [{0: 12}, {0: 12}, {0: 6}, {0: 1}]
+
+
+def test_beside_answers_prompts_are_read_in_small_pieces() -> None:
+    world = World(prefill_chunk=8)
+    world.add(2, max_tokens=4)
+    world.step()
+    world.add([(1, 2, 3)] * 4, max_tokens=2)
+    assert [lengths(world.step()) for _ in range(4)] == [{0: 1, 1: 8}, {0: 1, 1: 4}, {0: 1, 1: 1}, {}]
+
+
+def test_answers_move_on_whatever_is_more_important() -> None:
+    world = World(prefill_chunk=4)
+    world.add(2, max_tokens=9, priority=1)
+    world.step()
+    world.add([(1, 2, 3)] * 3, priority=0)
+    assert [lengths(world.step()) for _ in range(3)] == [{0: 1, 1: 4}, {0: 1, 1: 4}, {0: 1, 1: 1}]
+
+
+def test_several_prompts_share_a_step_in_order() -> None:
+    world = World(max_step_tokens=16)
+    for first in (10, 20, 30):
+        world.add([tuple(range(first, first + 7))])
+    assert [lengths(world.step()) for _ in range(2)] == [{0: 7, 1: 7, 2: 2}, {0: 1, 1: 1, 2: 5}]
+
+
+def test_who_begins_like_one_that_is_being_read_waits_and_gets_its_blocks() -> None:
+    world = World(max_step_tokens=12)
+    world.add(20)
+    alike, other = world.add(20), world.add([(1, 2, 3)])
+    assert lengths(world.step()) == {0: 12}
+    assert lengths(world.step()) == {0: 8, 2: 3}
+    assert lengths(world.step()) == {0: 1, 1: 4, 2: 1}
+    assert (alike.num_cached, other.num_cached, world.scheduler.num_cached) == (16, 0, 16)
+    world.run()
+    assert world.answers[0] == world.answers[1]
+
+
+def test_answers_to_one_prompt_share_its_reading() -> None:
+    world = World()
+    for _ in range(4):
+        world.add(21)
+    assert [lengths(world.step()) for _ in range(2)] == [{0: 21}, {0: 1, 1: 1, 2: 1, 3: 1}]
+    assert world.scheduler.num_cached == 60
+
+
+def test_a_common_beginning_is_waited_for_only_until_it_is_known() -> None:
+    world = World(max_step_tokens=12)
+    beginning = tuple(range(10, 18))
+    world.add([beginning, tuple(range(20, 50))])
+    world.add([beginning, tuple(range(60, 70))])
+    # Eight tokens are alike, and after the first step they are in the cache.
+    assert [lengths(world.step()) for _ in range(4)] == [{0: 12}, {0: 12}, {0: 12}, {0: 2, 1: 10}]
+
+
+def test_who_waits_for_an_aborted_reading_reads_on_itself() -> None:
+    world = World(max_step_tokens=12)
+    reading, waiting = world.add(20), world.add(20)
+    world.step()
+    world.abort(reading)
+    assert lengths(world.step()) == {1: 8}
+    assert waiting.num_cached == 12
+
+
+def test_the_same_words_about_another_picture_are_read_anew() -> None:
+    world = World()
+    world.add(["cat", (1, 2, 3)])
+    world.add(["dog", (1, 2, 3)])
+    assert lengths(world.step()) == {0: 7, 1: 7}
+    world.run()
+    assert world.scheduler.num_cached == 0
+
+
+def test_a_later_question_to_a_conversation_reads_only_what_is_new() -> None:
+    world = World()
+    first = world.add(["cat", (1, 2, 3)], max_tokens=6)
+    world.run()
+    second = world.add(["cat", (1, 2, 3), tuple(world.answers[first.number]), (5, 6, 7, 8, 9)])
+    world.step()
+    # The answer's last token was never run: 12 of 18 tokens are in full blocks.
+    assert second.num_cached == 12
+
+
+def test_a_score_runs_all_tokens_that_are_scored_whatever_is_cached() -> None:
+    world = World()
+    world.add(20)
+    world.run()
+    world.add(20, max_tokens=0, score_from=10)
+    (chunk,) = world.step()
+    assert (chunk.start, chunk.stop) == (8, 20)
+
+
+def tight_world(*, asking: int) -> tuple[World, RequestState, RequestState]:
+    """Two answers that cannot both be held to their ends; the second one is the first to ask for room that is not
+    there."""
+    world = World(num_blocks=7, block_size=2)
+    first = world.add([(4,)], max_tokens=13)
+    world.step()
+    return world, first, world.add([(5,)], max_tokens=13, priority=asking)
+
+
+def test_where_blocks_run_out_the_least_important_is_set_back_and_goes_on_later() -> None:
+    world, first, asking = tight_world(asking=1)
+    while not world.scheduler.num_preemptions:
+        world.step()
+    assert world.scheduler.waiting == [asking]
+    # Its answer so far is kept.
+    assert (asking.num_output, asking.num_pending) == (4, 5)
+    world.run()
+    assert (first.num_preemptions, asking.num_preemptions) == (0, 1)
+    assert [len(world.answers[number]) for number in range(2)] == [13, 13]
+
+
+def test_importance_decides_who_is_set_back_not_who_asks_for_room() -> None:
+    world, first, asking = tight_world(asking=-1)
+    while not world.scheduler.num_preemptions:
+        world.step()
+    assert world.scheduler.waiting == [first]
+    assert asking.num_output == 5
+    world.run()
+    assert asking.num_preemptions == 0
+    assert [len(world.answers[number]) for number in range(2)] == [13, 13]
+
+
+def test_who_was_set_back_finds_its_own_beginning_in_the_cache() -> None:
+    world = World(num_blocks=10, block_size=2)
+    world.add([(1, 2, 3)], max_tokens=9)
+    late = world.add([(5, 6, 7, 8, 9)], max_tokens=12)
+    world.run()
+    assert (late.num_preemptions, world.scheduler.num_cached) == (1, 8)
+    # What its caller is told is what the first reading found.
+    assert late.num_cached == 0
+
+
+def test_nobody_overtakes_a_request_that_does_not_fit_yet() -> None:
+    world = World(num_blocks=8, block_size=2)
+    world.add([(1, 2, 3)], max_tokens=9)
+    world.step()
+    large = world.add(14, max_tokens=2)
+    small = world.add([(4,)], max_tokens=1)
+    world.step()
+    assert world.scheduler.waiting == [large, small]
+    world.run()
+
+
+def test_an_answers_blocks_lie_side_by_side() -> None:
+    world = World(num_blocks=64, block_size=2)
+    states = [world.add([(first,)], max_tokens=10) for first in (10, 20)]
+    for _ in range(9):
+        world.step()
+    assert [state.blocks for state in states] == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
+
+
+def test_no_more_blocks_are_taken_ahead_than_the_longest_answer_needs() -> None:
+    world = World(num_blocks=64, block_size=2)
+    state = world.add([(1, 2, 3)], max_tokens=2)
+    world.step()
+    assert len(state.blocks) == 3
+
+
+def test_an_abort_gives_everything_back_wherever_the_request_is() -> None:
+    world = World(max_running=2, max_step_tokens=16)
+    reading = world.add(30)
+    writing, waiting = world.add([(1, 2, 3)]), world.add([(4,)])
+    world.step()
+    for state in (writing, waiting, reading):
+        world.abort(state)
+    assert (world.pool.num_used, world.step()) == (0, [])
+
+
+def test_with_nothing_to_do_nothing_is_scheduled() -> None:
+    assert World().step() == []
