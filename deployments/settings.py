@@ -74,10 +74,12 @@ class EngineArgs(_Settings):
 class LimitArgs(_Settings):
     """What one request may hold; more is refused with a message that names the limit.
 
-    `max_bytes_in_flight` is of each gateway replica: the bodies it holds at once, until they are sent on.
+    `max_body_seconds` is for the whole body to come. `max_bytes_in_flight` is of each gateway replica: the bodies it
+    holds at once, until they are sent on.
     """
 
     max_body_bytes: int = Field(default=64 * 1024 * 1024, ge=1)
+    max_body_seconds: float = Field(default=60, gt=0)
     max_bytes_in_flight: int = Field(default=512 * 1024 * 1024, ge=1)
     max_images: int = Field(default=8, ge=0)
     max_image_bytes: int = Field(default=20 * 1024 * 1024, ge=1)
