@@ -26,7 +26,6 @@ from llava_core.errors import LlavaError
 
 SCENE = Path(__file__).with_name("scene.png")
 QUESTION = "Describe the picture."
-LOGS = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / "session_latest" / "logs" / "serve"
 
 _config = click.option(
     "--config",
@@ -50,11 +49,11 @@ def serve(config: Path | None, model: str | None, base: str | None, host: str | 
     """Serve a model over HTTP on this machine until Ctrl-C."""
     with _failing_in_one_line():
         plan = plan_launch(config, model=model, base=base, host=host, port=port, on_fetch=_announce_fetch)
-        with _terminal() as terminal, _running(plan, terminal):
+        with _terminal() as terminal, _running(plan, terminal) as service:
             _say(terminal, f"\nServing {plan.args.served_name}. Ctrl-C stops it.")
             for method, path in (("POST", "/v1/chat/completions"), ("GET", "/v1/models"), ("GET", "/health")):
                 _say(terminal, f"  {method:4} {plan.url}{path}")
-            _say(terminal, f"  logs {LOGS}")
+            _say(terminal, f"  logs {service.logs}")
             with contextlib.suppress(KeyboardInterrupt):
                 signal.pause()
             _say(terminal, "\nStopping ...")
@@ -117,7 +116,7 @@ def _media_type(image: Path) -> str:
 
 
 @contextlib.contextmanager
-def _running(plan: LaunchPlan, terminal: TextIO) -> Iterator[None]:
+def _running(plan: LaunchPlan, terminal: TextIO) -> Iterator[LocalService]:
     """The service while the block runs; SIGTERM ends it as Ctrl-C does."""
     service = LocalService(plan)
     _say(terminal, f"Starting {plan.args.served_name} on {plan.url} ...")
@@ -126,7 +125,7 @@ def _running(plan: LaunchPlan, terminal: TextIO) -> Iterator[None]:
         # Ray has installed a handler of its own by now, and what a shell starts in the background ignores Ctrl-C.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.default_int_handler)
-        yield
+        yield service
     finally:
         service.stop()
 

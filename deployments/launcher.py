@@ -190,10 +190,11 @@ class Progress:
 class LocalService:
     """A running service and the Ray under it. `stop` ends every process that `start` began, however far it came.
 
-    Other processes of the caller's are none of its business.
+    Other processes of the caller's are none of its business. `logs` is where Serve's are, as soon as there is a Ray.
     """
 
     plan: LaunchPlan
+    logs: Path | None = None
     _started: float = field(default_factory=time.monotonic)
     _before: set[Process] | None = None
     _own: set[Process] = field(default_factory=set)
@@ -209,7 +210,7 @@ class LocalService:
         from ray.serve.schema import ServeDeploySchema
 
         schema = self._schema(ServeDeploySchema)
-        ray.init(
+        context: Any = ray.init(
             address="local",
             namespace="serve",
             include_dashboard=False,
@@ -217,6 +218,8 @@ class LocalService:
             object_store_memory=_OBJECT_STORE_BYTES,
         )
         self._own = descendants(os.getpid()) - self._before
+        # Not `session_latest`, which is whichever Ray of this machine started last.
+        self.logs = Path(context.address_info["session_dir"]) / "logs" / "serve"
         report(self._progress("Ray"))
         if "deployments" not in _find_application(self.plan.config):
             resources: Mapping[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]

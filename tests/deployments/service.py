@@ -117,7 +117,13 @@ def serving(checkpoint: Path, folder: Path, *, route_prefix: str = "/", **args: 
     config.write_text(yaml.safe_dump({"applications": [{**application, "args": {"model": str(checkpoint), **args}}]}))
     port = free_port()
     with started(llava("serve", "--config", str(config), "--port", str(port))) as (process, files):
-        assert "HTTP" in read_until(process, "/health")
+        printed = read_until(process, "  logs ")
+        assert "HTTP" in printed
+        # Its own session's folder; all that Ray writes is what tests search.
+        session = Path(printed.split()[-1]).parents[1]
+        assert session.parent == files / "ray"
+        assert session.is_dir()
+        assert not session.is_symlink()
         url = f"http://127.0.0.1:{port}{route_prefix.rstrip('/')}"
         with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60) as client:
             yield Running(url, checkpoint.name, files / "ray", client, process.pid)

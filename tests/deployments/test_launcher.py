@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -179,10 +180,11 @@ def test_stopping_ends_what_was_started_and_no_process_of_the_callers(
         service = LocalService(_plan(model=str(tiny_checkpoint)))
         started: list[subprocess.Popen[bytes]] = []
 
-        def init(**_: object) -> None:
+        def init(**_: object) -> SimpleNamespace:
             started.append(subprocess.Popen(sleeper))
             if not is_begun:
                 raise LaunchError("Ray did not start")
+            return SimpleNamespace(address_info={"session_dir": "/tmp/ray/session_2"})
 
         monkeypatch.setattr("ray.init", init)
         monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 0.0})
@@ -196,6 +198,7 @@ def test_stopping_ends_what_was_started_and_no_process_of_the_callers(
             assert later.poll() is None or not is_begun
             later.kill()
         foreign.kill()
+        assert service.logs == (Path("/tmp/ray/session_2/logs/serve") if is_begun else None)
 
 
 def test_ray_is_imported_only_after_its_environment_is_set() -> None:
