@@ -4,7 +4,6 @@ Unknown keys are errors. Knows names and bounds, and neither Ray nor torch. How 
 gets can also be overridden by Serve's own `deployments:` section.
 """
 
-import re
 from pathlib import Path
 from typing import Literal, Self
 
@@ -111,10 +110,16 @@ class LimitArgs(_Settings):
 class AppArgs(_Settings):
     """The whole service. `model` None is the default model; `base` is what an adapter or projector was trained on;
     `template` None is the one that the checkpoint's own chat template agrees with; `model_name` None is the folder's
-    name or the hub id."""
+    name or the hub id.
+
+    `revisions` has the revision of every hub id that is used, those of base and tower among them; None is what is the
+    newest of each when the application is built. With `offline` nothing is fetched, by no replica.
+    """
 
     model: str | None = None
     base: str | None = None
+    revisions: dict[str, str] | None = None
+    offline: bool = False
     model_name: str | None = None
     template: str | None = None
     limits: LimitArgs = LimitArgs()
@@ -133,11 +138,6 @@ class AppArgs(_Settings):
     def base_checkpoint(self) -> str | None:
         """The same of the base."""
         return None if self.base is None else _located(self.base)
-
-    @property
-    def is_hub_id(self) -> bool:
-        """Whether the checkpoint is on the hub, and may have to be downloaded."""
-        return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", self.checkpoint) is not None
 
     @property
     def served_name(self) -> str:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from llava_core.checkpoints.contents import Stored, stored_tensors
-from llava_core.checkpoints.files import read_json, resolve_checkpoint
+from llava_core.checkpoints.files import read_json
+from llava_core.checkpoints.hub import Hub
 from llava_core.checkpoints.keymaps import VOCABULARY_KEYS, Key
 from llava_core.checkpoints.layout import DELTA_FIELD, find_weights, first
 from llava_core.checkpoints.tensors import TensorReader
@@ -41,10 +42,11 @@ def make_delta(
 
     Raises CheckpointError when `out` exists, or when the two are not of one architecture.
     """
-    folder = resolve_checkpoint(target, offline=offline)
+    hub = Hub(offline=offline)
+    folder = hub.find(target, "the target")
     if DELTA_FIELD in read_json(folder, "config.json"):
         raise CheckpointError(f"{folder} is a delta already; make one of the model that it was applied to")
-    _write(folder, resolve_checkpoint(base, offline=offline), out, -1, {DELTA_FIELD: base}, max_shard_size)
+    _write(folder, hub.find(base, "the base"), out, -1, {DELTA_FIELD: base}, max_shard_size)
 
 
 def apply_delta(
@@ -55,8 +57,9 @@ def apply_delta(
     A delta of the original code looks like a model, so whether it is one cannot be checked. Raises CheckpointError as
     above.
     """
-    folder = resolve_checkpoint(delta, offline=offline)
-    _write(folder, resolve_checkpoint(base, offline=offline), out, 1, {}, max_shard_size)
+    hub = Hub(offline=offline)
+    folder = hub.find(delta, "the delta")
+    _write(folder, hub.find(base, "the base"), out, 1, {}, max_shard_size)
 
 
 def _write(folder: Path, base: Path, out: Path, sign: Sign, marker: dict[str, str], max_shard_size: int) -> None:

@@ -24,7 +24,7 @@ from deployments.processes import Process, descendants, end
 from tests.deployments.pictures import data_url
 from tests.tiny import edit_json
 
-PROGRAM = "import sys; from deployments.cli import {0}; {0}(sys.argv[1:])"
+PROGRAM = "import sys; from llava_core.cli import main; main(sys.argv[1:])"
 START_S = 180.0
 
 
@@ -106,7 +106,7 @@ def started(command: list[str]) -> Iterator[tuple[subprocess.Popen[bytes], Path]
 
 def llava(command: str, *arguments: str) -> list[str]:
     """The command line of `llava serve` or `llava demo`."""
-    return [sys.executable, "-c", PROGRAM.format(command), *arguments]
+    return [sys.executable, "-c", PROGRAM, command, *arguments]
 
 
 @contextlib.contextmanager
