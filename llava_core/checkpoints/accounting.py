@@ -11,8 +11,9 @@ from pathlib import Path
 
 from llava_core.checkpoints.contents import Stored
 from llava_core.checkpoints.keymaps import HEAD_KEY, NEWLINE_KEY, Key, Part
-from llava_core.checkpoints.layout import Checkpoint, first, open_checkpoint
+from llava_core.checkpoints.layout import Checkpoint, open_checkpoint
 from llava_core.checkpoints.shapes import expected_shapes
+from llava_core.checkpoints.weights import first
 from llava_core.config import ModelConfig
 from llava_core.errors import CheckpointError
 
