@@ -19,11 +19,17 @@ def available_bytes(device: str) -> int:
 
 
 def _left_in_container() -> int:
-    """cgroup v2's limit less what is used and is not the files' cache; all there is where there is no limit."""
+    """cgroup v2's limit less what is used and cannot be dropped; all there is where there is no limit.
+
+    What can be dropped is the pages on the lists of files. `file` counts shared memory as well, Ray's object store
+    among it, which only goes when its owner goes.
+    """
     try:
         limit = (_CGROUP / "memory.max").read_text().strip()
         used = int((_CGROUP / "memory.current").read_text())
         stat = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
     except OSError:
         return psutil.virtual_memory().total
-    return psutil.virtual_memory().total if limit == "max" else int(limit) - used + int(stat.get("file", 0))
+    if limit == "max":
+        return psutil.virtual_memory().total
+    return int(limit) - used + int(stat.get("active_file", 0)) + int(stat.get("inactive_file", 0))

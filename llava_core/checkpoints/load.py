@@ -125,7 +125,8 @@ def _check_memory(side: LanguageSide, checkpoint: Checkpoint, options: LoadOptio
     decoder = {name: shape for name, shape in _shapes(side.decoder).items() if name not in _tied(config)}
     weights = weight_bytes("decoder", decoder, itemsize, options.quantization)
     weights += weight_bytes("projector", _shapes(side.projector), itemsize)
-    need = language_need(config, weights, itemsize)
+    # On the CPU keys and values are kept in float32, whatever is computed in.
+    need = language_need(config, weights, 4 if options.device == "cpu" else itemsize)
     _check_fits(need, options.device, f"the language side of {checkpoint.folder}")
     if checkpoint.adapter is not None and (options.quantization or options.device != "cpu"):
         # Whatever becomes of the decoder, here it is once as a whole, in memory and not in its files.

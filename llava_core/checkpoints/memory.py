@@ -1,6 +1,6 @@
-"""How much memory a model needs, reckoned from shapes alone, and how much there is.
+"""How much memory a model needs, reckoned from shapes alone, and whether there is as much.
 
-Knows what is stored in how many bytes; asks torch only for what is free on a GPU. Activations are not counted.
+Knows what is stored in how many bytes. Activations are not counted.
 """
 
 from __future__ import annotations
@@ -8,20 +8,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
-
-import psutil
 
 from llava_core.checkpoints.keymaps import Part
 from llava_core.checkpoints.shapes import Shape, decoder_fields
 from llava_core.config import ModelConfig
 from llava_core.errors import CheckpointError
 from llava_core.images.geometry import num_image_tokens
+from llava_core.memory import available_bytes
 from llava_core.types import Quantization, Size
 
 # Beside the picture in the least that a model must have room for: one question and its answer.
 _TEXT_TOKENS = 512
-_CGROUP = Path("/sys/fs/cgroup")
 _SMALLER = "free some, choose a smaller dtype, or quantise to 8bit or 4bit"
 _GIB = 2**30
 
@@ -92,29 +89,3 @@ def check_fits(need: MemoryNeed, device: str, what: str, *, advice: str = _SMALL
             f"{what} needs {need.total / _GIB:.2f} GiB on {device} ({need}), and {available / _GIB:.2f} GiB are free; "
             f"{advice}"
         )
-
-
-def available_bytes(device: str) -> int:
-    """What is free on a GPU; on the CPU what the machine, or the container this process is in, has left."""
-    if device.startswith("cuda"):
-        import torch
-
-        return torch.cuda.mem_get_info(device)[0]
-    return min(psutil.virtual_memory().available, _left_in_container())
-
-
-def _left_in_container() -> int:
-    """cgroup v2's limit less what is used and cannot be dropped; all there is where there is no limit.
-
-    What can be dropped is the pages on the lists of files. `file` counts shared memory as well, Ray's object store
-    among it, which only goes when its owner goes.
-    """
-    try:
-        limit = (_CGROUP / "memory.max").read_text().strip()
-        used = int((_CGROUP / "memory.current").read_text())
-        stat = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
-    except OSError:
-        return psutil.virtual_memory().total
-    if limit == "max":
-        return psutil.virtual_memory().total
-    return int(limit) - used + int(stat.get("active_file", 0)) + int(stat.get("inactive_file", 0))
