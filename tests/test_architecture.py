@@ -219,7 +219,8 @@ def test_the_readmes_file_map_is_the_tree() -> None:
     if "## File map" not in text:
         pytest.skip("README.md has no file map yet")
     section = text.split("## File map", 1)[1].split("\n## ", 1)[0]
-    mapped = re.findall(r"(?<![\w/])((?:llava_core|deployments|cluster)/[\w/]+\.py)", section)
-    expected = {str(path.relative_to(ROOT)) for path in FILES if path.name != "__init__.py"}
+    mapped = re.findall(r"(?<![\w/])((?:llava_core|deployments|cluster|benchmarks)/[\w/]+\.py)", section)
+    files = [*FILES, *(ROOT / "benchmarks").rglob("*.py")]
+    expected = {str(path.relative_to(ROOT)) for path in files if path.name != "__init__.py"}
     assert len(mapped) == len(set(mapped)), "a file is listed twice"
     assert {path for path in mapped if not path.endswith("__init__.py")} == expected

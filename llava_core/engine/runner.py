@@ -110,7 +110,7 @@ def wanted(chunk: Chunk) -> range:
 def cache_shape(model: LanguageSide, num_blocks: int, block_size: int) -> CacheShape:
     """The cache that this model's layers need."""
     config = model.decoder.config
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head_dim = model.decoder.get_decoder().layers[0].self_attn.head_dim
     return CacheShape(config.num_hidden_layers, num_blocks, block_size, config.num_key_value_heads, head_dim)
 
 
