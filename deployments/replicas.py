@@ -92,11 +92,13 @@ class GeneratorReplica(Generator):
         from llava_core.checkpoints.tokenizer import load_tokenizer
         from llava_core.engine.async_engine import AsyncEngine
         from llava_core.engine.engine import Engine
+        from llava_core.models.packed import pack_linears
 
         options = replace(set_up_compute(args.generator), quantization=args.generator.quantization)
         opened = checkpoint.open()
         tokenizer = load_tokenizer(opened)
         language = load_language_side(opened, options, num_tokens=tokenizer.num_tokens)
+        pack_linears(language)
         engine = Engine(language, tokenizer, args.engine.config)
         super().__init__(AsyncEngine(engine), handoff, chunk_gap_s=args.engine.chunk_gap_ms / 1e3)
 

@@ -1,0 +1,41 @@
+"""Linear layers with their weights in the order in which the processor's matrix kernels read them.
+
+For generation on a CPU in bfloat16: the kernels would otherwise reorder the weights at every call, which costs as much
+as the product when there are few rows. Packed weights cannot be trained, saved or moved. Knows nothing about models.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class PackedLinear(nn.Module):
+    """What `linear` computes; takes its weight over."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.bias = linear.bias
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """(..., in_features) to (..., out_features)."""
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(rows, self._packed, self.bias, "none", [], "")
+        return out
+
+
+def pack_linears(module: nn.Module) -> int:
+    """Pack every plain linear layer inside `module` that this processor has kernels for; returns how many."""
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return 0
+    parents = [
+        (parent, name, child)
+        for parent in module.modules()
+        for name, child in parent.named_children()
+        # Exactly: quantised layers are linear ones too.
+        if type(child) is nn.Linear and child.weight.dtype == torch.bfloat16 and child.weight.device.type == "cpu"
+    ]
+    for parent, name, child in parents:
+        setattr(parent, name, PackedLinear(child))
+    return len(parents)
