@@ -54,8 +54,8 @@ FORBIDDEN = {
     "cluster": {"deployments", "tests", "benchmarks", "examples", "fastapi", "gradio"},
     "benchmarks": {"cluster", "tests", "examples"},
 }
-STDLIB_ONLY = {"llava_core.types", "llava_core.errors", "llava_core.config"}
-STDLIB_ONLY_MAY = {"llava_core.errors", "llava_core.types"}
+STDLIB_ONLY = {f"llava_core.{name}" for name in ("types", "errors", "fields", "architectures", "config")}
+STDLIB_ONLY_MAY = STDLIB_ONLY - {"llava_core.config"}
 
 
 def module_name(path: Path) -> str:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +26,9 @@ def resolve_checkpoint(path_or_id: str, *, offline: bool = False) -> Path:
     """
     # Not Path.expanduser, which raises for a user there is not.
     path = Path(os.path.expanduser(path_or_id))
-    if path_or_id and path.is_dir():
-        if not os.access(path, os.R_OK | os.X_OK):
-            raise CheckpointError(f"{path} cannot be read: permission denied; give this user access to it")
+    # Not Path.is_dir, which raises for names that no folder can have, and inside folders that may not be read.
+    if path_or_id and os.path.isdir(path):
+        check_access(path)
         return path
     if path.is_absolute() or path_or_id.startswith((".", "~")) or path_or_id.count("/") != 1:
         raise CheckpointError(f"{path_or_id!r}: no such checkpoint folder; give a folder or a hub id like owner/name")
@@ -41,6 +43,12 @@ def resolve_checkpoint(path_or_id: str, *, offline: bool = False) -> Path:
             f"{path_or_id} is neither a folder here nor in the hub's local cache, and fetching it failed "
             f"({type(error).__name__}); download it first or give a folder"
         ) from error
+
+
+def check_access(folder: Path) -> None:
+    """Raise CheckpointError where this user may not look into a folder that is there."""
+    if not os.access(folder, os.R_OK | os.X_OK):
+        raise CheckpointError(f"{folder} cannot be read: permission denied; give this user access to it")
 
 
 _PATTERNS = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.bin"]
@@ -67,11 +75,24 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
         content = json.loads((folder / name).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{folder / name} is missing; is this a complete checkpoint?") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder / name} cannot be read as JSON: {error}") from error
+    except PermissionError:
+        raise CheckpointError(
+            f"{folder / name} cannot be read: permission denied; give this user access to it"
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{folder / name} cannot be read as JSON: {error}; download it again") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{folder / name} must hold a JSON object, not {type(content).__name__}")
     return content
+
+
+@contextmanager
+def naming(file: Path) -> Iterator[None]:
+    """Readers of configurations know fields and no files: put the file before what they raise."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{file}: {error}") from error
 
 
 def find_tensors(folder: Path) -> dict[str, Path]:
@@ -93,7 +114,7 @@ def find_tensors(folder: Path) -> dict[str, Path]:
     index = folder / "pytorch_model.bin.index.json"
     if index.exists():
         listed = _read_index(index)
-        absent = sorted(file for file in set(listed.values()) if not file.exists())
+        absent = sorted(file for file in set(listed.values()) if not os.path.exists(file))
         if absent:
             raise CheckpointError(f"{absent[0]} is missing; the checkpoint is incomplete")
         return listed

@@ -14,13 +14,11 @@ Reads configurations and headers, no weights, and imports no torch for safetenso
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from llava_core.checkpoints.files import find_file, find_non_lora, has_model, read_json, resolve_checkpoint
+from llava_core.checkpoints.files import find_file, find_non_lora, has_model, naming, read_json, resolve_checkpoint
 from llava_core.checkpoints.keymaps import Part, from_biovil, from_llava_hf, from_original, from_tower, from_wrapped
 from llava_core.checkpoints.original_config import (
     check_image_pooling,
@@ -32,8 +30,9 @@ from llava_core.checkpoints.towers import BIOVIL, BIOVIL_CONFIG, check_biovil, f
 from llava_core.checkpoints.weights import ALL_PARTS
 from llava_core.checkpoints.weights import Weights as Weights
 from llava_core.checkpoints.weights import first as first
-from llava_core.config import JsonObject, ModelConfig, eos_token_ids, read_llava_hf_config
+from llava_core.config import JsonObject, ModelConfig, read_llava_hf_config
 from llava_core.errors import CheckpointError
+from llava_core.fields import Fields, shown
 
 logger = logging.getLogger(__name__)
 Layout = Literal[
@@ -84,7 +83,7 @@ def open_checkpoint(path_or_id: str | Path, base: str | Path | None = None, *, o
     if layout in ("llava-hf", "text-only", "unknown"):
         # The reader says what the others lack.
         return _open_llava_hf(folder, settings, base)
-    with _naming(folder):
+    with naming(folder / "config.json"):
         check_image_pooling(settings)
     if layout == "original":
         return _open_original(folder, settings, base, offline=offline)
@@ -117,7 +116,8 @@ def _find_overlay(folder: Path) -> Path | None:
 
 
 def _refuse_quantised(folder: Path, settings: JsonObject) -> None:
-    kind = settings.get("quantization_config") or (settings.get("text_config") or {}).get("quantization_config")
+    text = settings.get("text_config")
+    kind = settings.get("quantization_config") or (text.get("quantization_config") if isinstance(text, dict) else None)
     if kind:
         method = kind.get("quant_method", "unnamed") if isinstance(kind, dict) else kind
         raise CheckpointError(
@@ -127,11 +127,11 @@ def _refuse_quantised(folder: Path, settings: JsonObject) -> None:
 
 
 def _open_llava_hf(folder: Path, settings: JsonObject, base: str | Path | None) -> Checkpoint:
-    with _naming(folder):
-        config = with_generation_config(read_llava_hf_config(settings), folder)
+    with naming(folder / "config.json"):
+        config = read_llava_hf_config(settings)
     _refuse_base(folder, base)
     weights = Weights(folder, from_llava_hf)
-    return Checkpoint(folder, settings, config, (weights,), folder, folder)
+    return Checkpoint(folder, settings, with_generation_config(config, folder), (weights,), folder, folder)
 
 
 def _refuse_base(folder: Path, base: str | Path | None) -> None:
@@ -218,8 +218,9 @@ def _base_name(folder: Path, base: str | Path | None) -> str | Path:
         return base
     named = None
     if (folder / "adapter_config.json").exists():
-        named = read_json(folder, "adapter_config.json").get("base_model_name_or_path")
-    if not isinstance(named, str) or not named:
+        with naming(folder / "adapter_config.json"):
+            named = Fields(read_json(folder, "adapter_config.json")).optional("base_model_name_or_path", Fields.text)
+    if named is None:
         raise CheckpointError(f"{folder} needs the model it was trained on; name it with --base")
     return named
 
@@ -227,11 +228,12 @@ def _base_name(folder: Path, base: str | Path | None) -> str | Path:
 def _check_base(config: ModelConfig, folder: Path, base: Path) -> None:
     """The fields that tell one size of a decoder from another."""
     theirs = read_json(base, "config.json")
-    theirs = theirs.get("text_config", theirs)
+    with naming(base / "config.json"):
+        fields = Fields(theirs).section("text_config") if "text_config" in theirs else Fields(theirs)
     for field in ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads"):
-        if field in theirs and field in config.text and theirs[field] != config.text[field]:
+        if fields.has(field) and fields.values[field] != config.text[field]:
             raise CheckpointError(
-                f"{base} is the wrong base for {folder}: its {field} is {theirs[field]}, "
+                f"{base} is the wrong base for {folder}: its {field} is {shown(fields.values[field])}, "
                 f"{folder / 'config.json'} says {config.text[field]}; name the right one with --base"
             )
 
@@ -244,11 +246,13 @@ def _with_tower(
     As in the original code a tower inside the checkpoint counts if it was trained (`unfreeze_mm_vision_tower`); one
     that was not is the one that is named, and the copy inside stands in for it where that cannot be found.
     """
-    name = tower_name(settings)
+    with naming(folder / "config.json"):
+        name = tower_name(settings)
+        counts = Fields(settings).flag("unfreeze_mm_vision_tower", False)
     if name == BIOVIL:
         return _with_biovil(folder, settings, weights)
     has_own = any(key.part == "tower" for key in weights[-1].sorted_keys()[0].values())
-    is_inside = has_own and bool(settings.get("unfreeze_mm_vision_tower"))
+    is_inside = has_own and counts
     try:
         source = find_tower(name, folder, is_inside=is_inside, offline=offline)
     except CheckpointError:
@@ -256,7 +260,7 @@ def _with_tower(
             raise
         source, is_inside = find_tower(name, folder, is_inside=True, offline=offline), True
         logger.info("%s: the tower %s is not here; the copy inside the checkpoint is used", folder, name)
-    with _naming(folder):
+    with naming(folder / "config.json"):
         config = read_original_config(settings, source.config)
     if is_inside or source.folder is None:
         return config, source.folder, weights
@@ -268,7 +272,7 @@ def _with_biovil(
     folder: Path, settings: JsonObject, weights: tuple[Weights, ...]
 ) -> tuple[ModelConfig, Path | None, tuple[Weights, ...]]:
     """RaDialog: the checkpoint brings its tower; the released file stands in for whatever of it was not trained."""
-    with _naming(folder):
+    with naming(folder / "config.json"):
         config = read_original_config(settings, BIOVIL_CONFIG)
     if released := find_biovil_file(folder):
         weights = (Weights(folder, from_biovil, frozenset({"tower"}), released), *weights)
@@ -277,18 +281,11 @@ def _with_biovil(
     return config, None, weights
 
 
-@contextmanager
-def _naming(folder: Path) -> Iterator[None]:
-    """Readers of configurations know fields and no folders: put the folder before what they raise."""
-    try:
-        yield
-    except CheckpointError as error:
-        raise CheckpointError(f"{folder}: {error}") from error
-
-
 def with_generation_config(config: ModelConfig, folder: Path) -> ModelConfig:
     """The tokens that end an answer are generation_config.json's where there is one."""
     if not (folder / "generation_config.json").exists():
         return config
-    eos = read_json(folder, "generation_config.json").get("eos_token_id")
-    return config if eos is None else replace(config, eos_token_ids=eos_token_ids({"eos_token_id": eos}))
+    fields = Fields(read_json(folder, "generation_config.json"))
+    with naming(folder / "generation_config.json"):
+        eos = fields.optional("eos_token_id", Fields.tokens)
+        return config if eos is None else replace(config, eos_token_ids=eos)

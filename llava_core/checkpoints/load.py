@@ -71,11 +71,6 @@ def load_tower(checkpoint: Path | Checkpoint, options: LoadOptions, *, attention
     """The vision tower alone, in evaluation mode."""
     opened = _open(checkpoint)
     config, preprocess = opened.config, load_preprocess_config(opened)
-    if preprocess.size != config.tile_size:
-        raise CheckpointError(
-            f"preprocessor_config.json makes tiles of {preprocess.size} pixels, "
-            f"but the tower of config.json takes {config.tile_size}"
-        )
     with init_empty_weights(include_buffers=False):
         tower = build_tower(config.vision, preprocess, s2_scales=config.s2_scales, attention=attention)
     shapes, itemsize = _shapes(tower), options.torch_dtype.itemsize

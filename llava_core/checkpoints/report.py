@@ -180,10 +180,6 @@ def _pictures(checkpoint: Checkpoint) -> Report:
     from llava_core.checkpoints.describe import load_preprocess_config
 
     preprocess, config = load_preprocess_config(checkpoint), checkpoint.config
-    if preprocess.size != config.tile_size:
-        raise CheckpointError(
-            f"preprocessor_config.json makes tiles of {preprocess.size} pixels, but the tower takes {config.tile_size}"
-        )
     return {
         "aspect": preprocess.aspect if isinstance(preprocess, PreprocessConfig) else "as BioViL-T",
         "merge_type": config.merge_type,

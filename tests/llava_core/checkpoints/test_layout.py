@@ -80,7 +80,7 @@ def test_a_base_of_another_size_is_named_with_both_numbers(tmp_path: Path) -> No
 
 def test_a_text_only_model_is_named_as_such(tmp_path: Path) -> None:
     original = write_original(tmp_path, Kind(layout="lora"))
-    with pytest.raises(CheckpointError, match=rf"{original.base}: config\.json has neither .*perhaps a text-only"):
+    with pytest.raises(CheckpointError, match=rf"{original.base}/config\.json: there is neither .*perhaps a text-only"):
         open_checkpoint(str(original.base), offline=True)
 
 
