@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from llava_core.checkpoints.pickles import read_pickled
 from llava_core.checkpoints.safetensors_file import open_safetensors
 from llava_core.errors import CheckpointError
 
@@ -157,9 +158,6 @@ def _is_file_name(value: object) -> bool:
 def tensor_names(file: Path) -> list[str]:
     """Names in one weight file. Raises CheckpointError when it is missing, truncated or holds something else."""
     if file.suffix != ".safetensors":
-        # Only unpickling, which needs torch, tells.
-        from llava_core.checkpoints.tensors import read_bin
-
-        return list(read_bin(file))
+        return list(read_pickled(file))
     with open_safetensors(file, "np") as tensors:
         return list(tensors.keys())
