@@ -5,7 +5,12 @@ from typing import Any
 
 import pytest
 
-from llava_core.checkpoints.original_config import check_image_pooling, is_original_config, read_original_config
+from llava_core.checkpoints.original_config import (
+    check_image_pooling,
+    is_original_config,
+    original_json,
+    read_original_config,
+)
 from llava_core.checkpoints.towers import BIOVIL_CONFIG, KNOWN_TOWERS
 from llava_core.errors import CheckpointError
 from llava_core.types import Size
@@ -100,6 +105,13 @@ def test_several_scales_multiply_the_features() -> None:
 def test_without_architectures_the_model_type_tells_the_decoder() -> None:
     assert read(architectures=None, model_type="llava_mistral").text["model_type"] == "mistral"
     assert read(architectures=None, model_type="llava_llama").text["model_type"] == "llama"
+
+
+def test_a_window_that_is_null_is_none_at_all_and_stays_so() -> None:
+    config = read_original_config({**LLAVA_1_6, "sliding_window": None}, TOWER)
+    assert config.text["sliding_window"] is None
+    assert original_json(config, "tower", "anyres")["sliding_window"] is None
+    assert "sliding_window" not in read_original_config(LLAVA_1_6, TOWER).text
 
 
 def test_pinpoints_count_for_anyres_alone() -> None:
