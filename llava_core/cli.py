@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from llava_core.checkpoints.cli import TOOLS
+from llava_core.checkpoints.tools.cli import TOOLS
 from llava_core.errors import LlavaError
 
 COMMAND_GROUP = "llava.commands"

@@ -27,6 +27,9 @@ _IMAGE_PATCH = "<im_patch>"
 # Classes of transformers that put BOS before a text whatever tokenizer.json says, unless `add_bos_token` is false.
 _LLAMA_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast", "CodeLlamaTokenizer", "CodeLlamaTokenizerFast")
 
+# What transformers 4 and 5 call a tokenizer that is nothing but its tokenizer.json.
+_PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
+
 
 class Backend(Protocol):
     """A tokenizer of any kind; all ids, and offsets in characters of the text."""
@@ -146,9 +149,14 @@ def load_tokenizer(checkpoint: Path | Checkpoint) -> CheckpointTokenizer:
 def _load_fast(folder: Path) -> PreTrainedTokenizerFast:
     if not (folder / "tokenizer.json").exists():
         raise CheckpointError(f"{folder / 'tokenizer.json'} is missing; save the fast form of the tokenizer with it")
+    # Not AutoTokenizer, which imports torch and every model; tokenizer.json says all that its class would.
+    return read_tokenizer(PreTrainedTokenizerFast, folder)
+
+
+def read_tokenizer(kind: type[PreTrainedTokenizerFast], folder: Path) -> PreTrainedTokenizerFast:
+    """A folder's tokenizer by this class of transformers. Raises CheckpointError when it cannot be read."""
     try:
-        # Not AutoTokenizer, which imports torch and every model; tokenizer.json says all that its class would.
-        loaded: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+        loaded: PreTrainedTokenizerFast = kind.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder}: the tokenizer cannot be read ({type(error).__name__}: {error})") from error
     return loaded
@@ -160,7 +168,7 @@ def _load_original(checkpoint: Checkpoint) -> Backend:
     settings = read_json(folder, "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
     wants_fast = checkpoint.config.text["model_type"] == "mistral" and checkpoint.is_complete
     has_slow, has_fast = ((folder / name).exists() for name in ("tokenizer.model", "tokenizer.json"))
-    if str(settings.get("tokenizer_class", "")).startswith("PreTrainedTokenizerFast"):
+    if settings.get("tokenizer_class") in _PLAIN_CLASSES:
         has_slow = has_slow and not has_fast
     if has_slow and not (wants_fast and has_fast):
         from llava_core.checkpoints.sentencepiece_tokenizer import SentencePieceBackend

@@ -5,7 +5,6 @@ scene again. Knows nothing about models or tokenizers.
 """
 
 import functools
-import json
 import logging
 import os
 import random
@@ -21,6 +20,7 @@ from tqdm import tqdm
 
 from llava_core.images.preprocess import PreprocessConfig, preprocess
 from llava_core.scenes.draw import character_centres, compress_jpeg, draw_scene
+from llava_core.scenes.resuming import claim, write_whole
 from llava_core.scenes.scene import Scene, SceneObject, sample_scene
 from llava_core.scenes.vocabulary import COLOURS, DIGITS, LETTERS, PLACES, SHAPES, SIZES
 
@@ -85,12 +85,8 @@ def render_training_picture(scene: Scene) -> Image.Image:
 
 
 def open_cache(folder: Path, spec: CacheSpec) -> SceneCache:
-    """The cache in `folder`, drawn now as far as it is missing; one with another spec is refused, not overwritten."""
-    folder.mkdir(parents=True, exist_ok=True)
-    marker = folder / "spec.json"
-    if marker.exists() and json.loads(marker.read_text()) != asdict(spec):
-        raise FileExistsError(f"{folder} holds another cache ({marker.read_text()}); choose an empty folder")
-    marker.write_text(json.dumps(asdict(spec)))
+    """The cache in `folder`, drawn now as far as it is missing. Raises LlavaError when it holds one of another spec."""
+    claim(folder, **asdict(spec))
     shapes = {"tiles": (spec.size, spec.size, 3), "labels": (spec.grid**2, len(LABELS))}
     arrays = {
         name: np.memmap(
@@ -106,7 +102,7 @@ def open_cache(folder: Path, spec: CacheSpec) -> SceneCache:
     for first, tiles, labels in _draw_chunks(spec, start):
         arrays["tiles"][first : first + len(tiles)] = tiles
         arrays["labels"][first : first + len(labels)] = labels
-        done.write_text(str(first + len(tiles)))
+        write_whole(done, str(first + len(tiles)))
     return SceneCache(spec, arrays["tiles"], arrays["labels"])
 
 

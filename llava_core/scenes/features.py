@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from llava_core.scenes.cache import SceneCache
+from llava_core.scenes.resuming import write_whole
 from llava_core.vision.clip import ClipTower
 
 _BATCH = 256
@@ -33,5 +34,5 @@ def open_features(folder: Path, cache: SceneCache, tower: ClipTower) -> npt.NDAr
         with torch.autocast(device.type, torch.bfloat16):
             rows = tower(tiles)
         features[first : first + _BATCH] = rows.to("cpu", torch.float16).numpy()
-        done.write_text(str(first + _BATCH))
+        write_whole(done, str(first + _BATCH))
     return features

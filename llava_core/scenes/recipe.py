@@ -12,7 +12,6 @@ order; what happens inside a stage is in the modules it calls.
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import logging
 from dataclasses import asdict, dataclass, replace
@@ -25,8 +24,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
-from llava_core.checkpoints.save import save_llava_hf
 from llava_core.checkpoints.tokenizer import CheckpointTokenizer
+from llava_core.checkpoints.tools.save import save_llava_hf
+from llava_core.checkpoints.tools.writing import new_folder
 from llava_core.config import ModelConfig, read_llava_hf_config
 from llava_core.errors import LlavaError
 from llava_core.models.language import LanguageSide
@@ -35,6 +35,7 @@ from llava_core.scenes.conversations import ConversationSpec, Purpose, SceneConv
 from llava_core.scenes.curve import draw_curves
 from llava_core.scenes.features import open_features
 from llava_core.scenes.pretrain_tower import PatchDataset, PatchNamer
+from llava_core.scenes.resuming import claim, digest
 from llava_core.scenes.tokenizer import train_tokenizer
 from llava_core.scenes.tower import new_tower, resize_tower, tower_config, tower_words
 from llava_core.training.optimizer import MuonAdamW
@@ -96,10 +97,10 @@ def build(recipe: Recipe, work: Path, out: Path) -> None:
     spec = CacheSpec(recipe.seed, recipe.num_scenes, recipe.size, recipe.patch)
     cache = open_cache(work / "pictures", spec)
     tower = _pretrain_tower(recipe, cache, work)
-    made_from = _digest(work / "tower" / "weights.pt")
-    _claim(work / "features", tower=made_from)
+    made_from = {"tower": digest(work / "tower" / "weights.pt")}
+    claim(work / "features", **made_from)
     features = open_features(work / "features", cache, tower)
-    tokenizer = _tokenizer(recipe, work)
+    tokenizer, made_from["tokenizer"] = _tokenizer(recipe, work)
     torch.manual_seed(recipe.seed)
     language = LanguageSide(model_config(recipe, tokenizer), attention="eager")
     adapter = CheckpointTokenizer(tokenizer)
@@ -160,9 +161,10 @@ def _pretrain_tower(recipe: Recipe, cache: SceneCache, work: Path) -> ClipTower:
     config = tower_config(recipe.size, recipe.patch)
     namer = PatchNamer(config)
     weights = work / "tower" / "weights.pt"
-    _claim(work / "tower", seed=recipe.seed, stage=asdict(recipe.tower), pictures=asdict(cache.spec))
+    claim(work / "tower", seed=recipe.seed, stage=asdict(recipe.tower), pictures=asdict(cache.spec))
     if not weights.exists():
-        arguments = _arguments(recipe, work / "tower", recipe.tower)
+        adamw = {"learning_rate": recipe.tower.learning_rate, "weight_decay": 0.05, "adam_beta2": 0.98}
+        arguments = _arguments(recipe, work / "tower", recipe.tower, optim="adamw_torch_fused", **adamw)
         trainer = Trainer(namer, arguments, train_dataset=PatchDataset(cache))
         trainer.train(resume_from_checkpoint=has_checkpoint(work / "tower"))
         _finish(work / "tower", namer, trainer.state.log_history)
@@ -179,12 +181,14 @@ def _train_stage(
     tower: ClipTower | None,
     dataset: SceneConversations,
     stage: StageSpec,
-    made_from: str,
-) -> str:
-    """Train one stage unless it is done, leave its weights in the modules, and return the digest of their file."""
+    made_from: dict[str, str],
+) -> dict[str, str]:
+    """Train one stage unless it is done, leave its weights in the modules, and return what the next is made from."""
     purpose = dataset.spec.purpose
     folder = work / purpose
-    _claim(folder, seed=recipe.seed, stage=asdict(stage), made_from=made_from)
+    # The sizes that decide the result; what else does is in the weights that the stage begins with.
+    sizes = {"decoder": dict(language.config.text), "pictures": asdict(dataset.cache.spec)}
+    claim(folder, seed=recipe.seed, stage=asdict(stage), made_from=made_from, **sizes)
     weights = folder / "weights.pt"
     learning: nn.Module = language if tower is None else nn.ModuleDict({"language": language, "tower": tower})
     if not weights.exists():
@@ -200,23 +204,7 @@ def _train_stage(
         )
         _finish(folder, learning, history)
     learning.load_state_dict(torch.load(weights, weights_only=True))
-    return _digest(weights)
-
-
-def _claim(folder: Path, **inputs: Any) -> None:
-    """Note what the stage in `folder` is made from. Raises LlavaError when it holds one made from something else."""
-    note, text = folder / "inputs.json", json.dumps(inputs, sort_keys=True, indent=1)
-    if note.exists() and note.read_text() != text:
-        raise LlavaError(
-            f"{folder} was made by another recipe, or from weights that have changed since; "
-            "remove it, or choose another folder with --work"
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    note.write_text(text)
-
-
-def _digest(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+    return {purpose: digest(weights)}
 
 
 def _optimizer(model: nn.Module, learning_rate: float) -> MuonAdamW:
@@ -238,19 +226,16 @@ def _dataset(
     return SceneConversations(cache, images, tokenizer, spec, image_tokens=image_tokens)
 
 
-def _arguments(recipe: Recipe, folder: Path, stage: StageSpec) -> TrainingArguments:
+def _arguments(recipe: Recipe, folder: Path, stage: StageSpec, **optimizer: Any) -> TrainingArguments:
+    """`optimizer` names one and its settings, where the stage brings none of its own, which would not heed them."""
     on_gpu = torch.cuda.is_available()
     return TrainingArguments(
         output_dir=str(folder),
         max_steps=stage.steps,
         per_device_train_batch_size=stage.batch,
-        learning_rate=stage.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=min(200, stage.steps // 10),
-        weight_decay=0.05,
-        adam_beta2=0.98,
         max_grad_norm=1.0,
-        optim="adamw_torch_fused",
         bf16=True,
         use_cpu=not on_gpu,
         seed=recipe.seed,
@@ -262,15 +247,20 @@ def _arguments(recipe: Recipe, folder: Path, stage: StageSpec) -> TrainingArgume
         save_steps=200,
         save_total_limit=2,
         report_to=[],
+        **optimizer,
     )
 
 
-def _tokenizer(recipe: Recipe, work: Path) -> PreTrainedTokenizerFast:
-    folder = work / "tokenizer"
-    if not (folder / "tokenizer.json").exists():
-        train_tokenizer(seed=recipe.seed, num_scenes=min(20_000, recipe.num_scenes)).save_pretrained(folder)
+def _tokenizer(recipe: Recipe, work: Path) -> tuple[PreTrainedTokenizerFast, str]:
+    """The tokenizer, learned now if it is not there, and what tells it from any other."""
+    inputs = {"seed": recipe.seed, "num_scenes": min(20_000, recipe.num_scenes)}
+    claim(work / "tokenizer", **inputs)
+    folder = work / "tokenizer" / "files"
+    if not folder.exists():
+        with new_folder(folder) as new:
+            train_tokenizer(**inputs).save_pretrained(new)
     loaded: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(folder)
-    return loaded
+    return loaded, digest(folder / "tokenizer.json")
 
 
 def _finish(folder: Path, model: nn.Module, history: History) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from llava_core.errors import LlavaError
 from llava_core.images.preprocess import PreprocessConfig, preprocess
 from llava_core.scenes.cache import (
     LABELS,
@@ -58,10 +59,14 @@ def test_a_stopped_drawing_goes_on_to_the_same_result(tmp_path: Path, monkeypatc
     stopped = open_cache(tmp_path / "stopped", SPEC)
     stopped.tiles[4:] = 0
     stopped.labels[4:] = 0
-    (tmp_path / "stopped" / "drawn").write_text("4")
+    drawn = tmp_path / "stopped" / "drawn"
+    drawn.write_text("4")
+    (tmp_path / "before").hardlink_to(drawn)
     resumed = open_cache(tmp_path / "stopped", SPEC)
     assert (resumed.tiles == whole.tiles).all()
     assert (resumed.labels == whole.labels).all()
+    # Replaced, not written over: a stop meanwhile would have left one of the two numbers.
+    assert (drawn.read_text(), (tmp_path / "before").read_text()) == ("12", "4")
 
 
 def test_a_finished_cache_is_not_drawn_again(scene_cache: SceneCache, tmp_path: Path) -> None:
@@ -70,7 +75,7 @@ def test_a_finished_cache_is_not_drawn_again(scene_cache: SceneCache, tmp_path: 
 
 
 def test_a_folder_with_another_cache_is_refused(scene_cache: SceneCache, tmp_path: Path) -> None:
-    with pytest.raises(FileExistsError, match="holds another cache"):
+    with pytest.raises(LlavaError, match="pictures was made by another recipe"):
         open_cache(tmp_path / "pictures", replace(SPEC, seed=4))
     assert open_cache(tmp_path / "pictures", SPEC).spec == scene_cache.spec
 

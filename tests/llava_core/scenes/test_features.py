@@ -41,8 +41,12 @@ def test_an_interrupted_computation_goes_on(tmp_path: Path, cache: SceneCache, t
     expected = np.array(open_features(tmp_path / "features", cache, tower))
     features = open_features(tmp_path / "features", cache, tower)
     features[2:] = 0
-    (tmp_path / "features" / "encoded.json").write_text("2")
+    encoded = tmp_path / "features" / "encoded.json"
+    encoded.write_text("2")
+    (tmp_path / "before").hardlink_to(encoded)
     assert (open_features(tmp_path / "features", cache, tower) == expected).all()
+    # Replaced, not written over.
+    assert (encoded.read_text(), (tmp_path / "before").read_text()) == ("6", "2")
 
 
 def test_finished_features_need_no_tower_run(tmp_path: Path, cache: SceneCache, tower: ClipTower) -> None:

@@ -1,13 +1,15 @@
 """The whole recipe in miniature: every stage runs, the result is a checkpoint that answers, a stop costs one stage."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from transformers import LlavaForConditionalGeneration
+from transformers import LlavaForConditionalGeneration, Trainer, TrainingArguments
 
 from llava_core.checkpoints.load import LoadOptions
 from llava_core.errors import LlavaError
@@ -16,6 +18,7 @@ from llava_core.scenes import recipe as recipe_module
 from llava_core.scenes.recipe import STAGES, Recipe, StageSpec, build
 from llava_core.scenes.samples import make_samples
 from llava_core.types import GenerationRequest, ImagePart, Message, SamplingParams, TextPart
+from tests.tiny import edit_json
 
 SMALL = StageSpec(steps=2, batch=2, learning_rate=1e-3)
 TINY = Recipe(
@@ -80,11 +83,47 @@ def test_a_stage_made_otherwise_is_not_taken_for_this_one(tmp_path: Path) -> Non
     other = replace(TINY, align=replace(SMALL, learning_rate=2e-3))
     with pytest.raises(LlavaError, match=r"work/align was made by another recipe"):
         build(other, tmp_path / "work", tmp_path / "two")
+    for sizes in ({"hidden_size": 128}, {"num_layers": 2}):
+        with pytest.raises(LlavaError, match=r"work/language was made by another recipe"):
+            build(replace(TINY, **sizes), tmp_path / "work", tmp_path / "two")
+    sharper = replace(TINY, sharp_size=64)
+    with pytest.raises(LlavaError, match=r"work/sharp_pictures was made by another recipe"):
+        build(sharper, tmp_path / "work", tmp_path / "two")
+    shutil.rmtree(tmp_path / "work" / "sharp_pictures")
+    with pytest.raises(LlavaError, match=r"work/sharpen was made by another recipe"):
+        build(sharper, tmp_path / "work", tmp_path / "two")
+    tokenizer = tmp_path / "work" / "tokenizer" / "files" / "tokenizer.json"
+    edit_json(tokenizer, lambda content: content["model"]["merges"].pop())
+    with pytest.raises(LlavaError, match=r"work/language was made .* from something that has changed"):
+        build(TINY, tmp_path / "work", tmp_path / "two")
     weights = tmp_path / "work" / "tower" / "weights.pt"
     state = torch.load(weights, weights_only=True)
     torch.save({name: value + 1 for name, value in state.items()}, weights)
-    with pytest.raises(LlavaError, match=r"work/features was made .* from weights that have changed"):
+    with pytest.raises(LlavaError, match=r"work/features was made .* from something that has changed"):
         build(TINY, tmp_path / "work", tmp_path / "two")
+
+
+def test_adamw_is_set_up_for_the_stage_that_uses_it_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, tuple[TrainingArguments, bool]] = {}
+    trainer, train = recipe_module.Trainer, recipe_module.train
+
+    def record(model: nn.Module, arguments: TrainingArguments, **options: Any) -> Trainer:
+        given["tower"] = (arguments, False)
+        return trainer(model, arguments, **options)
+
+    def record_too(language: Any, dataset: Any, arguments: TrainingArguments, **options: Any) -> Any:
+        given[dataset.spec.purpose] = (arguments, options["optimizer"] is not None)
+        return train(language, dataset, arguments, **options)
+
+    monkeypatch.setattr(recipe_module, "Trainer", record)
+    monkeypatch.setattr(recipe_module, "train", record_too)
+    build(TINY, tmp_path / "work", tmp_path / "out")
+    assert tuple(given) == STAGES
+    default = TrainingArguments(output_dir=str(tmp_path))
+    for arguments, has_its_own in given.values():
+        for name in ("learning_rate", "weight_decay", "adam_beta2"):
+            assert (getattr(arguments, name) == getattr(default, name)) == has_its_own
+    assert given["tower"][0].learning_rate == SMALL.learning_rate
 
 
 def test_a_result_that_exists_is_refused_before_any_work(tmp_path: Path) -> None:

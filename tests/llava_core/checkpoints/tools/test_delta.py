@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from llava_core.checkpoints.delta import apply_delta, make_delta
 from llava_core.checkpoints.files import find_tensors, read_json
 from llava_core.checkpoints.layout import open_checkpoint
 from llava_core.checkpoints.tensors import read_tensors
+from llava_core.checkpoints.tools.delta import apply_delta, make_delta
 from llava_core.errors import CheckpointError
 from tests.original import (
     Kind,
@@ -90,10 +90,70 @@ def test_a_delta_is_not_asked_questions(tmp_path: Path) -> None:
     target = write_original(tmp_path, Kind())
     base = write_base(tmp_path, target, rows=target.num_tokens)
     make_delta(str(base), str(target.folder), tmp_path / "delta")
-    with pytest.raises(CheckpointError, match=f"the differences to {base}, not a model; .*llava delta apply {base}"):
+    with pytest.raises(CheckpointError, match=r"the differences to base, not a model; .*llava delta apply base"):
         open_checkpoint(tmp_path / "delta")
-    with pytest.raises(CheckpointError, match="is a delta already"):
-        make_delta(str(base), str(tmp_path / "delta"), tmp_path / "twice")
+    for models in (str(base), str(tmp_path / "delta")), (str(tmp_path / "delta"), str(target.folder)):
+        with pytest.raises(CheckpointError, match="delta is a delta, where a model is wanted"):
+            make_delta(*models, tmp_path / "twice")
+
+
+def test_what_does_not_say_that_it_is_a_delta_is_applied_only_by_force(tmp_path: Path) -> None:
+    target = write_original(tmp_path, Kind())
+    base = write_base(tmp_path, target, rows=target.num_tokens)
+    made = tmp_path / "delta"
+    make_delta(str(base), str(target.folder), made)
+    # The two in the wrong order.
+    with pytest.raises(CheckpointError, match="delta is a delta, where a model is wanted"):
+        apply_delta(str(made), str(base), tmp_path / "out")
+    # What the original code makes.
+    write_json(made / "config.json", read_json(target.folder, "config.json"))
+    with pytest.raises(CheckpointError, match=r"delta/config\.json has no delta_base, .*apply it with --force"):
+        apply_delta(str(base), str(made), tmp_path / "out")
+    apply_delta(str(base), str(made), tmp_path / "out", force=True)
+    expected, again = tensors_of(target.folder), tensors_of(tmp_path / "out")
+    for name, value in expected.items():
+        torch.testing.assert_close(again[name], value, atol=2e-3, rtol=2e-3)
+
+
+def test_another_base_is_refused_and_the_same_in_other_files_is_not(tmp_path: Path) -> None:
+    target = write_original(tmp_path, Kind())
+    halve(target.folder)
+    base = write_base(tmp_path, target, rows=target.num_tokens)
+    make_delta(str(base), str(target.folder), tmp_path / "delta")
+    same = tensors_of(base)
+    for file in base.glob("model*"):
+        file.unlink()
+    write_model(base, {name: value.float() for name, value in same.items()}, Kind(files="bin", num_shards=2))
+    apply_delta(str(base), str(tmp_path / "delta"), tmp_path / "applied")
+    for file in base.glob("pytorch_model*"):
+        file.unlink()
+    # As little as a training can change.
+    changed = "model.layers.1.input_layernorm.weight"
+    same[changed][5] *= 1.01
+    write_model(base, same, Kind())
+    with pytest.raises(CheckpointError, match=r"base is not the base of .*, which was made from base .*--force"):
+        apply_delta(str(base), str(tmp_path / "delta"), tmp_path / "wrong")
+    assert not (tmp_path / "wrong").exists()
+    apply_delta(str(base), str(tmp_path / "delta"), tmp_path / "forced", force=True)
+    right, forced = tensors_of(tmp_path / "applied"), tensors_of(tmp_path / "forced")
+    assert [name for name in right if not torch.equal(right[name], forced[name])] == [changed]
+    assert not {"delta_base", "delta_base_sha256"} & set(read_json(tmp_path / "forced", "config.json"))
+
+
+def test_a_base_is_recorded_by_a_name_that_means_something_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = write_original(tmp_path, Kind())
+    base = write_base(tmp_path, target, rows=target.num_tokens)
+    monkeypatch.chdir(tmp_path)
+    for number, name in enumerate(("base", "checkpoint/../base/", str(base))):
+        make_delta(name, str(target.folder), tmp_path / str(number))
+        assert read_json(tmp_path / str(number), "config.json")["delta_base"] == "base"
+    snapshots = {"lmsys/some-base": base}
+    resolve = "llava_core.checkpoints.tools.delta.resolve_checkpoint"
+    monkeypatch.setattr(resolve, lambda name, *, offline: snapshots.get(name, Path(name)))
+    make_delta("lmsys/some-base", str(target.folder), tmp_path / "of-the-hub")
+    assert read_json(tmp_path / "of-the-hub", "config.json")["delta_base"] == "lmsys/some-base"
 
 
 def test_a_base_of_another_dtype_is_rounded_to_the_models_first(tmp_path: Path) -> None:
@@ -140,7 +200,7 @@ def test_memory_is_bounded_by_tensors_and_not_by_the_model(tmp_path: Path, suffi
     script = (
         "import re, sys, torch\n"
         "from pathlib import Path\n"
-        "from llava_core.checkpoints.delta import make_delta\n"
+        "from llava_core.checkpoints.tools.delta import make_delta\n"
         "torch.ones(10).bfloat16().float()\n"
         "def kib(field):\n"
         "    return int(re.search(rf'{field}:\\s+(\\d+) kB', Path('/proc/self/status').read_text()).group(1))\n"

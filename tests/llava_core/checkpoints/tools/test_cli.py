@@ -1,7 +1,9 @@
 """The commands as typed: exit statuses, JSON that can be read, one-line errors, and files that can be used."""
 
 import json
+import signal
 from pathlib import Path
+from types import FrameType
 
 import pytest
 from click.testing import CliRunner
@@ -49,6 +51,35 @@ def test_a_whole_life(tmp_path: Path) -> None:
     assert "llava delta apply" in err
 
 
+@pytest.mark.parametrize("command", ["convert", "merge", "make", "apply"])
+def test_sigterm_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+    original = write_original(tmp_path / "source", Kind(layout="projector"))
+    merged, delta, out = (tmp_path / name for name in ("merged", "delta", "out"))
+    assert run("merge", original.folder, merged, "--base", original.base)[0] == 0
+    assert run("delta", "make", original.base, merged, delta)[0] == 0
+    arguments = {
+        "convert": ("convert", merged, out, "--to", "llava-hf"),
+        "merge": ("merge", original.folder, out, "--base", original.base),
+        "make": ("delta", "make", original.base, merged, out),
+        "apply": ("delta", "apply", original.base, delta, out),
+    }
+    ignored: list[int] = []
+
+    def ignore(number: int, _: FrameType | None) -> None:
+        ignored.append(number)
+
+    before = signal.signal(signal.SIGTERM, ignore)
+    try:
+        # The last that is done before the folder gets its name.
+        monkeypatch.setattr("os.fsync", lambda _: signal.raise_signal(signal.SIGTERM))
+        code, _, err = run(*arguments[command])
+        assert signal.getsignal(signal.SIGTERM) is ignore
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert (code, err, ignored) == (1, "\nAborted!\n", [])
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "merged", "delta"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "named"),
     [
@@ -61,6 +92,8 @@ def test_a_whole_life(tmp_path: Path) -> None:
         ),
         (("inspect", "MODEL", "--image-size", "640"), 2, "is no size in pixels"),
         (("inspect", "MODEL", "--image-size", "0x5"), 2, "is no size in pixels"),
+        (("delta", "apply", "MODEL", "MODEL", "OUT"), 1, "has no delta_base"),
+        (("delta", "apply", "MODEL", "MODEL", "MODEL", "--force"), 1, "exists and is not overwritten"),
         (("delta", "apply", "/no/such", "MODEL", "OUT"), 1, "no such checkpoint folder"),
     ],
 )

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from llava_core.checkpoints.files import DEFAULT_MODEL
 from llava_core.checkpoints.layout import open_checkpoint
 from llava_core.checkpoints.load import LoadOptions, load_language_side, load_tower
-from llava_core.checkpoints.report import as_text, inspect_checkpoint
+from llava_core.checkpoints.tools.report import as_text, inspect_checkpoint
 from llava_core.types import Size
 from tests.original import Kind, write_json, write_original
 from tests.tiny import cut_short, edit_json
@@ -135,7 +135,7 @@ def test_fewer_bits_take_fewer_bytes() -> None:
 
 def test_a_look_at_safetensors_needs_no_torch() -> None:
     script = (
-        "import sys; from llava_core.checkpoints.report import inspect_checkpoint\n"
+        "import sys; from llava_core.checkpoints.tools.report import inspect_checkpoint\n"
         f"assert inspect_checkpoint({str(DEFAULT_MODEL)!r})['problems'] == []\n"
         "print('torch' in sys.modules)"
     )

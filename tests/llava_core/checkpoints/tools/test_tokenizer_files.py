@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerFast
 
 from llava_core.checkpoints.layout import open_checkpoint
 from llava_core.checkpoints.tokenizer import load_tokenizer
-from llava_core.checkpoints.tokenizer_files import with_image_token
+from llava_core.checkpoints.tools.tokenizer_files import changed_tokens, with_image_token
 from llava_core.errors import CheckpointError
 from tests.original import SP_SIZE, Kind, write_json, write_original
 from tests.tiny import edit_json
@@ -41,6 +41,25 @@ def test_a_tokenizer_that_asks_for_no_bos_gets_none(tmp_path: Path) -> None:
     edit_json(original.folder / "tokenizer_config.json", lambda config: config.update(add_bos_token=False))
     made, _ = with_image_token(open_checkpoint(original.folder))
     assert made("USER")["input_ids"][0] != 1
+
+
+@pytest.mark.parametrize("kind", [Kind(), Kind(tokenizer="slow", pad_rows=3)])
+def test_tokens_that_were_added_are_found_and_the_image_token_is_none(tmp_path: Path, kind: Kind) -> None:
+    original = write_original(tmp_path, kind)
+    made, _ = with_image_token(open_checkpoint(original.folder))
+    made.save_pretrained(tmp_path / "made")
+    assert changed_tokens(original.folder, tmp_path / "made") == []
+    made.add_tokens(["<b>", "<a>"])
+    made.save_pretrained(tmp_path / "made")
+    assert changed_tokens(original.folder, tmp_path / "made") == ["<a>", "<b>"]
+
+
+@pytest.mark.parametrize(("tokenizer", "file"), [("fast", "tokenizer.json"), ("slow", "tokenizer.model")])
+def test_a_damaged_tokenizer_is_named(tmp_path: Path, tokenizer: str, file: str) -> None:
+    original = write_original(tmp_path, Kind(tokenizer=tokenizer))
+    (original.folder / file).write_text("[]")
+    with pytest.raises(CheckpointError, match=f"{original.folder}: the tokenizer cannot be read"):
+        with_image_token(open_checkpoint(original.folder))
 
 
 def test_a_tokenizer_of_another_model_and_a_missing_one_are_named(tmp_path: Path) -> None:

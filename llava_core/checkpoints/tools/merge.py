@@ -7,7 +7,6 @@ stored. So the merged model computes what the unmerged one does when both are lo
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -23,17 +22,18 @@ from llava_core.checkpoints.keymaps import Key, from_tower, to_llava_hf, to_orig
 from llava_core.checkpoints.layout import Checkpoint, open_checkpoint
 from llava_core.checkpoints.lora import Lora, open_lora
 from llava_core.checkpoints.tensors import TensorReader
-from llava_core.checkpoints.towers import local_folder
-from llava_core.checkpoints.writing import (
+from llava_core.checkpoints.tools.writing import (
     DEFAULT_SHARD_SIZE,
     Planned,
     as_stored,
+    copy_folder,
     copy_settings,
     copy_text_files,
     new_folder,
     write_json,
     write_model,
 )
+from llava_core.checkpoints.towers import local_folder
 from llava_core.config import ModelConfig
 from llava_core.errors import CheckpointError
 
@@ -82,7 +82,7 @@ def _tower_fields(checkpoint: Checkpoint, folder: Path, out: Path) -> dict[str, 
     if named is None:
         return {}
     if named.resolve().is_relative_to(checkpoint.folder.resolve()):
-        shutil.copytree(named, folder / named.name)
+        copy_folder(named, folder / named.name)
         named = out / named.name
     return {"mm_vision_tower": str(named.resolve())}
 

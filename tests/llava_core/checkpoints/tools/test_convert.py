@@ -1,5 +1,6 @@
 """Conversion both ways: transformers loads what comes out, answers stay, a round trip changes no byte of a tensor."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -19,12 +20,13 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from llava_core.asking import original_ids
 from llava_core.checkpoints.contents import stored_tensors
-from llava_core.checkpoints.convert import _known_tower, convert
 from llava_core.checkpoints.files import find_tensors, read_json
-from llava_core.checkpoints.keymaps import Key
+from llava_core.checkpoints.keymaps import HEAD_KEY, Key
 from llava_core.checkpoints.layout import open_checkpoint
 from llava_core.checkpoints.load import LoadOptions
 from llava_core.checkpoints.tensors import read_tensors
+from llava_core.checkpoints.tokenizer import load_tokenizer
+from llava_core.checkpoints.tools.convert import _known_tower, convert
 from llava_core.checkpoints.towers import KNOWN_TOWERS
 from llava_core.errors import CheckpointError
 from llava_core.images.preprocess import PreprocessConfig
@@ -32,7 +34,7 @@ from llava_core.inference import LocalModel
 from llava_core.prompts.tokenize import IMAGE_TOKEN_ID
 from llava_core.vision.clip import normalise
 from llava_core.vision.encode import encode_images
-from tests.original import Kind, answer_plainly, write_original
+from tests.original import SP_SIZE, Kind, answer_plainly, write_original
 from tests.test_original_checkpoints import IMAGES, ask
 from tests.tiny import build_text_config, build_tokenizer, edit_json, write_checkpoint
 
@@ -269,6 +271,58 @@ def test_a_model_that_changed_after_its_conversion_is_not_given_the_old_settings
     edit_json(tmp_path / "hf/config.json", lambda config: config.update(vision_feature_layer=-1))
     with pytest.raises(CheckpointError, match=r"original/config\.json: vision is .*remove .*original"):
         convert(str(tmp_path / "hf"), tmp_path / "back", "original")
+
+
+def test_a_model_that_lost_layers_after_its_conversion_is_not_given_the_old_settings(tmp_path: Path) -> None:
+    original = write_original(tmp_path / "source", Kind())
+    convert(str(original.folder), tmp_path / "hf", "llava-hf")
+    model = LlavaForConditionalGeneration.from_pretrained(tmp_path / "hf")
+    del model.model.language_model.layers[1:]
+    model.config.text_config.num_hidden_layers = 1
+    model.save_pretrained(tmp_path / "hf")
+    with pytest.raises(CheckpointError, match=r"num_hidden_layers is 2, but the model's is 1; .*remove .*original"):
+        convert(str(tmp_path / "hf"), tmp_path / "back", "original")
+
+
+def save_again(folder: Path, *new_tokens: str) -> int:
+    """As a training with transformers does; returns how many rows there are then."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    tokenizer.add_tokens(list(new_tokens))
+    rows: int = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
+        rows = model.resize_token_embeddings(len(tokenizer)).num_embeddings
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return rows
+
+
+# Rows of the original, of what it is converted to, and of that with one more token: where `<image>` is one of the
+# tokens already, or takes a spare row, the one more looks just like a row that was added for it.
+VOCABULARIES = {
+    "row added for <image>": (Kind(tokenizer="slow"), (SP_SIZE, SP_SIZE + 1, SP_SIZE + 2)),
+    "<image> in the only spare row": (Kind(tokenizer="slow", pad_rows=1), (SP_SIZE + 1, SP_SIZE + 1, SP_SIZE + 2)),
+    "<image> in one of many": (Kind(tokenizer="slow", pad_rows=4), (SP_SIZE + 4, SP_SIZE + 4, SP_SIZE + 4)),
+    "<image> from the beginning": (Kind(), (260, 260, 261)),
+}
+
+
+@pytest.mark.parametrize("name", VOCABULARIES)
+def test_tokens_that_were_added_after_a_conversion_are_not_lost(tmp_path: Path, name: str) -> None:
+    kind, rows = VOCABULARIES[name]
+    original = write_original(tmp_path / "source", kind)
+    convert(str(original.folder), tmp_path / "hf", "llava-hf")
+    assert (open_checkpoint(original.folder).config.vocab_size, save_again(tmp_path / "hf")) == rows[:2]
+    convert(str(tmp_path / "hf"), tmp_path / "same", "original")
+    before, after = tensors_of(original.folder), tensors_of(tmp_path / "same")
+    assert all(same_bytes(after[key], value) for key, value in before.items())
+    assert save_again(tmp_path / "hf", "<new>") == rows[2]
+    with pytest.raises(CheckpointError, match=r"tokens or rows have changed .*; remove .*original"):
+        convert(str(tmp_path / "hf"), tmp_path / "back", "original")
+    shutil.rmtree(tmp_path / "hf/original")
+    convert(str(tmp_path / "hf"), tmp_path / "back", "original")
+    assert load_tokenizer(tmp_path / "back").backend.token_id("<new>") is not None
+    assert tensors_of(tmp_path / "back")[HEAD_KEY].shape[0] == rows[2]
 
 
 def test_nothing_is_overwritten_and_an_incomplete_source_is_named(tmp_path: Path, checkpoint_copy: Path) -> None:

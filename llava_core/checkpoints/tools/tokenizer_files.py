@@ -12,7 +12,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AddedToken, LlamaTokenizer, PreTrainedTokenizerFast
 
 from llava_core.checkpoints.layout import Checkpoint
-from llava_core.checkpoints.tokenizer import load_tokenizer
+from llava_core.checkpoints.tokenizer import load_tokenizer, read_tokenizer
 from llava_core.errors import CheckpointError
 from llava_core.prompts.conversation import IMAGE_PLACEHOLDER
 
@@ -50,11 +50,15 @@ def with_image_token(checkpoint: Checkpoint) -> tuple[PreTrainedTokenizerFast, i
     return tokenizer, image_id
 
 
+def changed_tokens(before: Path, now: Path) -> list[str]:
+    """Tokens that one of two folders has and the other has not, or under another id; `<image>` is none of them."""
+    was, has = (_load(folder).get_vocab().items() for folder in (before, now))
+    return sorted({text for text, _ in was ^ has} - {IMAGE_PLACEHOLDER})
+
+
 def _load(folder: Path) -> PreTrainedTokenizerFast:
     if (folder / "tokenizer.json").exists():
-        loaded: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-        return loaded
+        return read_tokenizer(PreTrainedTokenizerFast, folder)
     if not (folder / "tokenizer.model").exists():
         raise CheckpointError(f"{folder} has neither tokenizer.json nor tokenizer.model; copy them from the base model")
-    made: PreTrainedTokenizerFast = LlamaTokenizer.from_pretrained(folder, local_files_only=True)
-    return made
+    return read_tokenizer(LlamaTokenizer, folder)

@@ -8,12 +8,12 @@ import pytest
 import torch
 from transformers import LlavaForConditionalGeneration
 
-from llava_core.checkpoints import save as save_module
 from llava_core.checkpoints.accounting import check_tensors
 from llava_core.checkpoints.describe import read_preprocess_config
 from llava_core.checkpoints.layout import open_checkpoint
 from llava_core.checkpoints.load import LoadOptions, load_language_side, load_tower
-from llava_core.checkpoints.save import config_json, save_llava_hf
+from llava_core.checkpoints.tools import save as save_module
+from llava_core.checkpoints.tools.save import config_json, save_llava_hf
 from llava_core.config import read_llava_hf_config
 from llava_core.errors import CheckpointError
 from tests.tiny import build_tokenizer

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -44,7 +45,9 @@ class Planned:
 def new_folder(folder: Path) -> Iterator[Path]:
     """A folder to fill, which takes its name when the block ends and vanishes when the block fails.
 
-    Raises CheckpointError when `folder` exists, or cannot be written.
+    Raises CheckpointError when `folder` exists, or cannot be written: an OSError in the block counts as that, so what
+    the block reads must be read by functions that raise something else. A folder of the same name that is made
+    meanwhile is replaced if it is empty; if anything is in it, it stays and this one vanishes.
     """
     if folder.exists() or folder.is_symlink():
         raise CheckpointError(f"{folder} exists and is not overwritten; choose another folder or remove it")
@@ -57,12 +60,24 @@ def new_folder(folder: Path) -> Iterator[Path]:
         yield partial
         # Temporary folders are their owner's alone; this one is to be as any other that the user makes.
         partial.chmod(0o777 & ~_umask())
+        for path in partial.rglob("*"):
+            if path.is_file():
+                _flush(path)
         partial.rename(folder)
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be written: {error}") from error
     finally:
         # Nothing is there any more once it has its name.
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    """To the disk, or a machine that stops could leave a folder that looks whole with files that are empty."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _umask() -> int:
@@ -140,10 +155,32 @@ def write_json(path: Path, content: JsonObject) -> None:
 
 
 def copy_files(source: Path, target: Path, names: Sequence[str]) -> None:
-    """Those of the named files that there are."""
+    """Those of the named files that there are. Raises CheckpointError when one cannot be read."""
     for name in names:
         if (source / name).exists():
-            shutil.copyfile(source / name, target / name)
+            with (target / name).open("wb") as out:
+                out.writelines(_pieces(source / name))
+
+
+def copy_folder(source: Path, target: Path) -> None:
+    """All that is in a folder, into a new one. Raises CheckpointError when something cannot be read."""
+    for path, _, names in os.walk(source, onerror=_cannot_be_read, followlinks=True):
+        folder = target / Path(path).relative_to(source)
+        folder.mkdir()
+        copy_files(Path(path), folder, names)
+
+
+def _pieces(file: Path) -> Iterator[bytes]:
+    try:
+        with file.open("rb") as opened:
+            while piece := opened.read(2**24):
+                yield piece
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
+
+
+def _cannot_be_read(error: OSError) -> NoReturn:
+    raise CheckpointError(f"{error.filename} cannot be read: {error.strerror}") from error
 
 
 # What transformers refuses to save while `do_sample` is false.
@@ -182,7 +219,7 @@ def copy_settings(source: Path, target: Path) -> None:
     files = [file for pattern in ("*.json", "*.jinja", "*.model") for file in sorted(source.glob(pattern))]
     copy_files(source, target, [file.name for file in files if not file.name.endswith(".index.json")])
     if (source / ORIGINAL_FOLDER).is_dir():
-        shutil.copytree(source / ORIGINAL_FOLDER, target / ORIGINAL_FOLDER)
+        copy_folder(source / ORIGINAL_FOLDER, target / ORIGINAL_FOLDER)
     _clean_generation_config(target)
 
 

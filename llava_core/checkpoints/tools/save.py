@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from llava_core.checkpoints.keymaps import Key, to_llava_hf
-from llava_core.checkpoints.writing import new_folder, write_json
+from llava_core.checkpoints.tools.writing import new_folder, write_json
 from llava_core.config import JsonObject, ModelConfig
 from llava_core.errors import CheckpointError
 from llava_core.images.preprocess import PreprocessConfig

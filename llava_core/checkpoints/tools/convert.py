@@ -22,14 +22,14 @@ from llava_core.checkpoints.describe import load_preprocess_config
 from llava_core.checkpoints.files import read_json
 from llava_core.checkpoints.headers import TensorInfo
 from llava_core.checkpoints.keymaps import VOCABULARY_KEYS, Key, to_llava_hf, to_original, to_tower
-from llava_core.checkpoints.layout import Checkpoint, open_checkpoint
-from llava_core.checkpoints.merge import rewrite
+from llava_core.checkpoints.layout import Checkpoint, first, open_checkpoint
 from llava_core.checkpoints.original_config import original_json, read_original_config
-from llava_core.checkpoints.save import check_llava_hf, preprocessor_json, write_settings
+from llava_core.checkpoints.shapes import decoder_fields
 from llava_core.checkpoints.tensors import TensorReader
-from llava_core.checkpoints.tokenizer_files import with_image_token
-from llava_core.checkpoints.towers import KNOWN_TOWERS
-from llava_core.checkpoints.writing import (
+from llava_core.checkpoints.tools.merge import rewrite
+from llava_core.checkpoints.tools.save import check_llava_hf, preprocessor_json, write_settings
+from llava_core.checkpoints.tools.tokenizer_files import changed_tokens, with_image_token
+from llava_core.checkpoints.tools.writing import (
     DEFAULT_SHARD_SIZE,
     ORIGINAL_FOLDER,
     Planned,
@@ -40,6 +40,7 @@ from llava_core.checkpoints.writing import (
     write_json,
     write_model,
 )
+from llava_core.checkpoints.towers import KNOWN_TOWERS
 from llava_core.config import JsonObject, ModelConfig
 from llava_core.errors import CheckpointError
 from llava_core.images.preprocess import PreprocessConfig
@@ -154,18 +155,30 @@ def _kept_settings(kept: Path, config: ModelConfig) -> JsonObject:
     """The original's own config.json, if the model is still the one that it describes."""
     settings = read_json(kept, "config.json")
     was = read_original_config(settings, config.vision.architecture)
-    for field in ("hidden_size", "projector_type", "merge_type", "pinpoints", "tie_word_embeddings", "vision"):
-        if vars(was)[field] != vars(config)[field]:
+    before, now = _shape(was), _shape(config)
+    for field in before:
+        if before[field] != now[field]:
             raise CheckpointError(
-                f"{kept / 'config.json'}: {field} is {vars(was)[field]!r}, but the model's is {vars(config)[field]!r}; "
+                f"{kept / 'config.json'}: {field} is {before[field]!r}, but the model's is {now[field]!r}; "
                 f"it has changed since it was converted: remove {kept}, then its own settings are written"
             )
-    if config.vocab_size - was.vocab_size not in (0, 1):
+    # Only where `<image>` is right behind the original's rows was one added for it: any other is a token's.
+    rows = was.vocab_size + (config.image_token_id == was.vocab_size)
+    changed = changed_tokens(kept, kept.parent)
+    if config.vocab_size != rows or changed:
         raise CheckpointError(
-            f"{kept / 'config.json'}: vocab_size is {was.vocab_size}, but the model has {config.vocab_size} rows; "
-            f"tokens were added since it was converted: remove {kept}, then all rows are kept"
+            f"{kept}: tokens or rows have changed since the model was converted ({rows} rows then, {config.vocab_size} "
+            f"now; other tokens: {first(changed)}); remove {kept}, then all are kept"
         )
     return settings
+
+
+def _shape(config: ModelConfig) -> JsonObject:
+    """What the original's config.json says about tensors and tiles, all but how many tokens there are."""
+    fields = decoder_fields(config)
+    decoder = ("model_type", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    whole = ("hidden_size", "projector_type", "merge_type", "pinpoints", "tie_word_embeddings", "vision")
+    return {**{name: vars(config)[name] for name in whole}, **{name: fields[name] for name in (*decoder, "head_dim")}}
 
 
 def _plan(stored: Contents, name_of: Callable[[Key], str], rows: int) -> list[Planned]:

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import json
 import re
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +18,7 @@ import click
 from llava_core.types import Size
 
 if TYPE_CHECKING:
-    from llava_core.checkpoints.convert import Target
+    from llava_core.checkpoints.tools.convert import Target
 
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -36,6 +39,16 @@ def _read_num_bytes(_: click.Context, __: click.Parameter, value: str) -> int:
     if match is None or match.group(2).upper() not in _UNITS:
         raise click.BadParameter(f"{value!r} is no size; write for example 5GB, 500MB or 2GiB")
     return int(match.group(1)) * _UNITS[match.group(2).upper()]
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM counts as Ctrl-C, after which nothing that is half written stays."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 _OUT = click.argument("out", type=click.Path(path_type=Path))
@@ -70,7 +83,7 @@ def inspect(
 
     Reads headers, not weights. Exit status 1 when something is wrong.
     """
-    from llava_core.checkpoints.report import as_text, inspect_checkpoint
+    from llava_core.checkpoints.tools.report import as_text, inspect_checkpoint
 
     report = inspect_checkpoint(model, base, offline=offline, sizes=sizes, template=template)
     click.echo(json.dumps(report, indent=2) if output == "json" else as_text(report))
@@ -84,12 +97,13 @@ def inspect(
 @click.option("--to", required=True, type=click.Choice(["llava-hf", "original"]), help="The layout to write.")
 @_SHARD
 @_OFFLINE
+@_ended_by_sigterm()
 def convert(source: str, out: Path, to: Target, max_shard_size: int, *, offline: bool) -> None:
     """Write the checkpoint SOURCE in another layout into the new folder OUT.
 
     Numbers are never changed. In its own layout SOURCE becomes safetensors of the size asked for.
     """
-    from llava_core.checkpoints.convert import convert as run
+    from llava_core.checkpoints.tools.convert import convert as run
 
     run(source, out, to, offline=offline, max_shard_size=max_shard_size)
 
@@ -100,12 +114,13 @@ def convert(source: str, out: Path, to: Target, max_shard_size: int, *, offline:
 @_BASE
 @_SHARD
 @_OFFLINE
+@_ended_by_sigterm()
 def merge(model: str, out: Path, base: str | None, max_shard_size: int, *, offline: bool) -> None:
     """Make one whole model of the LoRA or projector MODEL and its base, in the new folder OUT.
 
     Computed in float32, written in the dtype of the base.
     """
-    from llava_core.checkpoints.merge import merge as run
+    from llava_core.checkpoints.tools.merge import merge as run
 
     run(model, out, base=base, offline=offline, max_shard_size=max_shard_size)
 
@@ -121,9 +136,10 @@ def delta() -> None:
 @_OUT
 @_SHARD
 @_OFFLINE
+@_ended_by_sigterm()
 def make(base: str, target: str, out: Path, max_shard_size: int, *, offline: bool) -> None:
     """Write TARGET minus BASE into the new folder OUT."""
-    from llava_core.checkpoints.delta import make_delta
+    from llava_core.checkpoints.tools.delta import make_delta
 
     make_delta(base, target, out, offline=offline, max_shard_size=max_shard_size)
 
@@ -132,13 +148,18 @@ def make(base: str, target: str, out: Path, max_shard_size: int, *, offline: boo
 @click.argument("base")
 @click.argument("delta")
 @_OUT
+@click.option("--force", is_flag=True, help="Without looking whether DELTA is one, and one of BASE.")
 @_SHARD
 @_OFFLINE
-def apply(base: str, delta: str, out: Path, max_shard_size: int, *, offline: bool) -> None:
-    """Write BASE plus DELTA into the new folder OUT."""
-    from llava_core.checkpoints.delta import apply_delta
+@_ended_by_sigterm()
+def apply(base: str, delta: str, out: Path, max_shard_size: int, *, offline: bool, force: bool) -> None:
+    """Write BASE plus DELTA into the new folder OUT.
 
-    apply_delta(base, delta, out, offline=offline, max_shard_size=max_shard_size)
+    DELTA must say that it is one and was made from this BASE. Deltas of the original code say nothing: --force.
+    """
+    from llava_core.checkpoints.tools.delta import apply_delta
+
+    apply_delta(base, delta, out, force=force, offline=offline, max_shard_size=max_shard_size)
 
 
 TOOLS = (inspect, convert, merge, delta)

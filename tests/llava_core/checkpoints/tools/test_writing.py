@@ -12,7 +12,15 @@ from transformers import GenerationConfig
 
 from llava_core.checkpoints.headers import DTYPES, TensorInfo
 from llava_core.checkpoints.tensors import read_tensors
-from llava_core.checkpoints.writing import Planned, clean_generation_config, new_folder, write_model
+from llava_core.checkpoints.tools.writing import (
+    Planned,
+    clean_generation_config,
+    copy_files,
+    copy_folder,
+    new_folder,
+    write_json,
+    write_model,
+)
 from llava_core.errors import CheckpointError
 
 NAMES = {torch_name: name for name, (torch_name, _) in DTYPES.items()}
@@ -67,6 +75,65 @@ def test_a_folder_appears_whole_and_readable(tmp_path: Path) -> None:
         assert not (tmp_path / "new" / "model").exists()
     assert [file.name for file in (tmp_path / "new").iterdir()] == ["model"]
     assert stat.S_IMODE(os.stat(tmp_path / "new" / "model").st_mode) == 0o755
+
+
+def test_files_are_on_the_disk_before_the_folder_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed = set()
+
+    def flush(descriptor: int) -> None:
+        assert not (tmp_path / "model").exists()
+        flushed.add(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+
+    monkeypatch.setattr("os.fsync", flush)
+    with new_folder(tmp_path / "model") as folder:
+        write_model(folder, plan(TENSORS))
+        (folder / "tower").mkdir()
+        write_json(folder / "tower" / "config.json", {})
+    assert flushed == {"model.safetensors", "config.json"}
+
+
+def write_while_it_is_made(folder: Path, *files: str) -> None:
+    """Somebody else makes a folder of the same name, with these files in it, before ours is complete."""
+    with new_folder(folder) as new:
+        (new / "ours").touch()
+        folder.mkdir()
+        for file in files:
+            (folder / file).touch()
+
+
+def test_a_folder_that_is_made_meanwhile_is_replaced_only_if_it_is_empty(tmp_path: Path) -> None:
+    write_while_it_is_made(tmp_path / "empty")
+    with pytest.raises(CheckpointError, match=r"full cannot be written: .*not empty"):
+        write_while_it_is_made(tmp_path / "full", "theirs")
+    found = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}
+    assert found == {"empty", "empty/ours", "full", "full/theirs"}
+
+
+def test_what_cannot_be_read_is_not_reported_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "source"
+    # Opens, and cannot be read: a folder where a file should be.
+    (source / "tokenizer.json").mkdir(parents=True)
+    wanted = pytest.raises(CheckpointError, match=r"source/tokenizer\.json cannot be read: Is a directory")
+    with wanted, new_folder(tmp_path / "out") as folder:
+        copy_files(source, folder, ["tokenizer.json"])
+
+    def refuse(path: str) -> None:
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr("os.scandir", refuse)
+    wanted = pytest.raises(CheckpointError, match=r"source cannot be read: Permission denied")
+    with wanted, new_folder(tmp_path / "out") as folder:
+        copy_folder(source, folder / "tower")
+
+
+def test_a_folder_is_copied_with_all_that_is_in_it(tmp_path: Path) -> None:
+    (tmp_path / "source/deep").mkdir(parents=True)
+    (tmp_path / "source/deep/a").write_bytes(bytes(range(256)))
+    (tmp_path / "source/b").symlink_to("deep/a")
+    copy_folder(tmp_path / "source", tmp_path / "copy")
+    assert {path.name for path in (tmp_path / "copy").rglob("*")} == {"a", "b", "deep"}
+    assert (tmp_path / "copy/b").read_bytes() == (tmp_path / "copy/deep/a").read_bytes() == bytes(range(256))
+    assert not (tmp_path / "copy/b").is_symlink()
 
 
 def fail_in_the_middle(folder: Path, error: BaseException) -> None:

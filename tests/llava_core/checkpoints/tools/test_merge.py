@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, Ll
 from llava_core.checkpoints.files import find_tensors, read_json
 from llava_core.checkpoints.layout import find_layout, open_checkpoint
 from llava_core.checkpoints.load import Dtype, LoadOptions
-from llava_core.checkpoints.merge import merge
 from llava_core.checkpoints.tensors import read_tensors
+from llava_core.checkpoints.tools.merge import merge
 from llava_core.errors import CheckpointError
 from llava_core.inference import LocalModel
 from llava_core.vision.encode import encode_images

@@ -1,0 +1,1 @@
+"""What is done with checkpoints other than loading them: describing, converting, merging, subtracting, writing."""
