@@ -18,6 +18,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 
+from llava_core.checkpoints.accounting import vocabulary_problems
 from llava_core.checkpoints.describe import load_preprocess_config
 from llava_core.checkpoints.keymaps import NEWLINE_KEY, Part
 from llava_core.checkpoints.layout import Checkpoint, first, open_checkpoint
@@ -138,13 +139,9 @@ def _checked_newline(tensor: Tensor, hidden_size: int, checkpoint: Checkpoint) -
 
 def _fit_vocabulary(side: LanguageSide, checkpoint: Checkpoint, num_tokens: int) -> None:
     """The original cuts rows that no token has, which could otherwise be drawn; a token without a row is an error."""
-    rows = checkpoint.config.vocab_size
-    if num_tokens > rows:
-        raise CheckpointError(
-            f"{checkpoint.text_folder}: the tokenizer has {num_tokens} tokens, but config.json's vocab_size is {rows}; "
-            "it is the tokenizer of another model, or lacks the rows that training added"
-        )
-    if checkpoint.config.dialect == "original" and num_tokens < rows:
+    if problems := vocabulary_problems(checkpoint, num_tokens):
+        raise CheckpointError(problems[0])
+    if checkpoint.config.dialect == "original" and num_tokens < checkpoint.config.vocab_size:
         side.decoder.resize_token_embeddings(num_tokens)
 
 
