@@ -11,7 +11,13 @@ from ray.serve.config import AutoscalingConfig
 
 from deployments.handoff import Handoff, RayHandoff
 from deployments.preflight import FoundCheckpoint, check_checkpoint
-from deployments.replicas import GatewayReplica, GeneratorReplica, PreprocessorReplica, VisionEncoderReplica
+from deployments.replicas import (
+    GatewayReplica,
+    GeneratorReplica,
+    PreprocessorReplica,
+    VisionEncoderReplica,
+    adopt_serve_logging,
+)
 from deployments.settings import AppArgs, StageArgs
 
 # A long answer outlives Serve's 20 seconds.
@@ -22,6 +28,8 @@ _HEALTH_CHECK_S = 2.0
 
 def build_app(args: AppArgs) -> Application:
     """Serve's typed application builder. Raises CheckpointError before any replica starts, where it can be known."""
+    # What is fetched is fetched here, for all replicas of this machine, and nobody sees our own loggers.
+    adopt_serve_logging()
     return build_graph(args, check_checkpoint(args), RayHandoff())
 
 

@@ -26,7 +26,6 @@ from llava_core.errors import LlavaError
 
 SCENE = Path(__file__).with_name("scene.png")
 QUESTION = "Describe the picture."
-LOGS = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / "session_latest" / "logs" / "serve"
 
 _config = click.option(
     "--config",
@@ -37,6 +36,7 @@ _model = click.option(
     "--model", help="A checkpoint folder or hub id. [default: the configuration's, or the default model]"
 )
 _base = click.option("--base", help="The model that an adapter or projector was trained on.")
+_offline = click.option("--offline", is_flag=True, help="Fetch nothing; what is not here is listed.")
 _port = click.option("--port", type=click.IntRange(1, 65535), envvar="PORT", help="[default: 8000]")
 
 
@@ -44,17 +44,18 @@ _port = click.option("--port", type=click.IntRange(1, 65535), envvar="PORT", hel
 @_config
 @_model
 @_base
+@_offline
 @click.option("--host", help="The interface to listen on; requests are not authenticated. [default: 127.0.0.1]")
 @_port
-def serve(config: Path | None, model: str | None, base: str | None, host: str | None, port: int | None) -> None:
+def serve(config: Path | None, **options: Any) -> None:
     """Serve a model over HTTP on this machine until Ctrl-C."""
     with _failing_in_one_line():
-        plan = plan_launch(config, model=model, base=base, host=host, port=port, on_fetch=_announce_fetch)
-        with _terminal() as terminal, _running(plan, terminal):
+        plan = plan_launch(config, **options)
+        with _terminal() as terminal, _running(plan, terminal) as service:
             _say(terminal, f"\nServing {plan.args.served_name}. Ctrl-C stops it.")
             for method, path in (("POST", "/v1/chat/completions"), ("GET", "/v1/models"), ("GET", "/health")):
                 _say(terminal, f"  {method:4} {plan.url}{path}")
-            _say(terminal, f"  logs {LOGS}")
+            _say(terminal, f"  logs {service.logs}")
             with contextlib.suppress(KeyboardInterrupt):
                 signal.pause()
             _say(terminal, "\nStopping ...")
@@ -64,6 +65,7 @@ def serve(config: Path | None, model: str | None, base: str | None, host: str | 
 @_config
 @_model
 @_base
+@_offline
 @_port
 @click.option(
     "--image",
@@ -72,12 +74,10 @@ def serve(config: Path | None, model: str | None, base: str | None, host: str | 
     help="[default: a drawn scene that comes with this project]",
 )
 @click.option("--question", default=QUESTION, show_default=True)
-def demo(
-    config: Path | None, model: str | None, base: str | None, port: int | None, image: Path, question: str
-) -> None:
+def demo(config: Path | None, image: Path, question: str, **options: Any) -> None:
     """Start the service, ask it one question about a picture, show the answer as it streams, and stop."""
     with _failing_in_one_line():
-        plan = plan_launch(config, model=model, base=base, port=port, on_fetch=_announce_fetch)
+        plan = plan_launch(config, **options)
         with _terminal() as terminal, _running(plan, terminal):
             _say(terminal, f"\n{image.name}: {question}")
             last = _ask(plan, image, question, terminal)
@@ -117,7 +117,7 @@ def _media_type(image: Path) -> str:
 
 
 @contextlib.contextmanager
-def _running(plan: LaunchPlan, terminal: TextIO) -> Iterator[None]:
+def _running(plan: LaunchPlan, terminal: TextIO) -> Iterator[LocalService]:
     """The service while the block runs; SIGTERM ends it as Ctrl-C does."""
     service = LocalService(plan)
     _say(terminal, f"Starting {plan.args.served_name} on {plan.url} ...")
@@ -126,14 +126,9 @@ def _running(plan: LaunchPlan, terminal: TextIO) -> Iterator[None]:
         # Ray has installed a handler of its own by now, and what a shell starts in the background ignores Ctrl-C.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.default_int_handler)
-        yield
+        yield service
     finally:
         service.stop()
-
-
-def _announce_fetch(hub_id: str) -> None:
-    """The hub's client shows how far it is, on standard error."""
-    click.echo(f"{hub_id} is no folder here: downloading what is missing of it from the Hugging Face hub ...")
 
 
 def _show(progress: Progress, terminal: TextIO) -> None:

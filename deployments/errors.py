@@ -1,4 +1,4 @@
-"""Errors of the service that the core does not know: a body that is too large, a stage that is lost or not there.
+"""Errors of the service that the core does not know: a body too large or too slow, a stage that is lost or not there.
 
 Plain exceptions on top of the core's tree, which every process can afford and pickle. Knows neither HTTP nor Ray.
 """
@@ -10,6 +10,13 @@ class RequestTooLargeError(RequestError):
     """The body has more bytes than allowed."""
 
     def __init__(self, message: str, *, param: str | None = None, code: str = "request_too_large") -> None:
+        super().__init__(message, param=param, code=code)
+
+
+class RequestTimeoutError(RequestError):
+    """The body did not come in time."""
+
+    def __init__(self, message: str, *, param: str | None = None, code: str = "request_timeout") -> None:
         super().__init__(message, param=param, code=code)
 
 

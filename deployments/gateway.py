@@ -99,7 +99,9 @@ class Gateway:
 
     async def _begin(self, request: Request, lease: Lease) -> tuple[ReplyForm, Answer, AsyncGenerator[Item, None]]:
         """Body and pictures are gone from here when this returns; the stream lets go of them once they are sent."""
-        body = await read_body(request, self._limits.max_body_bytes, lease)
+        body = await read_body(
+            request, lease, max_bytes=self._limits.max_body_bytes, max_seconds=self._limits.max_body_seconds
+        )
         completion_id = f"chatcmpl-{uuid.uuid4().hex}"
         # Parsing JSON and base64 of several megabytes takes tens of milliseconds.
         chat = await asyncio.to_thread(read_chat_request, body, completion_id, self._limits.request)

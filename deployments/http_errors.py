@@ -15,7 +15,7 @@ from typing import Any
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
-from deployments.errors import RequestTooLargeError, StageLostError, StageUnavailableError
+from deployments.errors import RequestTimeoutError, RequestTooLargeError, StageLostError, StageUnavailableError
 from llava_core.errors import EngineError, LlavaError, OverloadedError, RequestError, UnknownNameError
 
 
@@ -46,6 +46,7 @@ _LOST = "the part of the service that worked on this request is gone; try again"
 # The first row whose class fits wins; RequestErrors bring their own code and param.
 TABLE: tuple[tuple[type[BaseException], HttpError], ...] = (
     (RequestTooLargeError, HttpError(413, "invalid_request_error", "request_too_large")),
+    (RequestTimeoutError, HttpError(408, "invalid_request_error", "request_timeout")),
     (UnknownNameError, HttpError(404, "invalid_request_error", "not_found")),
     (RequestError, HttpError(400, "invalid_request_error", "invalid_value")),
     (OverloadedError, HttpError(429, "overloaded_error", "overloaded", retry_after_s=1)),
@@ -82,4 +83,7 @@ def error_body(error: HttpError, request_id: str) -> dict[str, Any]:
 def error_response(error: HttpError, request_id: str) -> JSONResponse:
     """The response to a request that got no answer."""
     headers = {} if error.retry_after_s is None else {"retry-after": str(error.retry_after_s)}
+    if error.status == HTTPStatus.REQUEST_TIMEOUT:
+        # Whoever is still sending would otherwise keep the connection for as long as before.
+        headers["connection"] = "close"
     return JSONResponse(error_body(error, request_id), error.status, headers)

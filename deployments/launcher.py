@@ -85,22 +85,24 @@ def plan_launch(
     base: str | None = None,
     host: str | None = None,
     port: int | None = None,
-    on_fetch: Callable[[str], None] = lambda _: None,
+    offline: bool = False,
 ) -> LaunchPlan:
     """Read the configuration, let the options override it, and look at settings, port and checkpoint.
 
-    `on_fetch` is told the hub id before whatever is missing of it is downloaded. Raises LaunchError or CheckpointError,
-    each with one message that says what to do.
+    Raises LaunchError or CheckpointError, each with one message that says what to do.
     """
     content = _read_config(config)
     application = _find_application(content)
     given = dict(application.get("args") or {})
     if model is not None:
         given["model"] = model
-        # The base of another model.
-        given.pop("base", None)
+        # The base of another model, and their revisions.
+        for other in ("base", "revisions"):
+            given.pop(other, None)
     if base is not None:
         given["base"] = base
+    if offline:
+        given["offline"] = True
     args = _check_args(given)
     http = dict(content.get("http_options") or {})
     address = host or http.get("host", "127.0.0.1"), port or http.get("port", 8000)
@@ -108,13 +110,10 @@ def plan_launch(
     prefix = application.get("route_prefix", "/")
     if not prefix:
         raise LaunchError("the application has no route_prefix, so that nobody could reach it")
-    if args.is_hub_id:
-        on_fetch(args.checkpoint)
-    # Found once: replicas do not work in this directory, and must not look for a revision of their own.
     found = check_checkpoint(args)
-    below = {} if found.base is None else {"base": str(found.base.folder)}
-    named = {"model": str(found.folder), "model_name": args.served_name}
-    application["args"] = {**given, **named, **below}
+    # Its replicas are on this machine, where all of it is by now.
+    named = {"model": found.model, "base": found.base, "model_name": args.served_name}
+    application["args"] = {**given, **named, "revisions": dict(found.revisions), "offline": True}
     content["http_options"] = {**http, "host": address[0], "port": address[1]}
     return LaunchPlan(content, args, *address, prefix)
 
@@ -190,10 +189,11 @@ class Progress:
 class LocalService:
     """A running service and the Ray under it. `stop` ends every process that `start` began, however far it came.
 
-    Other processes of the caller's are none of its business.
+    Other processes of the caller's are none of its business. `logs` is where Serve's are, as soon as there is a Ray.
     """
 
     plan: LaunchPlan
+    logs: Path | None = None
     _started: float = field(default_factory=time.monotonic)
     _before: set[Process] | None = None
     _own: set[Process] = field(default_factory=set)
@@ -209,7 +209,7 @@ class LocalService:
         from ray.serve.schema import ServeDeploySchema
 
         schema = self._schema(ServeDeploySchema)
-        ray.init(
+        context: Any = ray.init(
             address="local",
             namespace="serve",
             include_dashboard=False,
@@ -217,6 +217,8 @@ class LocalService:
             object_store_memory=_OBJECT_STORE_BYTES,
         )
         self._own = descendants(os.getpid()) - self._before
+        # Not `session_latest`, which is whichever Ray of this machine started last.
+        self.logs = Path(context.address_info["session_dir"]) / "logs" / "serve"
         report(self._progress("Ray"))
         if "deployments" not in _find_application(self.plan.config):
             resources: Mapping[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]

@@ -4,7 +4,6 @@ Unknown keys are errors. Knows names and bounds, and neither Ray nor torch. How 
 gets can also be overridden by Serve's own `deployments:` section.
 """
 
-import re
 from pathlib import Path
 from typing import Literal, Self
 
@@ -74,10 +73,12 @@ class EngineArgs(_Settings):
 class LimitArgs(_Settings):
     """What one request may hold; more is refused with a message that names the limit.
 
-    `max_bytes_in_flight` is of each gateway replica: the bodies it holds at once, until they are sent on.
+    `max_body_seconds` is for the whole body to come. `max_bytes_in_flight` is of each gateway replica: the bodies it
+    holds at once, until they are sent on.
     """
 
     max_body_bytes: int = Field(default=64 * 1024 * 1024, ge=1)
+    max_body_seconds: float = Field(default=60, gt=0)
     max_bytes_in_flight: int = Field(default=512 * 1024 * 1024, ge=1)
     max_images: int = Field(default=8, ge=0)
     max_image_bytes: int = Field(default=20 * 1024 * 1024, ge=1)
@@ -109,10 +110,16 @@ class LimitArgs(_Settings):
 class AppArgs(_Settings):
     """The whole service. `model` None is the default model; `base` is what an adapter or projector was trained on;
     `template` None is the one that the checkpoint's own chat template agrees with; `model_name` None is the folder's
-    name or the hub id."""
+    name or the hub id.
+
+    `revisions` has the revision of every hub id that is used, those of base and tower among them; None is what is the
+    newest of each when the application is built. With `offline` nothing is fetched, by no replica.
+    """
 
     model: str | None = None
     base: str | None = None
+    revisions: dict[str, str] | None = None
+    offline: bool = False
     model_name: str | None = None
     template: str | None = None
     limits: LimitArgs = LimitArgs()
@@ -131,11 +138,6 @@ class AppArgs(_Settings):
     def base_checkpoint(self) -> str | None:
         """The same of the base."""
         return None if self.base is None else _located(self.base)
-
-    @property
-    def is_hub_id(self) -> bool:
-        """Whether the checkpoint is on the hub, and may have to be downloaded."""
-        return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", self.checkpoint) is not None
 
     @property
     def served_name(self) -> str:

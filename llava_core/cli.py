@@ -6,6 +6,7 @@ server or training.
 
 from __future__ import annotations
 
+import logging
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,17 @@ def _import_command(point: EntryPoint) -> click.Command:
 @click.version_option(package_name="llava-serve")
 def main() -> None:
     """LLaVA-family vision-language models."""
+    logger = logging.getLogger("llava_core.checkpoints.hub")
+    logger.setLevel(logging.INFO)
+    logger.handlers = [_ToStandardError()]
+
+
+class _ToStandardError(logging.Handler):
+    """For what is fetched from the hub: nobody should have to guess why a command takes an hour."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print the message alone."""
+        click.echo(record.getMessage(), err=True)
 
 
 for tool in TOOLS:

@@ -12,9 +12,10 @@ from pathlib import Path
 from llava_core.checkpoints.contents import Stored, stored_tensors
 from llava_core.checkpoints.headers import TensorInfo, read_header
 from llava_core.checkpoints.keymaps import HEAD_KEY, NEWLINE_KEY, Key, Part
-from llava_core.checkpoints.layout import Checkpoint, first, open_checkpoint
+from llava_core.checkpoints.layout import Checkpoint, open_checkpoint
 from llava_core.checkpoints.lora import Lora, open_lora
 from llava_core.checkpoints.shapes import expected_shapes
+from llava_core.checkpoints.weights import first
 from llava_core.config import ModelConfig
 from llava_core.errors import CheckpointError
 

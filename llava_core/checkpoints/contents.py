@@ -11,7 +11,7 @@ from pathlib import Path
 
 from llava_core.checkpoints.headers import TensorInfo, read_header
 from llava_core.checkpoints.keymaps import Key
-from llava_core.checkpoints.layout import Weights
+from llava_core.checkpoints.weights import Weights
 from llava_core.errors import CheckpointError
 
 

@@ -1,6 +1,6 @@
 """A checkpoint's folder: its JSON files, and which weight file holds which tensor. Reads headers, not weights.
 
-Hub ids are resolved to the local cache or downloaded here and nowhere else. Knows nothing about models.
+Knows nothing about models, nor where folders come from.
 """
 
 from __future__ import annotations
@@ -20,54 +20,10 @@ from llava_core.errors import CheckpointError
 DEFAULT_MODEL = Path(__file__).parents[1] / "default_model"
 
 
-def resolve_checkpoint(path_or_id: str, *, offline: bool = False) -> Path:
-    """The folder of a checkpoint: the path itself, or a hub id's snapshot, fetched unless `offline`.
-
-    Raises CheckpointError when there is neither.
-    """
-    # Not Path.expanduser, which raises for a user there is not.
-    path = Path(os.path.expanduser(path_or_id))
-    # Not Path.is_dir, which raises for names that no folder can have, and inside folders that may not be read.
-    if path_or_id and os.path.isdir(path):
-        check_access(path)
-        return path
-    if path.is_absolute() or path_or_id.startswith((".", "~")) or path_or_id.count("/") != 1:
-        raise CheckpointError(f"{path_or_id!r}: no such checkpoint folder; give a folder or a hub id like owner/name")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    try:
-        patterns = _PATTERNS if offline else _wanted(path_or_id)
-        return Path(snapshot_download(path_or_id, local_files_only=offline, allow_patterns=patterns))
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise CheckpointError(
-            f"{path_or_id} is neither a folder here nor in the hub's local cache, and fetching it failed "
-            f"({type(error).__name__}); download it first or give a folder"
-        ) from error
-
-
 def check_access(folder: Path) -> None:
     """Raise CheckpointError where this user may not look into a folder that is there."""
     if not os.access(folder, os.R_OK | os.X_OK):
         raise CheckpointError(f"{folder} cannot be read: permission denied; give this user access to it")
-
-
-_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.bin"]
-
-
-def _wanted(repo_id: str) -> list[str]:
-    """What to fetch of a repository: no weights twice, where they are there as safetensors and as `.bin`."""
-    import httpx
-    from huggingface_hub import list_repo_files
-
-    try:
-        files = list_repo_files(repo_id)
-    except (OSError, httpx.HTTPError):
-        # Without a network the cache may still do; whoever asks for the snapshot finds out.
-        return _PATTERNS
-    if not any(Path(file).match("*model*.safetensors") for file in files):
-        return _PATTERNS
-    return [*_PATTERNS[:-1], "mm_projector.bin", "non_lora_trainables*.bin"]
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:

@@ -14,12 +14,15 @@ Reads configurations and headers, no weights, and imports no torch for safetenso
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from llava_core.checkpoints.files import find_file, find_non_lora, has_model, naming, read_json, resolve_checkpoint
-from llava_core.checkpoints.keymaps import Part, from_biovil, from_llava_hf, from_original, from_tower, from_wrapped
+from llava_core.checkpoints.bases import base_name, check_base, find_base
+from llava_core.checkpoints.files import find_file, find_non_lora, has_model, naming, read_json
+from llava_core.checkpoints.hub import Hub
+from llava_core.checkpoints.keymaps import from_biovil, from_llava_hf, from_original, from_tower, from_wrapped
 from llava_core.checkpoints.original_config import (
     check_image_pooling,
     is_original_config,
@@ -27,12 +30,10 @@ from llava_core.checkpoints.original_config import (
     tower_name,
 )
 from llava_core.checkpoints.towers import BIOVIL, BIOVIL_CONFIG, check_biovil, find_biovil_file, find_tower
-from llava_core.checkpoints.weights import ALL_PARTS
-from llava_core.checkpoints.weights import Weights as Weights
-from llava_core.checkpoints.weights import first as first
+from llava_core.checkpoints.weights import Weights
 from llava_core.config import JsonObject, ModelConfig, read_llava_hf_config
 from llava_core.errors import CheckpointError
-from llava_core.fields import Fields, shown
+from llava_core.fields import Fields
 
 logger = logging.getLogger(__name__)
 Layout = Literal[
@@ -47,7 +48,8 @@ class Checkpoint:
     """A checkpoint ready to be loaded. Of two `weights` that hold the same tensor the later one counts.
 
     `settings` is the config.json with the model's fields, `text_folder` holds the tokenizer, `image_folder` says how
-    the tower wants its pictures (None: as the known tower does), `adapter` holds LoRA matrices.
+    the tower wants its pictures (None: as the known tower does), `adapter` holds LoRA matrices. `revisions` are those
+    that hub ids were found at: of the checkpoint, its base and its tower, as far as they are on the hub.
     """
 
     folder: Path
@@ -57,6 +59,7 @@ class Checkpoint:
     text_folder: Path
     image_folder: Path | None
     adapter: Path | None = None
+    revisions: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def is_complete(self) -> bool:
@@ -64,15 +67,40 @@ class Checkpoint:
         return self.text_folder == self.folder
 
 
-def open_checkpoint(path_or_id: str | Path, base: str | Path | None = None, *, offline: bool = False) -> Checkpoint:
-    """Find everything a checkpoint needs. With `offline` nothing is fetched.
+def open_checkpoint(
+    path_or_id: str | Path,
+    base: str | Path | None = None,
+    *,
+    offline: bool = False,
+    revisions: Mapping[str, str] | None = None,
+) -> Checkpoint:
+    """Find everything a checkpoint needs. With `offline` nothing is fetched; with `revisions` of one that was opened
+    before, it is that one again, wherever it is opened.
 
     Raises CheckpointError naming file, field and fix, and every part that is missing at once.
     """
-    folder = resolve_checkpoint(str(path_or_id), offline=offline)
+    hub = Hub(offline=offline, revisions=revisions)
+    try:
+        folder = hub.find(str(path_or_id), "the model")
+    except CheckpointError as error:
+        if base is None or not offline:
+            raise
+        raise CheckpointError("; ".join([str(error), *_missing_base(base, hub)])) from error
+    return replace(_open(folder, base, hub), revisions=hub.found)
+
+
+def _missing_base(base: str | Path, hub: Hub) -> list[str]:
+    try:
+        hub.find(str(base), "the base")
+    except CheckpointError as error:
+        return [str(error)]
+    return []
+
+
+def _open(folder: Path, base: str | Path | None, hub: Hub) -> Checkpoint:
     layout = find_layout(folder)
     if layout == "PEFT adapter":
-        return _open_adapter(folder, base, offline=offline)
+        return _open_adapter(folder, base, hub)
     settings = read_json(folder, "config.json")
     if layout == "delta":
         raise CheckpointError(
@@ -86,8 +114,8 @@ def open_checkpoint(path_or_id: str | Path, base: str | Path | None = None, *, o
     with naming(folder / "config.json"):
         check_image_pooling(settings)
     if layout == "original":
-        return _open_original(folder, settings, base, offline=offline)
-    return _open_over_base(folder, settings, _find_overlay(folder), base, offline=offline)
+        return _open_original(folder, settings, base, hub)
+    return _open_over_base(folder, settings, _find_overlay(folder), base, hub)
 
 
 def find_layout(folder: Path) -> Layout:
@@ -139,18 +167,18 @@ def _refuse_base(folder: Path, base: str | Path | None) -> None:
         raise CheckpointError(f"{folder} is a complete model and takes no base; leave --base out")
 
 
-def _open_original(folder: Path, settings: JsonObject, base: str | Path | None, *, offline: bool) -> Checkpoint:
+def _open_original(folder: Path, settings: JsonObject, base: str | Path | None, hub: Hub) -> Checkpoint:
     _refuse_base(folder, base)
     weights: tuple[Weights, ...] = (Weights(folder, from_original),)
     # A RaDialog that was merged is saved without its tower, which stays in the file it came in.
     if tower_name(settings) == BIOVIL and (rest := find_non_lora(folder)):
         weights += (Weights(folder, from_wrapped, file=rest),)
-    config, image_folder, weights = _with_tower(folder, settings, weights, offline=offline)
+    config, image_folder, weights = _with_tower(folder, settings, weights, hub)
     return Checkpoint(folder, settings, with_generation_config(config, folder), weights, folder, image_folder)
 
 
 def _open_over_base(
-    folder: Path, settings: JsonObject, overlay: Path | None, base: str | Path | None, *, offline: bool
+    folder: Path, settings: JsonObject, overlay: Path | None, base: str | Path | None, hub: Hub
 ) -> Checkpoint:
     """An original LoRA or projector: configuration and `overlay` from the folder, the decoder from the base."""
     assert overlay is not None, folder
@@ -160,16 +188,16 @@ def _open_over_base(
     problems: list[CheckpointError] = []
     below: tuple[Path, Weights] | None = None
     try:
-        below = _find_base(folder, base, offline=offline)
+        below = find_base(folder, base, hub)
     except CheckpointError as error:
         problems.append(error)
     try:
-        config, image_folder, weights = _with_tower(folder, settings, _laid_over(below, own), offline=offline)
+        config, image_folder, weights = _with_tower(folder, settings, _laid_over(below, own), hub)
     except CheckpointError as error:
         problems.append(error)
     if problems or below is None:
         raise CheckpointError("; ".join(map(str, problems))) from problems[0]
-    _check_base(config, folder, below[0])
+    check_base(config, folder, below[0])
     config = with_generation_config(config, below[0])
     return Checkpoint(folder, settings, config, weights, below[0], image_folder, folder if is_lora else None)
 
@@ -183,11 +211,11 @@ def _laid_over(below: tuple[Path, Weights] | None, own: Weights) -> tuple[Weight
     return base, own
 
 
-def _open_adapter(folder: Path, base: str | Path | None, *, offline: bool) -> Checkpoint:
+def _open_adapter(folder: Path, base: str | Path | None, hub: Hub) -> Checkpoint:
     """A PEFT adapter: everything but its matrices is the base's."""
-    name = _base_name(folder, base)
+    name = base_name(folder, base)
     try:
-        below = open_checkpoint(name, offline=offline)
+        below = _open(hub.find(str(name), f"the base of {folder}"), None, hub)
     except CheckpointError as error:
         raise CheckpointError(
             f"{folder} holds an adapter without non_lora_trainables.bin, so all but the adapter must come from its "
@@ -198,48 +226,8 @@ def _open_adapter(folder: Path, base: str | Path | None, *, offline: bool) -> Ch
     return replace(below, adapter=folder)
 
 
-def _find_base(folder: Path, base: str | Path | None, *, offline: bool) -> tuple[Path, Weights]:
-    """The base's folder and weights. Its tower is never taken: the checkpoint's config.json names one."""
-    found = resolve_checkpoint(str(_base_name(folder, base)), offline=offline)
-    weights = find_weights(found, ALL_PARTS - {"tower"})
-    if not has_model(found):
-        raise CheckpointError(f"{found}, the base of {folder}, is not a complete model: it holds no weights of its own")
-    return found, weights
-
-
-def find_weights(folder: Path, parts: frozenset[Part] = ALL_PARTS) -> Weights:
-    """A folder's own weights, whether or not it is a whole LLaVA: a text-only decoder has the originals' names."""
-    is_llava_hf = isinstance(read_json(folder, "config.json").get("vision_config"), dict)
-    return Weights(folder, from_llava_hf if is_llava_hf else from_original, parts)
-
-
-def _base_name(folder: Path, base: str | Path | None) -> str | Path:
-    if base is not None:
-        return base
-    named = None
-    if (folder / "adapter_config.json").exists():
-        with naming(folder / "adapter_config.json"):
-            named = Fields(read_json(folder, "adapter_config.json")).optional("base_model_name_or_path", Fields.text)
-    if named is None:
-        raise CheckpointError(f"{folder} needs the model it was trained on; name it with --base")
-    return named
-
-
-def _check_base(config: ModelConfig, folder: Path, base: Path) -> None:
-    """The fields that tell one size of a decoder from another."""
-    theirs = read_json(base, "config.json")
-    with naming(base / "config.json"):
-        fields = Fields(theirs).section("text_config") if "text_config" in theirs else Fields(theirs)
-    for field in ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads"):
-        if fields.has(field) and fields.values[field] != config.text[field]:
-            raise CheckpointError(
-                f"{base} is the wrong base for {folder}: its {field} is {shown(fields.values[field])}, "
-                f"{folder / 'config.json'} says {config.text[field]}; name the right one with --base"
-            )
-
-
 def _with_tower(
-    folder: Path, settings: JsonObject, weights: tuple[Weights, ...], *, offline: bool
+    folder: Path, settings: JsonObject, weights: tuple[Weights, ...], hub: Hub
 ) -> tuple[ModelConfig, Path | None, tuple[Weights, ...]]:
     """The configuration with its tower's, where pictures' settings are, and the weights with the tower's.
 
@@ -254,11 +242,12 @@ def _with_tower(
     has_own = any(key.part == "tower" for key in weights[-1].sorted_keys()[0].values())
     is_inside = has_own and counts
     try:
-        source = find_tower(name, folder, is_inside=is_inside, offline=offline)
+        source = find_tower(name, folder, is_inside=is_inside, hub=hub)
     except CheckpointError:
-        if not has_own or is_inside:
+        # Where a revision was chosen, other replicas have it.
+        if not has_own or is_inside or hub.is_pinned(name):
             raise
-        source, is_inside = find_tower(name, folder, is_inside=True, offline=offline), True
+        source, is_inside = find_tower(name, folder, is_inside=True, hub=hub), True
         logger.info("%s: the tower %s is not here; the copy inside the checkpoint is used", folder, name)
     with naming(folder / "config.json"):
         config = read_original_config(settings, source.config)

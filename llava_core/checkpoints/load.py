@@ -21,11 +21,13 @@ from torch import Tensor, nn
 from llava_core.checkpoints.accounting import vocabulary_problems
 from llava_core.checkpoints.describe import load_preprocess_config
 from llava_core.checkpoints.keymaps import NEWLINE_KEY, Part
-from llava_core.checkpoints.layout import Checkpoint, first, open_checkpoint
+from llava_core.checkpoints.layout import Checkpoint, open_checkpoint
 from llava_core.checkpoints.lora import open_lora
 from llava_core.checkpoints.memory import MemoryNeed, check_fits, language_need, weight_bytes
 from llava_core.checkpoints.tensors import read_tensors
 from llava_core.checkpoints.tokenizer import load_tokenizer
+from llava_core.checkpoints.weights import first
+from llava_core.config import ModelConfig
 from llava_core.errors import CheckpointError
 from llava_core.models.language import LanguageSide
 from llava_core.models.quantize import check_layers, check_quantization, quantize
@@ -74,8 +76,8 @@ def load_tower(checkpoint: Path | Checkpoint, options: LoadOptions, *, attention
     config, preprocess = opened.config, load_preprocess_config(opened)
     with init_empty_weights(include_buffers=False):
         tower = build_tower(config.vision, preprocess, s2_scales=config.s2_scales, attention=attention)
-    shapes, itemsize = _shapes(tower), options.torch_dtype.itemsize
-    _check_fits(MemoryNeed(weight_bytes("tower", shapes, itemsize)), options, f"the tower of {opened.folder}")
+    need = MemoryNeed(weight_bytes("tower", _shapes(tower), options.torch_dtype.itemsize))
+    _check_fits(need, options.device, f"the tower of {opened.folder}")
     _fill(tower, read_part(opened, "tower", options.torch_dtype), opened, "tower", optional=frozenset())
     return tower.to(options.device, options.torch_dtype).eval()
 
@@ -93,9 +95,7 @@ def load_language_side(
         side = LanguageSide(config, attention=attention)
     if options.quantization:
         check_layers(side.decoder, options.quantization, device=options.device)
-    weights = weight_bytes("decoder", _shapes(side.decoder), dtype.itemsize, options.quantization)
-    weights += weight_bytes("projector", _shapes(side.projector), dtype.itemsize)
-    _check_fits(language_need(config, weights, dtype.itemsize), options, f"the language side of {opened.folder}")
+    _check_memory(side, opened, options)
     newline = read_part(opened, "newline", dtype)
     if set(newline) != ({NEWLINE_KEY.name} if config.has_newline else set()):
         raise CheckpointError(
@@ -104,10 +104,9 @@ def load_language_side(
         )
     if side.image_newline is not None:
         side.image_newline = _checked_newline(newline[NEWLINE_KEY.name], config.hidden_size, opened)
-    tied = frozenset({"lm_head.weight"} if config.tie_word_embeddings else ())
     _fill(side.projector, read_part(opened, "projector", dtype), opened, "projector", optional=frozenset())
     # What is quantised layer by layer stays in its file until then.
-    as_stored = options.quantization is not None and opened.adapter is None
+    as_stored, tied = options.quantization is not None and opened.adapter is None, _tied(config)
     _fill(side.decoder, read_part(opened, "decoder", None if as_stored else dtype), opened, "decoder", optional=tied)
     side.decoder.tie_weights()
     _fit_vocabulary(side, opened, load_tokenizer(opened).num_tokens if num_tokens is None else num_tokens)
@@ -116,9 +115,29 @@ def load_language_side(
     return side.to(options.device, dtype).eval()
 
 
-def _check_fits(need: MemoryNeed, options: LoadOptions, what: str) -> None:
-    check_fits(need, options.device, what)
+def _check_memory(side: LanguageSide, checkpoint: Checkpoint, options: LoadOptions) -> None:
+    """What is loaded must fit where it goes, and what LoRA is added to into this machine's own memory before that."""
+    config, itemsize = checkpoint.config, options.torch_dtype.itemsize
+    decoder = {name: shape for name, shape in _shapes(side.decoder).items() if name not in _tied(config)}
+    weights = weight_bytes("decoder", decoder, itemsize, options.quantization)
+    weights += weight_bytes("projector", _shapes(side.projector), itemsize)
+    need = language_need(config, weights, itemsize)
+    _check_fits(need, options.device, f"the language side of {checkpoint.folder}")
+    if checkpoint.adapter is not None and (options.quantization or options.device != "cpu"):
+        # Whatever becomes of the decoder, here it is once as a whole, in memory and not in its files.
+        whole = MemoryNeed(weight_bytes("decoder", decoder, itemsize))
+        what = f"adding the LoRA of {checkpoint.adapter} to its base"
+        _check_fits(whole, "cpu", what, advice="free some, or add it tensor by tensor with `llava merge` first")
+
+
+def _check_fits(need: MemoryNeed, device: str, what: str, **advice: str) -> None:
+    check_fits(need, device, what, **advice)
     logger.info("%s: %s", what, need)
+
+
+def _tied(config: ModelConfig) -> frozenset[str]:
+    """The decoder's tensors that are another one under a second name, in memory as in most files."""
+    return frozenset({"lm_head.weight"} if config.tie_word_embeddings else ())
 
 
 def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:

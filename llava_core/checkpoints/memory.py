@@ -22,6 +22,7 @@ from llava_core.types import Quantization, Size
 # Beside the picture in the least that a model must have room for: one question and its answer.
 _TEXT_TOKENS = 512
 _CGROUP = Path("/sys/fs/cgroup")
+_SMALLER = "free some, choose a smaller dtype, or quantise to 8bit or 4bit"
 _GIB = 2**30
 
 
@@ -39,8 +40,10 @@ class MemoryNeed:
         return self.weights + self.per_token * self.tokens
 
     def __str__(self) -> str:
-        cache = f" and {self.per_token / 1024:.0f} KiB of cache per token" if self.per_token else ""
-        return f"{self.weights / _GIB:.2f} GiB of weights{cache}"
+        weights = f"{self.weights / _GIB:.2f} GiB of weights"
+        if not self.per_token:
+            return weights
+        return f"{weights} and {self.per_token / 1024:.0f} KiB of cache per token, room for {self.tokens} tokens"
 
 
 def weight_bytes(
@@ -76,13 +79,18 @@ def language_need(config: ModelConfig, weights: int, itemsize: int) -> MemoryNee
     return MemoryNeed(weights, cache_bytes_per_token(config, itemsize), tokens)
 
 
-def check_fits(need: MemoryNeed, device: str, what: str) -> None:
-    """Raise CheckpointError, before anything is loaded, where `device` has no room for `what`."""
+def check_fits(need: MemoryNeed, device: str, what: str, *, advice: str = _SMALLER) -> None:
+    """Raise CheckpointError, before anything is loaded, where `device` has no room for `what`.
+
+    Nothing is reserved. Processes that start on one machine at the same time all see the same bytes free, may all pass
+    and then run out together. A lock would make each wait for all of another's loading and still be no cure, since
+    caches grow only when questions come: how many replicas a machine takes is for whoever places them to say.
+    """
     available = available_bytes(device)
     if need.total > available:
         raise CheckpointError(
-            f"{what} needs {need.total / _GIB:.2f} GiB on {device} ({need}, room for {need.tokens} tokens), and "
-            f"{available / _GIB:.2f} GiB are free; free some, choose a smaller dtype, or quantise to 8bit or 4bit"
+            f"{what} needs {need.total / _GIB:.2f} GiB on {device} ({need}), and {available / _GIB:.2f} GiB are free; "
+            f"{advice}"
         )
 
 
@@ -96,11 +104,17 @@ def available_bytes(device: str) -> int:
 
 
 def _left_in_container() -> int:
-    """cgroup v2's limit less what is used and is not the files' cache; all there is where there is no limit."""
+    """cgroup v2's limit less what is used and cannot be dropped; all there is where there is no limit.
+
+    What can be dropped is the pages on the lists of files. `file` counts shared memory as well, Ray's object store
+    among it, which only goes when its owner goes.
+    """
     try:
         limit = (_CGROUP / "memory.max").read_text().strip()
         used = int((_CGROUP / "memory.current").read_text())
         stat = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
     except OSError:
         return psutil.virtual_memory().total
-    return psutil.virtual_memory().total if limit == "max" else int(limit) - used + int(stat.get("file", 0))
+    if limit == "max":
+        return psutil.virtual_memory().total
+    return int(limit) - used + int(stat.get("active_file", 0)) + int(stat.get("inactive_file", 0))

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llava_core.architectures import read_tower
-from llava_core.checkpoints.files import check_access, has_model, naming, read_json, resolve_checkpoint
+from llava_core.checkpoints.files import check_access, has_model, naming, read_json
+from llava_core.checkpoints.hub import Hub
 from llava_core.config import BIOVIL_T, JsonObject
 from llava_core.errors import CheckpointError
 from llava_core.fields import Fields, shown
@@ -49,13 +50,13 @@ class TowerSource:
     folder: Path | None
 
 
-def find_tower(name: str, checkpoint: Path, *, is_inside: bool, offline: bool) -> TowerSource:
+def find_tower(name: str, checkpoint: Path, *, is_inside: bool, hub: Hub) -> TowerSource:
     """The tower that config.json names; with `is_inside` its weights are not needed from elsewhere.
 
     A name is a folder (as it stands, beside the checkpoint, or inside it) or a hub id. Raises CheckpointError naming
     the field when it is neither, or when what it names is no tower.
     """
-    folder = local_folder(name, checkpoint)
+    folder = None if hub.is_pinned(name) else local_folder(name, checkpoint)
     if folder is None and is_inside and name in KNOWN_TOWERS:
         return TowerSource(KNOWN_TOWERS[name], None)
     if folder is None and not _ON_THE_HUB.search(name):
@@ -64,12 +65,7 @@ def find_tower(name: str, checkpoint: Path, *, is_inside: bool, offline: bool) -
             "the hub id of a CLIP or SigLIP; correct the field, or put the tower beside the checkpoint"
         )
     if folder is None:
-        try:
-            folder = resolve_checkpoint(name, offline=offline)
-        except CheckpointError as error:
-            raise CheckpointError(
-                f"{checkpoint / 'config.json'}: mm_vision_tower {shown(name)} is missing: {error}"
-            ) from error
+        folder = hub.find(name, f"the mm_vision_tower of {checkpoint / 'config.json'}")
     if not is_inside and not has_model(folder):
         raise CheckpointError(f"{folder}, the mm_vision_tower of {checkpoint}, holds no weights")
     settings = Fields(read_json(folder, "config.json"))

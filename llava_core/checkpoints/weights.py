@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from llava_core.checkpoints.files import find_tensors, tensor_names
-from llava_core.checkpoints.keymaps import Key, KeyMap, Part
+from llava_core.checkpoints.files import find_tensors, read_json, tensor_names
+from llava_core.checkpoints.keymaps import Key, KeyMap, Part, from_llava_hf, from_original
 from llava_core.errors import CheckpointError
 
 ALL_PARTS: frozenset[Part] = frozenset({"tower", "projector", "decoder", "newline"})
@@ -56,6 +56,12 @@ class Weights:
             if key is not None:
                 keys[name] = key
         return keys, unknown
+
+
+def find_weights(folder: Path, parts: frozenset[Part] = ALL_PARTS) -> Weights:
+    """A folder's own weights, whether or not it is a whole LLaVA: a text-only decoder has the originals' names."""
+    is_llava_hf = isinstance(read_json(folder, "config.json").get("vision_config"), dict)
+    return Weights(folder, from_llava_hf if is_llava_hf else from_original, parts)
 
 
 def first(names: list[str], count: int = 10) -> str:

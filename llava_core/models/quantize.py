@@ -52,7 +52,10 @@ def quantize(decoder: PreTrainedModel, kind: Quantization, *, device: str, dtype
     # That rounding it would announce on every call of every layer, and on a CPU that a kernel from the hub is faster.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     build = _build_8bit if kind == "8bit" else _build_4bit
-    for name, layer in _layers(decoder):
+    layers = _layers(decoder)
+    while layers:
+        # Taken off the list, so that its numbers are gone before the next layer is built.
+        name, layer = layers.pop()
         decoder.set_submodule(name, build(layer, dtype).to(device))
 
 

@@ -24,7 +24,7 @@ from deployments.processes import Process, descendants, end
 from tests.deployments.pictures import data_url
 from tests.tiny import edit_json
 
-PROGRAM = "import sys; from deployments.cli import {0}; {0}(sys.argv[1:])"
+PROGRAM = "import sys; from llava_core.cli import main; main(sys.argv[1:])"
 START_S = 180.0
 
 
@@ -106,7 +106,7 @@ def started(command: list[str]) -> Iterator[tuple[subprocess.Popen[bytes], Path]
 
 def llava(command: str, *arguments: str) -> list[str]:
     """The command line of `llava serve` or `llava demo`."""
-    return [sys.executable, "-c", PROGRAM.format(command), *arguments]
+    return [sys.executable, "-c", PROGRAM, command, *arguments]
 
 
 @contextlib.contextmanager
@@ -117,7 +117,13 @@ def serving(checkpoint: Path, folder: Path, *, route_prefix: str = "/", **args: 
     config.write_text(yaml.safe_dump({"applications": [{**application, "args": {"model": str(checkpoint), **args}}]}))
     port = free_port()
     with started(llava("serve", "--config", str(config), "--port", str(port))) as (process, files):
-        assert "HTTP" in read_until(process, "/health")
+        printed = read_until(process, "  logs ")
+        assert "HTTP" in printed
+        # Its own session's folder; all that Ray writes is what tests search.
+        session = Path(printed.split()[-1]).parents[1]
+        assert session.parent == files / "ray"
+        assert session.is_dir()
+        assert not session.is_symlink()
         url = f"http://127.0.0.1:{port}{route_prefix.rstrip('/')}"
         with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60) as client:
             yield Running(url, checkpoint.name, files / "ray", client, process.pid)

@@ -1,5 +1,6 @@
 """The graph through Serve's local testing mode, and what build_app makes of the settings."""
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from llava_core.errors import CheckpointError
 from llava_core.inference import LocalModel
 from llava_core.types import GenerationRequest, ImagePart, Message, SamplingParams, TextPart
 from tests.deployments.pictures import data_url, plain
+from tests.hub import OLD, fill_cache, hub_of, use_cache
 
 
 def _ask(client: TestClient, content: object, **options: object) -> dict:
@@ -87,18 +89,31 @@ def test_replicas_and_resources_come_from_the_settings(tiny_checkpoint: Path) ->
 
 
 def test_every_stage_gets_the_checkpoint_that_was_found_once(
-    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    resolved: list[str] = []
-
-    def resolve(name: str) -> Path:
-        resolved.append(name)
-        return tiny_checkpoint
-
-    monkeypatch.setattr("deployments.preflight.resolve_checkpoint", resolve)
-    gateway = build_app(AppArgs(model="owner/name"))._bound_deployment
+    monkeypatch.chdir(tmp_path)
+    use_cache(monkeypatch, tmp_path / "cache")
+    fill_cache(tmp_path / "cache", "owner/name", {OLD: tiny_checkpoint})
+    gateway = build_app(AppArgs(model="owner/name", offline=True))._bound_deployment
     stages = [stage._bound_deployment for stage in gateway.init_args[1:4]]
-    assert [stage.init_args[1] for stage in stages] == [FoundCheckpoint("owner/name", tiny_checkpoint)] * 3
-    assert [stage.init_args[1].here() for stage in stages] == [tiny_checkpoint] * 3
-    assert resolved == ["owner/name"]
+    expected = FoundCheckpoint("owner/name", None, {"owner/name": OLD}, offline=True)
+    assert [stage.init_args[1] for stage in stages] == [expected] * 3
     assert gateway.init_args[0].served_name == "owner/name"
+
+
+def test_what_the_builder_fetches_is_logged_where_serve_logs(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines: list[str] = []
+    handler = logging.Handler()
+    monkeypatch.setattr(handler, "emit", lambda record: lines.append(record.getMessage()))
+    monkeypatch.setattr(logging.getLogger("ray.serve"), "handlers", [handler])
+    for name in ("deployments", "llava_core"):
+        # To be as they were afterwards.
+        monkeypatch.setattr(logging.getLogger(name), "handlers", [])
+        monkeypatch.setattr(logging.getLogger(name), "propagate", True)
+    monkeypatch.chdir(tmp_path)
+    with hub_of({"owner/name": {OLD: tiny_checkpoint}}) as hub:
+        use_cache(monkeypatch, tmp_path / "cache", hub.url)
+        build_app(AppArgs(model="owner/name"))
+    assert [line for line in lines if line.startswith("owner/name, the model: downloading")]

@@ -1,4 +1,4 @@
-"""Bodies: bounded one by one and together; test_gateway.py sends them."""
+"""Bodies: bounded one by one, together and in time; test_gateway.py sends them."""
 
 import asyncio
 from typing import Any
@@ -7,23 +7,27 @@ import pytest
 from starlette.requests import Request
 
 from deployments.bodies import BodyBudget, Lease, read_body
-from deployments.errors import RequestTooLargeError
+from deployments.errors import RequestTimeoutError, RequestTooLargeError
 from llava_core.errors import OverloadedError
 
 
-def _request(*pieces: bytes, **headers: str) -> Request:
+def _request(*pieces: bytes, is_whole: bool = True, **headers: str) -> Request:
+    """What it sends after its pieces is its end, or nothing at all."""
     messages = [{"type": "http.request", "body": piece, "more_body": True} for piece in pieces]
-    incoming = iter([*messages, {"type": "http.request", "body": b"", "more_body": False}])
+    if is_whole:
+        messages.append({"type": "http.request", "body": b"", "more_body": False})
+    incoming = iter(messages)
 
     async def receive() -> Any:
-        return next(incoming)
+        message = next(incoming, None)
+        return message if message is not None else await asyncio.Event().wait()
 
     raw = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
     return Request({"type": "http", "method": "POST", "path": "/", "headers": raw}, receive)
 
 
 def _read(lease: Lease, *pieces: bytes, **headers: str) -> bytes:
-    return asyncio.run(read_body(_request(*pieces, **headers), 10, lease))
+    return asyncio.run(read_body(_request(*pieces, **headers), lease, max_bytes=10, max_seconds=60))
 
 
 def test_a_body_is_joined_and_held_until_it_is_released() -> None:
@@ -51,3 +55,37 @@ def test_what_is_too_much_together_is_refused_and_not_counted() -> None:
     second.release()
     assert budget.num_bytes == 8
     assert _read(budget.lease(), b"xx") == b"xx"
+
+
+@pytest.mark.parametrize("pieces", [[], [b"ab", b"c"]])
+def test_one_that_does_not_come_in_time_is_refused_and_gives_its_bytes_back(pieces: list[bytes]) -> None:
+    budget = BodyBudget(10)
+    lease = budget.lease()
+    request = _request(*pieces, is_whole=False)
+    with pytest.raises(RequestTimeoutError, match=rf"^after 0\.01 seconds, .* {len(b''.join(pieces))} bytes of the"):
+        asyncio.run(read_body(request, lease, max_bytes=10, max_seconds=0.01))
+    lease.release()
+    assert budget.num_bytes == 0
+
+
+def test_the_time_is_the_whole_bodys_and_not_each_pieces() -> None:
+    """A piece comes whenever the clock has gone on by 25 seconds, so no wait between two is as long as the limit."""
+
+    async def trickle() -> None:
+        loop = asyncio.get_running_loop()
+        real, passed = loop.time, 0.0
+        loop.time = lambda: real() + passed  # type: ignore[method-assign]
+
+        async def receive() -> Any:
+            nonlocal passed
+            passed += 25
+            # What the clock has called for is done in between.
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            return {"type": "http.request", "body": b"x", "more_body": True}
+
+        request = Request({"type": "http", "method": "POST", "path": "/", "headers": []}, receive)
+        await read_body(request, BodyBudget(100).lease(), max_bytes=100, max_seconds=60)
+
+    with pytest.raises(RequestTimeoutError, match=r"after 60 seconds, .* 2 bytes of the body"):
+        asyncio.run(trickle())

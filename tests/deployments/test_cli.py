@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,18 +13,19 @@ from PIL import Image
 
 import deployments
 from deployments.cli import SCENE, curl_line, demo, serve
+from tests.hub import OLD, hub_of
 
-PROGRAM = "import sys; from deployments.cli import {0}; {0}(sys.argv[1:])"
+PROGRAM = "import sys; from llava_core.cli import main; main(sys.argv[1:])"
 
 
-def _run(command: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+def _run(command: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", PROGRAM.format(command), *arguments],
+        [sys.executable, "-c", PROGRAM, command, *arguments],
         capture_output=True,
         text=True,
         timeout=60,
         check=False,
-        env={**os.environ, "PORT": "8123"},
+        env={**os.environ, "PORT": "8123", **environment},
     )
 
 
@@ -32,6 +34,7 @@ def test_help_says_what_it_does(command: object) -> None:
     result = CliRunner().invoke(command, ["--help"])  # type: ignore[arg-type]
     assert result.exit_code == 0
     assert "--port" in result.output
+    assert "--offline" in result.output
     assert "--model" in result.output
 
 
@@ -76,8 +79,18 @@ def test_the_demos_picture_comes_with_the_package_and_stands_in_the_examples_onc
 
 
 @pytest.mark.parametrize("command", ["serve", "demo"])
-def test_a_download_is_announced_before_it_begins(command: str) -> None:
-    result = _run(command, "--model", "owner/there-is-no-such-model")
-    assert result.returncode == 1
-    assert result.stdout.startswith("owner/there-is-no-such-model is no folder here: downloading")
-    assert "neither a folder here nor in the hub's local cache" in result.stderr
+def test_a_download_is_announced_before_it_begins_and_offline_there_is_none(
+    command: str, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    """The checkpoint has a fault, which ends the start after it was fetched."""
+    broken = Path(shutil.copytree(tiny_checkpoint, tmp_path / "broken"))
+    (broken / "tokenizer.json").unlink()
+    with hub_of({"owner/name": {OLD: broken}}) as hub:
+        client = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+        result = _run(command, "--model", "owner/name", "--offline", **client)
+        assert (result.returncode, result.stdout, hub.asked) == (1, "", [])
+        assert result.stderr.startswith("Error: owner/name, the model, is neither a folder here nor in the hub's local")
+        result = _run(command, "--model", "owner/name", **client)
+        assert "model.safetensors" in hub.sent
+    assert result.stderr.startswith("owner/name, the model: downloading")
+    assert "tokenizer.json is missing" in result.stderr

@@ -4,11 +4,12 @@ import pickle
 
 import pytest
 
-from deployments.errors import RequestTooLargeError, StageLostError, StageUnavailableError
+from deployments.errors import RequestTimeoutError, RequestTooLargeError, StageLostError, StageUnavailableError
 
 
 @pytest.mark.parametrize(
-    "error", [RequestTooLargeError("m", param="p"), StageUnavailableError("m"), StageLostError("m")]
+    "error",
+    [RequestTooLargeError("m", param="p"), RequestTimeoutError("m"), StageUnavailableError("m"), StageLostError("m")],
 )
 def test_pickling_keeps_class_message_and_fields(error: Exception) -> None:
     again = pickle.loads(pickle.dumps(error))

@@ -222,6 +222,27 @@ def test_a_body_beyond_the_limit_is_refused_announced_or_not() -> None:
             assert "100" in error["message"]
 
 
+def test_a_body_that_does_not_come_in_time_is_refused_and_its_connection_closed() -> None:
+    engine = ScriptedEngine()
+    app = Gateway(engine, all_ready, model_name="m", limits=LimitArgs(max_body_seconds=0.01)).app
+    incoming = iter([{"type": "http.request", "body": b"{", "more_body": True}])
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        return next(incoming, None) or await asyncio.Event().wait()
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    asyncio.run(asyncio.wait_for(app(_scope(), receive, send), 10))
+    start, body = sent
+    assert (start["status"], dict(start["headers"])[b"connection"]) == (408, b"close")
+    error = json.loads(body["body"])["error"]
+    assert (error["type"], error["code"]) == ("invalid_request_error", "request_timeout")
+    assert "after 0.01 seconds" in error["message"]
+    assert engine.requests == []
+
+
 def test_bodies_are_bounded_together_until_they_are_sent_on() -> None:
     body = json.dumps({**HELLO, "stream": True}).encode()
     limits = LimitArgs(max_body_bytes=len(body), max_bytes_in_flight=len(body) + 10)

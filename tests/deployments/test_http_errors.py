@@ -3,7 +3,7 @@
 import pytest
 from starlette.exceptions import HTTPException
 
-from deployments.errors import RequestTooLargeError, StageLostError, StageUnavailableError
+from deployments.errors import RequestTimeoutError, RequestTooLargeError, StageLostError, StageUnavailableError
 from deployments.http_errors import TABLE, describe, describe_http, error_body, error_response
 from llava_core import errors
 from llava_core.errors import (
@@ -26,6 +26,7 @@ from llava_core.errors import (
         (PromptTooLongError("m"), 400, "context_length_exceeded"),
         (UnknownNameError("model", "x", ["y"]), 404, "model_not_found"),
         (RequestTooLargeError("m"), 413, "request_too_large"),
+        (RequestTimeoutError("m"), 408, "request_timeout"),
         (OverloadedError("m"), 429, "overloaded"),
         (StageLostError("m"), 503, "replica_lost"),
         (StageUnavailableError("m"), 503, "unavailable"),
@@ -75,6 +76,11 @@ def test_overload_says_when_to_come_again() -> None:
     assert error_response(describe(OverloadedError("full", retry_after_s=7)), "x").headers["retry-after"] == "7"
     assert error_response(describe(StageUnavailableError("m")), "x").headers["retry-after"] == "5"
     assert "retry-after" not in error_response(describe(RequestError("m")), "x").headers
+
+
+def test_only_a_body_that_does_not_come_closes_its_connection() -> None:
+    assert error_response(describe(RequestTimeoutError("m")), "x").headers["connection"] == "close"
+    assert "connection" not in error_response(describe(RequestTooLargeError("m")), "x").headers
 
 
 def test_errors_of_routing_look_the_same() -> None:

@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,8 +23,10 @@ from deployments.launcher import (
     check_resources,
     plan_launch,
 )
+from deployments.preflight import check_checkpoint
 from deployments.settings import AppArgs, GeneratorArgs
 from llava_core.errors import CheckpointError
+from tests.hub import NEW, OLD, hub_of, use_cache, write_lora
 from tests.original import Kind, write_original
 
 
@@ -68,7 +71,7 @@ def test_a_relative_model_becomes_absolute_and_keeps_its_name(
     monkeypatch.chdir(tiny_checkpoint.parent)
     plan = _plan(model=tiny_checkpoint.name)
     args = plan.config["applications"][0]["args"]
-    assert args == {"model": str(tiny_checkpoint), "model_name": tiny_checkpoint.name}
+    assert (args["model"], args["model_name"]) == (str(tiny_checkpoint), tiny_checkpoint.name)
 
 
 def test_a_base_is_found_too_and_another_model_does_not_get_it(
@@ -144,23 +147,40 @@ def test_a_route_prefix_is_part_of_the_address(tiny_checkpoint: Path, tmp_path: 
         _plan(_write(tmp_path / "c.yaml", route_prefix=None), model=str(tiny_checkpoint))
 
 
-def test_a_hub_id_is_announced_found_once_and_handed_on_as_a_folder(
-    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_was_found_is_handed_on_with_its_revisions_and_no_stage_fetches_anything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    steps: list[str] = []
-
-    def resolve(name: str) -> Path:
-        steps.append(f"found {name}")
-        return tiny_checkpoint
-
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("deployments.preflight.resolve_checkpoint", resolve)
-    plan = _plan(model="owner/name", on_fetch=lambda name: steps.append(f"fetch {name}"))
-    assert steps == ["fetch owner/name", "found owner/name"]
-    assert plan.config["applications"][0]["args"] == {"model": str(tiny_checkpoint), "model_name": "owner/name"}
-    steps.clear()
-    _plan(model=str(tiny_checkpoint), on_fetch=lambda name: steps.append(f"fetch {name}"))
-    assert steps == [f"found {tiny_checkpoint}"]
+    repositories = {repo_id: {OLD: folder} for repo_id, folder in write_lora(tmp_path / "written").items()}
+    config = _write(tmp_path / "c.yaml", args={"model": "owner/lora", "template": "vicuna_v1"})
+    with hub_of(repositories) as hub:
+        use_cache(monkeypatch, tmp_path / "cache", hub.url)
+        with pytest.raises(CheckpointError, match=r"owner/lora, the model, is neither .* nothing may be fetched"):
+            _plan(config, offline=True)
+        assert hub.asked == []
+        plan = _plan(config)
+        hub.asked.clear()
+        handed = plan.config["applications"][0]["args"]
+        assert handed == {
+            "model": "owner/lora",
+            "base": None,
+            "template": "vicuna_v1",
+            "model_name": "owner/lora",
+            "revisions": dict.fromkeys(repositories, OLD),
+            "offline": True,
+        }
+        for folders in repositories.values():
+            folders[NEW] = folders[OLD]
+        found = check_checkpoint(AppArgs.model_validate(handed))
+        assert found.open().revisions == handed["revisions"]
+        assert hub.asked == []
+
+
+def test_another_model_does_not_get_the_revisions_of_the_configurations(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    config = _write(tmp_path / "c.yaml", args={"model": "owner/name", "revisions": {"owner/name": OLD}})
+    with pytest.raises(CheckpointError, match=f"owner/name at revision {OLD}"):
+        _plan(config)
+    assert _plan(config, model=str(tiny_checkpoint)).args.revisions is None
 
 
 def test_ports_between_replicas_ask_for_a_token_unless_the_user_says_otherwise() -> None:
@@ -179,10 +199,11 @@ def test_stopping_ends_what_was_started_and_no_process_of_the_callers(
         service = LocalService(_plan(model=str(tiny_checkpoint)))
         started: list[subprocess.Popen[bytes]] = []
 
-        def init(**_: object) -> None:
+        def init(**_: object) -> SimpleNamespace:
             started.append(subprocess.Popen(sleeper))
             if not is_begun:
                 raise LaunchError("Ray did not start")
+            return SimpleNamespace(address_info={"session_dir": "/tmp/ray/session_2"})
 
         monkeypatch.setattr("ray.init", init)
         monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 0.0})
@@ -196,6 +217,7 @@ def test_stopping_ends_what_was_started_and_no_process_of_the_callers(
             assert later.poll() is None or not is_begun
             later.kill()
         foreign.kill()
+        assert service.logs == (Path("/tmp/ray/session_2/logs/serve") if is_begun else None)
 
 
 def test_ray_is_imported_only_after_its_environment_is_set() -> None:

@@ -1,5 +1,7 @@
 """Checkpoints that cannot be served are found before anything starts."""
 
+import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +11,7 @@ import pytest
 from deployments.preflight import FoundCheckpoint, check_checkpoint
 from deployments.settings import AppArgs
 from llava_core.errors import CheckpointError, UnknownNameError
+from tests.hub import NEW, OLD, fill_cache, hub_of, use_cache, write_lora
 from tests.tiny import cut_short, edit_json
 
 
@@ -17,7 +20,9 @@ def _check(folder: Path, **args: str) -> FoundCheckpoint:
 
 
 def test_a_good_checkpoint_passes(tiny_checkpoint: Path) -> None:
-    assert _check(tiny_checkpoint) == FoundCheckpoint(str(tiny_checkpoint), tiny_checkpoint)
+    found = _check(tiny_checkpoint)
+    assert found == FoundCheckpoint(str(tiny_checkpoint), None, {}, offline=False)
+    assert found.open().folder == tiny_checkpoint
 
 
 def test_it_reads_no_weights_and_imports_no_torch(tiny_checkpoint: Path) -> None:
@@ -53,15 +58,56 @@ def test_more_layers_than_there_are_is_noticed(checkpoint_copy: Path) -> None:
         _check(checkpoint_copy)
 
 
-def test_a_machine_without_the_folder_uses_the_same_revision_or_none(
-    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_every_replica_has_the_revisions_that_were_found_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Adapter, base and tower, on this machine after all three have changed on the hub, and on another one."""
+    monkeypatch.chdir(tmp_path)
+    repositories = {repo_id: {OLD: folder} for repo_id, folder in write_lora(tmp_path / "written").items()}
+    with hub_of(repositories) as hub:
+        use_cache(monkeypatch, tmp_path / "here", hub.url)
+        found = pickle.loads(pickle.dumps(check_checkpoint(AppArgs(model="owner/lora", template="vicuna_v1"))))
+        assert found.revisions == dict.fromkeys(repositories, OLD)
+        for folders in repositories.values():
+            folders[NEW] = folders[OLD]
+        for machine in ("here", "there"):
+            use_cache(monkeypatch, tmp_path / machine, hub.url)
+            checkpoint = found.open()
+            assert checkpoint.folder == tmp_path / machine / "models--owner--lora" / "snapshots" / OLD
+            assert {each.folder.name for each in checkpoint.weights} == {OLD}
+            assert len(checkpoint.weights) == 3
+        assert not [path for path in hub.asked if NEW in path]
+
+
+def test_a_service_can_be_told_its_revisions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    use_cache(monkeypatch, tmp_path / "cache")
+    for repo_id, folder in write_lora(tmp_path / "written").items():
+        fill_cache(tmp_path / "cache", repo_id, {OLD: folder, NEW: folder})
+    revisions = {"owner/lora": OLD, "owner/base": NEW, "openai/tower": OLD}
+    args = AppArgs(model="owner/lora", template="vicuna_v1", revisions=revisions)
+    assert check_checkpoint(args).revisions == revisions
+    with pytest.raises(CheckpointError, match=r"openai/tower, the mm_vision_tower of .*, is not among the revisions"):
+        check_checkpoint(AppArgs(model="owner/lora", revisions={"owner/lora": OLD, "owner/base": NEW}))
+
+
+def test_offline_nobody_asks_the_hub_and_all_that_is_missing_is_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = FoundCheckpoint("owner/name", Path("/elsewhere/snapshots/abc"))
-    for revision in ("abc", "def"):
-        (tmp_path / revision).mkdir()
-    monkeypatch.setattr("deployments.preflight.resolve_checkpoint", lambda _: tmp_path / "abc")
-    assert found.here() == tmp_path / "abc"
-    monkeypatch.setattr("deployments.preflight.resolve_checkpoint", lambda _: tmp_path / "def")
-    with pytest.raises(CheckpointError, match="owner/name is at revision def here and at abc"):
-        found.here()
-    assert FoundCheckpoint("x", tiny_checkpoint).here() == tiny_checkpoint
+    monkeypatch.chdir(tmp_path)
+    folders = write_lora(tmp_path / "written")
+    with hub_of({repo_id: {OLD: folder} for repo_id, folder in folders.items()}) as hub:
+        use_cache(monkeypatch, tmp_path / "cache", hub.url)
+        args = AppArgs(model="owner/lora", template="vicuna_v1", offline=True)
+        with pytest.raises(CheckpointError, match=r"owner/lora, the model, is neither .* nothing may be fetched"):
+            check_checkpoint(args)
+        fill_cache(tmp_path / "cache", "owner/lora", {OLD: folders["owner/lora"]})
+        missing = r"owner/base, the base of .*; openai/tower, the mm_vision_tower of .*, is neither"
+        with pytest.raises(CheckpointError, match=missing):
+            check_checkpoint(args)
+        for repo_id in ("owner/base", "openai/tower"):
+            fill_cache(tmp_path / "cache", repo_id, {OLD: folders[repo_id]})
+        found = check_checkpoint(args)
+        found.open()
+        shutil.rmtree(tmp_path / "cache" / "models--openai--tower")
+        with pytest.raises(CheckpointError, match=f"openai/tower at revision {OLD}, .* nothing may be fetched"):
+            found.open()
+        assert hub.asked == []

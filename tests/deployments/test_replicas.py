@@ -51,7 +51,7 @@ def test_our_records_go_where_serves_go() -> None:
 def test_a_replica_reads_its_own_part_only(checkpoint_copy: Path) -> None:
     (checkpoint_copy / "model.safetensors").unlink()
     args = AppArgs(model=str(checkpoint_copy))
-    found = FoundCheckpoint(args.checkpoint, checkpoint_copy)
+    found = FoundCheckpoint(args.checkpoint, None, {}, offline=True)
     PreprocessorReplica(args, found)
     with pytest.raises(CheckpointError, match=r"model\.safetensors"):
         VisionEncoderReplica(args, found, LocalHandoff())
@@ -59,8 +59,9 @@ def test_a_replica_reads_its_own_part_only(checkpoint_copy: Path) -> None:
 
 def test_a_wrong_shape_is_found_where_it_is_loaded(checkpoint_copy: Path) -> None:
     edit_json(checkpoint_copy / "config.json", lambda config: config["vision_config"].update(intermediate_size=48))
+    found = FoundCheckpoint(str(checkpoint_copy), None, {}, offline=True)
     with pytest.raises(CheckpointError, match="tower tensor"):
-        VisionEncoderReplica(AppArgs(), FoundCheckpoint("x", checkpoint_copy), LocalHandoff())
+        VisionEncoderReplica(AppArgs(), found, LocalHandoff())
 
 
 def test_auto_is_the_gpu_that_ray_has_given_and_never_one_that_is_merely_there(

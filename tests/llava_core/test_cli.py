@@ -14,6 +14,7 @@ from PIL import Image
 from llava_core import cli
 from llava_core.cli import main
 from llava_core.errors import EngineError
+from tests.hub import OLD, hub_of, use_cache, write_lora
 
 
 @pytest.fixture
@@ -84,6 +85,29 @@ def test_a_file_that_is_no_picture_is_one_line(tiny_checkpoint: Path, tmp_path: 
     code, _, err = ask(tiny_checkpoint, "--image", str(tmp_path / "text.png"))
     assert code == 1
     assert err.startswith("Error: the data is not an image")
+
+
+def test_a_base_and_a_tower_that_are_fetched_are_named_and_do_not_spoil_the_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint of this machine that names them by id."""
+    monkeypatch.chdir(tmp_path)
+    folders = write_lora(tmp_path / "written")
+    model = folders.pop("owner/lora")
+    given = ("ask", "--model", str(model), "--template", "vicuna_v1", "--max-tokens", "2", "--format", "json", "Hi")
+    with hub_of({repo_id: {OLD: folder} for repo_id, folder in folders.items()}) as hub:
+        use_cache(monkeypatch, tmp_path / "cache", hub.url)
+        code, out, err = run(*given, "--offline")
+        assert (code, out, hub.asked) == (1, "", [])
+        assert "Error: owner/base, the base of" in err
+        code, out, err = run(*given)
+        assert code == 0
+    assert json.loads(out)["token_ids"]
+    lines = [line for line in err.splitlines() if "downloading" in line]
+    assert [line.split(": ")[0] for line in lines] == [
+        f"owner/base, the base of {model}",
+        f"openai/tower, the mm_vision_tower of {model / 'config.json'}",
+    ]
 
 
 def test_a_missing_model_is_one_line() -> None:

@@ -22,7 +22,7 @@ from llava_core.checkpoints.describe import load_preprocess_config
 from llava_core.checkpoints.files import read_json
 from llava_core.checkpoints.headers import TensorInfo
 from llava_core.checkpoints.keymaps import VOCABULARY_KEYS, Key, to_llava_hf, to_original, to_tower
-from llava_core.checkpoints.layout import Checkpoint, first, open_checkpoint
+from llava_core.checkpoints.layout import Checkpoint, open_checkpoint
 from llava_core.checkpoints.original_config import original_json, read_original_config
 from llava_core.checkpoints.shapes import decoder_fields
 from llava_core.checkpoints.tensors import TensorReader
@@ -41,6 +41,7 @@ from llava_core.checkpoints.tools.writing import (
     write_model,
 )
 from llava_core.checkpoints.towers import KNOWN_TOWERS
+from llava_core.checkpoints.weights import first
 from llava_core.config import JsonObject, ModelConfig
 from llava_core.errors import CheckpointError
 from llava_core.images.preprocess import PreprocessConfig

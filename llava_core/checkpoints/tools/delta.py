@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 
 from llava_core.checkpoints.contents import Stored, stored_tensors
-from llava_core.checkpoints.files import read_json, resolve_checkpoint
+from llava_core.checkpoints.files import read_json
 from llava_core.checkpoints.headers import DTYPES
+from llava_core.checkpoints.hub import Hub
 from llava_core.checkpoints.keymaps import VOCABULARY_KEYS, Key
-from llava_core.checkpoints.layout import DELTA_FIELD, find_weights, first
+from llava_core.checkpoints.layout import DELTA_FIELD
 from llava_core.checkpoints.tensors import TensorReader
 from llava_core.checkpoints.tools.writing import (
     DEFAULT_SHARD_SIZE,
@@ -35,6 +36,7 @@ from llava_core.checkpoints.tools.writing import (
     write_json,
     write_model,
 )
+from llava_core.checkpoints.weights import find_weights, first
 from llava_core.errors import CheckpointError
 
 # In config.json beside the base's name, which may be that of a folder and so of many models.
@@ -53,7 +55,8 @@ def make_delta(
 
     Raises CheckpointError when `out` exists, or when the two are not of one architecture.
     """
-    folder, below = (_model_folder(each, offline=offline) for each in (target, base))
+    hub = Hub(offline=offline)
+    folder, below = _model_folder(target, "the target", hub), _model_folder(base, "the base", hub)
     pairs = _pair(folder, below)
     _write(folder, out, pairs, -1, {DELTA_FIELD: _name(base), DIGEST_FIELD: _digest(pairs)}, max_shard_size)
 
@@ -72,7 +75,8 @@ def apply_delta(
     Raises CheckpointError as above, and for a folder that does not say that it is a delta, or is one of another base.
     With `force` it does not: the original code's deltas say nothing.
     """
-    below, folder = _model_folder(base, offline=offline), resolve_checkpoint(delta, offline=offline)
+    hub = Hub(offline=offline)
+    below, folder = _model_folder(base, "the base", hub), hub.find(delta, "the delta")
     settings = read_json(folder, "config.json")
     if DELTA_FIELD not in settings and not force:
         raise CheckpointError(
@@ -88,8 +92,8 @@ def apply_delta(
     _write(folder, out, pairs, 1, {}, max_shard_size)
 
 
-def _model_folder(path_or_id: str, *, offline: bool) -> Path:
-    folder = resolve_checkpoint(path_or_id, offline=offline)
+def _model_folder(path_or_id: str, role: str, hub: Hub) -> Path:
+    folder = hub.find(path_or_id, role)
     if DELTA_FIELD in read_json(folder, "config.json"):
         raise CheckpointError(f"{folder} is a delta, where a model is wanted; apply it to its base first")
     return folder

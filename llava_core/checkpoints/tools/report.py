@@ -15,13 +15,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from llava_core.checkpoints.accounting import name_problems, tensor_problems, vocabulary_problems
 from llava_core.checkpoints.contents import Stored, stored_tensors
-from llava_core.checkpoints.files import has_model, read_json, resolve_checkpoint
+from llava_core.checkpoints.files import has_model, read_json
 from llava_core.checkpoints.headers import TensorInfo, read_header
+from llava_core.checkpoints.hub import Hub
 from llava_core.checkpoints.keymaps import Key, Part, from_tower
-from llava_core.checkpoints.layout import DELTA_FIELD, Checkpoint, find_layout, find_weights, open_checkpoint
+from llava_core.checkpoints.layout import DELTA_FIELD, Checkpoint, find_layout, open_checkpoint
 from llava_core.checkpoints.lora import open_lora
 from llava_core.checkpoints.memory import cache_bytes_per_token, weight_bytes
 from llava_core.checkpoints.shapes import Shape, decoder_fields, expected_shapes
+from llava_core.checkpoints.weights import find_weights
 from llava_core.config import ModelConfig
 from llava_core.errors import LlavaError, RequestError
 from llava_core.images.geometry import num_image_tokens
@@ -60,7 +62,7 @@ def inspect_checkpoint(
     """
     if template is not None:
         get_template(template)
-    folder = resolve_checkpoint(path_or_id, offline=offline)
+    folder = Hub(offline=offline).find(path_or_id, "the model")
     problems: list[str] = []
     report: Report = {"folder": str(folder), "layout": _attempt(problems, lambda: find_layout(folder))}
     if report["layout"] == "delta":

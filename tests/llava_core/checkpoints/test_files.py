@@ -6,39 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from llava_core.checkpoints.files import find_tensors, read_json, resolve_checkpoint, tensor_names
+from llava_core.checkpoints.files import find_tensors, read_json, tensor_names
 from llava_core.errors import CheckpointError
 from tests.tiny import cut_short, edit_json
-
-
-def test_a_folder_is_its_own_checkpoint(tiny_checkpoint: Path) -> None:
-    assert resolve_checkpoint(str(tiny_checkpoint)) == tiny_checkpoint
-
-
-@pytest.mark.parametrize(
-    "name", ["/no/such/folder", "./missing", "~/missing-folder", "~nobody-here", "missing", "a/b/c", ""]
-)
-def test_what_is_neither_folder_nor_hub_id_is_refused(name: str) -> None:
-    with pytest.raises(CheckpointError, match="no such checkpoint folder"):
-        resolve_checkpoint(name)
-
-
-def test_a_folder_that_may_not_be_read_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("os.access", lambda *_: False)
-    with pytest.raises(CheckpointError, match="cannot be read: permission denied"):
-        resolve_checkpoint(str(tmp_path))
-
-
-def test_a_hub_id_that_is_not_cached_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(CheckpointError, match=r"nobody/nothing is neither a folder here nor.*download it first"):
-        resolve_checkpoint("nobody/nothing", offline=True)
-
-
-def test_a_hub_id_that_cannot_be_one_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(CheckpointError, match="owner name/no!thing is neither"):
-        resolve_checkpoint("owner name/no!thing", offline=True)
 
 
 def test_a_single_file_and_shards_hold_the_same_tensors(tiny_checkpoint: Path, write_copy: Callable[..., Path]) -> None:

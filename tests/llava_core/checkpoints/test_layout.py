@@ -1,5 +1,6 @@
 """What a folder is: every layout is told by its files and fields, and what is missing or wrong is named at once."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,10 @@ from llava_core.checkpoints.accounting import check_tensors
 from llava_core.checkpoints.layout import Checkpoint, open_checkpoint
 from llava_core.checkpoints.load import LoadOptions, load_language_side, load_tower
 from llava_core.checkpoints.tokenizer import load_tokenizer
+from llava_core.checkpoints.towers import KNOWN_TOWERS
 from llava_core.errors import CheckpointError
-from tests.original import Kind, Original, write_original
+from tests.hub import NEW, OLD, fill_cache, use_cache, write_lora
+from tests.original import TOWER_CONFIG, Kind, Original, write_original
 from tests.tiny import cut_short, edit_json, write_json
 
 FP32 = LoadOptions(dtype="float32")
@@ -49,15 +52,9 @@ def test_a_projector_beside_a_whole_model_is_a_copy(tmp_path: Path) -> None:
     assert opened(original).is_complete
 
 
-def test_a_base_without_a_name_is_asked_for(tmp_path: Path) -> None:
-    original = write_original(tmp_path, Kind(layout="projector"))
-    with pytest.raises(CheckpointError, match="needs the model it was trained on; name it with --base"):
-        open_checkpoint(original.folder, offline=True)
-
-
 def test_an_adapter_names_its_base(tmp_path: Path) -> None:
     original = write_original(tmp_path, Kind(layout="lora"))
-    with pytest.raises(CheckpointError, match="somewhere/else is neither"):
+    with pytest.raises(CheckpointError, match=r"somewhere/else, the base of .*, is neither"):
         open_checkpoint(original.folder, offline=True)
     edit_json(original.folder / "adapter_config.json", lambda c: c.update(base_model_name_or_path=str(original.base)))
     assert open_checkpoint(original.folder, offline=True).text_folder == original.base
@@ -66,16 +63,63 @@ def test_an_adapter_names_its_base(tmp_path: Path) -> None:
 def test_offline_everything_that_is_missing_is_listed_at_once(tmp_path: Path) -> None:
     original = write_original(tmp_path, Kind(layout="lora"))
     edit_json(original.folder / "config.json", lambda c: c.update(mm_vision_tower="openai/no-tower"))
-    with pytest.raises(CheckpointError, match=r"somewhere/else is neither.*; .*mm_vision_tower 'openai/no-tower'"):
+    message = r"somewhere/else, the base of .*, is neither.*; openai/no-tower, the mm_vision_tower of .*, is neither"
+    with pytest.raises(CheckpointError, match=message):
         open_checkpoint(original.folder, offline=True)
+    with pytest.raises(CheckpointError, match=r"no/model, the model, is neither.*; no/base, the base, is neither"):
+        open_checkpoint("no/model", "no/base", offline=True)
 
 
-def test_a_base_of_another_size_is_named_with_both_numbers(tmp_path: Path) -> None:
-    original = write_original(tmp_path, Kind(layout="lora"))
-    assert original.base is not None
-    edit_json(original.base / "config.json", lambda config: config.update(num_hidden_layers=40))
-    with pytest.raises(CheckpointError, match=r"is the wrong base for .* its num_hidden_layers is 40, .* says 2"):
-        opened(original)
+@pytest.fixture
+def hub_lora(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache where adapter, base and tower are at OLD."""
+    monkeypatch.chdir(tmp_path)
+    use_cache(monkeypatch, tmp_path / "cache")
+    for repo_id, folder in write_lora(tmp_path / "written").items():
+        fill_cache(tmp_path / "cache", repo_id, {OLD: folder})
+    return tmp_path / "cache"
+
+
+def test_what_was_opened_is_opened_again_whatever_is_newest_by_then(hub_lora: Path, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint("owner/lora")
+    assert checkpoint.revisions == {"owner/lora": OLD, "owner/base": OLD, "openai/tower": OLD}
+    for repo_id in checkpoint.revisions:
+        fill_cache(hub_lora, repo_id, {NEW: hub_lora / f"models--{repo_id.replace('/', '--')}" / "snapshots" / OLD})
+    assert set(open_checkpoint("owner/lora").revisions.values()) == {NEW}
+    # A folder of the tower's name would be the tower.
+    shutil.copytree(tmp_path / "written" / "tower", tmp_path / "openai" / "tower")
+    assert "openai/tower" not in open_checkpoint("owner/lora").revisions
+    again = open_checkpoint("owner/lora", revisions=checkpoint.revisions)
+    assert again == checkpoint
+    assert {each.folder.name for each in again.weights} == {OLD}
+
+
+def test_a_base_of_a_peft_adapter_has_its_revision_too(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_cache(monkeypatch, tmp_path / "cache")
+    fill_cache(tmp_path / "cache", "owner/whole", {OLD: tiny_checkpoint})
+    (tmp_path / "adapter").mkdir()
+    write_json(tmp_path / "adapter" / "adapter_config.json", {"base_model_name_or_path": "owner/whole"})
+    assert open_checkpoint(tmp_path / "adapter").revisions == {"owner/whole": OLD}
+
+
+def test_a_copy_stands_in_for_a_tower_everywhere_or_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One replica must not take the named tower where another one takes the copy inside."""
+    use_cache(monkeypatch, tmp_path / "cache")
+    monkeypatch.setitem(KNOWN_TOWERS, "openai/tower", TOWER_CONFIG)
+    original = write_original(tmp_path, Kind(tower_inside=True))
+    changes = {"unfreeze_mm_vision_tower": False, "mm_vision_tower": "openai/tower"}
+    edit_json(original.folder / "config.json", lambda config: config.update(changes))
+    without = open_checkpoint(original.folder)
+    assert (without.revisions, len(without.weights)) == ({}, 1)
+    fill_cache(tmp_path / "cache", "openai/tower", {OLD: tmp_path / "tower"})
+    within = open_checkpoint(original.folder)
+    assert (within.revisions, len(within.weights)) == ({"openai/tower": OLD}, 2)
+    assert open_checkpoint(original.folder, revisions=without.revisions) == without
+    shutil.rmtree(tmp_path / "cache")
+    with pytest.raises(CheckpointError, match=f"openai/tower at revision {OLD}, the mm_vision_tower"):
+        open_checkpoint(original.folder, revisions=within.revisions)
 
 
 def test_a_text_only_model_is_named_as_such(tmp_path: Path) -> None:

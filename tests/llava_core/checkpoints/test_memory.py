@@ -1,17 +1,17 @@
 """What a model needs, against what its tensors really take, and against known models' figures."""
 
-import os
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from llava_core.checkpoints import memory
 from llava_core.checkpoints.files import DEFAULT_MODEL
-from llava_core.checkpoints.layout import open_checkpoint
+from llava_core.checkpoints.layout import Checkpoint, open_checkpoint
 from llava_core.checkpoints.load import LoadOptions, load_language_side, load_tower
 from llava_core.checkpoints.memory import (
     MemoryNeed,
@@ -24,6 +24,8 @@ from llava_core.checkpoints.memory import (
 from llava_core.config import ModelConfig, read_llava_hf_config
 from llava_core.errors import CheckpointError
 from llava_core.models.language import LanguageSide
+from tests.original import Kind, write_original
+from tests.tiny import edit_json
 
 
 def stored_bytes(module: nn.Module) -> int:
@@ -84,7 +86,7 @@ def test_there_must_be_room_for_a_question_about_a_picture() -> None:
     need = language_need(llava_7b(), 14 * 2**30, 2)
     assert need.tokens == 576 + 512
     assert need.total == 14 * 2**30 + 1088 * 512 * 1024
-    assert str(need) == "14.00 GiB of weights and 512 KiB of cache per token"
+    assert str(need) == "14.00 GiB of weights and 512 KiB of cache per token, room for 1088 tokens"
 
 
 def test_what_does_not_fit_is_refused_before_a_weight_is_read(
@@ -98,17 +100,88 @@ def test_what_does_not_fit_is_refused_before_a_weight_is_read(
     check_fits(MemoryNeed(1000), "cpu", "it")
 
 
+def needs(monkeypatch: pytest.MonkeyPatch, checkpoint: Checkpoint, options: LoadOptions) -> list[tuple[str, int]]:
+    """Device and bytes of weights of every check that loading the language side makes."""
+    asked: list[tuple[str, int]] = []
+    monkeypatch.setattr(
+        "llava_core.checkpoints.load.check_fits",
+        lambda need, device, _what, **_advice: asked.append((device, need.weights)),
+    )
+    load_language_side(checkpoint, options)
+    return asked
+
+
+@pytest.mark.parametrize("is_in_file", [False, True])
+def test_a_head_that_is_the_embeddings_is_counted_once(
+    checkpoint_copy: Path, monkeypatch: pytest.MonkeyPatch, *, is_in_file: bool
+) -> None:
+    edit_json(checkpoint_copy / "config.json", lambda config: config["text_config"].update(tie_word_embeddings=True))
+    if not is_in_file:
+        tensors = load_file(checkpoint_copy / "model.safetensors")
+        del tensors["language_model.lm_head.weight"]
+        save_file(tensors, checkpoint_copy / "model.safetensors", metadata={"format": "pt"})
+    opened, options = open_checkpoint(checkpoint_copy), LoadOptions(dtype="float32")
+    expected = stored_bytes(load_language_side(opened, options))
+    assert needs(monkeypatch, opened, options) == [("cpu", expected)]
+
+
+def test_lora_is_added_to_the_whole_decoder_before_it_is_quantised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = write_original(tmp_path, Kind(layout="lora"))
+    opened = open_checkpoint(original.folder, original.base, offline=True)
+    plain, quantised = LoadOptions(dtype="float32"), LoadOptions(dtype="float32", quantization="8bit")
+    whole = stored_bytes(load_language_side(opened, plain).decoder)
+    assert len(needs(monkeypatch, opened, plain)) == 1
+    small = stored_bytes(load_language_side(opened, quantised))
+    assert needs(monkeypatch, opened, quantised) == [("cpu", small), ("cpu", whole)]
+    assert whole > small
+
+
+def test_lora_that_has_no_room_says_that_it_can_be_added_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = write_original(tmp_path, Kind(layout="lora"))
+    opened = open_checkpoint(original.folder, original.base, offline=True)
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 2**40 if device == "cuda" else 1000)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("llava_core.checkpoints.load.read_part", lambda *_: pytest.fail("weights were read"))
+    message = rf"adding the LoRA of {original.folder} to its base needs 0\.00 GiB on cpu .*with `llava merge` first"
+    with pytest.raises(CheckpointError, match=message):
+        load_language_side(opened, LoadOptions("cuda", dtype="float32"))
+
+
 def test_the_machine_has_no_more_than_it_has() -> None:
     assert 0 < available_bytes("cpu") <= psutil.virtual_memory().total
 
 
-def test_a_container_has_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+# Kernel names and arithmetic of Documentation/admin-guide/cgroup-v2.rst: `file` = lists of files + shmem, roughly.
+STAT = """anon 150000
+file 300000
+shmem 120000
+inactive_anon 200000
+active_anon 70000
+inactive_file 110000
+active_file 65000
+unevictable 5000
+"""
+
+
+def write_cgroup(folder: Path, *, limit: str, stat: str = STAT) -> None:
+    for name, text in (("memory.max", f"{limit}\n"), ("memory.current", "700000\n"), ("memory.stat", stat)):
+        (folder / name).write_text(text)
+
+
+def test_a_container_has_its_limit_and_shared_memory_is_not_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(memory, "_CGROUP", tmp_path)
-    for name, text in (("memory.max", "1000000"), ("memory.current", "700000"), ("memory.stat", "anon 1\nfile 200000")):
-        (tmp_path / name).write_text(text + os.linesep)
-    assert available_bytes("cpu") == 500000
-    (tmp_path / "memory.max").write_text("max\n")
-    assert available_bytes("cpu") > 500000
+    write_cgroup(tmp_path, limit="1000000")
+    assert available_bytes("cpu") == 1_000_000 - 700_000 + 110_000 + 65_000
+    write_cgroup(tmp_path, limit="1000000", stat="anon 1\n")
+    assert available_bytes("cpu") == 300_000
+    write_cgroup(tmp_path, limit="max")
+    assert available_bytes("cpu") > 500_000
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from llava_core.checkpoints.hub import Hub
 from llava_core.checkpoints.towers import BIOVIL_FILE, KNOWN_TOWERS, check_biovil, find_biovil_file, find_tower
 from llava_core.errors import CheckpointError
 from llava_core.vision.biovil_keys import tensor_names
@@ -29,7 +30,7 @@ def checkpoint(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("name", ["{root}/tower", "../tower", "tower", "/moved/from/elsewhere/tower"])
 def test_a_folder_is_found_however_it_is_named(tmp_path: Path, checkpoint: Path, name: str) -> None:
     folder = write_tower(tmp_path / "tower", TOWER_CONFIG)
-    source = find_tower(name.format(root=tmp_path), checkpoint, is_inside=False, offline=True)
+    source = find_tower(name.format(root=tmp_path), checkpoint, is_inside=False, hub=Hub(offline=True))
     assert source.config["image_size"] == 28
     assert source.folder is not None
     assert source.folder.resolve() == folder
@@ -37,25 +38,25 @@ def test_a_folder_is_found_however_it_is_named(tmp_path: Path, checkpoint: Path,
 
 def test_a_whole_clip_is_read_for_its_vision_half(tmp_path: Path, checkpoint: Path) -> None:
     write_tower(tmp_path / "tower", {"model_type": "clip", "hidden_size": 5, "vision_config": {"hidden_size": 24}})
-    config = find_tower("tower", checkpoint, is_inside=False, offline=True).config
+    config = find_tower("tower", checkpoint, is_inside=False, hub=Hub(offline=True)).config
     assert (config["hidden_size"], config["model_type"]) == (24, "clip_vision_model")
 
 
 @pytest.mark.parametrize("name", sorted(KNOWN_TOWERS))
 def test_known_towers_need_no_files_where_the_weights_are_inside(checkpoint: Path, name: str) -> None:
-    source = find_tower(name, checkpoint, is_inside=True, offline=True)
+    source = find_tower(name, checkpoint, is_inside=True, hub=Hub(offline=True))
     assert (source.config, source.folder) == (KNOWN_TOWERS[name], None)
 
 
 @pytest.mark.parametrize("name", ["/no/such/tower", "tower", "nobody/nothing", "biovil_t"])
 def test_an_unknown_tower_is_named_with_its_field_and_no_network(checkpoint: Path, name: str) -> None:
     with pytest.raises(CheckpointError, match=rf"config\.json: mm_vision_tower '{name}' is unknown"):
-        find_tower(name, checkpoint, is_inside=False, offline=False)
+        find_tower(name, checkpoint, is_inside=False, hub=Hub())
 
 
 def test_a_tower_that_is_not_there_is_named_with_its_field(checkpoint: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"config\.json: mm_vision_tower 'openai/none' is missing"):
-        find_tower("openai/none", checkpoint, is_inside=False, offline=True)
+    with pytest.raises(CheckpointError, match=r"openai/none, the mm_vision_tower of .*/config\.json, is neither"):
+        find_tower("openai/none", checkpoint, is_inside=False, hub=Hub(offline=True))
 
 
 def test_a_folder_that_is_no_tower_is_named_with_the_known_kinds(tmp_path: Path, checkpoint: Path) -> None:
@@ -63,13 +64,13 @@ def test_a_folder_that_is_no_tower_is_named_with_the_known_kinds(tmp_path: Path,
     with pytest.raises(
         CheckpointError, match=r"tower/config\.json: model_type 'vit' is no known tower; known are clip"
     ):
-        find_tower("tower", checkpoint, is_inside=False, offline=True)
+        find_tower("tower", checkpoint, is_inside=False, hub=Hub(offline=True))
 
 
 def test_a_tower_without_weights_is_named(tmp_path: Path, checkpoint: Path) -> None:
     write_tower(tmp_path / "tower", TOWER_CONFIG, weights=False)
     with pytest.raises(CheckpointError, match="holds no weights"):
-        find_tower("tower", checkpoint, is_inside=False, offline=True)
+        find_tower("tower", checkpoint, is_inside=False, hub=Hub(offline=True))
 
 
 def test_a_biovil_that_is_not_complete_is_named_with_what_to_do(checkpoint: Path) -> None:

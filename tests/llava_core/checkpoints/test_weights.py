@@ -6,9 +6,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from llava_core.checkpoints.keymaps import Key, from_original
-from llava_core.checkpoints.weights import Weights, first
+from llava_core.checkpoints.keymaps import Key, from_llava_hf, from_original
+from llava_core.checkpoints.weights import Weights, find_weights, first
 from llava_core.errors import CheckpointError
+from tests.tiny import write_json
 
 
 def test_names_are_ours_and_computed_buffers_are_dropped(tmp_path: Path) -> None:
@@ -27,6 +28,13 @@ def test_one_file_may_be_all_there_is(tmp_path: Path) -> None:
     file = tmp_path / "rest.pt"
     torch.save({"model.norm.weight": torch.zeros(1)}, file)
     assert Weights(tmp_path, from_original, file=file).files == {"model.norm.weight": file}
+
+
+def test_a_folders_own_weights_are_read_as_its_configuration_says(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """A text-only decoder among them."""
+    assert find_weights(tiny_checkpoint).key_map is from_llava_hf
+    write_json(tmp_path / "config.json", {"model_type": "llama"})
+    assert find_weights(tmp_path, frozenset({"decoder"})) == Weights(tmp_path, from_original, frozenset({"decoder"}))
 
 
 def test_long_lists_are_cut_short() -> None:

@@ -1,6 +1,7 @@
 """8 and 4 bits: what is stored and what is computed, against arithmetic written out here."""
 
 import logging
+import weakref
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 from llava_core.errors import CheckpointError
+from llava_core.models import quantize as quantize_module
 from llava_core.models.quantize import check_layers, check_quantization, quantize
 from tests.tiny import build_text_config
 
@@ -62,6 +64,24 @@ def test_every_linear_layer_but_the_head_is_replaced_and_the_dtype_stays(kind: A
     logits = decoder(torch.arange(3, 20)[None]).logits
     assert logits.dtype == decoder.dtype == dtype
     assert logits.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["8bit", "4bit"])
+def test_layers_are_let_go_of_one_by_one(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = make_decoder()
+    built: list[weakref.ref[nn.Module]] = []
+    name = f"llava_core.models.quantize._build_{kind}"
+    build = vars(quantize_module)[f"_build_{kind}"]
+
+    def watched(layer: nn.Linear, dtype: torch.dtype) -> nn.Module:
+        assert not [each for each in built if each() is not None]
+        built.append(weakref.ref(layer.weight))
+        new: nn.Module = build(layer, dtype)
+        return new
+
+    monkeypatch.setattr(name, watched)
+    quantize(decoder, kind, device="cpu", dtype=torch.float32)
+    assert len(built) == 2 * 7
 
 
 def test_a_quantised_decoder_says_nothing_about_it(caplog: pytest.LogCaptureFixture) -> None:

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from llava_core.checkpoints.files import find_tensors, read_json
+from llava_core.checkpoints.hub import Hub
 from llava_core.checkpoints.layout import open_checkpoint
 from llava_core.checkpoints.tensors import read_tensors
 from llava_core.checkpoints.tools.delta import apply_delta, make_delta
@@ -150,8 +151,7 @@ def test_a_base_is_recorded_by_a_name_that_means_something_elsewhere(
         make_delta(name, str(target.folder), tmp_path / str(number))
         assert read_json(tmp_path / str(number), "config.json")["delta_base"] == "base"
     snapshots = {"lmsys/some-base": base}
-    resolve = "llava_core.checkpoints.tools.delta.resolve_checkpoint"
-    monkeypatch.setattr(resolve, lambda name, *, offline: snapshots.get(name, Path(name)))
+    monkeypatch.setattr(Hub, "find", lambda _, name, role: snapshots.get(name, Path(name)))
     make_delta("lmsys/some-base", str(target.folder), tmp_path / "of-the-hub")
     assert read_json(tmp_path / "of-the-hub", "config.json")["delta_base"] == "lmsys/some-base"
 

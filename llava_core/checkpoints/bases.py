@@ -1,0 +1,50 @@
+"""What a LoRA, a projector or an adapter was trained on: which model that is, and whether it is the right one.
+
+Reads configurations and headers, no weights. Knows nothing about towers, nor how one is laid over the other.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from llava_core.checkpoints.files import has_model, naming, read_json
+from llava_core.checkpoints.hub import Hub
+from llava_core.checkpoints.weights import ALL_PARTS, Weights, find_weights
+from llava_core.config import ModelConfig
+from llava_core.errors import CheckpointError
+from llava_core.fields import Fields, shown
+
+
+def find_base(folder: Path, base: str | Path | None, hub: Hub) -> tuple[Path, Weights]:
+    """The base's folder and weights. Its tower is never taken: the checkpoint's config.json names one."""
+    found = hub.find(str(base_name(folder, base)), f"the base of {folder}")
+    weights = find_weights(found, ALL_PARTS - {"tower"})
+    if not has_model(found):
+        raise CheckpointError(f"{found}, the base of {folder}, is not a complete model: it holds no weights of its own")
+    return found, weights
+
+
+def base_name(folder: Path, base: str | Path | None) -> str | Path:
+    """The model that was given, else the one that adapter_config.json names. Raises CheckpointError without either."""
+    if base is not None:
+        return base
+    named = None
+    if (folder / "adapter_config.json").exists():
+        with naming(folder / "adapter_config.json"):
+            named = Fields(read_json(folder, "adapter_config.json")).optional("base_model_name_or_path", Fields.text)
+    if named is None:
+        raise CheckpointError(f"{folder} needs the model it was trained on; name it with --base")
+    return named
+
+
+def check_base(config: ModelConfig, folder: Path, base: Path) -> None:
+    """Raise CheckpointError when a field that tells one size of a decoder from another is not the same."""
+    theirs = read_json(base, "config.json")
+    with naming(base / "config.json"):
+        fields = Fields(theirs).section("text_config") if "text_config" in theirs else Fields(theirs)
+    for field in ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads"):
+        if fields.has(field) and fields.values[field] != config.text[field]:
+            raise CheckpointError(
+                f"{base} is the wrong base for {folder}: its {field} is {shown(fields.values[field])}, "
+                f"{folder / 'config.json'} says {config.text[field]}; name the right one with --base"
+            )

@@ -1,0 +1,126 @@
+"""Hub ids become folders: found in the local cache or downloaded, here and nowhere else, and never in silence.
+
+Knows ids, revisions and names of files, and nothing about what is in them.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llava_core.checkpoints.files import check_access
+from llava_core.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import RepoSibling
+
+logger = logging.getLogger(__name__)
+
+# What is wanted of a repository; of weights that are there as safetensors and as `.bin`, the first alone.
+_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.jinja", "mm_projector.bin", "non_lora_trainables*.bin"]
+_ALSO_WITHOUT_SAFETENSORS = ["*.bin"]
+
+
+class Hub:
+    """Finds checkpoints by folder or hub id. `found` has the revision of every id that was found.
+
+    With `offline` nothing is fetched. `revisions` are those of all the ids that may be used; None is the newest of
+    each, which for one Hub stays what it was at first.
+    """
+
+    def __init__(self, *, offline: bool = False, revisions: Mapping[str, str] | None = None) -> None:
+        self.offline = offline
+        self._revisions = revisions
+        self.found: dict[str, str] = {}
+
+    def is_pinned(self, name: str) -> bool:
+        """Whether a revision was chosen for this id, so that nothing else may be taken in its place."""
+        return name in (self._revisions or ())
+
+    def find(self, path_or_id: str, role: str) -> Path:
+        """The folder of a checkpoint: the path itself, or a hub id's snapshot. `role` says what it is wanted for.
+
+        Raises CheckpointError when there is neither.
+        """
+        if not self.is_pinned(path_or_id):
+            # Not Path.expanduser, which raises for a user there is not.
+            path = Path(os.path.expanduser(path_or_id))
+            # Not Path.is_dir, which raises for names that no folder can have, and inside folders that may not be read.
+            if path_or_id and os.path.isdir(path):
+                check_access(path)
+                return path
+            if path.is_absolute() or path_or_id.startswith((".", "~")) or path_or_id.count("/") != 1:
+                raise CheckpointError(
+                    f"{path_or_id!r}, {role}: no such checkpoint folder; give a folder or a hub id like owner/name"
+                )
+            if self._revisions is not None:
+                raise CheckpointError(f"{path_or_id}, {role}, is not among the revisions to use; add its revision")
+        folder = self._find_snapshot(path_or_id, role)
+        # The hub's client names a snapshot's folder by its revision.
+        self.found[path_or_id] = folder.name
+        return folder
+
+    def _find_snapshot(self, repo_id: str, role: str) -> Path:
+        from huggingface_hub import constants, snapshot_download
+
+        revision = self.found.get(repo_id) or (self._revisions or {}).get(repo_id)
+        offline = self.offline or constants.HF_HUB_OFFLINE
+        try:
+            patterns = _PATTERNS if offline else _look_up(repo_id, revision, role)
+            return Path(
+                snapshot_download(repo_id, revision=revision, local_files_only=offline, allow_patterns=patterns)
+            )
+        except (OSError, ValueError, _http_error()) as error:
+            wanted = f"{repo_id}, {role}," if revision is None else f"{repo_id} at revision {revision}, {role},"
+            reason = "nothing may be fetched" if offline else f"fetching it failed ({type(error).__name__})"
+            raise CheckpointError(
+                f"{wanted} is neither a folder here nor in the hub's local cache, and {reason}; "
+                "download it first or give a folder"
+            ) from error
+
+
+def _http_error() -> type[Exception]:
+    """What the HTTP client under the hub's raises, which is one package in some versions and another one in others."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return HfHubHTTPError.__mro__[1]
+
+
+def _look_up(repo_id: str, revision: str | None, role: str) -> list[str]:
+    """What to fetch of a repository, announced if any of it is not here."""
+    from huggingface_hub import HfApi, constants
+
+    try:
+        info = HfApi().model_info(repo_id, revision=revision, files_metadata=True)
+    except (OSError, _http_error()) as error:
+        # Whether the cache does, whoever asks for the snapshot finds out.
+        name = type(error).__name__
+        logger.info("%s, %s: nothing from %s (%s), so the local cache counts", repo_id, role, constants.ENDPOINT, name)
+        return _PATTERNS
+    files = {file.rfilename: file for file in info.siblings or ()}
+    has_safetensors = any(Path(name).match("*model*.safetensors") for name in files)
+    patterns = _PATTERNS if has_safetensors else _PATTERNS + _ALSO_WITHOUT_SAFETENSORS
+    wanted = [file for name, file in files.items() if any(fnmatch(name, pattern) for pattern in patterns)]
+    missing = [file.size or 0 for file in wanted if not _is_here(repo_id, file, info.sha)]
+    if missing:
+        logger.info(
+            "%s, %s: downloading %d files (%.2f GB) of revision %s from %s",
+            *(repo_id, role, len(missing), sum(missing) / 1e9, info.sha, constants.ENDPOINT),
+        )
+    return patterns
+
+
+def _is_here(repo_id: str, file: RepoSibling, revision: str | None) -> bool:
+    """Whether the cache has a file, of this revision or with the same content of another."""
+    from huggingface_hub import constants, try_to_load_from_cache
+    from huggingface_hub.file_download import repo_folder_name
+
+    if isinstance(try_to_load_from_cache(repo_id, file.rfilename, revision=revision), str):
+        return True
+    blobs = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repo_id, repo_type="model"), "blobs")
+    content = file.lfs.sha256 if file.lfs else file.blob_id
+    return content is not None and (blobs / content).exists()
