@@ -28,12 +28,12 @@ def base_name(folder: Path, base: str | Path | None) -> str | Path:
     """The model that was given, else the one that adapter_config.json names. Raises CheckpointError without either."""
     if base is not None:
         return base
-    named = None
+    said, named = "", None
     if (folder / "adapter_config.json").exists():
-        with naming(folder / "adapter_config.json"):
-            named = Fields(read_json(folder, "adapter_config.json")).optional("base_model_name_or_path", Fields.text)
-    if named is None:
-        raise CheckpointError(f"{folder} needs the model it was trained on; name it with --base")
+        named = read_json(folder, "adapter_config.json").get("base_model_name_or_path")
+        said = f", and base_model_name_or_path in its adapter_config.json is {shown(named)}"
+    if not isinstance(named, str) or not named:
+        raise CheckpointError(f"{folder} needs the model it was trained on{said}; name it with --base")
     return named
 
 
