@@ -95,7 +95,9 @@ def _side(fields: Fields) -> int:
     values = [value for name in ("size", "crop_size") if fields.has(name) for value in _sides(fields.values[name])]
     if not values or not all(is_whole(value) and 0 < value == values[0] for value in values):
         size, crop_size = (shown(fields.values.get(name)) for name in ("size", "crop_size"))
-        raise CheckpointError(f"size is {size} and crop_size {crop_size}; expected the same side in pixels")
+        raise CheckpointError(
+            f"{fields.path}size is {size} and crop_size {crop_size}; expected the same side in pixels"
+        )
     return int(values[0])
 
 

@@ -52,41 +52,45 @@ def naming(file: Path) -> Iterator[None]:
         raise CheckpointError(f"{file}: {error}") from error
 
 
+# The first that there is counts, as in transformers.
+_MODELS = ("model.safetensors", "pytorch_model.bin")
+
+
 def find_tensors(folder: Path) -> dict[str, Path]:
     """Which file holds each tensor, from an index or a single file; safetensors before `.bin`.
 
     Raises CheckpointError for missing or damaged files, and when a safetensors index and headers disagree.
     """
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        listed = _read_index(index)
-        found = {name: file for file in sorted(set(listed.values())) for name in tensor_names(file)}
-        if listed != found:
-            wrong = sorted(set(listed.items()) ^ set(found.items()))[0][0]
-            raise CheckpointError(f"{index} and its shards disagree, for example about {wrong}; download it again")
-        return found
-    single = folder / "model.safetensors"
-    if single.exists():
-        return dict.fromkeys(tensor_names(single), single)
-    index = folder / "pytorch_model.bin.index.json"
-    if index.exists():
-        listed = _read_index(index)
-        absent = sorted(file for file in set(listed.values()) if not os.path.exists(file))
-        if absent:
-            raise CheckpointError(f"{absent[0]} is missing; the checkpoint is incomplete")
-        return listed
-    single = folder / "pytorch_model.bin"
-    if single.exists():
-        return dict.fromkeys(tensor_names(single), single)
+    for name in _MODELS:
+        if (index := folder / f"{name}.index.json").exists():
+            return _find_listed(index)
+        if (single := folder / name).exists():
+            return dict.fromkeys(tensor_names(single), single)
     raise CheckpointError(
         f"{folder} has no model.safetensors and no model.safetensors.index.json, nor pytorch_model.bin or its index"
     )
 
 
+def _find_listed(index: Path) -> dict[str, Path]:
+    listed = _read_index(index)
+    files = sorted(set(listed.values()))
+    if absent := [file for file in files if not file.exists()]:
+        raise CheckpointError(
+            f"{absent[0]} is missing, which weight_map in {index} names; the checkpoint is incomplete"
+        )
+    if index.name.startswith("pytorch"):
+        # Whether these files hold what the index says is found out with their headers, in contents.py.
+        return listed
+    found = {name: file for file in files for name in tensor_names(file)}
+    if listed != found:
+        wrong = sorted(set(listed.items()) ^ set(found.items()))[0][0]
+        raise CheckpointError(f"{index} and its shards disagree, for example about {wrong}; download it again")
+    return found
+
+
 def has_model(folder: Path) -> bool:
     """Whether the folder holds a whole model's weights."""
-    names = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-    return any((folder / name).exists() for name in names)
+    return any((folder / name).exists() for model in _MODELS for name in (model, f"{model}.index.json"))
 
 
 def find_file(folder: Path, stem: str) -> Path | None:
@@ -108,7 +112,7 @@ def _read_index(index: Path) -> dict[str, Path]:
 
 
 def _is_file_name(value: object) -> bool:
-    return isinstance(value, str) and value == Path(value).name != ""
+    return isinstance(value, str) and value == Path(value).name != "" and len(value) < 256 and "\0" not in value
 
 
 def tensor_names(file: Path) -> list[str]:

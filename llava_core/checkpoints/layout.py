@@ -104,8 +104,8 @@ def _open(folder: Path, base: str | Path | None, hub: Hub) -> Checkpoint:
     settings = read_json(folder, "config.json")
     if layout == "delta":
         raise CheckpointError(
-            f"{folder} holds the differences to {settings[DELTA_FIELD]}, not a model; apply them to it: "
-            f"llava delta apply {settings[DELTA_FIELD]} {folder} OUT"
+            f"{folder / 'config.json'}: {DELTA_FIELD} says that these are the differences to {settings[DELTA_FIELD]}, "
+            f"not a model; apply them to it: llava delta apply {settings[DELTA_FIELD]} {folder} OUT"
         )
     _refuse_quantised(folder, settings)
     if layout in ("llava-hf", "text-only", "unknown"):
@@ -170,8 +170,10 @@ def _refuse_base(folder: Path, base: str | Path | None) -> None:
 def _open_original(folder: Path, settings: JsonObject, base: str | Path | None, hub: Hub) -> Checkpoint:
     _refuse_base(folder, base)
     weights: tuple[Weights, ...] = (Weights(folder, from_original),)
+    with naming(folder / "config.json"):
+        is_biovil = tower_name(settings) == BIOVIL
     # A RaDialog that was merged is saved without its tower, which stays in the file it came in.
-    if tower_name(settings) == BIOVIL and (rest := find_non_lora(folder)):
+    if is_biovil and (rest := find_non_lora(folder)):
         weights += (Weights(folder, from_wrapped, file=rest),)
     config, image_folder, weights = _with_tower(folder, settings, weights, hub)
     return Checkpoint(folder, settings, with_generation_config(config, folder), weights, folder, image_folder)

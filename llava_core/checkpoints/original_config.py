@@ -56,8 +56,8 @@ def read_original_config(config: JsonObject, tower: JsonObject) -> ModelConfig:
     expected = fields.count("mm_hidden_size", vision.hidden_size)
     if expected != vision.hidden_size:
         raise CheckpointError(
-            f"mm_hidden_size is {expected}, but the tower {tower_name(config)} gives "
-            f"{vision.hidden_size} features; it is the wrong tower"
+            f"mm_hidden_size is {expected}, but the tower {tower_name(config)} gives {vision.hidden_size} features at "
+            f"{max(1, len(scales))} scales (s2); it is the wrong tower"
         )
     return ModelConfig(
         vision=vision,
