@@ -21,8 +21,8 @@ import psutil
 import torch
 
 from benchmarks.__main__ import describe_machine
-from llava_core.checkpoints.describe import load_config
 from llava_core.checkpoints.files import DEFAULT_MODEL
+from llava_core.checkpoints.layout import open_checkpoint
 from llava_core.checkpoints.tokenizer import load_tokenizer
 from llava_core.engine.config import EngineConfig
 from llava_core.engine.engine import Engine
@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def build_engine() -> Engine:
-    config = load_config(DEFAULT_MODEL)
+    config = open_checkpoint(DEFAULT_MODEL).config
     text = {**config.text, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 16}
     text |= {"num_attention_heads": 4, "num_key_value_heads": 2}
     side = LanguageSide(replace(config, text=text, hidden_size=64)).eval()

@@ -1,6 +1,6 @@
 """Is there anything to serve? Looked at before replicas start, in a second, without reading weights or importing torch.
 
-Whatever this misses, such as a tensor of the wrong shape, the replica that loads it finds.
+Whatever this misses, such as memory that is lacking where a replica runs, the replica that loads it finds.
 """
 
 from __future__ import annotations
@@ -37,12 +37,14 @@ class FoundCheckpoint:
 def check_checkpoint(args: AppArgs) -> FoundCheckpoint:
     """The checkpoint, with its base and its tower, fetched if need be. Raises CheckpointError naming file and fix."""
     # A second's worth of tokenizer library, not wanted for a --help.
-    from llava_core.checkpoints.accounting import check_tensors
+    from llava_core.checkpoints.accounting import check_loadable
     from llava_core.checkpoints.describe import load_preparer
     from llava_core.checkpoints.layout import open_checkpoint
+    from llava_core.checkpoints.tokenizer import load_tokenizer
 
     model, base = args.checkpoint, args.base_checkpoint
     checkpoint = open_checkpoint(model, base, offline=args.offline, revisions=args.revisions)
-    load_preparer(checkpoint, template=args.template, limits=args.limits.request)
-    check_tensors(checkpoint)
+    tokenizer = load_tokenizer(checkpoint)
+    load_preparer(checkpoint, tokenizer, template=args.template, limits=args.limits.request)
+    check_loadable(checkpoint, tokenizer.num_tokens)
     return FoundCheckpoint(model, base, dict(checkpoint.revisions), args.offline)

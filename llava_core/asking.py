@@ -16,10 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from llava_core.checkpoints.accounting import check_loadable
 from llava_core.checkpoints.files import DEFAULT_MODEL
-from llava_core.checkpoints.layout import open_checkpoint
-from llava_core.errors import CheckpointError, LlavaError, RequestError
+from llava_core.checkpoints.layout import Checkpoint, open_checkpoint
+from llava_core.errors import CheckpointError, ImageError, LlavaError, RequestError
 from llava_core.images.preprocess import PreprocessConfig
+from llava_core.prepare import Preparer
+from llava_core.prompts.templates import get_template
 from llava_core.prompts.tokenize import IMAGE_TOKEN_ID
 from llava_core.types import (
     GenerationRequest,
@@ -34,6 +37,7 @@ from llava_core.types import (
 
 if TYPE_CHECKING:
     from llava_core.checkpoints.load import Dtype
+    from llava_core.checkpoints.tokenizer import CheckpointTokenizer
     from llava_core.inference import LocalModel
 
 JsonObject = dict[str, Any]
@@ -68,14 +72,32 @@ class Question:
     id: object = None
 
 
+@dataclass(frozen=True)
+class _Ready:
+    """All that is known of a checkpoint before its weights are read."""
+
+    checkpoint: Checkpoint
+    tokenizer: CheckpointTokenizer
+    preparer: Preparer
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A request, and how many milliseconds its preparation took."""
+
+    request: PreparedRequest
+    ms: float
+
+
 def ask_one(options: AskOptions, question: str) -> None:
     """Print the answer: as text while it is written, or as one JSON object."""
-    request = _request(options, Question(question, options.images))
-    model = _load(options)
+    ready = _open(options)
+    prepared = _prepare(ready.preparer, options, Question(question, options.images))
+    model = _load(ready, options)
     if options.output == "json":
-        click.echo(json.dumps(_answer(model, request)))
+        click.echo(json.dumps(_answer(model, prepared)))
         return
-    for delta in model.stream(request):
+    for delta in model.stream(prepared.request):
         click.echo(delta.text, nl=False)
     click.echo()
 
@@ -87,10 +109,11 @@ def ask_all(options: AskOptions, file: Path) -> None:
     and the command then fails at the end.
     """
     questions = list(read_questions(file))
-    model, num_failed = _load(options), 0
+    ready, num_failed = _open(options), 0
+    model = _load(ready, options)
     for question in questions:
         try:
-            answer = _answer(model, _request(options, question))
+            answer = _answer(model, _prepare(ready.preparer, options, question))
         except RequestError as error:
             num_failed += 1
             answer = {"error": str(error)}
@@ -129,27 +152,51 @@ def _read_question(line: str, where: str, folder: Path) -> Question:
     return Question(text, tuple(folder / path for path in images), number)
 
 
-def _load(options: AskOptions) -> LocalModel:
+def _open(options: AskOptions) -> _Ready:
+    """Whatever is wrong with the checkpoint is told here, before torch is imported and weights are read."""
+    if options.template is not None:
+        get_template(options.template)
     checkpoint = open_checkpoint(options.model or DEFAULT_MODEL, options.base, offline=options.offline)
-    # Only now: what is wrong with files and fields is told before networks are imported.
+    # Only now, for the tokenizer library takes its time.
+    from llava_core.checkpoints.describe import load_preparer
+    from llava_core.checkpoints.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(checkpoint)
+    preparer = load_preparer(checkpoint, tokenizer, template=options.template)
+    if options.padding_jitter:
+        preparer = _with_jitter(preparer)
+    check_loadable(checkpoint, tokenizer.num_tokens)
+    return _Ready(checkpoint, tokenizer, preparer)
+
+
+def _with_jitter(preparer: Preparer) -> Preparer:
+    preprocess = preparer.preprocess
+    if not isinstance(preprocess, PreprocessConfig):
+        raise CheckpointError("--padding-jitter moves padding, which BioViL-T's pictures do not have; leave it out")
+    return replace(preparer, preprocess=replace(preprocess, jitter=True))
+
+
+def _load(ready: _Ready, options: AskOptions) -> LocalModel:
     from llava_core.checkpoints.load import LoadOptions
     from llava_core.inference import LocalModel
 
     load = LoadOptions(options.device, options.dtype, options.quantization)
-    model = LocalModel(checkpoint, options=load, template=options.template)
-    if options.padding_jitter:
-        preprocess = model.preparer.preprocess
-        if not isinstance(preprocess, PreprocessConfig):
-            raise CheckpointError("--padding-jitter moves padding, which BioViL-T's pictures do not have; leave it out")
-        model.preparer = replace(model.preparer, preprocess=replace(preprocess, jitter=True))
-    return model
+    return LocalModel(ready.checkpoint, options=load, template=options.template, tokenizer=ready.tokenizer)
 
 
-def _request(options: AskOptions, question: Question) -> GenerationRequest:
+def _prepare(preparer: Preparer, options: AskOptions, question: Question) -> _Prepared:
+    """Read pictures and prepare the request. Raises RequestError, which names the file where a picture is at fault."""
     sampling = SamplingParams(max_tokens=options.max_tokens, temperature=options.temperature, seed=options.seed)
     pictures = [ImagePart(_read(path)) for path in question.images]
     message = Message("user", (*pictures, TextPart(question.text)))
-    return GenerationRequest(uuid.uuid4().hex, (message,), sampling)
+    started = time.perf_counter()
+    try:
+        request = preparer.prepare(GenerationRequest(uuid.uuid4().hex, (message,), sampling))
+    except ImageError as error:
+        # The pictures come first in the message, so their numbers are the files'.
+        files = {f"messages[0].content[{index}].image_url": path for index, path in enumerate(question.images)}
+        raise ImageError(f"{files[error.param or '']}: {error.message}", param=error.param, code=error.code) from error
+    return _Prepared(request, (time.perf_counter() - started) * 1e3)
 
 
 def _read(path: Path) -> bytes:
@@ -159,19 +206,17 @@ def _read(path: Path) -> bytes:
         raise RequestError(f"{path} cannot be read: {error.strerror}", param="image") from error
 
 
-def _answer(model: LocalModel, request: GenerationRequest) -> JsonObject:
+def _answer(model: LocalModel, prepared: _Prepared) -> JsonObject:
     """Prompt and answer, ids and counts; times in milliseconds by stage."""
-    started = time.perf_counter()
-    prepared = model.preparer.prepare(request)
-    prepare_ms = (time.perf_counter() - started) * 1e3
-    deltas = list(model.stream(prepared))
-    total_ms = (time.perf_counter() - started) * 1e3
+    request, started = prepared.request, time.perf_counter()
+    deltas = list(model.stream(request))
+    total_ms = prepared.ms + (time.perf_counter() - started) * 1e3
     last: TokenDelta = deltas[-1]
-    stages = {"preprocess": prepare_ms, **last.stage_ms}
+    stages = {"preprocess": prepared.ms, **last.stage_ms}
     return {
-        "prompt": prepared.prompt,
-        "prompt_token_ids": original_ids(prepared),
-        "num_image_tokens": list(prepared.num_image_tokens),
+        "prompt": request.prompt,
+        "prompt_token_ids": original_ids(request),
+        "num_image_tokens": list(request.num_image_tokens),
         "token_ids": [token for delta in deltas for token in delta.token_ids],
         "text": "".join(delta.text for delta in deltas),
         "finish_reason": last.finish_reason,

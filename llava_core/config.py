@@ -1,21 +1,22 @@
 """What a checkpoint's config.json says, read once into frozen dataclasses; bad values fail here, naming the field.
 
 Standard library only. Reads the llava-hf dialect; the originals' is read by checkpoints/original_config.py into the
-same ModelConfig. Knows nothing about files other than the dictionary it is given.
+same ModelConfig. Knows no files: whoever opened one puts its name before what is raised here.
 """
 
 from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from llava_core.architectures import read_decoder, read_tower
 from llava_core.errors import CheckpointError
+from llava_core.fields import MOST, Fields, is_whole, shown
+from llava_core.fields import JsonObject as JsonObject
 from llava_core.types import Size
 
-JsonObject = Mapping[str, Any]
 SelectFeature = Literal["patch", "cls_patch"]
 MergeType = Literal["flat", "spatial", "spatial_unpad"]
 # Whose conventions a checkpoint follows where the two differ: transformers' own, or the original LLaVA code's.
@@ -38,12 +39,6 @@ class VisionConfig:
     select_layer: int
     select_feature: SelectFeature
     architecture: JsonObject
-
-    def __post_init__(self) -> None:
-        if self.image_size < self.patch_size:
-            raise CheckpointError(
-                f"vision_config: image_size {self.image_size} is smaller than patch_size {self.patch_size}"
-            )
 
     @property
     def patches_per_side(self) -> int:
@@ -85,9 +80,14 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         projector_depth(self.projector_type)
-        if self.merge_type not in ("flat", "spatial", "spatial_unpad"):
+        if outside := [token for token in self.eos_token_ids if token >= self.vocab_size]:
             raise CheckpointError(
-                f"mm_patch_merge_type {self.merge_type!r} is unknown; known are flat, spatial and spatial_unpad"
+                f"eos_token_id is {outside[0]}, but vocab_size is {self.vocab_size}: no answer would ever end with it"
+            )
+        if self.vision.tokens_per_tile >= self.context_length:
+            raise CheckpointError(
+                f"image_size {self.vision.image_size} and patch_size {self.vision.patch_size} make a picture "
+                f"{self.vision.tokens_per_tile} tokens, but max_position_embeddings is {self.context_length}"
             )
         if self.pinpoints and self.merge_type != "flat" and self.vision.select_feature == "cls_patch":
             raise CheckpointError(
@@ -97,7 +97,7 @@ class ModelConfig:
         side = self.vision.image_size
         if any(min(size) < side or size.width % side or size.height % side for size in self.pinpoints):
             raise CheckpointError(
-                f"image_grid_pinpoints {list(map(tuple, self.pinpoints))} are not multiples of {side}"
+                f"image_grid_pinpoints {shown(list(map(tuple, self.pinpoints)))} are not multiples of {side}"
             )
 
     @property
@@ -118,152 +118,102 @@ def read_llava_hf_config(config: JsonObject) -> ModelConfig:
     """
     if not isinstance(config.get("vision_config"), dict) or not isinstance(config.get("text_config"), dict):
         raise CheckpointError(
-            "config.json has neither mm_vision_tower nor vision_config and text_config, so it describes no LLaVA, but "
+            "there is neither mm_vision_tower nor vision_config and text_config, so it describes no LLaVA, but "
             "perhaps a text-only model: name that as the base of an adapter or projector"
         )
-    kind = config.get("model_type", "llava")
+    fields = Fields(config)
+    kind = fields.text("model_type", "llava")
     if kind not in ("llava", "llava_next"):
-        raise CheckpointError(f"config.json: model_type {kind!r} is not supported; known are llava and llava_next")
-    text = text_config(config["text_config"], "text_config")
-    activation = config.get("projector_hidden_act", "gelu")
+        raise CheckpointError(f"model_type {kind!r} is not supported; known are llava and llava_next")
+    activation = fields.text("projector_hidden_act", "gelu")
     if activation != "gelu":
-        raise CheckpointError(f"config.json: projector_hidden_act is {activation!r}; only 'gelu' is supported")
+        raise CheckpointError(f"projector_hidden_act is {activation!r}; only 'gelu' is supported")
+    inner = fields.section("text_config")
+    text = read_decoder(inner)
+    image_token = fields.optional("image_token_index", Fields.whole)
     return ModelConfig(
-        vision=_vision_config(config),
+        vision=_vision_config(fields),
         projector_type="mlp2x_gelu",
-        projector_bias=bool(config.get("multimodal_projector_bias", True)),
+        projector_bias=fields.flag("multimodal_projector_bias", True),
         text=text,
-        hidden_size=count(text, "hidden_size", "text_config"),
-        context_length=count(text, "max_position_embeddings", "text_config"),
-        vocab_size=count(text, "vocab_size", "text_config"),
-        image_token_id=config.get("image_token_index", config.get("image_token_id")),
-        eos_token_ids=eos_token_ids(text),
-        tie_word_embeddings=bool(text.get("tie_word_embeddings", config.get("tie_word_embeddings", False))),
-        dtype=str(
-            config.get("dtype", config.get("torch_dtype", text.get("dtype", text.get("torch_dtype", "float32"))))
-        ),
+        hidden_size=text["hidden_size"],
+        context_length=text["max_position_embeddings"],
+        vocab_size=text["vocab_size"],
+        image_token_id=fields.optional("image_token_id", Fields.whole) if image_token is None else image_token,
+        eos_token_ids=Fields(text).tokens("eos_token_id"),
+        tie_word_embeddings=inner.flag("tie_word_embeddings", fields.flag("tie_word_embeddings", False)),
+        dtype=read_dtype(fields, read_dtype(inner, "float32")),
         # transformers gives (height, width).
-        pinpoints=read_pinpoints(config.get("image_grid_pinpoints") or _PINPOINTS, is_height_first=True)
+        pinpoints=read_pinpoints(fields.values.get("image_grid_pinpoints") or _PINPOINTS, is_height_first=True)
         if kind == "llava_next"
         else (),
         merge_type="spatial_unpad" if kind == "llava_next" else "flat",
     )
 
 
+# What transformers' LlavaNextConfig has where nothing is said.
+_PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+
+
 def read_pinpoints(value: object, *, is_height_first: bool = False) -> tuple[Size, ...]:
     """`image_grid_pinpoints`: a list of pairs, or the same as text. Raises CheckpointError for anything else."""
     try:
         pairs: Any = ast.literal_eval(value) if isinstance(value, str) else value
-        sizes = tuple(Size(int(first), int(second)) for first, second in pairs)
-    except (ValueError, TypeError, SyntaxError):
+        sizes = tuple(Size(first, second) for first, second in pairs)
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
         sizes = ()
-    if not sizes:
-        raise CheckpointError(f"image_grid_pinpoints must be a list of pairs of pixels, not {value!r}")
+    if not sizes or not all(is_whole(side) for size in sizes for side in size):
+        raise CheckpointError(f"image_grid_pinpoints must be a list of pairs of pixels, not {shown(value)}")
     return tuple(Size(size.height, size.width) for size in sizes) if is_height_first else sizes
-
-
-# What transformers may leave out of a saved configuration because it is the class's default.
-_DECODER = {"hidden_size": 4096, "vocab_size": 32000, "num_hidden_layers": 32, "num_attention_heads": 32}
-_TEXT_DEFAULTS: dict[str, JsonObject] = {
-    "llama": {**_DECODER, "intermediate_size": 11008, "max_position_embeddings": 2048},
-    "mistral": {
-        **_DECODER,
-        "intermediate_size": 14336,
-        "max_position_embeddings": 131_072,
-        "num_key_value_heads": 8,
-    },
-}
-_TOWER = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_channels": 3, "image_size": 224}
-_VISION_DEFAULTS: dict[str, JsonObject] = {
-    "clip_vision_model": {**_TOWER, "patch_size": 32},
-    "siglip_vision_model": {**_TOWER, "patch_size": 16},
-}
-_PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 
 
 def projector_depth(kind: str) -> int:
     """Linear layers of a projector, by LLaVA's name for it. Raises CheckpointError for a name that is not known."""
     if kind in ("identity", "linear"):
         return int(kind == "linear")
-    if match := re.fullmatch(r"mlp([1-9]\d*)x_gelu", kind):
+    if match := re.fullmatch(r"mlp([1-9]\d?)x_gelu", kind):
         return int(match.group(1))
-    raise CheckpointError(f"mm_projector_type {kind!r} is unknown; known are linear, mlp<N>x_gelu and identity")
+    raise CheckpointError(f"mm_projector_type {shown(kind)} is unknown; known are linear, mlp<N>x_gelu and identity")
 
 
-def text_config(text: JsonObject, where: str) -> JsonObject:
-    """A decoder's configuration with its class's defaults. Raises CheckpointError for a decoder that is not ours."""
-    decoder = text.get("model_type", "llama")
-    if decoder not in _TEXT_DEFAULTS:
-        known = ", ".join(_TEXT_DEFAULTS) + decoder_hint(decoder)
-        raise CheckpointError(f"{where}: decoder {decoder!r} is not supported; known are {known}")
-    return {"model_type": decoder, **_TEXT_DEFAULTS[decoder], **text}
+def read_dtype(fields: Fields, default: str) -> str:
+    """What the weights were saved in, under transformers' new name for the field or its old one."""
+    known = ("float32", "float16", "bfloat16", "float64")
+    return fields.choice("dtype", known, fields.choice("torch_dtype", known, default))
 
 
-def decoder_hint(decoder: object) -> str:
-    """What to do about a decoder that is known and not supported."""
-    if "mpt" not in str(decoder).lower():
-        return ""
-    return (
-        "; MPT is left out because LLaVA's own code no longer runs it: use a LLaVA on Llama or Mistral, such as "
-        "liuhaotian/llava-v1.5-7b"
-    )
-
-
-def eos_token_ids(text: JsonObject) -> tuple[int, ...]:
-    """Every token that ends an answer. Raises CheckpointError when there is none."""
-    eos = text.get("eos_token_id", 2)
-    ids = tuple(eos) if isinstance(eos, list) else (eos,)
-    if not ids or not all(isinstance(token, int) for token in ids):
-        raise CheckpointError(f"text_config: eos_token_id is {eos!r}; without one no answer would ever end")
-    return ids
-
-
-def count(values: JsonObject, name: str, where: str) -> int:
-    """A positive whole number of the configuration."""
-    value = values[name]
-    if not isinstance(value, int) or value < 1:
-        raise CheckpointError(f"{where}: {name} must be a positive whole number, not {value!r}")
-    return value
-
-
-def _vision_config(config: JsonObject) -> VisionConfig:
-    select = str(config.get("vision_feature_select_strategy", "default"))
-    if select not in _SELECT:
-        raise CheckpointError(f"vision_feature_select_strategy {select!r} is unknown; known are {', '.join(_SELECT)}")
-    layer = config.get("vision_feature_layer", -2)
-    if not isinstance(layer, int):
-        raise CheckpointError(
-            f"vision_feature_layer must be one number, not {layer!r}: several layers are not supported"
-        )
-    return build_vision_config(config["vision_config"], layer, select, "vision_feature_layer")
+def _vision_config(fields: Fields) -> VisionConfig:
+    select = fields.choice("vision_feature_select_strategy", _SELECT, "default")
+    if isinstance(fields.values.get("vision_feature_layer"), list):
+        raise fields.wrong("vision_feature_layer", "one number, for several layers are not supported")
+    layer = fields.whole("vision_feature_layer", -2, at_least=-MOST)
+    tower = fields.section("vision_config")
+    is_biovil = tower.values.get("model_type") == BIOVIL_T
+    architecture = {"model_type": BIOVIL_T} if is_biovil else read_tower(tower)
+    return build_vision_config(architecture, layer, select, "vision_feature_layer")
 
 
 def build_vision_config(tower: JsonObject, layer: int, select: str, layer_field: str) -> VisionConfig:
-    """A tower as its own configuration describes it; `select` in either dialect's words.
+    """A tower of which `read_tower` has read the configuration; `select` in either dialect's words.
 
-    Raises CheckpointError for a tower that is not supported, or that has no such layer.
+    Raises CheckpointError for a layer or features that it does not have.
     """
-    kind = tower.get("model_type", "clip_vision_model")
+    kind = tower["model_type"]
     if kind == BIOVIL_T:
         # A ResNet has neither layers to choose from nor a class feature: config.json's fields for both mean nothing.
         return VisionConfig(448, 32, 512, -1, "patch", {"model_type": BIOVIL_T})
-    if kind not in _VISION_DEFAULTS:
-        raise CheckpointError(
-            f"vision_config: tower {kind!r} is not supported; known are {', '.join(_VISION_DEFAULTS)}"
-        )
     if kind == "siglip_vision_model":
         if select == "default":
             raise CheckpointError("vision_feature_select_strategy default drops a class feature; SigLIP has none: full")
         select = "patch" if select == "full" else select
-    vision = {**_VISION_DEFAULTS[kind], **tower, "model_type": kind}
-    num_layers = count(vision, "num_hidden_layers", "vision_config")
+    num_layers = tower["num_hidden_layers"]
     if not -num_layers - 1 <= layer <= num_layers:
         raise CheckpointError(f"{layer_field} is {layer}, but the tower has {num_layers} layers")
     return VisionConfig(
-        image_size=count(vision, "image_size", "vision_config"),
-        patch_size=count(vision, "patch_size", "vision_config"),
-        hidden_size=count(vision, "hidden_size", "vision_config"),
+        image_size=tower["image_size"],
+        patch_size=tower["patch_size"],
+        hidden_size=tower["hidden_size"],
         select_layer=layer,
         select_feature="patch" if _SELECT[select] == "patch" else "cls_patch",
-        architecture=vision,
+        architecture=tower,
     )

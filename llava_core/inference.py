@@ -14,7 +14,7 @@ from llava_core.checkpoints.describe import load_preparer
 from llava_core.checkpoints.files import DEFAULT_MODEL as DEFAULT_MODEL
 from llava_core.checkpoints.layout import Checkpoint, open_checkpoint
 from llava_core.checkpoints.load import LoadOptions, load_language_side, load_tower
-from llava_core.checkpoints.tokenizer import load_tokenizer
+from llava_core.checkpoints.tokenizer import CheckpointTokenizer, load_tokenizer
 from llava_core.engine.config import EngineConfig
 from llava_core.engine.engine import Engine, StepOutput
 from llava_core.engine.request import RequestFailure
@@ -45,12 +45,15 @@ class LocalModel:
         template: str | None = None,
         limits: RequestLimits | None = None,
         engine: EngineConfig | None = None,
+        tokenizer: CheckpointTokenizer | None = None,
     ) -> None:
-        """Load a folder, hub id or opened checkpoint. Raises CheckpointError when it is missing, damaged or not
-        understood."""
+        """Load a folder, hub id or opened checkpoint, whose tokenizer may have been read already.
+
+        Raises CheckpointError when it is missing, damaged or not understood.
+        """
         checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
         options = options or LoadOptions()
-        tokenizer = load_tokenizer(checkpoint)
+        tokenizer = tokenizer or load_tokenizer(checkpoint)
         self.preparer = load_preparer(checkpoint, tokenizer, template=template, limits=limits)
         self.tower = load_tower(checkpoint, options)
         language = load_language_side(checkpoint, options, num_tokens=tokenizer.num_tokens)

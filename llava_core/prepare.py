@@ -17,7 +17,7 @@ from llava_core.config import ModelConfig
 from llava_core.errors import RequestError
 from llava_core.images.biovil import AnyPreprocessConfig, BioVilPreprocessConfig, preprocess_biovil
 from llava_core.images.geometry import num_image_tokens
-from llava_core.images.loading import ImageLimits, decode_image
+from llava_core.images.loading import ImageLimits, check_size, decode_image
 from llava_core.images.preprocess import preprocess
 from llava_core.prompts.budget import token_budget
 from llava_core.prompts.conversation import Turn, render, user_turns
@@ -69,6 +69,14 @@ class Preparer:
         # The engine would refuse it as well, but only after the tower had run.
         token_budget(len(ids), request.sampling.max_tokens, self.config.context_length)
         return PreparedRequest(request.request_id, ids, images, request.sampling, rendered.text, tokens)
+
+    def check_size(self, size: Size) -> None:
+        """Raise RequestError where a picture of so many pixels would be refused, whatever else is asked about it."""
+        check_size(size, self.limits.image, "messages")
+        turns = self._turns(Message("user", (ImagePart(b""),)), 0)
+        rendered = render(self.template, [*turns, Turn("assistant", None)])
+        ids = tokenize_prompt(rendered, self.tokenizer, (num_image_tokens(self.config, size),)).ids
+        token_budget(len(ids), None, self.config.context_length)
 
     def _turns(self, message: Message, index: int) -> list[Turn]:
         """A message as the template has it; one that is wrapped in an exchange of its own is the first."""

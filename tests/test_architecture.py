@@ -24,9 +24,9 @@ TEST_FILES = sorted((ROOT / "tests").rglob("*.py"))
 MAX_FILE_LINES = 300
 MAX_MEDIAN_FUNCTION_LINES = 10
 MAX_P90_FUNCTION_LINES = 40
-# The engine loop's last resort and the gateway's error handler.
-# One request of the engine, the engine's thread, one request of the gateway.
-MAX_BROAD_EXCEPTS = 3
+# One request of the engine, the engine's thread, one request of the gateway, and the tokenizers library, which raises
+# Exception itself.
+MAX_BROAD_EXCEPTS = 4
 
 SERVICE = {"ray", "fastapi", "gradio", "pydantic", "starlette", "uvicorn"}
 TENSORS = {"torch", "transformers", "accelerate", "safetensors"}
@@ -54,8 +54,8 @@ FORBIDDEN = {
     "cluster": {"deployments", "tests", "benchmarks", "examples", "fastapi", "gradio"},
     "benchmarks": {"cluster", "tests", "examples"},
 }
-STDLIB_ONLY = {"llava_core.types", "llava_core.errors", "llava_core.config"}
-STDLIB_ONLY_MAY = {"llava_core.errors", "llava_core.types"}
+STDLIB_ONLY = {f"llava_core.{name}" for name in ("types", "errors", "fields", "architectures", "config")}
+STDLIB_ONLY_MAY = STDLIB_ONLY - {"llava_core.config"}
 
 
 def module_name(path: Path) -> str:
@@ -200,7 +200,7 @@ def test_weights_are_never_loaded_in_part() -> None:
     assert not wrong
 
 
-def test_broad_excepts_are_three_at_most() -> None:
+def test_broad_excepts_are_few() -> None:
     broad = [
         f"{module_name(path)}:{node.lineno}"
         for path in FILES

@@ -11,6 +11,7 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
+from llava_core import asking
 from llava_core.asking import original_ids
 from llava_core.checkpoints.accounting import check_tensors
 from llava_core.checkpoints.layout import open_checkpoint
@@ -101,7 +102,8 @@ def test_a_merged_one_takes_its_tower_from_the_file_it_came_in(asked: Asked, tmp
     assert json.loads(done.stdout)["token_ids"] == asked.tokens
 
 
-def test_padding_that_is_not_there_is_not_moved(asked: Asked) -> None:
+def test_padding_that_is_not_there_is_not_moved(asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(asking, "_load", lambda *_: pytest.fail("weights were read"))
     arguments = asked.arguments(asked.original.folder, "--base", str(asked.original.base), "--padding-jitter")
     done = CliRunner().invoke(main, arguments)
     assert done.exit_code == 1

@@ -1,4 +1,4 @@
-"""Does a checkpoint hold every tensor its config.json calls for, and no other? Judged by headers, without torch.
+"""Does a checkpoint hold what its config.json calls for, and nothing else? Judged by headers, without torch.
 
 For whoever must know before slow work begins, such as starting a service. Loading (load.py) judges again.
 """
@@ -9,15 +9,45 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from llava_core.checkpoints.contents import Stored
+from llava_core.checkpoints.contents import Stored, stored_tensors
+from llava_core.checkpoints.headers import TensorInfo, read_header
 from llava_core.checkpoints.keymaps import HEAD_KEY, NEWLINE_KEY, Key, Part
 from llava_core.checkpoints.layout import Checkpoint, open_checkpoint
+from llava_core.checkpoints.lora import Lora, open_lora
 from llava_core.checkpoints.shapes import expected_shapes
 from llava_core.checkpoints.weights import first
 from llava_core.config import ModelConfig
 from llava_core.errors import CheckpointError
 
 _LAYER = re.compile(r"layers\.(\d+)\.")
+
+
+def check_loadable(checkpoint: Checkpoint, num_tokens: int) -> None:
+    """Raise CheckpointError for all that loading would find out only after it has read weights.
+
+    `num_tokens` is the size of the tokenizer.
+    """
+    problems = tensor_problems(checkpoint, stored_tensors(checkpoint.weights))
+    problems += vocabulary_problems(checkpoint, num_tokens)
+    if problems:
+        raise CheckpointError(f"{checkpoint.folder}: {first(problems, 5)}")
+
+
+def tensor_problems(checkpoint: Checkpoint, stored: Mapping[Key, Stored]) -> list[str]:
+    """Everything that is wrong with names and shapes of what is stored, the adapter's among them."""
+    problems: list[str] = []
+    replaced: dict[Key, Stored] = {}
+    if checkpoint.adapter is not None:
+        try:
+            lora = open_lora(checkpoint.adapter)
+            header = read_header(lora.file)
+        except CheckpointError as error:
+            problems.append(str(error))
+        else:
+            problems += _adapter_problems(lora, header, stored)
+            replaced = {key: Stored(lora.file, name, header[name]) for key, name in lora.replaced.items()}
+    problems += name_problems(checkpoint, replaced)
+    return problems + shape_problems(checkpoint.config, {**stored, **replaced})
 
 
 def check_tensors(checkpoint: Path | Checkpoint) -> None:
@@ -35,9 +65,12 @@ def check_shapes(config: ModelConfig, stored: Mapping[Key, Stored]) -> None:
         raise CheckpointError(first(problems, 5))
 
 
-def name_problems(checkpoint: Checkpoint) -> list[str]:
-    """Everything that is missing, left over, or of unknown purpose. Raises CheckpointError for damaged files."""
-    names: set[Key] = set()
+def name_problems(checkpoint: Checkpoint, replaced: Iterable[Key] = ()) -> list[str]:
+    """Everything that is missing, left over, or of unknown purpose. Raises CheckpointError for damaged files.
+
+    `replaced` is what an adapter brings along in full.
+    """
+    names = set(replaced)
     problems = []
     for weights in checkpoint.weights:
         keys, unknown = weights.sorted_keys()
@@ -58,6 +91,32 @@ def shape_problems(config: ModelConfig, stored: Mapping[Key, Stored]) -> list[st
         f"{key.part} {key.name} has shape {found.info.shape} in {found.file}, config.json says {expected[key]}"
         for key, found in stored.items()
         if expected.get(key) not in (None, found.info.shape)
+    ]
+
+
+def _adapter_problems(lora: Lora, header: Mapping[str, TensorInfo], stored: Mapping[Key, Stored]) -> list[str]:
+    """Every weight that the adapter changes and the base does not have, or has in another shape."""
+    problems = []
+    for key, pair in lora.pairs.items():
+        shape = (header[pair.up].shape[0], header[pair.down].shape[1])
+        found = stored[key].info.shape if key in stored else None
+        if found != shape:
+            problems.append(
+                f"{lora.file} changes {key.part} {key.name} of shape {shape}, where the base has {found or 'none'}: it "
+                "is the wrong base, name the right one with --base"
+            )
+    return problems
+
+
+def vocabulary_problems(checkpoint: Checkpoint, num_tokens: int) -> list[str]:
+    """Tokens that the embeddings have no row for."""
+    rows = checkpoint.config.vocab_size
+    if num_tokens <= rows:
+        return []
+    return [
+        f"{checkpoint.text_folder}: the tokenizer has {num_tokens} tokens, but vocab_size in "
+        f"{checkpoint.folder / 'config.json'} is {rows}; it is the tokenizer of another model, or the rows that "
+        "training added are missing"
     ]
 
 

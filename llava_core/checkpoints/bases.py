@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llava_core.checkpoints.files import has_model, read_json
+from llava_core.checkpoints.files import has_model, naming, read_json
 from llava_core.checkpoints.hub import Hub
 from llava_core.checkpoints.weights import ALL_PARTS, Weights, find_weights
 from llava_core.config import ModelConfig
 from llava_core.errors import CheckpointError
+from llava_core.fields import Fields, shown
 
 
 def find_base(folder: Path, base: str | Path | None, hub: Hub) -> tuple[Path, Weights]:
@@ -27,21 +28,23 @@ def base_name(folder: Path, base: str | Path | None) -> str | Path:
     """The model that was given, else the one that adapter_config.json names. Raises CheckpointError without either."""
     if base is not None:
         return base
-    named = None
+    said, named = "", None
     if (folder / "adapter_config.json").exists():
         named = read_json(folder, "adapter_config.json").get("base_model_name_or_path")
+        said = f", and base_model_name_or_path in its adapter_config.json is {shown(named)}"
     if not isinstance(named, str) or not named:
-        raise CheckpointError(f"{folder} needs the model it was trained on; name it with --base")
+        raise CheckpointError(f"{folder} needs the model it was trained on{said}; name it with --base")
     return named
 
 
 def check_base(config: ModelConfig, folder: Path, base: Path) -> None:
     """Raise CheckpointError when a field that tells one size of a decoder from another is not the same."""
     theirs = read_json(base, "config.json")
-    theirs = theirs.get("text_config", theirs)
+    with naming(base / "config.json"):
+        fields = Fields(theirs).section("text_config") if "text_config" in theirs else Fields(theirs)
     for field in ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads"):
-        if field in theirs and field in config.text and theirs[field] != config.text[field]:
+        if fields.has(field) and fields.values[field] != config.text[field]:
             raise CheckpointError(
-                f"{base} is the wrong base for {folder}: its {field} is {theirs[field]}, "
+                f"{base} is the wrong base for {folder}: its {field} is {shown(fields.values[field])}, "
                 f"{folder / 'config.json'} says {config.text[field]}; name the right one with --base"
             )

@@ -1,4 +1,4 @@
-"""What a checkpoint is, without its weights: configuration, image preprocessing, and how its requests are prepared.
+"""What a checkpoint wants of its requests, without its weights: image preprocessing, tokenizer and template.
 
 Does not import torch, so a CPU-only preprocessing replica stays small.
 """
@@ -7,15 +7,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
-from llava_core.checkpoints.files import read_json
-from llava_core.checkpoints.layout import Checkpoint, open_checkpoint, with_generation_config
-from llava_core.checkpoints.original_config import is_original_config
+from llava_core.checkpoints.files import naming, read_json
+from llava_core.checkpoints.layout import Checkpoint, open_checkpoint
 from llava_core.checkpoints.tokenizer import CheckpointTokenizer, choose_template, load_tokenizer
-from llava_core.config import BIOVIL_T, JsonObject, ModelConfig, read_llava_hf_config
+from llava_core.config import BIOVIL_T, JsonObject
 from llava_core.errors import CheckpointError
+from llava_core.fields import Fields, as_number, is_whole, shown
 from llava_core.images.biovil import AnyPreprocessConfig, BioVilPreprocessConfig
 from llava_core.images.preprocess import (
     CLIP_MEAN,
@@ -29,41 +30,28 @@ from llava_core.prepare import Preparer, RequestLimits
 from llava_core.types import Size
 
 
-def load_config(checkpoint: Path | Checkpoint) -> ModelConfig:
-    """The model's configuration. Raises CheckpointError naming the file or field at fault."""
-    if isinstance(checkpoint, Checkpoint):
-        return checkpoint.config
-    settings = read_json(checkpoint, "config.json")
-    if is_original_config(settings):
-        return open_checkpoint(checkpoint).config
-    return with_generation_config(read_llava_hf_config(settings), checkpoint)
-
-
-def load_preprocess_config(checkpoint: Path | Checkpoint) -> AnyPreprocessConfig:
+def load_preprocess_config(checkpoint: Checkpoint) -> AnyPreprocessConfig:
     """How the checkpoint wants its pictures. Raises CheckpointError for a way that is not ours."""
-    if isinstance(checkpoint, Path) and not is_original_config(settings := _settings(checkpoint)):
-        pinpoints = read_llava_hf_config(settings).pinpoints if settings else ()
-        return _read_preprocess_config(checkpoint, None, pinpoints)
-    opened = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
-    config = opened.config
-    if config.dialect == "llava_hf":
-        return _read_preprocess_config(opened.folder, None, config.pinpoints)
+    config = checkpoint.config
     kind = config.vision.architecture["model_type"]
     if kind == BIOVIL_T:
         # Its config.json has LLaVA-1.5's image_aspect_ratio, which says nothing about radiographs.
         return BioVilPreprocessConfig(size=config.tile_size)
-    aspect = _original_aspect(opened.settings)
-    folder = opened.image_folder or opened.folder
-    if not (folder / "preprocessor_config.json").exists():
+    aspect = _original_aspect(checkpoint.settings) if config.dialect == "original" else None
+    folder = checkpoint.image_folder or checkpoint.folder
+    if aspect is not None and not (folder / "preprocessor_config.json").exists():
         usual = PreprocessConfig(size=config.tile_size, aspect=aspect, pinpoints=config.pinpoints)
         is_siglip = kind == "siglip_vision_model"
         return replace(usual, mean=SIGLIP_MEAN, std=SIGLIP_STD, stretches=True) if is_siglip else usual
-    preprocess = _read_preprocess_config(folder, aspect, config.pinpoints)
-    return replace(preprocess, size=config.tile_size) if config.s2_scales else preprocess
-
-
-def _settings(folder: Path) -> JsonObject:
-    return read_json(folder, "config.json") if (folder / "config.json").exists() else {}
+    preprocess = read_preprocess_config(folder, aspect=aspect, pinpoints=config.pinpoints)
+    if config.s2_scales:
+        return replace(preprocess, size=config.tile_size)
+    if preprocess.size != config.tile_size:
+        raise CheckpointError(
+            f"{_image_settings(folder)}: size and crop_size make tiles of {preprocess.size} pixels, but the tower of "
+            f"{checkpoint.folder / 'config.json'} takes {config.tile_size}; correct the one that is wrong"
+        )
+    return preprocess
 
 
 def _original_aspect(settings: JsonObject) -> Aspect:
@@ -72,43 +60,61 @@ def _original_aspect(settings: JsonObject) -> Aspect:
     return value if value in ("pad", "anyres") else "crop"
 
 
-def _read_preprocess_config(folder: Path, aspect: Aspect | None, pinpoints: tuple[Size, ...]) -> PreprocessConfig:
-    """preprocessor_config.json; `aspect` None: by its own fields, as transformers reads it."""
-    # transformers 5 writes one file for image processor and tokenizer, earlier versions one for pictures alone.
-    name = "preprocessor_config.json"
-    if not (folder / name).exists() and (folder / "processor_config.json").exists():
-        name = "processor_config.json"
-    raw = read_json(folder, name)
-    raw = raw.get("image_processor", raw)
-    is_stretched = "Siglip" in str(raw.get("image_processor_type"))
-    for step in ("do_resize", "do_rescale", "do_normalize", *(() if is_stretched else ("do_center_crop",))):
-        if not raw.get(step, True):
-            raise CheckpointError(
-                f"{folder / name}: {step} is false; pictures are always resized, cropped and normalised"
-            )
-    sides = {_side(raw[key]) for key in ("size", "crop_size") if key in raw}
-    side = sides.pop() if len(sides) == 1 else None
-    if side is None:
-        raise CheckpointError(
-            f"{folder / name}: size is {raw.get('size')!r} and crop_size {raw.get('crop_size')!r}; "
-            "expected the same side in pixels"
+def _image_settings(folder: Path) -> Path:
+    """transformers 5 writes one file for image processor and tokenizer, earlier versions one for pictures alone."""
+    files = [folder / name for name in ("preprocessor_config.json", "processor_config.json")]
+    return next((file for file in files if file.exists()), files[0])
+
+
+def read_preprocess_config(
+    folder: Path, *, aspect: Aspect | None = None, pinpoints: tuple[Size, ...] = ()
+) -> PreprocessConfig:
+    """A folder's settings for pictures; `aspect` None: by their own fields, as transformers reads them."""
+    file = _image_settings(folder)
+    fields = Fields(read_json(folder, file.name))
+    with naming(file):
+        if fields.has("image_processor"):
+            fields = fields.section("image_processor")
+        is_stretched = "Siglip" in fields.text("image_processor_type", "CLIPImageProcessor")
+        for step in ("do_resize", "do_rescale", "do_normalize", *(() if is_stretched else ("do_center_crop",))):
+            if not fields.flag(step, True):
+                raise CheckpointError(f"{step} is false; pictures are always resized, cropped and normalised")
+        return PreprocessConfig(
+            size=_side(fields),
+            aspect=aspect or ("anyres" if pinpoints else "pad" if fields.flag("do_pad", False) else "crop"),
+            mean=_channels(fields, "image_mean", CLIP_MEAN),
+            std=_channels(fields, "image_std", CLIP_STD, divides=True),
+            resample=Image.Resampling(fields.whole("resample", Image.Resampling.BICUBIC, at_most=5)),
+            pinpoints=pinpoints,
+            stretches=is_stretched,
         )
-    return PreprocessConfig(
-        size=side,
-        aspect=aspect or ("anyres" if pinpoints else "pad" if raw.get("do_pad") else "crop"),
-        mean=tuple(raw.get("image_mean", CLIP_MEAN)),
-        std=tuple(raw.get("image_std", CLIP_STD)),
-        resample=Image.Resampling(raw.get("resample", Image.Resampling.BICUBIC)),
-        pinpoints=pinpoints,
-        stretches=is_stretched,
-    )
 
 
-def _side(size: object) -> int | None:
-    """The one number of a size that is a number, or an object of equal numbers; None for any other."""
-    values = set(size.values()) if isinstance(size, dict) else {size}
-    side = values.pop() if len(values) == 1 else None
-    return side if isinstance(side, int) else None
+def _side(fields: Fields) -> int:
+    """The one number in `size` and `crop_size`, which are numbers, or objects of equal ones."""
+    values = [value for name in ("size", "crop_size") if fields.has(name) for value in _sides(fields.values[name])]
+    if not values or not all(is_whole(value) and 0 < value == values[0] for value in values):
+        size, crop_size = (shown(fields.values.get(name)) for name in ("size", "crop_size"))
+        raise CheckpointError(
+            f"{fields.path}size is {size} and crop_size {crop_size}; expected the same side in pixels"
+        )
+    return int(values[0])
+
+
+def _sides(size: object) -> list[Any]:
+    return [side for side in size.values() if side is not None] if isinstance(size, dict) else [size]
+
+
+def _channels(
+    fields: Fields, name: str, default: tuple[float, float, float], *, divides: bool = False
+) -> tuple[float, float, float]:
+    """A number for each colour, on the scale on which white is 1."""
+    found = [as_number(value) for value in fields.items(name)] if fields.has(name) else default
+    values = [value for value in found if value is not None and 0 <= value <= 1 and not (divides and value == 0)]
+    if len(found) != 3 or len(values) != 3:
+        raise fields.wrong(name, f"three numbers {'above' if divides else 'from'} 0 {'and up ' if divides else ''}to 1")
+    red, green, blue = values
+    return red, green, blue
 
 
 def load_preparer(
@@ -119,13 +125,13 @@ def load_preparer(
     limits: RequestLimits | None = None,
 ) -> Preparer:
     """What a checkpoint needs of its requests; reads no weights."""
-    config = load_config(checkpoint)
-    tokenizer = tokenizer or load_tokenizer(checkpoint)
+    opened = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
+    tokenizer = tokenizer or load_tokenizer(opened)
     return Preparer(
-        config=config,
-        template=choose_template(tokenizer, template, config),
+        config=opened.config,
+        template=choose_template(tokenizer, template, opened.config),
         tokenizer=tokenizer,
-        preprocess=load_preprocess_config(checkpoint),
+        preprocess=load_preprocess_config(opened),
         reserved_texts=tokenizer.reserved_texts,
         limits=limits or RequestLimits(),
     )

@@ -6,14 +6,24 @@ Knows nothing about models, nor where folders come from.
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from llava_core.checkpoints.pickles import read_pickled
 from llava_core.checkpoints.safetensors_file import open_safetensors
 from llava_core.errors import CheckpointError
 
 # What is served, asked and evaluated where no checkpoint is named.
 DEFAULT_MODEL = Path(__file__).parents[1] / "default_model"
+
+
+def check_access(folder: Path) -> None:
+    """Raise CheckpointError where this user may not look into a folder that is there."""
+    if not os.access(folder, os.R_OK | os.X_OK):
+        raise CheckpointError(f"{folder} cannot be read: permission denied; give this user access to it")
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:
@@ -22,11 +32,28 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
         content = json.loads((folder / name).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{folder / name} is missing; is this a complete checkpoint?") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder / name} cannot be read as JSON: {error}") from error
+    except PermissionError:
+        raise CheckpointError(
+            f"{folder / name} cannot be read: permission denied; give this user access to it"
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{folder / name} cannot be read as JSON: {error}; download it again") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{folder / name} must hold a JSON object, not {type(content).__name__}")
     return content
+
+
+@contextmanager
+def naming(file: Path) -> Iterator[None]:
+    """Readers of configurations know fields and no files: put the file before what they raise."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{file}: {error}") from error
+
+
+# The first that there is counts, as in transformers.
+_MODELS = ("model.safetensors", "pytorch_model.bin")
 
 
 def find_tensors(folder: Path) -> dict[str, Path]:
@@ -34,36 +61,36 @@ def find_tensors(folder: Path) -> dict[str, Path]:
 
     Raises CheckpointError for missing or damaged files, and when a safetensors index and headers disagree.
     """
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        listed = _read_index(index)
-        found = {name: file for file in sorted(set(listed.values())) for name in tensor_names(file)}
-        if listed != found:
-            wrong = sorted(set(listed.items()) ^ set(found.items()))[0][0]
-            raise CheckpointError(f"{index} and its shards disagree, for example about {wrong}; download it again")
-        return found
-    single = folder / "model.safetensors"
-    if single.exists():
-        return dict.fromkeys(tensor_names(single), single)
-    index = folder / "pytorch_model.bin.index.json"
-    if index.exists():
-        listed = _read_index(index)
-        absent = sorted(file for file in set(listed.values()) if not file.exists())
-        if absent:
-            raise CheckpointError(f"{absent[0]} is missing; the checkpoint is incomplete")
-        return listed
-    single = folder / "pytorch_model.bin"
-    if single.exists():
-        return dict.fromkeys(tensor_names(single), single)
+    for name in _MODELS:
+        if (index := folder / f"{name}.index.json").exists():
+            return _find_listed(index)
+        if (single := folder / name).exists():
+            return dict.fromkeys(tensor_names(single), single)
     raise CheckpointError(
         f"{folder} has no model.safetensors and no model.safetensors.index.json, nor pytorch_model.bin or its index"
     )
 
 
+def _find_listed(index: Path) -> dict[str, Path]:
+    listed = _read_index(index)
+    files = sorted(set(listed.values()))
+    if absent := [file for file in files if not file.exists()]:
+        raise CheckpointError(
+            f"{absent[0]} is missing, which weight_map in {index} names; the checkpoint is incomplete"
+        )
+    if index.name.startswith("pytorch"):
+        # Whether these files hold what the index says is found out with their headers, in contents.py.
+        return listed
+    found = {name: file for file in files for name in tensor_names(file)}
+    if listed != found:
+        wrong = sorted(set(listed.items()) ^ set(found.items()))[0][0]
+        raise CheckpointError(f"{index} and its shards disagree, for example about {wrong}; download it again")
+    return found
+
+
 def has_model(folder: Path) -> bool:
     """Whether the folder holds a whole model's weights."""
-    names = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-    return any((folder / name).exists() for name in names)
+    return any((folder / name).exists() for model in _MODELS for name in (model, f"{model}.index.json"))
 
 
 def find_file(folder: Path, stem: str) -> Path | None:
@@ -85,15 +112,12 @@ def _read_index(index: Path) -> dict[str, Path]:
 
 
 def _is_file_name(value: object) -> bool:
-    return isinstance(value, str) and value == Path(value).name != ""
+    return isinstance(value, str) and value == Path(value).name != "" and len(value) < 256 and "\0" not in value
 
 
 def tensor_names(file: Path) -> list[str]:
     """Names in one weight file. Raises CheckpointError when it is missing, truncated or holds something else."""
     if file.suffix != ".safetensors":
-        # Only unpickling, which needs torch, tells.
-        from llava_core.checkpoints.tensors import read_bin
-
-        return list(read_bin(file))
+        return list(read_pickled(file))
     with open_safetensors(file, "np") as tensors:
         return list(tensors.keys())

@@ -1,6 +1,6 @@
 """Dtype and shape of every tensor in a weight file, from its header alone. Reads no weights and runs no code.
 
-safetensors need no torch; a `.bin` file is unpickled as tensors that stay on disk. Knows nothing about models.
+Needs no torch. Knows nothing about models.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from llava_core.checkpoints.pickles import read_pickled
 from llava_core.checkpoints.safetensors_file import open_safetensors
 from llava_core.errors import CheckpointError
 
@@ -49,7 +50,7 @@ class TensorInfo:
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
     """What a weight file holds. Raises CheckpointError when it is missing, damaged, or of a dtype that is not known."""
-    found = _read_bin(file) if file.suffix == ".bin" else _read_safetensors(file)
+    found = _read_safetensors(file) if file.suffix == ".safetensors" else _read_pickled(file)
     unknown = sorted({info.dtype for info in found.values()} - set(DTYPES))
     if unknown:
         raise CheckpointError(f"{file} holds numbers of type {unknown[0]}; known are {', '.join(DTYPES)}")
@@ -62,12 +63,9 @@ def _read_safetensors(file: Path) -> dict[str, TensorInfo]:
         return {name: TensorInfo(part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
 
 
-def _read_bin(file: Path) -> dict[str, TensorInfo]:
-    from llava_core.checkpoints.tensors import read_bin
-
+def _read_pickled(file: Path) -> dict[str, TensorInfo]:
     names = {torch_name: name for name, (torch_name, _) in DTYPES.items()}
-    found = {}
-    for name, tensor in read_bin(file).items():
-        kind = str(tensor.dtype).removeprefix("torch.")
-        found[name] = TensorInfo(names.get(kind, kind), tuple(tensor.shape))
-    return found
+    return {
+        name: TensorInfo(names.get(tensor.dtype, tensor.dtype), tensor.shape)
+        for name, tensor in read_pickled(file).items()
+    }

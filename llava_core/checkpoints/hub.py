@@ -12,6 +12,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llava_core.checkpoints.files import check_access
 from llava_core.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -48,9 +49,9 @@ class Hub:
         if not self.is_pinned(path_or_id):
             # Not Path.expanduser, which raises for a user there is not.
             path = Path(os.path.expanduser(path_or_id))
-            if path_or_id and path.is_dir():
-                if not os.access(path, os.R_OK | os.X_OK):
-                    raise CheckpointError(f"{path} cannot be read: permission denied; give this user access to it")
+            # Not Path.is_dir, which raises for names that no folder can have, and inside folders that may not be read.
+            if path_or_id and os.path.isdir(path):
+                check_access(path)
                 return path
             if path.is_absolute() or path_or_id.startswith((".", "~")) or path_or_id.count("/") != 1:
                 raise CheckpointError(

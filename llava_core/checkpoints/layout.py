@@ -14,14 +14,13 @@ Reads configurations and headers, no weights, and imports no torch for safetenso
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 from llava_core.checkpoints.bases import base_name, check_base, find_base
-from llava_core.checkpoints.files import find_file, find_non_lora, has_model, read_json
+from llava_core.checkpoints.files import find_file, find_non_lora, has_model, naming, read_json
 from llava_core.checkpoints.hub import Hub
 from llava_core.checkpoints.keymaps import from_biovil, from_llava_hf, from_original, from_tower, from_wrapped
 from llava_core.checkpoints.original_config import (
@@ -32,8 +31,9 @@ from llava_core.checkpoints.original_config import (
 )
 from llava_core.checkpoints.towers import BIOVIL, BIOVIL_CONFIG, check_biovil, find_biovil_file, find_tower
 from llava_core.checkpoints.weights import Weights
-from llava_core.config import JsonObject, ModelConfig, eos_token_ids, read_llava_hf_config
+from llava_core.config import JsonObject, ModelConfig, read_llava_hf_config
 from llava_core.errors import CheckpointError
+from llava_core.fields import Fields
 
 logger = logging.getLogger(__name__)
 Layout = Literal[
@@ -104,14 +104,14 @@ def _open(folder: Path, base: str | Path | None, hub: Hub) -> Checkpoint:
     settings = read_json(folder, "config.json")
     if layout == "delta":
         raise CheckpointError(
-            f"{folder} holds the differences to {settings[DELTA_FIELD]}, not a model; apply them to it: "
-            f"llava delta apply {settings[DELTA_FIELD]} {folder} OUT"
+            f"{folder / 'config.json'}: {DELTA_FIELD} says that these are the differences to {settings[DELTA_FIELD]}, "
+            f"not a model; apply them to it: llava delta apply {settings[DELTA_FIELD]} {folder} OUT"
         )
     _refuse_quantised(folder, settings)
     if layout in ("llava-hf", "text-only", "unknown"):
         # The reader says what the others lack.
         return _open_llava_hf(folder, settings, base)
-    with _naming(folder):
+    with naming(folder / "config.json"):
         check_image_pooling(settings)
     if layout == "original":
         return _open_original(folder, settings, base, hub)
@@ -144,7 +144,8 @@ def _find_overlay(folder: Path) -> Path | None:
 
 
 def _refuse_quantised(folder: Path, settings: JsonObject) -> None:
-    kind = settings.get("quantization_config") or (settings.get("text_config") or {}).get("quantization_config")
+    text = settings.get("text_config")
+    kind = settings.get("quantization_config") or (text.get("quantization_config") if isinstance(text, dict) else None)
     if kind:
         method = kind.get("quant_method", "unnamed") if isinstance(kind, dict) else kind
         raise CheckpointError(
@@ -154,11 +155,11 @@ def _refuse_quantised(folder: Path, settings: JsonObject) -> None:
 
 
 def _open_llava_hf(folder: Path, settings: JsonObject, base: str | Path | None) -> Checkpoint:
-    with _naming(folder):
-        config = with_generation_config(read_llava_hf_config(settings), folder)
+    with naming(folder / "config.json"):
+        config = read_llava_hf_config(settings)
     _refuse_base(folder, base)
     weights = Weights(folder, from_llava_hf)
-    return Checkpoint(folder, settings, config, (weights,), folder, folder)
+    return Checkpoint(folder, settings, with_generation_config(config, folder), (weights,), folder, folder)
 
 
 def _refuse_base(folder: Path, base: str | Path | None) -> None:
@@ -169,8 +170,10 @@ def _refuse_base(folder: Path, base: str | Path | None) -> None:
 def _open_original(folder: Path, settings: JsonObject, base: str | Path | None, hub: Hub) -> Checkpoint:
     _refuse_base(folder, base)
     weights: tuple[Weights, ...] = (Weights(folder, from_original),)
+    with naming(folder / "config.json"):
+        is_biovil = tower_name(settings) == BIOVIL
     # A RaDialog that was merged is saved without its tower, which stays in the file it came in.
-    if tower_name(settings) == BIOVIL and (rest := find_non_lora(folder)):
+    if is_biovil and (rest := find_non_lora(folder)):
         weights += (Weights(folder, from_wrapped, file=rest),)
     config, image_folder, weights = _with_tower(folder, settings, weights, hub)
     return Checkpoint(folder, settings, with_generation_config(config, folder), weights, folder, image_folder)
@@ -233,11 +236,13 @@ def _with_tower(
     As in the original code a tower inside the checkpoint counts if it was trained (`unfreeze_mm_vision_tower`); one
     that was not is the one that is named, and the copy inside stands in for it where that cannot be found.
     """
-    name = tower_name(settings)
+    with naming(folder / "config.json"):
+        name = tower_name(settings)
+        counts = Fields(settings).flag("unfreeze_mm_vision_tower", False)
     if name == BIOVIL:
         return _with_biovil(folder, settings, weights)
     has_own = any(key.part == "tower" for key in weights[-1].sorted_keys()[0].values())
-    is_inside = has_own and bool(settings.get("unfreeze_mm_vision_tower"))
+    is_inside = has_own and counts
     try:
         source = find_tower(name, folder, is_inside=is_inside, hub=hub)
     except CheckpointError:
@@ -246,7 +251,7 @@ def _with_tower(
             raise
         source, is_inside = find_tower(name, folder, is_inside=True, hub=hub), True
         logger.info("%s: the tower %s is not here; the copy inside the checkpoint is used", folder, name)
-    with _naming(folder):
+    with naming(folder / "config.json"):
         config = read_original_config(settings, source.config)
     if is_inside or source.folder is None:
         return config, source.folder, weights
@@ -258,7 +263,7 @@ def _with_biovil(
     folder: Path, settings: JsonObject, weights: tuple[Weights, ...]
 ) -> tuple[ModelConfig, Path | None, tuple[Weights, ...]]:
     """RaDialog: the checkpoint brings its tower; the released file stands in for whatever of it was not trained."""
-    with _naming(folder):
+    with naming(folder / "config.json"):
         config = read_original_config(settings, BIOVIL_CONFIG)
     if released := find_biovil_file(folder):
         weights = (Weights(folder, from_biovil, frozenset({"tower"}), released), *weights)
@@ -267,18 +272,11 @@ def _with_biovil(
     return config, None, weights
 
 
-@contextmanager
-def _naming(folder: Path) -> Iterator[None]:
-    """Readers of configurations know fields and no folders: put the folder before what they raise."""
-    try:
-        yield
-    except CheckpointError as error:
-        raise CheckpointError(f"{folder}: {error}") from error
-
-
 def with_generation_config(config: ModelConfig, folder: Path) -> ModelConfig:
     """The tokens that end an answer are generation_config.json's where there is one."""
     if not (folder / "generation_config.json").exists():
         return config
-    eos = read_json(folder, "generation_config.json").get("eos_token_id")
-    return config if eos is None else replace(config, eos_token_ids=eos_token_ids({"eos_token_id": eos}))
+    fields = Fields(read_json(folder, "generation_config.json"))
+    with naming(folder / "generation_config.json"):
+        eos = fields.optional("eos_token_id", Fields.tokens)
+        return config if eos is None else replace(config, eos_token_ids=eos)

@@ -18,6 +18,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 
+from llava_core.checkpoints.accounting import vocabulary_problems
 from llava_core.checkpoints.describe import load_preprocess_config
 from llava_core.checkpoints.keymaps import NEWLINE_KEY, Part
 from llava_core.checkpoints.layout import Checkpoint, open_checkpoint
@@ -73,11 +74,6 @@ def load_tower(checkpoint: Path | Checkpoint, options: LoadOptions, *, attention
     """The vision tower alone, in evaluation mode."""
     opened = _open(checkpoint)
     config, preprocess = opened.config, load_preprocess_config(opened)
-    if preprocess.size != config.tile_size:
-        raise CheckpointError(
-            f"preprocessor_config.json makes tiles of {preprocess.size} pixels, "
-            f"but the tower of config.json takes {config.tile_size}"
-        )
     with init_empty_weights(include_buffers=False):
         tower = build_tower(config.vision, preprocess, s2_scales=config.s2_scales, attention=attention)
     need = MemoryNeed(weight_bytes("tower", _shapes(tower), options.torch_dtype.itemsize))
@@ -163,13 +159,9 @@ def _checked_newline(tensor: Tensor, hidden_size: int, checkpoint: Checkpoint) -
 
 def _fit_vocabulary(side: LanguageSide, checkpoint: Checkpoint, num_tokens: int) -> None:
     """The original cuts rows that no token has, which could otherwise be drawn; a token without a row is an error."""
-    rows = checkpoint.config.vocab_size
-    if num_tokens > rows:
-        raise CheckpointError(
-            f"{checkpoint.text_folder}: the tokenizer has {num_tokens} tokens, but config.json's vocab_size is {rows}; "
-            "it is the tokenizer of another model, or lacks the rows that training added"
-        )
-    if checkpoint.config.dialect == "original" and num_tokens < rows:
+    if problems := vocabulary_problems(checkpoint, num_tokens):
+        raise CheckpointError(problems[0])
+    if checkpoint.config.dialect == "original" and num_tokens < checkpoint.config.vocab_size:
         side.decoder.resize_token_embeddings(num_tokens)
 
 

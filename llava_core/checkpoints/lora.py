@@ -11,17 +11,21 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
-import torch
-from torch import Tensor
-
-from llava_core.checkpoints.files import find_file, read_json
+from llava_core.checkpoints.files import find_file, naming, read_json
 from llava_core.checkpoints.headers import read_header
 from llava_core.checkpoints.keymaps import Key, Part, from_wrapped
-from llava_core.checkpoints.tensors import TensorReader, read_tensors
 from llava_core.errors import CheckpointError
+from llava_core.fields import Fields, shown
 
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from llava_core.checkpoints.tensors import TensorReader
+
+Value = TypeVar("Value")
 _MATRIX = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
 
 
@@ -47,6 +51,9 @@ class Lora:
 
         Raises CheckpointError where a weight is missing or of another shape: the base is the wrong one.
         """
+        # Names and factors are known without torch; numbers are not.
+        from llava_core.checkpoints.tensors import TensorReader, read_tensors
+
         whole = {key.name: name for key, name in self.replaced.items() if key.part == part}
         loaded = read_tensors(dict.fromkeys(whole.values(), self.file))
         tensors.update({ours: loaded[name] for ours, name in whole.items()})
@@ -70,8 +77,8 @@ class Lora:
 
 def open_lora(folder: Path) -> Lora:
     """An adapter's names and factors. Raises CheckpointError for a kind that is not plain LoRA, naming the field."""
-    config = read_json(folder, "adapter_config.json")
-    _check(config, folder)
+    with naming(folder / "adapter_config.json"):
+        scaling = _read_scaling(Fields(read_json(folder, "adapter_config.json")))
     file = find_file(folder, "adapter_model")
     if file is None:
         raise CheckpointError(f"{folder} has an adapter_config.json but no adapter_model.safetensors or .bin")
@@ -92,14 +99,9 @@ def open_lora(folder: Path) -> Lora:
             raise CheckpointError(f"{file}: {module} has lora_{''.join(half)} alone; both lora_A and lora_B are needed")
         key = _key(f"{module}.weight", file)
         assert key is not None, module
-        rank = int(_by_pattern(config.get("rank_pattern") or {}, module, config["r"]))
-        ranks = header[half["A"]].shape[0], header[half["B"]].shape[-1]
-        if ranks != (rank, rank):
-            raise CheckpointError(
-                f"{file}: {module} has matrices of rank {ranks[0]} and {ranks[1]}, adapter_config.json says {rank}; "
-                "the two files are not of one adapter"
-            )
-        pairs[key] = LoraPair(half["A"], half["B"], _scale(config, module, rank))
+        rank = scaling.rank(module)
+        _check_ranks(header[half["A"]].shape, header[half["B"]].shape, rank, f"{file}: {module}")
+        pairs[key] = LoraPair(half["A"], half["B"], scaling.factor(module))
     if not pairs:
         raise CheckpointError(f"{file} holds no LoRA matrices")
     return Lora(file, pairs, replaced)
@@ -112,23 +114,58 @@ def _key(name: str, file: Path) -> Key | None:
         raise CheckpointError(f"{file} holds a tensor of unknown purpose: {name}") from None
 
 
-def _check(config: Mapping[str, Any], folder: Path) -> None:
-    wanted = {"peft_type": ("LORA",), "use_dora": (False, None), "fan_in_fan_out": (False, None)}
-    for field, allowed in wanted.items():
-        if config.get(field, allowed[0]) not in allowed:
+def _check_ranks(down: tuple[int, ...], up: tuple[int, ...], rank: int, what: str) -> None:
+    if len(down) != 2 or len(up) != 2:
+        raise CheckpointError(f"{what} has lora_A of shape {down} and lora_B of shape {up}, which are no matrices")
+    if (down[0], up[1]) != (rank, rank):
+        raise CheckpointError(
+            f"{what} has matrices of rank {down[0]} and {up[1]}, adapter_config.json says {rank}; "
+            "the two files are not of one adapter"
+        )
+
+
+@dataclass(frozen=True)
+class _Scaling:
+    """Rank and alpha of each module; patterns name modules by the end of their path."""
+
+    default_rank: int
+    default_alpha: float
+    ranks: Mapping[re.Pattern[str], int]
+    alphas: Mapping[re.Pattern[str], float]
+    is_rank_stabilised: bool
+
+    def rank(self, module: str) -> int:
+        return _by_pattern(self.ranks, module, self.default_rank)
+
+    def factor(self, module: str) -> float:
+        """alpha / r, or alpha / sqrt(r) with `use_rslora`."""
+        alpha, rank = _by_pattern(self.alphas, module, self.default_alpha), self.rank(module)
+        return alpha / math.sqrt(rank) if self.is_rank_stabilised else alpha / rank
+
+
+def _read_scaling(config: Fields) -> _Scaling:
+    for field, only in (("peft_type", "LORA"), ("use_dora", False), ("fan_in_fan_out", False)):
+        if config.has(field) and config.values[field] != only:
             raise CheckpointError(
-                f"{folder / 'adapter_config.json'}: {field} {config[field]!r} is not supported; "
+                f"{field} {shown(config.values[field])} is not supported; "
                 "merge the adapter with the library that made it"
             )
-    if not isinstance(config.get("r"), int) or config["r"] < 1 or not isinstance(config.get("lora_alpha"), int | float):
-        raise CheckpointError(f"{folder / 'adapter_config.json'}: r and lora_alpha must be positive numbers")
+    ranks, alphas = config.section("rank_pattern"), config.section("alpha_pattern")
+    return _Scaling(
+        default_rank=config.count("r"),
+        default_alpha=config.positive("lora_alpha"),
+        ranks={_pattern(ranks, key): ranks.count(key) for key in ranks.values},
+        alphas={_pattern(alphas, key): alphas.positive(key) for key in alphas.values},
+        is_rank_stabilised=config.flag("use_rslora", False),
+    )
 
 
-def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
-    """alpha / r, or alpha / sqrt(r) with `use_rslora`; patterns name modules by the end of their path."""
-    alpha = _by_pattern(config.get("alpha_pattern") or {}, module, config["lora_alpha"])
-    return float(alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank)
+def _pattern(fields: Fields, key: str) -> re.Pattern[str]:
+    try:
+        return re.compile(rf"(.*\.)?({key})$")
+    except (re.error, RecursionError, OverflowError) as error:
+        raise CheckpointError(f"{fields.path}{shown(key)} is no regular expression: {error}") from error
 
 
-def _by_pattern(patterns: Mapping[str, float], module: str, default: float) -> float:
-    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)
+def _by_pattern(patterns: Mapping[re.Pattern[str], Value], module: str, default: Value) -> Value:
+    return next((value for pattern, value in patterns.items() if pattern.match(module)), default)

@@ -8,44 +8,20 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
-from typing import cast
+from typing import cast, get_args
 
+from llava_core.architectures import DECODER_FIELDS, decoder_hint, read_decoder
 from llava_core.config import (
     BIOVIL_T,
     JsonObject,
     MergeType,
     ModelConfig,
     build_vision_config,
-    count,
-    decoder_hint,
-    eos_token_ids,
+    read_dtype,
     read_pinpoints,
-    text_config,
 )
 from llava_core.errors import CheckpointError
-
-# What a decoder's configuration keeps of config.json; the rest is about pictures, training or generation.
-_TEXT_FIELDS = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "hidden_act",
-    "max_position_embeddings",
-    "rms_norm_eps",
-    "rope_theta",
-    "rope_scaling",
-    "rope_parameters",
-    "sliding_window",
-    "attention_bias",
-    "mlp_bias",
-    "vocab_size",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-)
+from llava_core.fields import MOST, Fields, is_whole, shown
 
 
 def is_original_config(config: JsonObject) -> bool:
@@ -59,76 +35,70 @@ def tower_name(config: JsonObject) -> str:
     """The tower's folder or hub id. Raises CheckpointError when the field holds anything else."""
     name = config.get("mm_vision_tower", config.get("vision_tower"))
     if not isinstance(name, str) or not name:
-        raise CheckpointError(f"config.json: mm_vision_tower must name a folder or hub id, not {name!r}")
+        raise CheckpointError(f"mm_vision_tower must name a folder or hub id, not {shown(name)}")
     return name
 
 
 def read_original_config(config: JsonObject, tower: JsonObject) -> ModelConfig:
-    """The model of an original config.json, whose tower has the configuration `tower` (transformers' form).
+    """The model of an original config.json, whose tower has the configuration `tower`, as `read_tower` gives it.
 
     Raises CheckpointError naming the field that is missing or not supported.
     """
-    text = {"eos_token_id": 2, "bos_token_id": 1, **_text(config)}
-    select = str(config.get("mm_vision_select_feature", "patch"))
-    if select not in ("patch", "cls_patch"):
-        raise CheckpointError(
-            f"config.json: mm_vision_select_feature {select!r} is unknown; known are patch and cls_patch"
-        )
-    layer = config.get("mm_vision_select_layer", -2)
-    if not isinstance(layer, int):
-        raise CheckpointError(f"config.json: mm_vision_select_layer must be one number, not {layer!r}")
+    fields = Fields(config)
+    text = read_decoder(Fields({"bos_token_id": 1, **config, "model_type": _decoder(fields)}))
     if tower["model_type"] == BIOVIL_T:
-        _check_biovil(config)
-    scales = _s2_scales(config)
+        _check_biovil(fields)
+    scales = _s2_scales(fields)
+    select = fields.choice("mm_vision_select_feature", ("patch", "cls_patch"), "patch")
+    layer = fields.whole("mm_vision_select_layer", -2, at_least=-MOST)
     vision = build_vision_config(tower, layer, select, "mm_vision_select_layer")
     vision = replace(vision, hidden_size=vision.hidden_size * max(1, len(scales)))
-    expected = config.get("mm_hidden_size", vision.hidden_size)
+    expected = fields.count("mm_hidden_size", vision.hidden_size)
     if expected != vision.hidden_size:
         raise CheckpointError(
-            f"config.json: mm_hidden_size is {expected}, but the tower {tower_name(config)} gives "
-            f"{vision.hidden_size} features; it is the wrong tower"
+            f"mm_hidden_size is {expected}, but the tower {tower_name(config)} gives {vision.hidden_size} features at "
+            f"{max(1, len(scales))} scales (s2); it is the wrong tower"
         )
-    is_anyres = config.get("image_aspect_ratio") == "anyres"
     return ModelConfig(
         vision=vision,
-        projector_type=str(config.get("mm_projector_type", "linear")),
+        projector_type=fields.text("mm_projector_type", "linear"),
         projector_bias=True,
         text=text,
-        hidden_size=count(text, "hidden_size", "config.json"),
-        context_length=count(text, "max_position_embeddings", "config.json"),
-        vocab_size=count(text, "vocab_size", "config.json"),
+        hidden_size=text["hidden_size"],
+        context_length=text["max_position_embeddings"],
+        vocab_size=text["vocab_size"],
         image_token_id=None,
-        eos_token_ids=eos_token_ids(text),
-        tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-        dtype=str(config.get("dtype", config.get("torch_dtype", "float16"))),
+        eos_token_ids=Fields(text).tokens("eos_token_id"),
+        tie_word_embeddings=fields.flag("tie_word_embeddings", False),
+        dtype=read_dtype(fields, "float16"),
         dialect="original",
-        pinpoints=read_pinpoints(config.get("image_grid_pinpoints")) if is_anyres else (),
-        # ModelConfig looks whether it is one.
-        merge_type=cast("MergeType", config.get("mm_patch_merge_type", "flat")),
-        image_start_end=bool(config.get("mm_use_im_start_end", False)),
+        pinpoints=read_pinpoints(config.get("image_grid_pinpoints")) if is_anyres(fields) else (),
+        merge_type=cast("MergeType", fields.choice("mm_patch_merge_type", get_args(MergeType), "flat")),
+        image_start_end=fields.flag("mm_use_im_start_end", False),
         tower_name=tower_name(config),
         s2_scales=scales,
     )
 
 
-def _text(config: JsonObject) -> JsonObject:
-    fields = {name: config[name] for name in _TEXT_FIELDS if config.get(name) is not None}
-    return text_config({**fields, "model_type": _decoder(config)}, "config.json")
+def is_anyres(fields: Fields) -> bool:
+    """Whether pictures are cut into tiles, which `image_aspect_ratio` says."""
+    return fields.text("image_aspect_ratio", "square") == "anyres"
 
 
-def _decoder(config: JsonObject) -> str:
+def _decoder(fields: Fields) -> str:
     """By `architectures`, or by `model_type` where a hand or another training left that out."""
-    names = " ".join(map(str, config.get("architectures") or ()))
+    names = " ".join(map(str, fields.items("architectures")))
     if found := re.findall(r"(\w+)ForCausalLM", names):
         name, known = found[0].removeprefix("Llava"), {"Llama": "llama", "Mistral": "mistral"}
     else:
-        name = str(config.get("model_type", "llava"))
+        name = fields.text("model_type", "llava")
         known = {"llava": "llama", "llava_llama": "llama", "llama": "llama"}
         known |= {"llava_mistral": "mistral", "mistral": "mistral"}
     if name not in known:
         raise CheckpointError(
-            f"config.json: architectures {names or 'missing'}, model_type {config.get('model_type')!r}: "
-            f"the decoder {name!r} is not supported; known are {', '.join(known)}{decoder_hint(name)}"
+            f"architectures {shown(names) if names else 'missing'}, model_type "
+            f"{shown(fields.values.get('model_type'))}: the decoder {shown(name)} is not supported; "
+            f"known are {', '.join(known)}{decoder_hint(name)}"
         )
     return known[name]
 
@@ -139,29 +109,32 @@ def check_image_pooling(config: JsonObject) -> None:
     # `False` is what its training writes where the option is not given.
     if kind not in (None, False, "none", "concat"):
         raise CheckpointError(
-            f"config.json: mv_type {kind!r} needs RaDialog's image pooler, which is not supported; use a checkpoint "
+            f"mv_type {shown(kind)} needs RaDialog's image pooler, which is not supported; use a checkpoint "
             "with mv_type 'concat'"
         )
 
 
-def _check_biovil(config: JsonObject) -> None:
-    if config.get("image_aspect_ratio") == "anyres":
-        raise CheckpointError("config.json: image_aspect_ratio is anyres, but BioViL-T reads a picture as one tile")
-    if config.get("s2"):
-        raise CheckpointError("config.json: s2 is set, but BioViL-T is read at one scale")
+def _check_biovil(fields: Fields) -> None:
+    if is_anyres(fields):
+        raise CheckpointError("image_aspect_ratio is anyres, but BioViL-T reads a picture as one tile")
+    if fields.flag("s2", False):
+        raise CheckpointError("s2 is set, but BioViL-T is read at one scale")
 
 
-def _s2_scales(config: JsonObject) -> tuple[int, ...]:
+def _s2_scales(fields: Fields) -> tuple[int, ...]:
     """`s2_scales` in pixels, smallest first, where `s2` is set; the original's default is three times 336."""
-    if not config.get("s2"):
+    if not fields.flag("s2", False):
         return ()
-    if config.get("image_aspect_ratio") == "anyres":
-        raise CheckpointError("config.json: s2 and image_aspect_ratio anyres exclude one another")
-    value = config.get("s2_scales", "336,672,1008")
+    if is_anyres(fields):
+        raise CheckpointError("s2 and image_aspect_ratio anyres exclude one another")
+    value = fields.values.get("s2_scales", "336,672,1008")
     try:
-        return tuple(sorted(int(scale) for scale in (value.split(",") if isinstance(value, str) else value)))
+        scales = [int(scale) for scale in value.split(",")] if isinstance(value, str) else list(value)
     except (ValueError, TypeError):
-        raise CheckpointError(f"config.json: s2_scales must be pixels, separated by commas, not {value!r}") from None
+        scales = []
+    if not scales or not all(is_whole(scale) and 0 < scale <= MOST for scale in scales):
+        raise CheckpointError(f"s2_scales must be pixels, separated by commas, not {shown(value)}")
+    return tuple(sorted(scales))
 
 
 def original_json(config: ModelConfig, tower: str, aspect: str) -> JsonObject:
@@ -202,7 +175,7 @@ def original_json(config: ModelConfig, tower: str, aspect: str) -> JsonObject:
 
 def _original_text(config: ModelConfig) -> JsonObject:
     """The decoder's fields; transformers 5 keeps in `rope_parameters` what was `rope_theta` and `rope_scaling`."""
-    fields = {name: config.text[name] for name in _TEXT_FIELDS if config.text.get(name) is not None}
+    fields = {name: config.text[name] for name in DECODER_FIELDS if name in config.text}
     rope = dict(fields.pop("rope_parameters", {}))
     if "rope_theta" in rope:
         fields["rope_theta"] = rope.pop("rope_theta")

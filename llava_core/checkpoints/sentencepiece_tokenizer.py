@@ -7,34 +7,21 @@ what follows a special token, as it did there. Knows no templates and no models.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from google.protobuf.message import DecodeError
 from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 
-from llava_core.checkpoints.files import read_json
+from llava_core.checkpoints.tokenizer_settings import AddedToken, TokenizerSettings, read_tokenizer_settings
 from llava_core.errors import CheckpointError
 
 # A generated module, whose classes no type checker sees.
 _ModelProto: Any = vars(sentencepiece_model_pb2)["ModelProto"]
 _SPACE = "▁"
-_ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-_DEFAULTS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 
 Token = tuple[int, int, int]
-
-
-@dataclass(frozen=True)
-class AddedToken:
-    """A token that is cut out of the text before anything else; the strips take white space from its neighbours."""
-
-    id: int
-    is_special: bool
-    strips_left: bool = False
-    strips_right: bool = False
 
 
 class SentencePieceBackend:
@@ -42,18 +29,20 @@ class SentencePieceBackend:
 
     def __init__(self, folder: Path, *, is_legacy: bool | None = None) -> None:
         """Raises CheckpointError when `tokenizer.model` is damaged. `is_legacy` None: as tokenizer_config.json says."""
-        file = folder / "tokenizer.model"
-        settings = read_json(folder, "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
-        legacy = settings.get("legacy")
-        self._is_legacy = (True if legacy is None else bool(legacy)) if is_legacy is None else is_legacy
-        self._model = _load(file, adds_space=self._is_legacy)
+        settings = read_tokenizer_settings(folder)
+        self._is_legacy = settings.is_legacy is not False if is_legacy is None else is_legacy
+        self._model = _load(folder / "tokenizer.model", adds_space=self._is_legacy)
         self._size: int = self._model.get_piece_size()
-        self._added = _added_tokens(folder, settings, self._model)
-        self.bos_id: int | None = None
-        if settings.get("add_bos_token", True):
-            self.bos_id = self.token_id(_content(settings.get("bos_token")) or "<s>")
-        unknown = _content(settings.get("unk_token")) or "<unk>"
-        self._unknown, self._unknown_length = unknown, len(self._model.encode(unknown, out_type=int))
+        self._added = _added_tokens(settings, self._model)
+        beyond = [text for text, token in self._added.items() if token.id >= self.num_tokens]
+        if beyond:
+            raise CheckpointError(
+                f"{folder}: the tokenizer gives {beyond[0]} the id {self._added[beyond[0]].id}, but has only "
+                f"{self.num_tokens} tokens; ids in added_tokens.json and added_tokens_decoder must leave no gap"
+            )
+        self.bos_id: int | None = self.token_id(settings.bos) if settings.adds_bos else None
+        self._unknown = settings.unknown
+        self._unknown_length = len(self._model.encode(settings.unknown, out_type=int))
 
     @property
     def special_texts(self) -> frozenset[str]:
@@ -154,32 +143,15 @@ def _load(file: Path, *, adds_space: bool) -> SentencePieceProcessor:
         raise CheckpointError(f"{file} cannot be read ({type(error).__name__}: {error}); download it again") from error
 
 
-def _content(token: object) -> str | None:
-    """A token as configuration files have it: its text, or an object with it."""
-    if isinstance(token, Mapping):
-        token = token.get("content")
-    return token if isinstance(token, str) and token else None
-
-
-def _added_tokens(folder: Path, settings: Mapping[str, Any], model: SentencePieceProcessor) -> dict[str, AddedToken]:
-    """Tokens that are cut out first: those listed with their ids, then those that play a role, in the same order as in
+def _added_tokens(settings: TokenizerSettings, model: SentencePieceProcessor) -> dict[str, AddedToken]:
+    """Tokens that are cut out first: those listed with their ids, then those that play a part, in the same order as in
     transformers, since one that nobody gave an id gets the next."""
-    added: dict[str, AddedToken] = {}
-    for number, token in (settings.get("added_tokens_decoder") or {}).items():
-        strips = bool(token.get("lstrip")), bool(token.get("rstrip"))
-        added[str(token["content"])] = AddedToken(int(number), bool(token.get("special")), *strips)
-    if (folder / "added_tokens.json").exists():
-        for text, number in read_json(folder, "added_tokens.json").items():
-            added.setdefault(text, AddedToken(int(number), is_special=False))
-    named = {**_DEFAULTS, **settings}
-    if (folder / "special_tokens_map.json").exists():
-        named |= read_json(folder, "special_tokens_map.json")
-    roles = [_content(named.get(name)) for name in _ROLES]
-    for role in [*roles, *map(_content, named.get("additional_special_tokens") or ())]:
-        if role is None or (role in added and added[role].is_special):
+    added = dict(settings.numbered)
+    for text in settings.special:
+        if text in added and added[text].is_special:
             continue
-        number = added[role].id if role in added else model.piece_to_id(role)
-        if role not in added and model.id_to_piece(number) != role:
+        number = added[text].id if text in added else model.piece_to_id(text)
+        if text not in added and model.id_to_piece(number) != text:
             number = max([model.get_piece_size() - 1, *(token.id for token in added.values())]) + 1
-        added[role] = AddedToken(int(number), is_special=True)
+        added[text] = AddedToken(int(number), is_special=True)
     return added

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from llava_core.checkpoints.pickles import read_pickled
 from llava_core.checkpoints.safetensors_file import open_safetensors
 from llava_core.errors import CheckpointError
 
@@ -54,7 +55,7 @@ class TensorReader:
 
     def read(self, file: Path, name: str) -> Tensor:
         """The tensor of this name, memory-mapped where the format allows it. Raises CheckpointError as above."""
-        if file.suffix != ".bin":
+        if file.suffix == ".safetensors":
             return _read_safetensors(file, [name])[name]
         if file != self._file:
             self._file, self._content = file, read_bin(file)
@@ -77,29 +78,32 @@ def _read_bin(file: Path, names: list[str]) -> dict[str, Tensor]:
 
 
 def read_bin(file: Path) -> dict[str, Tensor]:
-    """Every tensor of a `.bin` file, memory-mapped where its format allows it.
-
-    Raises CheckpointError when the file is missing, damaged, or holds anything but a dictionary of tensors.
-    """
+    """Every tensor of a `.bin` file, memory-mapped where its format allows it. Raises CheckpointError as above."""
+    names = read_pickled(file)
     try:
         content = _unpickle(file)
-    except FileNotFoundError:
-        raise CheckpointError(f"{file} is missing; the checkpoint is incomplete") from None
-    except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(
-            f"{file} is damaged, or holds objects other than tensors, which could be code and are never run "
-            f"({reason}); download it again or convert it to safetensors where you trust it"
-        ) from error
-    except (RuntimeError, EOFError, ValueError, OSError, KeyError, AttributeError, TypeError, IndexError) as error:
+    except _DAMAGE as error:
         raise CheckpointError(f"{file} is damaged or truncated ({type(error).__name__}); download it again") from error
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise CheckpointError(f"{file} must hold a dictionary of tensors by name, and nothing else")
-    return {str(name): value for name, value in content.items()}
+    return {name: content[name] for name in names}
 
 
-def _unpickle(file: Path) -> object:
+# What torch raises where the pickle can be read, and the numbers behind it cannot.
+_DAMAGE = (
+    pickle.UnpicklingError,
+    RuntimeError,
+    EOFError,
+    ValueError,
+    OSError,
+    KeyError,
+    AttributeError,
+    TypeError,
+    IndexError,
+)
+
+
+def _unpickle(file: Path) -> dict[str, Tensor]:
     with file.open("rb") as opened:
         is_zip = opened.read(2) == b"PK"
     # The format before torch 1.6 is no zip archive and cannot be mapped.
-    return torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
+    content: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
+    return content

@@ -7,18 +7,20 @@ do. Knows nothing about weights.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 
-from llava_core.checkpoints.files import read_json
+from llava_core.checkpoints.files import naming, read_json
 from llava_core.checkpoints.layout import Checkpoint, open_checkpoint
 from llava_core.checkpoints.original_config import is_original_config
+from llava_core.checkpoints.tokenizer_settings import TokenizerSettings, read_tokenizer_settings
 from llava_core.config import BIOVIL_T, ModelConfig
 from llava_core.errors import CheckpointError
+from llava_core.fields import Fields
 from llava_core.prompts.conversation import IMAGE_END, IMAGE_PLACEHOLDER, IMAGE_START, Turn, render
 from llava_core.prompts.templates import TEMPLATES, Template, get_template
 
@@ -66,13 +68,12 @@ class Backend(Protocol):
 class FastBackend:
     """tokenizer.json by the tokenizers library."""
 
-    def __init__(self, inner: PreTrainedTokenizerFast, *, settings: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, inner: PreTrainedTokenizerFast, *, settings: TokenizerSettings | None = None) -> None:
         self._inner = inner
-        settings = settings or {}
         framing = inner.backend_tokenizer.encode("", add_special_tokens=True).ids
         adds_bos = framing[:1] == [inner.bos_token_id]
-        if settings.get("tokenizer_class") in _LLAMA_CLASSES:
-            adds_bos = bool(settings.get("add_bos_token", True))
+        if settings is not None and settings.kind in _LLAMA_CLASSES:
+            adds_bos = settings.adds_bos
         self.bos_id: int | None = inner.bos_token_id if adds_bos else None
 
     @property
@@ -155,20 +156,23 @@ def _load_fast(folder: Path) -> PreTrainedTokenizerFast:
 
 def read_tokenizer(kind: type[PreTrainedTokenizerFast], folder: Path) -> PreTrainedTokenizerFast:
     """A folder's tokenizer by this class of transformers. Raises CheckpointError when it cannot be read."""
+    read_tokenizer_settings(folder)
+    file = folder / ("tokenizer.json" if (folder / "tokenizer.json").exists() else "tokenizer.model")
     try:
         loaded: PreTrainedTokenizerFast = kind.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{folder}: the tokenizer cannot be read ({type(error).__name__}: {error})") from error
+    # The tokenizers library raises Exception itself, and nothing else.
+    except Exception as error:
+        raise CheckpointError(f"{file} cannot be read ({type(error).__name__}: {error}); download it again") from error
     return loaded
 
 
 def _load_original(checkpoint: Checkpoint) -> Backend:
     """As the original code loads it: the slow form where there is one, but for a whole Mistral the fast one."""
     folder = checkpoint.text_folder
-    settings = read_json(folder, "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
+    settings = read_tokenizer_settings(folder)
     wants_fast = checkpoint.config.text["model_type"] == "mistral" and checkpoint.is_complete
     has_slow, has_fast = ((folder / name).exists() for name in ("tokenizer.model", "tokenizer.json"))
-    if settings.get("tokenizer_class") in _PLAIN_CLASSES:
+    if settings.kind in _PLAIN_CLASSES:
         has_slow = has_slow and not has_fast
     if has_slow and not (wants_fast and has_fast):
         from llava_core.checkpoints.sentencepiece_tokenizer import SentencePieceBackend
@@ -183,10 +187,12 @@ def _load_original(checkpoint: Checkpoint) -> Backend:
 def _add_image_tokens(tokenizer: Backend, checkpoint: Checkpoint) -> None:
     """The tokens that the original code adds when it loads a model, where its embeddings have rows for them."""
     rows, folder = checkpoint.config.vocab_size, checkpoint.folder
+    with naming(folder / "config.json"):
+        has_patch_token = Fields(checkpoint.settings).flag("mm_use_im_patch_token", True)
     wanted = [IMAGE_START, IMAGE_END] if checkpoint.config.image_start_end else []
     # Prompts never hold it, so a missing row does no harm.
     if (
-        checkpoint.settings.get("mm_use_im_patch_token", True)
+        has_patch_token
         and tokenizer.num_tokens + len([text for text in wanted if tokenizer.token_id(text) is None]) < rows
     ):
         wanted = [_IMAGE_PATCH, *wanted]

@@ -5,15 +5,18 @@ Reads configurations, not weights. Knows nothing about decoders.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
 
-from llava_core.checkpoints.files import has_model, read_json
+from llava_core.architectures import read_tower
+from llava_core.checkpoints.files import check_access, has_model, naming, read_json
 from llava_core.checkpoints.hub import Hub
 from llava_core.config import BIOVIL_T, JsonObject
 from llava_core.errors import CheckpointError
+from llava_core.fields import Fields, shown
 from llava_core.vision.biovil_keys import tensor_names, to_biovil_t
 
 _LARGE: JsonObject = {
@@ -21,6 +24,7 @@ _LARGE: JsonObject = {
     "hidden_size": 1024,
     "intermediate_size": 4096,
     "num_attention_heads": 16,
+    "num_channels": 3,
     "num_hidden_layers": 24,
     "patch_size": 14,
     "projection_dim": 768,
@@ -40,7 +44,7 @@ _ON_THE_HUB = re.compile(r"^(openai|laion|apple)/|ShareGPT4V|clip|siglip", re.IG
 
 @dataclass(frozen=True)
 class TowerSource:
-    """A tower's configuration in transformers' form, and the folder it came from, None for a known one by name."""
+    """A tower's configuration as `read_tower` gives it, and the folder it came from, None for a known one by name."""
 
     config: JsonObject
     folder: Path | None
@@ -57,14 +61,16 @@ def find_tower(name: str, checkpoint: Path, *, is_inside: bool, hub: Hub) -> Tow
         return TowerSource(KNOWN_TOWERS[name], None)
     if folder is None and not _ON_THE_HUB.search(name):
         raise CheckpointError(
-            f"{checkpoint / 'config.json'}: mm_vision_tower {name!r} is unknown: it is neither a folder here nor the "
-            "hub id of a CLIP or SigLIP; correct the field, or put the tower beside the checkpoint"
+            f"{checkpoint / 'config.json'}: mm_vision_tower {shown(name)} is unknown: it is neither a folder here nor "
+            "the hub id of a CLIP or SigLIP; correct the field, or put the tower beside the checkpoint"
         )
     if folder is None:
         folder = hub.find(name, f"the mm_vision_tower of {checkpoint / 'config.json'}")
     if not is_inside and not has_model(folder):
         raise CheckpointError(f"{folder}, the mm_vision_tower of {checkpoint}, holds no weights")
-    return TowerSource(_vision_part(read_json(folder, "config.json"), folder), folder)
+    settings = Fields(read_json(folder, "config.json"))
+    with naming(folder / "config.json"):
+        return TowerSource(_vision_part(settings), folder)
 
 
 def find_biovil_file(checkpoint: Path) -> Path | None:
@@ -88,17 +94,26 @@ def local_folder(name: str, checkpoint: Path) -> Path | None:
     candidates = [Path(name), checkpoint / name, checkpoint.parent / name]
     if Path(name).is_absolute():
         candidates += [checkpoint / Path(name).name, checkpoint.parent / Path(name).name]
-    return next((path for path in candidates if (path / "config.json").exists() and path != checkpoint), None)
+    found = next((path for path in candidates if path != checkpoint and _may_be_tower(path)), None)
+    if found is not None:
+        check_access(found)
+    return found
 
 
-def _vision_part(config: JsonObject, folder: Path) -> JsonObject:
+def _may_be_tower(path: Path) -> bool:
+    """Not Path's own questions, which raise for names that no folder can have, and where nobody may look."""
+    return os.path.exists(path / "config.json") or (os.path.isdir(path) and not os.access(path, os.X_OK))
+
+
+def _vision_part(fields: Fields) -> JsonObject:
     """A tower's own configuration, alone or as half of a CLIP or SigLIP."""
-    kind = config.get("model_type")
+    kind = fields.values.get("model_type")
     if kind in ("clip", "siglip"):
-        return {**(config.get("vision_config") or {}), "model_type": f"{kind}_vision_model"}
+        half = fields.section("vision_config")
+        return read_tower(Fields({**half.values, "model_type": f"{kind}_vision_model"}, half.path))
     if kind not in ("clip_vision_model", "siglip_vision_model"):
         raise CheckpointError(
-            f"{folder / 'config.json'}: model_type {kind!r} is no known tower; "
-            "known are clip, clip_vision_model, siglip and siglip_vision_model"
+            f"model_type {shown(kind)} is no known tower; known are clip, clip_vision_model, siglip and "
+            "siglip_vision_model"
         )
-    return config
+    return read_tower(fields)

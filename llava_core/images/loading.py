@@ -124,11 +124,11 @@ def decode_image(data: bytes, limits: ImageLimits, *, param: str, keeps_depth: b
         raise ImageError("the image is empty (0 bytes)", param=param)
     _check_num_bytes(len(data), limits, param)
     picture = _open(data, param)
-    _check_size(picture.size, limits, param)
+    check_size(picture.size, limits, param)
     try:
         picture.load()
         # Some formats say only now how large they are.
-        _check_size(picture.size, limits, param)
+        check_size(picture.size, limits, param)
         if keeps_depth and picture.mode.startswith("I"):
             return _upright(Image.fromarray(_grey_values(picture, param)[0].astype(np.uint16)), picture)
         return _upright(_to_rgb(picture, param), picture)
@@ -161,7 +161,8 @@ def _open(data: bytes, param: str) -> ImageFile.ImageFile:
         ) from None
 
 
-def _check_size(size: tuple[int, int], limits: ImageLimits, param: str) -> None:
+def check_size(size: tuple[int, int], limits: ImageLimits, param: str) -> None:
+    """Raise ImageError for a width and height in pixels that are not allowed."""
     width, height = size
     shorter, longer = min(size), max(size)
     shown = f"the image is {width} x {height} pixels"

@@ -1,17 +1,23 @@
 """`llava ask`: JSON with exactly what other programs compare, files of questions, and mistakes named by line."""
 
 import json
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
+from llava_core import asking
 from llava_core.asking import Question, original_ids, read_questions
 from llava_core.cli import main
 from llava_core.errors import RequestError
 from llava_core.types import PreparedRequest, SamplingParams
-from tests.tiny import IMAGE_TOKENS, SYSTEM
+from tests.tiny import IMAGE_TOKENS, SYSTEM, cut_short
 
 KEYS = {
     "prompt",
@@ -96,3 +102,66 @@ def test_a_question_that_fails_does_not_stop_the_others(tiny_checkpoint: Path, t
     assert (answered["question_id"], set(answered)) == (2, KEYS | {"question_id"})
     assert result.exit_code == 1
     assert "1 of 2 questions" in result.stderr
+
+
+def test_the_picture_that_is_none_is_named_among_those_that_are(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "red.png")
+    (tmp_path / "text.png").write_text("not a picture")
+    file = write(tmp_path, '{"text": "a", "images": ["red.png", "text.png", "red.png"]}\n')
+    given = ["ask", "--model", str(tiny_checkpoint), "--max-tokens", "2", "--format", "json", "--questions", str(file)]
+    answer = json.loads(CliRunner().invoke(main, given).stdout)
+    assert answer["error"].startswith(f"{tmp_path}/text.png: the data is not an image of a supported format")
+
+
+def break_image(folder: Path) -> list[str]:
+    (folder / "text.png").write_text("not a picture")
+    return ["--image", str(folder / "text.png")]
+
+
+def break_shape(folder: Path) -> list[str]:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["multi_modal_projector.linear_2.bias"] = torch.zeros(5)
+    save_file(tensors, folder / "model.safetensors")
+    return []
+
+
+def break_vocabulary(folder: Path) -> list[str]:
+    file = folder / "tokenizer.json"
+    content = json.loads(file.read_text())
+    token = {"content": "<more>", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    content["added_tokens"].append({**token, "id": 260, "special": True})
+    file.write_text(json.dumps(content))
+    return []
+
+
+BROKEN: dict[str, tuple[Callable[[Path], list[str]], str]] = {
+    "picture": (break_image, "text.png: the data is not an image"),
+    "no picture": (lambda _: ["--image", "/no/such.png"], "/no/such.png cannot be read"),
+    "template": (lambda _: ["--template", "nonsense"], "unknown template 'nonsense'"),
+    "long answer": (lambda _: ["--max-tokens", "5000"], "context of 512"),
+    "truncated": (lambda folder: cut_short(folder / "model.safetensors", keep=2_000) or [], "damaged or truncated"),
+    "shape": (break_shape, r"projector 2.bias has shape (5,)"),
+    "vocabulary": (break_vocabulary, "the tokenizer has 261 tokens, but vocab_size in"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_is_wrong_is_told_before_anything_is_loaded(
+    checkpoint_copy: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(asking, "_load", lambda *_: pytest.fail("weights were read"))
+    breaks, named = BROKEN[name]
+    result = CliRunner().invoke(main, ["ask", "--model", str(checkpoint_copy), *breaks(checkpoint_copy), "What?"])
+    assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
+    assert named in result.stderr
+
+
+def test_torch_is_not_imported_for_what_can_be_told_without_it(checkpoint_copy: Path) -> None:
+    break_shape(checkpoint_copy)
+    code = (
+        "import sys; from llava_core.cli import main\n"
+        f"try: main(['ask', '--model', {str(checkpoint_copy)!r}, 'What?'])\n"
+        "except SystemExit as end: print(end.code, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["1", "False"]

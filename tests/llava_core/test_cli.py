@@ -84,7 +84,7 @@ def test_a_file_that_is_no_picture_is_one_line(tiny_checkpoint: Path, tmp_path: 
     (tmp_path / "text.png").write_text("not a picture")
     code, _, err = ask(tiny_checkpoint, "--image", str(tmp_path / "text.png"))
     assert code == 1
-    assert err.startswith("Error: the data is not an image")
+    assert err.startswith(f"Error: {tmp_path}/text.png: the data is not an image")
 
 
 def test_a_base_and_a_tower_that_are_fetched_are_named_and_do_not_spoil_the_answer(

@@ -1,7 +1,7 @@
 """What `llava inspect` tells: one JSON object about a checkpoint, and the same as text.
 
-Reads configurations and headers, and imports torch only where a `.bin` file or an adapter is met. A step that fails
-becomes a problem in the report, and the others go on. Knows nothing of how options are parsed.
+Reads configurations and headers, and imports no torch. A step that fails becomes a problem in the report, and the
+others go on. Knows nothing of how options are parsed.
 """
 
 from __future__ import annotations
@@ -9,24 +9,30 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from llava_core.checkpoints.accounting import name_problems, shape_problems
+from llava_core.checkpoints.accounting import name_problems, tensor_problems, vocabulary_problems
 from llava_core.checkpoints.contents import Stored, stored_tensors
 from llava_core.checkpoints.files import has_model, read_json
-from llava_core.checkpoints.headers import TensorInfo
+from llava_core.checkpoints.headers import TensorInfo, read_header
 from llava_core.checkpoints.hub import Hub
 from llava_core.checkpoints.keymaps import Key, Part, from_tower
 from llava_core.checkpoints.layout import DELTA_FIELD, Checkpoint, find_layout, open_checkpoint
+from llava_core.checkpoints.lora import open_lora
 from llava_core.checkpoints.memory import cache_bytes_per_token, weight_bytes
 from llava_core.checkpoints.shapes import Shape, decoder_fields, expected_shapes
 from llava_core.checkpoints.weights import find_weights
 from llava_core.config import ModelConfig
-from llava_core.errors import CheckpointError, LlavaError
+from llava_core.errors import LlavaError, RequestError
 from llava_core.images.geometry import num_image_tokens
 from llava_core.images.preprocess import PreprocessConfig
+from llava_core.prompts.templates import get_template
 from llava_core.types import Quantization, Size
+
+if TYPE_CHECKING:
+    from llava_core.checkpoints.tokenizer import CheckpointTokenizer
 
 Report = dict[str, Any]
 Result = TypeVar("Result")
@@ -50,7 +56,12 @@ def inspect_checkpoint(
     sizes: Sequence[Size] = (),
     template: str | None = None,
 ) -> Report:
-    """Everything that can be learnt; `problems` holds what is wrong. Raises CheckpointError when there is no folder."""
+    """Everything that can be learnt; `problems` holds what is wrong.
+
+    Raises CheckpointError when there is no folder, and UnknownNameError when there is no such template.
+    """
+    if template is not None:
+        get_template(template)
     folder = Hub(offline=offline).find(path_or_id, "the model")
     problems: list[str] = []
     report: Report = {"folder": str(folder), "layout": _attempt(problems, lambda: find_layout(folder))}
@@ -61,7 +72,7 @@ def inspect_checkpoint(
     if report["layout"] not in (None, "delta"):
         opened = _attempt(problems, lambda: open_checkpoint(folder, base, offline=offline))
     if opened is not None:
-        report |= _describe(opened, sizes or DEFAULT_SIZES, template, problems)
+        report |= _describe(opened, sizes, template, problems)
     elif has_model(folder):
         report["parts"] = _attempt(problems, lambda: _parts(_own_tensors(folder)))
     return {**report, "problems": list(dict.fromkeys(problems))}
@@ -82,21 +93,21 @@ def _own_tensors(folder: Path) -> dict[Key, Stored]:
 
 def _describe(checkpoint: Checkpoint, sizes: Sequence[Size], template: str | None, problems: list[str]) -> Report:
     config = checkpoint.config
-    stored = _attempt(problems, lambda: stored_tensors(checkpoint.weights)) or {}
-    problems += _attempt(problems, lambda: name_problems(checkpoint)) or []
-    problems += shape_problems(config, stored)
+    found = _attempt(problems, lambda: stored_tensors(checkpoint.weights))
+    stored = found or {}
+    look = name_problems if found is None else partial(tensor_problems, stored=stored)
+    problems += _attempt(problems, lambda: look(checkpoint)) or []
     shapes = _shapes(config, stored)
     counts = {part: sum(map(math.prod, each.values())) for part, each in shapes.items()}
     return {
         **_sources(checkpoint),
         "parts": _parts(stored),
-        "adapter": _attempt(problems, lambda: _adapter(checkpoint, stored)) if checkpoint.adapter else None,
+        "adapter": _attempt(problems, lambda: _adapter(checkpoint.adapter)),
         "decoder": _decoder(config),
         "tower": _tower(config),
         "projector": {"type": config.projector_type, "bias": config.projector_bias},
         "pictures": _attempt(problems, lambda: _pictures(checkpoint)),
-        "prompt": _prompt(checkpoint, template, problems),
-        "image_tokens": {f"{size.width}x{size.height}": num_image_tokens(config, size) for size in sizes},
+        **_prompt(checkpoint, sizes, template, problems),
         "num_parameters": {**counts, "total": sum(counts.values())},
         **_memory(config, shapes),
     }
@@ -133,23 +144,11 @@ def _summary(infos: Iterable[TensorInfo]) -> Report:
     }
 
 
-def _adapter(checkpoint: Checkpoint, stored: Mapping[Key, Stored]) -> Report:
-    """LoRA's matrices. Raises CheckpointError naming every weight that they change and the base does not have."""
-    from llava_core.checkpoints.headers import read_header
-    from llava_core.checkpoints.lora import open_lora
-
-    assert checkpoint.adapter is not None
-    lora = open_lora(checkpoint.adapter)
-    header = read_header(lora.file)
-    shapes = {key: (header[pair.up].shape[0], header[pair.down].shape[1]) for key, pair in lora.pairs.items()}
-    wrong = []
-    for key, shape in {**shapes, **{key: header[name].shape for key, name in lora.replaced.items()}}.items():
-        found = stored[key].info.shape if key in stored else None
-        if found != shape:
-            wrong.append(f"{key.part} {key.name} of shape {shape}, where the base has {found or 'none'}")
-    if wrong:
-        raise CheckpointError(f"{lora.file} changes {', '.join(wrong)}; name the right base with --base")
-    return {"file": str(lora.file), **_summary(header.values())}
+def _adapter(folder: Path | None) -> Report | None:
+    if folder is None:
+        return None
+    file = open_lora(folder).file
+    return {"file": str(file), **_summary(read_header(file).values())}
 
 
 def _decoder(config: ModelConfig) -> Report:
@@ -182,10 +181,6 @@ def _pictures(checkpoint: Checkpoint) -> Report:
     from llava_core.checkpoints.describe import load_preprocess_config
 
     preprocess, config = load_preprocess_config(checkpoint), checkpoint.config
-    if preprocess.size != config.tile_size:
-        raise CheckpointError(
-            f"preprocessor_config.json makes tiles of {preprocess.size} pixels, but the tower takes {config.tile_size}"
-        )
     return {
         "aspect": preprocess.aspect if isinstance(preprocess, PreprocessConfig) else "as BioViL-T",
         "merge_type": config.merge_type,
@@ -193,22 +188,55 @@ def _pictures(checkpoint: Checkpoint) -> Report:
     }
 
 
-def _prompt(checkpoint: Checkpoint, template: str | None, problems: list[str]) -> Report:
-    """Template and tokenizer. That a checkpoint does not tell its template is no fault of it: `why` says so."""
+def _prompt(checkpoint: Checkpoint, sizes: Sequence[Size], template: str | None, problems: list[str]) -> Report:
+    """Template, tokenizer, and what becomes of pictures. That a checkpoint does not tell its template is no fault of
+    it: `why` says so."""
     from llava_core.checkpoints.tokenizer import choose_template, load_tokenizer
 
+    counts = {size: num_image_tokens(checkpoint.config, size) for size in sizes or DEFAULT_SIZES}
+    report: Report = {
+        "prompt": {"template": None, "why": "the tokenizer cannot be read", "num_tokens": None},
+        "image_tokens": {_named(size): count for size, count in counts.items()},
+    }
     tokenizer = _attempt(problems, lambda: load_tokenizer(checkpoint))
     if tokenizer is None:
-        return {"template": None, "why": "the tokenizer cannot be read", "num_tokens": None}
-    if tokenizer.num_tokens > checkpoint.config.vocab_size:
-        problems.append(
-            f"{checkpoint.text_folder}: the tokenizer has {tokenizer.num_tokens} tokens, "
-            f"but config.json's vocab_size is {checkpoint.config.vocab_size}"
-        )
+        return report
+    problems += vocabulary_problems(checkpoint, tokenizer.num_tokens)
     reasons: list[str] = []
     chosen = _attempt(reasons, lambda: choose_template(tokenizer, template, checkpoint.config))
     name = chosen.name if chosen else None
-    return {"template": name, "why": reasons[0] if reasons else None, "num_tokens": tokenizer.num_tokens}
+    report["prompt"] = {"template": name, "why": reasons[0] if reasons else None, "num_tokens": tokenizer.num_tokens}
+    refused = _refused(checkpoint, tokenizer, name or _SHORTEST, list(counts))
+    # A size that nobody asked for is no fault, unless no picture can be asked about at all.
+    if sizes or len(refused) == len(counts):
+        problems += [f"a picture of {size} is refused: {reason}" for size, reason in refused.items()]
+    return {**report, "refused_sizes": refused}
+
+
+# The template that puts least around a picture.
+_SHORTEST = "plain"
+
+
+def _refused(
+    checkpoint: Checkpoint, tokenizer: CheckpointTokenizer, template: str, sizes: Sequence[Size]
+) -> dict[str, str]:
+    """The sizes that a service with the usual limits refuses, and why. None where pictures are not understood."""
+    from llava_core.checkpoints.describe import load_preparer
+
+    preparer = _attempt([], lambda: load_preparer(checkpoint, tokenizer, template=template))
+    if preparer is None:
+        return {}
+    reasons = {}
+    for size in sizes:
+        try:
+            preparer.check_size(size)
+        except RequestError as error:
+            reasons[_named(size)] = str(error)
+    return reasons
+
+
+def _named(size: Size) -> str:
+    return f"{size.width}x{size.height}"
 
 
 def _shapes(config: ModelConfig, stored: Mapping[Key, Stored]) -> dict[Part, dict[str, Shape]]:

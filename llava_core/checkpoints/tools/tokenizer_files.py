@@ -38,7 +38,8 @@ def with_image_token(checkpoint: Checkpoint) -> tuple[PreTrainedTokenizerFast, i
         raw.post_processor = TemplateProcessing(single=f"{text} $A", special_tokens=[(text, bos)])
     roles = {role: str(token) for role in _ROLES if (token := getattr(inner, role)) is not None}
     # Batches need one to fill up with, and Llama's tokenizers have none.
-    roles.setdefault("pad_token", roles.get("unk_token", roles["eos_token"]))
+    if filler := roles.get("unk_token", roles.get("eos_token")):
+        roles.setdefault("pad_token", filler)
     # Not the class it was: that would put its own idea of BOS over what tokenizer.json says.
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, clean_up_tokenization_spaces=False, **roles)
     tokenizer.chat_template = inner.chat_template

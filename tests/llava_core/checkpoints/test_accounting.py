@@ -5,11 +5,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from llava_core.checkpoints.accounting import check_tensors
+from llava_core.checkpoints.accounting import check_loadable, check_tensors
+from llava_core.checkpoints.layout import Checkpoint, open_checkpoint
+from llava_core.checkpoints.load import LoadOptions, load_language_side
+from llava_core.checkpoints.tokenizer import load_tokenizer
 from llava_core.errors import CheckpointError
-from tests.tiny import cut_short, edit_json, write_weights
+from tests.original import Kind, write_original
+from tests.tiny import cut_short, edit_json, write_json, write_weights
+
+FP32 = LoadOptions(dtype="float32")
 
 
 @pytest.mark.parametrize("names", ["hub", "saved", "module"])
@@ -60,3 +66,58 @@ def test_a_truncated_file_is_named(checkpoint_copy: Path) -> None:
     cut_short(checkpoint_copy / "model.safetensors", keep=2_000)
     with pytest.raises(CheckpointError, match="damaged or truncated"):
         check_tensors(checkpoint_copy)
+
+
+def num_tokens(checkpoint: Checkpoint) -> int:
+    return load_tokenizer(checkpoint).num_tokens
+
+
+@pytest.mark.parametrize("layout", ["full", "projector", "lora"])
+def test_what_loads_is_loadable(tmp_path: Path, layout: str) -> None:
+    original = write_original(tmp_path, Kind(layout=layout, aspect="anyres", merge="spatial_unpad", pad_rows=3))
+    checkpoint = open_checkpoint(original.folder, original.base)
+    check_loadable(checkpoint, num_tokens(checkpoint))
+    load_language_side(checkpoint, FP32)
+
+
+def test_shapes_and_rows_are_judged_together(checkpoint_copy: Path) -> None:
+    tensors = load_file(checkpoint_copy / "model.safetensors")
+    del tensors["language_model.model.norm.weight"]
+    write_weights(checkpoint_copy, {**tensors, "multi_modal_projector.linear_2.bias": torch.zeros(5)})
+    checkpoint = open_checkpoint(checkpoint_copy)
+    with pytest.raises(CheckpointError) as caught:
+        check_loadable(checkpoint, 1000)
+    assert "decoder model.norm.weight is missing" in str(caught.value)
+    assert "projector 2.bias has shape (5,)" in str(caught.value)
+    assert "the tokenizer has 1000 tokens, but vocab_size" in str(caught.value)
+
+
+def write_adapter(folder: Path, base: Path, tensors: dict[str, torch.Tensor]) -> Checkpoint:
+    folder.mkdir()
+    matrices = {"q_proj.lora_A": torch.zeros(2, 32), "q_proj.lora_B": torch.zeros(32, 2)}
+    module = "base_model.model.model.language_model.layers.0.self_attn"
+    named = {f"{module}.{name}.weight": value for name, value in matrices.items()}
+    save_file({**named, **tensors}, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "base_model_name_or_path": str(base)}
+    write_json(folder / "adapter_config.json", config)
+    return open_checkpoint(folder)
+
+
+def test_what_an_adapter_brings_whole_counts_for_the_bases(tmp_path: Path, checkpoint_copy: Path) -> None:
+    tensors = load_file(checkpoint_copy / "model.safetensors")
+    name = "language_model.model.embed_tokens.weight"
+    write_weights(checkpoint_copy, {**tensors, name: tensors[name][:-5]})
+    with pytest.raises(CheckpointError, match=r"model\.embed_tokens\.weight has shape \(255, 32\)"):
+        check_loadable(open_checkpoint(checkpoint_copy), 260)
+    whole = {"base_model.model.model.language_model.embed_tokens.weight": tensors[name]}
+    check_loadable(write_adapter(tmp_path / "adapter", checkpoint_copy, whole), 260)
+    surplus = {"base_model.model.model.language_model.layers.7.mlp.up_proj.weight": torch.zeros(1)}
+    with pytest.raises(CheckpointError, match="2 decoder layers, the files hold 3; too many are: layer 7"):
+        check_loadable(write_adapter(tmp_path / "other", checkpoint_copy, surplus), 260)
+
+
+def test_a_damaged_adapter_hides_nothing_else(tmp_path: Path, checkpoint_copy: Path) -> None:
+    checkpoint = write_adapter(tmp_path / "adapter", checkpoint_copy, {})
+    (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"no adapter_model\.safetensors or \.bin.*the tokenizer has 1000 tokens"):
+        check_loadable(checkpoint, 1000)

@@ -20,10 +20,11 @@ def test_the_base_that_is_given_counts_before_the_one_that_the_adapter_names(tmp
 
 @pytest.mark.parametrize("named", [None, "", 3])
 def test_a_base_without_a_name_is_asked_for(tmp_path: Path, named: object) -> None:
-    for _ in range(2):
-        with pytest.raises(CheckpointError, match="needs the model it was trained on; name it with --base"):
-            base_name(tmp_path, None)
-        write_json(tmp_path / "adapter_config.json", {"base_model_name_or_path": named})
+    with pytest.raises(CheckpointError, match="needs the model it was trained on; name it with --base"):
+        base_name(tmp_path, None)
+    write_json(tmp_path / "adapter_config.json", {"base_model_name_or_path": named})
+    with pytest.raises(CheckpointError, match=rf"base_model_name_or_path in its .* is {named!r}; name it with --base"):
+        base_name(tmp_path, None)
 
 
 def test_all_of_a_base_is_taken_but_its_tower(tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from transformers import CLIPImageProcessorPil, LlavaProcessor
 
-from llava_core.checkpoints.describe import load_config, load_preparer, load_preprocess_config
+from llava_core.checkpoints.describe import load_preparer, load_preprocess_config, read_preprocess_config
+from llava_core.checkpoints.layout import open_checkpoint
 from llava_core.errors import CheckpointError
 from llava_core.prepare import RequestLimits
 from llava_core.types import GenerationRequest, Message, SamplingParams, TextPart
@@ -16,7 +17,7 @@ from tests.tiny import IMAGE_SIZE, build_tokenizer, edit_json, write_json
 
 
 def test_padding_is_read(tiny_checkpoint: Path) -> None:
-    config = load_preprocess_config(tiny_checkpoint)
+    config = read_preprocess_config(tiny_checkpoint)
     assert (config.size, config.aspect, config.pad_colour) == (IMAGE_SIZE, "pad", (122, 116, 104))
 
 
@@ -31,7 +32,7 @@ def test_padding_is_read(tiny_checkpoint: Path) -> None:
 )
 def test_every_spelling_of_the_side_is_read(tmp_path: Path, content: dict[str, Any], side: int) -> None:
     write_json(tmp_path / "preprocessor_config.json", content)
-    config = load_preprocess_config(tmp_path)
+    config = read_preprocess_config(tmp_path)
     assert (config.size, config.aspect) == (side, "crop")
 
 
@@ -41,7 +42,7 @@ def test_what_transformers_itself_saves_is_read(tmp_path: Path) -> None:
         tmp_path
     )
     assert not (tmp_path / "preprocessor_config.json").exists()
-    assert load_preprocess_config(tmp_path).size == 28
+    assert read_preprocess_config(tmp_path).size == 28
 
 
 @pytest.mark.parametrize(
@@ -58,7 +59,7 @@ def test_what_transformers_itself_saves_is_read(tmp_path: Path) -> None:
 def test_a_preprocessing_that_is_not_ours_is_named(tmp_path: Path, content: dict[str, Any], named: str) -> None:
     write_json(tmp_path / "preprocessor_config.json", content)
     with pytest.raises(CheckpointError, match=rf"preprocessor_config.json: .*{named}"):
-        load_preprocess_config(tmp_path)
+        read_preprocess_config(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json", "tokenizer.json"])
@@ -68,10 +69,17 @@ def test_a_missing_file_is_named(checkpoint_copy: Path, name: str) -> None:
         load_preparer(checkpoint_copy)
 
 
+def test_tiles_that_the_tower_does_not_take_are_named_with_both_files(checkpoint_copy: Path) -> None:
+    sides = {"size": {"shortest_edge": 56}, "crop_size": 56}
+    edit_json(checkpoint_copy / "preprocessor_config.json", lambda content: content.update(sides))
+    with pytest.raises(CheckpointError, match=r"preprocessor_config\.json: .* 56 pixels, .*config\.json takes 28"):
+        load_preprocess_config(open_checkpoint(checkpoint_copy))
+
+
 def test_a_config_of_another_kind_is_refused(checkpoint_copy: Path) -> None:
     edit_json(checkpoint_copy / "config.json", lambda config: config.pop("vision_config"))
     with pytest.raises(CheckpointError, match="describes no LLaVA"):
-        load_config(checkpoint_copy)
+        load_preparer(checkpoint_copy)
 
 
 def test_the_preparer_has_the_checkpoints_template_and_the_callers_limits(tiny_checkpoint: Path) -> None:

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from llava_core.checkpoints.headers import DTYPES, TensorInfo, read_header
+from llava_core.checkpoints.tensors import TensorReader
 from llava_core.errors import CheckpointError
 from tests.tiny import cut_short
 
@@ -38,6 +39,12 @@ def test_both_formats_tell_the_same(tmp_path: Path, suffix: str) -> None:
     header = read_header(write(tmp_path, suffix))
     assert header == EXPECTED
     assert {name: info.num_bytes for name, info in header.items()} == {name: t.nbytes for name, t in TENSORS.items()}
+
+
+def test_a_file_of_any_other_suffix_is_a_pickle(tmp_path: Path) -> None:
+    torch.save(TENSORS, tmp_path / "released.pt")
+    assert read_header(tmp_path / "released.pt") == EXPECTED
+    assert torch.equal(TensorReader().read(tmp_path / "released.pt", "half"), TENSORS["half"])
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])

@@ -124,7 +124,7 @@ def test_a_copy_stands_in_for_a_tower_everywhere_or_nowhere(tmp_path: Path, monk
 
 def test_a_text_only_model_is_named_as_such(tmp_path: Path) -> None:
     original = write_original(tmp_path, Kind(layout="lora"))
-    with pytest.raises(CheckpointError, match=rf"{original.base}: config\.json has neither .*perhaps a text-only"):
+    with pytest.raises(CheckpointError, match=rf"{original.base}/config\.json: there is neither .*perhaps a text-only"):
         open_checkpoint(str(original.base), offline=True)
 
 
@@ -245,7 +245,7 @@ def test_a_tokenizer_with_more_tokens_than_rows_is_named(tmp_path: Path) -> None
         for name in ("model.embed_tokens.weight", "lm_head.weight")
     }
     rewrite(original, **short)
-    with pytest.raises(CheckpointError, match=rf"tokenizer has {original.num_tokens} tokens, .* vocab_size is {rows}"):
+    with pytest.raises(CheckpointError, match=rf"has {original.num_tokens} tokens, .*config\.json is {rows}"):
         load(original)
 
 

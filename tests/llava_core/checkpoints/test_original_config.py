@@ -5,7 +5,12 @@ from typing import Any
 
 import pytest
 
-from llava_core.checkpoints.original_config import check_image_pooling, is_original_config, read_original_config
+from llava_core.checkpoints.original_config import (
+    check_image_pooling,
+    is_original_config,
+    original_json,
+    read_original_config,
+)
 from llava_core.checkpoints.towers import BIOVIL_CONFIG, KNOWN_TOWERS
 from llava_core.errors import CheckpointError
 from llava_core.types import Size
@@ -102,6 +107,13 @@ def test_without_architectures_the_model_type_tells_the_decoder() -> None:
     assert read(architectures=None, model_type="llava_llama").text["model_type"] == "llama"
 
 
+def test_a_window_that_is_null_is_none_at_all_and_stays_so() -> None:
+    config = read_original_config({**LLAVA_1_6, "sliding_window": None}, TOWER)
+    assert config.text["sliding_window"] is None
+    assert original_json(config, "tower", "anyres")["sliding_window"] is None
+    assert "sliding_window" not in read_original_config(LLAVA_1_6, TOWER).text
+
+
 def test_pinpoints_count_for_anyres_alone() -> None:
     assert read(image_grid_pinpoints=PINPOINTS).pinpoints == ()
 
@@ -128,10 +140,10 @@ def test_a_named_tower_makes_it_an_original(config: dict[str, Any], expected: bo
             "decoder 'llava_mpt' is not supported.* use a LLaVA on Llama",
         ),
         ({"mm_projector_type": "resampler"}, "mm_projector_type 'resampler' is unknown; known are linear"),
-        ({"mm_projector_type": 2}, "mm_projector_type '2' is unknown"),
+        ({"mm_projector_type": 2}, "mm_projector_type must be text, not 2"),
         ({"mm_patch_merge_type": ["flat"]}, r"mm_patch_merge_type \['flat'\] is unknown"),
         ({"mm_vision_select_feature": "cls"}, "mm_vision_select_feature 'cls' is unknown"),
-        ({"mm_vision_select_layer": [-2]}, "mm_vision_select_layer must be one number"),
+        ({"mm_vision_select_layer": [-2]}, r"mm_vision_select_layer must be a whole number .* not \[-2\]"),
         ({"mm_vision_select_layer": -30}, "mm_vision_select_layer is -30, but the tower has 24 layers"),
         ({"mm_hidden_size": 512}, "mm_hidden_size is 512, but the tower .* gives 1024"),
         ({"mm_patch_merge_type": "maxpool2x2"}, "mm_patch_merge_type 'maxpool2x2' is unknown; known are flat"),
@@ -140,7 +152,7 @@ def test_a_named_tower_makes_it_an_original(config: dict[str, Any], expected: bo
         ({"image_aspect_ratio": "anyres", "image_grid_pinpoints": "import os"}, "must be a list of pairs"),
         ({"s2": True, "s2_scales": "large", "mm_hidden_size": 3072}, "s2_scales must be pixels"),
         ({"s2": True, "image_aspect_ratio": "anyres"}, "s2 and image_aspect_ratio anyres exclude one another"),
-        ({"vocab_size": "many"}, "vocab_size must be a positive whole number"),
+        ({"vocab_size": "many"}, "vocab_size must be a whole number from 1"),
         (
             {
                 "image_aspect_ratio": "anyres",

@@ -78,3 +78,10 @@ def test_a_damaged_file_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "tokenizer.model").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"tokenizer\.model cannot be read"):
         SentencePieceBackend(tmp_path)
+
+
+def test_an_id_beyond_a_gap_is_named(tmp_path: Path) -> None:
+    tokenizer = backend(tmp_path)
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<far>": tokenizer.num_tokens + 3}))
+    with pytest.raises(CheckpointError, match=r"gives <far> the id 403, but has only 401 tokens"):
+        backend(tmp_path)

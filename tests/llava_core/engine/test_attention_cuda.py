@@ -18,7 +18,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is n
 BLOCK_SIZE = CudaBackend.block_size
 
 
-def documented_kernel(query: Tensor, key: Tensor, value: Tensor, *told: Any, window_size: Any, **options: Any) -> Tensor:
+def documented_kernel(query: Tensor, key: Tensor, value: Tensor, *told: Any, **options: Any) -> Tensor:
     """torch.nn.attention.varlen.varlen_attn as its documentation has it, with pages of any size."""
     cu_seq_q, cu_seq_k, max_q, max_k = told
     lengths, table = options["seqused_k"], options["block_table"]
@@ -26,7 +26,7 @@ def documented_kernel(query: Tensor, key: Tensor, value: Tensor, *told: Any, win
     assert cu_seq_k is None
     assert {part.dtype for part in (cu_seq_q, lengths, table)} == {torch.int32}
     assert options["enable_gqa"] or groups == 1
-    left, right = window_size
+    left, right = options["window_size"]
     assert right == 0
     parts = []
     for row, (first, stop) in enumerate(pairwise(cu_seq_q.tolist())):
@@ -36,7 +36,7 @@ def documented_kernel(query: Tensor, key: Tensor, value: Tensor, *told: Any, win
         keys, values = (
             pages[table[row].long()].flatten(0, 1)[:length].repeat_interleave(groups, 1) for pages in (key, value)
         )
-    places = torch.arange(length - (stop - first), length)[:, None]
+        places = torch.arange(length - (stop - first), length)[:, None]
         seen = torch.arange(length) <= places
         if left >= 0:
             seen &= torch.arange(length) >= places - left

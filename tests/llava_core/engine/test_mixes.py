@@ -10,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llava_core.checkpoints.describe import load_config
+from llava_core.checkpoints.layout import open_checkpoint
 from llava_core.checkpoints.tokenizer import load_tokenizer
 from llava_core.engine.config import EngineConfig
 from llava_core.engine.engine import Engine
@@ -33,7 +33,7 @@ DECODERS = {
 
 @pytest.fixture(scope="module", params=DECODERS)
 def side(request: pytest.FixtureRequest, tiny_checkpoint: Path) -> LanguageSide:
-    config = load_config(tiny_checkpoint)
+    config = open_checkpoint(tiny_checkpoint).config
     tied = DECODERS[request.param].get("tie_word_embeddings", False)
     text = {**config.text, **DECODERS[request.param]}
     with torch.random.fork_rng():

@@ -209,30 +209,28 @@ class World:
         assert not any(state.blocks or state.num_computed for state in waiting)
 
 
-pieces = st.lists(st.sampled_from(PIECES), min_size=1, max_size=5)
+pieces = st.lists(st.sampled_from(PIECES), min_size=1, max_size=4)
 arrivals = st.fixed_dictionaries(
     {
         "pieces": pieces,
-        "max_tokens": st.integers(0, 12),
-        "written": st.integers(0, 5),
+        "max_tokens": st.just(0) | st.integers(1, 30) | st.integers(1, 30),
+        "written": st.just(0) | st.integers(0, 5),
         "priority": st.sampled_from([0, 0, 0, -1, 1]),
     }
 )
-# What happens: a request comes, a few steps pass, the n-th request is dropped.
-events = st.one_of(arrivals, arrivals, st.integers(1, 6).map(lambda num: ("steps", num)), st.integers(0, 5))
+# What happens: requests come together, a few steps pass, the n-th request is dropped.
+events = st.one_of(
+    st.lists(arrivals, min_size=2, max_size=4),
+    st.integers(1, 9).map(lambda num: ("steps", num)),
+    st.integers(1, 9).map(lambda num: ("steps", num)),
+    st.integers(0, 5),
+)
 
 
 def happen(world: World, event: Any) -> None:
-    if isinstance(event, dict):
-        prompt, images = lay_out(event["pieces"])
-        first = max((image.stop for image in images), default=1)
-        room = world.pool.num_blocks * world.pool.block_size - len(prompt)
-        max_tokens = min(event["max_tokens"], room)
-        if room < 0 or (max_tokens == 0 and first >= len(prompt)):
-            return
-        request = {"priority": event["priority"], "score_from": None if max_tokens else first}
-        written = max(0, min(event["written"], max_tokens - 1))
-        world.add(event["pieces"], max_tokens, written=written, **request)
+    if isinstance(event, list):
+        for arrival in event:
+            arrive(world, **arrival)
     elif isinstance(event, tuple):
         for _ in range(event[1]):
             world.step()
@@ -240,19 +238,31 @@ def happen(world: World, event: Any) -> None:
         world.abort(world.states[event % len(world.states)])
 
 
-@settings(max_examples=150)
+def arrive(world: World, *, pieces: list[Any], max_tokens: int, written: int, priority: int) -> None:
+    """A request that was made to fit: its answer is cut; one that is only scored is so behind its pictures."""
+    prompt, images = lay_out(pieces)
+    max_tokens = min(max_tokens, world.pool.num_blocks * world.pool.block_size - len(prompt))
+    first = max((image.stop for image in images), default=1)
+    if max_tokens > 0:
+        world.add(pieces, max_tokens, written=min(written, max_tokens - 1), priority=priority)
+    elif max_tokens == 0 and first < len(prompt):
+        world.add(pieces, 0, priority=priority, score_from=first)
+
+
+@settings(max_examples=200)
 @given(
-    num_blocks=st.integers(4, 14),
+    num_tokens=st.integers(16, 50),
     block_size=st.sampled_from([1, 2, 3, 4]),
     max_running=st.integers(1, 5),
     prefill_chunk=st.integers(1, 9),
     slack=st.integers(0, 20),
-    script=st.lists(events, max_size=25),
+    script=st.lists(events, min_size=4, max_size=16),
 )
 def test_whatever_comes_everything_is_written_and_all_books_agree(
-    num_blocks: int, block_size: int, max_running: int, prefill_chunk: int, slack: int, script: list[Any]
+    num_tokens: int, block_size: int, max_running: int, prefill_chunk: int, slack: int, script: list[Any]
 ) -> None:
     limits = {"max_running": max_running, "prefill_chunk": prefill_chunk}
+    num_blocks = num_tokens // block_size
     world = World(num_blocks, block_size, max_step_tokens=max_running + prefill_chunk + slack, **limits)
     for event in script:
         happen(world, event)
@@ -346,6 +356,16 @@ def test_who_waits_for_an_aborted_reading_reads_on_itself() -> None:
     assert waiting.num_cached == 12
 
 
+def test_nobody_waits_for_blocks_that_are_not_fit_for_others() -> None:
+    world = World(max_step_tokens=12)
+    reading = world.add(30)
+    world.step()
+    # As when a request with the same beginning fails.
+    world.pool.disown(reading.blocks)
+    world.add(12, max_tokens=1)
+    assert [lengths(world.step()) for _ in range(3)] == [{0: 12}, {0: 6, 1: 6}, {0: 1, 1: 6}]
+
+
 def test_the_same_words_about_another_picture_are_read_anew() -> None:
     world = World()
     world.add(["cat", (1, 2, 3)])
@@ -416,6 +436,21 @@ def test_who_was_set_back_finds_its_own_beginning_in_the_cache() -> None:
     assert late.num_cached == 0
 
 
+def test_nobody_begins_where_the_others_could_not_go_on() -> None:
+    world = World(num_blocks=8, block_size=2)
+    world.add([(1, 2, 3)], max_tokens=9)
+    world.step()
+    # Two blocks are left: enough to read four tokens, but then the answer before could not grow.
+    assert world.pool.num_available == 2
+    waiting = world.add([(4, 5, 6, 7)], max_tokens=1)
+    world.step()
+    assert world.scheduler.waiting == [waiting]
+    world.abort(waiting)
+    world.add([(4, 5)], max_tokens=1)
+    world.step()
+    assert world.scheduler.waiting == []
+
+
 def test_nobody_overtakes_a_request_that_does_not_fit_yet() -> None:
     world = World(num_blocks=8, block_size=2)
     world.add([(1, 2, 3)], max_tokens=9)
@@ -433,6 +468,17 @@ def test_an_answers_blocks_lie_side_by_side() -> None:
     for _ in range(9):
         world.step()
     assert [state.blocks for state in states] == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
+
+
+def test_an_answer_grows_into_the_blocks_beside_its_own() -> None:
+    world = World(num_blocks=64, block_size=2)
+    state, neighbour = (world.add([(first,)], max_tokens=20) for first in (10, 20))
+    world.step()
+    world.abort(neighbour)
+    for _ in range(12):
+        world.step()
+    # The neighbour's were the last to become free.
+    assert state.blocks == list(range(10))
 
 
 def test_no_more_blocks_are_taken_ahead_than_the_longest_answer_needs() -> None:

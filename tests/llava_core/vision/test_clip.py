@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import CLIPVisionModel, LlavaForConditionalGeneration
 
-from llava_core.checkpoints.describe import load_config, load_preprocess_config
+from llava_core.checkpoints.describe import read_preprocess_config
+from llava_core.checkpoints.layout import open_checkpoint
 from llava_core.config import SelectFeature, VisionConfig
 from llava_core.images.preprocess import CLIP_MEAN, CLIP_STD, PreprocessConfig
 from llava_core.vision.clip import ClipTower, normalise
@@ -22,7 +23,7 @@ def tiles() -> torch.Tensor:
 
 @pytest.fixture
 def vision(tiny_checkpoint: Path) -> VisionConfig:
-    return load_config(tiny_checkpoint).vision
+    return open_checkpoint(tiny_checkpoint).config.vision
 
 
 @pytest.fixture
@@ -31,7 +32,7 @@ def reference(reference_model: LlavaForConditionalGeneration) -> CLIPVisionModel
 
 
 def build(vision: VisionConfig, folder: Path, reference: CLIPVisionModel) -> ClipTower:
-    tower = ClipTower(vision, load_preprocess_config(folder))
+    tower = ClipTower(vision, read_preprocess_config(folder))
     tower.model.load_state_dict(reference.state_dict())
     return tower.eval()
 

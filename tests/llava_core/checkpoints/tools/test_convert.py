@@ -213,7 +213,7 @@ def test_what_llava_hf_has_no_words_for_is_refused_by_field(tmp_path: Path, kind
 
 
 def test_what_the_original_has_no_words_for_is_refused_by_field(checkpoint_copy: Path, tmp_path: Path) -> None:
-    scaling = {"rope_type": "llama3", "factor": 8.0, "rope_theta": 1e4, "low_freq_factor": 1.0}
+    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     edit_json(checkpoint_copy / "config.json", lambda config: config["text_config"].update(rope_parameters=scaling))
     with pytest.raises(CheckpointError, match=r"rope_parameters .* cannot be said in the original's"):
         convert(str(checkpoint_copy), tmp_path / "original", "original")

@@ -1,19 +1,27 @@
 """What `llava inspect` tells is what loading finds, in every layout; and everything that is wrong is told at once."""
 
+import io
+import json
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from llava_core.checkpoints.describe import load_preparer
 from llava_core.checkpoints.files import DEFAULT_MODEL
 from llava_core.checkpoints.layout import open_checkpoint
 from llava_core.checkpoints.load import LoadOptions, load_language_side, load_tower
 from llava_core.checkpoints.tools.report import as_text, inspect_checkpoint
-from llava_core.types import Size
-from tests.original import Kind, write_json, write_original
+from llava_core.errors import PromptTooLongError, UnknownNameError
+from llava_core.prepare import Preparer
+from llava_core.types import GenerationRequest, ImagePart, Message, SamplingParams, Size
+from tests.original import TOWER_CONFIG, Kind, write_json, write_original
 from tests.tiny import cut_short, edit_json
 
 KINDS = {
@@ -141,3 +149,84 @@ def test_a_look_at_safetensors_needs_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=110)
     assert done.stdout == "False\n", done.stderr
+
+
+def test_a_size_that_the_service_would_refuse_is_said_and_is_a_fault_where_it_was_asked_for(tmp_path: Path) -> None:
+    original = write_original(tmp_path, Kind(aspect="anyres"))
+    around = load_preparer(open_checkpoint(original.folder)).prepare(one_picture(Size(28, 28)))
+    # One tile and an overview, of 4 tokens each, leave one token for the answer.
+    fields = {
+        "image_grid_pinpoints": [[28, 28], [56, 28]],
+        "max_position_embeddings": len(around.prompt_ids) - around.num_image_tokens[0] + 8 + 1,
+    }
+    edit_json(original.folder / "config.json", lambda config: config.update(fields))
+    report = inspect_checkpoint(str(original.folder))
+    assert report["image_tokens"] == {"336x336": 8, "640x480": 12, "1920x1080": 12}
+    assert list(report["refused_sizes"]) == ["640x480", "1920x1080"]
+    assert report["problems"] == []
+    assert "\n  640x480: the prompt has" in as_text(report)
+    asked = inspect_checkpoint(str(original.folder), sizes=[Size(28, 28), Size(56, 28), Size(20_000, 28)])["problems"]
+    assert [problem.partition(":")[0] for problem in asked] == [
+        "a picture of 56x28 is refused",
+        "a picture of 20000x28 is refused",
+    ]
+    assert "40000000 pixels and 10000 per side" in asked[1]
+
+
+def test_what_is_refused_is_what_preparing_refuses(tmp_path: Path) -> None:
+    original = write_original(tmp_path, Kind(aspect="anyres", merge="spatial_unpad"))
+    preparer = load_preparer(open_checkpoint(original.folder))
+    sizes = [Size(28, 28), Size(28, 84), Size(90, 28), Size(640, 480)]
+    for context in range(225, 245):
+        edit_json(original.folder / "config.json", lambda config, to=context: config.update(max_position_embeddings=to))
+        report = inspect_checkpoint(str(original.folder), sizes=sizes)
+        shorter = replace(preparer, config=replace(preparer.config, context_length=context))
+        refused = [f"{size.width}x{size.height}" for size in sizes if not is_prepared(shorter, size)]
+        assert list(report["refused_sizes"]) == refused
+
+
+def one_picture(size: Size) -> GenerationRequest:
+    buffer = io.BytesIO()
+    Image.new("RGB", size).save(buffer, "PNG")
+    return GenerationRequest("r", (Message("user", (ImagePart(buffer.getvalue()),)),), SamplingParams())
+
+
+def is_prepared(preparer: Preparer, size: Size) -> bool:
+    try:
+        preparer.prepare(one_picture(size))
+    except PromptTooLongError:
+        return False
+    return True
+
+
+def test_a_model_that_can_be_asked_about_no_picture_is_faulty(checkpoint_copy: Path) -> None:
+    edit_json(checkpoint_copy / "config.json", lambda config: config["text_config"].update(max_position_embeddings=100))
+    problems = inspect_checkpoint(str(checkpoint_copy))["problems"]
+    assert [problem.partition(" is refused: ")[0] for problem in problems] == [
+        "a picture of 336x336",
+        "a picture of 640x480",
+        "a picture of 1920x1080",
+    ]
+
+
+def test_a_template_that_there_is_not_is_an_error(tiny_checkpoint: Path) -> None:
+    with pytest.raises(UnknownNameError, match=r"unknown template 'nonsense'; known are: .*vicuna_v1"):
+        inspect_checkpoint(str(tiny_checkpoint), template="nonsense")
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "named"),
+    [
+        ("config.json", {"eos_token_id": 10_000}, r"config\.json: eos_token_id is 10000, but vocab_size is"),
+        ("generation_config.json", {"eos_token_id": [2, 10_000]}, r"generation_config\.json: eos_token_id is 10000"),
+        ("../tower/config.json", {"num_attention_heads": 3}, r"tower/config\.json: num_attention_heads 3 does not di"),
+        ("config.json", {"num_attention_heads": 5}, r"config\.json: num_attention_heads 5 does not divide"),
+    ],
+)
+def test_what_no_shape_tells_is_told_too(tmp_path: Path, file: str, changes: dict[str, object], named: str) -> None:
+    original = write_original(tmp_path, Kind())
+    write_json(tmp_path / "tower" / "config.json", TOWER_CONFIG)
+    path = original.folder / file
+    write_json(path, {**(json.loads(path.read_text()) if path.exists() else {}), **changes})
+    problems = inspect_checkpoint(str(original.folder))["problems"]
+    assert any(re.search(named, problem) for problem in problems)

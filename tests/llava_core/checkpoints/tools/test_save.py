@@ -9,7 +9,8 @@ import torch
 from transformers import LlavaForConditionalGeneration
 
 from llava_core.checkpoints.accounting import check_tensors
-from llava_core.checkpoints.describe import load_config, load_preprocess_config
+from llava_core.checkpoints.describe import read_preprocess_config
+from llava_core.checkpoints.layout import open_checkpoint
 from llava_core.checkpoints.load import LoadOptions, load_language_side, load_tower
 from llava_core.checkpoints.tools import save as save_module
 from llava_core.checkpoints.tools.save import config_json, save_llava_hf
@@ -45,9 +46,9 @@ def test_transformers_loads_it_as_it_is(
 
 def test_configurations_come_back(tiny_checkpoint: Path, tmp_path: Path) -> None:
     saved = save(tiny_checkpoint, tmp_path / "saved")
-    assert load_preprocess_config(saved) == load_preprocess_config(tiny_checkpoint)
-    before = load_config(tiny_checkpoint)
-    assert load_config(saved) == before
+    assert read_preprocess_config(saved) == read_preprocess_config(tiny_checkpoint)
+    before = open_checkpoint(tiny_checkpoint).config
+    assert open_checkpoint(saved).config == before
     assert read_llava_hf_config(config_json(before, dtype="float32")) == before
 
 
@@ -55,7 +56,7 @@ def test_weights_are_saved_in_the_dtype_asked_for(tiny_checkpoint: Path, tmp_pat
     small, large = save(tiny_checkpoint, tmp_path / "small", torch.bfloat16), save(tiny_checkpoint, tmp_path / "large")
     sizes = [(folder / "model.safetensors").stat().st_size for folder in (small, large)]
     assert sizes[0] < 0.6 * sizes[1]
-    assert load_config(small).dtype == "bfloat16"
+    assert open_checkpoint(small).config.dtype == "bfloat16"
 
 
 def test_nothing_is_overwritten(tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def test_tokens_that_were_added_are_found_and_the_image_token_is_none(tmp_path: 
 def test_a_damaged_tokenizer_is_named(tmp_path: Path, tokenizer: str, file: str) -> None:
     original = write_original(tmp_path, Kind(tokenizer=tokenizer))
     (original.folder / file).write_text("[]")
-    with pytest.raises(CheckpointError, match=f"{original.folder}: the tokenizer cannot be read"):
+    with pytest.raises(CheckpointError, match=f"{original.folder}/{file} cannot be read"):
         with_image_token(open_checkpoint(original.folder))
 
 

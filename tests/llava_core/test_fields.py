@@ -1,0 +1,102 @@
+"""Every reader takes what it is for and refuses everything else by name, never with another exception."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llava_core.errors import CheckpointError
+from llava_core.fields import MOST, Fields
+
+# Per reader: what it takes, and the kind of value it names when it refuses.
+READERS: dict[str, tuple[Callable[[Fields, str], object], list[Any], str]] = {
+    "whole": (Fields.whole, [0, 1, MOST], "a whole number from 0 to"),
+    "count": (Fields.count, [1, MOST], "a whole number from 1 to"),
+    "number": (Fields.number, [-1, 0, 1.5, MOST], "a number"),
+    "positive": (Fields.positive, [1, 1.5, MOST], "a number above 0"),
+    "fraction": (Fields.fraction, [0, 0.5, 1], "a number from 0 to 1"),
+    "flag": (Fields.flag, [True, False], "true or false"),
+    "text": (Fields.text, ["false", "x"], "text"),
+    "items": (Fields.items, [[], [1, "x"]], "a list"),
+    "section": (Fields.section, [{}, {"x": 1}], "an object"),
+    "tokens": (Fields.tokens, [0, 2, [2, 7]], "a token's number or a list of them"),
+}
+# What lies between is of the right kind and within the bounds, such as 1.5 for a number.
+KINDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("whole", "count"), (int,)),
+    **dict.fromkeys(("number", "positive", "fraction"), (int, float)),
+    "flag": (bool,),
+    "text": (str,),
+    "items": (list,),
+    "section": (dict,),
+    "tokens": (int, list),
+}
+BAD: list[Any] = ["", "three", [], [2, 7], [True], ["x"], {"x": 1}, -1, 0, 1.5, True, 10**400, 1e999, float("nan")]
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_what_a_reader_takes_comes_back(name: str) -> None:
+    read, accepted, _ = READERS[name]
+    for value in accepted:
+        got = read(Fields({"x": value}), "x")
+        got = dict(got.values) if isinstance(got, Fields) else got
+        assert got == (value if name != "tokens" else tuple(value) if isinstance(value, list) else (value,))
+
+
+def refusal(read: Callable[[Fields, str], object], value: object) -> str | None:
+    """What is said of the value, None where it is taken."""
+    try:
+        read(Fields({"x": value}, "part."), "x")
+    except CheckpointError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_everything_else_is_refused_by_name(name: str) -> None:
+    read, accepted, wanted = READERS[name]
+    for value in BAD:
+        said = refusal(read, value)
+        if said is None:
+            assert type(value) in KINDS[name], value
+        else:
+            assert said.startswith(f"part.x must be {wanted}"), value
+            assert len(said) < 200
+            assert not any(type(each) is type(value) and each == value for each in accepted), value
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    )
+)
+def test_no_json_value_raises_anything_else(value: object) -> None:
+    for read, _, _ in READERS.values():
+        assert "part.x must be" in (refusal(read, value) or "part.x must be")
+
+
+@pytest.mark.parametrize("values", [{}, {"x": None}])
+def test_a_field_that_is_left_out_has_its_default_or_is_missed(values: dict[str, Any]) -> None:
+    fields = Fields(values)
+    assert not fields.has("x")
+    assert (fields.count("x", 3), fields.flag("x", True), fields.text("x", "y")) == (3, True, "y")
+    assert (fields.items("x"), dict(fields.section("x").values)) == ([], {})
+    assert fields.optional("x", Fields.count) is None
+    with pytest.raises(CheckpointError, match="x must be true or false, not None"):
+        fields.flag("x")
+
+
+def test_a_choice_names_the_words_there_are() -> None:
+    fields = Fields({"good": "pad", "bad": ["pad"]}, "a.")
+    assert fields.choice("good", ("pad", "crop")) == "pad"
+    with pytest.raises(CheckpointError, match=r"a\.bad \['pad'\] is unknown; known are pad, crop"):
+        fields.choice("bad", ("pad", "crop"))
+
+
+def test_fields_inside_one_another_are_named_with_their_way() -> None:
+    inner = Fields({"a": {"b": {"c": "x"}}}).section("a").section("b")
+    with pytest.raises(CheckpointError, match=r"^a\.b\.c must be a whole number from 2 to 5, not 'x'$"):
+        inner.whole("c", at_least=2, at_most=5)
