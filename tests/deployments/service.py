@@ -109,12 +109,18 @@ def llava(command: str, *arguments: str) -> list[str]:
     return [sys.executable, "-c", PROGRAM, command, *arguments]
 
 
-@contextlib.contextmanager
-def serving(checkpoint: Path, folder: Path, *, route_prefix: str = "/", **args: Any) -> Iterator[Running]:
-    """A service of this checkpoint with these settings, until the block ends as Ctrl-C ends it."""
+def write_config(checkpoint: Path, folder: Path, *, route_prefix: str = "/", **args: Any) -> Path:
+    """A configuration of one application with these settings."""
     application = {"name": "llava", "route_prefix": route_prefix, "import_path": "deployments.app:build_app"}
     config = folder / "config.yaml"
     config.write_text(yaml.safe_dump({"applications": [{**application, "args": {"model": str(checkpoint), **args}}]}))
+    return config
+
+
+@contextlib.contextmanager
+def serving(checkpoint: Path, folder: Path, *, route_prefix: str = "/", **args: Any) -> Iterator[Running]:
+    """A service of this checkpoint with these settings, until the block ends as Ctrl-C ends it."""
+    config = write_config(checkpoint, folder, route_prefix=route_prefix, **args)
     port = free_port()
     with started(llava("serve", "--config", str(config), "--port", str(port))) as (process, files):
         printed = read_until(process, "  logs ")

@@ -61,7 +61,9 @@ def test_sampling_fields_are_taken_over() -> None:
     request = _read(
         max_tokens=5, temperature=0.5, top_p=0.9, top_k=3, seed=7, stop=["a", "b"], ignore_eos=True, stream=True
     )
-    assert request.generation.sampling == SamplingParams(5, 0.5, 0.9, 3, 7, ("a", "b"), ignore_eos=True)
+    assert request.generation.sampling == SamplingParams(
+        max_tokens=5, temperature=0.5, top_p=0.9, top_k=3, seed=7, stop=("a", "b"), ignore_eos=True
+    )
     assert request.form.stream
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import torch
 from PIL import Image
 
 from deployments.processes import descendants
@@ -32,6 +33,7 @@ from tests.deployments.service import (
     serving,
     started,
     until,
+    write_config,
 )
 from tests.tiny import IMAGE_TOKENS, edit_json
 
@@ -257,11 +259,23 @@ def test_the_demo_answers_and_leaves_nothing_behind(tiny_checkpoint: Path, tmp_p
     assert not alive(begun)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to load it on")
+def test_a_replica_that_cannot_load_ends_the_start_and_is_named(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    file = write_config(tiny_checkpoint, tmp_path, generator={"num_cpus": 0.05, "device": "cuda"})
+    with started(llava("serve", "--config", str(file), "--port", str(free_port()))) as (process, _):
+        printed = process.communicate(timeout=START_S)[0].decode()
+    assert process.returncode == 1
+    *_, error = printed.strip().splitlines()
+    assert error.startswith("Error: Generator: ")
+    assert "cuda" in error
+    assert "Traceback" not in printed
+
+
 def test_a_checkpoint_that_does_not_fit_its_config_ends_the_start(checkpoint_copy: Path) -> None:
     edit_json(checkpoint_copy / "config.json", lambda config: config["vision_config"].update(intermediate_size=48))
     with started(llava("serve", "--model", str(checkpoint_copy), "--port", str(free_port()))) as (process, _):
         printed = process.communicate(timeout=START_S)[0].decode()
     assert process.returncode == 1
     *_, error = printed.strip().splitlines()
-    assert error.startswith(f"Error: VisionEncoder: {checkpoint_copy}: tower tensor")
+    assert error.startswith(f"Error: {checkpoint_copy}: tower model.encoder.layers.0.mlp.fc1")
     assert "Traceback" not in printed
