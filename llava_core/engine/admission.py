@@ -62,7 +62,11 @@ class Admission:
         num_prompt, context = len(request.prompt_ids), self.model.config.context_length
         if request.score_from is not None:
             # Nothing is written: the prompt may fill the context.
-            token_budget(num_prompt - 1, 1, context)
+            if num_prompt > context:
+                raise PromptTooLongError(
+                    f"the text to score has {num_prompt} tokens, but the model's context is {context}",
+                    param="messages",
+                )
             self._check_capacity(num_prompt, 0)
             return 0
         max_tokens = token_budget(num_prompt, request.sampling.max_tokens, context)
@@ -82,7 +86,7 @@ class Admission:
         sampling, scored = request.sampling, request.score_from
         if not request.prompt_ids:
             raise RequestError("the prompt is empty", param="messages")
-        given = {*request.prompt_ids, *request.output_ids} - {IMAGE_TOKEN_ID}
+        given = {*request.prompt_ids} - {IMAGE_TOKEN_ID} | {*request.output_ids}
         named = {*sampling.stop_token_ids, *(token for token, _ in sampling.logit_bias)}
         for token in (*given, *named):
             if not 0 <= token < self._vocab_size:
@@ -101,7 +105,7 @@ class Admission:
 
     def _count(self, number: int, request: EngineRequest) -> int:
         image, width = request.features[number], self.model.config.vision.hidden_size
-        if image.features.ndim != 2 or image.features.shape[1] != width:
+        if image.features.ndim != 2 or image.features.shape[1] != width or not len(image.features):
             raise EngineError(
                 f"features of picture {number + 1} have shape {tuple(image.features.shape)}, not (rows, {width})"
             )

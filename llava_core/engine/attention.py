@@ -63,9 +63,11 @@ class Batch(Protocol):
 
 
 class Backend(Protocol):
-    """A way to do it. Nothing else in the engine knows which one runs. `block_size` is the one it works best with."""
+    """A way to do it. Nothing else in the engine knows which one runs. `block_size` is the one it works best with, and
+    others must be multiples of `block_multiple`."""
 
     block_size: int
+    block_multiple: int
 
     def cache_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """What keys and values of a model that computes in `dtype` are kept in."""
@@ -97,6 +99,7 @@ class ReferenceBackend:
     """The definition: request by request, gathered, in float32."""
 
     block_size = 16
+    block_multiple = 1
 
     def cache_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """The model's own."""

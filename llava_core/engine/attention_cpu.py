@@ -50,6 +50,7 @@ class CpuBackend:
     """torch's fused attention, called for each run of blocks."""
 
     block_size = 16
+    block_multiple = 1
 
     def cache_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """float32."""

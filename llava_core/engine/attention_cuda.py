@@ -6,6 +6,7 @@ Source: torch.nn.attention.varlen, with `block_table` and `seqused_k`. Knows nei
 from __future__ import annotations
 
 from collections.abc import Sequence
+from inspect import signature
 from itertools import accumulate
 
 import torch
@@ -19,6 +20,7 @@ class CudaBackend:
 
     # FlashAttention 2 takes no other blocks than of multiples of 256 tokens.
     block_size = 256
+    block_multiple = 256
 
     def cache_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """The model's own."""
@@ -50,6 +52,9 @@ class CudaBatch:
         """As Batch.attend."""
         from torch.nn.attention.varlen import varlen_attn
 
+        # Else the splits, and so the roundings, of one request would follow the longest in the batch. Older versions
+        # of torch know no splits.
+        fixed = {"num_splits": 1} if "num_splits" in signature(varlen_attn).parameters else {}
         self._cache.write(layer, self._slots, key, value)
         seen = varlen_attn(
             query,
@@ -64,6 +69,7 @@ class CudaBatch:
             enable_gqa=query.shape[1] != self._cache.shape.num_heads,
             seqused_k=self._lengths,
             block_table=self._table,
+            **fixed,
         )
         assert isinstance(seen, Tensor)
         return seen

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -22,16 +23,17 @@ from llava_core.engine.config import EngineConfig
 from llava_core.engine.detokenize import Decoder
 from llava_core.engine.request import RequestFailure, RequestState
 from llava_core.engine.runner import ModelRunner, cache_tokens, choose_backend, wanted
-from llava_core.engine.sampler import check_finite, choose, process, token_logprob, uniform
+from llava_core.engine.sampler import choose, is_finite, process, token_logprob, uniform
 from llava_core.engine.scheduler import Chunk, Scheduler
 from llava_core.engine.stats import EngineStats
-from llava_core.errors import EngineError, LlavaError, OverloadedError
+from llava_core.errors import EngineError, LlavaError, OverloadedError, RequestError
 from llava_core.models.language import LanguageSide
 from llava_core.types import EngineRequest, TokenDelta
 
 logger = logging.getLogger(__name__)
 
 StepOutput = TokenDelta | RequestFailure
+Outcome = TypeVar("Outcome")
 
 
 class Engine:
@@ -49,6 +51,10 @@ class Engine:
         self.config = config or EngineConfig()
         backend = backend or choose_backend(model)
         block_size = self.config.block_size or backend.block_size
+        if block_size % backend.block_multiple:
+            raise EngineError(
+                f"block_size {block_size} is no multiple of {backend.block_multiple}, as this device needs"
+            )
         num_blocks = -(-cache_tokens(model, self.config, backend) // block_size)
         self.pool = BlockPool(num_blocks, block_size)
         self.stats = EngineStats(num_blocks)
@@ -84,7 +90,10 @@ class Engine:
         if request.request_id in self._states:
             raise ValueError(f"request id {request.request_id!r} is already in use")
         states = self._admission.admit(request)
-        if self.num_waiting + len(states) > self.config.max_waiting:
+        room = self.config.max_waiting + self.config.max_running
+        if len(states) > room:
+            raise RequestError(f"n is {len(states)}, but the engine takes {room} answers at once", param="n")
+        if self.num_waiting + self.num_running + len(states) > room:
             raise OverloadedError(f"{self.num_waiting} requests are waiting already; try again later")
         if request.output_ids and self._is_over(states[0]):
             states[0].skipped()
@@ -116,36 +125,32 @@ class Engine:
         """Logits of each chunk's wanted positions. What fails together is tried one by one: whose fault is it?"""
         if not chunks:
             return
-        try:
-            logits = self._runner.run(chunks)
-        except Exception as error:
-            # The last resort: whatever is wrong with one request must not end the others.
-            if len(chunks) == 1:
-                logger.exception("request %s failed", chunks[0].state.request_id)
-                yield chunks[0], error
-                return
+        logits = _attempt(lambda: self._runner.run(chunks))
+        if isinstance(logits, Tensor):
+            yield from zip(chunks, logits.split([len(wanted(chunk)) for chunk in chunks]), strict=True)
+        elif len(chunks) == 1:
+            yield chunks[0], logits
+        else:
             for chunk in chunks:
                 yield from self._run([chunk])
-            return
-        yield from zip(chunks, logits.split([len(wanted(chunk)) for chunk in chunks]), strict=True)
 
     def _settle(self, chunk: Chunk, result: Tensor | Exception) -> list[StepOutput]:
         """Take what a chunk was run for, and settle what that means for its answer."""
         state = chunk.state
-        try:
-            if isinstance(result, Exception):
-                raise result if isinstance(result, LlavaError) else EngineError(f"generation failed: {result}")
-            if len(result):
-                check_finite(result)
-        except LlavaError as error:
-            return [self._fail(state, error)]
+        if isinstance(result, Exception):
+            return [self._fail(state, result)]
+        if len(result) and not is_finite(result):
+            return [self._fail(state, EngineError("the model produced values that are not finite"))]
         self._scheduler.computed(chunk)
         if state.request.score_from is not None:
             for place, logits in zip(wanted(chunk), result, strict=True):
                 num_top = state.request.sampling.logprobs or 0
                 state.prompt_logprobs.append(token_logprob(logits, state.tokens[place + 1], num_top))
             return [self._finish(state, TokenDelta(state.request_id, ""))] if chunk.is_last else []
-        return [self._write(state, result[0])] if chunk.is_last else []
+        if not chunk.is_last:
+            return []
+        delta = _attempt(lambda: self._write(state, result[0]))
+        return [self._fail(state, delta) if isinstance(delta, Exception) else delta]
 
     def _write(self, state: RequestState, logits: Tensor) -> TokenDelta:
         """Choose the next token."""
@@ -190,8 +195,11 @@ class Engine:
             del self._states[state.request_id]
         return self._last(state, delta)
 
-    def _fail(self, state: RequestState, error: LlavaError) -> RequestFailure:
+    def _fail(self, state: RequestState, error: Exception) -> RequestFailure:
         """End all answers of a request. What it left in the cache is not for others."""
+        logger.error("request %s failed", state.request_id, exc_info=error)
+        if not isinstance(error, LlavaError):
+            error = EngineError(f"generation failed: {error}")
         self.pool.disown(state.blocks)
         self.abort(state.request_id)
         self.stats.num_failed += 1
@@ -206,3 +214,11 @@ class Engine:
         stats.num_preemptions = self._scheduler.num_preemptions
         stats.num_running, stats.num_waiting, stats.batch_size = self.num_running, self.num_waiting, len(chunks)
         stats.used_blocks, stats.idle_blocks = self.pool.num_used, self.pool.num_idle
+
+
+def _attempt(step: Callable[[], Outcome]) -> Outcome | Exception:
+    """What a step comes to. The last resort: whatever is wrong with one request must not end the others."""
+    try:
+        return step()
+    except Exception as error:
+        return error

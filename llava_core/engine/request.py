@@ -114,7 +114,8 @@ class RequestState:
         """Note the time, and what was found in the cache, the first time that it is admitted."""
         if self.prefill_started == 0.0:
             self.prefill_started = time.perf_counter()
-            self.num_cached = self.num_computed
+            # Of an answer that goes on, some of what was written may have been found as well.
+            self.num_cached = min(self.num_computed, self.num_prompt)
 
     def wrote(self) -> None:
         """Note the time of the first token."""

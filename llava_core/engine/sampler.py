@@ -13,7 +13,6 @@ from random import Random
 import torch
 from torch import Tensor
 
-from llava_core.errors import EngineError
 from llava_core.types import SamplingParams, TokenLogprob
 
 
@@ -22,11 +21,9 @@ def uniform(seed: int, index: int, position: int) -> float:
     return Random(f"{seed}/{index}/{position}").random()
 
 
-def check_finite(values: Tensor) -> None:
-    """Raise EngineError for logits that are no numbers."""
-    # A NaN or an infinity wins every maximum.
-    if not bool(torch.isfinite(values.max())):
-        raise EngineError("the model produced values that are not finite; the features or the weights are damaged")
+def is_finite(logits: Tensor) -> bool:
+    """Whether the largest logit is a number: a NaN or an infinity wins every maximum."""
+    return bool(torch.isfinite(logits.max()))
 
 
 def choose(logits: Tensor, params: SamplingParams, draw: Callable[[], float]) -> int:
@@ -51,7 +48,8 @@ def process(
         return logits
     logits = logits.float().clone()
     if params.repetition_penalty != 1.0:
-        seen = torch.tensor(sorted({token for token in (*prompt, *output) if token >= 0}), device=logits.device)
+        known = sorted({token for token in (*prompt, *output) if token >= 0})
+        seen = torch.tensor(known, dtype=torch.int64, device=logits.device)
         values = logits[seen]
         logits[seen] = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
     if output and (params.presence_penalty or params.frequency_penalty):
@@ -79,7 +77,9 @@ def needs_processing(params: SamplingParams, num_output: int) -> bool:
 def filtered_probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
     """Probabilities (vocab,) after temperature, top-k, top-p (nucleus: the smallest set reaching top_p) and min-p (what
     has at least that share of the likeliest token's probability), in this order; on the CPU."""
-    logits = logits.float().cpu() / params.temperature
+    logits = logits.float().cpu()
+    # The largest becomes 0, so that no temperature, however low, makes an infinity of it.
+    logits = (logits - logits.max()) / params.temperature
     if not params.top_k and params.top_p == 1.0:
         return _min_p(logits.softmax(-1), params.min_p)
     ordered, order = logits.sort(descending=True, stable=True)

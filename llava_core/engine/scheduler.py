@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from bisect import insort
 from dataclasses import dataclass
+from heapq import merge
 
 from llava_core.engine.blocks import BlockPool
 from llava_core.engine.config import EngineConfig
 from llava_core.engine.request import RequestState
 
-# Blocks that an answer is given at a time, so that they lie side by side.
-_GROWTH = 4
+# Tokens for which an answer is given room at a time, so that its blocks lie side by side.
+_GROWTH = 64
 
 
 @dataclass(frozen=True)
@@ -72,10 +73,7 @@ class Scheduler:
             budget -= self._run(state, budget)
         if self._chunks:
             budget = min(budget, self._config.prefill_chunk)
-        for state in [state for state in self.running if state.num_pending > 1]:
-            budget -= self._run(state, budget)
-        if self.num_preemptions == num_before:
-            self._admit(budget)
+        self._read(budget, may_start=self.num_preemptions == num_before)
         return self._chunks
 
     def computed(self, chunk: Chunk) -> None:
@@ -94,14 +92,17 @@ class Scheduler:
         self._chunks.append(Chunk(state, state.num_computed, length))
         return length
 
-    def _admit(self, budget: int) -> None:
-        for state in list(self.waiting):
-            if budget < 1 or len(self.running) >= self._config.max_running:
+    def _read(self, budget: int, *, may_start: bool) -> None:
+        """Spend the budget on prompts, begun or waiting, by importance."""
+        reading = [state for state in self.running if state.num_pending > 1]
+        for state in merge(reading, list(self.waiting), key=_rank):
+            if budget < 1:
                 return
-            if self._is_being_read(state):
-                continue
-            if not self._start(state):
-                return
+            if not state.is_running:
+                if not may_start or len(self.running) >= self._config.max_running or self._is_being_read(state):
+                    continue
+                # Nobody overtakes one for whom there is no room.
+                may_start = self._start(state)
             budget -= self._run(state, budget)
 
     def _is_being_read(self, state: RequestState) -> bool:
@@ -149,8 +150,9 @@ class Scheduler:
 
     def _allocate(self, state: RequestState, needed: int) -> list[int]:
         """`needed` blocks, which there are, and some for what will follow where there are plenty."""
-        ahead = min(needed + _GROWTH, self._num_blocks(state.max_length) - len(state.blocks))
-        if self.pool.num_available < ahead + len(self.running):
+        growth = -(-_GROWTH // self.pool.block_size)
+        ahead = min(needed + growth, self._num_blocks(state.max_length) - len(state.blocks))
+        if self.pool.num_available - ahead < self.pool.num_blocks // 2:
             ahead = needed
         blocks = self.pool.allocate(ahead, after=state.blocks[-1] if state.blocks else None)
         assert blocks is not None, (ahead, self.pool.num_available)
@@ -160,10 +162,9 @@ class Scheduler:
         return -(-num_tokens // self.pool.block_size)
 
     def _set_one_back(self, state: RequestState) -> bool:
-        """Set back the least important request that is not in this step; False when that is `state` itself."""
-        scheduled = {id(chunk.state) for chunk in self._chunks}
-        victim = next(other for other in reversed(self.running) if id(other) not in scheduled)
-        self.running.remove(victim)
+        """Set back the least important request; False when that is `state` itself. It is in no chunk of this step yet:
+        those that write are scheduled by importance, and those that read never lack room."""
+        victim = self.running.pop()
         self._give_back(victim)
         self.num_preemptions += 1
         victim.num_preemptions += 1
@@ -174,6 +175,8 @@ class Scheduler:
         self.pool.release(state.blocks)
         state.blocks = []
         state.num_computed = state.num_published = 0
+        # They will be computed again.
+        state.prompt_logprobs.clear()
 
 
 def _rank(state: RequestState) -> tuple[int, int]:

@@ -55,6 +55,8 @@ class LanguageSide(nn.Module):
 
     def num_image_rows(self, image: ImageFeatures) -> int:
         """Rows that `image_rows` makes of a picture. Raises ValueError when it has too few to make them of."""
+        if image.size is None and self.config.pinpoints and self.config.merge_type != "flat":
+            raise ValueError("this model merges tiles, which takes the picture's size")
         order = None if image.size is None else merge_order(self.config, image.size)
         if order is None:
             return len(image.features)

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from llava_core.checkpoints.tokenizer import load_tokenizer
 from llava_core.engine.admission import Admission, image_spans
 from llava_core.engine.prefix import ImageSpan
 from llava_core.errors import EngineError, LlavaError, PromptTooLongError, RequestError
@@ -297,3 +299,28 @@ def test_spans_are_where_the_pictures_are(made: tuple[list[int], list[tuple[int,
     spans = image_spans(ask(prompt, *features), [stop - start for start, stop in places])
     assert [(span.start, span.stop) for span in spans] == places
     assert [(span.digest, span.size) for span in spans] == [(image.digest, image.size) for image in features]
+
+
+def test_a_picture_without_rows_is_refused(build_engine: BuildEngine) -> None:
+    empty = ImageFeatures("cat", torch.ones(0, VISION_HIDDEN))
+    with pytest.raises(EngineError):
+        build_engine().add_request(EngineRequest("a", [1, 5], [empty], SamplingParams(max_tokens=3)))
+
+
+def test_placeholders_in_an_answer_are_refused(build_engine: BuildEngine) -> None:
+    with pytest.raises(RequestError):
+        build_engine().add_request(EngineRequest("a", [1, 5], (), SamplingParams(max_tokens=3), output_ids=[-200]))
+
+
+def test_the_message_names_the_prompts_length(build_engine: BuildEngine) -> None:
+    with pytest.raises(PromptTooLongError, match=f"has {CONTEXT_LENGTH + 1} tokens"):
+        build_engine().add_request(EngineRequest("a", [5] * (CONTEXT_LENGTH + 1), (), SamplingParams(), score_from=2))
+
+
+def test_tiles_without_a_size_are_refused_by_admission(language_side: LanguageSide, tiny_checkpoint: Path) -> None:
+    side = copy.copy(language_side)
+    side.config = replace(language_side.config, pinpoints=(Size(56, 28),), merge_type="spatial")
+    admission = Admission(side, load_tokenizer(tiny_checkpoint), 64)
+    image = ImageFeatures("cat", torch.ones(12, VISION_HIDDEN))
+    with pytest.raises(LlavaError):
+        admission.admit(EngineRequest("a", [1, *[-200] * 12, 5], [image], SamplingParams(max_tokens=3)))

@@ -1,6 +1,7 @@
 """The GPU's attention: what the kernel is told, against its documentation; and where there is a GPU, what comes out."""
 
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -10,8 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from llava_core.checkpoints.tokenizer import load_tokenizer
 from llava_core.engine.attention import ReferenceBackend
 from llava_core.engine.attention_cuda import CudaBackend
+from llava_core.engine.config import EngineConfig
+from llava_core.engine.engine import Engine
+from llava_core.errors import EngineError
+from llava_core.models.language import LanguageSide
 from tests.llava_core.engine.packed import Layout, Packed, layouts
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -81,3 +87,10 @@ def test_what_is_not_a_requests_own_changes_not_a_bit(layout: Layout) -> None:
 
 def test_keys_and_values_are_kept_as_the_model_has_them() -> None:
     assert CudaBackend().cache_dtype(torch.bfloat16) == torch.bfloat16
+
+
+def test_blocks_that_the_gpus_kernel_does_not_take_are_refused_at_the_start(
+    language_side: LanguageSide, tiny_checkpoint: Path
+) -> None:
+    with pytest.raises(EngineError, match="256"):
+        Engine(language_side, load_tokenizer(tiny_checkpoint), EngineConfig(block_size=16), backend=CudaBackend())

@@ -200,7 +200,7 @@ def test_what_cannot_fit_is_refused_with_all_numbers(build_engine: BuildEngine) 
 
 
 def test_a_full_queue_refuses_and_an_id_in_use_is_an_error(build_engine: BuildEngine) -> None:
-    engine = build_engine(max_waiting=1)
+    engine = build_engine(max_running=1, max_waiting=0)
     engine.add_request(make_request("a"))
     with pytest.raises(ValueError, match="in use"):
         engine.add_request(make_request("a"))
@@ -340,3 +340,46 @@ def test_an_answer_ends_at_a_named_token_and_not_before_the_least_length(build_e
     longer = run(build_engine(), make_request("a", max_tokens=20, stop_token_ids=(stop,), min_tokens=15))["a"]
     assert len(longer) >= 15
     assert stop not in longer[:15]
+
+
+def test_a_score_that_was_set_back_has_each_logprob_once(build_engine: BuildEngine) -> None:
+    ids = [1, *range(5, 64)]
+    writers = [
+        EngineRequest(f"w{first}", [1, first], (), SamplingParams(max_tokens=60, ignore_eos=True)) for first in (50, 70)
+    ]
+    scored = EngineRequest("scored", ids, (), SamplingParams(logprobs=0), score_from=1, priority=1)
+    engine = build_engine(block_size=4, cache_tokens=108, max_running=3, max_step_tokens=16, prefill_chunk=2)
+    for request in (*writers, scored):
+        engine.add_request(request)
+    (last,) = [output for output in collect(engine) if output.request_id == "scored"]
+    assert engine.stats.num_preemptions > 0
+    assert [worth.token for worth in last.logprobs] == ids[1:]
+
+
+def test_a_prompt_of_pictures_alone_can_be_penalised(build_engine: BuildEngine) -> None:
+    engine = build_engine()
+    engine.add_request(make_request("other", seed=1))
+    request = make_request("a", repetition_penalty=1.2)
+    engine.add_request(replace(request, prompt_ids=[-200] * 4))
+    collect(engine)
+
+
+def test_cached_tokens_are_part_of_the_prompts(build_engine: BuildEngine) -> None:
+    engine = build_engine(block_size=4)
+    request = make_request("a", num_images=0, max_tokens=30)
+    engine.add_request(request)
+    outputs = [output for _ in range(25) for output in engine.step()]
+    engine.abort("a")
+    written = [token for output in outputs for token in output.token_ids]
+    engine.add_request(replace(request, output_ids=written))
+    usage = last_of(collect(engine)).usage
+    assert usage.cached_tokens <= usage.prompt_tokens, usage
+
+
+def test_an_engine_without_a_queue_takes_what_it_can_run_at_once(build_engine: BuildEngine) -> None:
+    build_engine(max_running=1, max_waiting=0).add_request(make_request("a"))
+
+
+def test_more_answers_than_may_ever_wait_are_not_to_be_tried_again(build_engine: BuildEngine) -> None:
+    with pytest.raises(RequestError):
+        build_engine(max_running=2, max_waiting=2).add_request(make_request("a", n=5))

@@ -500,3 +500,31 @@ def test_an_abort_gives_everything_back_wherever_the_request_is() -> None:
 
 def test_with_nothing_to_do_nothing_is_scheduled() -> None:
     assert World().step() == []
+
+
+def test_a_prompt_of_little_importance_does_not_keep_an_urgent_one_waiting() -> None:
+    world = World(max_step_tokens=12)
+    world.add(100, priority=5)
+    world.step()
+    urgent = world.add([(1, 2, 3)], priority=0)
+    world.step()
+    assert urgent.is_running
+
+
+def test_blocks_taken_ahead_do_not_push_out_what_is_known() -> None:
+    world = World(num_blocks=16, block_size=2)
+    world.add(20, max_tokens=1)
+    world.run()
+    known = world.pool.num_idle
+    world.add([tuple(range(300, 311))], max_tokens=5)
+    world.step()
+    # 11 tokens need 6 blocks, which are free.
+    assert world.pool.num_idle == known
+
+
+def test_blocks_taken_ahead_do_not_keep_others_out() -> None:
+    world = World(num_blocks=7, block_size=2)
+    world.add([(4,)], max_tokens=13)
+    world.add([(5, 6, 7)], max_tokens=1)
+    world.step()
+    assert world.scheduler.waiting == []
