@@ -14,6 +14,7 @@ from typing import Any
 from google.protobuf.message import DecodeError
 from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 
+from llava_core.checkpoints.access import denied
 from llava_core.checkpoints.tokenizer_settings import AddedToken, TokenizerSettings, read_tokenizer_settings
 from llava_core.errors import CheckpointError
 
@@ -139,6 +140,8 @@ def _load(file: Path, *, adds_space: bool) -> SentencePieceProcessor:
         if not adds_space:
             content.normalizer_spec.add_dummy_prefix = False
         return SentencePieceProcessor(model_proto=content.SerializeToString())
+    except PermissionError:
+        raise denied(file) from None
     except (OSError, ValueError, RuntimeError, DecodeError) as error:
         raise CheckpointError(f"{file} cannot be read ({type(error).__name__}: {error}); download it again") from error
 

@@ -85,7 +85,7 @@ def test_every_fault_is_told_and_the_rest_as_well(tmp_path: Path) -> None:
         "decoder model.layers.1.mlp.up_proj.weight is missing",
         "projector 2.bias has shape (5,)",
         "1 tensors of unknown purpose: model.vision_resampler.x",
-        "image_newline is there, which mm_patch_merge_type flat does not have",
+        "image_newline is there, which mm_patch_merge_type flat in",
         "neither tokenizer.model nor tokenizer.json",
     ):
         assert named in problems
