@@ -55,10 +55,10 @@ def load_preprocess_config(checkpoint: Path | Checkpoint) -> AnyPreprocessConfig
     aspect = _original_aspect(opened.settings)
     folder = opened.image_folder or opened.folder
     if not (folder / "preprocessor_config.json").exists():
-        usual = PreprocessConfig(size=config.tile_size, aspect=aspect, pinpoints=config.pinpoints)
+        usual = PreprocessConfig(size=config.tile_size, aspect=aspect, pinpoints=config.pinpoints, rows_first=True)
         is_siglip = kind == "siglip_vision_model"
         return replace(usual, mean=SIGLIP_MEAN, std=SIGLIP_STD, stretches=True) if is_siglip else usual
-    preprocess = _read_preprocess_config(folder, aspect, config.pinpoints)
+    preprocess = replace(_read_preprocess_config(folder, aspect, config.pinpoints), rows_first=True)
     return replace(preprocess, size=config.tile_size) if config.s2_scales else preprocess
 
 
