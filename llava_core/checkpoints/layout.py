@@ -20,7 +20,15 @@ from pathlib import Path
 from typing import Literal
 
 from llava_core.checkpoints.files import find_file, find_non_lora, has_model, read_json, resolve_checkpoint
-from llava_core.checkpoints.keymaps import Part, from_biovil, from_llava_hf, from_original, from_tower, from_wrapped
+from llava_core.checkpoints.keymaps import (
+    NEWLINE_KEY,
+    Part,
+    from_biovil,
+    from_llava_hf,
+    from_original,
+    from_tower,
+    from_wrapped,
+)
 from llava_core.checkpoints.original_config import (
     check_image_pooling,
     is_original_config,
@@ -139,7 +147,8 @@ def _open_original(folder: Path, settings: JsonObject, base: str | Path | None, 
     if tower_name(settings) == BIOVIL and (rest := find_non_lora(folder)):
         weights += (Weights(folder, from_wrapped, file=rest),)
     config, image_folder, weights = _with_tower(folder, settings, weights, offline=offline)
-    return Checkpoint(folder, settings, with_generation_config(config, folder), weights, folder, image_folder)
+    config, weights = with_generation_config(config, folder), _without_spare_newline(folder, config, weights)
+    return Checkpoint(folder, settings, config, weights, folder, image_folder)
 
 
 def _open_over_base(
@@ -153,7 +162,7 @@ def _open_over_base(
     problems: list[CheckpointError] = []
     below: tuple[Path, Weights] | None = None
     try:
-        below = _find_base(folder, base, offline=offline)
+        below = _find_base(folder, base, takes_tower=_has_trained_tower(settings), offline=offline)
     except CheckpointError as error:
         problems.append(error)
     try:
@@ -163,7 +172,7 @@ def _open_over_base(
     if problems or below is None:
         raise CheckpointError("; ".join(map(str, problems))) from problems[0]
     _check_base(config, folder, below[0])
-    config = with_generation_config(config, below[0])
+    config, weights = with_generation_config(config, below[0]), _without_spare_newline(folder, config, weights)
     return Checkpoint(folder, settings, config, weights, below[0], image_folder, folder if is_lora else None)
 
 
@@ -191,10 +200,10 @@ def _open_adapter(folder: Path, base: str | Path | None, *, offline: bool) -> Ch
     return replace(below, adapter=folder)
 
 
-def _find_base(folder: Path, base: str | Path | None, *, offline: bool) -> tuple[Path, Weights]:
-    """The base's folder and weights. Its tower is never taken: the checkpoint's config.json names one."""
+def _find_base(folder: Path, base: str | Path | None, *, takes_tower: bool, offline: bool) -> tuple[Path, Weights]:
+    """The base's folder and weights. Its tower counts only where a trained one is called for."""
     found = resolve_checkpoint(str(_base_name(folder, base)), offline=offline)
-    weights = find_weights(found, ALL_PARTS - {"tower"})
+    weights = find_weights(found, ALL_PARTS if takes_tower else ALL_PARTS - {"tower"})
     if not has_model(found):
         raise CheckpointError(f"{found}, the base of {folder}, is not a complete model: it holds no weights of its own")
     return found, weights
@@ -234,14 +243,16 @@ def _with_tower(
 ) -> tuple[ModelConfig, Path | None, tuple[Weights, ...]]:
     """The configuration with its tower's, where pictures' settings are, and the weights with the tower's.
 
-    As in the original code a tower inside the checkpoint counts if it was trained (`unfreeze_mm_vision_tower`); one
-    that was not is the one that is named, and the copy inside stands in for it where that cannot be found.
+    As in the original code a tower inside the checkpoint, or else in its base, counts if it was trained
+    (`unfreeze_mm_vision_tower`); one that was not is the one that is named, and the copy inside stands in for it where
+    that cannot be found.
     """
     name = tower_name(settings)
     if name == BIOVIL:
         return _with_biovil(folder, settings, weights)
-    has_own = any(key.part == "tower" for key in weights[-1].sorted_keys()[0].values())
-    is_inside = has_own and bool(settings.get("unfreeze_mm_vision_tower"))
+    holders = [each for each in weights if "tower" in each.parts]
+    has_own = any(key.part == "tower" for each in holders for key in each.sorted_keys()[0].values())
+    is_inside = has_own and _has_trained_tower(settings)
     try:
         source = find_tower(name, folder, is_inside=is_inside, offline=offline)
     except CheckpointError:
@@ -255,6 +266,22 @@ def _with_tower(
         return config, source.folder, weights
     tower = Weights(source.folder, from_tower)
     return config, source.folder, (tower, *(replace(each, parts=each.parts - {"tower"}) for each in weights))
+
+
+def _without_spare_newline(folder: Path, config: ModelConfig, weights: tuple[Weights, ...]) -> tuple[Weights, ...]:
+    """Without an `image_newline` that nothing reads, as the original code leaves it.
+
+    Training a LLaVA-1.6 further sets `mm_patch_merge_type` to `flat` unless told otherwise, and saves it all the same.
+    """
+    if config.has_newline or not any(key == NEWLINE_KEY for each in weights for key in each.sorted_keys()[0].values()):
+        return weights
+    logger.info("%s: image_newline is not used with mm_patch_merge_type %s", folder, config.merge_type)
+    return tuple(replace(each, parts=each.parts - {"newline"}) for each in weights)
+
+
+def _has_trained_tower(settings: JsonObject) -> bool:
+    """Whether the tower that counts is among the model's own weights. RaDialog's is where its code puts it."""
+    return bool(settings.get("unfreeze_mm_vision_tower")) and tower_name(settings) != BIOVIL
 
 
 def _with_biovil(
