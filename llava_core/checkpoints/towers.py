@@ -53,7 +53,7 @@ def find_tower(name: str, checkpoint: Path, *, is_inside: bool, offline: bool) -
     """
     folder = local_folder(name, checkpoint)
     if folder is None and is_inside and name in KNOWN_TOWERS:
-        return TowerSource(KNOWN_TOWERS[name], None)
+        return _cached(name) or TowerSource(KNOWN_TOWERS[name], None)
     if folder is None and not _ON_THE_HUB.search(name):
         raise CheckpointError(
             f"{checkpoint / 'config.json'}: mm_vision_tower {name!r} is unknown: it is neither a folder here nor the "
@@ -69,6 +69,15 @@ def find_tower(name: str, checkpoint: Path, *, is_inside: bool, offline: bool) -
     if not is_inside and not has_model(folder):
         raise CheckpointError(f"{folder}, the mm_vision_tower of {checkpoint}, holds no weights")
     return TowerSource(_vision_part(read_json(folder, "config.json"), folder), folder)
+
+
+def _cached(name: str) -> TowerSource | None:
+    """A hub id's tower where its configuration is here already: what is here may differ from what is usual."""
+    try:
+        folder = resolve_checkpoint(name, offline=True)
+        return TowerSource(_vision_part(read_json(folder, "config.json"), folder), folder)
+    except CheckpointError:
+        return None
 
 
 def find_biovil_file(checkpoint: Path) -> Path | None:

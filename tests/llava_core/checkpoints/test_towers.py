@@ -41,10 +41,34 @@ def test_a_whole_clip_is_read_for_its_vision_half(tmp_path: Path, checkpoint: Pa
     assert config == {"hidden_size": 16, "model_type": "clip_vision_model"}
 
 
+def set_cache(monkeypatch: pytest.MonkeyPatch, cached: Path | None) -> None:
+    """Make `cached`, or nothing, what the hub's local cache holds."""
+
+    def resolve(name: str, *, offline: bool) -> Path:
+        if cached is None or not offline:
+            raise CheckpointError(f"{name} is not here")
+        return cached
+
+    monkeypatch.setattr("llava_core.checkpoints.towers.resolve_checkpoint", resolve)
+
+
 @pytest.mark.parametrize("name", sorted(KNOWN_TOWERS))
-def test_known_towers_need_no_files_where_the_weights_are_inside(checkpoint: Path, name: str) -> None:
+@pytest.mark.parametrize("is_cached", [False, True])
+def test_known_towers_need_no_files_where_the_weights_are_inside(
+    monkeypatch: pytest.MonkeyPatch, checkpoint: Path, name: str, *, is_cached: bool
+) -> None:
+    set_cache(monkeypatch, checkpoint if is_cached else None)
     source = find_tower(name, checkpoint, is_inside=True, offline=True)
     assert (source.config, source.folder) == (KNOWN_TOWERS[name], None)
+
+
+def test_a_known_tower_that_is_here_is_what_it_says(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, checkpoint: Path
+) -> None:
+    cached = write_tower(tmp_path / "cache", TOWER_CONFIG, weights=False)
+    set_cache(monkeypatch, cached)
+    source = find_tower("openai/clip-vit-large-patch14", checkpoint, is_inside=True, offline=False)
+    assert (source.config, source.folder) == (TOWER_CONFIG, cached)
 
 
 @pytest.mark.parametrize("name", ["/no/such/tower", "tower", "nobody/nothing", "biovil_t"])
