@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from typing import Any
 
 from llava_core.config import (
     BIOVIL_T,
@@ -45,6 +46,8 @@ _TEXT_FIELDS = (
     "eos_token_id",
     "pad_token_id",
 )
+# Null says no window; to a Mistral whose configuration is silent transformers gives one of 4096 tokens.
+_NULLABLE = ("sliding_window",)
 
 
 def is_original_config(config: JsonObject) -> bool:
@@ -110,8 +113,15 @@ def read_original_config(config: JsonObject, tower: JsonObject) -> ModelConfig:
 
 
 def _text(config: JsonObject) -> JsonObject:
-    fields = {name: config[name] for name in _TEXT_FIELDS if config.get(name) is not None}
-    return text_config({**fields, "model_type": _decoder(config)}, "config.json")
+    return text_config({**_text_fields(config), "model_type": _decoder(config)}, "config.json")
+
+
+def _text_fields(config: JsonObject) -> dict[str, Any]:
+    return {
+        name: config[name]
+        for name in _TEXT_FIELDS
+        if name in config and (config[name] is not None or name in _NULLABLE)
+    }
 
 
 def _decoder(config: JsonObject) -> str:
@@ -219,7 +229,7 @@ def original_json(config: ModelConfig, tower: str, aspect: str) -> JsonObject:
 
 def _original_text(config: ModelConfig) -> JsonObject:
     """The decoder's fields; transformers 5 keeps in `rope_parameters` what was `rope_theta` and `rope_scaling`."""
-    fields = {name: config.text[name] for name in _TEXT_FIELDS if config.text.get(name) is not None}
+    fields = _text_fields(config.text)
     rope = dict(fields.pop("rope_parameters", {}))
     if "rope_theta" in rope:
         fields["rope_theta"] = rope.pop("rope_theta")
