@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,16 @@ Token = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class AddedToken:
-    """A token that is cut out of the text before anything else; the strips take white space from its neighbours."""
+    """A token that is cut out of the text before anything else; the strips take white space from its neighbours.
+
+    `is_named` are those that play a role, such as EOS or `additional_special_tokens`, and those that loading adds.
+    """
 
     id: int
     is_special: bool
     strips_left: bool = False
     strips_right: bool = False
+    is_named: bool = False
 
 
 class SentencePieceBackend:
@@ -76,7 +80,7 @@ class SentencePieceBackend:
     def add_special(self, text: str) -> None:
         """A new special token with the next free id; nothing for one that is there."""
         known = self.token_id(text)
-        self._added[text] = AddedToken(self.num_tokens if known is None else known, is_special=True)
+        self._added[text] = AddedToken(self.num_tokens if known is None else known, is_special=True, is_named=True)
 
     def encode(self, text: str) -> Sequence[Token]:
         """(id, start, end) per token, without framing."""
@@ -91,8 +95,8 @@ class SentencePieceBackend:
             is_first = index == 0 and not self._is_legacy
             tokens += self._encode_piece(piece, start, prefix=_SPACE if is_first else "")
         opening = pieces[0][2] if pieces else None
-        if not self._is_legacy and opening is not None and not opening.is_special:
-            # The space that begins every text is dropped before special tokens, and before no others.
+        if not self._is_legacy and opening is not None and not opening.is_named:
+            # The space that begins every text is dropped before tokens of a role, and before no others.
             return [*self._encode_piece("", 0, prefix=_SPACE), *tokens]
         return tokens
 
@@ -176,10 +180,13 @@ def _added_tokens(folder: Path, settings: Mapping[str, Any], model: SentencePiec
         named |= read_json(folder, "special_tokens_map.json")
     roles = [_content(named.get(name)) for name in _ROLES]
     for role in [*roles, *map(_content, named.get("additional_special_tokens") or ())]:
-        if role is None or (role in added and added[role].is_special):
+        if role is None:
+            continue
+        if role in added and added[role].is_special:
+            added[role] = replace(added[role], is_named=True)
             continue
         number = added[role].id if role in added else model.piece_to_id(role)
         if role not in added and model.id_to_piece(number) != role:
             number = max([model.get_piece_size() - 1, *(token.id for token in added.values())]) + 1
-        added[role] = AddedToken(int(number), is_special=True)
+        added[role] = AddedToken(int(number), is_special=True, is_named=True)
     return added
