@@ -20,15 +20,7 @@ from pathlib import Path
 from typing import Literal
 
 from llava_core.checkpoints.files import find_file, find_non_lora, has_model, read_json, resolve_checkpoint
-from llava_core.checkpoints.keymaps import (
-    NEWLINE_KEY,
-    Part,
-    from_biovil,
-    from_llava_hf,
-    from_original,
-    from_tower,
-    from_wrapped,
-)
+from llava_core.checkpoints.keymaps import Part, from_biovil, from_llava_hf, from_original, from_tower, from_wrapped
 from llava_core.checkpoints.original_config import (
     check_image_pooling,
     is_original_config,
@@ -36,7 +28,7 @@ from llava_core.checkpoints.original_config import (
     tower_name,
 )
 from llava_core.checkpoints.towers import BIOVIL, BIOVIL_CONFIG, check_biovil, find_biovil_file, find_tower
-from llava_core.checkpoints.weights import ALL_PARTS
+from llava_core.checkpoints.weights import ALL_PARTS, holds, without
 from llava_core.checkpoints.weights import Weights as Weights
 from llava_core.checkpoints.weights import first as first
 from llava_core.config import JsonObject, ModelConfig, eos_token_ids, read_llava_hf_config
@@ -181,8 +173,7 @@ def _laid_over(below: tuple[Path, Weights] | None, own: Weights) -> tuple[Weight
     if below is None:
         return (own,)
     has_projector = any(key.part == "projector" for key in own.keys().values())
-    base = replace(below[1], parts=below[1].parts - {"projector"}) if has_projector else below[1]
-    return base, own
+    return (*(without(below[1:], "projector") if has_projector else below[1:]), own)
 
 
 def _open_adapter(folder: Path, base: str | Path | None, *, offline: bool) -> Checkpoint:
@@ -243,15 +234,13 @@ def _with_tower(
 ) -> tuple[ModelConfig, Path | None, tuple[Weights, ...]]:
     """The configuration with its tower's, where pictures' settings are, and the weights with the tower's.
 
-    As in the original code a tower inside the checkpoint, or else in its base, counts if it was trained
-    (`unfreeze_mm_vision_tower`); one that was not is the one that is named, and the copy inside stands in for it where
-    that cannot be found.
+    As in the original code a tower inside the checkpoint or its base counts if it was trained
+    (`unfreeze_mm_vision_tower`), else the one that is named, for which the copy inside stands in where it is not here.
     """
     name = tower_name(settings)
     if name == BIOVIL:
         return _with_biovil(folder, settings, weights)
-    holders = [each for each in weights if "tower" in each.parts]
-    has_own = any(key.part == "tower" for each in holders for key in each.sorted_keys()[0].values())
+    has_own = holds(weights, "tower")
     is_inside = has_own and _has_trained_tower(settings)
     try:
         source = find_tower(name, folder, is_inside=is_inside, offline=offline)
@@ -265,18 +254,15 @@ def _with_tower(
     if is_inside or source.folder is None:
         return config, source.folder, weights
     tower = Weights(source.folder, from_tower)
-    return config, source.folder, (tower, *(replace(each, parts=each.parts - {"tower"}) for each in weights))
+    return config, source.folder, (tower, *without(weights, "tower"))
 
 
 def _without_spare_newline(folder: Path, config: ModelConfig, weights: tuple[Weights, ...]) -> tuple[Weights, ...]:
-    """Without an `image_newline` that nothing reads, as the original code leaves it.
-
-    Training a LLaVA-1.6 further sets `mm_patch_merge_type` to `flat` unless told otherwise, and saves it all the same.
-    """
-    if config.has_newline or not any(key == NEWLINE_KEY for each in weights for key in each.sorted_keys()[0].values()):
+    """Without an `image_newline` that nothing reads: training a LLaVA-1.6 further as `flat` saves it all the same."""
+    if config.has_newline or not holds(weights, "newline"):
         return weights
     logger.info("%s: image_newline is not used with mm_patch_merge_type %s", folder, config.merge_type)
-    return tuple(replace(each, parts=each.parts - {"newline"}) for each in weights)
+    return without(weights, "newline")
 
 
 def _has_trained_tower(settings: JsonObject) -> bool:

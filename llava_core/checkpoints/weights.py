@@ -5,7 +5,8 @@ Knows nothing about layouts: who lays which weights over which is layout.py's bu
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -56,6 +57,18 @@ class Weights:
             if key is not None:
                 keys[name] = key
         return keys, unknown
+
+
+def holds(weights: Iterable[Weights], part: Part) -> bool:
+    """Whether any of them has tensors of this part that are taken from it. Unknown names do not matter."""
+    return any(
+        part in each.parts and any(key.part == part for key in each.sorted_keys()[0].values()) for each in weights
+    )
+
+
+def without(weights: Iterable[Weights], part: Part) -> tuple[Weights, ...]:
+    """The same, this part taken from none of them."""
+    return tuple(replace(each, parts=each.parts - {part}) for each in weights)
 
 
 def first(names: list[str], count: int = 10) -> str:

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from llava_core.checkpoints.keymaps import Key, from_original
-from llava_core.checkpoints.weights import Weights, first
+from llava_core.checkpoints.weights import Weights, first, holds, without
 from llava_core.errors import CheckpointError
 
 
@@ -27,6 +27,15 @@ def test_one_file_may_be_all_there_is(tmp_path: Path) -> None:
     file = tmp_path / "rest.pt"
     torch.save({"model.norm.weight": torch.zeros(1)}, file)
     assert Weights(tmp_path, from_original, file=file).files == {"model.norm.weight": file}
+
+
+def test_a_part_is_held_where_it_is_taken_from(tmp_path: Path) -> None:
+    save_file({"model.norm.weight": torch.zeros(1), "surplus": torch.zeros(1)}, tmp_path / "model.safetensors")
+    weights = (Weights(tmp_path, from_original),)
+    assert holds(weights, "decoder")
+    assert not holds(weights, "tower")
+    assert not holds(without(weights, "decoder"), "decoder")
+    assert without(weights, "decoder")[0].parts == {"tower", "projector", "newline"}
 
 
 def test_long_lists_are_cut_short() -> None:
