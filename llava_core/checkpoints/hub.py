@@ -64,6 +64,16 @@ class Hub:
         self.found[path_or_id] = folder.name
         return folder
 
+    def find_here(self, repo_id: str) -> Path | None:
+        """A hub id's snapshot if it is in the local cache, and may be used; nothing is fetched."""
+        here = Hub(offline=True, revisions=self._revisions)
+        try:
+            folder = here.find(repo_id, "what is here")
+        except CheckpointError:
+            return None
+        self.found |= here.found
+        return folder
+
     def _find_snapshot(self, repo_id: str, role: str) -> Path:
         from huggingface_hub import constants, snapshot_download
 

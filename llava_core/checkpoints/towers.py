@@ -58,8 +58,11 @@ def find_tower(name: str, checkpoint: Path, *, is_inside: bool, hub: Hub) -> Tow
     the field when it is neither, or when what it names is no tower.
     """
     folder = None if hub.is_pinned(name) else local_folder(name, checkpoint)
-    if folder is None and is_inside and name in KNOWN_TOWERS:
-        return TowerSource(KNOWN_TOWERS[name], None)
+    if folder is None and is_inside and name in KNOWN_TOWERS and not hub.is_pinned(name):
+        # What is here may differ from what is usual.
+        folder = hub.find_here(name)
+        if folder is None or not (folder / "config.json").exists():
+            return TowerSource(KNOWN_TOWERS[name], None)
     if folder is None and not _ON_THE_HUB.search(name):
         raise CheckpointError(
             f"{checkpoint / 'config.json'}: mm_vision_tower {shown(name)} is unknown: it is neither a folder here nor "
