@@ -329,11 +329,16 @@ def prompt_ids(prompt: str, tokenize: Any, bos: int) -> list[int]:
     return ids
 
 
+def resized(image: Image.Image, size: tuple[int, int], filter_: Image.Resampling) -> Image.Image:
+    """As Pillow up to 12 resizes every picture: the rows, then the columns."""
+    return image.resize((size[0], image.height), filter_).resize(size, filter_)
+
+
 def to_pixels(image: Image.Image, side: int = SIDE) -> torch.Tensor:
     """What CLIP's processor does: shortest edge, centre, scale, normalise."""
     width, height = image.size
     target = (side, int(side * height / width)) if width <= height else (int(side * width / height), side)
-    image = image.resize(target, Image.Resampling.BICUBIC)
+    image = resized(image, target, Image.Resampling.BICUBIC)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     values = np.asarray(image.crop((left, top, left + side, top + side)), np.float32) / 255
     return torch.from_numpy(((values - np.array(MEAN)) / np.array(STD)).astype(np.float32)).permute(2, 0, 1)
@@ -364,8 +369,8 @@ def anyres_pixels(image: Image.Image) -> torch.Tensor:
     else:
         size = (min(math.ceil(image.width * (down / image.height)), across), down)
     canvas = Image.new("RGB", (across, down), (0, 0, 0))
-    canvas.paste(image.resize(size, Image.Resampling.BICUBIC), ((across - size[0]) // 2, (down - size[1]) // 2))
-    tiles = [image.resize((SIDE, SIDE), Image.Resampling.BICUBIC)]
+    canvas.paste(resized(image, size, Image.Resampling.BICUBIC), ((across - size[0]) // 2, (down - size[1]) // 2))
+    tiles = [resized(image, (SIDE, SIDE), Image.Resampling.BICUBIC)]
     for top in range(0, down, SIDE):
         tiles += [canvas.crop((left, top, left + SIDE, top + SIDE)) for left in range(0, across, SIDE)]
     return torch.stack([to_pixels(tile) for tile in tiles])

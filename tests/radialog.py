@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
-from tests.original import HIDDEN, LAYERS, Kind, Original, Tensors, write_json, write_lora, write_original
+from tests.original import HIDDEN, LAYERS, Kind, Original, Tensors, resized, write_json, write_lora, write_original
 
 DEPTHS, WIDTHS, FEATURES = (3, 4, 6, 3), (64, 128, 256, 512), 512
 FILE = "non_lora_trainables.bin"
@@ -148,7 +148,7 @@ def to_pixels(image: Image.Image) -> torch.Tensor:
     grey = Image.fromarray((values * 255).astype(np.uint8)).convert("L")
     width, height = grey.size
     size = (512, int(512 * height / width)) if width <= height else (int(512 * width / height), 512)
-    grey = grey.resize(size, Image.Resampling.BILINEAR)
+    grey = resized(grey, size, Image.Resampling.BILINEAR)
     left, top = round((grey.width - 448) / 2), round((grey.height - 448) / 2)
     tile = np.asarray(grey.crop((left, top, left + 448, top + 448)), np.float32) / 255
     return torch.from_numpy(tile).expand(1, 3, 448, 448)

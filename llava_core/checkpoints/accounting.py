@@ -15,7 +15,6 @@ from llava_core.checkpoints.keymaps import HEAD_KEY, NEWLINE_KEY, Key, Part
 from llava_core.checkpoints.layout import Checkpoint, open_checkpoint
 from llava_core.checkpoints.lora import Lora, open_lora
 from llava_core.checkpoints.shapes import expected_shapes
-from llava_core.checkpoints.weights import first
 from llava_core.config import ModelConfig
 from llava_core.errors import CheckpointError
 
@@ -28,15 +27,14 @@ def check_loadable(checkpoint: Checkpoint, num_tokens: int) -> None:
     `num_tokens` is the size of the tokenizer.
     """
     problems = tensor_problems(checkpoint, stored_tensors(checkpoint.weights))
-    problems += vocabulary_problems(checkpoint, num_tokens)
-    if problems:
-        raise CheckpointError(f"{checkpoint.folder}: {first(problems, 5)}")
+    _raise(problems + vocabulary_problems(checkpoint, num_tokens))
 
 
 def tensor_problems(checkpoint: Checkpoint, stored: Mapping[Key, Stored]) -> list[str]:
     """Everything that is wrong with names and shapes of what is stored, the adapter's among them."""
     problems: list[str] = []
     replaced: dict[Key, Stored] = {}
+    misfits: dict[Key, str] = {}
     if checkpoint.adapter is not None:
         try:
             lora = open_lora(checkpoint.adapter)
@@ -44,25 +42,29 @@ def tensor_problems(checkpoint: Checkpoint, stored: Mapping[Key, Stored]) -> lis
         except CheckpointError as error:
             problems.append(str(error))
         else:
-            problems += _adapter_problems(lora, header, stored)
+            misfits = _misfits(lora, header, stored)
             replaced = {key: Stored(lora.file, name, header[name]) for key, name in lora.replaced.items()}
-    problems += name_problems(checkpoint, replaced)
-    return problems + shape_problems(checkpoint.config, {**stored, **replaced})
+    problems += [*misfits.values(), *name_problems(checkpoint, replaced)]
+    others = {key: each for key, each in stored.items() if key not in misfits}
+    return problems + shape_problems(checkpoint.config, {**others, **replaced})
 
 
 def check_tensors(checkpoint: Path | Checkpoint) -> None:
     """Raise CheckpointError for damaged files, for unknown tensors, and for missing or left-over ones; names alone."""
     opened = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
-    problems = name_problems(opened)
-    if problems:
-        raise CheckpointError(f"{opened.folder}: {first(problems, 5)}")
+    _raise(name_problems(opened))
 
 
 def check_shapes(config: ModelConfig, stored: Mapping[Key, Stored]) -> None:
     """Raise CheckpointError for tensors of another shape than config.json says; reads headers alone."""
-    problems = shape_problems(config, stored)
+    _raise(shape_problems(config, stored))
+
+
+def _raise(problems: list[str], at_most: int = 5) -> None:
+    if len(problems) > at_most:
+        problems = [*problems[:at_most], f"and {len(problems) - at_most} more, which llava inspect lists"]
     if problems:
-        raise CheckpointError(first(problems, 5))
+        raise CheckpointError("; ".join(problems))
 
 
 def name_problems(checkpoint: Checkpoint, replaced: Iterable[Key] = ()) -> list[str]:
@@ -77,11 +79,12 @@ def name_problems(checkpoint: Checkpoint, replaced: Iterable[Key] = ()) -> list[
         names |= {key for key in keys.values() if key.part in weights.parts}
         if unknown:
             problems.append(f"{weights.folder} holds {len(unknown)} tensors of unknown purpose: {', '.join(unknown)}")
-    expected = expected_shapes(checkpoint.config)
+    expected, file = expected_shapes(checkpoint.config), checkpoint.folder / "config.json"
     for part in ("tower", "decoder"):
-        problems += _layer_problems(part, names, expected)
-    problems += [f"{key.part} {key.name} is missing" for key in sorted(set(expected) - names)]
-    return problems + [_left_over(key, checkpoint.config) for key in sorted(names - set(expected) - {HEAD_KEY})]
+        problems += [f"{file} calls for {said}" for said in _layer_problems(part, names, expected)]
+    problems += [f"{key.part} {key.name} is missing, which {file} calls for" for key in sorted(set(expected) - names)]
+    left_over = sorted(names - set(expected) - {HEAD_KEY})
+    return problems + [_left_over(key, checkpoint.config, file) for key in left_over]
 
 
 def shape_problems(config: ModelConfig, stored: Mapping[Key, Stored]) -> list[str]:
@@ -94,18 +97,18 @@ def shape_problems(config: ModelConfig, stored: Mapping[Key, Stored]) -> list[st
     ]
 
 
-def _adapter_problems(lora: Lora, header: Mapping[str, TensorInfo], stored: Mapping[Key, Stored]) -> list[str]:
-    """Every weight that the adapter changes and the base does not have, or has in another shape."""
-    problems = []
+def _misfits(lora: Lora, header: Mapping[str, TensorInfo], stored: Mapping[Key, Stored]) -> dict[Key, str]:
+    """What is to be said of every weight that the adapter changes and the base has in another shape or not at all."""
+    said = {}
     for key, pair in lora.pairs.items():
         shape = (header[pair.up].shape[0], header[pair.down].shape[1])
         found = stored[key].info.shape if key in stored else None
         if found != shape:
-            problems.append(
+            said[key] = (
                 f"{lora.file} changes {key.part} {key.name} of shape {shape}, where the base has {found or 'none'}: it "
                 "is the wrong base, name the right one with --base"
             )
-    return problems
+    return said
 
 
 def vocabulary_problems(checkpoint: Checkpoint, num_tokens: int) -> list[str]:
@@ -127,7 +130,7 @@ def _layer_problems(part: Part, names: Iterable[Key], expected: Iterable[Key]) -
         return []
     differing = ", ".join(f"layer {layer}" for layer in sorted(found ^ wanted))
     kind = "missing are" if wanted - found else "too many are"
-    return [f"config.json calls for {len(wanted)} {part} layers, the files hold {len(found)}; {kind}: {differing}"]
+    return [f"{len(wanted)} {part} layers, the files hold {len(found)}; {kind}: {differing}"]
 
 
 def _layers(part: Part, keys: Iterable[Key]) -> set[int]:
@@ -135,7 +138,7 @@ def _layers(part: Part, keys: Iterable[Key]) -> set[int]:
     return {int(match.group(1)) for match in matches if match}
 
 
-def _left_over(key: Key, config: ModelConfig) -> str:
+def _left_over(key: Key, config: ModelConfig, file: Path) -> str:
     if key == NEWLINE_KEY:
-        return f"image_newline is there, which mm_patch_merge_type {config.merge_type} does not have"
-    return f"{key.part} {key.name} is there, and config.json does not call for it"
+        return f"image_newline is there, which mm_patch_merge_type {config.merge_type} in {file} does not have"
+    return f"{key.part} {key.name} is there, and {file} does not call for it"

@@ -15,10 +15,10 @@ from llava_core.errors import CheckpointError
 from llava_core.fields import Fields, shown
 
 
-def find_base(folder: Path, base: str | Path | None, hub: Hub) -> tuple[Path, Weights]:
-    """The base's folder and weights. Its tower is never taken: the checkpoint's config.json names one."""
+def find_base(folder: Path, base: str | Path | None, hub: Hub, *, takes_tower: bool) -> tuple[Path, Weights]:
+    """The base's folder and weights. Its tower counts only where a trained one is called for."""
     found = hub.find(str(base_name(folder, base)), f"the base of {folder}")
-    weights = find_weights(found, ALL_PARTS - {"tower"})
+    weights = find_weights(found, ALL_PARTS if takes_tower else ALL_PARTS - {"tower"})
     if not has_model(found):
         raise CheckpointError(f"{found}, the base of {folder}, is not a complete model: it holds no weights of its own")
     return found, weights

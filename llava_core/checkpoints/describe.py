@@ -40,10 +40,11 @@ def load_preprocess_config(checkpoint: Checkpoint) -> AnyPreprocessConfig:
     aspect = _original_aspect(checkpoint.settings) if config.dialect == "original" else None
     folder = checkpoint.image_folder or checkpoint.folder
     if aspect is not None and not (folder / "preprocessor_config.json").exists():
-        usual = PreprocessConfig(size=config.tile_size, aspect=aspect, pinpoints=config.pinpoints)
+        usual = PreprocessConfig(size=config.tile_size, aspect=aspect, pinpoints=config.pinpoints, rows_first=True)
         is_siglip = kind == "siglip_vision_model"
         return replace(usual, mean=SIGLIP_MEAN, std=SIGLIP_STD, stretches=True) if is_siglip else usual
     preprocess = read_preprocess_config(folder, aspect=aspect, pinpoints=config.pinpoints)
+    preprocess = replace(preprocess, rows_first=aspect is not None)
     if config.s2_scales:
         return replace(preprocess, size=config.tile_size)
     if preprocess.size != config.tile_size:

@@ -6,24 +6,18 @@ Knows nothing about models, nor where folders come from.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from llava_core.checkpoints.access import denied
 from llava_core.checkpoints.pickles import read_pickled
 from llava_core.checkpoints.safetensors_file import open_safetensors
 from llava_core.errors import CheckpointError
 
 # What is served, asked and evaluated where no checkpoint is named.
 DEFAULT_MODEL = Path(__file__).parents[1] / "default_model"
-
-
-def check_access(folder: Path) -> None:
-    """Raise CheckpointError where this user may not look into a folder that is there."""
-    if not os.access(folder, os.R_OK | os.X_OK):
-        raise CheckpointError(f"{folder} cannot be read: permission denied; give this user access to it")
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:
@@ -33,9 +27,7 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     except FileNotFoundError:
         raise CheckpointError(f"{folder / name} is missing; is this a complete checkpoint?") from None
     except PermissionError:
-        raise CheckpointError(
-            f"{folder / name} cannot be read: permission denied; give this user access to it"
-        ) from None
+        raise denied(folder / name) from None
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{folder / name} cannot be read as JSON: {error}; download it again") from error
     if not isinstance(content, dict):

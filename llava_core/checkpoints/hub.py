@@ -12,7 +12,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llava_core.checkpoints.files import check_access
+from llava_core.checkpoints.access import check_access
 from llava_core.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -49,9 +49,9 @@ class Hub:
         if not self.is_pinned(path_or_id):
             # Not Path.expanduser, which raises for a user there is not.
             path = Path(os.path.expanduser(path_or_id))
-            # Not Path.is_dir, which raises for names that no folder can have, and inside folders that may not be read.
+            check_access(path)
+            # Not Path.is_dir, which raises for names that no folder can have.
             if path_or_id and os.path.isdir(path):
-                check_access(path)
                 return path
             if path.is_absolute() or path_or_id.startswith((".", "~")) or path_or_id.count("/") != 1:
                 raise CheckpointError(
@@ -62,6 +62,16 @@ class Hub:
         folder = self._find_snapshot(path_or_id, role)
         # The hub's client names a snapshot's folder by its revision.
         self.found[path_or_id] = folder.name
+        return folder
+
+    def find_here(self, repo_id: str) -> Path | None:
+        """A hub id's snapshot if it is in the local cache, and may be used; nothing is fetched."""
+        here = Hub(offline=True, revisions=self._revisions)
+        try:
+            folder = here.find(repo_id, "what is here")
+        except CheckpointError:
+            return None
+        self.found |= here.found
         return folder
 
     def _find_snapshot(self, repo_id: str, role: str) -> Path:

@@ -30,7 +30,7 @@ from llava_core.checkpoints.original_config import (
     tower_name,
 )
 from llava_core.checkpoints.towers import BIOVIL, BIOVIL_CONFIG, check_biovil, find_biovil_file, find_tower
-from llava_core.checkpoints.weights import Weights
+from llava_core.checkpoints.weights import Weights, holds, without
 from llava_core.config import JsonObject, ModelConfig, read_llava_hf_config
 from llava_core.errors import CheckpointError
 from llava_core.fields import Fields
@@ -176,7 +176,8 @@ def _open_original(folder: Path, settings: JsonObject, base: str | Path | None, 
     if is_biovil and (rest := find_non_lora(folder)):
         weights += (Weights(folder, from_wrapped, file=rest),)
     config, image_folder, weights = _with_tower(folder, settings, weights, hub)
-    return Checkpoint(folder, settings, with_generation_config(config, folder), weights, folder, image_folder)
+    config, weights = with_generation_config(config, folder), _without_spare_newline(folder, config, weights)
+    return Checkpoint(folder, settings, config, weights, folder, image_folder)
 
 
 def _open_over_base(
@@ -190,7 +191,7 @@ def _open_over_base(
     problems: list[CheckpointError] = []
     below: tuple[Path, Weights] | None = None
     try:
-        below = find_base(folder, base, hub)
+        below = find_base(folder, base, hub, takes_tower=_has_trained_tower(folder, settings))
     except CheckpointError as error:
         problems.append(error)
     try:
@@ -200,7 +201,7 @@ def _open_over_base(
     if problems or below is None:
         raise CheckpointError("; ".join(map(str, problems))) from problems[0]
     check_base(config, folder, below[0])
-    config = with_generation_config(config, below[0])
+    config, weights = with_generation_config(config, below[0]), _without_spare_newline(folder, config, weights)
     return Checkpoint(folder, settings, config, weights, below[0], image_folder, folder if is_lora else None)
 
 
@@ -209,8 +210,7 @@ def _laid_over(below: tuple[Path, Weights] | None, own: Weights) -> tuple[Weight
     if below is None:
         return (own,)
     has_projector = any(key.part == "projector" for key in own.keys().values())
-    base = replace(below[1], parts=below[1].parts - {"projector"}) if has_projector else below[1]
-    return base, own
+    return *(without([below[1]], "projector") if has_projector else [below[1]]), own
 
 
 def _open_adapter(folder: Path, base: str | Path | None, hub: Hub) -> Checkpoint:
@@ -233,16 +233,15 @@ def _with_tower(
 ) -> tuple[ModelConfig, Path | None, tuple[Weights, ...]]:
     """The configuration with its tower's, where pictures' settings are, and the weights with the tower's.
 
-    As in the original code a tower inside the checkpoint counts if it was trained (`unfreeze_mm_vision_tower`); one
-    that was not is the one that is named, and the copy inside stands in for it where that cannot be found.
+    As in the original code a tower inside the checkpoint or its base counts if it was trained
+    (`unfreeze_mm_vision_tower`), else the one that is named, for which the copy inside stands in where it is not here.
     """
     with naming(folder / "config.json"):
         name = tower_name(settings)
-        counts = Fields(settings).flag("unfreeze_mm_vision_tower", False)
     if name == BIOVIL:
         return _with_biovil(folder, settings, weights)
-    has_own = any(key.part == "tower" for key in weights[-1].sorted_keys()[0].values())
-    is_inside = has_own and counts
+    has_own = holds(weights, "tower")
+    is_inside = has_own and _has_trained_tower(folder, settings)
     try:
         source = find_tower(name, folder, is_inside=is_inside, hub=hub)
     except CheckpointError:
@@ -256,7 +255,21 @@ def _with_tower(
     if is_inside or source.folder is None:
         return config, source.folder, weights
     tower = Weights(source.folder, from_tower)
-    return config, source.folder, (tower, *(replace(each, parts=each.parts - {"tower"}) for each in weights))
+    return config, source.folder, (tower, *without(weights, "tower"))
+
+
+def _without_spare_newline(folder: Path, config: ModelConfig, weights: tuple[Weights, ...]) -> tuple[Weights, ...]:
+    """Without an `image_newline` that nothing reads: training a LLaVA-1.6 further as `flat` saves it all the same."""
+    if config.has_newline or not holds(weights, "newline"):
+        return weights
+    logger.info("%s: image_newline is not used with mm_patch_merge_type %s", folder, config.merge_type)
+    return without(weights, "newline")
+
+
+def _has_trained_tower(folder: Path, settings: JsonObject) -> bool:
+    """Whether the tower that counts is among the model's own weights. RaDialog's is where its code puts it."""
+    with naming(folder / "config.json"):
+        return Fields(settings).flag("unfreeze_mm_vision_tower", False) and tower_name(settings) != BIOVIL
 
 
 def _with_biovil(

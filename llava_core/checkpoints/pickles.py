@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from llava_core.checkpoints.access import denied
 from llava_core.errors import CheckpointError
 
 # torch's classes of storages, by the dtype of their numbers.
@@ -63,7 +64,7 @@ def read_pickled(file: Path) -> dict[str, PickledTensor]:
     except FileNotFoundError:
         raise CheckpointError(f"{file} is missing; the checkpoint is incomplete") from None
     except PermissionError:
-        raise CheckpointError(f"{file} cannot be read: permission denied; give this user access to it") from None
+        raise denied(file) from None
     except _ForeignObjectError as error:
         raise CheckpointError(
             f"{file} holds objects other than tensors, which could be code and are never run ({error}); convert it to "

@@ -12,6 +12,7 @@ from typing import Literal
 
 from safetensors import SafetensorError, safe_open
 
+from llava_core.checkpoints.access import denied
 from llava_core.errors import CheckpointError
 
 
@@ -27,7 +28,7 @@ def open_safetensors(file: Path, framework: Literal["np", "pt"]) -> Iterator[saf
     except FileNotFoundError:
         # The library says the same of a file that this user may not read.
         if file.exists():
-            raise CheckpointError(f"{file} cannot be read: permission denied; give this user access to it") from None
+            raise denied(file) from None
         raise CheckpointError(f"{file} is missing; the checkpoint is incomplete") from None
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file} is damaged or truncated ({error}); download it again") from error

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from google.protobuf.message import DecodeError
 from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 
+from llava_core.checkpoints.access import denied
 from llava_core.checkpoints.tokenizer_settings import AddedToken, TokenizerSettings, read_tokenizer_settings
 from llava_core.errors import CheckpointError
 
@@ -65,7 +67,7 @@ class SentencePieceBackend:
     def add_special(self, text: str) -> None:
         """A new special token with the next free id; nothing for one that is there."""
         known = self.token_id(text)
-        self._added[text] = AddedToken(self.num_tokens if known is None else known, is_special=True)
+        self._added[text] = AddedToken(self.num_tokens if known is None else known, is_special=True, is_named=True)
 
     def encode(self, text: str) -> Sequence[Token]:
         """(id, start, end) per token, without framing."""
@@ -80,8 +82,8 @@ class SentencePieceBackend:
             is_first = index == 0 and not self._is_legacy
             tokens += self._encode_piece(piece, start, prefix=_SPACE if is_first else "")
         opening = pieces[0][2] if pieces else None
-        if not self._is_legacy and opening is not None and not opening.is_special:
-            # The space that begins every text is dropped before special tokens, and before no others.
+        if not self._is_legacy and opening is not None and not opening.is_named:
+            # The space that begins every text is dropped before tokens of a role, and before no others.
             return [*self._encode_piece("", 0, prefix=_SPACE), *tokens]
         return tokens
 
@@ -139,6 +141,8 @@ def _load(file: Path, *, adds_space: bool) -> SentencePieceProcessor:
         if not adds_space:
             content.normalizer_spec.add_dummy_prefix = False
         return SentencePieceProcessor(model_proto=content.SerializeToString())
+    except PermissionError:
+        raise denied(file) from None
     except (OSError, ValueError, RuntimeError, DecodeError) as error:
         raise CheckpointError(f"{file} cannot be read ({type(error).__name__}: {error}); download it again") from error
 
@@ -149,9 +153,10 @@ def _added_tokens(settings: TokenizerSettings, model: SentencePieceProcessor) ->
     added = dict(settings.numbered)
     for text in settings.special:
         if text in added and added[text].is_special:
+            added[text] = replace(added[text], is_named=True)
             continue
         number = added[text].id if text in added else model.piece_to_id(text)
         if text not in added and model.id_to_piece(number) != text:
             number = max([model.get_piece_size() - 1, *(token.id for token in added.values())]) + 1
-        added[text] = AddedToken(int(number), is_special=True)
+        added[text] = AddedToken(int(number), is_special=True, is_named=True)
     return added

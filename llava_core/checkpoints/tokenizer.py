@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 
+from llava_core.checkpoints.access import denied
 from llava_core.checkpoints.files import naming, read_json
 from llava_core.checkpoints.layout import Checkpoint, open_checkpoint
 from llava_core.checkpoints.original_config import is_original_config
@@ -160,6 +161,8 @@ def read_tokenizer(kind: type[PreTrainedTokenizerFast], folder: Path) -> PreTrai
     file = folder / ("tokenizer.json" if (folder / "tokenizer.json").exists() else "tokenizer.model")
     try:
         loaded: PreTrainedTokenizerFast = kind.from_pretrained(folder, local_files_only=True)
+    except PermissionError:
+        raise denied(file) from None
     # The tokenizers library raises Exception itself, and nothing else.
     except Exception as error:
         raise CheckpointError(f"{file} cannot be read ({type(error).__name__}: {error}); download it again") from error

@@ -21,12 +21,16 @@ _DEFAULTS = {"bos_token": ["<s>"], "eos_token": ["</s>"], "unk_token": ["<unk>"]
 
 @dataclass(frozen=True)
 class AddedToken:
-    """A token that is cut out of the text before anything else; the strips take white space from its neighbours."""
+    """A token that is cut out of the text before anything else; the strips take white space from its neighbours.
+
+    `is_named` are those that play a part, such as EOS or `additional_special_tokens`, and those that loading adds.
+    """
 
     id: int
     is_special: bool
     strips_left: bool = False
     strips_right: bool = False
+    is_named: bool = False
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llava_core.architectures import read_tower
-from llava_core.checkpoints.files import check_access, has_model, naming, read_json
+from llava_core.checkpoints.access import check_access
+from llava_core.checkpoints.files import has_model, naming, read_json
 from llava_core.checkpoints.hub import Hub
 from llava_core.config import BIOVIL_T, JsonObject
 from llava_core.errors import CheckpointError
@@ -57,8 +58,11 @@ def find_tower(name: str, checkpoint: Path, *, is_inside: bool, hub: Hub) -> Tow
     the field when it is neither, or when what it names is no tower.
     """
     folder = None if hub.is_pinned(name) else local_folder(name, checkpoint)
-    if folder is None and is_inside and name in KNOWN_TOWERS:
-        return TowerSource(KNOWN_TOWERS[name], None)
+    if folder is None and is_inside and name in KNOWN_TOWERS and not hub.is_pinned(name):
+        # What is here may differ from what is usual.
+        folder = hub.find_here(name)
+        if folder is None or not (folder / "config.json").exists():
+            return TowerSource(KNOWN_TOWERS[name], None)
     if folder is None and not _ON_THE_HUB.search(name):
         raise CheckpointError(
             f"{checkpoint / 'config.json'}: mm_vision_tower {shown(name)} is unknown: it is neither a folder here nor "
@@ -94,15 +98,12 @@ def local_folder(name: str, checkpoint: Path) -> Path | None:
     candidates = [Path(name), checkpoint / name, checkpoint.parent / name]
     if Path(name).is_absolute():
         candidates += [checkpoint / Path(name).name, checkpoint.parent / Path(name).name]
-    found = next((path for path in candidates if path != checkpoint and _may_be_tower(path)), None)
-    if found is not None:
-        check_access(found)
-    return found
-
-
-def _may_be_tower(path: Path) -> bool:
-    """Not Path's own questions, which raise for names that no folder can have, and where nobody may look."""
-    return os.path.exists(path / "config.json") or (os.path.isdir(path) and not os.access(path, os.X_OK))
+    for path in candidates:
+        check_access(path)
+        # Not Path.exists, which raises for names that no folder can have.
+        if path != checkpoint and os.path.exists(path / "config.json"):
+            return path
+    return None
 
 
 def _vision_part(fields: Fields) -> JsonObject:

@@ -5,7 +5,8 @@ Knows nothing about layouts: who lays which weights over which is layout.py's bu
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -62,6 +63,18 @@ def find_weights(folder: Path, parts: frozenset[Part] = ALL_PARTS) -> Weights:
     """A folder's own weights, whether or not it is a whole LLaVA: a text-only decoder has the originals' names."""
     is_llava_hf = isinstance(read_json(folder, "config.json").get("vision_config"), dict)
     return Weights(folder, from_llava_hf if is_llava_hf else from_original, parts)
+
+
+def holds(weights: Iterable[Weights], part: Part) -> bool:
+    """Whether any of them has tensors of this part that are taken from it. Unknown names do not matter."""
+    return any(
+        part in each.parts and any(key.part == part for key in each.sorted_keys()[0].values()) for each in weights
+    )
+
+
+def without(weights: Iterable[Weights], part: Part) -> tuple[Weights, ...]:
+    """The same, this part taken from none of them."""
+    return tuple(replace(each, parts=each.parts - {part}) for each in weights)
 
 
 def first(names: list[str], count: int = 10) -> str:

@@ -84,8 +84,6 @@ class Admission:
 
     def _check_tokens(self, request: EngineRequest) -> None:
         sampling, scored = request.sampling, request.score_from
-        if not request.prompt_ids:
-            raise RequestError("the prompt is empty", param="messages")
         given = {*request.prompt_ids} - {IMAGE_TOKEN_ID} | {*request.output_ids}
         named = {*sampling.stop_token_ids, *(token for token, _ in sampling.logit_bias)}
         for token in (*given, *named):

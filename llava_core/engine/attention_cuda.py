@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from inspect import signature
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,7 +55,7 @@ class CudaBatch:
 
         # Else the splits, and so the roundings, of one request would follow the longest in the batch. Older versions
         # of torch know no splits.
-        fixed = {"num_splits": 1} if "num_splits" in signature(varlen_attn).parameters else {}
+        fixed: dict[str, Any] = {"num_splits": 1} if "num_splits" in signature(varlen_attn).parameters else {}
         self._cache.write(layer, self._slots, key, value)
         seen = varlen_attn(
             query,

@@ -197,7 +197,7 @@ class Engine:
 
     def _fail(self, state: RequestState, error: Exception) -> RequestFailure:
         """End all answers of a request. What it left in the cache is not for others."""
-        logger.error("request %s failed", state.request_id, exc_info=error)
+        logger.error("request %s failed: %s", state.request_id, error)
         if not isinstance(error, LlavaError):
             error = EngineError(f"generation failed: {error}")
         self.pool.disown(state.blocks)
@@ -221,4 +221,5 @@ def _attempt(step: Callable[[], Outcome]) -> Outcome | Exception:
     try:
         return step()
     except Exception as error:
+        logger.exception("a step of the engine failed")
         return error

@@ -15,6 +15,9 @@ from torch import Tensor
 
 from llava_core.types import SamplingParams, TokenLogprob
 
+# Dividing by less would make infinities of logits.
+_GREEDY_BELOW = 1e-5
+
 
 def uniform(seed: int, index: int, position: int) -> float:
     """A number from [0, 1) that only its arguments decide: answer `index` of a seed, token `position` of the answer."""
@@ -28,7 +31,7 @@ def is_finite(logits: Tensor) -> bool:
 
 def choose(logits: Tensor, params: SamplingParams, draw: Callable[[], float]) -> int:
     """A token id from processed `logits` (vocab,); `draw` is asked once for a number in [0, 1) if chance is needed."""
-    if params.temperature == 0:
+    if params.temperature < _GREEDY_BELOW:
         return int(logits.argmax())
     cumulative = filtered_probabilities(logits, params).double().cumsum(-1)
     # Right: a token of probability 0 is never drawn. The last sum may fall short of 1 by rounding.
@@ -77,9 +80,7 @@ def needs_processing(params: SamplingParams, num_output: int) -> bool:
 def filtered_probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
     """Probabilities (vocab,) after temperature, top-k, top-p (nucleus: the smallest set reaching top_p) and min-p (what
     has at least that share of the likeliest token's probability), in this order; on the CPU."""
-    logits = logits.float().cpu()
-    # The largest becomes 0, so that no temperature, however low, makes an infinity of it.
-    logits = (logits - logits.max()) / params.temperature
+    logits = logits.float().cpu() / params.temperature
     if not params.top_k and params.top_p == 1.0:
         return _min_p(logits.softmax(-1), params.min_p)
     ordered, order = logits.sort(descending=True, stable=True)

@@ -13,8 +13,8 @@ from llava_core.engine.blocks import BlockPool
 from llava_core.engine.config import EngineConfig
 from llava_core.engine.request import RequestState
 
-# Tokens for which an answer is given room at a time, so that its blocks lie side by side.
-_GROWTH = 64
+# Blocks that an answer is given at a time, so that they lie side by side, and of how many tokens at most.
+_GROWTH, _GROWTH_TOKENS = 4, 64
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ class Scheduler:
 
     def _allocate(self, state: RequestState, needed: int) -> list[int]:
         """`needed` blocks, which there are, and some for what will follow where there are plenty."""
-        growth = -(-_GROWTH // self.pool.block_size)
+        growth = max(1, min(_GROWTH, _GROWTH_TOKENS // self.pool.block_size))
         ahead = min(needed + growth, self._num_blocks(state.max_length) - len(state.blocks))
         if self.pool.num_available - ahead < self.pool.num_blocks // 2:
             ahead = needed
@@ -166,6 +166,8 @@ class Scheduler:
         those that write are scheduled by importance, and those that read never lack room."""
         victim = self.running.pop()
         self._give_back(victim)
+        # They will be computed again.
+        victim.prompt_logprobs.clear()
         self.num_preemptions += 1
         victim.num_preemptions += 1
         insort(self.waiting, victim, key=_rank)
@@ -175,8 +177,6 @@ class Scheduler:
         self.pool.release(state.blocks)
         state.blocks = []
         state.num_computed = state.num_published = 0
-        # They will be computed again.
-        state.prompt_logprobs.clear()
 
 
 def _rank(state: RequestState) -> tuple[int, int]:

@@ -35,7 +35,7 @@ def preprocess_biovil(image: Image.Image, config: BioVilPreprocessConfig) -> npt
     Raises ValueError for a picture of any other mode.
     """
     grey = stretch_contrast(image).convert("L")
-    grey = resize_shortest_edge(grey, config.resize, Image.Resampling.BILINEAR)
+    grey = resize_shortest_edge(grey, config.resize, Image.Resampling.BILINEAR, rows_first=True)
     tile = np.asarray(_centre_crop(grey, config.size), np.uint8)
     return np.repeat(tile[None, :, :, None], 3, axis=3)
 

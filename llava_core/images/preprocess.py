@@ -29,7 +29,8 @@ class PreprocessConfig:
     `aspect` is LLaVA's `image_aspect_ratio`: `pad` fills up to a square with the mean colour, `crop` resizes the
     shortest edge and cuts the centre square out, which is what CLIP itself does, `anyres` makes an overview and tiles
     of the best of the `pinpoints`. With `stretches` a picture is resized to the square, as SigLIP's processor does.
-    `jitter` draws LLaVA-Med's offset of the padding, by one pixel, from the picture's own pixels.
+    `jitter` draws LLaVA-Med's offset of the padding, by one pixel, from the picture's own pixels. `rows_first` resizes
+    as the original code's Pillow does (see `resize`).
     """
 
     size: int
@@ -40,6 +41,7 @@ class PreprocessConfig:
     pinpoints: tuple[Size, ...] = ()
     stretches: bool = False
     jitter: bool = False
+    rows_first: bool = False
 
     def __post_init__(self) -> None:
         if self.size < 1:
@@ -70,8 +72,9 @@ def preprocess(image: Image.Image, config: PreprocessConfig) -> npt.NDArray[np.u
 def _fit(image: Image.Image, config: PreprocessConfig) -> npt.NDArray[np.uint8]:
     """What the tower's own processor does: uint8 (size, size, 3)."""
     if config.stretches:
-        return np.asarray(image.resize((config.size, config.size), config.resample), np.uint8)
-    image = resize_shortest_edge(image, config.size, config.resample)
+        square = resize(image, (config.size, config.size), config.resample, rows_first=config.rows_first)
+        return np.asarray(square, np.uint8)
+    image = resize_shortest_edge(image, config.size, config.resample, rows_first=config.rows_first)
     return np.asarray(centre_crop(image, config.size), np.uint8)
 
 
@@ -79,7 +82,7 @@ def cut_tiles(image: Image.Image, config: PreprocessConfig) -> list[Image.Image]
     """The picture squeezed to one tile, then its best resolution cut into tiles row by row, on black."""
     size = Size(*image.size)
     best = best_resolution(size, config.pinpoints)
-    scaled = image.resize(scaled_size(size, best), Image.Resampling.BICUBIC)
+    scaled = resize(image, scaled_size(size, best), Image.Resampling.BICUBIC, rows_first=config.rows_first)
     canvas = Image.new("RGB", best, (0, 0, 0))
     canvas.paste(scaled, ((best.width - scaled.width) // 2, (best.height - scaled.height) // 2))
     tiles = [
@@ -87,7 +90,8 @@ def cut_tiles(image: Image.Image, config: PreprocessConfig) -> list[Image.Image]
         for y in range(0, best.height, config.size)
         for x in range(0, best.width, config.size)
     ]
-    return [image.resize((config.size, config.size), Image.Resampling.BICUBIC), *tiles]
+    square = (config.size, config.size)
+    return [resize(image, square, Image.Resampling.BICUBIC, rows_first=config.rows_first), *tiles]
 
 
 def _jitter(image: Image.Image) -> int:
@@ -107,13 +111,26 @@ def pad_to_square(image: Image.Image, colour: tuple[int, int, int], *, shift: in
     return square
 
 
-def resize_shortest_edge(image: Image.Image, size: int, resample: Image.Resampling) -> Image.Image:
+def resize(image: Image.Image, size: tuple[int, int], resample: Image.Resampling, *, rows_first: bool) -> Image.Image:
+    """The picture at `size`, in whichever order of the two axes the installed Pillow takes, or rows first.
+
+    Values are rounded after each axis, so the order shows. Pillow took rows first until version 13, which begins with
+    the columns of some pictures that are higher than wide.
+    """
+    if rows_first:
+        image = image.resize((size[0], image.height), resample)
+    return image.resize(size, resample)
+
+
+def resize_shortest_edge(
+    image: Image.Image, size: int, resample: Image.Resampling, *, rows_first: bool = False
+) -> Image.Image:
     """Scaled so that the shorter side is `size`; the longer one is rounded down, as CLIP's processor does."""
     width, height = image.size
     short, long = min(width, height), max(width, height)
     scaled = int(size * long / short)
     target = (size, scaled) if width <= height else (scaled, size)
-    return image if target == image.size else image.resize(target, resample)
+    return image if target == image.size else resize(image, target, resample, rows_first=rows_first)
 
 
 def centre_crop(image: Image.Image, size: int) -> Image.Image:

@@ -19,7 +19,7 @@ from torch import Tensor
 from llava_core.checkpoints.accounting import check_shapes, check_tensors
 from llava_core.checkpoints.contents import Stored, stored_tensors
 from llava_core.checkpoints.describe import load_preprocess_config
-from llava_core.checkpoints.files import read_json
+from llava_core.checkpoints.files import naming, read_json
 from llava_core.checkpoints.headers import TensorInfo
 from llava_core.checkpoints.keymaps import VOCABULARY_KEYS, Key, to_llava_hf, to_original, to_tower
 from llava_core.checkpoints.layout import Checkpoint, open_checkpoint
@@ -155,7 +155,8 @@ def _write_tower(
 def _kept_settings(kept: Path, config: ModelConfig) -> JsonObject:
     """The original's own config.json, if the model is still the one that it describes."""
     settings = read_json(kept, "config.json")
-    was = read_original_config(settings, config.vision.architecture)
+    with naming(kept / "config.json"):
+        was = read_original_config(settings, config.vision.architecture)
     before, now = _shape(was), _shape(config)
     for field in before:
         if before[field] != now[field]:

@@ -271,6 +271,8 @@ def as_text(report: Report) -> str:
 def _lines(values: Report, indent: str) -> Iterable[str]:
     for name, value in values.items():
         if isinstance(value, dict):
+            if not value:
+                continue
             yield f"{indent}{name}:"
             yield from _lines(value, indent + "  ")
         elif value not in (None, []):

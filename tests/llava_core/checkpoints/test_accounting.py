@@ -121,3 +121,17 @@ def test_a_damaged_adapter_hides_nothing_else(tmp_path: Path, checkpoint_copy: P
     (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"no adapter_model\.safetensors or \.bin.*the tokenizer has 1000 tokens"):
         check_loadable(checkpoint, 1000)
+
+
+def test_a_base_of_another_shape_is_told_once_for_each_weight(tmp_path: Path) -> None:
+    original = write_original(tmp_path, Kind(layout="lora"))
+    assert original.base is not None
+    tensors = load_file(original.base / "model.safetensors")
+    names = [name for name in tensors if name.endswith("proj.weight")]
+    save_file({**tensors, **{name: torch.zeros(3, 3) for name in names}}, original.base / "model.safetensors")
+    with pytest.raises(CheckpointError) as caught:
+        check_loadable(open_checkpoint(original.folder, original.base), original.num_tokens)
+    *told, more = str(caught.value).split("; ")
+    assert len(set(told)) == 5
+    assert all("it is the wrong base, name the right one with --base" in each for each in told)
+    assert more == f"and {len(names) - 5} more, which llava inspect lists"

@@ -27,17 +27,18 @@ def test_a_base_without_a_name_is_asked_for(tmp_path: Path, named: object) -> No
         base_name(tmp_path, None)
 
 
-def test_all_of_a_base_is_taken_but_its_tower(tmp_path: Path) -> None:
+def test_all_of_a_base_is_taken_but_its_tower_only_where_it_was_trained(tmp_path: Path) -> None:
     whole = write_original(tmp_path, Kind(tower_inside=True)).folder
-    found, weights = find_base(tmp_path, whole, Hub())
+    found, weights = find_base(tmp_path, whole, Hub(), takes_tower=False)
     assert found == weights.folder == whole
     assert weights.parts == {"projector", "decoder", "newline"}
+    assert find_base(tmp_path, whole, Hub(), takes_tower=True)[1].parts == {*weights.parts, "tower"}
 
 
 def test_a_base_without_weights_of_its_own_is_named(tmp_path: Path) -> None:
     projector = write_original(tmp_path, Kind(layout="projector")).folder
     with pytest.raises(CheckpointError, match=f"{projector}, the base of /x, is not a complete model"):
-        find_base(Path("/x"), projector, Hub())
+        find_base(Path("/x"), projector, Hub(), takes_tower=False)
 
 
 def test_a_base_of_another_size_is_named_with_both_numbers(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What a folder is: every layout is told by its files and fields, and what is missing or wrong is named at once."""
 
+import logging
 import shutil
 from pathlib import Path
 
@@ -175,6 +176,21 @@ def test_a_tower_that_was_not_trained_is_the_one_that_is_named(tmp_path: Path) -
     assert not torch.equal(named[name], inside[name])
 
 
+@pytest.mark.parametrize("layout", ["lora", "projector"])
+def test_what_is_trained_over_a_base_with_a_trained_tower_sees_with_it(tmp_path: Path, layout: str) -> None:
+    base = write_original(tmp_path / "whole", ANYRES, seed=1)
+    original = write_original(tmp_path / "over", Kind(layout=layout))
+    edit_json(original.folder / "config.json", lambda config: config.update(unfreeze_mm_vision_tower=True))
+    name = "model.embeddings.class_embedding"
+    theirs = base.tower["vision_model.embeddings.class_embedding"]
+    checkpoint = open_checkpoint(original.folder, base.folder, offline=True)
+    check_tensors(checkpoint)
+    assert torch.equal(load_tower(checkpoint, FP32).state_dict()[name], theirs)
+    edit_json(original.folder / "config.json", lambda config: config.update(unfreeze_mm_vision_tower=False))
+    frozen = open_checkpoint(original.folder, base.folder, offline=True)
+    assert not torch.equal(load_tower(frozen, FP32).state_dict()[name], theirs)
+
+
 def rewrite(original: Original, **changes: torch.Tensor | None) -> None:
     """Change, add or (None) drop tensors of the single file; names with dots written with double underscores."""
     file = original.folder / "model.safetensors"
@@ -222,11 +238,22 @@ def test_an_added_key_is_named(tmp_path: Path, name: str) -> None:
         check_tensors(opened(original))
 
 
-def test_a_newline_where_none_belongs_is_named(tmp_path: Path) -> None:
-    original = write_original(tmp_path, Kind())
+def test_a_newline_that_nothing_reads_is_left_and_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    original = write_original(tmp_path, Kind(aspect="anyres"))
     rewrite(original, model__image_newline=torch.zeros(32))
+    with caplog.at_level(logging.INFO):
+        check_tensors(opened(original))
+    assert "image_newline is not used with mm_patch_merge_type flat" in caplog.text
+    load(original)
+
+
+def test_a_newline_where_none_belongs_is_named(checkpoint_copy: Path) -> None:
+    file = checkpoint_copy / "model.safetensors"
+    save_file({**load_file(file), "image_newline": torch.zeros(32)}, file)
     with pytest.raises(CheckpointError, match="must not hold image_newline"):
-        load(original)
+        load_language_side(checkpoint_copy, FP32)
+    with pytest.raises(CheckpointError, match="image_newline is there, which mm_patch_merge_type flat in"):
+        check_tensors(checkpoint_copy)
 
 
 def test_a_truncated_shard_is_named(tmp_path: Path) -> None:

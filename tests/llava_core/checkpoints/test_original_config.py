@@ -4,6 +4,7 @@ import copy
 from typing import Any
 
 import pytest
+from transformers import AutoConfig
 
 from llava_core.checkpoints.original_config import (
     check_image_pooling,
@@ -49,6 +50,7 @@ LLAVA_1_6 = {
     "intermediate_size": 14336,
     "max_position_embeddings": 32768,
     "rope_theta": 1000000.0,
+    "sliding_window": None,
     "image_aspect_ratio": "anyres",
     "image_grid_pinpoints": PINPOINTS,
     "mm_patch_merge_type": "spatial_unpad",
@@ -78,6 +80,15 @@ def test_llava_1_6_is_read_width_first() -> None:
     assert config.has_newline
     text = {**LLAVA_1_6, "image_grid_pinpoints": str([tuple(pair) for pair in PINPOINTS])}
     assert read_original_config(text, TOWER) == config
+
+
+def test_a_window_of_null_is_none_and_no_word_about_it_is_the_usual_one() -> None:
+    config = read_original_config(LLAVA_1_6, TOWER)
+    for text in (config.text, original_json(config, "tower", "anyres")):
+        decoder: Any = AutoConfig.for_model(**{**text, "model_type": "mistral"})
+        assert decoder.sliding_window is None
+    silent = {name: value for name, value in LLAVA_1_6.items() if name != "sliding_window"}
+    assert "sliding_window" not in read_original_config(silent, TOWER).text
 
 
 def test_radialog_is_read_whatever_its_fields_say_about_layers() -> None:
@@ -111,7 +122,8 @@ def test_a_window_that_is_null_is_none_at_all_and_stays_so() -> None:
     config = read_original_config({**LLAVA_1_6, "sliding_window": None}, TOWER)
     assert config.text["sliding_window"] is None
     assert original_json(config, "tower", "anyres")["sliding_window"] is None
-    assert "sliding_window" not in read_original_config(LLAVA_1_6, TOWER).text
+    silent = {name: value for name, value in LLAVA_1_6.items() if name != "sliding_window"}
+    assert "sliding_window" not in read_original_config(silent, TOWER).text
 
 
 def test_pinpoints_count_for_anyres_alone() -> None:

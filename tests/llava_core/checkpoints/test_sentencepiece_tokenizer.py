@@ -44,6 +44,14 @@ def test_a_text_that_begins_with_a_special_token_has_no_space_before_it(tmp_path
     assert pieces(backend(tmp_path, legacy=True), "</s>a") == ["</s>", *pieces(backend(tmp_path), "a")]
 
 
+def test_only_a_special_token_of_a_role_takes_the_space_before_it(tmp_path: Path) -> None:
+    """As transformers 4.37 had it: a token that is merely marked special keeps the space."""
+    end = {str(SP_SIZE): {"content": "<im_end>", "special": True}}
+    assert pieces(backend(tmp_path, legacy=False, added_tokens_decoder=end), "<im_end>a") == ["▁", str(SP_SIZE), "a"]
+    named = backend(tmp_path, legacy=False, added_tokens_decoder=end, additional_special_tokens=["<im_end>"])
+    assert pieces(named, "<im_end>a") == [str(SP_SIZE), "a"]
+
+
 def test_added_tokens_keep_their_ids_and_new_ones_come_after_them(tmp_path: Path) -> None:
     (tmp_path / "added_tokens.json").write_text(json.dumps({"<im_start>": SP_SIZE, "[PAD]": SP_SIZE + 1}))
     tokenizer = backend(tmp_path, pad_token="[PAD]")

@@ -10,6 +10,7 @@ from llava_core.checkpoints.hub import Hub
 from llava_core.checkpoints.towers import BIOVIL_FILE, KNOWN_TOWERS, check_biovil, find_biovil_file, find_tower
 from llava_core.errors import CheckpointError
 from llava_core.vision.biovil_keys import tensor_names
+from tests.hub import fill_cache, use_cache
 from tests.original import TOWER_CONFIG
 
 
@@ -43,9 +44,33 @@ def test_a_whole_clip_is_read_for_its_vision_half(tmp_path: Path, checkpoint: Pa
 
 
 @pytest.mark.parametrize("name", sorted(KNOWN_TOWERS))
-def test_known_towers_need_no_files_where_the_weights_are_inside(checkpoint: Path, name: str) -> None:
+@pytest.mark.parametrize("is_begun", [False, True])
+def test_known_towers_need_no_files_where_the_weights_are_inside(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, checkpoint: Path, name: str, *, is_begun: bool
+) -> None:
+    """Nor when a download of them was begun and its config.json has not come."""
+    use_cache(monkeypatch, tmp_path / "cache")
+    if is_begun:
+        (tmp_path / "begun").mkdir()
+        fill_cache(tmp_path / "cache", name, {"a" * 40: tmp_path / "begun"})
     source = find_tower(name, checkpoint, is_inside=True, hub=Hub(offline=True))
     assert (source.config, source.folder) == (KNOWN_TOWERS[name], None)
+
+
+def test_a_known_tower_that_is_here_is_what_it_says_to_every_replica(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, checkpoint: Path
+) -> None:
+    use_cache(monkeypatch, tmp_path / "cache")
+    name, revision = "openai/clip-vit-large-patch14", "a" * 40
+    here = write_tower(tmp_path / "here", {**TOWER_CONFIG, "hidden_act": "gelu"}, weights=False)
+    fill_cache(tmp_path / "cache", name, {revision: here})
+    hub = Hub()
+    source = find_tower(name, checkpoint, is_inside=True, hub=hub)
+    assert source.config["hidden_act"] == "gelu"
+    assert hub.found == {name: revision}
+    assert find_tower(name, checkpoint, is_inside=True, hub=Hub(revisions=hub.found)) == source
+    # Where the one that chose had none, nobody looks.
+    assert find_tower(name, checkpoint, is_inside=True, hub=Hub(revisions={})).folder is None
 
 
 @pytest.mark.parametrize("name", ["/no/such/tower", "tower", "nobody/nothing", "biovil_t"])

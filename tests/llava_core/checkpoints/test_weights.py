@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from llava_core.checkpoints.keymaps import Key, from_llava_hf, from_original
-from llava_core.checkpoints.weights import Weights, find_weights, first
+from llava_core.checkpoints.weights import Weights, find_weights, first, holds, without
 from llava_core.errors import CheckpointError
 from tests.tiny import write_json
 
@@ -35,6 +35,15 @@ def test_a_folders_own_weights_are_read_as_its_configuration_says(tiny_checkpoin
     assert find_weights(tiny_checkpoint).key_map is from_llava_hf
     write_json(tmp_path / "config.json", {"model_type": "llama"})
     assert find_weights(tmp_path, frozenset({"decoder"})) == Weights(tmp_path, from_original, frozenset({"decoder"}))
+
+
+def test_a_part_is_held_where_it_is_taken_from(tmp_path: Path) -> None:
+    save_file({"model.norm.weight": torch.zeros(1), "surplus": torch.zeros(1)}, tmp_path / "model.safetensors")
+    weights = (Weights(tmp_path, from_original),)
+    assert holds(weights, "decoder")
+    assert not holds(weights, "tower")
+    assert not holds(without(weights, "decoder"), "decoder")
+    assert without(weights, "decoder")[0].parts == {"tower", "projector", "newline"}
 
 
 def test_long_lists_are_cut_short() -> None:

@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import CLIPImageProcessorPil, LlavaImageProcessorPil
 
-from llava_core.images.preprocess import PreprocessConfig, centre_crop, pad_to_square, preprocess, resize_shortest_edge
+from llava_core.images.preprocess import (
+    Aspect,
+    PreprocessConfig,
+    centre_crop,
+    pad_to_square,
+    preprocess,
+    resize_shortest_edge,
+)
+from llava_core.types import Size
 from llava_core.vision.clip import normalise
 
 SIDE = 28
@@ -66,6 +74,22 @@ def test_a_picture_of_the_right_size_is_not_touched() -> None:
     image = noise(SIDE, SIDE)
     assert preprocess(image, PreprocessConfig(size=SIDE, aspect="crop"))[0].tobytes() == image.tobytes()
     assert preprocess(image, PreprocessConfig(size=SIDE))[0].tobytes() == image.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("aspect", "pixels"),
+    [
+        ("crop", "82837d85867788847b7b8a82"),
+        ("anyres", "7f857b84857a8c7a797d818879857888837786877a82867e86787e7d8485907c737e7d89"),
+    ],
+)
+def test_rows_first_is_what_pillow_10_made_of_a_high_picture(aspect: Aspect, pixels: str) -> None:
+    """The pixels were recorded with Pillow 10.4, which the original code ran on; 13 takes the columns first."""
+    rows, columns, channels = np.mgrid[0:17, 0:6, 0:3]
+    image = Image.fromarray(((columns * 37 + rows * 59 + channels * 83) % 256).astype(np.uint8))
+    pinpoints = (Size(2, 4),) if aspect == "anyres" else ()
+    tiles = preprocess(image, PreprocessConfig(size=2, aspect=aspect, pinpoints=pinpoints, rows_first=True))
+    assert tiles.tobytes().hex() == pixels
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from llava_core.errors import PromptTooLongError
+from llava_core.errors import PromptTooLongError, RequestError
 from llava_core.prompts.budget import token_budget
 
 
@@ -28,3 +28,9 @@ def test_a_prompt_without_room_is_refused(length: int) -> None:
     with pytest.raises(PromptTooLongError, match=f"{length} tokens.*512") as caught:
         token_budget(length, None, 512)
     assert (caught.value.param, caught.value.code) == ("messages", "context_length_exceeded")
+
+
+def test_an_empty_prompt_is_refused() -> None:
+    with pytest.raises(RequestError, match="the prompt is empty") as caught:
+        token_budget(0, 5, 512)
+    assert caught.value.param == "messages"
