@@ -64,12 +64,17 @@ class Hub:
         self.found[path_or_id] = folder.name
         return folder
 
-    def find_here(self, repo_id: str) -> Path | None:
-        """A hub id's snapshot if it is in the local cache, and may be used; nothing is fetched."""
+    def find_here(self, repo_id: str, needs: str) -> Path | None:
+        """A snapshot that is in the local cache with the file that it `needs`, and may be used; nothing is fetched.
+
+        One without that file, as a download that was begun leaves, is not found: no revision of it is handed on.
+        """
         here = Hub(offline=True, revisions=self._revisions)
         try:
             folder = here.find(repo_id, "what is here")
         except CheckpointError:
+            return None
+        if not (folder / needs).exists():
             return None
         self.found |= here.found
         return folder

@@ -60,8 +60,8 @@ def find_tower(name: str, checkpoint: Path, *, is_inside: bool, hub: Hub) -> Tow
     folder = None if hub.is_pinned(name) else local_folder(name, checkpoint)
     if folder is None and is_inside and name in KNOWN_TOWERS and not hub.is_pinned(name):
         # What is here may differ from what is usual.
-        folder = hub.find_here(name)
-        if folder is None or not (folder / "config.json").exists():
+        folder = hub.find_here(name, "config.json")
+        if folder is None:
             return TowerSource(KNOWN_TOWERS[name], None)
     if folder is None and not _ON_THE_HUB.search(name):
         raise CheckpointError(

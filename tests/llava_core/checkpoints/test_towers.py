@@ -53,8 +53,12 @@ def test_known_towers_need_no_files_where_the_weights_are_inside(
     if is_begun:
         (tmp_path / "begun").mkdir()
         fill_cache(tmp_path / "cache", name, {"a" * 40: tmp_path / "begun"})
-    source = find_tower(name, checkpoint, is_inside=True, hub=Hub(offline=True))
+    hub = Hub(offline=True)
+    source = find_tower(name, checkpoint, is_inside=True, hub=hub)
     assert (source.config, source.folder) == (KNOWN_TOWERS[name], None)
+    # Every replica does without them, too.
+    assert hub.found == {}
+    assert find_tower(name, checkpoint, is_inside=True, hub=Hub(offline=True, revisions=hub.found)) == source
 
 
 def test_a_known_tower_that_is_here_is_what_it_says_to_every_replica(
