@@ -1,8 +1,10 @@
-"""`python -m benchmarks` runs to its end and measures what it says."""
+"""The benchmarks run to their ends and measure what they say."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,3 +30,26 @@ def test_a_short_run_measures_everything(tmp_path: Path, monkeypatch: pytest.Mon
     assert results["service, 8 clients"]["requests"] == 4
     assert results["engine in process, 1 client"]["first_ms"] > 0
     assert results["graph"]["added_over_empty"] > 0
+
+
+def run_module(module: str, folder: Path, *options: str) -> dict[str, Any]:
+    figures = folder / "figures.json"
+    command = [sys.executable, "-m", f"benchmarks.{module}", *options, "--json", str(figures)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    results: dict[str, Any] = json.loads(figures.read_text())
+    return results
+
+
+def test_the_engine_is_measured_beside_transformers(tmp_path: Path) -> None:
+    results = run_module("engine", tmp_path, "--size", "tiny", "--rounds", "1", "--threads", "1")
+    for work in ("1 request, new picture", "8 requests, new pictures", "8 requests, 2 pictures"):
+        assert results[work]["engine"]["tokens_per_s"] > 0
+        assert results[work]["transformers generate"]["tokens_per_s"] > 0
+
+
+def test_a_short_soak_sets_requests_back_and_fails_none(tmp_path: Path) -> None:
+    results = run_module("soak", tmp_path, "--steps", "400")
+    assert results["finished"] > 0
+    assert results["failed"] == 0
+    assert len(results["resident_mib"]) == 20

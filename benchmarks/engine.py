@@ -1,0 +1,184 @@
+"""The engine in this process beside transformers' generate, on the same random weights; encoding is left out.
+
+    python -m benchmarks.engine [--rounds 3] [--size mid] [--dtype bfloat16] [--threads N] [--json FILE]
+
+`mid` is a decoder of 24 layers of 1,024, as long prompts as LLaVA-1.5's (576 image tokens); `tiny` shows what the
+bookkeeping costs. Requests begin with the same system text. All contenders take turns in every round, and medians are
+given; the same without packed weights shows what packing brings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import time
+import zlib
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.__main__ import describe_machine
+from llava_core.checkpoints.files import DEFAULT_MODEL
+from llava_core.checkpoints.layout import open_checkpoint
+from llava_core.engine.config import EngineConfig
+from llava_core.engine.engine import Engine
+from llava_core.models.language import LanguageSide
+from llava_core.models.packed import pack_linears
+from llava_core.prompts.tokenize import IMAGE_TOKEN_ID
+from llava_core.types import EngineRequest, ImageFeatures, SamplingParams, TokenDelta
+
+SHAPES = {
+    "mid": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 24, "vocab_size": 32000},
+    "tiny": {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "vocab_size": 4000},
+}
+IMAGE_TOKENS = {"mid": 576, "tiny": 16}
+NUM_TOKENS = 64
+SYSTEM, QUESTION = 20, 40
+
+Figures = dict[str, float]
+
+
+class NoText:
+    """Tokens stay tokens: what text they stand for costs the same everywhere."""
+
+    def decode(self, ids: object) -> str:
+        return ""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--size", choices=SHAPES, default="mid")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, help="default: every core")
+    parser.add_argument("--json", type=Path, help="also write the figures here")
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    side = build(options.size, getattr(torch, options.dtype), options.device)
+    results = {
+        "machine": {**describe_machine(), "threads": torch.get_num_threads(), "device": options.device},
+        "size": options.size,
+        "parameters_m": round(sum(value.numel() for value in side.parameters()) / 1e6),
+        "dtype": options.dtype,
+        **measure(side, options.rounds, IMAGE_TOKENS[options.size]),
+    }
+    print(json.dumps(results, indent=2))
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=2) + "\n")
+
+
+def build(size: str, dtype: torch.dtype, device: str) -> LanguageSide:
+    config, shape = open_checkpoint(DEFAULT_MODEL).config, SHAPES[size]
+    heads = shape["hidden_size"] // 64
+    text = {**config.text, **shape, "head_dim": 64, "num_attention_heads": heads, "num_key_value_heads": 4}
+    text["max_position_embeddings"] = 4096
+    torch.manual_seed(0)
+    whole = replace(config, text=text, hidden_size=shape["hidden_size"], context_length=4096, tie_word_embeddings=False)
+    return LanguageSide(whole).to(device, dtype).eval()
+
+
+def measure(side: LanguageSide, rounds: int, image_tokens: int) -> dict[str, Any]:
+    packed = copy.deepcopy(side)
+    contenders: dict[str, Callable[[list[EngineRequest]], Figures]] = {
+        "transformers generate": lambda requests: ask_transformers(side, requests),
+        "engine, weights not packed": in_engine(side),
+    }
+    if pack_linears(packed):
+        contenders["engine"] = in_engine(packed)
+    else:
+        contenders["engine"] = contenders.pop("engine, weights not packed")
+    works = {
+        "1 request, new picture": (1, 1),
+        "8 requests, new pictures": (8, 8),
+        "8 requests, 2 pictures": (8, 2),
+    }
+    found: dict[str, dict[str, list[Figures]]] = {work: {name: [] for name in contenders} for work in works}
+    for turn in range(rounds + 1):
+        for work, (count, pictures) in works.items():
+            requests = [make_request(side, f"{turn}{work}", i, i % pictures, image_tokens) for i in range(count)]
+            for name, ask in contenders.items():
+                figures = ask(requests)
+                # The first turn warms up.
+                if turn:
+                    found[work][name].append(figures)
+    return {
+        work: {name: median(rows) for name, rows in by_name.items()} | ratio(by_name) for work, by_name in found.items()
+    }
+
+
+def ratio(by_name: dict[str, list[Figures]]) -> dict[str, float]:
+    pairs = zip(by_name["engine"], by_name["transformers generate"], strict=True)
+    ratios = [ours["tokens_per_s"] / theirs["tokens_per_s"] for ours, theirs in pairs]
+    return {"engine over transformers, tokens per second": round(statistics.median(ratios), 2)}
+
+
+def median(rows: list[Figures]) -> Figures:
+    return {name: round(statistics.median(row[name] for row in rows), 1) for name in rows[0]}
+
+
+def make_request(side: LanguageSide, seed: str, number: int, picture: int, image_tokens: int) -> EngineRequest:
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{picture}".encode()))
+    features = torch.randn(image_tokens, side.config.vision.hidden_size, generator=generator)
+    question = torch.randint(5, 3000, (QUESTION,), generator=torch.Generator().manual_seed(number)).tolist()
+    ids = [1, *[7] * SYSTEM, *[IMAGE_TOKEN_ID] * image_tokens, *question]
+    sampling = SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True)
+    return EngineRequest(f"{number}", ids, [ImageFeatures(f"{seed}:{picture}", features)], sampling)
+
+
+def in_engine(side: LanguageSide) -> Callable[[list[EngineRequest]], Figures]:
+    engine = Engine(side, NoText(), EngineConfig(cache_tokens=16_384))
+
+    def ask(requests: list[EngineRequest]) -> Figures:
+        last: dict[str, float] = {}
+        first: list[float] = []
+        gaps: list[float] = []
+        began = time.perf_counter()
+        for request in requests:
+            engine.add_request(request)
+        while engine.has_work:
+            for output in engine.step():
+                assert isinstance(output, TokenDelta), output
+                now = time.perf_counter()
+                (gaps if output.request_id in last else first).append(now - last.get(output.request_id, began))
+                last[output.request_id] = now
+        wall = time.perf_counter() - began
+        return {
+            "tokens_per_s": NUM_TOKENS * len(requests) / wall,
+            "first_ms": statistics.median(first) * 1e3,
+            "gap_p50_ms": statistics.median(gaps) * 1e3,
+            "gap_p99_ms": sorted(gaps)[int(0.99 * len(gaps))] * 1e3,
+        }
+
+    return ask
+
+
+@torch.inference_mode()
+def ask_transformers(side: LanguageSide, requests: list[EngineRequest]) -> Figures:
+    """All in one batch: it has no other way to answer several at once."""
+    began = time.perf_counter()
+    ids = torch.tensor([list(request.prompt_ids) for request in requests], device=side.device)
+    features = [image.features for request in requests for image in request.features]
+    embeddings = side.embed(ids, features)
+    mask = torch.ones(ids.shape, dtype=torch.int64, device=side.device)
+    decoder: Any = side.decoder
+    out: Tensor = decoder.generate(
+        inputs_embeds=embeddings,
+        attention_mask=mask,
+        max_new_tokens=NUM_TOKENS,
+        min_new_tokens=NUM_TOKENS,
+        do_sample=False,
+    )
+    assert out.shape == (len(requests), NUM_TOKENS), out.shape
+    return {"tokens_per_s": out.numel() / (time.perf_counter() - began)}
+
+
+if __name__ == "__main__":
+    main()
