@@ -277,5 +277,5 @@ def test_a_checkpoint_that_does_not_fit_its_config_ends_the_start(checkpoint_cop
         printed = process.communicate(timeout=START_S)[0].decode()
     assert process.returncode == 1
     *_, error = printed.strip().splitlines()
-    assert error.startswith(f"Error: {checkpoint_copy}: tower model.encoder.layers.0.mlp.fc1")
+    assert error.startswith("Error: tower model.encoder.layers.0.mlp.fc1")
     assert "Traceback" not in printed
