@@ -27,7 +27,8 @@ class StageArgs(_Settings):
     """Replicas of one stage. They autoscale between the two bounds; equal bounds are a fixed number.
 
     `max_ongoing_requests` is per replica, `max_queued_requests` per gateway replica: beyond both, requests are refused
-    with 429. The generator's engine has a limit of its own, below both.
+    with 429. The generator's engine has a limit of its own, max_running and max_waiting together, which has to be the
+    lower one.
     """
 
     num_cpus: float = Field(default=0.1, ge=0)
@@ -63,8 +64,8 @@ class EngineArgs(_Settings):
     """Of each generator replica: how many answers are written at once, how many more may wait before it says 429, and
     the rest of llava_core.engine.config.EngineConfig.
 
-    `chunk_gap_ms` is the least time between two chunks of one answer, times the answers being written: each chunk costs
-    the graph about that much CPU, so a busy replica sends fewer and larger ones.
+    `chunk_gap_ms` is the least time between two chunks of one answer, times the requests it holds, 50 ms at most: each
+    chunk costs the graph about that much CPU, so a busy replica sends fewer and larger ones.
     """
 
     max_running: int = Field(default=16, ge=1)

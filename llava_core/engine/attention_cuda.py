@@ -6,6 +6,7 @@ Source: torch.nn.attention.varlen, with `block_table` and `seqused_k`. Knows nei
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from inspect import signature
 from itertools import accumulate
 from typing import Any
@@ -53,9 +54,6 @@ class CudaBatch:
         """As Batch.attend."""
         from torch.nn.attention.varlen import varlen_attn
 
-        # Else the splits, and so the roundings, of one request would follow the longest in the batch. Older versions
-        # of torch know no splits.
-        fixed: dict[str, Any] = {"num_splits": 1} if "num_splits" in signature(varlen_attn).parameters else {}
         self._cache.write(layer, self._slots, key, value)
         seen = varlen_attn(
             query,
@@ -70,7 +68,16 @@ class CudaBatch:
             enable_gqa=query.shape[1] != self._cache.shape.num_heads,
             seqused_k=self._lengths,
             block_table=self._table,
-            **fixed,
+            **_fixed_splits(),
         )
         assert isinstance(seen, Tensor)
         return seen
+
+
+@cache
+def _fixed_splits() -> dict[str, Any]:
+    """Else the splits, and so the roundings, of one request would follow the longest in the batch. Older versions of
+    torch know no splits."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return {"num_splits": 1} if "num_splits" in signature(varlen_attn).parameters else {}

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from typing import Protocol
 
 _REPLACEMENT = "\ufffd"
+# Tokens that one character can take: UTF-8 has at most four bytes, and a token at least one of them.
+_MOST_OPEN = 4
 
 
 class Decoder(Protocol):
@@ -37,11 +39,15 @@ class IncrementalDetokenizer:
     def add(self, token_id: int) -> str:
         """Take one more token and return the text that is now certain, possibly none."""
         self._ids.append(token_id)
+        end = len(self._ids)
+        if end - self._read > _MOST_OPEN:
+            # No character is as long: those before are no characters at all, and nothing will make them some.
+            end -= _MOST_OPEN - 1
         settled = self._decoder.decode(self._ids[self._start : self._read])
-        grown = self._decoder.decode(self._ids[self._start :])
-        if grown.endswith(_REPLACEMENT) or len(grown) <= len(settled):
+        grown = self._decoder.decode(self._ids[self._start : end])
+        if (grown.endswith(_REPLACEMENT) and end == len(self._ids)) or len(grown) <= len(settled):
             return ""
-        self._start, self._read = self._read, len(self._ids)
+        self._start, self._read = self._read, end
         return self._release(grown[len(settled) :])
 
     def finish(self) -> str:
@@ -49,9 +55,9 @@ class IncrementalDetokenizer:
         if self.is_stopped:
             return ""
         settled = self._decoder.decode(self._ids[self._start : self._read])
-        rest = self._held + self._decoder.decode(self._ids[self._start :])[len(settled) :]
-        self._held, self._read = "", len(self._ids)
-        return rest if self._has_begun else rest.lstrip()
+        released = self._release(self._decoder.decode(self._ids[self._start :])[len(settled) :])
+        rest, self._held, self._read = self._held, "", len(self._ids)
+        return released + rest
 
     def _release(self, text: str) -> str:
         self._held += text

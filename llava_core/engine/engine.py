@@ -68,7 +68,7 @@ class Engine:
 
     @property
     def num_waiting(self) -> int:
-        """Answers admitted but not begun."""
+        """Answers admitted but not begun, and those that were set back."""
         return len(self._scheduler.waiting)
 
     @property
@@ -157,6 +157,8 @@ class Engine:
         sampling = state.request.sampling
         ends = {*sampling.stop_token_ids, *(() if sampling.ignore_eos else self._eos_ids)}
         processed = process(logits, sampling, state.request.prompt_ids, state.output_ids, ends)
+        if processed is not logits and not is_finite(processed):
+            raise EngineError("the penalties or the bias make no numbers of the logits; choose smaller ones")
         token = choose(processed, sampling, lambda: uniform(state.seed, state.index, state.num_output))
         logprobs = () if sampling.logprobs is None else (token_logprob(logits, token, sampling.logprobs),)
         state.tokens.append(token)
@@ -175,12 +177,14 @@ class Engine:
 
     def _last(self, state: RequestState, delta: TokenDelta) -> TokenDelta:
         """What an answer grew by, with all that is known at its end."""
+        # What was held back may hold a stop string.
+        text = delta.text + state.detokenizer.finish()
         reason = state.finish_reason(self._eos_ids)
         assert reason is not None, state
         self.stats.num_finished += 1
         return replace(
             delta,
-            text=delta.text + state.detokenizer.finish(),
+            text=text,
             finish_reason=reason,
             usage=state.usage(),
             stage_ms=state.stage_ms(),

@@ -111,7 +111,7 @@ class RequestState:
         return self._keys[index]
 
     def started(self) -> None:
-        """Note the time, and what was found in the cache, the first time that it is admitted."""
+        """Note the time, and what of the prompt was found in the cache, the first time that it is admitted."""
         if self.prefill_started == 0.0:
             self.prefill_started = time.perf_counter()
             # Of an answer that goes on, some of what was written may have been found as well.

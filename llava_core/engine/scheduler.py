@@ -50,7 +50,7 @@ class Scheduler:
         self.waiting: list[RequestState] = []
         self.running: list[RequestState] = []
         self.num_preemptions = 0
-        # Tokens of prompts that were found in the cache.
+        # Tokens that were found in the cache, also by those that were set back.
         self.num_cached = 0
         self._chunks: list[Chunk] = []
 
@@ -106,14 +106,15 @@ class Scheduler:
             budget -= self._run(state, budget)
 
     def _is_being_read(self, state: RequestState) -> bool:
-        """Whether a running request is about to know the next block of this one's prompt: waiting costs less."""
+        """Whether a running request of more importance is about to know the next block of this one's prompt: waiting
+        costs less."""
         size = self.pool.block_size
         known = len(self.pool.find(state.prefix_keys(size)))
         return known < state.num_shareable(size) and any(
             other.num_computed // size <= known < len(other.tokens) // size
             and other.block_key(known, size) == state.block_key(known, size)
             for other in self.running
-            if other.num_pending > 1
+            if other.num_pending > 1 and _rank(other) < _rank(state)
         )
 
     def _start(self, state: RequestState) -> bool:

@@ -12,7 +12,7 @@ class EngineStats:
     num_blocks: int
     num_steps: int = 0
     step_seconds: float = 0.0
-    # Tokens run through the model, tokens of prompts that were found in the cache instead, and tokens written.
+    # Tokens run through the model, tokens found in the cache instead (also by those set back), and tokens written.
     computed_tokens: int = 0
     cached_tokens: int = 0
     output_tokens: int = 0

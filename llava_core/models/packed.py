@@ -36,6 +36,9 @@ def pack_linears(module: nn.Module) -> int:
         # Exactly: quantised layers are linear ones too.
         if type(child) is nn.Linear and child.weight.dtype == torch.bfloat16 and child.weight.device.type == "cpu"
     ]
-    for parent, name, child in parents:
+    num_packed = len(parents)
+    while parents:
+        # Each plain layer goes as soon as its packed one is there: no more than one is in memory twice.
+        parent, name, child = parents.pop()
         setattr(parent, name, PackedLinear(child))
-    return len(parents)
+    return num_packed

@@ -70,3 +70,27 @@ def test_a_real_byte_level_tokenizer_streams_the_same_text(text: str) -> None:
     detokenizer = IncrementalDetokenizer(tokenizer)
     ids = [token for token, _, _ in tokenizer.encode(text)]
     assert "".join([*(detokenizer.add(token) for token in ids), detokenizer.finish()]) == text
+
+
+class Pieces:
+    """A token is some bytes."""
+
+    def __init__(self, *tokens: bytes) -> None:
+        self.tokens = tokens
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return b"".join(self.tokens[token] for token in ids).decode(errors="replace")
+
+
+def test_a_stop_string_before_half_a_character_ends_the_answer_too() -> None:
+    detokenizer = IncrementalDetokenizer(Pieces(b"a", b"b\xe2\x82"), stop=["b"])
+    assert detokenizer.add(0) + detokenizer.add(1) + detokenizer.finish() == "a"
+    assert detokenizer.is_stopped
+
+
+def test_bytes_that_are_no_characters_do_not_hold_the_text_back() -> None:
+    detokenizer = IncrementalDetokenizer(Pieces(b"x", b"\xff", "\U0001f600".encode()[:2], "\U0001f600".encode()[2:]))
+    shown = [detokenizer.add(token) for token in (0, *[1] * 9, 2, 3)]
+    # Not all at the end.
+    assert sum(map(bool, shown[1:10])) >= 2
+    assert "".join(shown) + detokenizer.finish() == "x" + "\ufffd" * 9 + "\U0001f600"

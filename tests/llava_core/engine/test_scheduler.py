@@ -517,3 +517,13 @@ def test_blocks_taken_ahead_do_not_keep_others_out() -> None:
     world.add([(5, 6, 7)], max_tokens=1)
     world.step()
     assert world.scheduler.waiting == []
+
+
+def test_nobody_waits_for_a_reader_of_less_importance() -> None:
+    world = World(max_step_tokens=12)
+    world.add(60, priority=5)
+    world.step()
+    urgent = world.add(60, priority=0)
+    for _ in range(3):
+        world.step()
+    assert urgent.is_running
