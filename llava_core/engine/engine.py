@@ -155,7 +155,7 @@ class Engine:
     def _write(self, state: RequestState, logits: Tensor) -> TokenDelta:
         """Choose the next token."""
         sampling = state.request.sampling
-        ends = {*sampling.stop_token_ids, *(() if sampling.ignore_eos else self._eos_ids)}
+        ends = state.ends(self._eos_ids)
         processed = process(logits, sampling, state.request.prompt_ids, state.output_ids, ends)
         if processed is not logits and not is_finite(processed):
             raise EngineError("the penalties or the bias make no numbers of the logits; choose smaller ones")

@@ -132,10 +132,14 @@ class RequestState:
             return "stop"
         return "length" if self.num_output >= self.max_tokens else None
 
+    def ends(self, eos_ids: frozenset[int]) -> frozenset[int]:
+        """The tokens that end the answer and are no part of its text."""
+        sampling = self.request.sampling
+        return frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else eos_ids)
+
     def is_end(self, token: int, eos_ids: frozenset[int]) -> bool:
         """Whether this token ends the answer and is no part of its text."""
-        sampling = self.request.sampling
-        return token in sampling.stop_token_ids or (token in eos_ids and not sampling.ignore_eos)
+        return token in self.ends(eos_ids)
 
     def usage(self) -> Usage:
         """Token counts so far."""

@@ -1,7 +1,6 @@
 """A `.bin` file's pickle tells what torch would load from it, and nothing in it is ever run."""
 
 import collections
-import os
 import pickle
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from llava_core.checkpoints.headers import DTYPES
 from llava_core.checkpoints.pickles import read_pickled
 from llava_core.checkpoints.tensors import read_bin
 from llava_core.errors import CheckpointError
+from tests.payload import Payload
 from tests.tiny import cut_short
 
 KINDS = [getattr(torch, name) for name, _ in DTYPES.values()]
@@ -45,16 +45,6 @@ def test_what_a_module_saves_is_told_with_its_version_left_out(tmp_path: Path) -
         "weight": ("float32", (3, 2)),
         "bias": ("float32", (3,)),
     }
-
-
-class Payload:
-    """Would run a command where it is unpickled without care."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return os.system, (f"touch {self.marker}",)
 
 
 @pytest.mark.parametrize("zipped", [True, False])

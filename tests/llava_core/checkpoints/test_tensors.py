@@ -1,6 +1,5 @@
 """Reading weight files: tensors come out as they went in, and nothing but tensors ever comes out."""
 
-import os
 from pathlib import Path
 
 import pytest
@@ -9,6 +8,7 @@ from safetensors.torch import save_file
 
 from llava_core.checkpoints.tensors import read_bin, read_tensors
 from llava_core.errors import CheckpointError
+from tests.payload import Payload
 from tests.tiny import cut_short
 
 TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}
@@ -24,16 +24,6 @@ def test_every_format_gives_the_same_tensors(tmp_path: Path, name: str) -> None:
     loaded = read_tensors(dict.fromkeys(TENSORS, file))
     assert set(loaded) == set(TENSORS)
     assert all(torch.equal(loaded[key], TENSORS[key]) for key in TENSORS)
-
-
-class Payload:
-    """Would run a command where it is unpickled without care."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return os.system, (f"touch {self.marker}",)
 
 
 @pytest.mark.parametrize("zipped", [True, False])
