@@ -78,9 +78,12 @@ class VisionEncoderReplica(VisionEncoder):
     def __init__(self, args: AppArgs, checkpoint: FoundCheckpoint, handoff: Handoff) -> None:
         adopt_serve_logging()
         from llava_core.checkpoints.load import load_tower
+        from llava_core.vision.inference import ready_tower
 
         options = set_up_compute(args.vision_encoder)
-        super().__init__(load_tower(checkpoint.open(), options), handoff)
+        tower = load_tower(checkpoint.open(), options)
+        ready_tower(tower)
+        super().__init__(tower, handoff)
 
 
 class GeneratorReplica(Generator):
@@ -92,13 +95,13 @@ class GeneratorReplica(Generator):
         from llava_core.checkpoints.tokenizer import load_tokenizer
         from llava_core.engine.async_engine import AsyncEngine
         from llava_core.engine.engine import Engine
-        from llava_core.models.packed import pack_linears
+        from llava_core.models.fused import ready_language
 
         options = replace(set_up_compute(args.generator), quantization=args.generator.quantization)
         opened = checkpoint.open()
         tokenizer = load_tokenizer(opened)
         language = load_language_side(opened, options, num_tokens=tokenizer.num_tokens)
-        pack_linears(language)
+        ready_language(language)
         engine = Engine(language, tokenizer, args.engine.config)
         super().__init__(AsyncEngine(engine), handoff, chunk_gap_s=args.engine.chunk_gap_ms / 1e3)
 

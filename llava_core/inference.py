@@ -19,7 +19,8 @@ from llava_core.engine.config import EngineConfig
 from llava_core.engine.engine import Engine, StepOutput
 from llava_core.engine.request import RequestFailure
 from llava_core.evaluation.task import Answer, Sample
-from llava_core.models.packed import pack_linears
+from llava_core.models.fused import ready_language
+from llava_core.vision.inference import ready_tower
 from llava_core.prepare import RequestLimits
 from llava_core.types import (
     EngineRequest,
@@ -57,7 +58,8 @@ class LocalModel:
         self.preparer = load_preparer(checkpoint, tokenizer, template=template, limits=limits)
         self.tower = load_tower(checkpoint, options)
         language = load_language_side(checkpoint, options, num_tokens=tokenizer.num_tokens)
-        pack_linears(language)
+        ready_tower(self.tower)
+        ready_language(language)
         self.engine = Engine(language, tokenizer, engine)
         self._streams: dict[str, deque[StepOutput]] = {}
 

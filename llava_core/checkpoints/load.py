@@ -29,6 +29,7 @@ from llava_core.checkpoints.tokenizer import load_tokenizer
 from llava_core.checkpoints.weights import first
 from llava_core.config import ModelConfig
 from llava_core.errors import CheckpointError
+from llava_core.kernels.attention import NAME as DENSE
 from llava_core.models.language import LanguageSide
 from llava_core.models.quantize import check_layers, check_quantization, quantize
 from llava_core.types import Quantization
@@ -70,7 +71,7 @@ class LoadOptions:
         return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
 
 
-def load_tower(checkpoint: Path | Checkpoint, options: LoadOptions, *, attention: str = "sdpa") -> VisionTower:
+def load_tower(checkpoint: Path | Checkpoint, options: LoadOptions, *, attention: str = DENSE) -> VisionTower:
     """The vision tower alone, in evaluation mode."""
     opened = _open(checkpoint)
     config, preprocess = opened.config, load_preprocess_config(opened)

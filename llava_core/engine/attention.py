@@ -38,13 +38,22 @@ class CacheShape:
 
 
 class PagedCache:
-    """Keys and values of every block: per layer (num_blocks, block_size, num_heads, head_dim)."""
+    """Keys and values of every block: per layer (num_blocks, block_size, num_heads, head_dim). With `heads_first` they
+    lie in memory head by head, whatever the order of the dimensions."""
 
-    def __init__(self, shape: CacheShape, dtype: torch.dtype, device: torch.device) -> None:
-        size = (shape.num_blocks, shape.block_size, shape.num_heads, shape.head_dim)
+    def __init__(
+        self, shape: CacheShape, dtype: torch.dtype, device: torch.device, *, heads_first: bool = False
+    ) -> None:
         self.shape = shape
-        self.keys = [torch.empty(size, dtype=dtype, device=device) for _ in range(shape.num_layers)]
-        self.values = [torch.empty(size, dtype=dtype, device=device) for _ in range(shape.num_layers)]
+
+        def pages() -> Tensor:
+            blocks, heads = (shape.num_blocks, shape.block_size), (shape.num_heads,)
+            size = (*heads, *blocks) if heads_first else (*blocks, *heads)
+            empty = torch.empty(*size, shape.head_dim, dtype=dtype, device=device)
+            return empty.permute(1, 2, 0, 3) if heads_first else empty
+
+        self.keys = [pages() for _ in range(shape.num_layers)]
+        self.values = [pages() for _ in range(shape.num_layers)]
 
     def write(self, layer: int, slots: Tensor, key: Tensor, value: Tensor) -> None:
         """Store `key` and `value` (tokens, num_heads, head_dim) in these slots: block * block_size + offset."""
@@ -64,10 +73,11 @@ class Batch(Protocol):
 
 class Backend(Protocol):
     """A way to do it. Nothing else in the engine knows which one runs. `block_size` is the one it works best with, and
-    others must be multiples of `block_multiple`."""
+    others must be multiples of `block_multiple`; `heads_first` is how it wants the cache to lie."""
 
     block_size: int
     block_multiple: int
+    heads_first: bool
 
     def cache_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """What keys and values of a model that computes in `dtype` are kept in."""
@@ -100,6 +110,7 @@ class ReferenceBackend:
 
     block_size = 16
     block_multiple = 1
+    heads_first = False
 
     def cache_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """The model's own."""

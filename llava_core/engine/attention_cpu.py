@@ -1,20 +1,25 @@
-"""Paged attention on the CPU: blocks that lie side by side are read in place, those that several requests share once.
+"""Paged attention on the CPU: a long stretch of blocks that several requests share, or that is all of one, is read in
+place; the others are gathered and read by one call.
 
-A cache in float32: with few queries the processor's half-precision kernel is many times slower, and an answer being
-written has one. Knows neither requests nor models.
+Keys and values lie head by head, so that a head's lie side by side. Knows neither requests nor models.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from llava_core.engine.attention import PagedCache, Span, slots_of, visible
+from llava_core.kernels.attention import attend
+
+# Each part is a call, and two parts have to be mixed, which takes as long as to copy about so many tokens: of several
+# requests' each, and of one's alone.
+_LONG = 256
+_LONG_ALONE = 1024
 
 
 @dataclass(frozen=True)
@@ -35,29 +40,40 @@ class _Run:
 
 
 @dataclass(frozen=True)
-class _Runs:
-    """`whole` are all that their row sees. `parts` are mixed: theirs are the results at `places` of a table that has a
-    line for each of `rows` and `width` columns."""
+class _Gathered:
+    """For each of `rows` as many `slots` as the longest has, those that `mask` (rows, 1, 1, longest) leaves out its own
+    as well."""
 
-    whole: list[_Run]
-    parts: list[_Run]
+    slots: Tensor
     rows: Tensor
-    width: int
-    places: tuple[Tensor, Tensor]
+    mask: Tensor | None
+
+
+@dataclass
+class _Plan:
+    """Which parts of the cache are read, and how their results come together: `table` has for each of `rows` the lines
+    of the parts' results, put one below the other, that are its own; those it has fewer of are an empty line at the
+    end. None where each row has one line, in order of `rows`."""
+
+    runs: list[_Run] = field(default_factory=list)
+    gathered: list[_Gathered] = field(default_factory=list)
+    rows: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    table: Tensor | None = None
 
 
 class CpuBackend:
-    """torch's fused attention, called for each run of blocks."""
+    """torch's fused attention, called for each part of the cache."""
 
     block_size = 16
     block_multiple = 1
+    heads_first = True
 
     def cache_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """float32."""
-        return torch.float32
+        """bfloat16 as it is, else float32: processors do not compute in float16."""
+        return dtype if dtype == torch.bfloat16 else torch.float32
 
     def batch(self, cache: PagedCache, spans: Sequence[Span]) -> CpuBatch:
-        """Find the runs."""
+        """Find the parts."""
         return CpuBatch(cache, spans)
 
 
@@ -79,42 +95,41 @@ class CpuBatch:
                 self._prompts.append(_Prompt(first, span, self._all_slots(span)))
             first += span.num_queries
         self._writing = writing
-        self._runs: dict[int | None, _Runs] = {}
+        self._plans: dict[int | None, _Plan] = {}
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
         """As Batch.attend."""
         self._cache.write(layer, self._slots, key, value)
-        keys, values = self._cache.keys[layer].flatten(0, 1), self._cache.values[layer].flatten(0, 1)
-        out = torch.empty_like(query)
+        keys, values = (pages.flatten(0, 1) for pages in (self._cache.keys[layer], self._cache.values[layer]))
+        out = torch.empty_like(query, memory_format=torch.contiguous_format)
         for prompt in self._prompts:
             rows = slice(prompt.first, prompt.first + prompt.span.num_queries)
             mask = self._mask(prompt, query.shape[1] // keys.shape[1], window, query.dtype)
             out[rows] = _read(query[rows], keys[prompt.slots], values[prompt.slots], mask, scale)
         if self._writing:
-            self._write(out, query, keys, values, scale, window)
+            self._write(out, query.to(keys.dtype), keys.transpose(0, 1), values.transpose(0, 1), scale, window)
         return out
 
     def _write(
         self, out: Tensor, query: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None
     ) -> None:
-        """Fill the rows of requests that have one token in this step."""
-        runs = self._runs_for(window)
-        for run in runs.whole:
-            out[run.rows] = _see(query[run.rows], keys[run.slots], values[run.slots], scale)[0].to(out.dtype)
-        if not runs.parts:
+        """Fill the rows of requests that have one token in this step; `keys` and `values` (heads, slots, head_dim)."""
+        if window not in self._plans:
+            self._plans[window] = _plan(find_runs(self._writing, self._block_size, window), query.dtype)
+        plan = self._plans[window]
+        results = [
+            *(_see_run(query[run.rows], keys[:, run.slots], values[:, run.slots], scale) for run in plan.runs),
+            *(_see_gathered(query[part.rows], keys, values, part, scale) for part in plan.gathered),
+        ]
+        if plan.table is None:
+            out[plan.rows] = torch.cat([seen for seen, _ in results]).to(out.dtype)
             return
-        # Softmax over several runs: each run's result counts as much as the sum of its exponentials.
-        results = [_see(query[run.rows], keys[run.slots], values[run.slots], scale) for run in runs.parts]
-        seen, logsumexp = (torch.cat(part) for part in zip(*results, strict=True))
-        shape = (len(runs.rows), runs.width, *out.shape[1:])
-        weights = torch.full(shape[:3], -torch.inf).index_put_(runs.places, logsumexp).softmax(1)
-        mixed = (torch.zeros(shape).index_put_(runs.places, seen) * weights[..., None]).sum(1)
-        out[runs.rows] = mixed.to(out.dtype)
-
-    def _runs_for(self, window: int | None) -> _Runs:
-        if window not in self._runs:
-            self._runs[window] = _sort_runs(find_runs(self._writing, self._block_size, window))
-        return self._runs[window]
+        # Softmax over several parts: each part's result counts as much as the sum of its exponentials.
+        heads, head_dim = out.shape[1:]
+        seen = torch.cat([*(seen for seen, _ in results), query.new_zeros(1, heads, head_dim)])
+        logsumexp = torch.cat([*(sums for _, sums in results), torch.full((1, heads), -torch.inf)])
+        weights = logsumexp[plan.table].softmax(1)
+        out[plan.rows] = (seen[plan.table] * weights[..., None]).sum(1).to(out.dtype)
 
     def _all_slots(self, span: Span) -> Tensor | slice:
         """Of all of a request's tokens: in place where they lie side by side."""
@@ -153,41 +168,82 @@ def find_runs(spans: dict[int, Span], block_size: int, window: int | None) -> li
     return runs
 
 
-def _sort_runs(found: list[tuple[slice, list[int]]]) -> _Runs:
-    times = Counter(row for _, rows in found for row in rows)
-    # What several rows see is never all of one: the token that a request writes is its own.
-    whole = [_Run(slots, torch.tensor(rows)) for slots, rows in found if times[rows[0]] == 1]
-    parts = [(slots, rows) for slots, rows in found if times[rows[0]] > 1]
-    mixed = sorted({row for _, rows in parts for row in rows})
-    lines, columns, next_column = [], [], Counter[int]()
-    for _, rows in parts:
-        for row in rows:
-            lines.append(mixed.index(row))
-            columns.append(next_column[row])
-            next_column[row] += 1
-    return _Runs(
-        whole,
-        [_Run(slots, torch.tensor(rows)) for slots, rows in parts],
-        torch.tensor(mixed),
-        max(columns, default=-1) + 1,
-        (torch.tensor(lines), torch.tensor(columns)),
-    )
+def _plan(found: list[tuple[slice, list[int]]], dtype: torch.dtype) -> _Plan:
+    plan, lines = _Plan(), list[int]()
+    parts = Counter(row for _, rows in found for row in rows)
+    short: defaultdict[int, list[int]] = defaultdict(list)
+    for slots, rows in found:
+        is_whole = len(rows) == 1 and parts[rows[0]] == 1
+        if slots.stop - slots.start >= (_LONG if is_whole or len(rows) > 1 else _LONG_ALONE):
+            plan.runs.append(_Run(slots, torch.tensor(rows)))
+            lines += rows
+        else:
+            for row in rows:
+                short[row] += range(slots.start, slots.stop)
+    # Together with a row that has much to gather, the others' lines would be as long.
+    few = {row: slots for row, slots in short.items() if len(slots) <= _LONG}
+    for group in ([few] if few else []) + [{row: short[row]} for row in short.keys() - few.keys()]:
+        plan.gathered.append(_gather(group, dtype))
+        lines += group
+    times = Counter(lines)
+    if max(times.values()) == 1:
+        plan.rows = torch.tensor(lines)
+        return plan
+    own: defaultdict[int, list[int]] = defaultdict(list)
+    for line, row in enumerate(lines):
+        own[row].append(line)
+    plan.rows = torch.tensor(list(own))
+    width = max(times.values())
+    plan.table = torch.tensor([[*mine, *[len(lines)] * (width - len(mine))] for mine in own.values()])
+    return plan
+
+
+def _gather(slots_by_row: dict[int, list[int]], dtype: torch.dtype) -> _Gathered:
+    longest = max(len(slots) for slots in slots_by_row.values())
+    slots, mask = [], torch.zeros(len(slots_by_row), 1, 1, longest, dtype=dtype)
+    for line, own in enumerate(slots_by_row.values()):
+        slots.append(own + own[:1] * (longest - len(own)))
+        mask[line, ..., len(own) :] = -torch.inf
+    return _Gathered(torch.tensor(slots).flatten(), torch.tensor(list(slots_by_row)), mask if mask.any() else None)
 
 
 def _read(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """A prompt's tokens, in the model's own precision: here it is arithmetic that takes the time."""
+    """A prompt's tokens, in the model's own precision."""
     folded = _fold(query, keys.shape[1])
     keys, values = (part.to(query.dtype).transpose(0, 1)[None] for part in (keys, values))
-    return _unfold(F.scaled_dot_product_attention(folded, keys, values, mask, scale=scale)[0], len(query))
+    return _unfold(attend(folded, keys, values, mask, scale=scale)[0], len(query))
 
 
-def _see(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Rows that see all of these tokens: the result (rows, num_heads, head_dim) in float32, and the logarithm of the
-    sum of the scores' exponentials (rows, num_heads)."""
-    folded = _fold(query.to(keys.dtype), keys.shape[1])
-    keys, values = keys.transpose(0, 1)[None], values.transpose(0, 1)[None]
-    seen, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(folded, keys, values, scale=scale)
+def _see_run(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Rows that all see all of these tokens: the result (rows, num_heads, head_dim), and the logarithm of the sum of
+    the scores' exponentials (rows, num_heads) in float32."""
+    seen, logsumexp = _see(_fold(query, len(keys)), keys[None], values[None], None, scale)
     return _unfold(seen[0], len(query)), _unfold(logsumexp[0][..., None], len(query))[..., 0]
+
+
+def _see_gathered(
+    query: Tensor, keys: Tensor, values: Tensor, part: _Gathered, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The same, of rows that see each their own."""
+    rows = len(query)
+    keys, values = (
+        pages.index_select(1, part.slots).unflatten(1, (rows, -1)).transpose(0, 1) for pages in (keys, values)
+    )
+    grouped = query.unflatten(1, (keys.shape[1], -1))
+    seen, logsumexp = _see(grouped, keys, values, part.mask, scale)
+    return seen.flatten(1, 2), logsumexp.flatten(1)
+
+
+def _see(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """(batch, num_kv_heads, queries, head_dim) and logarithms (batch, num_kv_heads, queries)."""
+    num_queries = query.shape[2]
+    if num_queries == 1 and query.dtype == torch.bfloat16:
+        # The kernel takes three times as long for one query as for two.
+        query = query.expand(-1, -1, 2, -1)
+    seen, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, keys, values, attn_mask=mask, scale=scale
+    )
+    return seen[:, :, :num_queries], logsumexp[:, :, :num_queries]
 
 
 def _fold(query: Tensor, num_kv_heads: int) -> Tensor:
@@ -199,4 +255,4 @@ def _fold(query: Tensor, num_kv_heads: int) -> Tensor:
 
 def _unfold(seen: Tensor, tokens: int) -> Tensor:
     """The way back, from (num_kv_heads, tokens * group, dim)."""
-    return seen.view(seen.shape[0], tokens, -1, seen.shape[-1]).transpose(0, 1).flatten(1, 2)
+    return seen.unflatten(1, (tokens, -1)).transpose(0, 1).flatten(1, 2)

@@ -23,6 +23,7 @@ class CudaBackend:
     # FlashAttention 2 takes no other blocks than of multiples of 256 tokens.
     block_size = 256
     block_multiple = 256
+    heads_first = False
 
     def cache_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """The model's own."""

@@ -41,7 +41,8 @@ class ModelRunner:
         if rope in _VARYING_ROPE:
             raise EngineError(f"rope_type {rope!r} depends on the longest text in a batch and is not supported")
         shape = cache_shape(model, num_blocks, block_size)
-        self.cache = PagedCache(shape, self._backend.cache_dtype(model.decoder.dtype), model.device)
+        dtype = backend.cache_dtype(model.decoder.dtype)
+        self.cache = PagedCache(shape, dtype, model.device, heads_first=backend.heads_first)
 
     def run(self, chunks: Sequence[Chunk]) -> Tensor:
         """Run the chunks' tokens through the model, keep their keys and values, and return logits (rows, vocab) of
@@ -49,7 +50,7 @@ class ModelRunner:
         spans = [Span(chunk.length, chunk.stop, chunk.state.blocks) for chunk in chunks]
         positions = [place for chunk in chunks for place in range(chunk.start, chunk.stop)]
         with _paged_attention(self.model.decoder):
-            hidden = self.model.decoder.get_decoder()(
+            hidden = self.model.decoder.model(
                 inputs_embeds=self._embed(chunks),
                 position_ids=torch.tensor([positions], device=self.model.device),
                 use_cache=False,
@@ -110,8 +111,7 @@ def wanted(chunk: Chunk) -> range:
 def cache_shape(model: LanguageSide, num_blocks: int, block_size: int) -> CacheShape:
     """The cache that this model's layers need."""
     config = model.decoder.config
-    head_dim = model.decoder.get_decoder().layers[0].self_attn.head_dim
-    return CacheShape(config.num_hidden_layers, num_blocks, block_size, config.num_key_value_heads, head_dim)
+    return CacheShape(config.num_hidden_layers, num_blocks, block_size, config.num_key_value_heads, config.head_dim)
 
 
 def choose_backend(model: LanguageSide) -> Backend:

@@ -9,12 +9,13 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from llava_core.config import VisionConfig
 from llava_core.images.preprocess import PreprocessConfig
+from llava_core.kernels.attention import NAME as DENSE
 
 
 class ClipTower(nn.Module):
     """A CLIP vision transformer cut off at its select layer."""
 
-    def __init__(self, config: VisionConfig, preprocess: PreprocessConfig, *, attention: str = "sdpa") -> None:
+    def __init__(self, config: VisionConfig, preprocess: PreprocessConfig, *, attention: str = DENSE) -> None:
         super().__init__()
         self.config = config
         self.model = CLIPVisionModel._from_config(

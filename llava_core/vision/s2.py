@@ -14,6 +14,7 @@ from torch.nn import functional
 from llava_core.config import VisionConfig
 from llava_core.errors import CheckpointError
 from llava_core.images.preprocess import PreprocessConfig
+from llava_core.kernels.attention import NAME as DENSE
 from llava_core.vision.clip import ClipTower, normalise
 
 
@@ -25,7 +26,7 @@ class ClipS2Tower(ClipTower):
     """
 
     def __init__(
-        self, config: VisionConfig, preprocess: PreprocessConfig, scales: Sequence[int], *, attention: str = "sdpa"
+        self, config: VisionConfig, preprocess: PreprocessConfig, scales: Sequence[int], *, attention: str = DENSE
     ) -> None:
         _check(config, preprocess, scales)
         super().__init__(config, preprocess, attention=attention)

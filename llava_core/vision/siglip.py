@@ -9,13 +9,14 @@ from transformers import SiglipVisionConfig, SiglipVisionModel
 from llava_core.config import VisionConfig
 from llava_core.errors import CheckpointError
 from llava_core.images.preprocess import PreprocessConfig
+from llava_core.kernels.attention import NAME as DENSE
 from llava_core.vision.clip import normalise
 
 
 class SiglipTower(nn.Module):
     """A SigLIP vision transformer read at its select layer. `patch` selects every position: all of them are patches."""
 
-    def __init__(self, config: VisionConfig, preprocess: PreprocessConfig, *, attention: str = "sdpa") -> None:
+    def __init__(self, config: VisionConfig, preprocess: PreprocessConfig, *, attention: str = DENSE) -> None:
         super().__init__()
         if config.select_feature != "patch":
             raise CheckpointError(

@@ -10,6 +10,7 @@ from llava_core.config import VisionConfig
 from llava_core.errors import CheckpointError
 from llava_core.images.biovil import BioVilPreprocessConfig
 from llava_core.images.preprocess import PreprocessConfig
+from llava_core.kernels.attention import NAME as DENSE
 from llava_core.vision.biovil_t import BioVilTTower
 from llava_core.vision.clip import ClipTower
 from llava_core.vision.s2 import ClipS2Tower
@@ -28,7 +29,7 @@ def build_tower(
     preprocess: PreprocessConfig | BioVilPreprocessConfig,
     *,
     s2_scales: Sequence[int] = (),
-    attention: str = "sdpa",
+    attention: str = DENSE,
 ) -> VisionTower:
     """The tower of a configuration, without its weights; with `s2_scales` (pixels) CLIP becomes CLIP-S2.
 

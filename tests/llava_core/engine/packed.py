@@ -74,9 +74,11 @@ class Packed:
         num_queries = sum(span.num_queries for span in self.spans)
         self.query = draw(num_queries, layout.num_kv_heads * layout.groups)
 
-    def cache(self, dtype: torch.dtype = torch.float32, *, garbage: float = torch.nan) -> PagedCache:
+    def cache(
+        self, dtype: torch.dtype = torch.float32, *, garbage: float = torch.nan, heads_first: bool = False
+    ) -> PagedCache:
         """What is there before the step; the rest is `garbage`."""
-        cache = PagedCache(self.shape, dtype, self.query.device)
+        cache = PagedCache(self.shape, dtype, self.query.device, heads_first=heads_first)
         for pages in (*cache.keys, *cache.values):
             pages.fill_(garbage)
         for span, keys, values in zip(self.spans, self.keys, self.values, strict=True):
@@ -96,7 +98,7 @@ class Packed:
         garbage: float = torch.nan,
     ) -> Tensor:
         """What a backend makes of it, for a model that computes in `dtype`."""
-        cache = self.cache(backend.cache_dtype(dtype), garbage=garbage)
+        cache = self.cache(backend.cache_dtype(dtype), garbage=garbage, heads_first=backend.heads_first)
         # As a decoder has them: the heads first.
         query, key, value = (
             part.to(dtype).transpose(0, 1).contiguous().transpose(0, 1)

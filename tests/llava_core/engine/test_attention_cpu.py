@@ -68,8 +68,9 @@ def test_scores_far_apart_are_mixed_without_overflow(factor: float) -> None:
     torch.testing.assert_close(packed.attend(CpuBackend()), packed.expected(), atol=1e-4, rtol=1e-4)
 
 
-def test_keys_and_values_are_kept_in_float32_whatever_the_model() -> None:
-    assert CpuBackend().cache_dtype(torch.bfloat16) == torch.float32
+def test_half_precisions_are_kept_where_processors_compute_in_them() -> None:
+    dtypes = (torch.bfloat16, torch.float16, torch.float32)
+    assert [CpuBackend().cache_dtype(dtype) for dtype in dtypes] == [torch.bfloat16, torch.float32, torch.float32]
 
 
 def runs(spans: dict[int, Span], window: int | None = None) -> list[tuple[int, int, list[int]]]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from llava_core.models.packed import PackedLinear, pack_linears
+from llava_core.kernels.packed import PackedLinear, pack_linears
 
 SUPPORTED = torch.ops.mkldnn._is_mkldnn_bf16_supported()
 needs_bf16 = pytest.mark.skipif(not SUPPORTED, reason="the processor has no kernels for bfloat16")

@@ -1,6 +1,6 @@
 """Linear layers with their weights in the order in which the processor's matrix kernels read them.
 
-For generation on a CPU in bfloat16: the kernels would otherwise reorder the weights at every call, which costs as much
+For inference on a CPU in bfloat16: the kernels would otherwise reorder the weights at every call, which costs as much
 as the product when there are few rows. Packed weights cannot be trained, saved or moved. Knows nothing about models.
 """
 

@@ -1,0 +1,1 @@
+"""Operations in the form in which a processor is fastest at them. They know nothing about models."""

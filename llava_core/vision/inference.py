@@ -1,0 +1,31 @@
+"""A tower made ready to compute features and nothing else.
+
+Afterwards it cannot be trained or saved. Knows nothing about files or replicas.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from llava_core.kernels.packed import pack_linears
+from llava_core.vision.clip import ClipTower
+from llava_core.vision.siglip import SiglipTower
+from llava_core.vision.towers import VisionTower
+
+
+def ready_tower(tower: VisionTower) -> None:
+    """Give up the layers behind the one that is read, and pack the weights of the others."""
+    if isinstance(tower, ClipTower | SiglipTower):
+        _drop_unread_layers(tower)
+    pack_linears(tower)
+
+
+def _drop_unread_layers(tower: ClipTower | SiglipTower) -> None:
+    # Some versions of transformers have a module around it.
+    encoder = getattr(tower.model, "vision_model", tower.model).encoder
+    # The first of the hidden states is what goes into the first layer.
+    num_read = range(len(encoder.layers) + 1)[tower.config.select_layer]
+    encoder.layers = torch.nn.ModuleList(encoder.layers[:num_read])
+    tower.config = replace(tower.config, select_layer=num_read)
