@@ -93,12 +93,14 @@ class StageHealth:
 
 
 def pack(features: ImageFeatures) -> PackedFeatures:
-    """A tensor of any float dtype as bytes; numpy has no bfloat16."""
+    """A tensor of any float dtype as read-only bytes, which may be its own; numpy has no bfloat16."""
     import torch
 
     rows = features.features.detach().cpu().contiguous()
     dtype = str(rows.dtype).removeprefix("torch.")
-    return PackedFeatures(features.digest, dtype, rows.view(torch.uint8).numpy(), features.size)
+    data = rows.view(torch.uint8).numpy()
+    data.flags.writeable = False
+    return PackedFeatures(features.digest, dtype, data, features.size)
 
 
 def unpack(packed: PackedFeatures) -> ImageFeatures:

@@ -68,8 +68,11 @@ class PreprocessorReplica(Preprocessor):
         adopt_serve_logging()
         from llava_core.checkpoints.describe import load_preparer
 
-        preparer = load_preparer(checkpoint.open(), template=args.template, limits=args.limits.request)
-        super().__init__(preparer, num_threads=args.preprocessor.max_ongoing_requests)
+        stage = args.preprocessor
+        preparer = load_preparer(
+            checkpoint.open(), template=args.template, limits=args.limits.request, cache_bytes=stage.cache_bytes
+        )
+        super().__init__(preparer, num_threads=stage.max_ongoing_requests)
 
 
 class VisionEncoderReplica(VisionEncoder):
@@ -83,7 +86,7 @@ class VisionEncoderReplica(VisionEncoder):
         options = set_up_compute(args.vision_encoder)
         tower = load_tower(checkpoint.open(), options)
         ready_tower(tower)
-        super().__init__(tower, handoff)
+        super().__init__(tower, handoff, cache_bytes=args.vision_encoder.cache_bytes)
 
 
 class GeneratorReplica(Generator):

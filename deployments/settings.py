@@ -46,12 +46,24 @@ class StageArgs(_Settings):
         return self
 
 
+class PreprocessorArgs(StageArgs):
+    """The stage that decodes pictures. It keeps up to `cache_bytes` of tiles of pictures it has seen; 0 keeps none."""
+
+    cache_bytes: int = Field(default=256 * 1024 * 1024, ge=0)
+
+
 class ComputeArgs(StageArgs):
     """A stage that runs a network. `device` auto is the GPU where the replica has one; `threads` None is every core."""
 
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     threads: int | None = Field(default=None, ge=1)
+
+
+class VisionEncoderArgs(ComputeArgs):
+    """The stage with the tower. It keeps up to `cache_bytes` of features of pictures it has seen; 0 keeps none."""
+
+    cache_bytes: int = Field(default=512 * 1024 * 1024, ge=0)
 
 
 class GeneratorArgs(ComputeArgs):
@@ -142,8 +154,8 @@ class AppArgs(_Settings):
     limits: LimitArgs = LimitArgs()
     engine: EngineArgs = EngineArgs()
     gateway: StageArgs = StageArgs(num_cpus=0.1, max_ongoing_requests=1000, target_ongoing_requests=200)
-    preprocessor: StageArgs = StageArgs(num_cpus=0.2, max_ongoing_requests=4)
-    vision_encoder: ComputeArgs = ComputeArgs(num_cpus=0.3)
+    preprocessor: PreprocessorArgs = PreprocessorArgs(num_cpus=0.2, max_ongoing_requests=4)
+    vision_encoder: VisionEncoderArgs = VisionEncoderArgs(num_cpus=0.3)
     generator: GeneratorArgs = GeneratorArgs(num_cpus=0.4, max_ongoing_requests=1000, target_ongoing_requests=12)
 
     @property

@@ -1,12 +1,14 @@
 """The second stage: tiles through the vision tower, to features before the projector. For requests with pictures only.
 
-Knows no prompts and no decoder. Imports torch only where it computes.
+What was encoded lately is kept, so a conversation about one picture encodes it once. Knows no prompts and no decoder.
+Imports torch only where it computes.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
@@ -14,20 +16,26 @@ from deployments.handoff import Handoff
 from deployments.messages import Encoded, PackedFeatures, Prepared, Rejected, pack, without_tiles
 from deployments.watchdog import Watchdog
 from llava_core.errors import EngineError
+from llava_core.lru import LruCache
 from llava_core.types import PreparedRequest
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from llava_core.vision.towers import VisionTower
 
 logger = logging.getLogger(__name__)
+_REPORT_S = 60.0
 
 
 class VisionEncoder:
-    """One tower, one thread: requests are encoded in the order they come, all pictures of one request together."""
+    """One tower, one thread: requests are encoded in the order they come, so equal pictures never run side by side."""
 
-    def __init__(self, tower: VisionTower, handoff: Handoff) -> None:
+    def __init__(self, tower: VisionTower, handoff: Handoff, *, cache_bytes: int = 0) -> None:
+        self.cache: LruCache[Tensor] = LruCache(cache_bytes)
         self._tower = tower
         self._handoff = handoff
+        self._report_at = time.monotonic() + _REPORT_S
         self._thread = ThreadPoolExecutor(1, "tower")
         self._watchdog = Watchdog("vision encoder")
 
@@ -54,4 +62,15 @@ class VisionEncoder:
         from llava_core.vision.encode import encode_images
 
         with self._watchdog.work():
-            return tuple(pack(features) for features in encode_images(self._tower, request.images))
+            # Packing copies nothing: what is kept and what is handed over are the same bytes.
+            encoded = tuple(pack(features) for features in encode_images(self._tower, request.images, self.cache))
+        self._report()
+        return encoded
+
+    def _report(self) -> None:
+        """Once a minute while there is work: whether the cache is of any use, and whether it is full."""
+        now, cache = time.monotonic(), self.cache
+        if now >= self._report_at:
+            self._report_at = now + _REPORT_S
+            hits, looked_up = cache.num_hits, cache.num_hits + cache.num_misses
+            logger.info("feature cache: %d of %d pictures since the start, %d bytes", hits, looked_up, cache.num_bytes)

@@ -10,6 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
+
 from llava_core.checkpoints.describe import load_preparer
 from llava_core.checkpoints.files import DEFAULT_MODEL as DEFAULT_MODEL
 from llava_core.checkpoints.layout import Checkpoint, open_checkpoint
@@ -19,8 +21,8 @@ from llava_core.engine.config import EngineConfig
 from llava_core.engine.engine import Engine, StepOutput
 from llava_core.engine.request import RequestFailure
 from llava_core.evaluation.task import Answer, Sample
+from llava_core.lru import LruCache
 from llava_core.models.fused import ready_language
-from llava_core.vision.inference import ready_tower
 from llava_core.prepare import RequestLimits
 from llava_core.types import (
     EngineRequest,
@@ -33,6 +35,7 @@ from llava_core.types import (
     TokenDelta,
 )
 from llava_core.vision.encode import encode_images
+from llava_core.vision.inference import ready_tower
 
 
 class LocalModel:
@@ -47,8 +50,10 @@ class LocalModel:
         limits: RequestLimits | None = None,
         engine: EngineConfig | None = None,
         tokenizer: CheckpointTokenizer | None = None,
+        cache_bytes: int = 64 * 1024 * 1024,
     ) -> None:
-        """Load a folder, hub id or opened checkpoint, whose tokenizer may have been read already.
+        """Load a folder, hub id or opened checkpoint, whose tokenizer may have been read already. Features of
+        pictures are kept in up to `cache_bytes`, for further questions about them.
 
         Raises CheckpointError when it is missing, damaged or not understood.
         """
@@ -57,6 +62,7 @@ class LocalModel:
         tokenizer = tokenizer or load_tokenizer(checkpoint)
         self.preparer = load_preparer(checkpoint, tokenizer, template=template, limits=limits)
         self.tower = load_tower(checkpoint, options)
+        self.feature_cache = LruCache[Tensor](cache_bytes)
         language = load_language_side(checkpoint, options, num_tokens=tokenizer.num_tokens)
         ready_tower(self.tower)
         ready_language(language)
@@ -94,7 +100,7 @@ class LocalModel:
     def add(self, request: GenerationRequest | PreparedRequest) -> None:
         """Prepare, encode and queue a request; `engine.step()` then moves it on beside the others."""
         prepared = request if isinstance(request, PreparedRequest) else self.preparer.prepare(request)
-        features = encode_images(self.tower, prepared.images)
+        features = encode_images(self.tower, prepared.images, self.feature_cache)
         self.engine.add_request(EngineRequest(prepared.request_id, prepared.prompt_ids, features, prepared.sampling))
 
 

@@ -19,6 +19,7 @@ from llava_core.images.biovil import AnyPreprocessConfig, BioVilPreprocessConfig
 from llava_core.images.geometry import num_image_tokens
 from llava_core.images.loading import ImageLimits, check_size, decode_image
 from llava_core.images.preprocess import preprocess
+from llava_core.lru import LruCache
 from llava_core.prompts.budget import token_budget
 from llava_core.prompts.conversation import Turn, render, user_turns
 from llava_core.prompts.templates import Template
@@ -43,7 +44,8 @@ class RequestLimits:
 class Preparer:
     """Turns requests for one model into what its tower and its engine read. Safe to use from several threads.
 
-    `reserved_texts` are the texts of control tokens, which no message may contain.
+    `reserved_texts` are the texts of control tokens, which no message may contain. Pictures that have been prepared are
+    kept in up to `cache_bytes` of tiles: one that comes again, byte for byte, is not decoded again.
     """
 
     config: ModelConfig
@@ -52,12 +54,18 @@ class Preparer:
     preprocess: AnyPreprocessConfig
     reserved_texts: Set[str]
     limits: RequestLimits = field(default_factory=RequestLimits)
+    cache_bytes: int = 0
+    # Not a field that `replace` would hand on: with other settings, pictures become other tiles.
+    _cache: LruCache[PreparedImage] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_cache", LruCache(self.cache_bytes))
 
     def prepare(self, request: GenerationRequest) -> PreparedRequest:
         """Raises RequestError (ImageError, PromptTooLongError, ...) naming field, cause and limit."""
         self._check(request)
         images = tuple(
-            self._prepare_image(part, f"messages[{index}].content[{position}].image_url")
+            self._cached_image(part, f"messages[{index}].content[{position}].image_url")
             for index, message in enumerate(request.messages)
             for position, part in enumerate(message.parts)
             if isinstance(part, ImagePart)
@@ -115,6 +123,14 @@ class Preparer:
                     code="reserved_text",
                 )
 
+    def _cached_image(self, part: ImagePart, param: str) -> PreparedImage:
+        key = hashlib.sha256(part.data).hexdigest()
+        image = self._cache.get(key)
+        if image is None:
+            image = self._prepare_image(part, param)
+            self._cache.put(key, image, image.tiles.nbytes)
+        return image
+
     def _prepare_image(self, part: ImagePart, param: str) -> PreparedImage:
         if isinstance(self.preprocess, BioVilPreprocessConfig):
             # Its contrast is stretched, which 8 of 16 bits would not survive.
@@ -123,6 +139,8 @@ class Preparer:
         else:
             image = decode_image(part.data, self.limits.image, param=param)
             tiles = preprocess(image, self.preprocess)
+        # Requests may share them.
+        tiles.flags.writeable = False
         return PreparedImage(tile_digest(tiles), Size(*image.size), tiles)
 
 

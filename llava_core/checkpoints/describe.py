@@ -124,8 +124,9 @@ def load_preparer(
     *,
     template: str | None = None,
     limits: RequestLimits | None = None,
+    cache_bytes: int = 0,
 ) -> Preparer:
-    """What a checkpoint needs of its requests; reads no weights."""
+    """What a checkpoint needs of its requests; reads no weights. Prepared pictures are kept in `cache_bytes`."""
     opened = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
     tokenizer = tokenizer or load_tokenizer(opened)
     return Preparer(
@@ -135,4 +136,5 @@ def load_preparer(
         preprocess=load_preprocess_config(opened),
         reserved_texts=tokenizer.reserved_texts,
         limits=limits or RequestLimits(),
+        cache_bytes=cache_bytes,
     )

@@ -221,9 +221,7 @@ def _see_run(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple
     return _unfold(seen[0], len(query)), _unfold(logsumexp[0][..., None], len(query))[..., 0]
 
 
-def _see_gathered(
-    query: Tensor, keys: Tensor, values: Tensor, part: _Gathered, scale: float
-) -> tuple[Tensor, Tensor]:
+def _see_gathered(query: Tensor, keys: Tensor, values: Tensor, part: _Gathered, scale: float) -> tuple[Tensor, Tensor]:
     """The same, of rows that see each their own."""
     rows = len(query)
     keys, values = (

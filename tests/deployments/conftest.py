@@ -13,7 +13,7 @@ from deployments.gateway import Gateway
 from deployments.handoff import LocalHandoff
 from deployments.pipeline import Pipeline
 from deployments.preflight import check_checkpoint
-from deployments.settings import AppArgs, GeneratorArgs, LimitArgs
+from deployments.settings import AppArgs, GeneratorArgs, LimitArgs, VisionEncoderArgs
 from tests.deployments.fakes import all_ready
 
 LIMITS = LimitArgs(max_body_bytes=2_000_000, max_images=3, max_image_bytes=200_000, max_image_pixels=400_000)
@@ -32,8 +32,9 @@ class _Handles:
 
 @pytest.fixture(scope="session")
 def local_args(tiny_checkpoint: Path) -> AppArgs:
-    stage = GeneratorArgs(num_cpus=0.1, dtype="float32", device="cpu", threads=1)
-    return AppArgs(model=str(tiny_checkpoint), limits=LIMITS, vision_encoder=stage, generator=stage)
+    encoder = VisionEncoderArgs(num_cpus=0.1, dtype="float32", device="cpu", threads=1)
+    generator = GeneratorArgs(num_cpus=0.1, dtype="float32", device="cpu", threads=1)
+    return AppArgs(model=str(tiny_checkpoint), limits=LIMITS, vision_encoder=encoder, generator=generator)
 
 
 @pytest.fixture(scope="session")

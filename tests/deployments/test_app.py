@@ -10,7 +10,7 @@ from starlette.testclient import TestClient
 from deployments.app import build_app, build_graph
 from deployments.handoff import LocalHandoff
 from deployments.preflight import FoundCheckpoint, check_checkpoint
-from deployments.settings import AppArgs, StageArgs
+from deployments.settings import AppArgs, PreprocessorArgs, StageArgs
 from llava_core.errors import CheckpointError
 from llava_core.inference import LocalModel
 from llava_core.types import GenerationRequest, ImagePart, Message, SamplingParams, TextPart
@@ -49,6 +49,18 @@ def test_the_graph_answers_as_the_model_in_one_process_does(local_client: TestCl
     assert answer["choices"][0]["message"]["content"] == expected
 
 
+def test_a_picture_that_comes_again_gets_the_answers_it_would_get_anew(
+    local_client: TestClient, tiny_checkpoint: Path
+) -> None:
+    from llava_core.checkpoints.load import LoadOptions
+
+    model = LocalModel(tiny_checkpoint, options=LoadOptions(dtype="float32"), cache_bytes=0)
+    for question in ("What?", "Where?"):
+        answer = _ask(local_client, [_picture(plain("green")), {"type": "text", "text": question}])
+        expected = _expected(model, ImagePart(plain("green")), TextPart(question))
+        assert answer["choices"][0]["message"]["content"] == expected
+
+
 def test_text_alone_skips_the_encoder(local_client: TestClient, in_process: LocalModel) -> None:
     answer = _ask(local_client, "Hello", timings=True)
     assert answer["choices"][0]["message"]["content"] == _expected(in_process, TextPart("Hello"))
@@ -78,7 +90,7 @@ def test_replicas_and_resources_come_from_the_settings(tiny_checkpoint: Path) ->
     args = AppArgs(
         model=str(tiny_checkpoint),
         gateway=StageArgs(num_cpus=0.5, min_replicas=3, max_replicas=3),
-        preprocessor=StageArgs(min_replicas=1, max_replicas=4, target_ongoing_requests=7),
+        preprocessor=PreprocessorArgs(min_replicas=1, max_replicas=4, target_ongoing_requests=7),
     )
     gateway = build_graph(args, check_checkpoint(args), LocalHandoff())._bound_deployment
     assert gateway.num_replicas == 3

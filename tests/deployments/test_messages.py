@@ -29,6 +29,14 @@ def test_unpacking_a_read_only_view_gives_memory_of_its_own() -> None:
     assert data.any()
 
 
+def test_what_is_packed_is_read_only_for_the_features_may_be_kept() -> None:
+    features = torch.ones(2, 3)
+    data = pack(ImageFeatures("abc", features)).data
+    assert data.ctypes.data == features.data_ptr()
+    with pytest.raises(ValueError, match="read-only"):
+        data[0] = 1
+
+
 def test_stage_times_add_up() -> None:
     prepared = Elapsed({}, left_at=0.0).finished("preprocess")
     encoded = prepared.arrived().finished("encode")

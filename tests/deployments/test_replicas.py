@@ -57,6 +57,13 @@ def test_a_replica_reads_its_own_part_only(checkpoint_copy: Path) -> None:
         VisionEncoderReplica(args, found, LocalHandoff())
 
 
+def test_caches_are_as_large_as_the_settings_say(tiny_checkpoint: Path) -> None:
+    args = AppArgs.model_validate({"preprocessor": {"cache_bytes": 11}, "vision_encoder": {"cache_bytes": 12}})
+    found = FoundCheckpoint(str(tiny_checkpoint), None, {}, offline=True)
+    assert PreprocessorReplica(args, found)._preparer.cache_bytes == 11
+    assert VisionEncoderReplica(args, found, LocalHandoff()).cache.max_bytes == 12
+
+
 def test_a_wrong_shape_is_found_where_it_is_loaded(checkpoint_copy: Path) -> None:
     edit_json(checkpoint_copy / "config.json", lambda config: config["vision_config"].update(intermediate_size=48))
     found = FoundCheckpoint(str(checkpoint_copy), None, {}, offline=True)

@@ -40,6 +40,9 @@ def test_a_hub_id_is_served_as_it_is() -> None:
         {"generator": {"threads": 0}},
         {"preprocessor": {"min_replicas": 3, "max_replicas": 2}},
         {"preprocessor": {"device": "cpu"}},
+        {"preprocessor": {"cache_bytes": -1}},
+        {"vision_encoder": {"cache_bytes": -1}},
+        {"generator": {"cache_bytes": 1}},
         {"limits": {"max_images": -1}},
     ],
 )

@@ -1,6 +1,7 @@
-"""The encoding stage: features for tiles, one request's failure, cancellation."""
+"""The encoding stage: features for tiles, pictures that come again, one request's failure, cancellation."""
 
 import asyncio
+import logging
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,6 +44,54 @@ def test_tiles_are_replaced_by_features(tower: ClipTower) -> None:
         assert packed.digest == expected.digest
         assert torch.equal(unpack(packed).features, expected.features)
     assert set(encoded.elapsed.stage_ms) == {"transfer", "encode"}
+
+
+def test_a_picture_that_comes_again_is_encoded_once_also_when_both_come_together(tower: ClipTower) -> None:
+    encoder, runs = VisionEncoder(tower, LocalHandoff(), cache_bytes=10**6), []
+    hook = tower.register_forward_pre_hook(lambda _module, inputs: runs.append(len(inputs[0])))
+
+    async def several() -> list[Encoded | Rejected]:
+        together = [encoder.encode(_prepared(_image(shade))) for shade in (10, 10, 200)]
+        return [*await asyncio.gather(*together), await encoder.encode(_prepared(_image(200), _image(10)))]
+
+    answers = asyncio.run(several())
+    hook.remove()
+    assert runs == [1, 1]
+    assert (encoder.cache.num_hits, encoder.cache.num_misses) == (3, 2)
+    shades = [[10], [10], [200], [200, 10]]
+    for answer, expected in zip(answers, shades, strict=True):
+        assert isinstance(answer, Encoded)
+        # Without a cache the same, bit for bit.
+        plain = asyncio.run(VisionEncoder(tower, LocalHandoff()).encode(_prepared(*map(_image, expected))))
+        assert isinstance(plain, Encoded)
+        for ours, theirs in zip(answer.features, plain.features, strict=True):
+            assert (ours.digest, ours.dtype, ours.size) == (theirs.digest, theirs.dtype, theirs.size)
+            assert ours.data.tobytes() == theirs.data.tobytes()
+
+
+def test_without_a_cache_nothing_is_kept(tower: ClipTower) -> None:
+    encoder = VisionEncoder(tower, LocalHandoff())
+    asyncio.run(encoder.encode(_prepared(_image(10))))
+    assert encoder.cache.num_bytes == 0
+
+
+def test_the_log_tells_now_and_then_what_the_cache_is_worth(
+    tower: ClipTower, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    encoder, clock = VisionEncoder(tower, LocalHandoff(), cache_bytes=10**6), Clock()
+    monkeypatch.setattr("deployments.vision_encoder.time", clock)
+    with caplog.at_level(logging.INFO, "deployments"):
+        for clock.now in (0.0, 1e12, 1e12 + 59):
+            asyncio.run(encoder.encode(_prepared(_image(10))))
+    [message] = [record.getMessage() for record in caplog.records if record.name == "deployments.vision_encoder"]
+    assert message == f"feature cache: 1 of 2 pictures since the start, {encoder.cache.num_bytes} bytes"
+
+
+class Clock:
+    now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
 
 
 def test_a_rejection_is_passed_on(tower: ClipTower) -> None:
@@ -91,7 +140,7 @@ def test_a_request_that_is_cancelled_while_it_waits_is_never_encoded(
     is_begun, may_end = threading.Event(), threading.Event()
     encoded: list[str] = []
 
-    def encode(_tower: ClipTower, images: Sequence[PreparedImage]) -> list[ImageFeatures]:
+    def encode(_tower: ClipTower, images: Sequence[PreparedImage], _cache: object) -> list[ImageFeatures]:
         encoded.extend(image.digest for image in images)
         is_begun.set()
         may_end.wait(10)

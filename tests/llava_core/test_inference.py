@@ -19,6 +19,7 @@ from llava_core.inference import LocalAnswerer, LocalModel
 from llava_core.prompts.tokenize import IMAGE_TOKEN_ID
 from llava_core.types import GenerationRequest, ImagePart, Message, SamplingParams, TextPart, TokenDelta
 from llava_core.vision.clip import normalise
+from llava_core.vision.encode import encode_images
 
 
 def picture(seed: int) -> bytes:
@@ -109,6 +110,22 @@ def test_a_bad_picture_is_refused_before_anything_is_queued(model: LocalModel) -
     with pytest.raises(ImageError):
         next(iter(model.stream(ask("Hi", b"rubbish"))))
     assert not model.engine.has_work
+
+
+def test_a_second_question_about_a_picture_runs_the_tower_no_more(model: LocalModel, tiny_checkpoint: Path) -> None:
+    uncached = LocalModel(tiny_checkpoint, options=LoadOptions(dtype="float32"), cache_bytes=0)
+    runs: list[object] = []
+    model.tower.register_forward_pre_hook(lambda *inputs: runs.append(inputs))
+    for question in ("What is it?", "And what colour?"):
+        answers = [[d.token_ids for d in each.stream(ask(question, picture(1)))] for each in (model, uncached)]
+        assert answers[0] == answers[1]
+    assert len(runs) == 1
+    # The engine has read it and changed nothing.
+    (prepared,) = model.preparer.prepare(ask("", picture(1))).images
+    kept = model.feature_cache.get(prepared.digest)
+    assert kept is not None
+    assert torch.equal(kept, encode_images(uncached.tower, [prepared])[0].features)
+    assert uncached.feature_cache.num_bytes == 0
 
 
 def test_a_folder_that_is_not_there_is_named() -> None:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from llava_core.checkpoints.describe import load_preparer
 from llava_core.errors import ImageError, PromptTooLongError, RequestError
-from llava_core.images.loading import ImageLimits
+from llava_core.images.loading import ImageLimits, decode_image
 from llava_core.prepare import Preparer, RequestLimits, message_text, tile_digest
 from llava_core.prompts.templates import get_template
 from llava_core.prompts.tokenize import IMAGE_TOKEN_ID
@@ -85,6 +85,57 @@ def test_equal_pixels_have_equal_digests_whatever_their_encoding(preparer: Prepa
         for data in (png(), buffer.getvalue(), png(colour="blue"))
     ]
     assert digests[0] == digests[1] != digests[2]
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """What was decoded, in order."""
+    seen: list[bytes] = []
+
+    def decode(data: bytes, *args: Any, **options: Any) -> Any:
+        seen.append(data)
+        return decode_image(data, *args, **options)
+
+    monkeypatch.setattr("llava_core.prepare.decode_image", decode)
+    return seen
+
+
+def test_a_picture_that_comes_again_is_not_decoded_again(preparer: Preparer, decoded: list[bytes]) -> None:
+    caching = replace(preparer, cache_bytes=10**6)
+    first = caching.prepare(request(user(png(), png(30, 30), "x")))
+    again = caching.prepare(request(user(png(30, 30), "y"), assistant("A"), user(png(), "z")))
+    assert decoded == [png(), png(30, 30)]
+    assert [image.size for image in again.images] == [Size(30, 30), Size(40, 20)]
+    plain = preparer.prepare(request(user(png(30, 30), "y"), assistant("A"), user(png(), "z")))
+    assert len(decoded) == 4
+    for cached, fresh in zip(again.images, plain.images, strict=True):
+        assert cached.digest == fresh.digest
+        assert (cached.tiles == fresh.tiles).all()
+    with pytest.raises(ValueError, match="read-only"):
+        first.images[0].tiles[:] = 0
+
+
+def test_tiles_keep_nothing_else_alive(preparer: Preparer) -> None:
+    tiles = preparer.prepare(request(user(png(90, 90), "x"))).images[0].tiles
+    while isinstance(tiles.base, np.ndarray):
+        tiles = tiles.base
+    assert tiles.nbytes == IMAGE_SIZE * IMAGE_SIZE * 3
+
+
+def test_a_bad_picture_is_refused_each_time_by_its_own_place(preparer: Preparer) -> None:
+    caching = replace(preparer, cache_bytes=10**6)
+    for parts, place in (((b"rubbish", "x"), 0), (("x", b"rubbish"), 1)):
+        with pytest.raises(ImageError) as caught:
+            caching.prepare(request(user(*parts)))
+        assert caught.value.param == f"messages[0].content[{place}].image_url"
+
+
+def test_a_preparer_with_other_settings_shares_no_pictures(preparer: Preparer) -> None:
+    caching = replace(preparer, cache_bytes=10**6)
+    assert caching.prepare(request(user(png(), "x")))
+    strict = replace(caching, limits=RequestLimits(image=ImageLimits(max_pixels=100)))
+    with pytest.raises(ImageError):
+        strict.prepare(request(user(png(), "x")))
 
 
 def test_a_digest_knows_the_shape() -> None:
