@@ -4,7 +4,7 @@
 
 `mid` is a decoder of 24 layers of 1,024, as long prompts as LLaVA-1.5's (576 image tokens); `tiny` shows what the
 bookkeeping costs. Requests begin with the same system text. All contenders take turns in every round, and medians are
-given; the same without packed weights shows what packing brings.
+given; the same with transformers' own modules shows what fusing and packing bring.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from llava_core.checkpoints.files import DEFAULT_MODEL
 from llava_core.checkpoints.layout import open_checkpoint
 from llava_core.engine.config import EngineConfig
 from llava_core.engine.engine import Engine
+from llava_core.models.fused import ready_language
 from llava_core.models.language import LanguageSide
-from llava_core.models.packed import pack_linears
 from llava_core.prompts.tokenize import IMAGE_TOKEN_ID
 from llava_core.types import EngineRequest, ImageFeatures, SamplingParams, TokenDelta
 
@@ -86,15 +86,13 @@ def build(size: str, dtype: torch.dtype, device: str) -> LanguageSide:
 
 
 def measure(side: LanguageSide, rounds: int, image_tokens: int) -> dict[str, Any]:
-    packed = copy.deepcopy(side)
+    ready = copy.deepcopy(side)
+    ready_language(ready)
     contenders: dict[str, Callable[[list[EngineRequest]], Figures]] = {
         "transformers generate": lambda requests: ask_transformers(side, requests),
-        "engine, weights not packed": in_engine(side),
+        "engine with transformers' modules": in_engine(side),
+        "engine": in_engine(ready),
     }
-    if pack_linears(packed):
-        contenders["engine"] = in_engine(packed)
-    else:
-        contenders["engine"] = contenders.pop("engine, weights not packed")
     works = {
         "1 request, new picture": (1, 1),
         "8 requests, new pictures": (8, 8),

@@ -30,6 +30,7 @@ from llava_core.checkpoints.weights import first
 from llava_core.config import ModelConfig
 from llava_core.errors import CheckpointError
 from llava_core.kernels.attention import NAME as DENSE
+from llava_core.kernels.attention import kept_dtype
 from llava_core.models.language import LanguageSide
 from llava_core.models.quantize import check_layers, check_quantization, quantize
 from llava_core.types import Quantization
@@ -122,8 +123,7 @@ def _check_memory(side: LanguageSide, checkpoint: Checkpoint, options: LoadOptio
     decoder = {name: shape for name, shape in _shapes(side.decoder).items() if name not in _tied(config)}
     weights = weight_bytes("decoder", decoder, itemsize, options.quantization)
     weights += weight_bytes("projector", _shapes(side.projector), itemsize)
-    # On the CPU keys and values are kept in float32, whatever is computed in.
-    need = language_need(config, weights, 4 if options.device == "cpu" else itemsize)
+    need = language_need(config, weights, kept_dtype(options.torch_dtype, options.device).itemsize)
     _check_fits(need, options.device, f"the language side of {checkpoint.folder}")
     if checkpoint.adapter is not None and (options.quantization or options.device != "cpu"):
         # Whatever becomes of the decoder, here it is once as a whole, in memory and not in its files.

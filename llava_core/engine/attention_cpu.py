@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from llava_core.engine.attention import PagedCache, Span, slots_of, visible
-from llava_core.kernels.attention import attend
+from llava_core.kernels.attention import attend, kept_dtype
 
 # Each part is a call, and two parts have to be mixed, which takes as long as to copy about so many tokens: of several
 # requests' each, and of one's alone.
@@ -69,8 +69,8 @@ class CpuBackend:
     heads_first = True
 
     def cache_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """bfloat16 as it is, else float32: processors do not compute in float16."""
-        return dtype if dtype == torch.bfloat16 else torch.float32
+        """As in kernels/attention.py."""
+        return kept_dtype(dtype, "cpu")
 
     def batch(self, cache: PagedCache, spans: Sequence[Span]) -> CpuBatch:
         """Find the parts."""
@@ -253,4 +253,4 @@ def _fold(query: Tensor, num_kv_heads: int) -> Tensor:
 
 def _unfold(seen: Tensor, tokens: int) -> Tensor:
     """The way back, from (num_kv_heads, tokens * group, dim)."""
-    return seen.unflatten(1, (tokens, -1)).transpose(0, 1).flatten(1, 2)
+    return seen.view(seen.shape[0], tokens, -1, seen.shape[-1]).transpose(0, 1).flatten(1, 2)

@@ -37,6 +37,11 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
     return out.view(batch, num_heads, num_queries, head_dim)
 
 
+def kept_dtype(dtype: torch.dtype, device: str) -> torch.dtype:
+    """What keys and values are kept in where a model computes in `dtype`: a CPU's attention knows no float16."""
+    return torch.float32 if dtype == torch.float16 and device == "cpu" else dtype
+
+
 def _writes_out(query: Tensor) -> bool:
     """Gradients would need all scores kept; float32 gains nothing."""
     return (

@@ -1,4 +1,4 @@
-"""Llama and Mistral decoders for inference over a paged cache, in fewer and larger operations than transformers' modules.
+"""Llama and Mistral decoders for inference over a paged cache, in fewer, larger operations than transformers' modules.
 
 A step that writes a few tokens takes longer to be told what to do than to do it. Here queries, keys and values are one
 product, both halves of the gate another, and the weights lie as the processor reads them. Afterwards a decoder cannot
@@ -51,7 +51,7 @@ class FusedDecoder(nn.Module):
     def __init__(self, model: LlamaModel | MistralModel) -> None:
         super().__init__()
         self.embed_tokens, self.rotary_emb, self.norm = model.embed_tokens, model.rotary_emb, model.norm
-        window = getattr(model.config, "sliding_window", None) if isinstance(model, MistralModel) else None
+        window = model.config.sliding_window if isinstance(model, MistralModel) else None
         self.layers = nn.ModuleList()
         for index in range(len(model.layers)):
             self.layers.append(FusedLayer(model.layers[index], index, window))
@@ -72,8 +72,9 @@ class FusedDecoder(nn.Module):
 class FusedLayer(nn.Module):
     """One decoder layer with four products instead of seven."""
 
-    def __init__(self, layer: LlamaDecoderLayer | MistralDecoderLayer, index: int, window: int | None) -> None:
+    def __init__(self, layer: nn.Module, index: int, window: int | None) -> None:
         super().__init__()
+        assert isinstance(layer, LlamaDecoderLayer | MistralDecoderLayer), type(layer)
         attention, mlp = layer.self_attn, layer.mlp
         self.index, self.window = index, window
         self.head_dim, self.scale = attention.head_dim, attention.scaling
@@ -95,7 +96,8 @@ class FusedLayer(nn.Module):
         seen = paged.attend(self.index, query, key, value, self.scale, self.window)
         hidden = hidden + self.out(seen.flatten(1))
         gate, up = self.gate_up(_normalise(self.mlp_norm, hidden)).chunk(2, -1)
-        return hidden + self.down(self.activation(gate) * up)
+        done: Tensor = hidden + self.down(self.activation(gate) * up)
+        return done
 
 
 def _normalise(norm: Any, hidden: Tensor) -> Tensor:

@@ -27,5 +27,6 @@ def _drop_unread_layers(tower: ClipTower | SiglipTower) -> None:
     encoder = getattr(tower.model, "vision_model", tower.model).encoder
     # The first of the hidden states is what goes into the first layer.
     num_read = range(len(encoder.layers) + 1)[tower.config.select_layer]
-    encoder.layers = torch.nn.ModuleList(encoder.layers[:num_read])
+    # One layer stays: transformers finds the hidden states where it calls layers.
+    encoder.layers = torch.nn.ModuleList(encoder.layers[: max(1, num_read)])
     tower.config = replace(tower.config, select_layer=num_read)

@@ -1,5 +1,6 @@
 """Random mixes of requests, of every decoder: each answer equals transformers' generate, whatever else was going on."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -14,6 +15,7 @@ from llava_core.checkpoints.layout import open_checkpoint
 from llava_core.checkpoints.tokenizer import load_tokenizer
 from llava_core.engine.config import EngineConfig
 from llava_core.engine.engine import Engine
+from llava_core.models.fused import ready_language
 from llava_core.models.language import LanguageSide
 from llava_core.types import EngineRequest, TokenDelta
 from tests.llava_core.engine.conftest import make_request
@@ -41,6 +43,15 @@ def side(request: pytest.FixtureRequest, tiny_checkpoint: Path) -> LanguageSide:
         return LanguageSide(replace(config, text=text, tie_word_embeddings=tied)).eval()
 
 
+@pytest.fixture(scope="module", params=[True, False], ids=["fused", "modules"])
+def served(request: pytest.FixtureRequest, side: LanguageSide) -> LanguageSide:
+    if not request.param:
+        return side
+    fused = copy.deepcopy(side)
+    ready_language(fused)
+    return fused
+
+
 @pytest.fixture(scope="module")
 def expected(side: LanguageSide) -> Callable[[int], list[int]]:
     return cache(lambda kind: generate_with_transformers(side, request_of("a", kind)))
@@ -61,7 +72,7 @@ Arrivals = list[tuple[int, int, int | None]]
 
 
 @settings(
-    max_examples=25,
+    max_examples=15,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
@@ -81,7 +92,7 @@ Arrivals = list[tuple[int, int, int | None]]
     cache_tokens=st.sampled_from([80, 150, 4000]),
 )
 def test_every_answer_of_a_random_mix_is_transformers_own(
-    side: LanguageSide,
+    served: LanguageSide,
     expected: Callable[[int], list[int]],
     tiny_checkpoint: Path,
     arrivals: Arrivals,
@@ -98,7 +109,7 @@ def test_every_answer_of_a_random_mix_is_transformers_own(
         block_size=block_size,
         cache_tokens=cache_tokens,
     )
-    engine = Engine(side, load_tokenizer(tiny_checkpoint), config)
+    engine = Engine(served, load_tokenizer(tiny_checkpoint), config)
     answers: dict[str, list[int]] = {}
     leaving = {f"{i}": came + left for i, (came, _, left) in enumerate(arrivals) if left is not None}
     step = 0
