@@ -1,0 +1,223 @@
+"""A closed loop of streamed chat completions against one server, and what its clients saw.
+
+The client shares the machine's cores with the server, so while a load runs it only notes when which bytes came; HTTP,
+events and JSON are read afterwards. Knows OpenAI's wire format, and no server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import math
+import random
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from PIL import Image
+
+from deployments.client import chat_body
+
+NUM_TOKENS = 64
+_TIMEOUT_S = 1800.0
+# When bytes came, and which.
+Piece = tuple[float, bytes]
+Figures = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One request: when it began, when text came, in how many chunks, and what the server counted.
+
+    Chunks that were read at once came at one time. `error` is empty where all went well.
+    """
+
+    began: float
+    texts: tuple[float, ...] = ()
+    chunks: int = 0
+    prompt_tokens: int = 0
+    tokens: int = 0
+    error: str = ""
+
+
+def noise_png(seed: object, side: int = 336) -> bytes:
+    """A picture that no cache has seen, and that no server can shrink."""
+    grey = Image.frombytes("L", (side, side), random.Random(str(seed)).randbytes(side * side))
+    buffer = io.BytesIO()
+    grey.convert("RGB").save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def make_requests(seed: object, count: int, pictures: int) -> list[dict[str, object]]:
+    """Bodies with questions of their own; the pictures, so many in all, come round again."""
+    drawn = [noise_png(f"{seed}:{index}") for index in range(min(count, pictures))]
+    return [
+        chat_body(
+            f"Question {index:04}: what is in the picture, where is it, and what does import this return?",
+            drawn[index % len(drawn)],
+            "image/png",
+            max_tokens=NUM_TOKENS,
+            temperature=0,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+        for index in range(count)
+    ]
+
+
+def run_load(port: int, bodies: Sequence[dict[str, object]], clients: int) -> tuple[list[Answer], float]:
+    """Every body asked once, by so many clients at a time; the answers in the bodies' order, and seconds in all."""
+    messages = [_message(port, body) for body in bodies]
+    return asyncio.run(_ask_all(port, messages, clients))
+
+
+def summarize(answers: Sequence[Answer], wall: float) -> Figures:
+    """Medians and percentiles in milliseconds. Failed answers are only counted."""
+    good = [answer for answer in answers if not answer.error]
+    if not good:
+        raise SystemExit(f"no request was answered: {answers[0].error}")
+    first = [answer.texts[0] - answer.began for answer in good]
+    gaps = [after - before for answer in good for before, after in zip(answer.texts, answer.texts[1:], strict=False)]
+    further = [(answer.texts[-1] - answer.texts[0]) / max(answer.tokens - 1, 1) for answer in good]
+    return {
+        "requests": len(answers),
+        "errors": len(answers) - len(good),
+        "wall_s": round(wall, 2),
+        "first_ms_p50": percentile(first, 0.5),
+        "first_ms_p99": percentile(first, 0.99),
+        "gap_ms_p50": percentile(gaps, 0.5),
+        "gap_ms_p99": percentile(gaps, 0.99),
+        "token_ms_p50": percentile(further, 0.5),
+        "tokens_per_s": round(sum(answer.tokens for answer in good) / wall, 1),
+        "chunks_per_request": round(statistics.mean(answer.chunks for answer in good), 1),
+        "arrivals_per_request": round(statistics.mean(len(answer.texts) for answer in good), 1),
+        "tokens_per_request": round(statistics.mean(answer.tokens for answer in good), 1),
+        "prompt_tokens": statistics.median(answer.prompt_tokens for answer in good),
+    }
+
+
+def percentile(seconds: Sequence[float], share: float) -> float:
+    """In milliseconds, by nearest rank: a value that was measured. Of none at all it is 0."""
+    ordered = sorted(seconds)
+    return round(ordered[math.ceil(share * len(ordered)) - 1] * 1e3, 2) if ordered else 0.0
+
+
+def read_answer(began: float, pieces: Sequence[Piece]) -> Answer:
+    """What the bytes of a whole response say."""
+    status, body = _split_head(pieces)
+    if status != 200:
+        return Answer(
+            began, error=f"status {status}: {b''.join(data for _, data in body)[:300].decode(errors='replace')}"
+        )
+    texts: list[float] = []
+    chunks = prompt_tokens = tokens = 0
+    for when, line in _lines(body):
+        content = line.removeprefix(b"data:").strip()
+        if not line.startswith(b"data:") or content == b"[DONE]":
+            continue
+        event = json.loads(content)
+        if event.get("error"):
+            return Answer(began, error=json.dumps(event)[:300])
+        if event.get("usage"):
+            prompt_tokens, tokens = event["usage"]["prompt_tokens"], event["usage"]["completion_tokens"]
+        if any(choice["delta"].get("content") for choice in event.get("choices", ())):
+            chunks += 1
+            if when not in texts[-1:]:
+                texts.append(when)
+    error = "" if texts and tokens else "the stream ended without text, or without its usage"
+    return Answer(began, tuple(texts), chunks, prompt_tokens, tokens, error)
+
+
+class _Exchange(asyncio.Protocol):
+    """One request on a connection of its own, which the server closes after its answer."""
+
+    def __init__(self, message: bytes) -> None:
+        self._message = message
+        self.pieces: list[Piece] = []
+        self.closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        transport.write(self._message)
+
+    def data_received(self, data: bytes) -> None:
+        self.pieces.append((time.perf_counter(), data))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if not self.closed.done():
+            self.closed.set_result(None)
+
+
+async def _ask_all(port: int, messages: Sequence[bytes], clients: int) -> tuple[list[Answer], float]:
+    heard: dict[int, tuple[float, list[Piece]]] = {}
+    waiting = iter(enumerate(messages))
+
+    async def client() -> None:
+        for index, message in waiting:
+            began = time.perf_counter()
+            heard[index] = began, await _exchange(port, message)
+
+    begun = time.perf_counter()
+    await asyncio.gather(*(client() for _ in range(clients)))
+    wall = time.perf_counter() - begun
+    return [read_answer(*heard[index]) for index in range(len(messages))], wall
+
+
+async def _exchange(port: int, message: bytes) -> list[Piece]:
+    loop = asyncio.get_running_loop()
+    transport, exchange = await loop.create_connection(lambda: _Exchange(message), "127.0.0.1", port)
+    try:
+        await asyncio.wait_for(exchange.closed, _TIMEOUT_S)
+    finally:
+        transport.close()
+    return exchange.pieces
+
+
+def _message(port: int, body: dict[str, object]) -> bytes:
+    content = json.dumps(body).encode()
+    head = (
+        f"POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1:{port}\r\ncontent-type: application/json\r\n"
+        f"content-length: {len(content)}\r\nconnection: close\r\n\r\n"
+    )
+    return head.encode() + content
+
+
+def _split_head(pieces: Sequence[Piece]) -> tuple[int, list[Piece]]:
+    """The status, and the body in the pieces in which it came."""
+    whole = b"".join(data for _, data in pieces)
+    head, _, rest = whole.partition(b"\r\n\r\n")
+    words = head.split(None, 2)
+    status = int(words[1]) if len(words) > 1 else 0
+    is_chunked = b"transfer-encoding: chunked" in head.lower()
+    start = len(whole) - len(rest)
+    spans = _chunks(whole, start) if is_chunked else [(start, len(whole))]
+    return status, [piece for span in spans for piece in _between(pieces, *span)]
+
+
+def _chunks(whole: bytes, position: int) -> Iterator[tuple[int, int]]:
+    """Where the data of HTTP's chunks lies. An answer that was cut off ends where it ends."""
+    while (line_end := whole.find(b"\r\n", position)) > 0:
+        size = int(whole[position:line_end].partition(b";")[0], 16)
+        if not size:
+            return
+        yield line_end + 2, min(line_end + 2 + size, len(whole))
+        position = line_end + 2 + size + 2
+
+
+def _between(pieces: Sequence[Piece], start: int, end: int) -> Iterator[Piece]:
+    offset = 0
+    for when, data in pieces:
+        part = data[max(start - offset, 0) : max(end - offset, 0)]
+        if part:
+            yield when, part
+        offset += len(data)
+
+
+def _lines(pieces: Sequence[Piece]) -> Iterator[Piece]:
+    """Each whole line, and when its end came."""
+    held = b""
+    for when, data in pieces:
+        *lines, held = (held + data).split(b"\n")
+        yield from ((when, line) for line in lines)
