@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from llava_core.engine.async_engine import AsyncEngine
 
 logger = logging.getLogger(__name__)
-_MAX_GAP_S = 0.05
+_MAX_GAP_S = 0.2
 
 
 class Generator:

@@ -7,6 +7,7 @@ without one never import torch. Knows how replicas log, and nothing about how ma
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -21,16 +22,21 @@ from deployments.pipeline import Pipeline
 from deployments.preflight import FoundCheckpoint
 from deployments.preprocessor import Preprocessor
 from deployments.settings import AppArgs, ComputeArgs
+from deployments.shared_cores import SharedCores, shared_folder
 from deployments.stage_status import StageStatus
 from deployments.vision_encoder import VisionEncoder
 from llava_core.errors import LlavaError
+from llava_core.kernels.cores import Cores, OwnCores
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
+    from torch import nn
 
     from llava_core.checkpoints.load import LoadOptions
 
 logger = logging.getLogger(__name__)
+# Of a network with fewer, an operation is too short to be divided among threads.
+_MANY_PARAMETERS = 50_000_000
 
 
 class DeviceError(LlavaError):
@@ -81,12 +87,14 @@ class VisionEncoderReplica(VisionEncoder):
     def __init__(self, args: AppArgs, checkpoint: FoundCheckpoint, handoff: Handoff) -> None:
         adopt_serve_logging()
         from llava_core.checkpoints.load import load_tower
-        from llava_core.vision.inference import ready_tower
+        from llava_core.vision.inference import call_before_layers, ready_tower
 
         options = set_up_compute(args.vision_encoder)
         tower = load_tower(checkpoint.open(), options)
+        cores = share_cores(args.vision_encoder, tower, options.device)
         ready_tower(tower)
-        super().__init__(tower, handoff, cache_bytes=args.vision_encoder.cache_bytes)
+        call_before_layers(tower, cores.claim)
+        super().__init__(tower, handoff, cache_bytes=args.vision_encoder.cache_bytes, cores=cores)
 
 
 class GeneratorReplica(Generator):
@@ -104,13 +112,16 @@ class GeneratorReplica(Generator):
         opened = checkpoint.open()
         tokenizer = load_tokenizer(opened)
         language = load_language_side(opened, options, num_tokens=tokenizer.num_tokens)
+        cores = share_cores(args.generator, language, options.device)
         ready_language(language)
-        engine = Engine(language, tokenizer, args.engine.config)
-        super().__init__(AsyncEngine(engine), handoff, chunk_gap_s=args.engine.chunk_gap_ms / 1e3)
+        engine = AsyncEngine(Engine(language, tokenizer, args.engine.config), cores=cores)
+        super().__init__(engine, handoff, chunk_gap_s=args.engine.chunk_gap_ms / 1e3)
 
 
 def set_up_compute(args: ComputeArgs) -> LoadOptions:
     """Threads and device of this process. Ray would leave a replica with half a CPU one thread, so it is set here."""
+    # Large pages, in which a processor streams weights a tenth faster; torch looks once, when it is imported.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     import torch
 
     from llava_core.checkpoints.load import LoadOptions
@@ -121,6 +132,21 @@ def set_up_compute(args: ComputeArgs) -> LoadOptions:
     options = LoadOptions(device, args.dtype)
     logger.info("computing on %s in %s with %d threads", device, options.torch_dtype, threads)
     return options
+
+
+def share_cores(args: ComputeArgs, network: nn.Module, device: str) -> Cores:
+    """How this process gets along with others on its cores, unless its threads are set."""
+    import torch
+
+    num_cores = torch.get_num_threads()
+    if args.threads is not None or device != "cpu" or num_cores == 1:
+        return OwnCores()
+    num_parameters = sum(value.numel() for value in network.state_dict().values())
+    if num_parameters < _MANY_PARAMETERS:
+        torch.set_num_threads(1)
+        logger.info("%d parameters: computing with one thread", num_parameters)
+        return OwnCores()
+    return SharedCores(shared_folder(), num_cores, torch.set_num_threads)
 
 
 def choose_device(asked: str, *, num_gpus: int) -> str:

@@ -76,7 +76,7 @@ class EngineArgs(_Settings):
     """Of each generator replica: how many answers are written at once, how many more may wait before it says 429, and
     the rest of llava_core.engine.config.EngineConfig.
 
-    `chunk_gap_ms` is the least time between two chunks of one answer, times the requests it holds, 50 ms at most: each
+    `chunk_gap_ms` is the least time between two chunks of one answer, times the requests it holds, 200 ms at most: each
     chunk costs the graph about that much CPU, so a busy replica sends fewer and larger ones.
     """
 
@@ -86,7 +86,7 @@ class EngineArgs(_Settings):
     prefill_chunk: int = EngineConfig.prefill_chunk
     cache_tokens: int | None = None
     block_size: int | None = None
-    chunk_gap_ms: float = Field(default=1.0, ge=0)
+    chunk_gap_ms: float = Field(default=4.0, ge=0)
 
     @property
     def config(self) -> EngineConfig:

@@ -16,6 +16,7 @@ from deployments.handoff import Handoff
 from deployments.messages import Encoded, PackedFeatures, Prepared, Rejected, pack, without_tiles
 from deployments.watchdog import Watchdog
 from llava_core.errors import EngineError
+from llava_core.kernels.cores import Cores, OwnCores
 from llava_core.lru import LruCache
 from llava_core.types import PreparedRequest
 
@@ -31,10 +32,14 @@ _REPORT_S = 60.0
 class VisionEncoder:
     """One tower, one thread: requests are encoded in the order they come, so equal pictures never run side by side."""
 
-    def __init__(self, tower: VisionTower, handoff: Handoff, *, cache_bytes: int = 0) -> None:
+    def __init__(
+        self, tower: VisionTower, handoff: Handoff, *, cache_bytes: int = 0, cores: Cores | None = None
+    ) -> None:
+        """`cores` is told when a request's pictures are done."""
         self.cache: LruCache[Tensor] = LruCache(cache_bytes)
         self._tower = tower
         self._handoff = handoff
+        self._cores = OwnCores() if cores is None else cores
         self._report_at = time.monotonic() + _REPORT_S
         self._thread = ThreadPoolExecutor(1, "tower")
         self._watchdog = Watchdog("vision encoder")
@@ -61,11 +66,13 @@ class VisionEncoder:
     def _encode(self, request: PreparedRequest) -> tuple[PackedFeatures, ...]:
         from llava_core.vision.encode import encode_images
 
-        with self._watchdog.work():
-            # Packing copies nothing: what is kept and what is handed over are the same bytes.
-            encoded = tuple(pack(features) for features in encode_images(self._tower, request.images, self.cache))
-        self._report()
-        return encoded
+        try:
+            with self._watchdog.work():
+                # Packing copies nothing: what is kept and what is handed over are the same bytes.
+                return tuple(pack(features) for features in encode_images(self._tower, request.images, self.cache))
+        finally:
+            self._cores.release()
+            self._report()
 
     def _report(self) -> None:
         """Once a minute while there is work: whether the cache is of any use, and whether it is full."""

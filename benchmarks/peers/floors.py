@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.peers.checkpoints import Network, Shape
 from benchmarks.peers.load import Figures
-from llava_core.models.packed import pack_linears
+from llava_core.kernels.packed import pack_linears
 
 BYTES = 2  # of a bfloat16
 # The product whose rate stands for all: the tower's tokens through the first half of its MLP.

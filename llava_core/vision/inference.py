@@ -5,7 +5,9 @@ Afterwards it cannot be trained or saved. Knows nothing about files or replicas.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -22,9 +24,20 @@ def ready_tower(tower: VisionTower) -> None:
     pack_linears(tower)
 
 
-def _drop_unread_layers(tower: ClipTower | SiglipTower) -> None:
+def call_before_layers(tower: VisionTower, call: Callable[[], None]) -> None:
+    """`call` again and again while the tower computes: before each layer, or each time where there are no layers."""
+    parts = _encoder(tower).layers if isinstance(tower, ClipTower | SiglipTower) else [tower]
+    for part in parts:
+        part.register_forward_pre_hook(lambda *_: call())
+
+
+def _encoder(tower: ClipTower | SiglipTower) -> Any:
     # Some versions of transformers have a module around it.
-    encoder = getattr(tower.model, "vision_model", tower.model).encoder
+    return getattr(tower.model, "vision_model", tower.model).encoder
+
+
+def _drop_unread_layers(tower: ClipTower | SiglipTower) -> None:
+    encoder = _encoder(tower)
     # The first of the hidden states is what goes into the first layer.
     num_read = range(len(encoder.layers) + 1)[tower.config.select_layer]
     # One layer stays: transformers finds the hidden states where it calls layers.

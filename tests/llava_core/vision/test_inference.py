@@ -10,7 +10,7 @@ import torch
 from llava_core.checkpoints.describe import read_preprocess_config
 from llava_core.checkpoints.layout import open_checkpoint
 from llava_core.kernels.packed import PackedLinear
-from llava_core.vision.inference import ready_tower
+from llava_core.vision.inference import call_before_layers, ready_tower
 from llava_core.vision.towers import VisionTower, build_tower
 from tests.tiny import IMAGE_SIZE
 
@@ -53,3 +53,14 @@ def test_half_precision_is_packed_and_stays_close(tiny_checkpoint: Path) -> None
     ready_tower(tower.bfloat16())
     assert any(isinstance(module, PackedLinear) for module in tower.modules())
     torch.testing.assert_close(tower(tiles()).float(), exact, atol=0.1, rtol=0.1)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(("kind", "expected"), [("CLIP", 2), ("CLIP-S2", 4), ("SigLIP", 2)])
+def test_a_call_comes_before_every_layer(tiny_checkpoint: Path, kind: str, expected: int) -> None:
+    """The tiny towers have three layers, of which -2 reads two, and S2 runs its tower once for each scale."""
+    tower, calls = tower_of(tiny_checkpoint, -2, kind), list[None]()
+    ready_tower(tower)
+    call_before_layers(tower, lambda: calls.append(None))
+    tower(tiles(2 * IMAGE_SIZE if kind == "CLIP-S2" else IMAGE_SIZE))
+    assert len(calls) == expected

@@ -1,0 +1,100 @@
+"""How many threads to compute with while other stages compute on the same cores.
+
+Two networks with a thread on every core each wait, at every operation, for a thread that is not running, and both
+together do less than either alone. So who is busy says so, and each takes its share. Nobody waits for anybody. Knows no
+networks and no Ray: the processes of a machine see each other by locks on files, which end with them.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+# How often to look for processes that have come since.
+_LOOK_S = 1.0
+
+
+class SharedCores:
+    """This process among those that name the same `folder`. `set_threads` is called whenever its share changes."""
+
+    def __init__(self, folder: Path, num_cores: int, set_threads: Callable[[int], None]) -> None:
+        self._folder = folder
+        self._num_cores = num_cores
+        self._set_threads = set_threads
+        self._num_threads = 0
+        self._path = folder / f"{os.getpid()}-{os.urandom(4).hex()}"
+        self._own = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        self._others: dict[str, int] = {}
+        self._looked = -_LOOK_S
+        self._is_busy = False
+
+    def claim(self) -> None:
+        """Say that this process computes from now on, and settle its share. Costs microseconds: call it often."""
+        if not self._is_busy:
+            fcntl.flock(self._own, fcntl.LOCK_EX)
+            self._is_busy = True
+        if time.monotonic() - self._looked >= _LOOK_S:
+            self._look()
+        share = max(1, self._num_cores // (1 + sum(map(_is_locked, self._others.values()))))
+        if share != self._num_threads:
+            self._num_threads = share
+            self._set_threads(share)
+
+    def release(self) -> None:
+        """Say that this process has nothing to compute."""
+        self._is_busy = False
+        fcntl.flock(self._own, fcntl.LOCK_UN)
+
+    def close(self) -> None:
+        """Leave."""
+        self._path.unlink(missing_ok=True)
+        for file in (self._own, *self._others.values()):
+            os.close(file)
+        self._others.clear()
+
+    def _look(self) -> None:
+        self._looked = time.monotonic()
+        names = {path.name for path in self._folder.iterdir()} - {self._path.name}
+        for name in self._others.keys() - names:
+            os.close(self._others.pop(name))
+        for name in names - self._others.keys():
+            try:
+                file = os.open(self._folder / name, os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError:
+                continue
+            if _is_alive(name):
+                self._others[name] = file
+            else:
+                os.close(file)
+                (self._folder / name).unlink(missing_ok=True)
+
+
+def _is_locked(file: int) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    fcntl.flock(file, fcntl.LOCK_UN)
+    return False
+
+
+def _is_alive(name: str) -> bool:
+    """Whether the process that made the file is there; its file is of no use afterwards."""
+    try:
+        os.kill(int(name.partition("-")[0]), 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def shared_folder() -> Path:
+    """Where the processes of this user on this machine meet. Raises PermissionError where it is somebody else's."""
+    folder = Path(tempfile.gettempdir()) / f"llava-serve-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():
+        raise PermissionError(f"{folder} belongs to another user")
+    return folder

@@ -1,0 +1,104 @@
+"""Processes that compute on the same cores share them, whoever comes, pauses or dies."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from deployments import shared_cores
+from deployments.shared_cores import SharedCores, shared_folder
+
+OTHER = """
+import sys
+from pathlib import Path
+from deployments.shared_cores import SharedCores
+cores = SharedCores(Path(sys.argv[1]), 8, lambda threads: print("threads", threads, flush=True))
+for line in sys.stdin:
+    getattr(cores, line.strip())()
+    print("done", flush=True)
+"""
+
+
+class Here:
+    """This process, which looks for others each time."""
+
+    def __init__(self, folder: Path, num_cores: int = 8) -> None:
+        self.threads: list[int] = []
+        self.cores = SharedCores(folder, num_cores, self.threads.append)
+
+    def claim(self) -> int:
+        self.cores.claim()
+        return self.threads[-1]
+
+
+@pytest.fixture(autouse=True)
+def look_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_cores, "_LOOK_S", 0.0)
+
+
+def test_who_is_alone_has_all_cores_and_is_told_once(tmp_path: Path) -> None:
+    here = Here(tmp_path)
+    assert [here.claim(), here.claim()] == [8, 8]
+    assert here.threads == [8]
+
+
+def test_who_is_busy_together_shares_and_who_is_idle_counts_for_nothing(tmp_path: Path) -> None:
+    first, second, third = (Here(tmp_path) for _ in range(3))
+    assert first.claim() == 8
+    assert second.claim() == 4
+    assert first.claim() == 4
+    assert third.claim() == 2
+    second.cores.release()
+    assert third.claim() == 4
+    first.cores.release()
+    assert third.claim() == 8
+    assert third.threads == [2, 4, 8]
+
+
+def test_nobody_has_less_than_one_thread(tmp_path: Path) -> None:
+    many = [Here(tmp_path, num_cores=2) for _ in range(4)]
+    assert [here.claim() for here in many] == [2, 1, 1, 1]
+
+
+def test_who_leaves_is_forgotten(tmp_path: Path) -> None:
+    first, second = Here(tmp_path), Here(tmp_path)
+    second.claim()
+    assert first.claim() == 4
+    second.cores.close()
+    assert first.claim() == 8
+    first.cores.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_process_that_dies_takes_no_share_with_it(tmp_path: Path, signal_number: int) -> None:
+    command = [sys.executable, "-c", OTHER, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdin is not None
+        assert other.stdout is not None
+        here = Here(tmp_path)
+        assert here.claim() == 8
+        print("claim", file=other.stdin, flush=True)
+        assert other.stdout.readline() == "threads 4\n"
+        assert other.stdout.readline() == "done\n"
+        assert here.claim() == 4
+        other.send_signal(signal_number)
+        other.wait(timeout=30)
+    assert here.claim() == 8
+    # Whoever comes next clears up.
+    assert Here(tmp_path).claim() == 4
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_the_folder_is_this_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_cores.tempfile, "gettempdir", lambda: str(tmp_path))
+    folder = shared_folder()
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert shared_folder() == folder
+    monkeypatch.setattr(os, "getuid", lambda: folder.stat().st_uid + 1)
+    (tmp_path / f"llava-serve-{os.getuid()}").mkdir()
+    with pytest.raises(PermissionError, match="another user"):
+        shared_folder()
