@@ -22,11 +22,10 @@ from deployments.pipeline import Pipeline
 from deployments.preflight import FoundCheckpoint
 from deployments.preprocessor import Preprocessor
 from deployments.settings import AppArgs, ComputeArgs
-from deployments.shared_cores import SharedCores, shared_folder
+from deployments.shared_cores import Cores, OwnCores, SharedCores, shared_folder
 from deployments.stage_status import StageStatus
 from deployments.vision_encoder import VisionEncoder
 from llava_core.errors import LlavaError
-from llava_core.kernels.cores import Cores, OwnCores
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -114,8 +113,9 @@ class GeneratorReplica(Generator):
         language = load_language_side(opened, options, num_tokens=tokenizer.num_tokens)
         cores = share_cores(args.generator, language, options.device)
         ready_language(language)
-        engine = AsyncEngine(Engine(language, tokenizer, args.engine.config), cores=cores)
-        super().__init__(engine, handoff, chunk_gap_s=args.engine.chunk_gap_ms / 1e3)
+        engine = Engine(language, tokenizer, args.engine.config)
+        running = AsyncEngine(engine, before_step=cores.claim, when_idle=cores.release)
+        super().__init__(running, handoff, chunk_gap_s=args.engine.chunk_gap_ms / 1e3)
 
 
 def set_up_compute(args: ComputeArgs) -> LoadOptions:

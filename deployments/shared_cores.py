@@ -13,9 +13,32 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 # How often to look for processes that have come since.
 _LOOK_S = 1.0
+
+
+class Cores(Protocol):
+    """What a network tells who shares its cores with it; one thread does."""
+
+    def claim(self) -> None:
+        """There is something to compute; said again before every part of it."""
+        ...
+
+    def release(self) -> None:
+        """There is nothing to compute."""
+        ...
+
+
+class OwnCores:
+    """Nobody else's: nobody has to be told."""
+
+    def claim(self) -> None:
+        """As Cores.claim."""
+
+    def release(self) -> None:
+        """As Cores.release."""
 
 
 class SharedCores:

@@ -10,16 +10,19 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import replace
 
 from llava_core.engine.engine import Engine, StepOutput
 from llava_core.engine.request import RequestFailure
 from llava_core.errors import EngineError, LlavaError
-from llava_core.kernels.cores import Cores, OwnCores
 from llava_core.types import EngineRequest, TokenDelta
 
 logger = logging.getLogger(__name__)
+
+
+def _nothing() -> None:
+    pass
 
 
 class _Mailbox:
@@ -43,10 +46,11 @@ class _Mailbox:
 class AsyncEngine:
     """Owns an Engine and the only thread that touches it. Create and use it on one event loop."""
 
-    def __init__(self, engine: Engine, *, cores: Cores | None = None) -> None:
-        """`cores` is told before every step that there is work, and when there is none."""
+    def __init__(
+        self, engine: Engine, *, before_step: Callable[[], None] = _nothing, when_idle: Callable[[], None] = _nothing
+    ) -> None:
         self._engine = engine
-        self._cores = OwnCores() if cores is None else cores
+        self._before_step, self._when_idle = before_step, when_idle
         self._loop = asyncio.get_running_loop()
         self._mailboxes: dict[str, _Mailbox] = {}
         # New requests, and ids to abort, in the order they came.
@@ -111,7 +115,7 @@ class AsyncEngine:
         try:
             while (commands := self._next_commands()) is not None:
                 outputs = self._obey(commands)
-                self._cores.claim()
+                self._before_step()
                 self._step_started = time.monotonic()
                 outputs += self._engine.step()
                 self._step_started = None
@@ -126,7 +130,7 @@ class AsyncEngine:
     def _next_commands(self) -> list[EngineRequest | str] | None:
         """New requests and aborts, waiting for some when the engine is idle; None once closed."""
         if not self._engine.has_work:
-            self._cores.release()
+            self._when_idle()
         with self._wake:
             self._wake.wait_for(lambda: self._is_closed or self._commands or self._engine.has_work)
             if self._is_closed:

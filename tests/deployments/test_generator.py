@@ -106,7 +106,7 @@ def test_a_busy_replica_sends_chunks_less_often() -> None:
 
     assert seconds(0) < seconds(4)
     # The wait is bounded, and the last chunk is not followed by one.
-    assert 0.15 <= seconds(1000) < 0.3
+    assert 0.6 <= seconds(1000) < 1.2
 
 
 def test_health_is_the_engines() -> None:

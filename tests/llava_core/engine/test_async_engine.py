@@ -40,6 +40,24 @@ def test_many_readers_each_get_their_own_answer(build_engine: BuildEngine) -> No
     assert asyncio.run(main()) == expected
 
 
+def test_who_shares_the_cores_is_told_before_every_step_and_when_there_is_no_work(build_engine: BuildEngine) -> None:
+    told: list[str] = []
+
+    async def main() -> int:
+        inner = build_engine()
+        engine = AsyncEngine(inner, before_step=lambda: told.append("step"), when_idle=lambda: told.append("idle"))
+        await collect(engine, make_request("a", max_tokens=5))
+        await until(lambda: told[-1] == "idle")
+        engine.close()
+        return inner.stats.num_steps
+
+    num_steps = asyncio.run(main())
+    assert told.count("step") == num_steps
+    first = told.index("step")
+    assert set(told[:first]) == {"idle"}
+    assert "idle" not in told[first : first + 5], "while there is work, the cores are not given back"
+
+
 def test_leaving_a_stream_early_frees_the_request(build_engine: BuildEngine) -> None:
     async def main() -> None:
         inner = build_engine()
