@@ -22,7 +22,7 @@ from llava_core.kernels.attention import attend, kept_dtype
 _LONG = 256
 _LONG_ALONE = 1024
 # Half precision's products are prepared for each new shape, which takes longer than they do: a line grows by so much.
-_GROWTH = 32
+_GROWTH, _FEW = 32, 2**17
 
 
 @dataclass(frozen=True)
@@ -255,29 +255,28 @@ def _see_run(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple
     """Rows that all see all of these tokens: the result (rows, num_heads, head_dim), and the logarithm of the sum of
     the scores' exponentials (rows, num_heads) in float32."""
     folded = _fold(query, len(keys))
-    if folded.shape[2] == 1:
-        # In half precision the kernel takes several times as long for one query.
-        folded, keys, values = folded.float(), keys.float(), values.float()
-    seen, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        folded, keys[None], values[None], scale=scale
-    )
-    return _unfold(seen[0], len(query)), _unfold(logsumexp[0][..., None], len(query))[..., 0]
+    num_queries = folded.shape[2]
+    if num_queries == 1 and query.dtype == torch.bfloat16:
+        # The kernel takes three times as long for one query as for two.
+        folded = folded.expand(-1, -1, 2, -1)
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    seen, logsumexp = attention(folded, keys[None], values[None], scale=scale)
+    seen, logsumexp = seen[0, :, :num_queries], logsumexp[0, :, :num_queries, None]
+    return _unfold(seen, len(query)), _unfold(logsumexp, len(query))[..., 0]
 
 
 def _see_gathered(
     query: Tensor, keys: Tensor, values: Tensor, part: _Gathered, scale: float, *, mixes: bool
 ) -> tuple[Tensor, Tensor]:
-    """The same, of rows that see each their own; without the logarithms unless the result `mixes` with others.
-
-    The scores are written out: they are few, and the fused kernel takes several times as long.
-    """
+    """The same, of rows that see each their own, without the logarithms unless it `mixes` with others. The scores are
+    written out: the fused kernel takes several times as long for so few."""
     rows, heads = len(query), len(keys)
     keys, values = (
         pages.index_select(1, part.slots).view(heads * rows, -1, pages.shape[2]) for pages in (keys, values)
     )
     # Head by head, as what was gathered.
     grouped = query.unflatten(1, (heads, -1)).transpose(0, 1).flatten(0, 1)
-    if rows == 1:
+    if rows == 1 and keys.numel() <= _FEW:
         # Half precision's products cost more to begin than so few numbers to copy.
         grouped, keys, values = grouped.float(), keys.float(), values.float()
     scores = torch.baddbmm(grouped.new_zeros(1), grouped, keys.transpose(1, 2), beta=0, alpha=scale)

@@ -40,12 +40,13 @@ def test_what_is_not_a_requests_own_changes_not_a_bit(layout: Layout, window: in
     assert torch.equal(clean, dirty)
 
 
-@given(layout=layouts(), window=windows, long=st.integers(1, 20), alone=st.integers(1, 40))
-def test_what_counts_as_long_changes_nothing(layout: Layout, window: int | None, long: int, alone: int) -> None:
+@given(layout=layouts(), window=windows, long=st.integers(1, 20), few=st.sampled_from([0, 2**17]))
+def test_what_counts_as_long_or_few_changes_nothing(layout: Layout, window: int | None, long: int, few: int) -> None:
     packed = Packed(layout)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention_cpu, "_LONG", long)
-        patch.setattr(attention_cpu, "_LONG_ALONE", alone)
+        patch.setattr(attention_cpu, "_LONG_ALONE", 2 * long)
+        patch.setattr(attention_cpu, "_FEW", few)
         seen, half = packed.attend(CpuBackend(), window), packed.attend(CpuBackend(), window, dtype=torch.bfloat16)
     torch.testing.assert_close(seen, packed.expected(window), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(half.float(), packed.expected(window), atol=0.05, rtol=0.05)
