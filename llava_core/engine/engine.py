@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -23,7 +23,7 @@ from llava_core.engine.config import EngineConfig
 from llava_core.engine.detokenize import Decoder
 from llava_core.engine.request import RequestFailure, RequestState
 from llava_core.engine.runner import ModelRunner, cache_tokens, choose_backend, wanted
-from llava_core.engine.sampler import choose, is_finite, process, token_logprob, uniform
+from llava_core.engine.sampler import choose, is_finite, is_greedy, peaks, process, token_logprob, uniform
 from llava_core.engine.scheduler import Chunk, Scheduler
 from llava_core.engine.stats import EngineStats
 from llava_core.errors import EngineError, LlavaError, OverloadedError, RequestError
@@ -34,6 +34,15 @@ logger = logging.getLogger(__name__)
 
 StepOutput = TokenDelta | RequestFailure
 Outcome = TypeVar("Outcome")
+
+
+@dataclass(frozen=True)
+class _Logits:
+    """Those (rows, vocab) of a chunk's wanted positions, and what is known of each row without its neighbours."""
+
+    rows: Tensor
+    are_finite: list[bool]
+    likeliest: list[int]
 
 
 class Engine:
@@ -121,45 +130,53 @@ class Engine:
         self._count(chunks, time.perf_counter() - began)
         return outputs
 
-    def _run(self, chunks: list[Chunk]) -> Iterator[tuple[Chunk, Tensor | Exception]]:
+    def _run(self, chunks: list[Chunk]) -> Iterator[tuple[Chunk, _Logits | Exception]]:
         """Logits of each chunk's wanted positions. What fails together is tried one by one: whose fault is it?"""
         if not chunks:
             return
         logits = _attempt(lambda: self._runner.run(chunks))
         if isinstance(logits, Tensor):
-            yield from zip(chunks, logits.split([len(wanted(chunk)) for chunk in chunks]), strict=True)
+            are_finite, likeliest = peaks(logits)
+            first = 0
+            for chunk in chunks:
+                own = slice(first, first + len(wanted(chunk)))
+                yield chunk, _Logits(logits[own], are_finite[own], likeliest[own])
+                first = own.stop
         elif len(chunks) == 1:
             yield chunks[0], logits
         else:
             for chunk in chunks:
                 yield from self._run([chunk])
 
-    def _settle(self, chunk: Chunk, result: Tensor | Exception) -> list[StepOutput]:
+    def _settle(self, chunk: Chunk, result: _Logits | Exception) -> list[StepOutput]:
         """Take what a chunk was run for, and settle what that means for its answer."""
         state = chunk.state
         if isinstance(result, Exception):
             return [self._fail(state, result)]
-        if len(result) and not is_finite(result):
+        if not all(result.are_finite):
             return [self._fail(state, EngineError("the model produced values that are not finite"))]
         self._scheduler.computed(chunk)
         if state.request.score_from is not None:
-            for place, logits in zip(wanted(chunk), result, strict=True):
+            for place, logits in zip(wanted(chunk), result.rows, strict=True):
                 num_top = state.request.sampling.logprobs or 0
                 state.prompt_logprobs.append(token_logprob(logits, state.tokens[place + 1], num_top))
             return [self._finish(state, TokenDelta(state.request_id, ""))] if chunk.is_last else []
         if not chunk.is_last:
             return []
-        delta = _attempt(lambda: self._write(state, result[0]))
+        delta = _attempt(lambda: self._write(state, result.rows[0], result.likeliest[0]))
         return [self._fail(state, delta) if isinstance(delta, Exception) else delta]
 
-    def _write(self, state: RequestState, logits: Tensor) -> TokenDelta:
-        """Choose the next token."""
+    def _write(self, state: RequestState, logits: Tensor, likeliest: int) -> TokenDelta:
+        """Choose the next token; `likeliest` is what `logits` alone would have."""
         sampling = state.request.sampling
         ends = state.ends(self._eos_ids)
         processed = process(logits, sampling, state.request.prompt_ids, state.output_ids, ends)
         if processed is not logits and not is_finite(processed):
             raise EngineError("the penalties or the bias make no numbers of the logits; choose smaller ones")
-        token = choose(processed, sampling, lambda: uniform(state.seed, state.index, state.num_output))
+        if processed is logits and is_greedy(sampling):
+            token = likeliest
+        else:
+            token = choose(processed, sampling, lambda: uniform(state.seed, state.index, state.num_output))
         logprobs = () if sampling.logprobs is None else (token_logprob(logits, token, sampling.logprobs),)
         state.tokens.append(token)
         state.wrote()

@@ -6,7 +6,7 @@ Knows nothing about who is admitted, how a token is chosen, or how attention is 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from llava_core.engine.request import RequestState
 from llava_core.engine.scheduler import Chunk
 from llava_core.errors import EngineError
 from llava_core.memory import available_bytes
+from llava_core.models.fused import FusedDecoder
 from llava_core.models.language import LanguageSide
 from llava_core.models.splice import splice
 from llava_core.types import ImageFeatures
@@ -49,8 +50,9 @@ class ModelRunner:
         the positions that `wanted` names, chunk by chunk."""
         spans = [Span(chunk.length, chunk.stop, chunk.state.blocks) for chunk in chunks]
         positions = [place for chunk in chunks for place in range(chunk.start, chunk.stop)]
-        with _paged_attention(self.model.decoder):
-            hidden = self.model.decoder.model(
+        decoder = self.model.decoder
+        with nullcontext() if isinstance(decoder.model, FusedDecoder) else _paged_attention(decoder):
+            hidden = decoder.model(
                 inputs_embeds=self._embed(chunks),
                 position_ids=torch.tensor([positions], device=self.model.device),
                 use_cache=False,
@@ -60,15 +62,21 @@ class ModelRunner:
         for chunk in chunks:
             rows += [first + place - chunk.start for place in wanted(chunk)]
             first += chunk.length
-        logits: Tensor = self.model.decoder.get_output_embeddings()(hidden[rows])
+        # Where answers alone are written, all of them.
+        last = hidden if len(rows) == len(positions) else hidden[rows]
+        logits: Tensor = decoder.get_output_embeddings()(last)
         return logits
 
     def _embed(self, chunks: Sequence[Chunk]) -> Tensor:
         """(1, tokens, hidden), of pictures those rows that the chunks hold."""
-        ids = [token for chunk in chunks for token in chunk.state.tokens[chunk.start : chunk.stop]]
+        tokens = [token for chunk in chunks for token in chunk.state.tokens[chunk.start : chunk.stop]]
+        ids = torch.tensor([tokens], device=self.model.device)
         rows = [part for chunk in chunks for part in self._image_rows(chunk)]
         embeddings = self.model.decoder.get_input_embeddings()
-        return splice(torch.tensor([ids], device=self.model.device), embeddings, torch.cat(rows) if rows else None)
+        if not rows:
+            text: Tensor = embeddings(ids)
+            return text
+        return splice(ids, embeddings, torch.cat(rows))
 
     def _image_rows(self, chunk: Chunk) -> list[Tensor]:
         state, parts = chunk.state, []

@@ -29,9 +29,20 @@ def is_finite(logits: Tensor) -> bool:
     return bool(torch.isfinite(logits.max()))
 
 
+def peaks(logits: Tensor) -> tuple[list[bool], list[int]]:
+    """Of each row of `logits` (rows, vocab), as `is_finite` and the likeliest token, the first of several."""
+    largest, tokens = logits.max(-1)
+    return torch.isfinite(largest).tolist(), tokens.tolist()
+
+
+def is_greedy(params: SamplingParams) -> bool:
+    """Whether the likeliest token is taken."""
+    return params.temperature < _GREEDY_BELOW
+
+
 def choose(logits: Tensor, params: SamplingParams, draw: Callable[[], float]) -> int:
     """A token id from processed `logits` (vocab,); `draw` is asked once for a number in [0, 1) if chance is needed."""
-    if params.temperature < _GREEDY_BELOW:
+    if is_greedy(params):
         return int(logits.argmax())
     cumulative = filtered_probabilities(logits, params).double().cumsum(-1)
     # Right: a token of probability 0 is never drawn. The last sum may fall short of 1 by rounding.

@@ -20,6 +20,9 @@ from transformers.models.mistral.modeling_mistral import MistralDecoderLayer, Mi
 from llava_core.kernels.packed import pack_linears
 from llava_core.models.language import LanguageSide
 
+# Up to so many tokens it is the number of operations that counts, not what each of them does.
+_FEW = 32
+
 
 class Attend(Protocol):
     """Who sees whom, and where keys and values are kept: the engine's."""
@@ -50,7 +53,7 @@ class FusedDecoder(nn.Module):
 
     def __init__(self, model: LlamaModel | MistralModel) -> None:
         super().__init__()
-        self.embed_tokens, self.rotary_emb, self.norm = model.embed_tokens, model.rotary_emb, model.norm
+        self.embed_tokens, self.rotary_emb, self.norm = model.embed_tokens, model.rotary_emb, Norm(model.norm)
         window = model.config.sliding_window if isinstance(model, MistralModel) else None
         self.layers = nn.ModuleList()
         for index in range(len(model.layers)):
@@ -66,7 +69,7 @@ class FusedDecoder(nn.Module):
         hidden = inputs_embeds[0]
         for layer in self.layers:
             hidden = layer(hidden, rotation, paged)
-        return BaseModelOutput(_normalise(self.norm, hidden)[None])
+        return BaseModelOutput(self.norm(hidden)[None])
 
 
 class FusedLayer(nn.Module):
@@ -80,7 +83,7 @@ class FusedLayer(nn.Module):
         self.head_dim, self.scale = attention.head_dim, attention.scaling
         self.num_kv_heads = attention.k_proj.out_features // self.head_dim
         self.num_heads = attention.q_proj.out_features // self.head_dim
-        self.input_norm, self.mlp_norm = layer.input_layernorm, layer.post_attention_layernorm
+        self.input_norm, self.mlp_norm = Norm(layer.input_layernorm), Norm(layer.post_attention_layernorm)
         self.qkv = _join([attention.q_proj, attention.k_proj, attention.v_proj])
         self.out = attention.o_proj
         self.gate_up = _join([mlp.gate_proj, mlp.up_proj])
@@ -89,19 +92,38 @@ class FusedLayer(nn.Module):
     def forward(self, hidden: Tensor, rotation: tuple[Tensor, Tensor], paged: Attend) -> Tensor:
         """(tokens, hidden) to the same; `rotation` is cosine and signed sine, (tokens, 1, head_dim)."""
         cos, sin = rotation
-        projected = self.qkv(_normalise(self.input_norm, hidden)).view(len(hidden), -1, self.head_dim)
+        projected = self.qkv(self.input_norm(hidden)).view(len(hidden), -1, self.head_dim)
         turned, value = projected.split([self.num_heads + self.num_kv_heads, self.num_kv_heads], 1)
         turned = torch.addcmul(turned * cos, turned.roll(self.head_dim // 2, -1), sin)
         query, key = turned.split([self.num_heads, self.num_kv_heads], 1)
         seen = paged.attend(self.index, query, key, value, self.scale, self.window)
         hidden = hidden + self.out(seen.flatten(1))
-        gate, up = self.gate_up(_normalise(self.mlp_norm, hidden)).chunk(2, -1)
+        gate, up = self.gate_up(self.mlp_norm(hidden)).chunk(2, -1)
         done: Tensor = hidden + self.down(self.activation(gate) * up)
         return done
 
 
-def _normalise(norm: Any, hidden: Tensor) -> Tensor:
-    return F.rms_norm(hidden, norm.weight.shape, norm.weight, norm.variance_epsilon)
+class Norm(nn.Module):
+    """Numbers divided by their root mean square. On a processor that is ten small operations, but layer norm is one: it
+    takes the mean away first, and numbers together with their negatives have a mean of 0."""
+
+    signs: Tensor
+    doubled: Tensor
+
+    def __init__(self, norm: Any) -> None:
+        super().__init__()
+        self.weight, self.eps = norm.weight, norm.variance_epsilon
+        self.shape = self.weight.shape
+        weight = self.weight.detach()
+        self.register_buffer("signs", weight.new_tensor([[1.0], [-1.0]]), persistent=False)
+        self.register_buffer("doubled", torch.stack((weight, weight)), persistent=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(tokens, hidden) to the same."""
+        if len(hidden) > _FEW or not hidden.is_cpu:
+            return F.rms_norm(hidden, self.shape, self.weight, self.eps)
+        both = hidden[:, None] * self.signs
+        return F.layer_norm(both, (2, *self.shape), self.doubled, None, self.eps)[:, 0]
 
 
 def _join(linears: Sequence[nn.Linear]) -> nn.Linear:

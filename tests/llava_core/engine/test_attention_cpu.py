@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llava_core.engine import attention_cpu
 from llava_core.engine.attention import ReferenceBackend, Span
 from llava_core.engine.attention_cpu import CpuBackend, find_runs
 from tests.llava_core.engine.packed import SCALE, Layout, Packed, layouts
@@ -37,6 +38,38 @@ def test_what_is_not_a_requests_own_changes_not_a_bit(layout: Layout, window: in
     packed = Packed(layout)
     clean, dirty = (packed.attend(CpuBackend(), window, garbage=value) for value in (0.0, torch.nan))
     assert torch.equal(clean, dirty)
+
+
+@given(layout=layouts(), window=windows, long=st.integers(1, 20), few=st.sampled_from([0, 2**17]))
+def test_what_counts_as_long_or_few_changes_nothing(layout: Layout, window: int | None, long: int, few: int) -> None:
+    packed = Packed(layout)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention_cpu, "_LONG", long)
+        patch.setattr(attention_cpu, "_LONG_ALONE", 2 * long)
+        patch.setattr(attention_cpu, "_FEW", few)
+        seen, half = packed.attend(CpuBackend(), window), packed.attend(CpuBackend(), window, dtype=torch.bfloat16)
+    torch.testing.assert_close(seen, packed.expected(window), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(half.float(), packed.expected(window), atol=0.05, rtol=0.05)
+
+
+@given(lengths=st.lists(st.integers(1, 5000), max_size=40))
+def test_lines_gathered_together_are_short_or_at_most_twice_as_long_as_each_other(lengths: list[int]) -> None:
+    groups = attention_cpu._alike({row: [slice(7, 7 + length)] for row, length in enumerate(lengths)})
+    assert sorted(row for group in groups for row in group) == [*range(len(lengths))]
+    for group in groups:
+        assert list(group) == sorted(group)
+        own = [lengths[row] for row in group]
+        assert max(own) <= max(256, 2 * min(own))
+
+
+def test_lines_in_half_precision_grow_seldom_and_a_line_of_ones_own_is_as_long_as_it_must_be() -> None:
+    def width(dtype: torch.dtype, *lengths: int) -> int:
+        pieces = {row: [slice(0, length)] for row, length in enumerate(lengths)}
+        return attention_cpu._gather(pieces, dtype).slots.numel() // len(lengths)
+
+    assert [width(torch.bfloat16, 5, length) for length in (5, 32, 33, 64)] == [32, 32, 64, 64]
+    assert width(torch.bfloat16, 33) == 33
+    assert width(torch.float32, 5, 33) == 33
 
 
 def test_a_damaged_request_damages_no_other() -> None:

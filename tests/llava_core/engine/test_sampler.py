@@ -14,7 +14,9 @@ from llava_core.engine.sampler import (
     choose,
     filtered_probabilities,
     is_finite,
+    is_greedy,
     needs_processing,
+    peaks,
     process,
     token_logprob,
     uniform,
@@ -275,3 +277,28 @@ def test_a_prompt_of_pictures_alone_and_a_repetition_penalty() -> None:
 @pytest.mark.parametrize("temperature", [1e-38, 1e-45, 5e-324])
 def test_nearly_no_temperature_is_greedy(temperature: float) -> None:
     assert choose(torch.tensor([0.0, 1.0, 5.0, 2.0]), SamplingParams(temperature=temperature), lambda: 0.5) == 2
+
+
+values = st.sampled_from([0.0, 1.0, -2.5, 7.0, math.nan, math.inf, -math.inf])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@given(rows=st.lists(st.lists(values, min_size=5, max_size=5), min_size=1, max_size=6))
+def test_rows_looked_at_together_are_what_each_is_alone(dtype: torch.dtype, rows: list[list[float]]) -> None:
+    logits = torch.tensor(rows, dtype=dtype)
+    are_finite, likeliest = peaks(logits)
+    assert are_finite == [is_finite(row) for row in logits]
+    assert likeliest == [choose(row, SamplingParams(temperature=0), lambda: 0.5) for row in logits]
+
+
+def test_no_rows_have_no_peaks() -> None:
+    assert peaks(torch.empty(0, 7)) == ([], [])
+
+
+def test_greedy_is_what_has_next_to_no_temperature() -> None:
+    assert [is_greedy(SamplingParams(temperature=value)) for value in (0.0, 1e-6, 1e-4, 1.0)] == [
+        True,
+        True,
+        False,
+        False,
+    ]

@@ -8,10 +8,11 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from llava_core.checkpoints.layout import open_checkpoint
 from llava_core.kernels.packed import PackedLinear
-from llava_core.models.fused import FusedDecoder, ready_language
+from llava_core.models.fused import FusedDecoder, Norm, ready_language
 from llava_core.models.language import LanguageSide
 from llava_core.models.quantize import quantize
 
@@ -72,6 +73,23 @@ def test_it_computes_what_transformers_computes(tiny_checkpoint: Path, text: dic
     assert isinstance(fused.decoder.model, FusedDecoder)
     torch.testing.assert_close(hidden_states(fused, length), hidden_states(side, length), atol=1e-5, rtol=1e-5)
     assert torch.equal(fused.decoder.get_input_embeddings().weight, side.decoder.get_input_embeddings().weight)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e3])
+@pytest.mark.parametrize("tokens", [1, 32, 33])
+def test_few_and_many_tokens_are_divided_by_their_root_mean_square(
+    tokens: int, scale: float, dtype: torch.dtype
+) -> None:
+    plain = LlamaRMSNorm(96, 1e-6).to(dtype)
+    plain.weight.data.normal_()
+    hidden = (torch.randn(tokens, 96) * scale + scale).to(dtype)
+    exact = (
+        hidden.double() * torch.rsqrt(hidden.double().square().mean(-1, keepdim=True) + 1e-6) * plain.weight.double()
+    )
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(Norm(plain)(hidden).double(), exact, atol=tolerance, rtol=tolerance)
 
 
 @torch.inference_mode()
