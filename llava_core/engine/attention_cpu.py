@@ -6,23 +6,15 @@ Keys and values lie head by head, so that a head's lie side by side. Knows neith
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from llava_core.engine.attention import PagedCache, Span, slots_of, visible
+from llava_core.engine.attention_plan import Gathered, Plan, find_runs, plan_reads
 from llava_core.kernels.attention import attend, kept_dtype
-
-# Each part is a call, and two parts have to be mixed, which takes as long as to copy about so many tokens: of several
-# requests' each, and of one's alone.
-_LONG = 256
-_LONG_ALONE = 1024
-# Half precision's products are prepared for each new shape, which takes longer than they do: a line grows by so much.
-_GROWTH, _FEW = 32, 2**17
 
 
 @dataclass(frozen=True)
@@ -32,36 +24,6 @@ class _Prompt:
     first: int
     span: Span
     slots: Tensor | slice
-
-
-@dataclass(frozen=True)
-class _Run:
-    """Tokens that lie side by side in the cache, and the batch's tokens that see all of them, in `rows`."""
-
-    slots: slice
-    rows: Tensor | slice
-
-
-@dataclass(frozen=True)
-class _Gathered:
-    """For each of `rows` as many `slots` as the longest has, those that `mask` (rows, longest) leaves out its own as
-    well."""
-
-    slots: Tensor
-    rows: Tensor | slice
-    mask: Tensor | None
-
-
-@dataclass
-class _Plan:
-    """Which parts of the cache are read, and how their results come together: `table` has for each of `rows` the lines
-    of the parts' results, put one below the other, that are its own; those it has fewer of are an empty line at the
-    end. None where each row has one line, in order of `rows`."""
-
-    runs: list[_Run] = field(default_factory=list)
-    gathered: list[_Gathered] = field(default_factory=list)
-    rows: Tensor | slice = field(default_factory=lambda: slice(0))
-    table: Tensor | None = None
 
 
 class CpuBackend:
@@ -98,7 +60,7 @@ class CpuBatch:
                 self._prompts.append(_Prompt(first, span, self._all_slots(span)))
             first += span.num_queries
         self._writing = writing
-        self._plans: dict[int | None, _Plan] = {}
+        self._plans: dict[int | None, Plan] = {}
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
         """As Batch.attend."""
@@ -118,12 +80,11 @@ class CpuBatch:
     ) -> None:
         """Fill the rows of requests that have one token in this step; `keys` and `values` (heads, slots, head_dim)."""
         if window not in self._plans:
-            self._plans[window] = _plan(find_runs(self._writing, self._block_size, window), query.dtype)
+            self._plans[window] = plan_reads(find_runs(self._writing, self._block_size, window), query.dtype)
         plan = self._plans[window]
-        mixes = plan.table is not None
         results = [
             *(_see_run(query[run.rows], keys[:, run.slots], values[:, run.slots], scale) for run in plan.runs),
-            *(_see_gathered(query[part.rows], keys, values, part, scale, mixes=mixes) for part in plan.gathered),
+            *(_see_gathered(query[part.rows], keys, values, part, scale) for part in plan.gathered),
         ]
         if plan.table is None:
             out[plan.rows] = torch.cat([seen for seen, _ in results]).to(out.dtype)
@@ -153,97 +114,6 @@ class CpuBatch:
         return self._masks[key]
 
 
-def find_runs(spans: dict[int, Span], block_size: int, window: int | None) -> list[tuple[slice, list[int]]]:
-    """Slots that lie side by side and are seen by the same rows of a batch; `spans` are by row, of one query each."""
-    rows_of: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
-    for row, span in spans.items():
-        first = 0 if window is None else max(0, span.length - window)
-        starts = [block * block_size for block in span.blocks[first // block_size : -(-span.length // block_size)]]
-        stops = [start + block_size for start in starts]
-        starts[0] += first % block_size
-        stops[-1] -= -span.length % block_size
-        for piece in zip(starts, stops, strict=True):
-            rows_of[piece].append(row)
-    runs: list[tuple[slice, list[int]]] = []
-    for (start, stop), rows in sorted(rows_of.items()):
-        if runs and runs[-1][0].stop == start and runs[-1][1] == rows:
-            runs[-1] = slice(runs[-1][0].start, stop), rows
-        else:
-            runs.append((slice(start, stop), rows))
-    return runs
-
-
-def _plan(found: list[tuple[slice, list[int]]], dtype: torch.dtype) -> _Plan:
-    plan, lines = _Plan(), list[int]()
-    parts = Counter(row for _, rows in found for row in rows)
-    short: defaultdict[int, list[slice]] = defaultdict(list)
-    for slots, rows in found:
-        is_whole = len(rows) == 1 and parts[rows[0]] == 1
-        if slots.stop - slots.start >= (_LONG if is_whole or len(rows) > 1 else _LONG_ALONE):
-            plan.runs.append(_Run(slots, _as_index(rows)))
-            lines += rows
-        else:
-            for row in rows:
-                short[row].append(slots)
-    for group in _alike(short):
-        plan.gathered.append(_gather(group, dtype))
-        lines += group
-    times = Counter(lines)
-    if max(times.values()) == 1:
-        plan.rows = _as_index(lines)
-        return plan
-    own: defaultdict[int, list[int]] = defaultdict(list)
-    for line, row in enumerate(lines):
-        own[row].append(line)
-    plan.rows = _as_index(list(own))
-    width = max(times.values())
-    plan.table = torch.tensor([[*mine, *[len(lines)] * (width - len(mine))] for mine in own.values()])
-    return plan
-
-
-def _alike(short: Mapping[int, list[slice]]) -> list[dict[int, list[slice]]]:
-    """Rows that are gathered together: all lines are as long as the longest, so none may be much longer than others."""
-    groups, shortest = list[dict[int, list[slice]]](), 0
-    for row, pieces in sorted(short.items(), key=lambda item: _num_slots(item[1])):
-        length = _num_slots(pieces)
-        if not groups or length > max(_LONG, 2 * shortest):
-            groups.append({})
-            shortest = length
-        groups[-1][row] = pieces
-    return [dict(sorted(group.items())) for group in groups]
-
-
-def _gather(pieces_by_row: Mapping[int, list[slice]], dtype: torch.dtype) -> _Gathered:
-    lengths = [_num_slots(pieces) for pieces in pieces_by_row.values()]
-    longest = max(lengths)
-    if len(lengths) > 1 and dtype == torch.bfloat16:
-        longest += -longest % _GROWTH
-    slots = np.empty((len(lengths), longest), dtype=np.int64)
-    for line, pieces in zip(slots, pieces_by_row.values(), strict=True):
-        # Whatever the mask leaves out must be the row's own: others' may be no numbers.
-        line[:] = pieces[0].start
-        first = 0
-        for piece in pieces:
-            stop = first + piece.stop - piece.start
-            line[first:stop] = np.arange(piece.start, piece.stop)
-            first = stop
-    mask = None
-    if min(lengths) < longest:
-        left_out = torch.arange(longest) >= torch.tensor(lengths)[:, None]
-        mask = torch.zeros(slots.shape, dtype=dtype).masked_fill_(left_out, -torch.inf)
-    return _Gathered(torch.from_numpy(slots.ravel()), _as_index(list(pieces_by_row)), mask)
-
-
-def _as_index(rows: Sequence[int]) -> Tensor | slice:
-    """Rows in a row are not copied."""
-    first = rows[0]
-    return slice(first, first + len(rows)) if list(rows) == [*range(first, first + len(rows))] else torch.tensor(rows)
-
-
-def _num_slots(pieces: Sequence[slice]) -> int:
-    return sum(piece.stop - piece.start for piece in pieces)
-
-
 def _read(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:
     """A prompt's tokens, in the model's own precision."""
     folded = _fold(query, keys.shape[1])
@@ -254,37 +124,47 @@ def _read(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: floa
 def _see_run(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Rows that all see all of these tokens: the result (rows, num_heads, head_dim), and the logarithm of the sum of
     the scores' exponentials (rows, num_heads) in float32."""
-    folded = _fold(query, len(keys))
-    num_queries = folded.shape[2]
+    seen, logsumexp = _see(_fold(query, len(keys)), keys[None], values[None], None, scale)
+    return _unfold(seen[0], len(query)), _unfold(logsumexp[0, :, :, None], len(query))[..., 0]
+
+
+def _see_gathered(query: Tensor, keys: Tensor, values: Tensor, part: Gathered, scale: float) -> tuple[Tensor, Tensor]:
+    """The same, of rows that see each their own."""
+    rows, heads = len(query), len(keys)
+    keys, values = (pages.index_select(1, part.slots).unflatten(1, (rows, -1)) for pages in (keys, values))
+    grouped = query.unflatten(1, (heads, -1))
+    if rows > 1 and grouped.shape[2] == 1 and query.dtype == torch.bfloat16:
+        seen, logsumexp = _see_written(grouped.transpose(0, 1), keys, values, part.mask, scale)
+    else:
+        keys, values = keys.transpose(0, 1), values.transpose(0, 1)
+        mask = None if part.mask is None else part.mask[:, None, None]
+        seen, logsumexp = _see(grouped, keys, values, mask, scale)
+    return seen.flatten(1, 2), logsumexp.flatten(1)
+
+
+def _see(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """(batch, num_kv_heads, queries, head_dim) and logarithms (batch, num_kv_heads, queries)."""
+    num_queries = query.shape[2]
     if num_queries == 1 and query.dtype == torch.bfloat16:
         # The kernel takes three times as long for one query as for two.
-        folded = folded.expand(-1, -1, 2, -1)
+        query = query.expand(-1, -1, 2, -1)
     attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    seen, logsumexp = attention(folded, keys[None], values[None], scale=scale)
-    seen, logsumexp = seen[0, :, :num_queries], logsumexp[0, :, :num_queries, None]
-    return _unfold(seen, len(query)), _unfold(logsumexp, len(query))[..., 0]
+    seen, logsumexp = attention(query, keys, values, attn_mask=mask, scale=scale)
+    return seen[:, :, :num_queries], logsumexp[:, :, :num_queries]
 
 
-def _see_gathered(
-    query: Tensor, keys: Tensor, values: Tensor, part: _Gathered, scale: float, *, mixes: bool
+def _see_written(
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """The same, of rows that see each their own, without the logarithms unless it `mixes` with others. The scores are
-    written out: the fused kernel takes several times as long for so few."""
-    rows, heads = len(query), len(keys)
-    keys, values = (
-        pages.index_select(1, part.slots).view(heads * rows, -1, pages.shape[2]) for pages in (keys, values)
-    )
-    # Head by head, as what was gathered.
-    grouped = query.unflatten(1, (heads, -1)).transpose(0, 1).flatten(0, 1)
-    if rows == 1 and keys.numel() <= _FEW:
-        # Half precision's products cost more to begin than so few numbers to copy.
-        grouped, keys, values = grouped.float(), keys.float(), values.float()
-    scores = torch.baddbmm(grouped.new_zeros(1), grouped, keys.transpose(1, 2), beta=0, alpha=scale)
-    if part.mask is not None:
-        scores.view(heads, rows, -1, scores.shape[2]).add_(part.mask[:, None])
-    seen = torch.bmm(scores.softmax(-1), values).view(heads, rows, -1, values.shape[2])
-    logsumexp = scores.float().logsumexp(-1).view(heads, rows, -1) if mixes else seen.new_empty(0)
-    return seen.transpose(0, 1).flatten(1, 2), logsumexp.transpose(0, 1).flatten(1) if mixes else logsumexp
+    """The same of (heads, rows, tokens, head_dim), one query each: for many of them the kernel takes several times as
+    long as the products."""
+    shape = query.shape
+    query, keys, values = (part.flatten(0, 1) for part in (query, keys, values))
+    scores = torch.baddbmm(query.new_zeros(1), query, keys.transpose(1, 2), beta=0, alpha=scale)
+    if mask is not None:
+        scores.view(*shape[:2], -1).add_(mask)
+    seen = torch.bmm(scores.softmax(-1), values).view(shape)
+    return seen.transpose(0, 1), scores.float().logsumexp(-1).view(shape[:3]).transpose(0, 1)
 
 
 def _fold(query: Tensor, num_kv_heads: int) -> Tensor:

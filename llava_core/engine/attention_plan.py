@@ -1,0 +1,146 @@
+"""Which parts of a paged cache a CPU reads for requests that have one token in a step, and by how many calls.
+
+What several requests share, and lies side by side, is read once for all of them. Knows where keys and values lie and
+who sees them, not what they are.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llava_core.engine.attention import Span
+
+# Each part is a call, and two parts have to be mixed, which takes as long as to copy about so many tokens: of several
+# requests' each, and of one's alone.
+_LONG = 256
+_LONG_ALONE = 1024
+# Half precision's products are prepared for each new shape, which takes longer than they do: a line grows by so much.
+_GROWTH = 32
+
+
+@dataclass(frozen=True)
+class Run:
+    """Tokens that lie side by side in the cache, and the batch's tokens that see all of them, in `rows`."""
+
+    slots: slice
+    rows: Tensor | slice
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """For each of `rows` as many `slots` as the longest has, those that `mask` (rows, longest) leaves out its own as
+    well."""
+
+    slots: Tensor
+    rows: Tensor | slice
+    mask: Tensor | None
+
+
+@dataclass
+class Plan:
+    """Which parts of the cache are read, and how their results come together: `table` has for each of `rows` the lines
+    of the parts' results, put one below the other, that are its own; those it has fewer of are an empty line at the
+    end. None where each row has one line, in order of `rows`."""
+
+    runs: list[Run] = field(default_factory=list)
+    gathered: list[Gathered] = field(default_factory=list)
+    rows: Tensor | slice = field(default_factory=lambda: slice(0))
+    table: Tensor | None = None
+
+
+def find_runs(spans: dict[int, Span], block_size: int, window: int | None) -> list[tuple[slice, list[int]]]:
+    """Slots that lie side by side and are seen by the same rows of a batch; `spans` are by row, of one query each."""
+    rows_of: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
+    for row, span in spans.items():
+        first = 0 if window is None else max(0, span.length - window)
+        starts = [block * block_size for block in span.blocks[first // block_size : -(-span.length // block_size)]]
+        stops = [start + block_size for start in starts]
+        starts[0] += first % block_size
+        stops[-1] -= -span.length % block_size
+        for piece in zip(starts, stops, strict=True):
+            rows_of[piece].append(row)
+    runs: list[tuple[slice, list[int]]] = []
+    for (start, stop), rows in sorted(rows_of.items()):
+        if runs and runs[-1][0].stop == start and runs[-1][1] == rows:
+            runs[-1] = slice(runs[-1][0].start, stop), rows
+        else:
+            runs.append((slice(start, stop), rows))
+    return runs
+
+
+def plan_reads(found: list[tuple[slice, list[int]]], dtype: torch.dtype) -> Plan:
+    """What is read in place and what is gathered, for queries in `dtype`."""
+    plan, lines = Plan(), list[int]()
+    parts = Counter(row for _, rows in found for row in rows)
+    short: defaultdict[int, list[slice]] = defaultdict(list)
+    for slots, rows in found:
+        is_whole = len(rows) == 1 and parts[rows[0]] == 1
+        if slots.stop - slots.start >= (_LONG if is_whole or len(rows) > 1 else _LONG_ALONE):
+            plan.runs.append(Run(slots, _as_index(rows)))
+            lines += rows
+        else:
+            for row in rows:
+                short[row].append(slots)
+    for group in _alike(short):
+        plan.gathered.append(_gather(group, dtype))
+        lines += group
+    times = Counter(lines)
+    if max(times.values()) == 1:
+        plan.rows = _as_index(lines)
+        return plan
+    own: defaultdict[int, list[int]] = defaultdict(list)
+    for line, row in enumerate(lines):
+        own[row].append(line)
+    plan.rows = _as_index(list(own))
+    width = max(times.values())
+    plan.table = torch.tensor([[*mine, *[len(lines)] * (width - len(mine))] for mine in own.values()])
+    return plan
+
+
+def _alike(short: Mapping[int, list[slice]]) -> list[dict[int, list[slice]]]:
+    """Rows that are gathered together: all lines are as long as the longest, so none may be much longer than others."""
+    groups, shortest = list[dict[int, list[slice]]](), 0
+    for row, pieces in sorted(short.items(), key=lambda item: _num_slots(item[1])):
+        length = _num_slots(pieces)
+        if not groups or length > max(_LONG, 2 * shortest):
+            groups.append({})
+            shortest = length
+        groups[-1][row] = pieces
+    return [dict(sorted(group.items())) for group in groups]
+
+
+def _gather(pieces_by_row: Mapping[int, list[slice]], dtype: torch.dtype) -> Gathered:
+    lengths = [_num_slots(pieces) for pieces in pieces_by_row.values()]
+    longest = max(lengths)
+    if len(lengths) > 1 and dtype == torch.bfloat16:
+        longest += -longest % _GROWTH
+    slots = np.empty((len(lengths), longest), dtype=np.int64)
+    for line, pieces in zip(slots, pieces_by_row.values(), strict=True):
+        # Whatever the mask leaves out must be the row's own: others' may be no numbers.
+        line[:] = pieces[0].start
+        first = 0
+        for piece in pieces:
+            stop = first + piece.stop - piece.start
+            line[first:stop] = np.arange(piece.start, piece.stop)
+            first = stop
+    mask = None
+    if min(lengths) < longest:
+        left_out = torch.arange(longest) >= torch.tensor(lengths)[:, None]
+        mask = torch.zeros(slots.shape, dtype=dtype).masked_fill_(left_out, -torch.inf)
+    return Gathered(torch.from_numpy(slots.ravel()), _as_index(list(pieces_by_row)), mask)
+
+
+def _as_index(rows: Sequence[int]) -> Tensor | slice:
+    """Rows in a row are not copied."""
+    first = rows[0]
+    return slice(first, first + len(rows)) if list(rows) == [*range(first, first + len(rows))] else torch.tensor(rows)
+
+
+def _num_slots(pieces: Sequence[slice]) -> int:
+    return sum(piece.stop - piece.start for piece in pieces)
