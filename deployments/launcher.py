@@ -44,8 +44,6 @@ ENVIRONMENT: Mapping[str, str] = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     # Ray would run replicas at niceness 15, behind everything else on the machine.
     "RAY_worker_niceness": "0",
-    # OpenMP's threads would spin for milliseconds on the cores that the next stage needs.
-    "GOMP_SPINCOUNT": "10000",
     "RAY_USAGE_STATS_ENABLED": "0",
     # Serve's gRPC ports between replicas are open to the network: only who has Ray's token may call.
     "RAY_AUTH_MODE": "token",

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import ray
 from ray.serve.handle import DeploymentHandle
@@ -32,8 +34,11 @@ if TYPE_CHECKING:
     from torch import nn
 
     from llava_core.checkpoints.load import LoadOptions
+    from llava_core.engine.engine import Engine
+    from llava_core.vision.towers import VisionTower
 
 logger = logging.getLogger(__name__)
+Loaded = TypeVar("Loaded")
 # Of a network with fewer, an operation is too short to be divided among threads.
 _MANY_PARAMETERS = 50_000_000
 
@@ -85,14 +90,7 @@ class VisionEncoderReplica(VisionEncoder):
 
     def __init__(self, args: AppArgs, checkpoint: FoundCheckpoint, handoff: Handoff) -> None:
         adopt_serve_logging()
-        from llava_core.checkpoints.load import load_tower
-        from llava_core.vision.inference import call_before_layers, ready_tower
-
-        options = set_up_compute(args.vision_encoder)
-        tower = load_tower(checkpoint.open(), options)
-        cores = share_cores(args.vision_encoder, tower, options.device)
-        ready_tower(tower)
-        call_before_layers(tower, cores.claim)
+        tower, cores = in_thread_of_its_own(lambda: _load_tower(args.vision_encoder, checkpoint))
         super().__init__(tower, handoff, cache_bytes=args.vision_encoder.cache_bytes, cores=cores)
 
 
@@ -101,21 +99,45 @@ class GeneratorReplica(Generator):
 
     def __init__(self, args: AppArgs, checkpoint: FoundCheckpoint, handoff: Handoff) -> None:
         adopt_serve_logging()
-        from llava_core.checkpoints.load import load_language_side
-        from llava_core.checkpoints.tokenizer import load_tokenizer
         from llava_core.engine.async_engine import AsyncEngine
-        from llava_core.engine.engine import Engine
-        from llava_core.models.fused import ready_language
 
-        options = replace(set_up_compute(args.generator), quantization=args.generator.quantization)
-        opened = checkpoint.open()
-        tokenizer = load_tokenizer(opened)
-        language = load_language_side(opened, options, num_tokens=tokenizer.num_tokens)
-        cores = share_cores(args.generator, language, options.device)
-        ready_language(language)
-        engine = Engine(language, tokenizer, args.engine.config)
+        engine, cores = in_thread_of_its_own(lambda: _load_engine(args, checkpoint))
         running = AsyncEngine(engine, before_step=cores.claim, when_idle=cores.release)
         super().__init__(running, handoff, chunk_gap_s=args.engine.chunk_gap_ms / 1e3)
+
+
+def _load_tower(args: ComputeArgs, checkpoint: FoundCheckpoint) -> tuple[VisionTower, Cores]:
+    from llava_core.checkpoints.load import load_tower
+    from llava_core.vision.inference import call_before_layers, ready_tower
+
+    options = set_up_compute(args)
+    tower = load_tower(checkpoint.open(), options)
+    cores = share_cores(args, tower, options.device)
+    ready_tower(tower)
+    call_before_layers(tower, cores.claim)
+    return tower, cores
+
+
+def _load_engine(args: AppArgs, checkpoint: FoundCheckpoint) -> tuple[Engine, Cores]:
+    from llava_core.checkpoints.load import load_language_side
+    from llava_core.checkpoints.tokenizer import load_tokenizer
+    from llava_core.engine.engine import Engine
+    from llava_core.models.fused import ready_language
+
+    options = replace(set_up_compute(args.generator), quantization=args.generator.quantization)
+    opened = checkpoint.open()
+    tokenizer = load_tokenizer(opened)
+    language = load_language_side(opened, options, num_tokens=tokenizer.num_tokens)
+    cores = share_cores(args.generator, language, options.device)
+    ready_language(language)
+    return Engine(language, tokenizer, args.engine.config), cores
+
+
+def in_thread_of_its_own(load: Callable[[], Loaded]) -> Loaded:
+    """What `load` gives, or raises. Each thread that has computed keeps OpenMP threads until it ends; where two of them
+    have some, these sleep between operations, and a step takes half as long again."""
+    with ThreadPoolExecutor(1, "load") as thread:
+        return thread.submit(load).result()
 
 
 def set_up_compute(args: ComputeArgs) -> LoadOptions:

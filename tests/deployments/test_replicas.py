@@ -1,6 +1,7 @@
 """What replicas do when they start: threads, device, logging, and their own part of the checkpoint."""
 
 import logging
+import threading
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,12 @@ from deployments.replicas import (
     VisionEncoderReplica,
     adopt_serve_logging,
     choose_device,
+    in_thread_of_its_own,
     set_up_compute,
+    share_cores,
 )
 from deployments.settings import AppArgs, ComputeArgs
+from deployments.shared_cores import OwnCores, SharedCores
 from llava_core.errors import CheckpointError
 from tests.tiny import edit_json
 
@@ -39,6 +43,41 @@ def test_threads_and_device_are_logged(caplog: pytest.LogCaptureFixture) -> None
         options = set_up_compute(ComputeArgs(threads=1, device="cpu", dtype="float32"))
     assert (options.device, options.dtype) == ("cpu", "float32")
     assert "on cpu in torch.float32 with 1 threads" in caplog.text
+
+
+def test_what_loads_leaves_no_thread_behind_and_its_error_comes_through() -> None:
+    before = threading.enumerate()
+    assert in_thread_of_its_own(lambda: threading.current_thread() not in before)
+    assert threading.enumerate() == before
+    with pytest.raises(CheckpointError, match="damaged"):
+        in_thread_of_its_own(lambda: (_ for _ in ()).throw(CheckpointError("damaged")))
+
+
+@pytest.mark.parametrize(
+    ("settings", "device", "width", "expected"),
+    [
+        ({}, "cpu", 8000, SharedCores),
+        ({}, "cpu", 8, OwnCores),
+        ({"threads": 2}, "cpu", 8000, OwnCores),
+        ({}, "cuda", 8000, OwnCores),
+    ],
+)
+def test_cores_are_shared_by_large_networks_whose_threads_are_not_set(
+    settings: dict[str, int],
+    device: str,
+    width: int,
+    expected: type,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("deployments.replicas.shared_folder", lambda: tmp_path)
+    torch.set_num_threads(2)
+    cores = share_cores(ComputeArgs(**settings), torch.nn.Linear(width, width, device="meta"), device)
+    assert type(cores) is expected
+    # A small network's operations are too short to be divided.
+    assert torch.get_num_threads() == (1 if width == 8 and device == "cpu" else 2)
+    if isinstance(cores, SharedCores):
+        cores.close()
 
 
 def test_our_records_go_where_serves_go() -> None:
