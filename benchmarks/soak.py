@@ -26,6 +26,7 @@ from llava_core.checkpoints.layout import open_checkpoint
 from llava_core.checkpoints.tokenizer import load_tokenizer
 from llava_core.engine.config import EngineConfig
 from llava_core.engine.engine import Engine
+from llava_core.models.fused import ready_language
 from llava_core.models.language import LanguageSide
 from llava_core.prompts.tokenize import IMAGE_TOKEN_ID
 from llava_core.types import EngineRequest, ImageFeatures, SamplingParams
@@ -50,6 +51,7 @@ def build_engine() -> Engine:
     text = {**config.text, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 16}
     text |= {"num_attention_heads": 4, "num_key_value_heads": 2}
     side = LanguageSide(replace(config, text=text, hidden_size=64)).eval()
+    ready_language(side)
     limits = EngineConfig(max_running=8, max_waiting=16, prefill_chunk=64, cache_tokens=1100)
     return Engine(side, load_tokenizer(DEFAULT_MODEL), limits)
 

@@ -19,7 +19,7 @@ from llava_core.inference import LocalModel
 from llava_core.prompts.tokenize import IMAGE_TOKEN_ID
 from llava_core.types import GenerationRequest, ImagePart, Message, SamplingParams, TextPart
 from llava_core.vision.clip import normalise
-from llava_core.vision.encode import encode_images
+from tests.served import first_logits
 from tests.tiny import (
     IMAGE_SIZE,
     build_text_config,
@@ -96,10 +96,7 @@ def test_answers_equal_transformers(
     }
     with torch.inference_mode():
         expected = reference(**given).logits[0, -1]
-        features = encode_images(model.tower, prepared.images)
-        packed = torch.tensor([prepared.prompt_ids])
-        got = model.engine.model(packed, [f.features for f in features], sizes=[i.size for i in prepared.images])
-    torch.testing.assert_close(got[0, -1], expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(first_logits(model, prepared), expected, atol=1e-4, rtol=1e-4)
     generated = reference.generate(**given, max_new_tokens=16, min_new_tokens=16, do_sample=False, eos_token_id=None)
     tokens = [token for delta in model.stream(prepared) for token in delta.token_ids]
     assert tokens == generated[0, ids.shape[1] :].tolist()

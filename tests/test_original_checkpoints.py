@@ -20,8 +20,8 @@ from llava_core.inference import LocalModel
 from llava_core.prompts.templates import get_template
 from llava_core.prompts.tokenize import IMAGE_TOKEN_ID
 from llava_core.types import GenerationRequest, ImagePart, Message, SamplingParams, TextPart
-from llava_core.vision.encode import encode_images
 from tests.original import Kind, Original, answer_plainly, prompt_ids, write_original
+from tests.served import first_logits
 
 FP32 = LoadOptions(dtype="float32")
 SYSTEM = (
@@ -90,11 +90,7 @@ def test_an_original_answers_as_the_restatement_of_its_code(tmp_path: Path, name
     assert ids == expected_ids(original, prepared.prompt)
     tokens, logits = answer_plainly(original, ids, IMAGES, 24)
     assert [token for delta in model.stream(prepared) for token in delta.token_ids] == tokens
-    features = encode_images(model.tower, prepared.images)
-    packed = torch.tensor([prepared.prompt_ids])
-    with torch.inference_mode():
-        got = model.engine.model(packed, [f.features for f in features], sizes=[i.size for i in prepared.images])
-    torch.testing.assert_close(got[0, -1], logits[0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(first_logits(model, prepared), logits[0], atol=1e-4, rtol=1e-4)
     assert len(set(tokens)) > 3, "weights so small that every answer is alike compare nothing"
 
 

@@ -21,9 +21,9 @@ from llava_core.cli import main
 from llava_core.errors import CheckpointError
 from llava_core.inference import LocalModel
 from llava_core.types import GenerationRequest, ImagePart, Message, SamplingParams, TextPart
-from llava_core.vision.encode import encode_images
 from tests.original import Original, answer_plainly, prompt_ids, write_model
 from tests.radialog import FILE, edit_config, edit_own, empty, radiograph_rows, random_like_trained, write_radialog
+from tests.served import first_logits
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant acting as an experienced radiologist. "
@@ -74,10 +74,7 @@ def test_it_answers_as_the_restatement_of_its_code(asked: Asked) -> None:
     prepared = model.preparer.prepare(request)
     assert (prepared.prompt, original_ids(prepared)) == (asked.prompt, asked.ids)
     assert prepared.num_image_tokens == (196,)
-    features = [each.features for each in encode_images(model.tower, prepared.images)]
-    with torch.inference_mode():
-        got = model.engine.model(torch.tensor([prepared.prompt_ids]), features, sizes=[prepared.images[0].size])
-    torch.testing.assert_close(got[0, -1], asked.logits[0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(first_logits(model, prepared), asked.logits[0], atol=1e-4, rtol=1e-4)
     assert [token for delta in model.stream(prepared) for token in delta.token_ids] == asked.tokens
     assert len(set(asked.tokens)) > 3, "weights so small that every answer is alike compare nothing"
 

@@ -33,8 +33,8 @@ from llava_core.images.preprocess import PreprocessConfig
 from llava_core.inference import LocalModel
 from llava_core.prompts.tokenize import IMAGE_TOKEN_ID
 from llava_core.vision.clip import normalise
-from llava_core.vision.encode import encode_images
 from tests.original import SP_SIZE, Kind, answer_plainly, write_original
+from tests.served import first_logits
 from tests.test_original_checkpoints import IMAGES, ask
 from tests.tiny import build_text_config, build_tokenizer, edit_json, write_checkpoint
 
@@ -127,9 +127,7 @@ def test_transformers_computes_what_the_original_does(tmp_path: Path, name: str)
         given |= {"pixel_values": torch.cat(tiles)}
     with torch.inference_mode():
         logits = theirs(**given).logits[0, -1]
-        features = [f.features for f in encode_images(source.tower, prepared.images)]
-        packed = torch.tensor([prepared.prompt_ids])
-        expected = source.engine.model(packed, features, sizes=[i.size for i in prepared.images])[0, -1]
+    expected = first_logits(source, prepared)
     torch.testing.assert_close(logits[: len(expected)], expected, atol=1e-4, rtol=1e-4)
     # The row added for <image> is never the likeliest.
     assert logits.argmax() == expected.argmax()
