@@ -89,13 +89,15 @@ def measure_start(port: int) -> float:
             service.wait(timeout=60)
 
 
-def wait_until_healthy(url: str, service: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 180
+def wait_until_healthy(
+    url: str, service: subprocess.Popen[bytes], *, name: str = "the service", timeout_s: float = 180
+) -> None:
+    deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline and service.poll() is None:
         if is_healthy(url, timeout_s=5):
             return
         time.sleep(0.05)
-    raise SystemExit("the service did not become ready")
+    raise SystemExit(f"{name} did not become ready")
 
 
 def measure_answers(port: int, num_requests: int) -> dict[str, Any]:

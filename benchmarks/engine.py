@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.__main__ import describe_machine
+from benchmarks.peers.checkpoints import CONTEXT, SHAPES
 from llava_core.checkpoints.files import DEFAULT_MODEL
 from llava_core.checkpoints.layout import open_checkpoint
 from llava_core.engine.config import EngineConfig
@@ -33,11 +34,6 @@ from llava_core.models.language import LanguageSide
 from llava_core.prompts.tokenize import IMAGE_TOKEN_ID
 from llava_core.types import EngineRequest, ImageFeatures, SamplingParams, TokenDelta
 
-SHAPES = {
-    "mid": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 24, "vocab_size": 32000},
-    "tiny": {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "vocab_size": 4000},
-}
-IMAGE_TOKENS = {"mid": 576, "tiny": 16}
 NUM_TOKENS = 64
 SYSTEM, QUESTION = 20, 40
 
@@ -68,7 +64,7 @@ def main() -> None:
         "size": options.size,
         "parameters_m": round(sum(value.numel() for value in side.parameters()) / 1e6),
         "dtype": options.dtype,
-        **measure(side, options.rounds, IMAGE_TOKENS[options.size]),
+        **measure(side, options.rounds, SHAPES[options.size].image_tokens),
     }
     print(json.dumps(results, indent=2))
     if options.json:
@@ -77,11 +73,20 @@ def main() -> None:
 
 def build(size: str, dtype: torch.dtype, device: str) -> LanguageSide:
     config, shape = open_checkpoint(DEFAULT_MODEL).config, SHAPES[size]
-    heads = shape["hidden_size"] // 64
-    text = {**config.text, **shape, "head_dim": 64, "num_attention_heads": heads, "num_key_value_heads": 4}
-    text["max_position_embeddings"] = 4096
+    decoder = shape.text
+    text = {
+        **config.text,
+        "hidden_size": decoder.hidden,
+        "intermediate_size": decoder.mlp,
+        "num_hidden_layers": decoder.layers,
+        "num_attention_heads": decoder.heads,
+        "num_key_value_heads": decoder.kv_heads,
+        "head_dim": decoder.hidden // decoder.heads,
+        "vocab_size": shape.vocabulary,
+        "max_position_embeddings": CONTEXT,
+    }
     torch.manual_seed(0)
-    whole = replace(config, text=text, hidden_size=shape["hidden_size"], context_length=4096, tie_word_embeddings=False)
+    whole = replace(config, text=text, hidden_size=decoder.hidden, context_length=CONTEXT, tie_word_embeddings=False)
     return LanguageSide(whole).to(device, dtype).eval()
 
 

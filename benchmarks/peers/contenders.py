@@ -20,13 +20,13 @@ from pathlib import Path
 
 import psutil
 
+from benchmarks.__main__ import wait_until_healthy
 from benchmarks.peers import vllm_setup
-from deployments.client import is_healthy
 from deployments.processes import descendants, end
 
 ROOT = Path(__file__).parents[2]
 OURS, VLLM, TRANSFORMERS = "llava-serve", "vLLM", "transformers serve"
-_START_S, _STOP_S, _POLL_S = 600.0, 60.0, 0.1
+_START_S, _STOP_S = 600.0, 60.0
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
@@ -190,10 +190,10 @@ def _tree(pid: int) -> list[psutil.Process]:
 
 
 def _wait_until_healthy(server: Server, log: Path) -> float:
-    begun = time.monotonic()
-    while server.process.poll() is None and time.monotonic() < begun + _START_S:
-        if is_healthy(f"http://127.0.0.1:{server.port}", timeout_s=5):
-            return round(time.monotonic() - begun, 1)
-        time.sleep(_POLL_S)
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    raise SystemExit("\n".join([*lines[-20:], f"{server.contender.name} did not become ready"]))
+    begun, url = time.monotonic(), f"http://127.0.0.1:{server.port}"
+    try:
+        wait_until_healthy(url, server.process, name=server.contender.name, timeout_s=_START_S)
+    except SystemExit as error:
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        raise SystemExit("\n".join([*lines[-20:], str(error)])) from None
+    return round(time.monotonic() - begun, 1)

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from llava_core.models.fused import Batch
+
 NAME = "paged"
 
 
@@ -59,16 +61,6 @@ class PagedCache:
         """Store `key` and `value` (tokens, num_heads, head_dim) in these slots: block * block_size + offset."""
         for pages, new in ((self.keys[layer], key), (self.values[layer], value)):
             pages.flatten(0, 1).index_copy_(0, slots, new.to(pages.dtype))
-
-
-class Batch(Protocol):
-    """One step's packed tokens over a cache; made once, asked by every layer."""
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
-        """Store the new `key` and `value` (tokens, num_kv_heads, head_dim), and let `query` (tokens, num_heads,
-        head_dim) see its request's tokens up to itself, the last `window` of them if given; returns (tokens, num_heads,
-        head_dim)."""
-        ...
 
 
 class Backend(Protocol):

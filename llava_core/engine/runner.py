@@ -6,7 +6,7 @@ Knows nothing about who is admitted, how a token is chosen, or how attention is 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -20,7 +20,6 @@ from llava_core.engine.request import RequestState
 from llava_core.engine.scheduler import Chunk
 from llava_core.errors import EngineError
 from llava_core.memory import available_bytes
-from llava_core.models.fused import FusedDecoder
 from llava_core.models.language import LanguageSide
 from llava_core.models.splice import splice
 from llava_core.types import ImageFeatures
@@ -51,7 +50,7 @@ class ModelRunner:
         spans = [Span(chunk.length, chunk.stop, chunk.state.blocks) for chunk in chunks]
         positions = [place for chunk in chunks for place in range(chunk.start, chunk.stop)]
         decoder = self.model.decoder
-        with nullcontext() if isinstance(decoder.model, FusedDecoder) else _paged_attention(decoder):
+        with _paged_attention(decoder):
             hidden = decoder.model(
                 inputs_embeds=self._embed(chunks),
                 position_ids=torch.tensor([positions], device=self.model.device),
@@ -69,14 +68,10 @@ class ModelRunner:
 
     def _embed(self, chunks: Sequence[Chunk]) -> Tensor:
         """(1, tokens, hidden), of pictures those rows that the chunks hold."""
-        tokens = [token for chunk in chunks for token in chunk.state.tokens[chunk.start : chunk.stop]]
-        ids = torch.tensor([tokens], device=self.model.device)
+        ids = [token for chunk in chunks for token in chunk.state.tokens[chunk.start : chunk.stop]]
         rows = [part for chunk in chunks for part in self._image_rows(chunk)]
         embeddings = self.model.decoder.get_input_embeddings()
-        if not rows:
-            text: Tensor = embeddings(ids)
-            return text
-        return splice(ids, embeddings, torch.cat(rows))
+        return splice(torch.tensor([ids], device=self.model.device), embeddings, torch.cat(rows) if rows else None)
 
     def _image_rows(self, chunk: Chunk) -> list[Tensor]:
         state, parts = chunk.state, []

@@ -24,11 +24,13 @@ from llava_core.models.language import LanguageSide
 _FEW = 32
 
 
-class Attend(Protocol):
-    """Who sees whom, and where keys and values are kept: the engine's."""
+class Batch(Protocol):
+    """One step's packed tokens over a cache; made once, asked by every layer."""
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
-        """Of packed tokens (tokens, heads, head_dim)."""
+        """Store the new `key` and `value` (tokens, num_kv_heads, head_dim), and let `query` (tokens, num_heads,
+        head_dim) see its request's tokens up to itself, the last `window` of them if given; returns (tokens, num_heads,
+        head_dim)."""
         ...
 
 
@@ -61,7 +63,7 @@ class FusedDecoder(nn.Module):
             # Each layer's own weights go as soon as they are fused: no more than one is in memory twice.
             model.layers[index] = nn.Identity()
 
-    def forward(self, inputs_embeds: Tensor, position_ids: Tensor, paged: Attend, **_: object) -> BaseModelOutput:
+    def forward(self, inputs_embeds: Tensor, position_ids: Tensor, paged: Batch, **_: object) -> BaseModelOutput:
         """`inputs_embeds` (1, tokens, hidden) and `position_ids` (1, tokens) to as many hidden states."""
         cos, sin = self.rotary_emb(inputs_embeds, position_ids)
         half = sin.shape[-1] // 2
@@ -89,7 +91,7 @@ class FusedLayer(nn.Module):
         self.gate_up = _join([mlp.gate_proj, mlp.up_proj])
         self.down, self.activation = mlp.down_proj, mlp.act_fn
 
-    def forward(self, hidden: Tensor, rotation: tuple[Tensor, Tensor], paged: Attend) -> Tensor:
+    def forward(self, hidden: Tensor, rotation: tuple[Tensor, Tensor], paged: Batch) -> Tensor:
         """(tokens, hidden) to the same; `rotation` is cosine and signed sine, (tokens, 1, head_dim)."""
         cos, sin = rotation
         projected = self.qkv(self.input_norm(hidden)).view(len(hidden), -1, self.head_dim)

@@ -22,9 +22,11 @@ def splice(ids: Tensor, embed: Callable[[Tensor], Tensor], image_rows: Tensor | 
     num_rows = 0 if image_rows is None else image_rows.shape[0]
     if num_placeholders != num_rows:
         raise ValueError(f"the prompt has {num_placeholders} image placeholders but {num_rows} feature rows came")
+    if image_rows is None:
+        # Of most steps: looked up in one piece.
+        return embed(ids)
     text = embed(ids[~is_image])
     out = torch.empty((*ids.shape, text.shape[-1]), dtype=text.dtype, device=text.device)
     out[~is_image] = text
-    if image_rows is not None:
-        out[is_image] = image_rows.to(text.dtype)
+    out[is_image] = image_rows.to(text.dtype)
     return out
