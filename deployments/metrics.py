@@ -4,7 +4,7 @@ Labels have few values, none of which a client chooses: no prompts, keys, names 
 on its page, and Serve adds the labels `application`, `deployment` and `replica`. Ray tells of what was observed only
 how many values were in which bucket: counts and quantiles of a histogram are right, its sum is of the buckets' middles.
 
-Counts are kept here and handed on once a second, because each call into Ray takes about 15 µs; a value that is observed
+Counts are kept here and handed on once a second, because each call into Ray takes about 4 µs; a value that is observed
 is one such call, so nothing does that for every token. Ray itself is imported where it is used.
 """
 
@@ -181,10 +181,11 @@ class RayRecorder:
             self.publish()
 
     def _export(self, metric: Metric) -> Any:
-        exported = self._exported.get(metric)
-        if exported is None:
-            exported = self._exported[metric] = _ray_metric(metric)
-        return exported
+        if metric not in self._exported:
+            with self._lock:
+                if metric not in self._exported:
+                    self._exported[metric] = _ray_metric(metric)
+        return self._exported[metric]
 
 
 def _tags(metric: Metric, labels: tuple[str, ...]) -> dict[str, str]:
