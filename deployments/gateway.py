@@ -29,13 +29,14 @@ from deployments.chat_request import ReplyForm, read_chat_request
 from deployments.chat_response import Answer, model_body
 from deployments.http_errors import HttpError, describe, describe_http, error_body, error_response
 from deployments.messages import Item, Rejected, StageHealth, is_last
+from deployments.metrics import Recorder, Unrecorded
+from deployments.request_metrics import CLIENT_CLOSED_REQUEST, RequestMetrics, metered
 from deployments.settings import LimitArgs
 from llava_core.errors import EngineError, OverloadedError, RequestError, UnknownNameError
 from llava_core.types import GenerationRequest, TokenDelta
 
 logger = logging.getLogger(__name__)
 REQUEST_ID_HEADER = "x-request-id"
-_CLIENT_CLOSED_REQUEST = 499
 
 
 class EngineClient(Protocol):
@@ -57,6 +58,7 @@ class Gateway:
         model_name: str,
         limits: LimitArgs | None = None,
         echo_request_id: bool = True,
+        recorder: Recorder | None = None,
     ) -> None:
         self._engine = engine
         self._check_stages = check_stages
@@ -65,7 +67,8 @@ class Gateway:
         self._bodies = BodyBudget(self._limits.max_bytes_in_flight)
         self._created = int(time.time())
         self._echo_request_id = echo_request_id
-        self.app = Starlette(
+        self._recorder = recorder or Unrecorded()
+        app = Starlette(
             routes=[
                 Route("/v1/chat/completions", self._chat, methods=["POST"]),
                 Route("/v1/models", self._models),
@@ -79,6 +82,7 @@ class Gateway:
                 Exception: self._on_bug,
             },
         )
+        self.app: ASGIApp = RequestMetrics(app, app.routes, self._recorder)
 
     async def _chat(self, request: Request) -> Response:
         body = self._bodies.lease()
@@ -109,7 +113,7 @@ class Gateway:
         if form.model is not None:
             self._check_model(form.model)
         answer = Answer(completion_id, self._model_name, include_usage=form.include_usage, timings=form.timings)
-        items = self._engine.stream(chat.generation, lease.release)
+        items = metered(self._engine.stream(chat.generation, lease.release), self._recorder, answer.model)
         return form, answer, _settled(items, _request_id(request))
 
     def _check_model(self, name: str) -> None:
@@ -250,4 +254,4 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
 
 
 async def _on_disconnect(_request: Request, _error: Exception) -> Response:
-    return Response(status_code=_CLIENT_CLOSED_REQUEST)
+    return Response(status_code=CLIENT_CLOSED_REQUEST)

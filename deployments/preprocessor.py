@@ -6,9 +6,11 @@ Wraps llava_core.prepare and adds nothing to it but threads, the clock and a wat
 from __future__ import annotations
 
 import asyncio
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 from deployments.messages import Elapsed, Prepared, Rejected
+from deployments.metrics import QUEUE_WAIT, STAGE_DURATION, Recorder, Unrecorded, cache_readings
 from deployments.watchdog import Watchdog
 from llava_core.errors import LlavaError
 from llava_core.prepare import Preparer
@@ -18,10 +20,12 @@ from llava_core.types import GenerationRequest, PreparedRequest
 class Preprocessor:
     """Prepares up to `num_threads` requests at once: as many decoded pictures are in memory, whoever hangs up."""
 
-    def __init__(self, preparer: Preparer, *, num_threads: int = 4) -> None:
+    def __init__(self, preparer: Preparer, *, num_threads: int = 4, recorder: Recorder | None = None) -> None:
         self._preparer = preparer
         self._threads = ThreadPoolExecutor(num_threads, "prepare")
         self._watchdog = Watchdog("preprocessor")
+        self._recorder = recorder or Unrecorded()
+        self._recorder.watch(lambda: cache_readings(preparer.cache, "tiles"))
 
     async def prepare(self, request: GenerationRequest) -> Prepared | Rejected:
         """Ids and tiles, or what is wrong with the request.
@@ -29,7 +33,7 @@ class Preprocessor:
         A thread cannot be stopped: a request that is cancelled keeps its place until its thread is done with it.
         """
         elapsed = Elapsed()
-        job = self._threads.submit(self._work, request)
+        job = self._threads.submit(self._work, request, time.perf_counter())
         result = asyncio.wrap_future(job)
         try:
             prepared = await asyncio.shield(result)
@@ -45,6 +49,10 @@ class Preprocessor:
         """For Serve, which replaces a replica that raises here."""
         self._watchdog.check()
 
-    def _work(self, request: GenerationRequest) -> PreparedRequest:
+    def _work(self, request: GenerationRequest, asked: float) -> PreparedRequest:
+        began = time.perf_counter()
+        self._recorder.observe(QUEUE_WAIT, began - asked, "preprocess")
         with self._watchdog.work():
-            return self._preparer.prepare(request)
+            prepared = self._preparer.prepare(request)
+        self._recorder.observe(STAGE_DURATION, time.perf_counter() - began, "preprocess")
+        return prepared

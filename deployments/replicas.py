@@ -20,6 +20,7 @@ from deployments.cores import usable_cores
 from deployments.gateway import Gateway
 from deployments.generator import Generator
 from deployments.handoff import Handoff
+from deployments.metrics import RayRecorder, engine_readings
 from deployments.pipeline import Pipeline
 from deployments.preflight import FoundCheckpoint
 from deployments.preprocessor import Preprocessor
@@ -30,7 +31,7 @@ from deployments.vision_encoder import VisionEncoder
 from llava_core.errors import LlavaError
 
 if TYPE_CHECKING:
-    from starlette.applications import Starlette
+    from starlette.types import ASGIApp
     from torch import nn
 
     from llava_core.checkpoints.load import LoadOptions
@@ -64,10 +65,15 @@ class GatewayReplica:
         status = StageStatus(generator.app_name, {name: handle.deployment_name for name, handle in stages.items()})
         # Serve's HTTP server puts the request id on every response itself.
         self._gateway = Gateway(
-            pipeline, status, model_name=args.served_name, limits=args.limits, echo_request_id=False
+            pipeline,
+            status,
+            model_name=args.served_name,
+            limits=args.limits,
+            echo_request_id=False,
+            recorder=RayRecorder().start(),
         )
 
-    def __serve_build_asgi_app__(self) -> Starlette:
+    def __serve_build_asgi_app__(self) -> ASGIApp:
         return self._gateway.app
 
 
@@ -82,7 +88,7 @@ class PreprocessorReplica(Preprocessor):
         preparer = load_preparer(
             checkpoint.open(), template=args.template, limits=args.limits.request, cache_bytes=stage.cache_bytes
         )
-        super().__init__(preparer, num_threads=stage.max_ongoing_requests)
+        super().__init__(preparer, num_threads=stage.max_ongoing_requests, recorder=RayRecorder().start())
 
 
 class VisionEncoderReplica(VisionEncoder):
@@ -91,7 +97,8 @@ class VisionEncoderReplica(VisionEncoder):
     def __init__(self, args: AppArgs, checkpoint: FoundCheckpoint, handoff: Handoff) -> None:
         adopt_serve_logging()
         tower, cores = in_thread_of_its_own(lambda: _load_tower(args.vision_encoder, checkpoint))
-        super().__init__(tower, handoff, cache_bytes=args.vision_encoder.cache_bytes, cores=cores)
+        cache_bytes, recorder = args.vision_encoder.cache_bytes, RayRecorder().start()
+        super().__init__(tower, handoff, cache_bytes=cache_bytes, cores=cores, recorder=recorder)
 
 
 class GeneratorReplica(Generator):
@@ -103,7 +110,9 @@ class GeneratorReplica(Generator):
 
         engine, cores = in_thread_of_its_own(lambda: _load_engine(args, checkpoint))
         running = AsyncEngine(engine, before_step=cores.claim, when_idle=cores.release)
-        super().__init__(running, handoff, chunk_gap_s=args.engine.chunk_gap_ms / 1e3)
+        recorder = RayRecorder().start()
+        recorder.watch(lambda: engine_readings(engine.stats))
+        super().__init__(running, handoff, chunk_gap_s=args.engine.chunk_gap_ms / 1e3, recorder=recorder)
 
 
 def _load_tower(args: ComputeArgs, checkpoint: FoundCheckpoint) -> tuple[VisionTower, Cores]:
