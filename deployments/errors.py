@@ -1,4 +1,4 @@
-"""Errors of the service that the core does not know: a body too large or too slow, a stage that is lost or not there.
+"""Errors of the service that the core does not know: bodies too large or slow, stages lost or missing, a start refused.
 
 Plain exceptions on top of the core's tree, which every process can afford and pickle. Knows neither HTTP nor Ray.
 """
@@ -26,3 +26,7 @@ class StageUnavailableError(LlavaError):
 
 class StageLostError(LlavaError):
     """The replica that worked on the request, or what it made, is gone."""
+
+
+class LaunchError(LlavaError):
+    """The service cannot be started as asked; the message says what to change."""

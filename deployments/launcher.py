@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import re
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -21,11 +20,13 @@ import yaml
 from pydantic import ValidationError
 
 from deployments.client import is_healthy
+from deployments.deploy_failures import raise_if_failed
 from deployments.environment import ENVIRONMENT
+from deployments.errors import LaunchError
+from deployments.load_balancer import LoadBalancer, local_host
 from deployments.preflight import check_checkpoint
 from deployments.processes import Process, descendants, end
 from deployments.settings import AppArgs
-from llava_core.errors import LlavaError
 
 CONFIG_FILE = "serve_config.yaml"
 IMPORT_PATH = "deployments.app:build_app"
@@ -33,13 +34,9 @@ DEFAULT_CONFIG: Mapping[str, Any] = {
     "applications": [{"name": "llava", "route_prefix": "/", "import_path": IMPORT_PATH}]
 }
 
+_SPARE_PORTS = 16
 _OBJECT_STORE_BYTES = 1024**3
 _POLL_S, _HTTP_DEADLINE_S, _STOP_PATIENCE_S = 0.1, 60.0, 5.0
-_ERROR_LINE = re.compile(r"^(?:[\w.]+\.)?(\w*(?:Error|Exception|Exit)): (.+)$", re.MULTILINE)
-
-
-class LaunchError(LlavaError):
-    """The service cannot be started as asked; the message says what to change."""
 
 
 @dataclass(frozen=True)
@@ -187,6 +184,7 @@ class LocalService:
     _started: float = field(default_factory=time.monotonic)
     _before: set[Process] | None = None
     _own: set[Process] = field(default_factory=set)
+    _balancer: LoadBalancer | None = None
 
     def start(self, report: Callable[[Progress], None]) -> None:
         """Returns when the service answers. Raises LaunchError when a stage cannot start."""
@@ -199,6 +197,10 @@ class LocalService:
         from ray.serve.schema import ServeDeploySchema
 
         schema = self._schema(ServeDeploySchema)
+        if os.environ["RAY_SERVE_ENABLE_DIRECT_INGRESS"] == "1":
+            self._balancer = _load_balancer(self.plan)
+            # Where gateways listen. Serve's proxy, which starts all the same, takes any port.
+            schema.http_options = schema.http_options.model_copy(update={"host": self._balancer.host, "port": 0})
         context: Any = ray.init(
             address="local",
             namespace="serve",
@@ -229,6 +231,8 @@ class LocalService:
         client.deploy_apps(schema)
         for stage in self._watch():
             report(self._progress(stage))
+        if self._balancer is not None:
+            self._balancer.start()
         self._wait_for_http()
         report(self._progress("HTTP"))
 
@@ -240,6 +244,8 @@ class LocalService:
 
         own = self._own or descendants(os.getpid()) - self._before
         own |= descendants(*(process.pid for process in own))
+        if self._balancer is not None:
+            self._balancer.stop()
         ray.shutdown()
         end(own, patience_s=_STOP_PATIENCE_S)
 
@@ -271,7 +277,7 @@ class LocalService:
                 if overview.status == "RUNNING":
                     return
                 messages = {stage: each.message for stage, each in deployments.items() if stage not in ready}
-                _raise_if_failed(str(overview.status.value), overview.message, messages)
+                raise_if_failed(str(overview.status.value), overview.message, messages)
             time.sleep(_POLL_S)
 
     def _wait_for_http(self) -> None:
@@ -282,16 +288,10 @@ class LocalService:
             time.sleep(_POLL_S)
 
 
-def _raise_if_failed(status: str, message: str, stage_messages: Mapping[str, str]) -> None:
-    if status in ("DEPLOY_FAILED", "UNHEALTHY"):
-        reasons = [f"{stage}: {_cause(text)}" for stage, text in stage_messages.items() if _ERROR_LINE.search(text)]
-        raise LaunchError("; ".join(reasons) or _cause(message))
-
-
-def _cause(text: str) -> str:
-    """The last exception named in a traceback, without the traceback."""
-    lines = _ERROR_LINE.findall(text)
-    if not lines:
-        return text.strip()
-    kind, message = lines[-1]
-    return str(message) if kind == "CheckpointError" else f"{kind}: {message}"
+def _load_balancer(plan: LaunchPlan) -> LoadBalancer:
+    """In front of the gateways, wherever Serve puts them: one that follows another cannot have its port at once."""
+    first = int(os.environ.setdefault("RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT", "30000"))
+    num_ports = plan.args.gateway.max_replicas + _SPARE_PORTS
+    # One past the last.
+    os.environ["RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT"] = str(first + num_ports)
+    return LoadBalancer((plan.host, plan.port), local_host(plan.port), range(first, first + num_ports))

@@ -93,7 +93,9 @@ class CpuBatch:
         keys, values = keys.transpose(0, 1), values.transpose(0, 1)
         is_mixed = plan.table is not None
         results = [_see_run(query[run.rows], keys[:, run.slots], values[:, run.slots], scale) for run in plan.runs]
-        results += [_see_gathered(query[part.rows], keys, values, part, scale, is_mixed) for part in plan.gathered]
+        results += [
+            _see_gathered(query[part.rows], keys, values, part, scale, is_mixed=is_mixed) for part in plan.gathered
+        ]
         if plan.table is None:
             seen = [seen for seen, _ in results]
             return (seen[0] if len(seen) == 1 else torch.cat(seen)).to(dtype)
@@ -137,14 +139,14 @@ def _see_run(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple
 
 
 def _see_gathered(
-    query: Tensor, keys: Tensor, values: Tensor, part: Gathered, scale: float, is_mixed: bool
+    query: Tensor, keys: Tensor, values: Tensor, part: Gathered, scale: float, *, is_mixed: bool
 ) -> tuple[Tensor, Tensor]:
     """The same, of rows that see each their own; the logarithms are numbers only where they are to be mixed."""
     rows, heads = len(query), len(keys)
     keys, values = (pages.index_select(1, part.slots).unflatten(1, (rows, -1)) for pages in (keys, values))
     grouped = query.unflatten(1, (heads, -1))
     if rows > 1 and grouped.shape[2] == 1 and query.dtype == torch.bfloat16:
-        return _see_written(query.transpose(0, 1), keys, values, part.mask, scale, is_mixed)
+        return _see_written(query.transpose(0, 1), keys, values, part.mask, scale, is_mixed=is_mixed)
     keys, values = keys.transpose(0, 1), values.transpose(0, 1)
     mask = None if part.mask is None else part.mask[:, None, None]
     seen, logsumexp = _see(grouped, keys, values, mask, scale)
@@ -162,7 +164,7 @@ def _see(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale
 
 
 def _see_written(
-    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float, is_mixed: bool
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float, *, is_mixed: bool
 ) -> tuple[Tensor, Tensor]:
     """The same of `query` (heads, rows, head_dim) over (heads, rows, tokens, head_dim): for many rows of one query each
     the kernel takes several times as long as the products."""

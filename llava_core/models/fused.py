@@ -80,8 +80,8 @@ class FusedDecoder(nn.Module):
 
 
 def _rotations(model: LlamaModel | MistralModel) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every position, (positions, 1, head_dim), as transformers computes them at each step; the first
-    half of the sine is negative, because that of the numbers it is multiplied with would have to be."""
+    """Cosine and sine of every position, (positions, 1, head_dim), which transformers computes anew in each step; the
+    first half of the sine is negative, because that of the numbers it is multiplied with would have to be."""
     weight = model.embed_tokens.weight
     positions = torch.arange(model.config.max_position_embeddings, device=weight.device)[None]
     cos, sin = model.rotary_emb(weight[:0], positions)

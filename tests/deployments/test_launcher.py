@@ -11,14 +11,12 @@ from typing import Any
 import pytest
 import yaml
 
+from deployments.errors import LaunchError
 from deployments.launcher import (
     ENVIRONMENT,
     IMPORT_PATH,
-    LaunchError,
     LaunchPlan,
     LocalService,
-    _cause,
-    _raise_if_failed,
     check_port,
     check_resources,
     plan_launch,
@@ -233,29 +231,9 @@ def test_ray_is_imported_only_after_its_environment_is_set() -> None:
     assert ENVIRONMENT["RAY_SERVE_THROUGHPUT_OPTIMIZED"] == "1"
 
 
-TRACEBACK = """Deploying app failed. Error:
-Traceback (most recent call last):
-  File "replicas.py", line 3, in __init__
-llava_core.errors.CheckpointError: /models/x: tower tensor a has shape (1,), config.json says (2,)
-"""
-
-
-def test_a_stage_that_cannot_start_is_named_with_its_cause() -> None:
-    with pytest.raises(LaunchError, match=r"^VisionEncoder: /models/x: tower tensor a has shape"):
-        _raise_if_failed("DEPLOY_FAILED", "failed", {"VisionEncoder": TRACEBACK, "Generator": ""})
-    with pytest.raises(LaunchError, match=r"^nobody knows$"):
-        _raise_if_failed("UNHEALTHY", "nobody knows", {})
-
-
 def test_resources_that_are_not_there_end_the_start() -> None:
     check_resources(AppArgs(), {"CPU": 1.0})
     with pytest.raises(LaunchError, match=r"ask for 1 CPUs in all, and this machine has 0\.5"):
         check_resources(AppArgs(), {"CPU": 0.5})
     with pytest.raises(LaunchError, match="ask for 2 GPUs in all, and this machine has 0; lower num_gpus"):
         check_resources(AppArgs(generator=GeneratorArgs(num_gpus=1, min_replicas=2, max_replicas=2)), {"CPU": 8.0})
-
-
-def test_other_errors_keep_their_class() -> None:
-    assert _cause("Traceback ...\n  x\ntorch.OutOfMemoryError: CUDA out of memory") == (
-        "OutOfMemoryError: CUDA out of memory"
-    )

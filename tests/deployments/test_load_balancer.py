@@ -1,0 +1,181 @@
+"""A real HAProxy in front of small servers on this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from deployments.load_balancer import LoadBalancer, LoadBalancerError, local_host
+
+PATIENCE_S = 20.0
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Says who asked and what for."""
+
+    def do_GET(self) -> None:
+        body = json.dumps({"id": self.headers.get("x-request-id"), "port": self.server.server_address[1]}).encode()
+        self.send_response(200)
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def replica(host: str, port: int) -> Iterator[None]:
+    with ThreadingHTTPServer((host, port), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            yield
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def free_ports(host: str, count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.create_server((host, 0))) for _ in range(count)]
+        return [int(probe.getsockname()[1]) for probe in probes]
+
+
+@contextlib.contextmanager
+def balancing(ports: int = 2) -> Iterator[LoadBalancer]:
+    (port,) = free_ports("127.0.0.1", 1)
+    host = local_host(port)
+    balancer = LoadBalancer(("127.0.0.1", port), host, free_ports(host, ports))
+    balancer.start()
+    try:
+        yield balancer
+    finally:
+        balancer.stop()
+
+
+def ask(balancer: LoadBalancer, **headers: str) -> tuple[int, dict[str, str], dict[str, object]]:
+    connection = http.client.HTTPConnection(*balancer.address, timeout=PATIENCE_S)
+    with contextlib.closing(connection):
+        connection.request("GET", "/", headers=headers)
+        response = connection.getresponse()
+        return response.status, dict(response.headers), json.loads(response.read())
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_requests_reach_whichever_replica_is_there_under_an_id() -> None:
+    with balancing() as balancer:
+        first, second = balancer.ports
+        with replica(balancer.host, second):
+            wait_until(lambda: ask(balancer)[0] == 200)
+            _, _, body = ask(balancer, **{"X-Request-Id": "mine"})
+            assert body == {"id": "mine", "port": second}
+            assert ask(balancer)[2]["id"]
+        # Its successor, on another port, is found; nobody is refused meanwhile.
+        with replica(balancer.host, first):
+            status, _, body = ask(balancer)
+            assert (status, body["port"]) == (200, first)
+
+
+def test_where_no_replica_is_clients_are_told_in_the_shape_of_all_errors() -> None:
+    with balancing(1) as balancer:
+        wait_until(lambda: ask(balancer)[0] == 503)
+        status, headers, body = ask(balancer, **{"X-Request-Id": 'a"b'})
+        assert status == 503
+        assert headers["content-type"] == "application/json"
+        assert headers["retry-after"] == "5"
+        assert headers["x-request-id"] == body["request_id"] == 'a"b'
+        error = body["error"]
+        assert isinstance(error, dict)
+        assert (error["type"], error["code"], error["param"]) == ("server_error", "unavailable", None)
+
+
+def test_a_replica_that_dies_over_a_request_is_told_in_the_same_shape() -> None:
+    with balancing(1) as balancer, socket.create_server((balancer.host, balancer.ports[0])) as server:
+        # Checks of its health get an answer, whatever else comes an end.
+        stop = threading.Event()
+
+        def serve() -> None:
+            server.settimeout(0.05)
+            while not stop.is_set():
+                with contextlib.suppress(TimeoutError):
+                    client, _ = server.accept()
+                    with client:
+                        if b"/-/healthz" in client.recv(4096):
+                            client.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n")
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        try:
+            wait_until(lambda: ask(balancer)[0] == 502)
+            error = ask(balancer)[2]["error"]
+            assert isinstance(error, dict)
+            assert error["code"] == "replica_lost"
+        finally:
+            stop.set()
+            thread.join()
+
+
+def test_a_port_that_is_taken_is_named() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = int(taken.getsockname()[1])
+        balancer = LoadBalancer(("127.0.0.1", port), local_host(port), [30_000])
+        with pytest.raises(LoadBalancerError, match=rf"127\.0\.0\.1:{port}"):
+            balancer.start()
+        balancer.stop()
+
+
+def test_without_its_program_the_start_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_SERVE_HAPROXY_BINARY_PATH", "/nowhere")
+    balancer = LoadBalancer(("127.0.0.1", 1), local_host(1), [30_000])
+    with pytest.raises(LoadBalancerError, match="RAY_SERVE_ENABLE_DIRECT_INGRESS=0"):
+        balancer.start()
+    balancer.stop()
+
+
+def test_an_address_of_six_groups_is_put_in_brackets() -> None:
+    assert "bind [::1]:8000\n" in LoadBalancer(("::1", 8000), "127.64.31.64", [30_000]).configuration
+
+
+def test_every_service_of_a_machine_has_an_address_of_its_own() -> None:
+    assert local_host(8000) == "127.64.31.64"
+    assert len({local_host(port) for port in range(65_536)}) == 65_536
+
+
+def test_it_does_not_outlive_who_started_it(tmp_path: Path) -> None:
+    (port,) = free_ports("127.0.0.1", 1)
+    program = (
+        "import sys, time; from deployments.load_balancer import *\n"
+        f"LoadBalancer(('127.0.0.1', {port}), local_host({port}), [30000]).start()\n"
+        "print(flush=True); time.sleep(600)"
+    )
+    environment = {"PYTHONPATH": ":".join(sys.path), "TMPDIR": str(tmp_path)}
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        socket.create_connection(("127.0.0.1", port), PATIENCE_S).close()
+        process.kill()
+
+    def is_gone() -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", port)) != 0
+
+    wait_until(is_gone)
