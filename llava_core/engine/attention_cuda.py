@@ -16,9 +16,6 @@ from torch import Tensor
 
 from llava_core.engine.attention import PagedCache, Span, slots_of, slots_on_device, visible
 
-# Runs of a step before it is recorded.
-_WARM_UPS = 2
-
 
 @dataclass(frozen=True)
 class _Prompt:
@@ -50,23 +47,28 @@ class CudaBackend:
 
     def record(self, step: Callable[[], Tensor]) -> Callable[[], Tensor]:
         """Into a CUDA graph."""
-        # Kernels are compiled and libraries find their workspaces before anything is recorded.
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(_WARM_UPS):
-                step()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        # Other threads, those of a tower in this process for instance, may go on meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            out = step()
+        with torch.cuda.device_of(step()):
+            self._warm_up(step)
+            graph = torch.cuda.CUDAGraph()
+            # Other threads, those of a tower in this process for instance, may go on meanwhile.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                out = step()
 
         def replay() -> Tensor:
-            graph.replay()
+            with torch.cuda.device_of(out):
+                graph.replay()
             return out
 
         return replay
+
+    def _warm_up(self, step: Callable[[], Tensor]) -> None:
+        """Beside the stream that others use, as recording will: kernels are compiled and libraries find their
+        workspaces before anything is recorded."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            step()
+        torch.cuda.current_stream().wait_stream(side)
 
     @cached_property
     def _pool(self) -> Any:

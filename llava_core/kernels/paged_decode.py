@@ -47,41 +47,42 @@ def attend_paged(
     out = query.new_empty(rows, num_heads, head_dim)
     padded_dim = max(_LEAST, triton.next_power_of_2(head_dim))
     first_seen = _UNBOUNDED if window is None else window
-    _see_parts[rows, kv_heads, parts](
-        query,
-        keys,
-        values,
-        table,
-        lengths,
-        seen,
-        sums,
-        scale * _LOG2_E,
-        first_seen,
-        *query.stride()[:2],
-        *keys.stride()[:3],
-        table.stride(0),
-        lengths.stride(0),
-        block_size,
-        groups,
-        head_dim,
-        max(_LEAST, triton.next_power_of_2(groups)),
-        padded_dim,
-        PART,
-        _TILE,
-    )
-    _join_parts[rows, num_heads](
-        seen,
-        sums,
-        lengths,
-        out,
-        first_seen,
-        parts,
-        lengths.stride(0),
-        head_dim,
-        padded_dim,
-        triton.next_power_of_2(parts),
-        PART,
-    )
+    with torch.cuda.device_of(query):
+        _see_parts[rows, kv_heads, parts](
+            query,
+            keys,
+            values,
+            table,
+            lengths,
+            seen,
+            sums,
+            scale * _LOG2_E,
+            first_seen,
+            *query.stride()[:2],
+            *keys.stride()[:3],
+            table.stride(0),
+            lengths.stride(0),
+            block_size,
+            groups,
+            head_dim,
+            max(_LEAST, triton.next_power_of_2(groups)),
+            padded_dim,
+            PART,
+            _TILE,
+        )
+        _join_parts[rows, num_heads](
+            seen,
+            sums,
+            lengths,
+            out,
+            first_seen,
+            parts,
+            lengths.stride(0),
+            head_dim,
+            padded_dim,
+            triton.next_power_of_2(parts),
+            PART,
+        )
     return out
 
 

@@ -24,7 +24,9 @@ from tests.llava_core.engine.packed import SCALE, Layout, Packed, layouts
 from tests.llava_core.engine.rerun import RerunBackend
 from tests.llava_core.engine.test_engine import run
 
+pytestmark = pytest.mark.gpu
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="there is no GPU")
 windows = st.none() | st.integers(1, 600)
 # Blocks of which some end a part of a long text, and sizes of heads that are no powers of two.
 any_layout = layouts(block_sizes=(3, 16, 256), head_dims=(20, 64))
@@ -50,21 +52,26 @@ def test_what_is_not_a_requests_own_changes_not_a_bit(layout: Layout, window: in
 @pytest.mark.parametrize("window", [None, 1, 70, 300])
 def test_a_decode_step_is_read_from_its_tensors(window: int | None) -> None:
     """With a table as wide as any text may be, whose other columns name blocks of others."""
-    packed = Packed(Layout(16, 2, 3, 20, tuple((n, 1, 0) for n in (0, 15, 16, 255, 256, 599)), 0, True, seed=3))
+    packed = Packed(
+        Layout(16, 2, 3, 20, tuple((n, 1, 0) for n in (0, 15, 16, 255, 256, 599)), 0, True, seed=3), device=DEVICE
+    )
     table = torch.zeros(len(packed.spans), 64, dtype=torch.int64)
     for row, span in zip(table, packed.spans, strict=True):
         row[: len(span.blocks)] = torch.tensor(span.blocks)
-    positions = torch.tensor([span.length - 1 for span in packed.spans])
+    positions = torch.tensor([span.length - 1 for span in packed.spans], device=DEVICE)
     cache = packed.cache()
-    batch = DecodeBatch(cache, positions, table)
+    batch = DecodeBatch(cache, positions, table.to(DEVICE))
     new = [torch.cat([part[-1:] for part in parts]) for parts in (packed.keys, packed.values)]
     seen = batch.attend(0, packed.query, *new, SCALE, window)
     torch.testing.assert_close(seen, packed.expected(window), atol=1e-5, rtol=1e-5)
 
 
 def test_neighbours_change_not_a_bit() -> None:
-    alone = Packed(Layout(16, 2, 2, 64, ((599, 1, 0),), 0, is_scattered=True, seed=1))
-    among = Packed(Layout(16, 2, 2, 64, ((599, 1, 0), (3, 1, 0), (1200, 1, 0)), 0, is_scattered=True, seed=1))
+    requests = ((599, 1, 0), (3, 1, 0), (1200, 1, 0))
+    alone, among = (
+        Packed(Layout(16, 2, 2, 64, together, 0, is_scattered=True, seed=1), device=DEVICE)
+        for together in (requests[:1], requests)
+    )
     for ours, theirs in ((alone.keys, among.keys), (alone.values, among.values)):
         theirs[0].copy_(ours[0])
     among.query[0].copy_(alone.query[0])
@@ -75,7 +82,7 @@ def test_keys_and_values_are_kept_as_the_model_has_them() -> None:
     assert CudaBackend().cache_dtype(torch.bfloat16) == torch.bfloat16
 
 
-@pytest.mark.gpu
+@needs_gpu
 @settings(max_examples=40)
 @given(layout=layouts(block_sizes=(16, 256), head_dims=(64, 128)), window=windows)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -108,7 +115,7 @@ def test_an_engine_with_graphs_writes_what_the_processors_does(
         ready_language(side)
         for layer in side.decoder.model.layers:
             layer.window = window
-        limits = EngineConfig(max_running=5, max_step_tokens=64, prefill_chunk=16, cache_tokens=80, block_size=4)
+        limits = EngineConfig(max_running=5, max_step_tokens=64, prefill_chunk=16, cache_tokens=48, block_size=4)
         engine = Engine(side, load_tokenizer(tiny_checkpoint), limits, backend=backend)
         answers.append(run(engine, *requests))
         preemptions.append(engine.stats.num_preemptions)
@@ -116,7 +123,7 @@ def test_an_engine_with_graphs_writes_what_the_processors_does(
     assert preemptions[0] == preemptions[1] > 0
 
 
-@pytest.mark.gpu
+@needs_gpu
 def test_a_graph_gives_what_the_step_gave_that_it_was_recorded_from() -> None:
     """Other numbers in the same tensors, and two graphs in turns that share their memory."""
     backend = CudaBackend()

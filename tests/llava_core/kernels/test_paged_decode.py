@@ -6,6 +6,7 @@ from torch import Tensor
 
 from llava_core.kernels.paged_decode import PART, attend_paged
 
+pytestmark = pytest.mark.gpu
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BLOCK_SIZE, HEAD_DIM, SCALE = 16, 24, 0.2
 
