@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import http.client
 import json
-import platform
 import random
 import signal
 import statistics
@@ -21,10 +20,10 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from benchmarks.machine import describe_machine
 from deployments.client import chat_body, is_healthy, stream_chat
 from deployments.launcher import LocalService, plan_launch
 from llava_core.scenes.samples import encode_picture
@@ -60,19 +59,6 @@ def main() -> None:
     print(json.dumps(results, indent=2))
     if options.json:
         options.json.write_text(json.dumps(results, indent=2) + "\n")
-
-
-def describe_machine() -> dict[str, Any]:
-    """Processor, cores and the versions that matter."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    names = ("ray", "torch", "transformers", "starlette")
-    return {
-        "processor": models[0] if models else platform.processor(),
-        "cores": len(models),
-        "python": platform.python_version(),
-        **{name: version(name) for name in names},
-    }
 
 
 def measure_start(port: int) -> float:

@@ -1,10 +1,12 @@
 """The engine in this process beside transformers' generate, on the same random weights; encoding is left out.
 
     python -m benchmarks.engine [--rounds 3] [--size mid] [--dtype bfloat16] [--threads N] [--json FILE]
+    python -m benchmarks.engine --device cuda --size 7b --json FILE
 
 `mid` is a decoder of 24 layers of 1,024, as long prompts as LLaVA-1.5's (576 image tokens); `tiny` shows what the
 bookkeeping costs. Requests begin with the same system text. All contenders take turns in every round, and medians are
-given; the same with transformers' own modules shows what fusing and packing bring.
+given; the same with transformers' own modules shows what fusing and packing bring. On a GPU, or with `--shares`, the
+device's own rates are measured too, and which share of them is reached (benchmarks/shares.py).
 """
 
 from __future__ import annotations
@@ -23,8 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.__main__ import describe_machine
-from benchmarks.peers.checkpoints import CONTEXT, SHAPES
+from benchmarks.device import build, describe_device, release
+from benchmarks.machine import describe_machine
+from benchmarks.peers.checkpoints import CONTEXT, SHAPES, Shape
+from benchmarks.shares import LLAVA_7B, SMALL, NoText, Works, measure_shares
 from llava_core.checkpoints.files import DEFAULT_MODEL
 from llava_core.checkpoints.layout import open_checkpoint
 from llava_core.engine.config import EngineConfig
@@ -37,43 +41,42 @@ from llava_core.types import EngineRequest, ImageFeatures, SamplingParams, Token
 NUM_TOKENS = 64
 SYSTEM, QUESTION = 20, 40
 
+SIZES = {**SHAPES, "7b": LLAVA_7B}
+
 Figures = dict[str, float]
-
-
-class NoText:
-    """Tokens stay tokens: what text they stand for costs the same everywhere."""
-
-    def decode(self, ids: object) -> str:
-        return ""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--size", choices=SHAPES, default="mid")
+    parser.add_argument("--size", choices=SIZES, default="mid")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="default: every core")
+    parser.add_argument("--shares", action="store_true", help="measured in small; on a GPU always, in full")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
-    side = build(options.size, getattr(torch, options.dtype), options.device)
+    shape, device = SIZES[options.size], torch.device(options.device)
+    side = build_side(shape, getattr(torch, options.dtype), device)
     results = {
-        "machine": {**describe_machine(), "threads": torch.get_num_threads(), "device": options.device},
+        "machine": {**describe_machine(), "threads": torch.get_num_threads(), "device": describe_device(device)},
         "size": options.size,
         "parameters_m": round(sum(value.numel() for value in side.parameters()) / 1e6),
         "dtype": options.dtype,
-        **measure(side, options.rounds, SHAPES[options.size].image_tokens),
+        **measure(side, options.rounds, shape.image_tokens),
     }
+    if device.type == "cuda" or options.shares:
+        release(device)
+        results["shares"] = measure_shares(side, shape, Works() if device.type == "cuda" else SMALL)
     print(json.dumps(results, indent=2))
     if options.json:
         options.json.write_text(json.dumps(results, indent=2) + "\n")
 
 
-def build(size: str, dtype: torch.dtype, device: str) -> LanguageSide:
-    config, shape = open_checkpoint(DEFAULT_MODEL).config, SHAPES[size]
-    decoder = shape.text
+def build_side(shape: Shape, dtype: torch.dtype, device: torch.device) -> LanguageSide:
+    config, decoder = open_checkpoint(DEFAULT_MODEL).config, shape.text
     text = {
         **config.text,
         "hidden_size": decoder.hidden,
@@ -87,7 +90,7 @@ def build(size: str, dtype: torch.dtype, device: str) -> LanguageSide:
     }
     torch.manual_seed(0)
     whole = replace(config, text=text, hidden_size=decoder.hidden, context_length=CONTEXT, tie_word_embeddings=False)
-    return LanguageSide(whole).to(device, dtype).eval()
+    return build(lambda: LanguageSide(whole), device, dtype)
 
 
 def measure(side: LanguageSide, rounds: int, image_tokens: int) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.__main__ import describe_machine
+from benchmarks.machine import describe_machine
 
 _MEASURE = """
 import json, resource, sys, time

@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 import torch
 
-from benchmarks.__main__ import describe_machine
+from benchmarks.machine import describe_machine
 from llava_core.checkpoints.files import DEFAULT_MODEL
 from llava_core.checkpoints.layout import open_checkpoint
 from llava_core.checkpoints.tokenizer import load_tokenizer

@@ -86,6 +86,7 @@ class EngineArgs(_Settings):
     prefill_chunk: int = EngineConfig.prefill_chunk
     cache_tokens: int | None = None
     block_size: int | None = None
+    decode_graphs: bool = True
     chunk_gap_ms: float = Field(default=4.0, ge=0)
 
     @property

@@ -22,7 +22,7 @@ from typing import Any
 
 import psutil
 
-from benchmarks.__main__ import describe_machine
+from benchmarks.machine import describe_machine
 from benchmarks.peers.checkpoints import SHAPES, write_checkpoint
 from benchmarks.peers.compare import Amounts, compare
 from benchmarks.peers.contenders import ROOT, Contender, make_contenders, own_threads, running

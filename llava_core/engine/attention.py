@@ -6,9 +6,9 @@ transformers' decoders reach it under the name `paged`. Knows neither requests n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -89,6 +89,22 @@ class Backend(Protocol):
         ...
 
 
+@runtime_checkable
+class RecordingBackend(Backend, Protocol):
+    """One that can record decode steps: graphs.py."""
+
+    def decode_batch(self, cache: PagedCache, positions: Tensor, table: Tensor) -> Batch:
+        """What the layers of a step share in which row i is the token at `positions[i]` (rows,) of the text in the
+        blocks `table[i]` (rows, blocks). The tensors' values may change between one run of what was recorded and the
+        next."""
+        ...
+
+    def record(self, step: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """What does `step` again, with the values that its tensors have then, and gives its result in the same tensor.
+        Meanwhile `step` may run any number of times."""
+        ...
+
+
 def slots_of(spans: Sequence[Span], block_size: int) -> list[int]:
     """Where the keys and values of a packed batch's tokens belong."""
     return [
@@ -96,6 +112,12 @@ def slots_of(spans: Sequence[Span], block_size: int) -> list[int]:
         for span in spans
         for place in range(span.length - span.num_queries, span.length)
     ]
+
+
+def slots_on_device(positions: Tensor, table: Tensor, block_size: int) -> Tensor:
+    """The same of one token per request, as in RecordingBackend.decode_batch, without looking at any number."""
+    blocks = table.gather(1, (positions // block_size)[:, None])[:, 0]
+    return blocks * block_size + positions % block_size
 
 
 def visible(num_queries: int, length: int, window: int | None, device: torch.device) -> Tensor:

@@ -1,84 +1,181 @@
-"""Paged attention on a GPU: torch's variable-length kernel reads the blocks where they lie.
+"""Paged attention on a GPU: answers by a kernel that reads the blocks where they lie, prompts by torch's own.
 
-Source: torch.nn.attention.varlen, with `block_table` and `seqused_k`. Knows neither requests nor models.
+Knows neither requests nor models.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cache
-from inspect import signature
-from itertools import accumulate
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from llava_core.engine.attention import PagedCache, Span, slots_of
+from llava_core.engine.attention import PagedCache, Span, slots_of, slots_on_device, visible
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """A request with several tokens in the batch, at `rows`, which has all of its tokens at `slots`."""
+
+    rows: slice
+    span: Span
+    slots: Tensor
 
 
 class CudaBackend:
-    """One kernel for prompts and answers alike, for half precisions."""
+    """For every precision."""
 
-    # FlashAttention 2 takes no other blocks than of multiples of 256 tokens.
-    block_size = 256
-    block_multiple = 256
+    block_size = 16
+    block_multiple = 1
     heads_first = False
 
     def cache_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """The model's own."""
         return dtype
 
-    def batch(self, cache: PagedCache, spans: Sequence[Span]) -> CudaBatch:
-        """Put the tables on the device, once for all layers."""
-        return CudaBatch(cache, spans)
+    def batch(self, cache: PagedCache, spans: Sequence[Span]) -> MixedBatch:
+        """Put on the device, once for all layers, what these requests are."""
+        return MixedBatch(cache, spans)
+
+    def decode_batch(self, cache: PagedCache, positions: Tensor, table: Tensor) -> DecodeBatch:
+        """All is there already."""
+        return DecodeBatch(cache, positions, table)
+
+    def record(self, step: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """Into a CUDA graph."""
+        with torch.cuda.device_of(step()):
+            self._warm_up(step)
+            graph = torch.cuda.CUDAGraph()
+            # Other threads, those of a tower in this process for instance, may go on meanwhile.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                out = step()
+
+        def replay() -> Tensor:
+            with torch.cuda.device_of(out):
+                graph.replay()
+            return out
+
+        return replay
+
+    def _warm_up(self, step: Callable[[], Tensor]) -> None:
+        """Beside the stream that others use, as recording will: kernels are compiled and libraries find their
+        workspaces before anything is recorded."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            step()
+        torch.cuda.current_stream().wait_stream(side)
+
+    @cached_property
+    def _pool(self) -> Any:
+        """Memory that all graphs use in turns: none needs its own any more when the next one runs."""
+        return torch.cuda.graph_pool_handle()
 
 
-class CudaBatch:
-    """Tables of one step."""
+class DecodeBatch:
+    """Requests with one token each, at `positions` (rows,) of their texts, whose blocks `table` (rows, blocks) names.
+    What the tensors hold is looked at by the device alone, when it computes."""
 
-    def __init__(self, cache: PagedCache, spans: Sequence[Span]) -> None:
-        device = cache.keys[0].device
-        size = cache.shape.block_size
-        widest = max(-(-span.length // size) for span in spans)
-        table = [[*span.blocks[:widest], *[0] * (widest - len(span.blocks))] for span in spans]
-        self._cache = cache
-        self._slots = torch.tensor(slots_of(spans, size), device=device)
-        self._table = torch.tensor(table, dtype=torch.int32, device=device)
-        self._lengths = torch.tensor([span.length for span in spans], dtype=torch.int32, device=device)
-        starts = [0, *accumulate(span.num_queries for span in spans)]
-        self._starts = torch.tensor(starts, dtype=torch.int32, device=device)
-        self._max_queries = max(span.num_queries for span in spans)
-        self._max_length = max(span.length for span in spans)
+    def __init__(self, cache: PagedCache, positions: Tensor, table: Tensor, max_length: int | None = None) -> None:
+        self._cache, self._table, self._max_length = cache, table, max_length
+        self._slots = slots_on_device(positions, table, cache.shape.block_size)
+        self._lengths = positions + 1
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
         """As Batch.attend."""
-        from torch.nn.attention.varlen import varlen_attn
-
         self._cache.write(layer, self._slots, key, value)
-        seen = varlen_attn(
+        return self.see(layer, query, scale, window)
+
+    def see(self, layer: int, query: Tensor, scale: float, window: int | None) -> Tensor:
+        """The same when everything is in the cache already."""
+        # Triton is there where CUDA is.
+        from llava_core.kernels.paged_decode import attend_paged
+
+        return attend_paged(
             query,
             self._cache.keys[layer],
             self._cache.values[layer],
-            self._starts,
-            None,
-            self._max_queries,
-            self._max_length,
+            self._table,
+            self._lengths,
             scale=scale,
-            window_size=(-1 if window is None else window - 1, 0),
-            enable_gqa=query.shape[1] != self._cache.shape.num_heads,
-            seqused_k=self._lengths,
-            block_table=self._table,
-            **_fixed_splits(),
+            window=window,
+            max_length=self._max_length,
         )
-        assert isinstance(seen, Tensor)
-        return seen
 
 
-@cache
-def _fixed_splits() -> dict[str, Any]:
-    """Else the splits, and so the roundings, of one request would follow the longest in the batch. Older versions of
-    torch know no splits."""
-    from torch.nn.attention.varlen import varlen_attn
+class MixedBatch:
+    """Prompts are read one by one, each gathered: next to what their products cost that is little. Answers are written
+    together."""
 
-    return {"num_splits": 1} if "num_splits" in signature(varlen_attn).parameters else {}
+    def __init__(self, cache: PagedCache, spans: Sequence[Span]) -> None:
+        self._cache = cache
+        device = cache.keys[0].device
+        self._slots = torch.tensor(slots_of(spans, cache.shape.block_size), device=device)
+        self._prompts: list[_Prompt] = []
+        self._masks: dict[tuple[int, int | None], Tensor] = {}
+        writing: dict[int, Span] = {}
+        first = 0
+        for span in spans:
+            if span.num_queries == 1:
+                writing[first] = span
+            else:
+                slots = slots_of([Span(span.length, span.length, span.blocks)], cache.shape.block_size)
+                rows = slice(first, first + span.num_queries)
+                self._prompts.append(_Prompt(rows, span, torch.tensor(slots, device=device)))
+            first += span.num_queries
+        self._rows = torch.tensor(list(writing), device=device)
+        self._answers = _decode_batch(cache, list(writing.values())) if writing else None
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
+        """As Batch.attend."""
+        self._cache.write(layer, self._slots, key, value)
+        keys, values = self._cache.slots[layer]
+        out = torch.empty_like(query, memory_format=torch.contiguous_format)
+        for prompt in self._prompts:
+            mask = self._mask(prompt, window)
+            out[prompt.rows] = _read(query[prompt.rows], keys[prompt.slots], values[prompt.slots], mask, scale)
+        if self._answers is not None:
+            out[self._rows] = self._answers.see(layer, query[self._rows], scale, window)
+        return out
+
+    def _mask(self, prompt: _Prompt, window: int | None) -> Tensor | None:
+        """Who sees whom; None where every token sees those before it, which needs no mask."""
+        num_queries, length = prompt.span.num_queries, prompt.span.length
+        if num_queries == length and (window is None or window >= length):
+            return None
+        key = prompt.rows.start, window
+        if key not in self._masks:
+            self._masks[key] = visible(num_queries, length, window, prompt.slots.device)
+        return self._masks[key]
+
+
+def _decode_batch(cache: PagedCache, spans: Sequence[Span]) -> DecodeBatch:
+    size, device = cache.shape.block_size, cache.keys[0].device
+    longest = max(span.length for span in spans)
+    widest = -(-longest // size)
+    table = [[*span.blocks[:widest], *[0] * (widest - len(span.blocks))] for span in spans]
+    positions = torch.tensor([span.length - 1 for span in spans], device=device)
+    return DecodeBatch(cache, positions, torch.tensor(table, device=device), longest)
+
+
+def _read(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """One prompt's tokens, all (tokens, heads, head_dim)."""
+    query, keys, values = (part.transpose(0, 1)[None] for part in (query, keys, values))
+    if mask is not None:
+        # Kernels that take a mask do not take fewer heads of keys.
+        groups = query.shape[1] // keys.shape[1]
+        keys, values = (part.repeat_interleave(groups, 1) for part in (keys, values))
+    seen = F.scaled_dot_product_attention(
+        query,
+        keys,
+        values,
+        mask,
+        is_causal=mask is None,
+        scale=scale,
+        enable_gqa=query.shape[1] != keys.shape[1],
+    )
+    return seen[0].transpose(0, 1)

@@ -12,7 +12,8 @@ class EngineConfig:
     `max_running` requests move on in every step, `max_waiting` more may queue; the next is refused. A step runs at most
     `max_step_tokens` tokens through the model, and at most `prefill_chunk` of prompts while answers are being written:
     so long do these wait for a new prompt. The cache holds `cache_tokens` tokens, None: as many as are useful, and as
-    the memory at hand allows; in blocks of `block_size`, None: what suits the device.
+    the memory at hand allows; in blocks of `block_size`, None: what suits the device. With `decode_graphs` steps that
+    only write answers are recorded at the start, on devices where that makes them faster.
     """
 
     max_running: int = 16
@@ -21,6 +22,7 @@ class EngineConfig:
     prefill_chunk: int = 128
     block_size: int | None = None
     cache_tokens: int | None = None
+    decode_graphs: bool = True
 
     def __post_init__(self) -> None:
         if self.max_running < 1 or self.max_waiting < 0:

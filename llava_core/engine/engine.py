@@ -23,7 +23,16 @@ from llava_core.engine.config import EngineConfig
 from llava_core.engine.detokenize import Decoder
 from llava_core.engine.request import RequestFailure, RequestState
 from llava_core.engine.runner import ModelRunner, cache_tokens, choose_backend, wanted
-from llava_core.engine.sampler import choose, is_finite, is_greedy, peaks, process, token_logprob, uniform
+from llava_core.engine.sampler import (
+    choose,
+    is_finite,
+    is_greedy,
+    peaks,
+    process,
+    takes_likeliest,
+    token_logprob,
+    uniform,
+)
 from llava_core.engine.scheduler import Chunk, Scheduler
 from llava_core.engine.stats import EngineStats
 from llava_core.errors import EngineError, LlavaError, OverloadedError, RequestError
@@ -69,7 +78,8 @@ class Engine:
         self.stats = EngineStats(num_blocks)
         self._admission = Admission(model, decoder, num_blocks * block_size)
         self._scheduler = Scheduler(self.config, self.pool)
-        self._runner = ModelRunner(model, backend, num_blocks, block_size)
+        max_recorded = self.config.max_running if self.config.decode_graphs else 0
+        self._runner = ModelRunner(model, backend, num_blocks, block_size, max_recorded=max_recorded)
         self._eos_ids = frozenset(model.config.eos_token_ids)
         # Answers by their request's id.
         self._states: dict[str, list[RequestState]] = {}
@@ -137,6 +147,9 @@ class Engine:
         logits = _attempt(lambda: self._runner.run(chunks))
         if isinstance(logits, Tensor):
             are_finite, likeliest = peaks(logits)
+            if not logits.is_cpu and not all(_takes_likeliest(chunk.state) for chunk in chunks):
+                # All rows at once: whatever is read of one otherwise waits for the device.
+                logits = logits.cpu()
             first = 0
             for chunk in chunks:
                 own = slice(first, first + len(wanted(chunk)))
@@ -236,6 +249,10 @@ class Engine:
         stats.num_preemptions = self._scheduler.num_preemptions
         stats.num_running, stats.num_waiting, stats.batch_size = self.num_running, self.num_waiting, len(chunks)
         stats.used_blocks, stats.idle_blocks = self.pool.num_used, self.pool.num_idle
+
+
+def _takes_likeliest(state: RequestState) -> bool:
+    return state.request.score_from is None and takes_likeliest(state.request.sampling, state.num_output)
 
 
 def _attempt(step: Callable[[], Outcome]) -> Outcome | Exception:

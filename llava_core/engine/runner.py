@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from llava_core.engine.attention import NAME, Backend, CacheShape, PagedCache, ReferenceBackend, Span
+from llava_core.engine.attention import NAME, Backend, CacheShape, PagedCache, RecordingBackend, Span
 from llava_core.engine.attention_cpu import CpuBackend
 from llava_core.engine.attention_cuda import CudaBackend
 from llava_core.engine.config import EngineConfig
+from llava_core.engine.graphs import DecodeGraphs, DecodeRow, unpack_sheet
 from llava_core.engine.request import RequestState
 from llava_core.engine.scheduler import Chunk
 from llava_core.errors import EngineError
@@ -35,7 +36,10 @@ _VARYING_ROPE = ("dynamic", "longrope")
 class ModelRunner:
     """One model with its cache. Its attention is the paged one while a step runs, and what it was between steps."""
 
-    def __init__(self, model: LanguageSide, backend: Backend, num_blocks: int, block_size: int) -> None:
+    def __init__(
+        self, model: LanguageSide, backend: Backend, num_blocks: int, block_size: int, *, max_recorded: int = 0
+    ) -> None:
+        """Steps that write up to `max_recorded` answers and read nothing are recorded where backend and model can."""
         self.model = model
         self._backend = backend
         # Asked for once: transformers finds each of them anew, which in every step takes longer than to embed a token.
@@ -46,13 +50,19 @@ class ModelRunner:
         rope = (config.rope_parameters or {}).get("rope_type", "default")
         if rope in _VARYING_ROPE:
             raise EngineError(f"rope_type {rope!r} depends on the longest text in a batch and is not supported")
-        shape = cache_shape(model, num_blocks, block_size)
+        # Quantised layers and adapters may ask the device in the middle of a step, which no recording allows.
+        records = max_recorded > 0 and self._is_fused
+        recording = backend if records and isinstance(backend, RecordingBackend) else None
+        shape = cache_shape(model, num_blocks + (recording is not None), block_size)
         dtype = backend.cache_dtype(model.decoder.dtype)
         self.cache = PagedCache(shape, dtype, self._device, heads_first=backend.heads_first)
+        self._graphs = None if recording is None else self._record(recording, max_recorded, spare_block=num_blocks)
 
     def run(self, chunks: Sequence[Chunk]) -> Tensor:
         """Run the chunks' tokens through the model, keep their keys and values, and return logits (rows, vocab) of
-        the positions that `wanted` names, chunk by chunk."""
+        the positions that `wanted` names, chunk by chunk. They hold until the next call."""
+        if self._graphs is not None and all(_is_decode(chunk) for chunk in chunks):
+            return self._graphs.run([_decode_row(chunk, self.cache.shape.block_size) for chunk in chunks])
         spans = [Span(chunk.length, chunk.stop, chunk.state.blocks) for chunk in chunks]
         positions = [place for chunk in chunks for place in range(chunk.start, chunk.stop)]
         decoder = self.model.decoder
@@ -72,6 +82,29 @@ class ModelRunner:
         last = hidden if len(rows) == len(positions) else hidden[rows]
         logits: Tensor = self._head(last)
         return logits
+
+    def _record(self, backend: RecordingBackend, max_rows: int, *, spare_block: int) -> DecodeGraphs:
+        decoder = self.model.decoder
+
+        def decode(sheet: Tensor) -> Tensor:
+            tokens, positions, table = unpack_sheet(sheet)
+            hidden = decoder.model(
+                inputs_embeds=self._embeddings(tokens)[None],
+                position_ids=positions[None],
+                use_cache=False,
+                paged=backend.decode_batch(self.cache, positions, table),
+            ).last_hidden_state[0]
+            logits: Tensor = self._head(hidden)
+            return logits
+
+        return DecodeGraphs(
+            decode,
+            backend.record,
+            max_rows=max_rows,
+            max_blocks=-(-self.model.config.context_length // self.cache.shape.block_size),
+            spare_block=spare_block,
+            device=self._device,
+        )
 
     def _embed(self, chunks: Sequence[Chunk]) -> Tensor:
         """(1, tokens, hidden), of pictures those rows that the chunks hold."""
@@ -114,6 +147,17 @@ def _paged_attention(decoder: PreTrainedModel) -> Iterator[None]:
         decoder.config._attn_implementation = before
 
 
+def _is_decode(chunk: Chunk) -> bool:
+    """Whether a chunk is one token of text, whose logits are wanted."""
+    state = chunk.state
+    return chunk.length == 1 and chunk.is_last and state.request.score_from is None and state.tokens[-1] >= 0
+
+
+def _decode_row(chunk: Chunk, block_size: int) -> DecodeRow:
+    state = chunk.state
+    return DecodeRow(state.tokens[-1], chunk.start, state.blocks[: -(-chunk.stop // block_size)])
+
+
 def wanted(chunk: Chunk) -> range:
     """The positions of a chunk whose logits are wanted: the last token's, and those before tokens to be scored."""
     scored = chunk.state.request.score_from
@@ -130,10 +174,7 @@ def cache_shape(model: LanguageSide, num_blocks: int, block_size: int) -> CacheS
 
 def choose_backend(model: LanguageSide) -> Backend:
     """The fastest way to compute attention where the model is."""
-    if model.device.type == "cpu":
-        return CpuBackend()
-    # The kernel for GPUs knows half precisions only.
-    return ReferenceBackend() if model.decoder.dtype == torch.float32 else CudaBackend()
+    return CpuBackend() if model.device.type == "cpu" else CudaBackend()
 
 
 def cache_tokens(model: LanguageSide, config: EngineConfig, backend: Backend) -> int:

@@ -32,7 +32,14 @@ def is_finite(logits: Tensor) -> bool:
 def peaks(logits: Tensor) -> tuple[list[bool], list[int]]:
     """Of each row of `logits` (rows, vocab), as `is_finite` and the likeliest token, the first of several."""
     largest, tokens = logits.max(-1)
-    return torch.isfinite(largest).tolist(), tokens.tolist()
+    # In one piece: each copy from a device waits for it.
+    are_finite, likeliest = torch.stack((torch.isfinite(largest), tokens)).tolist()
+    return list(map(bool, are_finite)), likeliest
+
+
+def takes_likeliest(params: SamplingParams, num_output: int) -> bool:
+    """Whether nothing is asked of a row of logits but its likeliest token."""
+    return is_greedy(params) and params.logprobs is None and not needs_processing(params, num_output)
 
 
 def is_greedy(params: SamplingParams) -> bool:

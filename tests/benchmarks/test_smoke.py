@@ -42,10 +42,17 @@ def run_module(module: str, folder: Path, *options: str) -> dict[str, Any]:
 
 
 def test_the_engine_is_measured_beside_transformers(tmp_path: Path) -> None:
-    results = run_module("engine", tmp_path, "--size", "tiny", "--rounds", "1", "--threads", "1")
+    results = run_module("engine", tmp_path, "--size", "tiny", "--rounds", "1", "--threads", "1", "--shares")
     for work in ("1 request, new picture", "8 requests, new pictures", "8 requests, 2 pictures"):
         assert results[work]["engine"]["tokens_per_s"] > 0
         assert results[work]["transformers generate"]["tokens_per_s"] > 0
+
+    shares = results["shares"]
+    assert shares["bandwidth_gb_per_s"] > 0
+    for work in ("decode, alone", "decode, many", "prefill", "tower"):
+        assert shares[work]["floor_ms"] > 0
+        assert shares[work]["engine_ms"] > 0
+        assert shares[work]["transformers_ms"] > 0
 
 
 def test_a_short_soak_sets_requests_back_and_fails_none(tmp_path: Path) -> None:

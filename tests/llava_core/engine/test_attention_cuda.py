@@ -1,9 +1,9 @@
-"""The GPU's attention: what the kernel is told, against its documentation; and where there is a GPU, what comes out."""
+"""The GPU's attention against reference and definition: here in Triton's interpreter, where there is a GPU on it; and
+there what a recording gives."""
 
-from itertools import pairwise
+import copy
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -13,84 +13,123 @@ from torch import Tensor
 
 from llava_core.checkpoints.tokenizer import load_tokenizer
 from llava_core.engine.attention import ReferenceBackend
-from llava_core.engine.attention_cuda import CudaBackend
+from llava_core.engine.attention_cpu import CpuBackend
+from llava_core.engine.attention_cuda import CudaBackend, DecodeBatch
 from llava_core.engine.config import EngineConfig
 from llava_core.engine.engine import Engine
-from llava_core.errors import EngineError
+from llava_core.models.fused import ready_language
 from llava_core.models.language import LanguageSide
-from tests.llava_core.engine.packed import Layout, Packed, layouts
+from tests.llava_core.engine.conftest import make_request
+from tests.llava_core.engine.packed import SCALE, Layout, Packed, layouts
+from tests.llava_core.engine.rerun import RerunBackend
+from tests.llava_core.engine.test_engine import run
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
-BLOCK_SIZE = CudaBackend.block_size
-
-
-def documented_kernel(query: Tensor, key: Tensor, value: Tensor, *told: Any, **options: Any) -> Tensor:
-    """torch.nn.attention.varlen.varlen_attn as its documentation has it, with pages of any size."""
-    cu_seq_q, cu_seq_k, max_q, max_k = told
-    lengths, table = options["seqused_k"], options["block_table"]
-    groups = query.shape[1] // key.shape[2]
-    assert cu_seq_k is None
-    assert {part.dtype for part in (cu_seq_q, lengths, table)} == {torch.int32}
-    assert options["enable_gqa"] or groups == 1
-    left, right = options["window_size"]
-    assert right == 0
-    parts = []
-    for row, (first, stop) in enumerate(pairwise(cu_seq_q.tolist())):
-        length = int(lengths[row])
-        assert stop - first <= max_q
-        assert length <= max_k
-        keys, values = (
-            pages[table[row].long()].flatten(0, 1)[:length].repeat_interleave(groups, 1) for pages in (key, value)
-        )
-        places = torch.arange(length - (stop - first), length)[:, None]
-        seen = torch.arange(length) <= places
-        if left >= 0:
-            seen &= torch.arange(length) >= places - left
-        scores = torch.einsum("qhd,khd->hqk", query[first:stop], keys) * options["scale"]
-        parts.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), values))
-    return torch.cat(parts)
+pytestmark = pytest.mark.gpu
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="there is no GPU")
+windows = st.none() | st.integers(1, 600)
+# Blocks of which some end a part of a long text, and sizes of heads that are no powers of two.
+any_layout = layouts(block_sizes=(3, 16, 256), head_dims=(20, 64))
 
 
-@given(layout=layouts(), window=st.none() | st.integers(1, 20))
-def test_the_kernel_is_told_what_belongs_to_whom(layout: Layout, window: int | None) -> None:
-    packed = Packed(layout)
-    with patch("torch.nn.attention.varlen.varlen_attn", documented_kernel):
-        seen = packed.attend(CudaBackend(), window)
+@settings(max_examples=25)
+@given(layout=any_layout, window=windows)
+def test_it_equals_reference_and_definition(layout: Layout, window: int | None) -> None:
+    packed = Packed(layout, device=DEVICE)
+    seen = packed.attend(CudaBackend(), window)
+    torch.testing.assert_close(seen, packed.attend(ReferenceBackend(), window), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(seen.cpu(), packed.expected(window).cpu(), atol=1e-4, rtol=1e-4)
+
+
+@settings(max_examples=15)
+@given(layout=any_layout, window=windows)
+def test_what_is_not_a_requests_own_changes_not_a_bit(layout: Layout, window: int | None) -> None:
+    packed = Packed(layout, device=DEVICE)
+    clean, dirty = (packed.attend(CudaBackend(), window, garbage=value) for value in (0.0, torch.nan))
+    assert torch.equal(clean, dirty)
+
+
+@pytest.mark.parametrize("window", [None, 1, 70, 300])
+def test_a_decode_step_is_read_from_its_tensors(window: int | None) -> None:
+    """With a table as wide as any text may be, whose other columns name blocks of others."""
+    packed = Packed(
+        Layout(16, 2, 3, 20, tuple((n, 1, 0) for n in (0, 15, 16, 255, 256, 599)), 0, True, seed=3), device=DEVICE
+    )
+    table = torch.zeros(len(packed.spans), 64, dtype=torch.int64)
+    for row, span in zip(table, packed.spans, strict=True):
+        row[: len(span.blocks)] = torch.tensor(span.blocks)
+    positions = torch.tensor([span.length - 1 for span in packed.spans], device=DEVICE)
+    cache = packed.cache()
+    batch = DecodeBatch(cache, positions, table.to(DEVICE))
+    new = [torch.cat([part[-1:] for part in parts]) for parts in (packed.keys, packed.values)]
+    seen = batch.attend(0, packed.query, *new, SCALE, window)
     torch.testing.assert_close(seen, packed.expected(window), atol=1e-5, rtol=1e-5)
 
 
-@needs_gpu
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@settings(max_examples=40)
-@given(
-    layout=layouts(block_sizes=(BLOCK_SIZE,), head_dims=(64, 128)),
-    window=st.none() | st.integers(1, 600),
-)
-def test_it_equals_reference_and_definition(layout: Layout, window: int | None, dtype: torch.dtype) -> None:
-    packed = Packed(layout, device="cuda")
-    seen = packed.attend(CudaBackend(), window, dtype=dtype)
-    assert seen.dtype == dtype
-    torch.testing.assert_close(
-        seen.float(), packed.attend(ReferenceBackend(), window, dtype=dtype).float(), atol=0.02, rtol=0.02
+def test_neighbours_change_not_a_bit() -> None:
+    requests = ((599, 1, 0), (3, 1, 0), (1200, 1, 0))
+    alone, among = (
+        Packed(Layout(16, 2, 2, 64, together, 0, is_scattered=True, seed=1), device=DEVICE)
+        for together in (requests[:1], requests)
     )
-    torch.testing.assert_close(seen.float(), packed.expected(window), atol=0.05, rtol=0.05)
-
-
-@needs_gpu
-@settings(max_examples=20)
-@given(layout=layouts(block_sizes=(BLOCK_SIZE,), head_dims=(64,)))
-def test_what_is_not_a_requests_own_changes_not_a_bit(layout: Layout) -> None:
-    packed = Packed(layout, device="cuda")
-    clean, dirty = (packed.attend(CudaBackend(), dtype=torch.bfloat16, garbage=value) for value in (0.0, torch.nan))
-    assert torch.equal(clean, dirty)
+    for ours, theirs in ((alone.keys, among.keys), (alone.values, among.values)):
+        theirs[0].copy_(ours[0])
+    among.query[0].copy_(alone.query[0])
+    assert torch.equal(alone.attend(CudaBackend())[0], among.attend(CudaBackend())[0])
 
 
 def test_keys_and_values_are_kept_as_the_model_has_them() -> None:
     assert CudaBackend().cache_dtype(torch.bfloat16) == torch.bfloat16
 
 
-def test_blocks_that_the_gpus_kernel_does_not_take_are_refused_at_the_start(
-    language_side: LanguageSide, tiny_checkpoint: Path
+@needs_gpu
+@settings(max_examples=40)
+@given(layout=layouts(block_sizes=(16, 256), head_dims=(64, 128)), window=windows)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precisions_are_close(layout: Layout, window: int | None, dtype: torch.dtype) -> None:
+    packed = Packed(layout, device="cuda")
+    seen = packed.attend(CudaBackend(), window, dtype=dtype)
+    assert seen.dtype == dtype
+    reference = packed.attend(ReferenceBackend(), window, dtype=dtype)
+    torch.testing.assert_close(seen.float(), reference.float(), atol=0.02, rtol=0.02)
+    torch.testing.assert_close(seen.float().cpu(), packed.expected(window).cpu(), atol=0.05, rtol=0.05)
+
+
+class RerunCudaBackend(CudaBackend):
+    """Where there is no GPU there are no graphs of its own either."""
+
+    def record(self, step: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        return RerunBackend().record(step)
+
+
+@pytest.mark.parametrize("window", [None, 9])
+def test_an_engine_with_graphs_writes_what_the_processors_does(
+    language_side: LanguageSide, tiny_checkpoint: Path, window: int | None
 ) -> None:
-    with pytest.raises(EngineError, match="256"):
-        Engine(language_side, load_tokenizer(tiny_checkpoint), EngineConfig(block_size=16), backend=CudaBackend())
+    """Float32 on both sides; requests of many lengths come and go, and some are set back."""
+    requests = [make_request(f"{i}", seed=i, num_images=i % 3, max_tokens=3 + 5 * (i % 4)) for i in range(8)]
+    on_gpu = CudaBackend() if DEVICE == "cuda" else RerunCudaBackend()
+    answers, preemptions = [], []
+    for device, backend in (("cpu", CpuBackend()), (DEVICE, on_gpu)):
+        side = copy.deepcopy(language_side).to(device)
+        ready_language(side)
+        for layer in side.decoder.model.layers:
+            layer.window = window
+        limits = EngineConfig(max_running=5, max_step_tokens=64, prefill_chunk=16, cache_tokens=48, block_size=4)
+        engine = Engine(side, load_tokenizer(tiny_checkpoint), limits, backend=backend)
+        answers.append(run(engine, *requests))
+        preemptions.append(engine.stats.num_preemptions)
+    assert answers[0] == answers[1]
+    assert preemptions[0] == preemptions[1] > 0
+
+
+@needs_gpu
+def test_a_graph_gives_what_the_step_gave_that_it_was_recorded_from() -> None:
+    """Other numbers in the same tensors, and two graphs in turns that share their memory."""
+    backend = CudaBackend()
+    numbers = torch.arange(4.0, device="cuda")
+    twice, squares = backend.record(lambda: numbers * 2), backend.record(lambda: numbers * numbers)
+    for value in (3.0, 5.0):
+        numbers.fill_(value)
+        assert twice().tolist() == [2 * value] * 4
+        assert squares().tolist() == [value * value] * 4

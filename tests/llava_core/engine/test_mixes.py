@@ -13,12 +13,15 @@ from hypothesis import strategies as st
 
 from llava_core.checkpoints.layout import open_checkpoint
 from llava_core.checkpoints.tokenizer import load_tokenizer
+from llava_core.engine.attention import Backend
+from llava_core.engine.attention_cpu import CpuBackend
 from llava_core.engine.config import EngineConfig
 from llava_core.engine.engine import Engine
 from llava_core.models.fused import ready_language
 from llava_core.models.language import LanguageSide
 from llava_core.types import EngineRequest, TokenDelta
 from tests.llava_core.engine.conftest import make_request
+from tests.llava_core.engine.rerun import RerunBackend
 from tests.llava_core.engine.test_engine import generate_with_transformers
 
 DECODERS = {
@@ -43,13 +46,16 @@ def side(request: pytest.FixtureRequest, tiny_checkpoint: Path) -> LanguageSide:
         return LanguageSide(replace(config, text=text, tie_word_embeddings=tied)).eval()
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["fused", "modules"])
-def served(request: pytest.FixtureRequest, side: LanguageSide) -> LanguageSide:
-    if not request.param:
-        return side
+Served = tuple[LanguageSide, Backend]
+
+
+@pytest.fixture(scope="module", params=["fused", "recorded", "modules"])
+def served(request: pytest.FixtureRequest, side: LanguageSide) -> Served:
+    if request.param == "modules":
+        return side, CpuBackend()
     fused = copy.deepcopy(side)
     ready_language(fused)
-    return fused
+    return fused, RerunBackend() if request.param == "recorded" else CpuBackend()
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +98,7 @@ Arrivals = list[tuple[int, int, int | None]]
     cache_tokens=st.sampled_from([80, 150, 4000]),
 )
 def test_every_answer_of_a_random_mix_is_transformers_own(
-    served: LanguageSide,
+    served: Served,
     expected: Callable[[int], list[int]],
     tiny_checkpoint: Path,
     arrivals: Arrivals,
@@ -109,7 +115,7 @@ def test_every_answer_of_a_random_mix_is_transformers_own(
         block_size=block_size,
         cache_tokens=cache_tokens,
     )
-    engine = Engine(served, load_tokenizer(tiny_checkpoint), config)
+    engine = Engine(served[0], load_tokenizer(tiny_checkpoint), config, backend=served[1])
     answers: dict[str, list[int]] = {}
     leaving = {f"{i}": came + left for i, (came, _, left) in enumerate(arrivals) if left is not None}
     step = 0

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from llava_core.engine.attention import ReferenceBackend
 from llava_core.engine.attention_cpu import CpuBackend
+from llava_core.engine.attention_cuda import CudaBackend
 from llava_core.engine.config import EngineConfig
 from llava_core.engine.prefix import ImageSpan
 from llava_core.engine.request import RequestState
@@ -93,7 +93,7 @@ def test_the_cache_is_as_large_as_told_as_useful_or_as_fits(
     assert cache_tokens(language_side, EngineConfig(max_running=3), backend) == 400
 
 
-def test_on_a_cpu_the_cpus_backend_runs(language_side: LanguageSide) -> None:
+def test_the_backend_is_the_devices(language_side: LanguageSide) -> None:
     assert isinstance(choose_backend(language_side), CpuBackend)
-    on_gpu = SimpleNamespace(device=torch.device("cuda"), decoder=SimpleNamespace(dtype=torch.float32))
-    assert isinstance(choose_backend(on_gpu), ReferenceBackend)  # type: ignore[arg-type]
+    on_gpu = SimpleNamespace(device=torch.device("cuda"))
+    assert isinstance(choose_backend(on_gpu), CudaBackend)  # type: ignore[arg-type]

@@ -18,6 +18,7 @@ from llava_core.engine.sampler import (
     needs_processing,
     peaks,
     process,
+    takes_likeliest,
     token_logprob,
     uniform,
 )
@@ -302,3 +303,19 @@ def test_greedy_is_what_has_next_to_no_temperature() -> None:
         False,
         False,
     ]
+
+
+@pytest.mark.parametrize(
+    ("params", "expected"),
+    [
+        ({}, True),
+        ({"temperature": 1.0}, False),
+        ({"logprobs": 0}, False),
+        ({"min_tokens": 3}, False),
+        ({"min_tokens": 2}, True),
+        ({"logit_bias": ((5, 1.0),)}, False),
+        ({"presence_penalty": 0.5}, False),
+    ],
+)
+def test_only_plain_greedy_answers_ask_for_the_likeliest_token_alone(params: dict[str, Any], expected: object) -> None:
+    assert takes_likeliest(SamplingParams(**{"temperature": 0.0, **params}), num_output=2) is expected
