@@ -1,0 +1,51 @@
+"""Bytes of tokens: those of a text's tokens, joined, are the text's own."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llava_core.checkpoints.files import DEFAULT_MODEL
+from llava_core.checkpoints.sentencepiece_tokenizer import SentencePieceBackend
+from llava_core.checkpoints.token_bytes import spelled_in_bytes, spelled_in_pieces
+from llava_core.checkpoints.tokenizer import Backend, CheckpointTokenizer, load_tokenizer
+from tests.original import sentencepiece_model
+from tests.tiny import build_tokenizer
+
+
+def _joined(backend: Backend | CheckpointTokenizer, text: str) -> bytes:
+    return b"".join(backend.token_bytes(token) for token, _, _ in backend.encode(text))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text(max_size=30))
+def test_a_byte_level_vocabulary_spells_every_text(text: str) -> None:
+    assert _joined(CheckpointTokenizer(build_tokenizer()), text) == text.encode()
+
+
+@pytest.mark.parametrize("text", ["What is it?", "a  b", "red circle\n", "Describe the picture."])
+def test_the_default_models_vocabulary_spells_a_text(text: str) -> None:
+    assert _joined(load_tokenizer(DEFAULT_MODEL), text).decode().strip(" ") == text.strip(" ")
+
+
+@pytest.mark.parametrize("text", ["What is it?", "a  b"])
+def test_sentencepiece_spells_a_text_with_the_space_it_puts_first(tmp_path: Path, text: str) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({}))
+    assert _joined(SentencePieceBackend(tmp_path), text).decode() == " " + text
+
+
+def test_control_tokens_go_by_their_names_and_rows_without_a_token_by_none() -> None:
+    tokenizer = CheckpointTokenizer(build_tokenizer())
+    assert tokenizer.token_bytes(2) == b"</s>"
+    assert tokenizer.token_bytes(tokenizer.num_tokens + 5) == b""
+
+
+def test_entries_of_vocabularies() -> None:
+    assert spelled_in_pieces("▁red") == b" red"
+    assert spelled_in_pieces("<0xE2>") == b"\xe2"
+    assert spelled_in_pieces("<0xe2>") == b"<0xe2>"
+    assert spelled_in_bytes("Ġred") == b" red"
+    assert spelled_in_bytes("Ã©") == "é".encode()
