@@ -6,13 +6,17 @@ Wraps llava_core.prepare and adds nothing to it but threads, the clock and a wat
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 from deployments.messages import Elapsed, Prepared, Rejected
 from deployments.watchdog import Watchdog
 from llava_core.errors import LlavaError
 from llava_core.prepare import Preparer
-from llava_core.types import GenerationRequest, PreparedRequest
+from llava_core.types import AnyRequest, Tokenized
+
+Result = TypeVar("Result")
 
 
 class Preprocessor:
@@ -23,28 +27,37 @@ class Preprocessor:
         self._threads = ThreadPoolExecutor(num_threads, "prepare")
         self._watchdog = Watchdog("preprocessor")
 
-    async def prepare(self, request: GenerationRequest) -> Prepared | Rejected:
-        """Ids and tiles, or what is wrong with the request.
-
-        A thread cannot be stopped: a request that is cancelled keeps its place until its thread is done with it.
-        """
+    async def prepare(self, request: AnyRequest) -> Prepared | Rejected:
+        """Ids and tiles, or what is wrong with the request."""
         elapsed = Elapsed()
-        job = self._threads.submit(self._work, request)
+        prepared = await self._in_thread(lambda: self._preparer.prepare(request))
+        return prepared if isinstance(prepared, Rejected) else Prepared(prepared, elapsed.finished("preprocess"))
+
+    async def tokenize(self, request: AnyRequest) -> Tokenized | Rejected:
+        """Ids alone, or what is wrong with the request."""
+        return await self._in_thread(lambda: self._preparer.tokenize(request))
+
+    async def detokenize(self, ids: Sequence[int]) -> str | Rejected:
+        """The text of these ids, or that some do not exist."""
+        return await self._in_thread(lambda: self._preparer.detokenize(ids))
+
+    async def check_health(self) -> None:
+        """For Serve, which replaces a replica that raises here."""
+        self._watchdog.check()
+
+    async def _in_thread(self, work: Callable[[], Result]) -> Result | Rejected:
+        """A thread cannot be stopped: a request that is cancelled keeps its place until its thread is done with it."""
+        job = self._threads.submit(self._watched, work)
         result = asyncio.wrap_future(job)
         try:
-            prepared = await asyncio.shield(result)
+            return await asyncio.shield(result)
         except LlavaError as error:
             return Rejected(error)
         except asyncio.CancelledError:
             if not job.cancel():
                 await asyncio.wait([result])
             raise
-        return Prepared(prepared, elapsed.finished("preprocess"))
 
-    async def check_health(self) -> None:
-        """For Serve, which replaces a replica that raises here."""
-        self._watchdog.check()
-
-    def _work(self, request: GenerationRequest) -> PreparedRequest:
+    def _watched(self, work: Callable[[], Result]) -> Result:
         with self._watchdog.work():
-            return self._preparer.prepare(request)
+            return work()

@@ -1,0 +1,71 @@
+"""The schema of chats: what is refused by name, and how much a conversation may hold."""
+
+import json
+from typing import Any
+
+import pytest
+
+from deployments.chat_schema import AssistantMessage, ChatBody
+from deployments.schema import parse_body
+from llava_core.errors import RequestError
+
+USER = {"role": "user", "content": "hi"}
+
+
+def _parse(**fields: Any) -> ChatBody:
+    return parse_body(json.dumps({"messages": [USER], **fields}).encode(), ChatBody, max_text=1000)
+
+
+def _refused(**fields: Any) -> RequestError:
+    with pytest.raises(RequestError) as caught:
+        _parse(**fields)
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("tools", [{"type": "function"}]),
+        ("tool_choice", "required"),
+        ("functions", [{"name": "f"}]),
+        ("function_call", {"name": "f"}),
+        ("response_format", {"type": "json_object"}),
+        ("structured_outputs", {"json": {}}),
+        ("audio", {"voice": "x"}),
+        ("modalities", ["audio"]),
+        ("web_search_options", {}),
+        ("verbosity", "low"),
+        ("prompt_logprobs", 0),
+        ("best_of", 2),
+        ("echo", True),
+        ("add_generation_prompt", False),
+        ("continue_final_message", True),
+        ("chat_template", "{{ x }}"),
+        ("chat_template_kwargs", {"a": 1}),
+        ("mm_processor_kwargs", {"a": 1}),
+        ("media_io_kwargs", {"a": 1}),
+        ("bad_words", ["x"]),
+        ("allowed_token_ids", [1]),
+        ("skip_special_tokens", False),
+        ("include_stop_str_in_output", True),
+    ],
+)
+def test_what_would_change_the_answer_is_refused_by_name(field: str, value: Any) -> None:
+    error = _refused(**{field: value})
+    assert (error.param, error.code) == (field, "unsupported_parameter")
+    assert field in error.message
+
+
+def test_there_is_an_end_to_messages_and_parts() -> None:
+    part = {"type": "text", "text": "x"}
+    assert len(_parse(messages=[USER] * 1024).messages) == 1024
+    assert _refused(messages=[USER] * 1025).param == "messages"
+    assert len(_parse(messages=[{"role": "user", "content": [part] * 256}]).messages) == 1
+    assert _refused(messages=[{"role": "user", "content": [part] * 257}]).param == "messages[0].content"
+
+
+def test_only_an_assistants_message_may_be_without_content() -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    message = _parse(messages=[{"role": "assistant", "content": None, "tool_calls": [call]}]).messages[0]
+    assert isinstance(message, AssistantMessage)
+    assert _refused(messages=[{"role": "tool", "tool_call_id": "1"}]).param == "messages[0].content"
