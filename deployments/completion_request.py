@@ -51,6 +51,7 @@ class CompletionBody(SamplingBody):
         **SamplingBody.neutral,
         "suffix": ("",),
         "prompt_embeds": (),
+        "max_completion_tokens": (),
     }
 
     prompt: Prompt

@@ -83,6 +83,7 @@ class FastBackend:
             adds_bos = settings.adds_bos
         self.bos_id: int | None = inner.bos_token_id if adds_bos else None
         self._spelled = spelled_in_bytes if _is_byte_level(inner) else spelled_in_pieces
+        self._added = _added_texts(inner)
 
     @property
     def num_tokens(self) -> int:
@@ -102,6 +103,7 @@ class FastBackend:
     def add_special(self, text: str) -> None:
         """A new special token with the next free id."""
         self._inner.add_tokens([text], special_tokens=True)
+        self._added = _added_texts(self._inner)
 
     def encode(self, text: str) -> Sequence[tuple[int, int, int]]:
         """(id, start, end) per token, without BOS or other framing."""
@@ -115,11 +117,15 @@ class FastBackend:
 
     def token_bytes(self, token: int) -> bytes:
         """What a token stands for; of an added one, its text; nothing for one that is only a row of the model."""
-        added = self._inner.added_tokens_decoder.get(token)
-        if added is not None:
-            return str(added.content).encode()
+        if token in self._added:
+            return self._added[token].encode()
         entry: str | None = self._inner.backend_tokenizer.id_to_token(token)
         return b"" if entry is None else self._spelled(entry)
+
+
+def _added_texts(inner: PreTrainedTokenizerFast) -> dict[int, str]:
+    """Read once: the library makes them anew whenever it is asked."""
+    return {number: token.content for number, token in inner.added_tokens_decoder.items()}
 
 
 def _is_byte_level(inner: PreTrainedTokenizerFast) -> bool:

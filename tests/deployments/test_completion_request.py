@@ -52,6 +52,7 @@ def test_what_is_asked_for_is_taken_over() -> None:
         ({"prompt": "x", "logprobs": True}, "logprobs", "invalid_value"),
         ({"prompt": "x", "echo": True}, "echo", "unsupported_parameter"),
         ({"prompt": "x", "suffix": "y"}, "suffix", "unsupported_parameter"),
+        ({"prompt": "x", "max_completion_tokens": 2}, "max_completion_tokens", "unsupported_parameter"),
         ({"prompt": "x", "best_of": 2}, "best_of", "unsupported_parameter"),
         ({"prompt": "x", "prompt_embeds": "AAAA"}, "prompt_embeds", "unsupported_parameter"),
     ],

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers
+from transformers import PreTrainedTokenizerFast
 
 from llava_core.checkpoints.files import DEFAULT_MODEL
 from llava_core.checkpoints.sentencepiece_tokenizer import SentencePieceBackend
@@ -35,6 +37,27 @@ def test_sentencepiece_spells_a_text_with_the_space_it_puts_first(tmp_path: Path
     (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({}))
     assert _joined(SentencePieceBackend(tmp_path), text).decode() == " " + text
+
+
+@pytest.mark.parametrize("text", ["one two", "one é 🙂two", "é"])
+def test_llamas_fast_form_spells_a_text_with_the_space_it_puts_first(text: str) -> None:
+    entries = ["<unk>", *(f"<0x{value:02X}>" for value in range(256)), "▁", *"onetw"]
+    raw = Tokenizer(
+        models.BPE({entry: index for index, entry in enumerate(entries)}, [], unk_token="<unk>", byte_fallback=True)
+    )
+    raw.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    raw.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer = CheckpointTokenizer(PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>"))
+    assert tokenizer.decode([token for token, _, _ in tokenizer.encode(text)]) == text
+    assert _joined(tokenizer, text).decode() == " " + text
+
+
+def test_a_token_that_is_added_later_has_its_text() -> None:
+    tokenizer = CheckpointTokenizer(build_tokenizer())
+    tokenizer.backend.add_special("<im_start>")
+    assert tokenizer.token_bytes(tokenizer.num_tokens - 1) == b"<im_start>"
 
 
 def test_control_tokens_go_by_their_names_and_rows_without_a_token_by_none() -> None:
