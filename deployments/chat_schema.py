@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag
 
-from deployments.sampling_schema import SamplingBody, text_or_list
+from deployments.sampling_schema import WHOLE_BOUND, SamplingBody, text_or_list
 from deployments.schema import Part
 from llava_core.types import MAX_LOGPROBS
 
@@ -137,6 +137,6 @@ class ChatBody(SamplingBody):
     }
 
     messages: Messages
-    max_completion_tokens: int | None = Field(default=None, ge=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1, lt=WHOLE_BOUND)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)

@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Discriminator, Field, Tag
 
 from deployments.reply_form import ReadRequest, ReplyForm
-from deployments.sampling_schema import SamplingBody
+from deployments.sampling_schema import SamplingBody, Token
 from deployments.schema import parse_body
 from llava_core.errors import RequestError
 from llava_core.prepare import RequestLimits
@@ -29,7 +29,6 @@ def _prompt_type(value: Any) -> str | None:
     return {str: "<texts>", int: "<tokens>", list: "<lists>"}.get(type(value[0]))
 
 
-Token = Annotated[int, Field(ge=0, lt=2**31)]
 _Tokens = Annotated[list[Token], Field(min_length=1)]
 Prompt = Annotated[
     Annotated[str, Tag("<text>")]

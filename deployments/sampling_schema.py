@@ -35,7 +35,9 @@ _Stop = Annotated[
         text_or_list, custom_error_type="stop_type", custom_error_message="must be a string or a list of strings"
     ),
 ]
-_Token = Annotated[int, Field(ge=0, lt=2**31)]
+# Further than anything counts; numbers of thousands of digits are no numbers to whoever has to show them.
+WHOLE_BOUND = 2**31
+Token = Annotated[int, Field(ge=0, lt=WHOLE_BOUND)]
 
 
 class _StreamOptions(Part):
@@ -72,20 +74,20 @@ class SamplingBody(Body):
     stream: bool | None = None
     stream_options: _StreamOptions | None = None
     timings: bool | None = None
-    n: int | None = Field(default=None, ge=1)
-    max_tokens: int | None = Field(default=None, ge=1)
-    min_tokens: int | None = Field(default=None, ge=0)
+    n: int | None = Field(default=None, ge=1, lt=WHOLE_BOUND)
+    max_tokens: int | None = Field(default=None, ge=1, lt=WHOLE_BOUND)
+    min_tokens: int | None = Field(default=None, ge=0, lt=WHOLE_BOUND)
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = Field(default=None, gt=0, le=1)
-    top_k: int | None = Field(default=None, ge=-1)
+    top_k: int | None = Field(default=None, ge=-1, lt=WHOLE_BOUND)
     min_p: float | None = Field(default=None, ge=0, le=1)
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
-    repetition_penalty: float | None = Field(default=None, gt=0)
+    repetition_penalty: float | None = Field(default=None, ge=0.01, le=100)
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(default=None, max_length=_MAX_BIASES)
     seed: int | None = Field(default=None, ge=-_SEED_BOUND, lt=_SEED_BOUND)
     stop: _Stop | None = None
-    stop_token_ids: list[_Token] | None = Field(default=None, max_length=_MAX_STOP_TOKENS)
+    stop_token_ids: list[Token] | None = Field(default=None, max_length=_MAX_STOP_TOKENS)
     ignore_eos: bool | None = None
 
     @property

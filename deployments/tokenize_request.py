@@ -13,8 +13,9 @@ from pydantic import Field
 
 from deployments.chat_request import read_conversation
 from deployments.chat_schema import CHAT_NEUTRAL, Messages
-from deployments.completion_request import Prompt, Token, read_prompt
+from deployments.completion_request import Prompt, read_prompt
 from deployments.reply_form import ReadRequest, ReplyForm
+from deployments.sampling_schema import Token
 from deployments.schema import Body, parse_body
 from llava_core.errors import RequestError
 from llava_core.prepare import RequestLimits
