@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup check format test test-fast serve demo bench default-model evaluate clean
+.PHONY: setup check format test test-fast test-clients serve demo bench default-model evaluate clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -36,6 +36,11 @@ test: setup
 
 test-fast: setup
 	$(BIN)/pytest -m "not ray and not browser"
+
+# LangChain and LiteLLM against the service. They bring packages that nothing else here needs.
+test-clients: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[clients]'
+	$(BIN)/pytest tests/deployments/test_clients.py
 
 demo: setup
 	$(BIN)/llava demo --port $(PORT)

@@ -1,81 +1,67 @@
 """`POST /v1/chat/completions`: a body becomes a GenerationRequest, and what the gateway needs for the reply.
 
-Differences to OpenAI: `temperature` is 0 (greedy) where it is not given; `top_k`, `ignore_eos` and `timings` are
-extensions. The fields are in chat_schema.py. Knows nothing about HTTP, models or Ray.
+Tools' results are told to the model as the user's words, and earlier calls of tools as the assistant's: the family's
+templates know no other speakers. The fields are in chat_schema.py. Knows nothing about HTTP, models or Ray.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
-from deployments.chat_schema import ChatBody, ChatMessage, ImageContent, TextContent, parse_body
+from deployments.chat_schema import AssistantMessage, ChatBody, ChatMessage, ImageContent, RefusalContent, TextContent
+from deployments.reply_form import ReadRequest, ReplyForm
+from deployments.schema import parse_body
 from llava_core.errors import RequestError
 from llava_core.images.loading import ImageLimits, decode_data_url
 from llava_core.prepare import RequestLimits
-from llava_core.types import GenerationRequest, ImagePart, Message, SamplingParams, TextPart
+from llava_core.types import GenerationRequest, ImagePart, Message, TextPart
 
 _SYSTEM_ROLES = ("system", "developer")
-# Below this, dividing logits by the temperature overflows, and the most likely token is certain anyway.
-_GREEDY_BELOW = 1e-4
-_MAX_STOPS, _MAX_STOP_LENGTH = 4, 256
 
 
 @dataclass(frozen=True)
-class ReplyForm:
-    """How the answer is to look. `num_leading` system messages stood before those that the stages get."""
+class Conversation:
+    """Messages as the stages know them, the system's in one text; `num_leading` of them stood before the others."""
 
-    model: str | None
-    stream: bool
-    include_usage: bool
-    timings: bool
+    messages: tuple[Message, ...]
+    system: str | None
     num_leading: int
-    limit_field: str
-
-    def locate(self, param: str | None) -> str | None:
-        """A field as later stages name it, in the client's own terms."""
-        if param == "max_tokens":
-            return self.limit_field
-        prefix = "messages["
-        if param is None or not param.startswith(prefix):
-            return param
-        index, bracket, rest = param.removeprefix(prefix).partition("]")
-        return f"{prefix}{int(index) + self.num_leading}{bracket}{rest}"
 
 
-@dataclass(frozen=True)
-class ChatRequest:
-    """A request as the service understands it. The form outlives the request, which holds the pictures."""
-
-    generation: GenerationRequest
-    form: ReplyForm
-
-
-def read_chat_request(body: bytes, request_id: str, limits: RequestLimits) -> ChatRequest:
+def read_chat_request(body: bytes, request_id: str, limits: RequestLimits) -> ReadRequest:
     """Raises RequestError naming field and cause. `request_id` must be unique, so it cannot be the client's own."""
-    parsed = parse_body(body, max_text=limits.max_text)
-    _check_text(parsed, limits.max_text)
-    leading = list(takewhile(lambda message: message.role in _SYSTEM_ROLES, parsed.messages))
-    texts = [_system_text(message, index) for index, message in enumerate(leading)]
-    messages = tuple(
-        _turn(message, index, limits.image) for index, message in enumerate(parsed.messages) if index >= len(leading)
-    )
+    parsed = parse_body(body, ChatBody, max_text=limits.max_text)
+    sampling = parsed.sampling(max_tokens=_max_tokens(parsed), logprobs=_logprobs(parsed))
+    chat = read_conversation(parsed.messages, limits)
     form = ReplyForm(
         model=parsed.model,
         stream=bool(parsed.stream),
-        include_usage=parsed.stream_options is not None and parsed.stream_options.include_usage,
+        include_usage=parsed.wants_usage,
         timings=bool(parsed.timings),
-        num_leading=len(leading),
+        num_answers=sampling.n,
+        num_leading=chat.num_leading,
         limit_field="max_tokens" if parsed.max_completion_tokens is None else "max_completion_tokens",
     )
-    system = "\n\n".join(texts) if texts else None
-    return ChatRequest(GenerationRequest(request_id, messages, _sampling(parsed), system), form)
+    return ReadRequest(GenerationRequest(request_id, chat.messages, sampling, chat.system), form)
 
 
-def _check_text(body: ChatBody, max_text: int) -> None:
+def read_conversation(messages: Sequence[ChatMessage], limits: RequestLimits) -> Conversation:
+    """Raises RequestError naming the message."""
+    _check_text(messages, limits.max_text)
+    leading = list(takewhile(lambda message: message.role in _SYSTEM_ROLES, messages))
+    texts = ["\n".join(_texts_only(message, index)) for index, message in enumerate(leading)]
+    turns = tuple(
+        _turn(message, index, limits.image) for index, message in enumerate(messages) if index >= len(leading)
+    )
+    return Conversation(turns, "\n\n".join(texts) if texts else None, len(leading))
+
+
+def _check_text(messages: Sequence[ChatMessage], max_text: int) -> None:
     """The preprocessor counts as well; here nothing that is too long crosses the graph."""
-    total = sum(len(text) for message in body.messages for text in _texts(message))
+    total = sum(len(text) for message in messages for text in _texts(message))
     if total > max_text:
         raise RequestError(
             f"the messages have {total} characters; at most {max_text} are allowed",
@@ -85,55 +71,52 @@ def _check_text(body: ChatBody, max_text: int) -> None:
 
 
 def _texts(message: ChatMessage) -> Iterator[str]:
+    """Every text of a message, those of refusals and calls among them."""
     if isinstance(message.content, str):
-        return iter((message.content,))
-    return (part.text for part in message.content if isinstance(part, TextContent))
-
-
-def _system_text(message: ChatMessage, index: int) -> str:
-    return "\n".join(part.text for part in _text_parts(message, index))
+        yield message.content
+    for part in message.content if isinstance(message.content, list) else ():
+        if isinstance(part, TextContent):
+            yield part.text
+        elif isinstance(part, RefusalContent):
+            yield part.refusal
+    if isinstance(message, AssistantMessage):
+        yield from () if message.refusal is None else (message.refusal,)
+        for call in message.tool_calls or ():
+            yield f'{{"name": {json.dumps(call.function.name)}, "arguments": {call.function.arguments}}}'
 
 
 def _turn(message: ChatMessage, index: int, limits: ImageLimits) -> Message:
     if message.role in _SYSTEM_ROLES:
         raise RequestError("system messages must come before all others", param=f"messages[{index}].role")
-    if message.role == "assistant":
-        return Message("assistant", tuple(_text_parts(message, index)))
+    if isinstance(message, AssistantMessage):
+        texts = _texts_only(message, index)
+        if not texts:
+            raise RequestError(
+                "an assistant's message needs content, tool_calls or a refusal", param=f"messages[{index}].content"
+            )
+        return Message("assistant", tuple(map(TextPart, texts)))
     if isinstance(message.content, str):
         return Message("user", (TextPart(message.content),))
     where = f"messages[{index}].content"
     return Message("user", tuple(_part(part, f"{where}[{i}]", limits) for i, part in enumerate(message.content)))
 
 
-def _part(part: TextContent | ImageContent, where: str, limits: ImageLimits) -> TextPart | ImagePart:
+def _part(part: TextContent | ImageContent | RefusalContent, where: str, limits: ImageLimits) -> TextPart | ImagePart:
     if isinstance(part, TextContent):
         return TextPart(part.text)
+    if isinstance(part, RefusalContent):
+        raise RequestError("only assistant messages may hold refusals", param=where)
     return ImagePart(decode_data_url(part.image_url.url, limits, param=f"{where}.image_url.url"))
 
 
-def _text_parts(message: ChatMessage, index: int) -> list[TextPart]:
-    if isinstance(message.content, str):
-        return [TextPart(message.content)]
-    for position, part in enumerate(message.content):
+def _texts_only(message: ChatMessage, index: int) -> list[str]:
+    for position, part in enumerate(message.content if isinstance(message.content, list) else ()):
         if isinstance(part, ImageContent):
             raise RequestError(
-                f"only user messages may hold images, not {message.role} messages",
+                f"only user and tool messages may hold images, not {message.role} messages",
                 param=f"messages[{index}].content[{position}]",
             )
-    return [TextPart(part.text) for part in message.content if isinstance(part, TextContent)]
-
-
-def _sampling(request: ChatBody) -> SamplingParams:
-    temperature = request.temperature or 0.0
-    return SamplingParams(
-        max_tokens=_max_tokens(request),
-        temperature=temperature if temperature >= _GREEDY_BELOW else 0.0,
-        top_p=1.0 if request.top_p is None else request.top_p,
-        top_k=max(0, request.top_k or 0),
-        seed=request.seed,
-        stop=_stops(request.stop),
-        ignore_eos=bool(request.ignore_eos),
-    )
+    return list(_texts(message))
 
 
 def _max_tokens(request: ChatBody) -> int | None:
@@ -145,13 +128,9 @@ def _max_tokens(request: ChatBody) -> int | None:
     return old if new is None else new
 
 
-def _stops(stop: str | list[str] | None) -> tuple[str, ...]:
-    texts = () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
-    if len(texts) > _MAX_STOPS:
-        raise RequestError(f"stop holds {len(texts)} strings; at most {_MAX_STOPS} are allowed", param="stop")
-    for text in texts:
-        if not 1 <= len(text) <= _MAX_STOP_LENGTH:
-            raise RequestError(
-                f"each stop string must have 1 to {_MAX_STOP_LENGTH} characters, not {len(text)}", param="stop"
-            )
-    return texts
+def _logprobs(request: ChatBody) -> int | None:
+    if request.logprobs:
+        return request.top_logprobs or 0
+    if request.top_logprobs:
+        raise RequestError("top_logprobs needs logprobs: true", param="top_logprobs")
+    return None

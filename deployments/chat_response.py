@@ -1,96 +1,68 @@
-"""Answers in OpenAI's form: the completion in one piece, the chunks of a stream, the list of models.
-
-Plain dictionaries from plain values. Knows nothing about HTTP or how the answer came about.
-"""
+"""Answers to chats in OpenAI's form: messages, their deltas, and log-probabilities by token with text and bytes."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import ClassVar
 
-from llava_core.types import FinishReason, StageTimes, TokenDelta, Usage
+from deployments.answer import Answer, Json
+from llava_core.types import FinishReason, TokenDelta
 
-Json = dict[str, Any]
-OWNER = "llava-serve"
+# What OpenAI gives for a token that is hardly possible; JSON has no infinity.
+LEAST_LOGPROB = -9999.0
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What all parts of one answer have in common. `started` is of the monotonic clock, for the total time."""
+class ChatAnswer(Answer):
+    """A `chat.completion`."""
 
-    completion_id: str
-    model: str
-    include_usage: bool = False
-    timings: bool = False
-    created: int = field(default_factory=lambda: int(time.time()))
-    started: float = field(default_factory=time.perf_counter)
+    id_prefix: ClassVar[str] = "chatcmpl-"
+    kind: ClassVar[str] = "chat.completion"
+    chunk_kind: ClassVar[str] = "chat.completion.chunk"
 
-    def completion(self, deltas: list[TokenDelta]) -> Json:
-        """The whole answer; the last delta must carry `finish_reason` and `usage`."""
-        last = deltas[-1]
-        message = {"role": "assistant", "content": "".join(delta.text for delta in deltas), "refusal": None}
-        body = self._head("chat.completion")
-        body["choices"] = [{"index": 0, "message": message, "finish_reason": last.finish_reason, "logprobs": None}]
-        body["usage"] = usage_body(_usage(last))
-        return body | self._timings(last)
-
-    def first_chunk(self) -> Json:
-        """Says who speaks, before anything is said."""
-        return self._chunk({"role": "assistant", "content": ""})
-
-    def chunks(self, delta: TokenDelta) -> Iterator[Json]:
-        """What one delta adds to the stream; after the last one, also how it ended and what it cost."""
-        if delta.text:
-            yield self._chunk({"content": delta.text})
-        if delta.finish_reason is None:
-            return
-        end = self._chunk({}, delta.finish_reason)
-        if not self.include_usage:
-            yield end | self._timings(delta)
-            return
-        yield end
-        total = self._head("chat.completion.chunk") | {"choices": [], "usage": usage_body(_usage(delta))}
-        yield total | self._timings(delta)
-
-    def _chunk(self, content: Json, finish_reason: FinishReason | None = None) -> Json:
-        body = self._head("chat.completion.chunk")
-        body["choices"] = [{"index": 0, "delta": content, "finish_reason": finish_reason, "logprobs": None}]
-        return body | {"usage": None} if self.include_usage else body
-
-    def _head(self, kind: str) -> Json:
+    def choice(self, whole: TokenDelta) -> Json:
+        """The message."""
+        message = {"role": "assistant", "content": whole.text, "refusal": None}
         return {
-            "id": self.completion_id,
-            "object": kind,
-            "created": self.created,
-            "model": self.model,
-            "system_fingerprint": None,
+            "index": whole.index,
+            "message": message,
+            "finish_reason": whole.finish_reason,
+            "logprobs": _logprobs(whole),
         }
 
-    def _timings(self, last: TokenDelta) -> Json:
-        """Milliseconds by stage; `total` is what the gateway saw, and holds what no stage counts as its own."""
-        if not self.timings:
-            return {}
-        times: StageTimes = last.stage_ms | {"total": (time.perf_counter() - self.started) * 1e3}
-        return {"timings": {stage: round(value, 3) for stage, value in times.items()}}
+    def first_chunks(self) -> Iterator[Json]:
+        """Say who speaks, before anything is said."""
+        for index in range(self.form.num_answers):
+            yield self._delta(index, {"role": "assistant", "content": ""})
+
+    def grown(self, delta: TokenDelta) -> Iterator[Json]:
+        """The text, then the reason it ended with."""
+        if delta.text or delta.logprobs:
+            yield self._delta(delta.index, {"content": delta.text}, logprobs=_logprobs(delta))
+        if delta.finish_reason is not None:
+            yield self._delta(delta.index, {}, finish_reason=delta.finish_reason)
+
+    def _delta(
+        self, index: int, content: Json, *, finish_reason: FinishReason | None = None, logprobs: Json | None = None
+    ) -> Json:
+        choice = {"index": index, "delta": content, "finish_reason": finish_reason, "logprobs": logprobs}
+        return self.chunk(choice)
 
 
-def usage_body(usage: Usage) -> Json:
-    """Token counts; image tokens are part of the prompt's."""
-    return {
-        "prompt_tokens": usage.prompt_tokens,
-        "completion_tokens": usage.completion_tokens,
-        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
-        "prompt_tokens_details": {"image_tokens": usage.image_tokens, "cached_tokens": usage.cached_tokens},
-    }
+def _logprobs(delta: TokenDelta) -> Json | None:
+    """An entry for each token that was written, the one that ended the answer among them."""
+    if not delta.logprobs:
+        return None
+    content = [
+        _token(delta, each.token, each.logprob)
+        | {"top_logprobs": [_token(delta, token, logprob) for token, logprob in each.top]}
+        for each in delta.logprobs
+    ]
+    return {"content": content, "refusal": None}
 
 
-def model_body(name: str, created: int) -> Json:
-    """One entry of the list of models."""
-    return {"id": name, "object": "model", "created": created, "owned_by": OWNER}
-
-
-def _usage(last: TokenDelta) -> Usage:
-    assert last.usage is not None, "the last delta of an answer carries its usage"
-    return last.usage
+def _token(delta: TokenDelta, token: int, logprob: float) -> Json:
+    spelled = delta.token_bytes[token]
+    text = spelled.decode("utf-8", errors="replace")
+    return {"token": text, "logprob": max(logprob, LEAST_LOGPROB), "bytes": list(spelled)}

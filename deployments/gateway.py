@@ -1,4 +1,4 @@
-"""The HTTP surface: routes, request ids, body limits, streams, and an OpenAI-shaped body for every error.
+"""The HTTP surface: routes, request ids, body limits, and an OpenAI-shaped body for every error.
 
 A Starlette app around anything that streams items for a request (pipeline.py). Imports neither torch nor Ray, and does
 not know what the stages do.
@@ -7,44 +7,60 @@ not know what the stages do.
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from contextlib import aclosing
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from starlette.applications import Starlette
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from deployments import sse
+from deployments.answer import Answer, model_body
+from deployments.answering import refusal, respond
 from deployments.bodies import BodyBudget, Lease, read_body
-from deployments.chat_request import ReplyForm, read_chat_request
-from deployments.chat_response import Answer, model_body
-from deployments.http_errors import HttpError, describe, describe_http, error_body, error_response
-from deployments.messages import Item, Rejected, StageHealth, is_last
+from deployments.chat_request import read_chat_request
+from deployments.chat_response import ChatAnswer
+from deployments.completion_request import read_completion_request
+from deployments.completion_response import CompletionAnswer
+from deployments.http_errors import HttpError, describe, describe_http, error_response
+from deployments.messages import Item, Rejected, StageHealth
 from deployments.metrics import Recorder, Unrecorded
+from deployments.reply_form import ReadRequest
 from deployments.request_metrics import CLIENT_CLOSED_REQUEST, RequestMetrics, metered
 from deployments.settings import LimitArgs
-from llava_core.errors import EngineError, OverloadedError, RequestError, UnknownNameError
-from llava_core.types import GenerationRequest, TokenDelta
+from deployments.tokenize_request import read_detokenize_request, read_tokenize_request, tokenized_body
+from llava_core.errors import LlavaError, OverloadedError, RequestError, UnknownNameError
+from llava_core.prepare import RequestLimits
+from llava_core.types import AnyRequest, Tokenized
 
-logger = logging.getLogger(__name__)
 REQUEST_ID_HEADER = "x-request-id"
 
 
 class EngineClient(Protocol):
     """What the gateway needs of the graph."""
 
-    def stream(self, request: GenerationRequest, on_sent: Callable[[], None]) -> AsyncGenerator[Item, None]:
+    def stream(self, request: AnyRequest, on_sent: Callable[[], None]) -> AsyncGenerator[Item, None]:
         """Items up to the last one; closing it before that ends the request. Calls `on_sent` when it lets go of it."""
         ...
+
+    async def tokenize(self, request: AnyRequest) -> Tokenized | Rejected:
+        """What the request's prompt is to the model, or what is wrong with it."""
+        ...
+
+    async def detokenize(self, ids: Sequence[int]) -> str | Rejected:
+        """The text of these ids."""
+        ...
+
+
+Given = TypeVar("Given")
+# A body, an id for the request, and the limits.
+Reader = Callable[[bytes, str, RequestLimits], Given]
 
 
 class Gateway:
@@ -71,6 +87,9 @@ class Gateway:
         app = Starlette(
             routes=[
                 Route("/v1/chat/completions", self._chat, methods=["POST"]),
+                Route("/v1/completions", self._complete, methods=["POST"]),
+                Route("/tokenize", self._tokenize, methods=["POST"]),
+                Route("/detokenize", self._detokenize, methods=["POST"]),
                 Route("/v1/models", self._models),
                 Route("/v1/models/{name:path}", self._model),
                 Route("/health", self._health),
@@ -85,39 +104,69 @@ class Gateway:
         self.app: ASGIApp = RequestMetrics(app, app.routes, self._recorder)
 
     async def _chat(self, request: Request) -> Response:
+        return await self._answer(request, read_chat_request, ChatAnswer)
+
+    async def _complete(self, request: Request) -> Response:
+        return await self._answer(request, read_completion_request, CompletionAnswer)
+
+    async def _answer(self, request: Request, read: Reader[ReadRequest], kind: type[Answer]) -> Response:
+        completion_id = f"{kind.id_prefix}{uuid.uuid4().hex}"
         body = self._bodies.lease()
         try:
-            form, answer, items = await self._begin(request, body)
-            # Nothing is sent before the first item: whatever is wrong by then gets a status of its own.
-            first = await anext(items)
+            answer, items = await self._begin(request, body, read, kind, completion_id)
+            return await respond(answer, items, _request_id(request))
         except (RequestError, OverloadedError) as error:
             return error_response(describe(error), _request_id(request))
         finally:
             body.release()
-        if isinstance(first, Rejected):
-            await items.aclose()
-            return error_response(_describe_for(form, first), _request_id(request))
-        if not form.stream:
-            return await _in_one_piece(form, answer, first, items, _request_id(request))
-        return _EventStream(_events(form, answer, first, items, _request_id(request)), items)
 
-    async def _begin(self, request: Request, lease: Lease) -> tuple[ReplyForm, Answer, AsyncGenerator[Item, None]]:
+    async def _begin(
+        self, request: Request, lease: Lease, read: Reader[ReadRequest], kind: type[Answer], completion_id: str
+    ) -> tuple[Answer, AsyncGenerator[Item, None]]:
         """Body and pictures are gone from here when this returns; the stream lets go of them once they are sent."""
+        given = await self._read(request, lease, read, completion_id)
+        self._check_model(given.form.model)
+        answer = kind(completion_id, self._model_name, given.form)
+        items = self._engine.stream(given.generation, lease.release)
+        return answer, metered(items, self._recorder, answer.model)
+
+    async def _tokenize(self, request: Request) -> Response:
+        body = self._bodies.lease()
+        try:
+            given = await self._read(request, body, read_tokenize_request, uuid.uuid4().hex)
+            self._check_model(given.read.form.model)
+            tokenized = await self._engine.tokenize(given.read.generation)
+        except LlavaError as error:
+            return error_response(describe(error), _request_id(request))
+        finally:
+            body.release()
+        if isinstance(tokenized, Rejected):
+            return refusal(given.read.form, tokenized, _request_id(request))
+        return JSONResponse(tokenized_body(tokenized, with_texts=given.with_texts))
+
+    async def _detokenize(self, request: Request) -> Response:
+        body = self._bodies.lease()
+        try:
+            given = await self._read(request, body, read_detokenize_request, uuid.uuid4().hex)
+            self._check_model(given.model)
+            text = await self._engine.detokenize(given.ids)
+        except LlavaError as error:
+            return error_response(describe(error), _request_id(request))
+        finally:
+            body.release()
+        if isinstance(text, Rejected):
+            return error_response(describe(text.error), _request_id(request))
+        return JSONResponse({"prompt": text})
+
+    async def _read(self, request: Request, lease: Lease, read: Reader[Given], request_id: str) -> Given:
         body = await read_body(
             request, lease, max_bytes=self._limits.max_body_bytes, max_seconds=self._limits.max_body_seconds
         )
-        completion_id = f"chatcmpl-{uuid.uuid4().hex}"
         # Parsing JSON and base64 of several megabytes takes tens of milliseconds.
-        chat = await asyncio.to_thread(read_chat_request, body, completion_id, self._limits.request)
-        form = chat.form
-        if form.model is not None:
-            self._check_model(form.model)
-        answer = Answer(completion_id, self._model_name, include_usage=form.include_usage, timings=form.timings)
-        items = metered(self._engine.stream(chat.generation, lease.release), self._recorder, answer.model)
-        return form, answer, _settled(items, _request_id(request))
+        return await asyncio.to_thread(read, body, request_id, self._limits.request)
 
-    def _check_model(self, name: str) -> None:
-        if name != self._model_name:
+    def _check_model(self, name: str | None) -> None:
+        if name is not None and name != self._model_name:
             raise UnknownNameError("model", name, [self._model_name])
 
     async def _models(self, _request: Request) -> Response:
@@ -145,78 +194,6 @@ class Gateway:
             # Starlette answers these outside of its middleware.
             response.headers[REQUEST_ID_HEADER] = _request_id(request)
         return response
-
-
-async def _settled(items: AsyncGenerator[Item, None], request_id: str) -> AsyncGenerator[Item, None]:
-    """The items; whatever goes wrong becomes the last of them.
-
-    Reads to the very end, because a stream that is dropped before is a cancellation to the stage that writes it.
-    """
-    is_complete = False
-    async with aclosing(items):
-        try:
-            async for item in items:
-                is_complete = is_last(item)
-                yield item
-            if not is_complete:
-                raise EngineError("the stream ended before the answer did")
-        except Exception as error:
-            # The last resort: the client is owed an answer whatever happened.
-            if describe(error).is_unexpected or is_complete:
-                logger.exception("request %s failed", request_id)
-            if not is_complete:
-                yield Rejected(error)
-
-
-async def _in_one_piece(
-    form: ReplyForm, answer: Answer, first: TokenDelta, items: AsyncGenerator[Item, None], request_id: str
-) -> Response:
-    deltas = [first]
-    async with aclosing(items):
-        async for item in items:
-            if isinstance(item, Rejected):
-                return error_response(_describe_for(form, item), request_id)
-            deltas.append(item)
-    return JSONResponse(answer.completion(deltas))
-
-
-async def _events(
-    form: ReplyForm, answer: Answer, first: TokenDelta, items: AsyncGenerator[Item, None], request_id: str
-) -> AsyncGenerator[bytes, None]:
-    """Several events that are due together go out as one piece: every piece costs the graph a hop."""
-    yield b"".join(map(sse.event, [answer.first_chunk(), *answer.chunks(first)])) + _end_after(first)
-    async for item in items:
-        if isinstance(item, Rejected):
-            yield sse.event(error_body(_describe_for(form, item), request_id))
-        elif piece := b"".join(map(sse.event, answer.chunks(item))) + _end_after(item):
-            yield piece
-
-
-def _end_after(delta: TokenDelta) -> bytes:
-    return sse.DONE if is_last(delta) else b""
-
-
-def _describe_for(form: ReplyForm, rejected: Rejected) -> HttpError:
-    """The error in the client's own terms."""
-    error = describe(rejected.error)
-    return error.at(form.locate(error.param))
-
-
-class _EventStream(StreamingResponse):
-    """Closes its source however it ends, begun or not: a client that hangs up is noticed by the stages at once."""
-
-    def __init__(self, events: AsyncGenerator[bytes, None], source: AsyncGenerator[Item, None]) -> None:
-        super().__init__(events, media_type=sse.MEDIA_TYPE, headers=sse.HEADERS)
-        self._events, self._source = events, source
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        except ClientDisconnect:
-            logger.info("the client hung up")
-        finally:
-            await self._events.aclose()
-            await self._source.aclose()
 
 
 class _RequestIds:

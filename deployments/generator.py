@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -25,7 +25,7 @@ from deployments.metrics import (
 )
 from deployments.watchdog import Watchdog
 from llava_core.errors import EngineError, LlavaError
-from llava_core.types import EngineRequest, TokenDelta
+from llava_core.types import EngineRequest, TokenDelta, Usage
 
 if TYPE_CHECKING:
     from llava_core.engine.async_engine import AsyncEngine
@@ -38,9 +38,17 @@ class Generator:
     """Many answers at once from one engine. `chunk_gap_s` is explained at settings.EngineArgs."""
 
     def __init__(
-        self, engine: AsyncEngine, handoff: Handoff, *, chunk_gap_s: float = 0.0, recorder: Recorder | None = None
+        self,
+        engine: AsyncEngine,
+        handoff: Handoff,
+        *,
+        token_bytes: Callable[[int], bytes] = lambda _: b"",
+        chunk_gap_s: float = 0.0,
+        recorder: Recorder | None = None,
     ) -> None:
+        """`token_bytes` is asked for the tokens that log-probabilities name."""
         self._engine = engine
+        self._token_bytes = token_bytes
         self._handoff = handoff
         self._chunk_gap_s = chunk_gap_s
         self._recorder = recorder or Unrecorded()
@@ -48,7 +56,7 @@ class Generator:
         self._watchdog = Watchdog("generator")
 
     async def generate(self, given: object) -> AsyncGenerator[Item, None]:
-        """Deltas up to one with `finish_reason`; or, first or last, a rejection. Leaving early aborts the request."""
+        """Deltas up to one with `usage`; or, first or last, a rejection. Leaving early aborts the request."""
         try:
             handed = await self._handoff.take(given)
         except LlavaError as error:
@@ -60,13 +68,15 @@ class Generator:
         elapsed = handed.elapsed.arrived()
         self._recorder.observe(STAGE_DURATION, elapsed.transfer_s(handed.elapsed), "transfer")
         request = _to_engine(handed)
+        ended: list[Usage] = []
         try:
             async with aclosing(self._paced(request)) as deltas:
                 async for delta in deltas:
                     if delta.finish_reason is not None:
                         self._watchdog.succeeded()
                         self._record(delta)
-                    yield _with_times(delta, elapsed)
+                        delta = _ended(delta, ended, request.sampling.n, elapsed)
+                    yield self._spelled(delta) if delta.logprobs else delta
         except LlavaError as error:
             if isinstance(error, EngineError):
                 logger.warning("request %s ended with %s: %s", request.request_id, type(error).__name__, error)
@@ -77,6 +87,11 @@ class Generator:
         """For Serve, which replaces a replica that raises here."""
         self._engine.check_health()
         self._watchdog.check()
+
+    def _spelled(self, delta: TokenDelta) -> TokenDelta:
+        """With the bytes of every token that it names, for those who have no tokenizer."""
+        named = {token for each in delta.logprobs for token in (each.token, *(token for token, _ in each.top))}
+        return replace(delta, token_bytes={token: self._token_bytes(token) for token in named})
 
     async def _paced(self, request: EngineRequest) -> AsyncGenerator[TokenDelta, None]:
         """The engine's deltas, not faster than the graph can carry; what comes meanwhile is joined by its mailbox."""
@@ -101,8 +116,19 @@ def _to_engine(handed: Prepared | Encoded) -> EngineRequest:
     return engine_request(handed.request, handed.features if isinstance(handed, Encoded) else ())
 
 
-def _with_times(delta: TokenDelta, elapsed: Elapsed) -> TokenDelta:
-    """The last delta tells where the time went in the stages before as well."""
-    if delta.finish_reason is None:
-        return delta
-    return replace(delta, stage_ms={**elapsed.stage_ms, **delta.stage_ms})
+def _ended(delta: TokenDelta, ended: list[Usage], num_answers: int, elapsed: Elapsed) -> TokenDelta:
+    """The end of an answer; that of the request's last one tells what all of them cost, and where the time went."""
+    assert delta.usage is not None, "an engine's last delta carries its usage"
+    ended.append(delta.usage)
+    if len(ended) < num_answers:
+        return replace(delta, usage=None, stage_ms={})
+    return replace(delta, usage=_together(ended), stage_ms={**elapsed.stage_ms, **delta.stage_ms})
+
+
+def _together(usages: list[Usage]) -> Usage:
+    """The prompt is read once; what was cached of it is what the first to read it has found."""
+    return replace(
+        usages[0],
+        completion_tokens=sum(usage.completion_tokens for usage in usages),
+        cached_tokens=min(usage.cached_tokens for usage in usages),
+    )

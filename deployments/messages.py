@@ -79,13 +79,13 @@ class Encoded:
     elapsed: Elapsed
 
 
-# What the generator yields.
+# What the generator yields. Of its deltas the request's last has `usage` and `stage_ms`, for all answers together.
 Item = TokenDelta | Rejected
 
 
 def is_last(item: Item) -> bool:
     """Whether nothing follows this one."""
-    return isinstance(item, Rejected) or item.finish_reason is not None
+    return isinstance(item, Rejected) or item.usage is not None
 
 
 @dataclass(frozen=True)
@@ -123,4 +123,5 @@ def without_tiles(request: PreparedRequest) -> PreparedRequest:
 
 def engine_request(request: PreparedRequest, features: Sequence[PackedFeatures]) -> EngineRequest:
     """What the engine runs."""
-    return EngineRequest(request.request_id, request.prompt_ids, [unpack(each) for each in features], request.sampling)
+    unpacked = [unpack(each) for each in features]
+    return EngineRequest(request.request_id, request.prompt_ids, unpacked, request.sampling, goes_on=request.goes_on)

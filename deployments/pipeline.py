@@ -5,15 +5,15 @@ Responses are passed on un-awaited, so pictures and features go from replica to 
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any
 
 from ray.serve.handle import DeploymentHandle
 
 from deployments.handoff import Handoff
-from deployments.messages import Item, is_last
+from deployments.messages import Item, Rejected, is_last
 from deployments.ray_errors import ray_errors_as_ours
-from llava_core.types import GenerationRequest
+from llava_core.types import AnyRequest, Tokenized
 
 Handle = DeploymentHandle[Any]
 
@@ -24,11 +24,13 @@ class Pipeline:
     def __init__(self, preprocessor: Handle, encoder: Handle, generator: Handle, handoff: Handoff) -> None:
         self._handoff = handoff
         self._prepare = handoff.calling(preprocessor, "prepare")
+        self._tokenize = handoff.calling(preprocessor, "tokenize")
+        self._detokenize = handoff.calling(preprocessor, "detokenize")
         self._encode = handoff.calling(encoder, "encode")
         self._generate = handoff.streaming(generator, "generate")
 
     async def stream(
-        self, request: GenerationRequest, on_sent: Callable[[], None] = lambda: None
+        self, request: AnyRequest, on_sent: Callable[[], None] = lambda: None
     ) -> AsyncGenerator[Item, None]:
         """Items up to the last one; `on_sent` is called once the request has left this process.
 
@@ -56,3 +58,27 @@ class Pipeline:
             if not is_complete:
                 for call in reversed(calls):
                     call.cancel()
+
+    async def tokenize(self, request: AnyRequest) -> Tokenized | Rejected:
+        """What the first stage makes of a prompt, or its rejection. Raises errors of ours as `stream` does."""
+        tokenized: Tokenized | Rejected = await _ask(self._tokenize, request)
+        return tokenized
+
+    async def detokenize(self, ids: Sequence[int]) -> str | Rejected:
+        """The text of these ids. Raises errors of ours as `stream` does."""
+        text: str | Rejected = await _ask(self._detokenize, ids)
+        return text
+
+
+async def _ask(stage: Handle, given: object) -> Any:
+    """One call, which ends when whoever waits for it leaves."""
+    with ray_errors_as_ours():
+        call: Any = stage.remote(given)
+        is_answered = False
+        try:
+            result = await call
+            is_answered = True
+            return result
+        finally:
+            if not is_answered:
+                call.cancel()

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from llava_core.checkpoints.load import LoadOptions
+    from llava_core.checkpoints.tokenizer import CheckpointTokenizer
     from llava_core.engine.engine import Engine
     from llava_core.vision.towers import VisionTower
 
@@ -108,11 +109,17 @@ class GeneratorReplica(Generator):
         adopt_serve_logging()
         from llava_core.engine.async_engine import AsyncEngine
 
-        engine, cores = in_thread_of_its_own(lambda: _load_engine(args, checkpoint))
+        engine, tokenizer, cores = in_thread_of_its_own(lambda: _load_engine(args, checkpoint))
         running = AsyncEngine(engine, before_step=cores.claim, when_idle=cores.release)
         recorder = RayRecorder().start()
         recorder.watch(lambda: engine_readings(engine.stats))
-        super().__init__(running, handoff, chunk_gap_s=args.engine.chunk_gap_ms / 1e3, recorder=recorder)
+        super().__init__(
+            running,
+            handoff,
+            token_bytes=tokenizer.token_bytes,
+            chunk_gap_s=args.engine.chunk_gap_ms / 1e3,
+            recorder=recorder,
+        )
 
 
 def _load_tower(args: ComputeArgs, checkpoint: FoundCheckpoint) -> tuple[VisionTower, Cores]:
@@ -127,7 +134,7 @@ def _load_tower(args: ComputeArgs, checkpoint: FoundCheckpoint) -> tuple[VisionT
     return tower, cores
 
 
-def _load_engine(args: AppArgs, checkpoint: FoundCheckpoint) -> tuple[Engine, Cores]:
+def _load_engine(args: AppArgs, checkpoint: FoundCheckpoint) -> tuple[Engine, CheckpointTokenizer, Cores]:
     from llava_core.checkpoints.load import load_language_side
     from llava_core.checkpoints.tokenizer import load_tokenizer
     from llava_core.engine.engine import Engine
@@ -139,7 +146,7 @@ def _load_engine(args: AppArgs, checkpoint: FoundCheckpoint) -> tuple[Engine, Co
     language = load_language_side(opened, options, num_tokens=tokenizer.num_tokens)
     cores = share_cores(args.generator, language, options.device)
     ready_language(language)
-    return Engine(language, tokenizer, args.engine.config), cores
+    return Engine(language, tokenizer, args.engine.config), tokenizer, cores
 
 
 def in_thread_of_its_own(load: Callable[[], Loaded]) -> Loaded:

@@ -92,15 +92,16 @@ class _Response:
 
 
 async def metered(items: AsyncGenerator[Item, None], recorder: Recorder, model: str) -> AsyncGenerator[Item, None]:
-    """The items, each noted as it comes: the first by the time since its request began, others by that between them."""
-    last: float | None = None
+    """The items, each noted as it comes: the first by the time since its request began, others by that since the last
+    piece of the same answer."""
+    last: dict[int, float] = {}
     async with aclosing(items):
         async for item in items:
             if not isinstance(item, Rejected):
                 now = time.perf_counter()
-                if last is None:
+                if not last:
                     recorder.observe(TIME_TO_FIRST_TOKEN, now - current_request().started, model)
-                else:
-                    recorder.observe(CHUNK_GAP, now - last, model)
-                last = now
+                elif item.index in last:
+                    recorder.observe(CHUNK_GAP, now - last[item.index], model)
+                last[item.index] = now
             yield item

@@ -115,6 +115,7 @@ class LimitArgs(_Settings):
     max_image_pixels: int = Field(default=40_000_000, ge=1)
     max_image_side: int = Field(default=10_000, ge=1)
     max_text: int = Field(default=200_000, ge=1)
+    max_n: int = Field(default=16, ge=1)
 
     @model_validator(mode="after")
     def _check_bytes(self) -> Self:
@@ -134,7 +135,7 @@ class LimitArgs(_Settings):
     @property
     def request(self) -> RequestLimits:
         """The bounds of one request, once it has been parsed."""
-        return RequestLimits(max_images=self.max_images, max_text=self.max_text, image=self.image)
+        return RequestLimits(max_images=self.max_images, max_text=self.max_text, max_n=self.max_n, image=self.image)
 
 
 class AppArgs(_Settings):

@@ -25,6 +25,7 @@ from llava_core.lru import LruCache
 from llava_core.models.fused import ready_language
 from llava_core.prepare import RequestLimits
 from llava_core.types import (
+    AnyRequest,
     EngineRequest,
     GenerationRequest,
     ImagePart,
@@ -69,7 +70,7 @@ class LocalModel:
         self.engine = Engine(language, tokenizer, engine)
         self._streams: dict[str, deque[StepOutput]] = {}
 
-    def stream(self, request: GenerationRequest | PreparedRequest) -> Iterator[TokenDelta]:
+    def stream(self, request: AnyRequest | PreparedRequest) -> Iterator[TokenDelta]:
         """Deltas of a request's answers as they are produced; several streams may be read in turns, in one thread.
 
         Raises RequestError for the caller's mistakes.
@@ -97,11 +98,15 @@ class LocalModel:
             if output.request_id in self._streams:
                 self._streams[output.request_id].append(output)
 
-    def add(self, request: GenerationRequest | PreparedRequest) -> None:
+    def add(self, request: AnyRequest | PreparedRequest) -> None:
         """Prepare, encode and queue a request; `engine.step()` then moves it on beside the others."""
         prepared = request if isinstance(request, PreparedRequest) else self.preparer.prepare(request)
         features = encode_images(self.tower, prepared.images, self.feature_cache)
-        self.engine.add_request(EngineRequest(prepared.request_id, prepared.prompt_ids, features, prepared.sampling))
+        self.engine.add_request(
+            EngineRequest(
+                prepared.request_id, prepared.prompt_ids, features, prepared.sampling, goes_on=prepared.goes_on
+            )
+        )
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,10 @@ or transport, and does not import torch.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Sequence, Set
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -21,23 +23,48 @@ from llava_core.images.loading import ImageLimits, check_size, decode_image
 from llava_core.images.preprocess import preprocess
 from llava_core.lru import LruCache
 from llava_core.prompts.budget import token_budget
-from llava_core.prompts.conversation import Turn, render, user_turns
+from llava_core.prompts.conversation import IMAGE_PLACEHOLDER, Rendered, Turn, render, user_turns
 from llava_core.prompts.templates import Template
-from llava_core.prompts.tokenize import Tokenizer, tokenize_prompt
-from llava_core.types import GenerationRequest, ImagePart, Message, PreparedImage, PreparedRequest, Size, TextPart
+from llava_core.prompts.tokenize import IMAGE_TOKEN_ID, Tokenizer, tokenize_prompt
+from llava_core.types import (
+    AnyRequest,
+    CompletionRequest,
+    GenerationRequest,
+    ImagePart,
+    Message,
+    PreparedImage,
+    PreparedRequest,
+    Size,
+    TextPart,
+    Tokenized,
+)
 
 
 @dataclass(frozen=True)
 class RequestLimits:
-    """What one request may hold. `max_images` counts pictures in all messages, `max_text` characters."""
+    """What one request may hold: pictures and characters in all messages, and answers that it asks for."""
 
     max_images: int = 8
     max_text: int = 200_000
+    max_n: int = 128
     image: ImageLimits = field(default_factory=ImageLimits)
 
     def __post_init__(self) -> None:
-        if self.max_images < 0 or self.max_text < 1:
-            raise ValueError(f"max_images must not be negative and max_text at least 1: {self}")
+        if self.max_images < 0 or self.max_text < 1 or self.max_n < 1:
+            raise ValueError(f"max_images must not be negative, max_text and max_n at least 1: {self}")
+
+
+class TextTokenizer(Tokenizer, Protocol):
+    """A tokenizer that also knows the way back."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Ids there are."""
+        ...
+
+    def token_bytes(self, token: int) -> bytes:
+        """What a token stands for; of a control token, its name."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -50,7 +77,7 @@ class Preparer:
 
     config: ModelConfig
     template: Template
-    tokenizer: Tokenizer
+    tokenizer: TextTokenizer
     preprocess: AnyPreprocessConfig
     reserved_texts: Set[str]
     limits: RequestLimits = field(default_factory=RequestLimits)
@@ -66,8 +93,43 @@ class Preparer:
         """The pictures that are kept."""
         return self._cache
 
-    def prepare(self, request: GenerationRequest) -> PreparedRequest:
+    def prepare(self, request: AnyRequest) -> PreparedRequest:
         """Raises RequestError (ImageError, PromptTooLongError, ...) naming field, cause and limit."""
+        prepared = self._prepare(request)
+        # The engine would refuse it as well, but only after the tower had run.
+        token_budget(len(prepared.prompt_ids), request.sampling.max_tokens, self.config.context_length)
+        return prepared
+
+    def tokenize(self, request: AnyRequest) -> Tokenized:
+        """The prompt's ids, however many. Raises what `prepare` does for anything but its length.
+
+        An image token has the id that the checkpoint gives it, where it has one of its own.
+        """
+        ids = self._prepare(request).prompt_ids
+        image_id = self.config.image_token_id
+        return Tokenized(
+            tuple(image_id if token == IMAGE_TOKEN_ID and image_id is not None else token for token in ids),
+            tuple(IMAGE_PLACEHOLDER.encode() if token == IMAGE_TOKEN_ID else self._bytes_of(token) for token in ids),
+            self.config.context_length,
+        )
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """The text of these ids, control tokens by their names. Raises RequestError for ids that do not exist."""
+        return b"".join(map(self._bytes_of, ids)).decode("utf-8", errors="replace")
+
+    def _bytes_of(self, token: int) -> bytes:
+        if not 0 <= token < self.tokenizer.num_tokens:
+            raise RequestError(
+                f"token {token} does not exist: the tokenizer knows 0 to {self.tokenizer.num_tokens - 1}",
+                param="tokens",
+            )
+        return self.tokenizer.token_bytes(token)
+
+    def _prepare(self, request: AnyRequest) -> PreparedRequest:
+        if request.sampling.n > self.limits.max_n:
+            raise RequestError(f"n is {request.sampling.n}; at most {self.limits.max_n} are allowed", param="n")
+        if isinstance(request, CompletionRequest):
+            return self._prepare_text(request)
         self._check(request)
         images = tuple(
             self._cached_image(part, f"messages[{index}].content[{position}].image_url")
@@ -75,13 +137,24 @@ class Preparer:
             for position, part in enumerate(message.parts)
             if isinstance(part, ImagePart)
         )
-        turns = [turn for index, message in enumerate(request.messages) for turn in self._turns(message, index)]
+        messages = joined(request.messages)
+        turns = [turn for index, message in enumerate(messages) for turn in self._turns(message, index)]
         rendered = render(self.template, [*turns, Turn("assistant", None)], system=request.system)
         tokens = tuple(num_image_tokens(self.config, image.size) for image in images)
         ids = tokenize_prompt(rendered, self.tokenizer, tokens).ids
-        # The engine would refuse it as well, but only after the tower had run.
-        token_budget(len(ids), request.sampling.max_tokens, self.config.context_length)
         return PreparedRequest(request.request_id, ids, images, request.sampling, rendered.text, tokens)
+
+    def _prepare_text(self, request: CompletionRequest) -> PreparedRequest:
+        """Ids as they are may hold control tokens; pictures they cannot."""
+        prompt, sampling = request.prompt, request.sampling
+        if not isinstance(prompt, str):
+            if any(token < 0 for token in prompt):
+                raise RequestError("token ids are not negative", param="prompt")
+            return PreparedRequest(request.request_id, prompt, (), sampling, goes_on=True)
+        self._check_text(prompt, "prompt")
+        self._check_length(len(prompt), "prompt")
+        ids = tokenize_prompt(Rendered(prompt, ()), self.tokenizer, ()).ids
+        return PreparedRequest(request.request_id, ids, (), sampling, prompt, goes_on=True)
 
     def check_size(self, size: Size) -> None:
         """Raise RequestError where a picture of so many pixels would be refused, whatever else is asked about it."""
@@ -111,11 +184,14 @@ class Preparer:
         texts = [(f"messages[{i}].content", message_text(m)) for i, m in enumerate(request.messages)]
         for param, text in [*texts, ("messages", request.system or "")]:
             self._check_text(text, param)
-        total = sum(len(text) for _, text in texts) + len(request.system or "")
-        if total > self.limits.max_text:
+        self._check_length(sum(len(text) for _, text in texts) + len(request.system or ""), "messages")
+
+    def _check_length(self, length: int, param: str) -> None:
+        if length > self.limits.max_text:
+            what = "prompt has" if param == "prompt" else "messages have"
             raise RequestError(
-                f"the messages have {total} characters; at most {self.limits.max_text} are allowed",
-                param="messages",
+                f"the {what} {length} characters; at most {self.limits.max_text} are allowed",
+                param=param,
                 code="text_too_long",
             )
 
@@ -150,17 +226,20 @@ class Preparer:
 
 
 def check_roles(messages: Sequence[Message]) -> None:
-    """Raise RequestError unless user and assistant alternate, the user first and last."""
-    for index, message in enumerate(messages):
-        expected = "assistant" if index % 2 else "user"
-        if message.role != expected:
-            raise RequestError(
-                f"the role is {message.role!r}; after any system messages, "
-                "user and assistant must alternate, the user first",
-                param=f"messages[{index}].role",
-            )
+    """Raise RequestError unless the user speaks first and last."""
+    if messages and messages[0].role != "user":
+        raise RequestError(
+            f"the role is {messages[0].role!r}; the first message that is not the system's must be the user's",
+            param="messages[0].role",
+        )
     if not messages or messages[-1].role != "user":
         raise RequestError("the last message must be the user's", param="messages")
+
+
+def joined(messages: Sequence[Message]) -> list[Message]:
+    """Messages of one role in a row as one: templates have user and assistant alternate."""
+    runs = itertools.groupby(messages, key=lambda message: message.role)
+    return [Message(role, tuple(part for message in run for part in message.parts)) for role, run in runs]
 
 
 def message_text(message: Message) -> str:

@@ -5,7 +5,7 @@ Imports the standard library alone, so every process can afford it; array types 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -131,6 +131,23 @@ class GenerationRequest:
 
 
 @dataclass(frozen=True)
+class CompletionRequest:
+    """A text that is to go on, as it is or as token ids: no template, no pictures."""
+
+    request_id: str
+    prompt: str | tuple[int, ...] = field(repr=False)
+    sampling: SamplingParams
+
+    @property
+    def num_images(self) -> int:
+        """None."""
+        return 0
+
+
+AnyRequest = GenerationRequest | CompletionRequest
+
+
+@dataclass(frozen=True)
 class PreparedImage:
     """A decoded picture as tiles: uint8 (num_tiles, size, size, 3). `digest` is the SHA-256 of the tiles."""
 
@@ -144,6 +161,7 @@ class PreparedRequest:
     """Token ids with one sentinel per image token (prompts/tokenize.py), and the tiles of every picture, in order.
 
     `prompt` is the text the ids came from, with its `<image>`; `num_image_tokens` counts the sentinels per picture.
+    `goes_on` is explained at EngineRequest.
     """
 
     request_id: str
@@ -152,6 +170,16 @@ class PreparedRequest:
     sampling: SamplingParams
     prompt: str = field(default="", repr=False)
     num_image_tokens: tuple[int, ...] = ()
+    goes_on: bool = False
+
+
+@dataclass(frozen=True)
+class Tokenized:
+    """A prompt's token ids, the bytes of each, and how many tokens a prompt and its answer may have together."""
+
+    ids: tuple[int, ...]
+    token_bytes: tuple[bytes, ...] = field(repr=False)
+    context_length: int
 
 
 @dataclass(frozen=True)
@@ -182,6 +210,7 @@ class EngineRequest:
     priority: int = 0
     output_ids: Sequence[int] = field(default=(), repr=False)
     score_from: int | None = None
+    goes_on: bool = False
 
 
 @dataclass(frozen=True)
@@ -207,7 +236,8 @@ class Usage:
 class TokenDelta:
     """What an answer grew by. The last one carries `finish_reason`, `usage` and `stage_ms`.
 
-    `index` tells the answers of one request apart. `logprobs` has an entry for each token where they were asked for.
+    `index` tells the answers of one request apart. `logprobs` has an entry for each token where they were asked for;
+    `token_bytes` has the bytes of every token these name, where who sends it on knows them.
     """
 
     request_id: str
@@ -218,3 +248,4 @@ class TokenDelta:
     stage_ms: StageTimes = field(default_factory=dict)
     index: int = 0
     logprobs: tuple[TokenLogprob, ...] = ()
+    token_bytes: Mapping[int, bytes] = field(default_factory=dict)

@@ -16,6 +16,7 @@ from google.protobuf.message import DecodeError
 from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 
 from llava_core.checkpoints.access import denied
+from llava_core.checkpoints.token_bytes import spelled_in_pieces
 from llava_core.checkpoints.tokenizer_settings import AddedToken, TokenizerSettings, read_tokenizer_settings
 from llava_core.errors import CheckpointError
 
@@ -98,6 +99,13 @@ class SentencePieceBackend:
             elif token not in special and token < self._size:
                 run.append(token)
         return out + str(self._model.decode(run))
+
+    def token_bytes(self, token: int) -> bytes:
+        """What a token stands for; of an added one, its text; nothing for one that is only a row of the model."""
+        added = next((text for text, each in self._added.items() if each.id == token), None)
+        if added is not None:
+            return added.encode()
+        return spelled_in_pieces(self._model.id_to_piece(token)) if token < self._size else b""
 
     def _split(self, text: str) -> Iterator[tuple[int, str, AddedToken | None]]:
         """Start, text and, where it is one, added token of each piece; white space that a token strips is left out."""

@@ -1,4 +1,4 @@
-"""A checkpoint's tokenizer behind the two small interfaces the project needs: prompts to ids, ids to text.
+"""A checkpoint's tokenizer behind the small interfaces the project needs: prompts to ids, ids to text and to bytes.
 
 Which of a folder's files counts, and whether a prompt begins with BOS, is decided as transformers and the original code
 do. Knows nothing about weights.
@@ -6,6 +6,7 @@ do. Knows nothing about weights.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from llava_core.checkpoints.access import denied
 from llava_core.checkpoints.files import naming, read_json
 from llava_core.checkpoints.layout import Checkpoint, open_checkpoint
 from llava_core.checkpoints.original_config import is_original_config
+from llava_core.checkpoints.token_bytes import spelled_in_bytes, spelled_in_pieces
 from llava_core.checkpoints.tokenizer_settings import TokenizerSettings, read_tokenizer_settings
 from llava_core.config import BIOVIL_T, ModelConfig
 from llava_core.errors import CheckpointError
@@ -65,6 +67,10 @@ class Backend(Protocol):
         """The text, special tokens left out."""
         ...
 
+    def token_bytes(self, token: int) -> bytes:
+        """What a token stands for; of a control token, its name."""
+        ...
+
 
 class FastBackend:
     """tokenizer.json by the tokenizers library."""
@@ -76,6 +82,8 @@ class FastBackend:
         if settings is not None and settings.kind in _LLAMA_CLASSES:
             adds_bos = settings.adds_bos
         self.bos_id: int | None = inner.bos_token_id if adds_bos else None
+        self._spelled = spelled_in_bytes if _is_byte_level(inner) else spelled_in_pieces
+        self._added = _added_texts(inner)
 
     @property
     def num_tokens(self) -> int:
@@ -95,6 +103,7 @@ class FastBackend:
     def add_special(self, text: str) -> None:
         """A new special token with the next free id."""
         self._inner.add_tokens([text], special_tokens=True)
+        self._added = _added_texts(self._inner)
 
     def encode(self, text: str) -> Sequence[tuple[int, int, int]]:
         """(id, start, end) per token, without BOS or other framing."""
@@ -106,15 +115,33 @@ class FastBackend:
         text: str = self._inner.backend_tokenizer.decode(list(ids), skip_special_tokens=True)
         return text
 
+    def token_bytes(self, token: int) -> bytes:
+        """What a token stands for; of an added one, its text; nothing for one that is only a row of the model."""
+        if token in self._added:
+            return self._added[token].encode()
+        entry: str | None = self._inner.backend_tokenizer.id_to_token(token)
+        return b"" if entry is None else self._spelled(entry)
+
+
+def _added_texts(inner: PreTrainedTokenizerFast) -> dict[int, str]:
+    """Read once: the library makes them anew whenever it is asked."""
+    return {number: token.content for number, token in inner.added_tokens_decoder.items()}
+
+
+def _is_byte_level(inner: PreTrainedTokenizerFast) -> bool:
+    decoder = json.loads(inner.backend_tokenizer.to_str())["decoder"] or {}
+    return any(each["type"] == "ByteLevel" for each in [decoder, *decoder.get("decoders", ())] if each)
+
 
 class CheckpointTokenizer:
-    """Satisfies prompts.tokenize.Tokenizer and engine.detokenize.Decoder."""
+    """Satisfies prompts.tokenize.Tokenizer, prepare.TextTokenizer and engine.detokenize.Decoder."""
 
     def __init__(self, inner: PreTrainedTokenizerFast | Backend) -> None:
         self._inner = inner if isinstance(inner, PreTrainedTokenizerFast) else None
         self.backend: Backend = FastBackend(inner) if isinstance(inner, PreTrainedTokenizerFast) else inner
         self.encode = self.backend.encode
         self.decode = self.backend.decode
+        self.token_bytes = self.backend.token_bytes
         self.bos_id: int | None = self.backend.bos_id
         # Text that would turn into control tokens; users' messages must not hold it.
         self.reserved_texts = frozenset(self.backend.special_texts | {IMAGE_PLACEHOLDER}) - {""}

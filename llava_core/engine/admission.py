@@ -6,13 +6,13 @@ Knows nothing about scheduling. What passes here becomes one state for each answ
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import count
 
 import torch
 
-from llava_core.engine.detokenize import Decoder, IncrementalDetokenizer
+from llava_core.engine.detokenize import MOST_OPEN, Decoder, IncrementalDetokenizer
 from llava_core.engine.prefix import ImageSpan
 from llava_core.engine.request import RequestState
 from llava_core.errors import EngineError, PromptTooLongError, RequestError
@@ -52,7 +52,7 @@ class Admission:
                 max_tokens=max_tokens,
                 seed=seed,
                 images=images,
-                detokenizer=IncrementalDetokenizer(self.decoder, request.sampling.stop),
+                detokenizer=IncrementalDetokenizer(self.decoder, request.sampling.stop, _before(request)),
                 tokens=[*request.prompt_ids, *request.output_ids],
             )
             for index in range(request.sampling.n)
@@ -84,11 +84,9 @@ class Admission:
 
     def _check_tokens(self, request: EngineRequest) -> None:
         sampling, scored = request.sampling, request.score_from
-        given = {*request.prompt_ids} - {IMAGE_TOKEN_ID} | {*request.output_ids}
-        named = {*sampling.stop_token_ids, *(token for token, _ in sampling.logit_bias)}
-        for token in (*given, *named):
-            if not 0 <= token < self._vocab_size:
-                raise RequestError(f"token {token} does not exist: the model knows 0 to {self._vocab_size - 1}")
+        self._check_known({*request.prompt_ids} - {IMAGE_TOKEN_ID} | {*request.output_ids}, "messages")
+        self._check_known(sampling.stop_token_ids, "stop_token_ids")
+        self._check_known([token for token, _ in sampling.logit_bias], "logit_bias")
         if len(request.output_ids) and (sampling.n > 1 or scored is not None):
             raise RequestError("only a single answer can be continued", param="n")
         if scored is None:
@@ -97,6 +95,13 @@ class Admission:
             raise RequestError(f"score_from must lie between 1 and {len(request.prompt_ids) - 1}, not {scored}")
         if IMAGE_TOKEN_ID in request.prompt_ids[scored:]:
             raise RequestError("pictures cannot be scored: score_from must lie behind the last one")
+
+    def _check_known(self, tokens: Iterable[int], param: str) -> None:
+        for token in tokens:
+            if not 0 <= token < self._vocab_size:
+                raise RequestError(
+                    f"token {token} does not exist: the model knows 0 to {self._vocab_size - 1}", param=param
+                )
 
     def _count_rows(self, request: EngineRequest) -> list[int]:
         return [self._count(number, request) for number in range(len(request.features))]
@@ -113,6 +118,13 @@ class Admission:
             return self.model.num_image_rows(image)
         except ValueError as error:
             raise EngineError(f"features of picture {number + 1}: {error}") from None
+
+
+def _before(request: EngineRequest) -> list[int] | None:
+    """The prompt's last tokens, as many as can be part of the answer's first character, and one for the space."""
+    if not request.goes_on:
+        return None
+    return [token for token in request.prompt_ids[-MOST_OPEN - 1 :] if token != IMAGE_TOKEN_ID]
 
 
 def image_spans(request: EngineRequest, num_rows: Sequence[int]) -> tuple[ImageSpan, ...]:

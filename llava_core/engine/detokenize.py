@@ -8,7 +8,7 @@ from typing import Protocol
 
 _REPLACEMENT = "\ufffd"
 # Tokens that one character can take: UTF-8 has at most four bytes, and a token at least one of them.
-_MOST_OPEN = 4
+MOST_OPEN = 4
 
 
 class Decoder(Protocol):
@@ -22,27 +22,28 @@ class Decoder(Protocol):
 class IncrementalDetokenizer:
     """The text of one answer as it grows. `is_stopped` turns true once a stop string, itself left out, was met.
 
-    Leading white space is dropped: it belongs to the prompt's last token, not to the answer.
+    Leading white space is dropped: it belongs to the prompt's last token, not to the answer. Not so where the answer
+    goes on with a text, whose last tokens are `before`: there it is what stands between the two.
     """
 
-    def __init__(self, decoder: Decoder, stop: Sequence[str] = ()) -> None:
+    def __init__(self, decoder: Decoder, stop: Sequence[str] = (), before: Sequence[int] | None = None) -> None:
         self._decoder = decoder
         self._stop = tuple(stop)
-        self._ids: list[int] = []
+        self._ids: list[int] = list(before or ())
         # Ids before `_start` are settled; decoding from there, not from zero, keeps a long answer linear.
         self._start = 0
-        self._read = 0
+        self._read = len(self._ids)
         self._held = ""
-        self._has_begun = False
+        self._has_begun = before is not None
         self.is_stopped = False
 
     def add(self, token_id: int) -> str:
         """Take one more token and return the text that is now certain, possibly none."""
         self._ids.append(token_id)
         end = len(self._ids)
-        if end - self._read > _MOST_OPEN:
+        if end - self._read > MOST_OPEN:
             # No character is as long: those before are no characters at all, and nothing will make them some.
-            end -= _MOST_OPEN - 1
+            end -= MOST_OPEN - 1
         settled = self._decoder.decode(self._ids[self._start : self._read])
         grown = self._decoder.decode(self._ids[self._start : end])
         if (grown.endswith(_REPLACEMENT) and end == len(self._ids)) or len(grown) <= len(settled):

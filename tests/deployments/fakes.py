@@ -6,9 +6,9 @@ from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from typing import Any, Self
 
-from deployments.messages import Item, StageHealth
+from deployments.messages import Item, Rejected, StageHealth
 from deployments.metrics import Counter, Histogram, Metric, Reading
-from llava_core.types import GenerationRequest, TokenDelta, Usage
+from llava_core.types import AnyRequest, TokenDelta, Tokenized, Usage
 
 
 class FakeResponse:
@@ -63,11 +63,12 @@ class ScriptedEngine:
     def __init__(self, items: Sequence[Item | Exception] = (), *, hangs: bool = False) -> None:
         self.items = items
         self.hangs = hangs
-        self.requests: list[GenerationRequest] = []
+        self.requests: list[AnyRequest] = []
+        self.tokenized: Tokenized | Rejected = Tokenized((1, 5), (b"<s>", "é".encode()), 512)
         self.num_open = 0
         self.num_left_early = 0
 
-    async def stream(self, request: GenerationRequest, on_sent: Callable[[], None]) -> AsyncGenerator[Item, None]:
+    async def stream(self, request: AnyRequest, on_sent: Callable[[], None]) -> AsyncGenerator[Item, None]:
         self.requests.append(request)
         self.num_open += 1
         try:
@@ -82,6 +83,13 @@ class ScriptedEngine:
             raise
         finally:
             self.num_open -= 1
+
+    async def tokenize(self, request: AnyRequest) -> Tokenized | Rejected:
+        self.requests.append(request)
+        return self.tokenized
+
+    async def detokenize(self, ids: Sequence[int]) -> str | Rejected:
+        return self.tokenized if isinstance(self.tokenized, Rejected) else f"text of {list(ids)}"
 
 
 STAGES = ("preprocessor", "vision_encoder", "generator")

@@ -5,17 +5,24 @@ from typing import Any
 
 import pytest
 
-from deployments.chat_request import ChatRequest, read_chat_request
+from deployments.chat_request import read_chat_request
+from deployments.reply_form import ReadRequest
 from llava_core.errors import RequestError
 from llava_core.prepare import RequestLimits
-from llava_core.types import ImagePart, Message, SamplingParams, TextPart
+from llava_core.types import GenerationRequest, ImagePart, Message, SamplingParams, TextPart
 from tests.deployments.pictures import data_url, plain
 
 USER = {"role": "user", "content": "hi"}
 
 
-def _read(**fields: Any) -> ChatRequest:
+def _read(**fields: Any) -> ReadRequest:
     return read_chat_request(json.dumps({"messages": [USER], **fields}).encode(), "id", RequestLimits())
+
+
+def _generation(**fields: Any) -> GenerationRequest:
+    generation = _read(**fields).generation
+    assert isinstance(generation, GenerationRequest)
+    return generation
 
 
 def _refusal(body: bytes) -> RequestError:
@@ -33,38 +40,78 @@ def _content(*parts: Any) -> list[dict]:
 
 
 def test_a_bare_request_is_greedy_and_unary() -> None:
+    assert _generation() == GenerationRequest("id", (Message("user", (TextPart("hi"),)),), SamplingParams())
     request = _read()
-    assert request.generation.messages == (Message("user", (TextPart("hi"),)),)
-    assert request.generation.sampling == SamplingParams()
-    assert request.generation.system is None
     assert (request.form.stream, request.form.include_usage, request.form.timings) == (False, False, False)
 
 
 def test_parts_keep_their_order_and_pictures_their_bytes() -> None:
     picture = plain()
     image = {"type": "image_url", "image_url": {"url": data_url(picture), "detail": "low"}}
-    request = _read(messages=_content({"type": "text", "text": "a"}, image, {"type": "text", "text": "b"}))
-    assert request.generation.messages[0].parts == (TextPart("a"), ImagePart(picture), TextPart("b"))
+    request = _generation(messages=_content({"type": "text", "text": "a"}, image, {"type": "text", "text": "b"}))
+    assert request.messages[0].parts == (TextPart("a"), ImagePart(picture), TextPart("b"))
 
 
 def test_leading_system_messages_become_the_system_text() -> None:
     messages = [{"role": "system", "content": "A"}, {"role": "developer", "content": [{"type": "text", "text": "B"}]}]
     request = _read(messages=[*messages, USER])
-    assert request.generation.system == "A\n\nB"
-    assert [message.role for message in request.generation.messages] == ["user"]
+    generation = _generation(messages=[*messages, USER])
+    assert generation.system == "A\n\nB"
+    assert [message.role for message in generation.messages] == ["user"]
     assert request.form.locate("messages[0].content[1].image_url") == "messages[2].content[1].image_url"
     assert request.form.locate("messages") == "messages"
     assert request.form.locate(None) is None
 
 
-def test_sampling_fields_are_taken_over() -> None:
-    request = _read(
-        max_tokens=5, temperature=0.5, top_p=0.9, top_k=3, seed=7, stop=["a", "b"], ignore_eos=True, stream=True
-    )
-    assert request.generation.sampling == SamplingParams(
-        max_tokens=5, temperature=0.5, top_p=0.9, top_k=3, seed=7, stop=("a", "b"), ignore_eos=True
-    )
-    assert request.form.stream
+def test_log_probabilities_are_asked_for_as_openai_has_it() -> None:
+    assert _read(logprobs=True).generation.sampling.logprobs == 0
+    assert _read(logprobs=True, top_logprobs=5).generation.sampling.logprobs == 5
+    assert _read(logprobs=False, top_logprobs=0).generation.sampling.logprobs is None
+
+
+def test_several_answers_are_wanted_of_the_engine_and_of_the_reply() -> None:
+    request = _read(n=3)
+    assert (request.generation.sampling.n, request.form.num_answers) == (3, 3)
+
+
+def test_what_the_assistant_and_its_tools_have_said_is_part_of_the_conversation() -> None:
+    call = {"id": "c1", "type": "function", "function": {"name": "area", "arguments": '{"side": 2}'}}
+    messages = [
+        USER,
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c1", "content": "4"},
+        {"role": "tool", "content": [{"type": "text", "text": "5"}]},
+        {"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}], "refusal": None, "tool_calls": []},
+        {"role": "assistant", "content": "", "audio": None, "name": "x"},
+        USER,
+    ]
+    said = [
+        (m.role, *(p.text for p in m.parts if isinstance(p, TextPart))) for m in _generation(messages=messages).messages
+    ]
+    assert said == [
+        ("user", "hi"),
+        ("assistant", '{"name": "area", "arguments": {"side": 2}}'),
+        ("user", "4"),
+        ("user", "5"),
+        ("assistant", "No."),
+        ("assistant", ""),
+        ("user", "hi"),
+    ]
+
+
+def test_a_tool_may_show_a_picture() -> None:
+    image = {"type": "image_url", "image_url": {"url": data_url(plain())}}
+    messages = [USER, {"role": "assistant", "content": "a"}, {"role": "tool", "content": [image]}]
+    assert _generation(messages=messages).num_images == 1
+
+
+def test_calls_and_refusals_count_as_text() -> None:
+    call = {"function": {"name": "f", "arguments": "x" * 100}}
+    for message in ({"role": "assistant", "tool_calls": [call]}, {"role": "assistant", "refusal": "x" * 100}):
+        body = json.dumps({"messages": [message, USER]}).encode()
+        with pytest.raises(RequestError) as caught:
+            read_chat_request(body, "id", RequestLimits(max_text=90))
+        assert caught.value.code == "text_too_long"
 
 
 def test_the_newer_name_of_the_limit_is_understood_and_named_in_errors() -> None:
@@ -103,7 +150,10 @@ def test_what_changes_nothing_is_ignored(fields: dict) -> None:
         ({"messages": ["hi"]}, "messages[0]"),
         ({"messages": [{"role": "user"}]}, "messages[0].content"),
         ({"messages": [{"content": "hi"}]}, "messages[0].role"),
-        ({"messages": [{"role": "tool", "content": "hi"}]}, "messages[0].role"),
+        ({"messages": [{"role": "function", "content": "hi"}]}, "messages[0].role"),
+        ({"messages": [{"role": "assistant"}, USER]}, "messages[0].content"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{}]}, USER]}, "messages[0].tool_calls[0].function"),
+        ({"messages": _content({"type": "refusal", "refusal": "no"})}, "messages[0].content[0]"),
         ({"messages": [USER, {"role": "system", "content": "late"}]}, "messages[1].role"),
         ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
@@ -127,6 +177,12 @@ def test_what_changes_nothing_is_ignored(fields: dict) -> None:
         ({"temperature": True}, "temperature"),
         ({"top_p": 0}, "top_p"),
         ({"top_k": -2}, "top_k"),
+        ({"n": 0}, "n"),
+        ({"n": 1.5}, "n"),
+        ({"logprobs": 3}, "logprobs"),
+        ({"top_logprobs": 3}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"min_tokens": 9, "max_tokens": 8}, "min_tokens"),
         ({"seed": 2**64}, "seed"),
         ({"stop": 5}, "stop"),
         ({"stop": [5]}, "stop[0]"),
@@ -166,7 +222,7 @@ def test_pictures_belong_to_the_user() -> None:
 def test_text_is_counted_in_all_messages_before_anything_is_made_of_it() -> None:
     messages = [{"role": "system", "content": "12345"}, *_content({"type": "text", "text": "6789"})]
     body = json.dumps({"messages": messages}).encode()
-    assert read_chat_request(body, "id", RequestLimits(max_text=9)).generation.system == "12345"
+    assert read_chat_request(body, "id", RequestLimits(max_text=9)).form.num_leading == 1
     with pytest.raises(RequestError, match="have 9 characters; at most 8") as caught:
         read_chat_request(body, "id", RequestLimits(max_text=8))
     assert (caught.value.param, caught.value.code) == ("messages", "text_too_long")

@@ -1,13 +1,16 @@
-"""Answers, chunks and models look as OpenAI's do."""
+"""Answers to chats look as OpenAI's do."""
 
-from deployments.chat_response import Answer, model_body
-from llava_core.types import TokenDelta
+import json
+
+from deployments.chat_response import ChatAnswer
+from llava_core.types import TokenDelta, TokenLogprob
 from tests.deployments.fakes import answer
 
+BYTES = {1: b" red", 2: b"\xc3", 3: b"\xa9", 4: b"</s>"}
 
-def test_a_completion_is_the_joined_text_with_its_usage() -> None:
-    body = Answer("chatcmpl-1", "m").completion(answer("Hel", "lo"))
-    assert body["object"] == "chat.completion"
+
+def test_a_completion_is_the_joined_text() -> None:
+    body = ChatAnswer("chatcmpl-1", "m").completion(answer("Hel", "lo"))
     assert body["choices"] == [
         {
             "index": 0,
@@ -16,18 +19,11 @@ def test_a_completion_is_the_joined_text_with_its_usage() -> None:
             "logprobs": None,
         }
     ]
-    assert body["usage"] == {
-        "prompt_tokens": 11,
-        "completion_tokens": 2,
-        "total_tokens": 13,
-        "prompt_tokens_details": {"image_tokens": 4, "cached_tokens": 0},
-    }
-    assert "timings" not in body
 
 
 def test_a_stream_begins_with_the_role_and_ends_with_the_reason() -> None:
-    form = Answer("chatcmpl-1", "m")
-    chunks = [form.first_chunk(), *(chunk for delta in answer("Hel", "lo") for chunk in form.chunks(delta))]
+    form = ChatAnswer("chatcmpl-1", "m")
+    chunks = [*form.first_chunks(), *(chunk for delta in answer("Hel", "lo") for chunk in form.chunks(delta))]
     assert [chunk["choices"][0]["delta"] for chunk in chunks] == [
         {"role": "assistant", "content": ""},
         {"content": "Hel"},
@@ -35,29 +31,30 @@ def test_a_stream_begins_with_the_role_and_ends_with_the_reason() -> None:
         {},
     ]
     assert [chunk["choices"][0]["finish_reason"] for chunk in chunks] == [None, None, None, "stop"]
-    assert {chunk["id"] for chunk in chunks} == {"chatcmpl-1"}
-    assert not any("usage" in chunk for chunk in chunks)
+    assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
 
 
-def test_usage_comes_last_without_choices_and_is_null_before() -> None:
-    form = Answer("chatcmpl-1", "m", include_usage=True)
-    chunks = [form.first_chunk(), *form.chunks(answer("x")[0])]
-    assert [chunk["usage"] is None for chunk in chunks] == [True, True, True, False]
-    assert chunks[-1]["choices"] == []
-    assert chunks[-1]["usage"]["total_tokens"] == 12
+def test_log_probabilities_have_text_and_bytes_of_each_token() -> None:
+    delta = TokenDelta("id", "", (2,), logprobs=(TokenLogprob(2, -0.5, ((2, -0.5), (1, -1.5))),), token_bytes=BYTES)
+    [chunk] = ChatAnswer("chatcmpl-1", "m").chunks(delta)
+    assert chunk["choices"][0]["delta"] == {"content": ""}
+    half = {"token": "\ufffd", "logprob": -0.5, "bytes": [0xC3]}
+    red = {"token": " red", "logprob": -1.5, "bytes": list(b" red")}
+    assert chunk["choices"][0]["logprobs"] == {"content": [half | {"top_logprobs": [half, red]}], "refusal": None}
 
 
-def test_timings_are_on_the_last_chunk_whichever_that_is() -> None:
-    for include_usage in (False, True):
-        form = Answer("chatcmpl-1", "m", include_usage=include_usage, timings=True)
-        chunks = list(form.chunks(answer("x")[0]))
-        assert ["timings" in chunk for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
-        assert set(chunks[-1]["timings"]) == {"prefill", "total"}
+def test_log_probabilities_of_a_whole_answer_are_those_of_its_deltas() -> None:
+    first, last = answer("é", "")
+    deltas = [
+        TokenDelta("id", "é", (2, 3), logprobs=(TokenLogprob(2, -1.0), TokenLogprob(3, -2.0)), token_bytes=BYTES),
+        TokenDelta("id", "", (4,), "stop", last.usage, logprobs=(TokenLogprob(4, -3.0),), token_bytes=BYTES),
+    ]
+    content = ChatAnswer("chatcmpl-1", "m").completion(deltas)["choices"][0]["logprobs"]["content"]
+    assert bytes(byte for each in content for byte in each["bytes"]).decode() == first.text + "</s>"
+    assert [each["logprob"] for each in content] == [-1.0, -2.0, -3.0]
 
 
-def test_a_delta_without_text_makes_no_chunk() -> None:
-    assert list(Answer("chatcmpl-1", "m").chunks(TokenDelta("id", "", (5,)))) == []
-
-
-def test_a_model_is_listed_as_openai_lists_it() -> None:
-    assert model_body("m", 5) == {"id": "m", "object": "model", "created": 5, "owned_by": "llava-serve"}
+def test_what_is_impossible_is_still_a_number() -> None:
+    delta = TokenDelta("id", "x", (1,), logprobs=(TokenLogprob(1, float("-inf")),), token_bytes=BYTES)
+    [chunk] = ChatAnswer("chatcmpl-1", "m").chunks(delta)
+    assert json.loads(json.dumps(chunk, allow_nan=False))["choices"][0]["logprobs"]["content"][0]["logprob"] == -9999

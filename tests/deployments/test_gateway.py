@@ -17,7 +17,7 @@ from deployments.gateway import Gateway
 from deployments.messages import Item, Rejected, StageHealth
 from deployments.settings import LimitArgs
 from llava_core.errors import EngineError, OverloadedError, RequestError
-from llava_core.types import GenerationRequest, TokenDelta
+from llava_core.types import AnyRequest, CompletionRequest, TokenDelta
 from tests.deployments.conftest import LIMITS
 from tests.deployments.fakes import STAGES, ScriptedEngine, all_ready, answer
 from tests.deployments.pictures import data_url, plain, unusable, unusual
@@ -155,7 +155,7 @@ def test_only_what_nobody_expected_is_logged_with_a_traceback(caplog: pytest.Log
         _post(ScriptedEngine([OverloadedError("full")]))
         assert caplog.records == []
         _post(ScriptedEngine([ZeroDivisionError("oops")]))
-    assert [record.name for record in caplog.records] == ["deployments.gateway"]
+    assert [record.name for record in caplog.records] == ["deployments.answering"]
 
 
 def test_an_error_names_the_clients_message_when_a_system_message_came_first() -> None:
@@ -175,6 +175,46 @@ def test_an_unknown_model_is_not_found() -> None:
     error = _assert_is_error(_post(ScriptedEngine(), model="gpt-9"), 404, "model_not_found")
     assert error["param"] == "model"
     assert "m" in error["message"]
+
+
+def test_completions_are_answered_in_their_own_form() -> None:
+    engine = ScriptedEngine(answer(" on", " a"))
+    with _client(engine) as client:
+        whole = client.post("/v1/completions", json={"prompt": "Once up", "model": "m"}).json()
+        stream = client.post("/v1/completions", json={"prompt": "Once up", "stream": True})
+    assert (whole["object"], whole["choices"][0]["text"]) == ("text_completion", " on a")
+    assert whole["id"].startswith("cmpl-")
+    *chunks, done = _events(stream.text)
+    assert done == "[DONE]"
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == " on a"
+    assert all(isinstance(request, CompletionRequest) for request in engine.requests)
+
+
+def test_an_error_of_a_stage_about_the_prompt_is_about_a_completions_prompt() -> None:
+    engine = ScriptedEngine([Rejected(RequestError("bad", param="messages"))])
+    with _client(engine) as client:
+        error = _assert_is_error(client.post("/v1/completions", json={"prompt": "x"}), 400, "invalid_value")
+    assert error["param"] == "prompt"
+
+
+def test_prompts_are_tokenized_by_the_graph() -> None:
+    with _client(ScriptedEngine()) as client:
+        for body in ({"prompt": "é"}, {"messages": HELLO["messages"], "return_token_strs": True}):
+            reply = client.post("/tokenize", json=body).json()
+            assert (reply["count"], reply["max_model_len"], reply["tokens"]) == (2, 512, [1, 5])
+        assert reply["token_strs"] == ["<s>", "é"]
+        assert client.post("/detokenize", json={"tokens": [1, 5]}).json() == {"prompt": "text of [1, 5]"}
+
+
+@pytest.mark.parametrize(("path", "body"), [("/tokenize", {"prompt": "x"}), ("/detokenize", {"tokens": [1]})])
+def test_what_is_wrong_with_tokenizing_is_an_error_of_the_same_shape(path: str, body: dict) -> None:
+    engine = ScriptedEngine()
+    with _client(engine) as client:
+        _assert_is_error(client.post(path, json={}), 400, "missing_required_parameter")
+        _assert_is_error(client.post(path, content=b"{"), 400, "invalid_json")
+        _assert_is_error(client.post(path, json={**body, "model": "gpt-9"}), 404, "model_not_found")
+        engine.tokenized = Rejected(RequestError("bad", param="messages", code="reserved_text"))
+        _assert_is_error(client.post(path, json=body), 400, "reserved_text")
 
 
 def test_health_names_the_stages_that_are_not_ready() -> None:
@@ -251,7 +291,7 @@ def test_bodies_are_bounded_together_until_they_are_sent_on() -> None:
     class Slow(ScriptedEngine):
         """Lets go of a request when it is told to."""
 
-        async def stream(self, request: GenerationRequest, on_sent: Callable[[], None]) -> AsyncGenerator[Item, None]:
+        async def stream(self, request: AnyRequest, on_sent: Callable[[], None]) -> AsyncGenerator[Item, None]:
             held.append(on_sent)
             await asyncio.Event().wait()
             yield Rejected(OverloadedError("never"))
@@ -446,3 +486,15 @@ def test_more_pictures_or_bytes_than_allowed_are_refused(local_client: TestClien
     assert str(LIMITS.max_images) in _assert_is_error(many, 400, "too_many_images")["message"]
     heavy = _ask(local_client, _picture(b"\x89PNG" + b"x" * LIMITS.max_image_bytes))
     assert str(LIMITS.max_image_bytes) in _assert_is_error(heavy, 400, "image_too_large")["message"]
+
+
+def test_more_answers_than_allowed_are_refused(local_client: TestClient) -> None:
+    error = _assert_is_error(_ask(local_client, n=LIMITS.max_n + 1), 400, "invalid_value")
+    assert error["param"] == "n"
+    assert str(LIMITS.max_n) in error["message"]
+
+
+@pytest.mark.parametrize("fields", [{"stop_token_ids": [10**6]}, {"logit_bias": {"1000000": 1}}])
+def test_tokens_that_do_not_exist_are_refused_by_field(fields: dict, local_client: TestClient) -> None:
+    error = _assert_is_error(_ask(local_client, **fields), 400, "invalid_value")
+    assert [error["param"]] == list(fields)

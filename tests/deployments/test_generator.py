@@ -14,7 +14,7 @@ import pytest
 from deployments.errors import StageLostError
 from deployments.generator import Generator
 from deployments.handoff import LocalHandoff
-from deployments.messages import Elapsed, Item, Prepared, Rejected
+from deployments.messages import Elapsed, Item, Prepared, Rejected, is_last
 from deployments.metrics import IMAGE_TOKENS, PREFIX_HIT_TOKENS, PROMPT_TOKENS, QUEUE_WAIT, STAGE_DURATION
 from llava_core.checkpoints.load import LoadOptions, load_language_side
 from llava_core.checkpoints.tokenizer import load_tokenizer
@@ -22,7 +22,7 @@ from llava_core.engine.async_engine import AsyncEngine
 from llava_core.engine.config import EngineConfig
 from llava_core.engine.engine import Engine
 from llava_core.errors import EngineError, ImageError, OverloadedError
-from llava_core.types import EngineRequest, PreparedRequest, SamplingParams, TokenDelta, Usage
+from llava_core.types import EngineRequest, PreparedRequest, SamplingParams, TokenDelta, TokenLogprob, Usage
 from tests.deployments.fakes import FakeRecorder, answer
 
 
@@ -202,3 +202,26 @@ def test_cancelling_a_stream_frees_a_real_engine(tiny_checkpoint: Path) -> None:
         return engine.num_requests
 
     assert _with_engine(tiny_checkpoint, use) == 0
+
+
+def test_the_end_of_the_last_answer_tells_what_all_have_cost() -> None:
+    """The prompt was read once, and the second answer found in the cache what the first had left there."""
+    ends = [
+        TokenDelta("id", "a", (1,), "stop", Usage(9, 3, 4, 8), {"decode": 1.0}, index=1),
+        TokenDelta("id", "b", (1,)),
+        TokenDelta("id", "c", (1,), "length", Usage(9, 5, 4, 0), {"decode": 2.0}, index=0),
+    ]
+    items = _collect(ScriptedEngine(ends), _prepared(n=2))
+    assert [is_last(item) for item in items] == [False, False, True]
+    first, _, last = items
+    assert isinstance(first, TokenDelta)
+    assert isinstance(last, TokenDelta)
+    assert (first.finish_reason, first.usage, first.stage_ms) == ("stop", None, {})
+    assert last.usage == Usage(9, 8, 4, 0)
+    assert last.stage_ms["decode"] == 2.0
+
+
+def test_tokens_that_log_probabilities_name_are_spelled() -> None:
+    delta = TokenDelta("id", "a", (7,), logprobs=(TokenLogprob(7, -1.0, ((8, -0.5), (7, -1.0))),))
+    items = _collect(ScriptedEngine([delta, *answer("b")]), _prepared(), token_bytes=lambda token: b"%d" % token)
+    assert [item.token_bytes for item in items if isinstance(item, TokenDelta)] == [{7: b"7", 8: b"8"}, {}]

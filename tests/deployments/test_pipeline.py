@@ -162,3 +162,35 @@ def test_what_ray_does_to_a_call_is_an_error_of_ours(raised: Exception, expected
     with pytest.raises(expected or type(raised)):
         asyncio.run(_items(graph.pipeline, _request(TextPart("hi"))))
     assert all(response.is_cancelled for response in graph.responses)
+
+
+def test_the_first_stage_tokenizes_and_is_told_when_nobody_waits_any_more() -> None:
+    graph = _Graph([])
+    forever = asyncio.Event()
+    graph.preprocessor = FakeHandle(tokenize=lambda _: "ids", detokenize=lambda _: forever.wait())
+    pipeline = graph.pipeline
+
+    async def run() -> None:
+        assert await pipeline.tokenize(_request(TextPart("hi"))) == "ids"
+        task = asyncio.create_task(pipeline.detokenize([1]))
+        while len(graph.preprocessor.calls) < 2:
+            await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(run())
+    assert [(name, response.is_cancelled) for name, _, response in graph.preprocessor.calls] == [
+        ("tokenize", False),
+        ("detokenize", True),
+    ]
+
+
+def test_a_busy_first_stage_is_an_error_of_ours_when_tokenizing_too() -> None:
+    def busy(_request: object) -> None:
+        raise BackPressureError(1, 1)
+
+    graph = _Graph([])
+    graph.preprocessor = FakeHandle(tokenize=busy)
+    with pytest.raises(OverloadedError):
+        asyncio.run(graph.pipeline.tokenize(_request(TextPart("hi"))))

@@ -12,7 +12,16 @@ from deployments.metrics import CACHE_BYTES, CACHE_HITS, CACHE_MISSES, QUEUE_WAI
 from deployments.preprocessor import Preprocessor
 from llava_core.checkpoints.describe import load_preparer
 from llava_core.errors import EngineError, ImageError
-from llava_core.types import GenerationRequest, ImagePart, Message, PreparedRequest, SamplingParams, TextPart
+from llava_core.types import (
+    CompletionRequest,
+    GenerationRequest,
+    ImagePart,
+    Message,
+    PreparedRequest,
+    SamplingParams,
+    TextPart,
+    Tokenized,
+)
 from tests.deployments.fakes import FakeRecorder
 from tests.deployments.pictures import plain
 
@@ -116,3 +125,14 @@ def test_failures_that_are_not_the_clients_make_it_unhealthy(preprocessor: Prepr
             await broken.check_health()
 
     asyncio.run(run(Preprocessor(Broken())))  # type: ignore[arg-type]
+
+
+def test_prompts_are_tokenized_and_ids_are_text_again(preprocessor: Preprocessor) -> None:
+    async def run() -> None:
+        tokenized = await preprocessor.tokenize(CompletionRequest("id", "hi", SamplingParams()))
+        assert isinstance(tokenized, Tokenized)
+        assert await preprocessor.detokenize(tokenized.ids) == "<s>hi"
+        assert isinstance(await preprocessor.tokenize(_request(ImagePart(b"no picture"))), Rejected)
+        assert isinstance(await preprocessor.detokenize([10**6]), Rejected)
+
+    asyncio.run(run())

@@ -140,6 +140,15 @@ def test_an_answer_is_measured_from_its_requests_first_byte_and_between_its_piec
     assert all(0 < early < late for early, late in zip(first, whole, strict=True))
 
 
+def test_gaps_are_between_pieces_of_one_answer_of_several() -> None:
+    pieces: list[Item] = [TokenDelta("id", "a", (1,), index=index) for index in (0, 1, 0, 1)]
+    app, recorder = _gateway(ScriptedEngine([*pieces, *answer("end", index=2)]))
+    with TestClient(app) as client:
+        client.post(CHAT, json={**HELLO, "n": 3})
+    assert len(recorder.observed[TIME_TO_FIRST_TOKEN, ("m",)]) == 1
+    assert len(recorder.observed[CHUNK_GAP, ("m",)]) == 2
+
+
 def test_leaving_an_answer_early_closes_what_writes_it() -> None:
     engine = ScriptedEngine(answer("a", "b"))
     recorder = FakeRecorder()

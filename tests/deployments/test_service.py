@@ -18,7 +18,7 @@ from PIL import Image
 from deployments.processes import descendants
 from llava_core.checkpoints.load import LoadOptions
 from llava_core.inference import LocalModel
-from llava_core.types import GenerationRequest, ImagePart, Message, SamplingParams, TextPart
+from llava_core.types import CompletionRequest, GenerationRequest, ImagePart, Message, SamplingParams, TextPart
 from tests.deployments.pictures import encode, plain, unusable
 from tests.deployments.service import (
     START_S,
@@ -122,6 +122,43 @@ def test_openais_client_streams(service: Running, in_process: LocalModel) -> Non
     assert chunks[-1].usage.completion_tokens <= 12
 
 
+def test_openais_client_streams_several_answers_with_log_probabilities(
+    service: Running, in_process: LocalModel
+) -> None:
+    stream = service.client.chat.completions.create(
+        model=service.model,
+        messages=messages(content(plain("green"), "What?")),
+        max_tokens=12,
+        n=2,
+        logprobs=True,
+        top_logprobs=2,
+        stream=True,
+    )
+    texts, spelled = ["", ""], [b"", b""]
+    for chunk in stream:
+        for choice in chunk.choices:
+            texts[choice.index] += choice.delta.content or ""
+            for each in (choice.logprobs.content or ()) if choice.logprobs else ():
+                spelled[choice.index] += bytes(each.bytes or ())
+    # Greedy, so both are the same.
+    assert texts == [_expected(in_process, ImagePart(plain("green")), TextPart("What?"))] * 2
+    assert spelled[0] == spelled[1] != b""
+
+
+def test_a_text_goes_on_and_its_tokens_are_counted(service: Running, in_process: LocalModel) -> None:
+    request = CompletionRequest("expected", "Once upon", SamplingParams(max_tokens=16))
+    expected = "".join(delta.text for delta in in_process.stream(request))
+    completion = service.client.completions.create(model=service.model, prompt="Once upon")
+    assert completion.choices[0].text == expected
+    assert completion.usage is not None
+    counted = httpx.post(f"{service.url}/tokenize", json={"prompt": "Once upon"}, timeout=60).json()
+    assert (counted["count"], counted["max_model_len"]) == (completion.usage.prompt_tokens, 8192)
+    text = httpx.post(f"{service.url}/detokenize", json={"tokens": counted["tokens"]}, timeout=60)
+    assert text.json() == {"prompt": "<s>Once upon"}
+    question = {"messages": messages(content(plain(), "What?"))}
+    assert httpx.post(f"{service.url}/tokenize", json=question, timeout=60).json()["count"] > IMAGE_TOKENS
+
+
 def test_openais_client_gets_its_own_exceptions(service: Running) -> None:
     with pytest.raises(openai.NotFoundError) as missing:
         service.client.chat.completions.create(model="gpt-9", messages=messages("hi"))
@@ -216,6 +253,8 @@ def test_clients_mistakes_are_4xx_in_openais_shape_and_leave_no_traceback(servic
         {"messages": messages("hi"), "temperature": "hot"},
         {"messages": messages("hi"), "model": "gpt-9"},
         {"messages": messages("hi"), "tools": [{"type": "function"}]},
+        {"messages": messages("hi"), "n": 17},
+        {"messages": messages("hi"), "logit_bias": {"1000000": 1}},
         {"messages": messages([{"type": "image_url", "image_url": {"url": "https://example.org/x.png"}}])},
         {"messages": messages(content(plain(), "What?") * 9)},
     ]

@@ -17,7 +17,15 @@ from llava_core.evaluation.task import Sample
 from llava_core.images.preprocess import preprocess
 from llava_core.inference import LocalAnswerer, LocalModel
 from llava_core.prompts.tokenize import IMAGE_TOKEN_ID
-from llava_core.types import GenerationRequest, ImagePart, Message, SamplingParams, TextPart, TokenDelta
+from llava_core.types import (
+    CompletionRequest,
+    GenerationRequest,
+    ImagePart,
+    Message,
+    SamplingParams,
+    TextPart,
+    TokenDelta,
+)
 from llava_core.vision.clip import normalise
 from llava_core.vision.encode import encode_images
 
@@ -140,3 +148,17 @@ def test_an_answerer_gives_every_sample_the_answer_it_gets_alone(model: LocalMod
     for sample in samples[:2]:
         alone = model.stream(ask(sample.question, sample.image, max_tokens=256))
         assert answers[sample.id] == "".join(delta.text for delta in alone)
+
+
+def test_a_text_that_goes_on_is_not_put_into_a_template(model: LocalModel) -> None:
+    ids = tuple(token for token, _, _ in model.preparer.tokenizer.encode("Once upon"))
+    sampling = SamplingParams(max_tokens=8, ignore_eos=True)
+    by_text = list(model.stream(CompletionRequest("r", "Once upon", sampling)))
+    by_ids = list(model.stream(CompletionRequest("r", (1, *ids), sampling)))
+    assert [delta.token_ids for delta in by_text] == [delta.token_ids for delta in by_ids]
+    assert by_text[-1].usage is not None
+    assert by_text[-1].usage.prompt_tokens == 1 + len(ids)
+    tokens = [token for delta in by_text for token in delta.token_ids]
+    # The tiny tokenizer has bytes for tokens: nothing of them is lost, white space neither.
+    spelled = b"".join(model.preparer.tokenizer.token_bytes(token) for token in tokens if token > 2)
+    assert "".join(delta.text for delta in by_text) == spelled.decode(errors="replace")

@@ -15,7 +15,16 @@ from llava_core.images.loading import ImageLimits, decode_image
 from llava_core.prepare import Preparer, RequestLimits, message_text, tile_digest
 from llava_core.prompts.templates import get_template
 from llava_core.prompts.tokenize import IMAGE_TOKEN_ID
-from llava_core.types import GenerationRequest, ImagePart, Message, SamplingParams, Size, TextPart
+from llava_core.types import (
+    AnyRequest,
+    CompletionRequest,
+    GenerationRequest,
+    ImagePart,
+    Message,
+    SamplingParams,
+    Size,
+    TextPart,
+)
 from tests.tiny import CONTEXT_LENGTH, IMAGE_SIZE, IMAGE_TOKENS, SYSTEM
 
 
@@ -148,7 +157,12 @@ def test_a_digest_knows_the_shape() -> None:
     [
         (request(), "messages", "last message must be the user's"),
         (request(assistant("A")), "messages[0].role", "the role is 'assistant'"),
-        (request(user("Q"), user("Q")), "messages[1].role", "must alternate"),
+        (request(user("Q"), n=129), "n", "129; at most 128"),
+        (CompletionRequest("r1", "say </s>", SamplingParams()), "prompt", "'</s>', which is a control token"),
+        (CompletionRequest("r1", "<image>", SamplingParams()), "prompt", "'<image>'"),
+        (CompletionRequest("r1", "x" * 301, SamplingParams()), "prompt", "301 characters; at most 300"),
+        (CompletionRequest("r1", (1, -200), SamplingParams()), "prompt", "not negative"),
+        (CompletionRequest("r1", (5,) * 512, SamplingParams()), "messages", "context is 512"),
         (request(user("Q"), assistant("A")), "messages", "last message must be the user's"),
         (request(user(png(), png(), png(), "Q")), "messages", "3 images; at most 2"),
         (request(user("x" * 301)), "messages", "301 characters; at most 300"),
@@ -158,7 +172,7 @@ def test_a_digest_knows_the_shape() -> None:
         (request(user("Q"), system="<s>"), "messages", "'<s>'"),
     ],
 )
-def test_a_callers_mistake_is_named(preparer: Preparer, bad: GenerationRequest, param: str, named: str) -> None:
+def test_a_callers_mistake_is_named(preparer: Preparer, bad: AnyRequest, param: str, named: str) -> None:
     with pytest.raises(RequestError, match=named) as caught:
         preparer.prepare(bad)
     assert caught.value.param == param
@@ -212,3 +226,45 @@ def test_limits_that_make_no_sense_are_refused() -> None:
         RequestLimits(max_images=-1)
     with pytest.raises(ValueError, match="max_text=0"):
         RequestLimits(max_text=0)
+    with pytest.raises(ValueError, match="max_n=0"):
+        RequestLimits(max_n=0)
+
+
+def test_messages_of_one_speaker_in_a_row_are_one_turn(preparer: Preparer) -> None:
+    several = request(user("a", png()), user("b"), assistant("A"), assistant("B"), user("c", png(9, 9)))
+    prepared = preparer.prepare(several)
+    assert prepared.prompt == f"{SYSTEM} USER: <image>\na\nb ASSISTANT: A\nB</s>USER: <image>\nc ASSISTANT:"
+    assert [image.size for image in prepared.images] == [Size(40, 20), Size(9, 9)]
+
+
+def test_a_text_goes_on_as_it_is(preparer: Preparer) -> None:
+    prepared = preparer.prepare(CompletionRequest("r1", "Once upon", SamplingParams()))
+    assert text_of(preparer, prepared.prompt_ids) == "Once upon"
+    assert prepared.prompt_ids[0] == preparer.tokenizer.bos_id
+    assert prepared.goes_on
+    assert not preparer.prepare(request(user("Once upon"))).goes_on
+    ids = preparer.prepare(CompletionRequest("r1", prepared.prompt_ids, SamplingParams()))
+    assert (ids.prompt_ids, ids.goes_on) == (prepared.prompt_ids, True)
+
+
+def test_tokenizing_counts_what_preparing_makes(preparer: Preparer) -> None:
+    asked = request(user(png(), "Hé"))
+    tokenized = preparer.tokenize(asked)
+    image_id = preparer.config.image_token_id
+    prepared = preparer.prepare(asked).prompt_ids
+    assert tokenized.ids == tuple(image_id if token == IMAGE_TOKEN_ID else token for token in prepared)
+    assert tokenized.context_length == CONTEXT_LENGTH
+    text = b"".join(tokenized.token_bytes).decode()
+    assert text == f"<s>{SYSTEM} USER: {'<image>' * IMAGE_TOKENS}\nHé ASSISTANT:"
+    assert preparer.detokenize(tokenized.ids) == text
+
+
+def test_a_prompt_that_is_too_long_to_be_answered_is_tokenized_all_the_same(tiny_checkpoint: Path) -> None:
+    assert len(load_preparer(tiny_checkpoint).tokenize(request(user("x" * 600))).ids) > 600
+
+
+@pytest.mark.parametrize("token", [-200, -1, 10**6])
+def test_ids_that_do_not_exist_have_no_text(preparer: Preparer, token: int) -> None:
+    with pytest.raises(RequestError, match=f"token {token} does not exist") as caught:
+        preparer.detokenize([5, token])
+    assert caught.value.param == "tokens"

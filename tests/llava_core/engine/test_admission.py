@@ -146,6 +146,7 @@ def test_tokens_that_do_not_exist_are_refused_wherever_they_are(
     error = refusal(admission, request)
     assert isinstance(error, RequestError)
     assert str(error) == f"token {wrong} does not exist: the model knows 0 to {vocab_size - 1}"
+    assert error.param == (place if place in ("stop_token_ids", "logit_bias") else "messages")
 
 
 @pytest.mark.parametrize("place", ["stop_token_ids", "logit_bias"])

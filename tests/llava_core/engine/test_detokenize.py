@@ -94,3 +94,28 @@ def test_bytes_that_are_no_characters_do_not_hold_the_text_back() -> None:
     # Not all at the end.
     assert sum(map(bool, shown[1:10])) >= 2
     assert "".join(shown) + detokenizer.finish() == "x" + "\ufffd" * 9 + "\U0001f600"
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text(min_size=1, max_size=20), st.text(max_size=20))
+def test_where_a_text_goes_on_nothing_between_the_two_is_lost(before: str, text: str) -> None:
+    detokenizer = IncrementalDetokenizer(Bytes(), before=list(before.encode()[-4:]))
+    assert "".join([*map(detokenizer.add, text.encode()), detokenizer.finish()]) == text
+
+
+def test_a_space_that_a_decoder_drops_at_the_beginning_stays_within_a_text() -> None:
+    class Pieces:
+        """As SentencePiece does."""
+
+        def decode(self, ids: Sequence[int]) -> str:
+            return "".join(["<s>", " once", " upon"][token] for token in ids if token).removeprefix(" ")
+
+    assert IncrementalDetokenizer(Pieces(), before=[0, 1]).add(2) == " upon"
+    assert IncrementalDetokenizer(Pieces()).add(2) == "upon"
+    # Nothing has been said before.
+    assert IncrementalDetokenizer(Pieces(), before=[0]).add(2) == "upon"
+
+
+def test_a_stop_string_counts_from_the_answers_own_beginning() -> None:
+    detokenizer = IncrementalDetokenizer(Bytes(), ["ab"], before=list(b"xa"))
+    assert (detokenizer.add(ord("b")), detokenizer.is_stopped) == ("b", False)

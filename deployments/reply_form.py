@@ -1,0 +1,45 @@
+"""How an answer is to look, and what the client calls the fields that later stages find fault with.
+
+Outlives the request it was read from, which holds the pictures. Knows nothing about HTTP.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llava_core.types import AnyRequest
+
+
+@dataclass(frozen=True)
+class ReplyForm:
+    """`num_leading` system messages stood before those that the stages get. What stages call `messages` and
+    `max_tokens` is `prompt_field` and `limit_field` to the client."""
+
+    model: str | None = None
+    stream: bool = False
+    include_usage: bool = False
+    timings: bool = False
+    num_answers: int = 1
+    num_leading: int = 0
+    prompt_field: str = "messages"
+    limit_field: str = "max_tokens"
+
+    def locate(self, param: str | None) -> str | None:
+        """A field as later stages name it, in the client's own terms."""
+        if param == "max_tokens":
+            return self.limit_field
+        if param == "messages":
+            return self.prompt_field
+        prefix = "messages["
+        if param is None or not param.startswith(prefix):
+            return param
+        index, bracket, rest = param.removeprefix(prefix).partition("]")
+        return f"{prefix}{int(index) + self.num_leading}{bracket}{rest}"
+
+
+@dataclass(frozen=True)
+class ReadRequest:
+    """A request as the service understands it, and how its answer is to look."""
+
+    generation: AnyRequest
+    form: ReplyForm

@@ -1,0 +1,85 @@
+"""What the schemas of all JSON bodies share: strict types, a path to whatever is wrong, and fields refused by name.
+
+What would change the answer and is not supported is refused; what is harmless or unknown is ignored, because clients
+add fields every month. Knows JSON, and not what the fields are for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
+
+from llava_core.errors import RequestError
+
+# Commas and brackets beyond those that may stand in the text: each may cost hundreds of bytes once it is parsed.
+_MAX_JSON_TOKENS = 65_536
+
+
+class Part(BaseModel):
+    """An object of a body."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+
+class Body(Part):
+    """A whole body. `neutral` has the fields that are not supported, with the values that ask for nothing: any other
+    value would change the answer, and is refused."""
+
+    neutral: ClassVar[Mapping[str, Sequence[object]]] = {}
+
+
+AnyBody = TypeVar("AnyBody", bound=Body)
+
+
+def parse_body(body: bytes, schema: type[AnyBody], *, max_text: int) -> AnyBody:
+    """Raises RequestError naming the field. `max_text` is how many characters of text any caller may send."""
+    _refuse_swollen(body, max_text + _MAX_JSON_TOKENS)
+    try:
+        parsed = schema.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        raise _as_request_error(first) from None
+    _refuse_unsupported(parsed.model_extra or {}, schema.neutral)
+    return parsed
+
+
+def _refuse_swollen(body: bytes, max_tokens: int) -> None:
+    """A few bytes of JSON can become a hundred times as many in memory; base64 has none of these characters."""
+    # numpy counts many times faster than bytes.count does, and lets other threads run meanwhile.
+    characters = np.frombuffer(body, np.uint8)
+    if sum(np.count_nonzero(characters == mark) for mark in b",[{") > max_tokens:
+        raise RequestError("the body holds too many values", code="request_too_complex")
+
+
+def _as_request_error(error: ErrorDetails) -> RequestError:
+    if error["type"] == "json_invalid":
+        return RequestError(f"the body is not JSON: {error['msg'].removeprefix('Invalid JSON: ')}", code="invalid_json")
+    path = _path(error["loc"])
+    if not path:
+        return RequestError("the body must be a JSON object", code="invalid_json")
+    message = error["msg"][0].lower() + error["msg"][1:]
+    code = "missing_required_parameter" if error["type"] == "missing" else "invalid_value"
+    return RequestError(f"{path}: {message}", param=path, code=code)
+
+
+def _path(location: Sequence[int | str]) -> str:
+    """`messages[0].content[1].image_url.url`: the tags of unions, in angle brackets, are left out."""
+    path = ""
+    for step in location:
+        if isinstance(step, int):
+            path += f"[{step}]"
+        elif not step.startswith("<"):
+            path += f".{step}" if path else step
+    return path
+
+
+def _refuse_unsupported(extra: Mapping[str, Any], neutral: Mapping[str, Sequence[object]]) -> None:
+    for name, value in extra.items():
+        if name in neutral and value is not None and value not in neutral[name]:
+            raise RequestError(
+                f"{name} is not supported by this service; leave it out", param=name, code="unsupported_parameter"
+            )

@@ -1,0 +1,86 @@
+"""`POST /tokenize` and `/detokenize`, as vLLM has them: what a prompt is to the model, before it is asked.
+
+Messages are rendered as a chat's are; a text is taken as it is, as completions do. Knows nothing about HTTP or models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from pydantic import Field
+
+from deployments.chat_request import read_conversation
+from deployments.chat_schema import CHAT_NEUTRAL, Messages
+from deployments.completion_request import Prompt, read_prompt
+from deployments.reply_form import ReadRequest, ReplyForm
+from deployments.sampling_schema import Token
+from deployments.schema import Body, parse_body
+from llava_core.errors import RequestError
+from llava_core.prepare import RequestLimits
+from llava_core.types import CompletionRequest, GenerationRequest, SamplingParams, Tokenized
+
+
+class _TokenizeBody(Body):
+    neutral: ClassVar[Mapping[str, Sequence[object]]] = {**CHAT_NEUTRAL, "add_special_tokens": (True, False)}
+
+    model: str | None = None
+    messages: Messages | None = None
+    prompt: Prompt | None = None
+    return_token_strs: bool | None = None
+
+
+class _DetokenizeBody(Body):
+    model: str | None = None
+    tokens: list[Token] = Field(min_length=0)
+
+
+@dataclass(frozen=True)
+class TokenizeRequest:
+    """What is to be tokenized, and whether each token's text is wanted too."""
+
+    read: ReadRequest
+    with_texts: bool
+
+
+@dataclass(frozen=True)
+class DetokenizeRequest:
+    """Ids to be text again."""
+
+    model: str | None
+    ids: tuple[int, ...]
+
+
+def read_tokenize_request(body: bytes, request_id: str, limits: RequestLimits) -> TokenizeRequest:
+    """Raises RequestError naming field and cause."""
+    parsed = parse_body(body, _TokenizeBody, max_text=limits.max_text)
+    if (parsed.messages is None) == (parsed.prompt is None):
+        raise RequestError("give either messages or a prompt", param="messages", code="missing_required_parameter")
+    with_texts, sampling = bool(parsed.return_token_strs), SamplingParams()
+    if parsed.messages is not None:
+        chat = read_conversation(parsed.messages, limits)
+        form = ReplyForm(model=parsed.model, num_leading=chat.num_leading)
+        request = GenerationRequest(request_id, chat.messages, sampling, chat.system)
+        return TokenizeRequest(ReadRequest(request, form), with_texts)
+    assert parsed.prompt is not None
+    form = ReplyForm(model=parsed.model, prompt_field="prompt")
+    completion = CompletionRequest(request_id, read_prompt(parsed.prompt, limits), sampling)
+    return TokenizeRequest(ReadRequest(completion, form), with_texts)
+
+
+def read_detokenize_request(body: bytes, _request_id: str, limits: RequestLimits) -> DetokenizeRequest:
+    """Raises RequestError naming field and cause."""
+    parsed = parse_body(body, _DetokenizeBody, max_text=limits.max_text)
+    return DetokenizeRequest(parsed.model, tuple(parsed.tokens))
+
+
+def tokenized_body(tokenized: Tokenized, *, with_texts: bool) -> dict[str, Any]:
+    """The reply to /tokenize."""
+    texts = [spelled.decode("utf-8", errors="replace") for spelled in tokenized.token_bytes] if with_texts else None
+    return {
+        "count": len(tokenized.ids),
+        "max_model_len": tokenized.context_length,
+        "tokens": list(tokenized.ids),
+        "token_strs": texts,
+    }

@@ -1,0 +1,60 @@
+"""Items become a response: the gateway's tests see most of it through HTTP, here is what they cannot."""
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator
+
+from deployments.answering import respond
+from deployments.chat_response import ChatAnswer
+from deployments.completion_response import CompletionAnswer
+from deployments.messages import Item, Rejected
+from deployments.reply_form import ReplyForm
+from llava_core.errors import RequestError
+from llava_core.types import TokenDelta, Usage
+
+
+async def _items(*items: Item) -> AsyncGenerator[Item, None]:
+    for item in items:
+        yield item
+
+
+def test_a_rejection_is_told_in_the_clients_terms() -> None:
+    answer = ChatAnswer("id", "m", ReplyForm(limit_field="max_completion_tokens"))
+    items = _items(Rejected(RequestError("too many", param="max_tokens")))
+    response = asyncio.run(respond(answer, items, "r"))
+    assert response.status_code == 400
+    assert json.loads(bytes(response.body))["error"]["param"] == "max_completion_tokens"
+
+
+def test_an_answer_of_several_ends_with_the_last_of_them() -> None:
+    items = _items(
+        TokenDelta("id", "a", (1,), "stop", index=1), TokenDelta("id", "b", (1,), "stop", Usage(1, 2), index=0)
+    )
+    response = asyncio.run(respond(CompletionAnswer("id", "m", ReplyForm(num_answers=2)), items, "r"))
+    choices = json.loads(bytes(response.body))["choices"]
+    assert [(choice["index"], choice["text"]) for choice in choices] == [(0, "b"), (1, "a")]
+
+
+def test_no_empty_piece_is_ever_sent() -> None:
+    """An empty chunk would end the response for a server that sends it."""
+
+    async def pieces() -> list[bytes]:
+        items = _items(
+            TokenDelta("id", "", (1,)), TokenDelta("id", "", (1,)), TokenDelta("id", "x", (1,), "stop", Usage(1, 3))
+        )
+        response = await respond(CompletionAnswer("id", "m", ReplyForm(stream=True)), items, "r")
+        sent: list[bytes] = []
+
+        async def send(message: dict) -> None:
+            if message.get("more_body"):
+                sent.append(message["body"])
+
+        async def receive() -> dict:
+            await asyncio.Event().wait()
+            return {}
+
+        await response({"type": "http", "asgi": {"spec_version": "2.4"}}, receive, send)  # type: ignore[arg-type]
+        return sent
+
+    [piece] = asyncio.run(pieces())
+    assert piece.endswith(b"data: [DONE]\n\n")

@@ -1,0 +1,71 @@
+"""How an answer is drawn: every field is taken over, and every bound is kept."""
+
+import json
+from typing import Any
+
+import pytest
+
+from deployments.sampling_schema import SamplingBody
+from deployments.schema import parse_body
+from llava_core.errors import RequestError
+from llava_core.types import SamplingParams
+
+
+def _sampling(**fields: Any) -> SamplingParams:
+    parsed = parse_body(json.dumps(fields).encode(), SamplingBody, max_text=1000)
+    return parsed.sampling(max_tokens=parsed.max_tokens, logprobs=None)
+
+
+def test_every_field_is_taken_over() -> None:
+    values: dict[str, Any] = {
+        "max_tokens": 5,
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "top_k": 3,
+        "min_p": 0.1,
+        "repetition_penalty": 1.2,
+        "presence_penalty": -0.5,
+        "frequency_penalty": 2,
+        "seed": 7,
+        "ignore_eos": True,
+        "min_tokens": 2,
+        "n": 3,
+    }
+    given = _sampling(**values, stop=["a", "b"], stop_token_ids=[4, 5], logit_bias={"7": -100, "8": 1.5})
+    assert given == SamplingParams(**values, stop=("a", "b"), stop_token_ids=(4, 5), logit_bias=((7, -100.0), (8, 1.5)))
+
+
+def test_null_is_as_good_as_nothing() -> None:
+    assert _sampling(**dict.fromkeys(SamplingBody.model_fields)) == SamplingParams()
+
+
+def test_one_stop_string_needs_no_list() -> None:
+    assert _sampling(stop="x").stop == ("x",)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"n": 0}, "n"),
+        ({"min_tokens": -1}, "min_tokens"),
+        ({"min_tokens": 3, "max_tokens": 2}, "min_tokens"),
+        ({"min_p": 1.1}, "min_p"),
+        ({"presence_penalty": 2.1}, "presence_penalty"),
+        ({"frequency_penalty": -2.1}, "frequency_penalty"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"logit_bias": {"a": 1}}, "logit_bias"),
+        ({"logit_bias": {"-1": 1}}, "logit_bias"),
+        ({"logit_bias": {"²": 1}}, "logit_bias"),
+        ({"logit_bias": {"9" * 5000: 1}}, "logit_bias"),
+        ({"logit_bias": {"1": 101}}, "logit_bias.1"),
+        ({"logit_bias": {str(n): 1 for n in range(301)}}, "logit_bias"),
+        ({"logit_bias": [1]}, "logit_bias"),
+        ({"stop_token_ids": [-200]}, "stop_token_ids[0]"),
+        ({"stop_token_ids": ["1"]}, "stop_token_ids[0]"),
+        ({"stop_token_ids": [1] * 129}, "stop_token_ids"),
+    ],
+)
+def test_a_wrong_value_is_refused_naming_the_field(fields: dict, param: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        _sampling(**fields)
+    assert caught.value.param == param

@@ -1,0 +1,64 @@
+"""Tokenizing: messages as a chat has them, a prompt as completions do; what differs is refused."""
+
+import json
+from typing import Any
+
+import pytest
+
+from deployments.tokenize_request import (
+    TokenizeRequest,
+    read_detokenize_request,
+    read_tokenize_request,
+    tokenized_body,
+)
+from llava_core.errors import RequestError
+from llava_core.prepare import RequestLimits
+from llava_core.types import CompletionRequest, GenerationRequest, Tokenized
+
+USER = {"role": "user", "content": "hi"}
+
+
+def _read(**fields: Any) -> TokenizeRequest:
+    return read_tokenize_request(json.dumps(fields).encode(), "id", RequestLimits())
+
+
+def test_messages_and_prompts_are_understood() -> None:
+    chat = _read(messages=[{"role": "system", "content": "s"}, USER], model="m").read
+    assert isinstance(chat.generation, GenerationRequest)
+    assert (chat.generation.system, chat.form.num_leading, chat.form.model) == ("s", 1, "m")
+    text = _read(prompt="hi", return_token_strs=True)
+    assert isinstance(text.read.generation, CompletionRequest)
+    assert (text.read.generation.prompt, text.with_texts, text.read.form.prompt_field) == ("hi", True, "prompt")
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({}, "messages"),
+        ({"messages": [USER], "prompt": "x"}, "messages"),
+        ({"messages": []}, "messages"),
+        ({"prompt": 5}, "prompt"),
+        ({"prompt": "x", "return_token_strs": 1}, "return_token_strs"),
+        ({"messages": [USER], "add_generation_prompt": False}, "add_generation_prompt"),
+        ({"messages": [USER], "chat_template": "x"}, "chat_template"),
+        ({"messages": [USER], "tools": [{}]}, "tools"),
+    ],
+)
+def test_a_mistake_is_refused_naming_the_field(fields: dict, param: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        _read(**fields)
+    assert caught.value.param == param
+
+
+def test_the_reply_is_vllms() -> None:
+    tokenized = Tokenized((1, 7), (b"<s>", b"\xc3"), 512)
+    plain = {"count": 2, "max_model_len": 512, "tokens": [1, 7], "token_strs": None}
+    assert tokenized_body(tokenized, with_texts=False) == plain
+    assert tokenized_body(tokenized, with_texts=True)["token_strs"] == ["<s>", "\ufffd"]
+
+
+def test_ids_are_read_and_checked() -> None:
+    assert read_detokenize_request(b'{"tokens": [1, 2]}', "id", RequestLimits()).ids == (1, 2)
+    for tokens in ("[-1]", "[1.5]", "5", "null"):
+        with pytest.raises(RequestError):
+            read_detokenize_request(f'{{"tokens": {tokens}}}'.encode(), "id", RequestLimits())
