@@ -1,4 +1,4 @@
-"""The HTTP surface: routes, request ids, body limits, streams, and an OpenAI-shaped body for every error.
+"""The HTTP surface: routes, request ids, who may ask, body limits, streams, and an OpenAI-shaped body for every error.
 
 A Starlette app around anything that streams items for a request (pipeline.py). Imports neither torch nor Ray, and does
 not know what the stages do.
@@ -18,17 +18,20 @@ from starlette.applications import Starlette
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments import sse
+from deployments.access import Access, KeyRing, charged
 from deployments.bodies import BodyBudget, Lease, read_body
 from deployments.chat_request import ReplyForm, read_chat_request
 from deployments.chat_response import Answer, model_body
 from deployments.http_errors import HttpError, describe, describe_http, error_body, error_response
 from deployments.messages import Item, Rejected, StageHealth, is_last
+from deployments.openapi import describe_api
 from deployments.settings import LimitArgs
 from llava_core.errors import EngineError, OverloadedError, RequestError, UnknownNameError
 from llava_core.types import GenerationRequest, TokenDelta
@@ -56,6 +59,8 @@ class Gateway:
         *,
         model_name: str,
         limits: LimitArgs | None = None,
+        keys: KeyRing | None = None,
+        origins: Sequence[str] = (),
         echo_request_id: bool = True,
     ) -> None:
         self._engine = engine
@@ -65,14 +70,22 @@ class Gateway:
         self._bodies = BodyBudget(self._limits.max_bytes_in_flight)
         self._created = int(time.time())
         self._echo_request_id = echo_request_id
+        health = Route("/health", self._health, name="health")
+        routes = [
+            Route("/v1/chat/completions", self._chat, methods=["POST"], name="chat_completions"),
+            Route("/v1/models", self._models, name="models"),
+            Route("/v1/models/{name:path}", self._model, name="model"),
+            Route("/openapi.json", self._openapi, name="openapi"),
+            health,
+        ]
+        self._description = describe_api(routes, has_keys=keys is not None)
         self.app = Starlette(
-            routes=[
-                Route("/v1/chat/completions", self._chat, methods=["POST"]),
-                Route("/v1/models", self._models),
-                Route("/v1/models/{name:path}", self._model),
-                Route("/health", self._health),
+            routes=routes,
+            middleware=[
+                Middleware(_RequestIds, echo=echo_request_id),
+                *_cross_origin(origins),
+                *([] if keys is None else [Middleware(Access, keys=keys, routes=routes, open_routes=[health])]),
             ],
-            middleware=[Middleware(_RequestIds, echo=echo_request_id)],
             exception_handlers={
                 HTTPException: _on_http_exception,
                 ClientDisconnect: _on_disconnect,
@@ -110,7 +123,7 @@ class Gateway:
             self._check_model(form.model)
         answer = Answer(completion_id, self._model_name, include_usage=form.include_usage, timings=form.timings)
         items = self._engine.stream(chat.generation, lease.release)
-        return form, answer, _settled(items, _request_id(request))
+        return form, answer, _settled(charged(items, request), _request_id(request))
 
     def _check_model(self, name: str) -> None:
         if name != self._model_name:
@@ -134,6 +147,9 @@ class Gateway:
             error = HttpError(503, "server_error", "not_ready", message, retry_after_s=1)
             return error_response(error, _request_id(request))
         return JSONResponse({"status": "ok", "stages": {stage.name: "ok" for stage in stages}})
+
+    async def _openapi(self, _request: Request) -> Response:
+        return JSONResponse(self._description)
 
     async def _on_bug(self, request: Request, error: Exception) -> Response:
         response = error_response(describe(error), _request_id(request))
@@ -236,6 +252,22 @@ class _RequestIds:
             await send(message)
 
         await self._app(scope, receive, send_with_id)
+
+
+def _cross_origin(origins: Sequence[str]) -> list[Middleware]:
+    """Browsers let pages of these origins read our answers; without any, of none."""
+    if not origins:
+        return []
+    # Keys are given by pages themselves; nothing that a browser adds on its own, such as cookies, counts here.
+    return [
+        Middleware(
+            CORSMiddleware,
+            allow_origins=list(origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=[REQUEST_ID_HEADER, "retry-after"],
+        )
+    ]
 
 
 def _request_id(request: Request) -> str:

@@ -21,6 +21,7 @@ import yaml
 from pydantic import ValidationError
 
 from deployments.client import is_healthy
+from deployments.exposure import check_exposure
 from deployments.preflight import check_checkpoint
 from deployments.processes import Process, descendants, end
 from deployments.settings import AppArgs
@@ -87,7 +88,7 @@ def plan_launch(
 ) -> LaunchPlan:
     """Read the configuration, let the options override it, and look at settings, port and checkpoint.
 
-    Raises LaunchError or CheckpointError, each with one message that says what to do.
+    Raises LaunchError, ExposureError, KeysFileError or CheckpointError, with one message that says what to do.
     """
     content = _read_config(config)
     application = _find_application(content)
@@ -104,12 +105,15 @@ def plan_launch(
     args = _check_args(given)
     http = dict(content.get("http_options") or {})
     address = host or http.get("host", "127.0.0.1"), port or http.get("port", 8000)
+    check_exposure(address[0], args.auth)
     check_port(*address)
     prefix = application.get("route_prefix", "/")
     if not prefix:
         raise LaunchError("the application has no route_prefix, so that nobody could reach it")
     found = check_checkpoint(args)
     # Its replicas are on this machine, where all of it is by now.
+    if args.auth.keys_file is not None:
+        given["auth"] = args.auth.model_dump()
     named = {"model": found.model, "base": found.base, "model_name": args.served_name}
     application["args"] = {**given, **named, "revisions": dict(found.revisions), "offline": True}
     content["http_options"] = {**http, "host": address[0], "port": address[1]}

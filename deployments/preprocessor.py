@@ -1,6 +1,6 @@
-"""The first stage: pictures decoded and tiled, prompts rendered and tokenized, limits checked. On a CPU, without torch.
+"""The first stage: pictures fetched, decoded and tiled, prompts tokenized, limits checked. On a CPU, without torch.
 
-Wraps llava_core.prepare and adds nothing to it but threads, the clock and a watchdog.
+Wraps llava_core.prepare and adds nothing to it but what fetches, threads, the clock and a watchdog.
 """
 
 from __future__ import annotations
@@ -8,7 +8,9 @@ from __future__ import annotations
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
 
+from deployments.fetch import Fetcher
 from deployments.messages import Elapsed, Prepared, Rejected
+from deployments.settings import FetchArgs
 from deployments.watchdog import Watchdog
 from llava_core.errors import LlavaError
 from llava_core.prepare import Preparer
@@ -18,8 +20,9 @@ from llava_core.types import GenerationRequest, PreparedRequest
 class Preprocessor:
     """Prepares up to `num_threads` requests at once: as many decoded pictures are in memory, whoever hangs up."""
 
-    def __init__(self, preparer: Preparer, *, num_threads: int = 4) -> None:
+    def __init__(self, preparer: Preparer, *, num_threads: int = 4, fetcher: Fetcher | None = None) -> None:
         self._preparer = preparer
+        self._fetcher = fetcher or Fetcher(FetchArgs())
         self._threads = ThreadPoolExecutor(num_threads, "prepare")
         self._watchdog = Watchdog("preprocessor")
 
@@ -29,6 +32,14 @@ class Preprocessor:
         A thread cannot be stopped: a request that is cancelled keeps its place until its thread is done with it.
         """
         elapsed = Elapsed()
+        if request.has_addresses:
+            try:
+                # Nothing is fetched for a request that will be refused all the same.
+                self._preparer.check(request)
+                request = await self._fetcher.fetch_images(request)
+            except LlavaError as error:
+                return Rejected(error)
+            elapsed = elapsed.finished("fetch")
         job = self._threads.submit(self._work, request)
         result = asyncio.wrap_future(job)
         try:

@@ -63,7 +63,9 @@ class Preparer:
 
     def prepare(self, request: GenerationRequest) -> PreparedRequest:
         """Raises RequestError (ImageError, PromptTooLongError, ...) naming field, cause and limit."""
-        self._check(request)
+        self.check(request)
+        if request.has_addresses:
+            raise RequestError("a request is prepared from pictures, not from their addresses", param="messages")
         images = tuple(
             self._cached_image(part, f"messages[{index}].content[{position}].image_url")
             for index, message in enumerate(request.messages)
@@ -95,7 +97,8 @@ class Preparer:
         template = replace(self.template, wraps_images=self.template.wraps_images and index == 0)
         return user_turns(template, texts, num_images, start_end=self.config.image_start_end)
 
-    def _check(self, request: GenerationRequest) -> None:
+    def check(self, request: GenerationRequest) -> None:
+        """Raise RequestError for what can be told without looking at a picture."""
         if request.num_images > self.limits.max_images:
             raise RequestError(
                 f"the request has {request.num_images} images; at most {self.limits.max_images} are allowed",

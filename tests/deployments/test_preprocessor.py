@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from deployments.fetch import Fetcher
 from deployments.messages import Prepared, Rejected
 from deployments.preprocessor import Preprocessor
+from deployments.settings import FetchArgs
 from llava_core.checkpoints.describe import load_preparer
-from llava_core.errors import EngineError, ImageError
-from llava_core.types import GenerationRequest, ImagePart, Message, PreparedRequest, SamplingParams, TextPart
+from llava_core.errors import EngineError, ImageError, RequestError
+from llava_core.types import GenerationRequest, ImagePart, ImageUrl, Message, PreparedRequest, SamplingParams, TextPart
 from tests.deployments.pictures import plain
 
 
@@ -20,7 +22,7 @@ def preprocessor(tiny_checkpoint: Path) -> Preprocessor:
     return Preprocessor(load_preparer(tiny_checkpoint))
 
 
-def _request(*parts: TextPart | ImagePart) -> GenerationRequest:
+def _request(*parts: TextPart | ImagePart | ImageUrl) -> GenerationRequest:
     return GenerationRequest("id", (Message("user", parts),), SamplingParams())
 
 
@@ -36,6 +38,49 @@ def test_a_bad_picture_is_a_value_not_an_exception(preprocessor: Preprocessor) -
     assert isinstance(rejected, Rejected)
     assert isinstance(rejected.error, ImageError)
     assert rejected.error.param == "messages[0].content[0].image_url"
+
+
+class _Pictures(Fetcher):
+    """Every address is one of the same picture."""
+
+    def __init__(self) -> None:
+        super().__init__(FetchArgs())
+        self.asked: list[str] = []
+
+    async def fetch(self, address: str, param: str) -> bytes:
+        self.asked.append(address)
+        return plain()
+
+
+def test_a_picture_by_address_is_fetched_and_its_time_counted(tiny_checkpoint: Path) -> None:
+    pictures = _Pictures()
+    preprocessor = Preprocessor(load_preparer(tiny_checkpoint), fetcher=pictures)
+    by_address = asyncio.run(preprocessor.prepare(_request(ImageUrl("https://example.com/a.png"), TextPart("hi"))))
+    by_value = asyncio.run(preprocessor.prepare(_request(ImagePart(plain()), TextPart("hi"))))
+    assert isinstance(by_address, Prepared)
+    assert isinstance(by_value, Prepared)
+    assert by_address.request.prompt_ids == by_value.request.prompt_ids
+    assert [image.digest for image in by_address.request.images] == [image.digest for image in by_value.request.images]
+    assert set(by_address.elapsed.stage_ms) == {"fetch", "preprocess"}
+    assert pictures.asked == ["https://example.com/a.png"]
+
+
+def test_nothing_is_fetched_for_a_request_that_is_refused_all_the_same(tiny_checkpoint: Path) -> None:
+    pictures = _Pictures()
+    preprocessor = Preprocessor(load_preparer(tiny_checkpoint), fetcher=pictures)
+    many = [ImageUrl(f"https://example.com/{index}.png") for index in range(9)]
+    rejected = asyncio.run(preprocessor.prepare(_request(*many)))
+    assert isinstance(rejected, Rejected)
+    assert isinstance(rejected.error, RequestError)
+    assert rejected.error.code == "too_many_images"
+    assert pictures.asked == []
+
+
+def test_without_settings_nothing_is_fetched(preprocessor: Preprocessor) -> None:
+    rejected = asyncio.run(preprocessor.prepare(_request(TextPart("hi"), ImageUrl("https://example.com/a.png"))))
+    assert isinstance(rejected, Rejected)
+    assert isinstance(rejected.error, ImageError)
+    assert (rejected.error.code, rejected.error.param) == ("image_url_not_allowed", "messages[0].content[1].image_url")
 
 
 def test_requests_are_prepared_side_by_side(preprocessor: Preprocessor) -> None:

@@ -15,7 +15,7 @@ from llava_core.images.loading import ImageLimits, decode_image
 from llava_core.prepare import Preparer, RequestLimits, message_text, tile_digest
 from llava_core.prompts.templates import get_template
 from llava_core.prompts.tokenize import IMAGE_TOKEN_ID
-from llava_core.types import GenerationRequest, ImagePart, Message, SamplingParams, Size, TextPart
+from llava_core.types import GenerationRequest, ImagePart, ImageUrl, Message, SamplingParams, Size, TextPart
 from tests.tiny import CONTEXT_LENGTH, IMAGE_SIZE, IMAGE_TOKENS, SYSTEM
 
 
@@ -156,6 +156,7 @@ def test_a_digest_knows_the_shape() -> None:
         (request(user("say </s> now")), "messages[0].content", "'</s>', which is a control token"),
         (request(user("Q"), assistant("A"), user("<image> again")), "messages[2].content", "'<image>'"),
         (request(user("Q"), system="<s>"), "messages", "'<s>'"),
+        (request(Message("user", (ImageUrl("https://example.com/"),))), "messages", "not from their addresses"),
     ],
 )
 def test_a_callers_mistake_is_named(preparer: Preparer, bad: GenerationRequest, param: str, named: str) -> None:
