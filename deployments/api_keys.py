@@ -128,14 +128,12 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _write(path: Path, keys: dict[str, ApiKey]) -> None:
-    """Readable by its owner alone, which is how temporary files are made."""
+    """Into a folder of its owner's alone, from which it is moved."""
     content = _KeysFile(keys=tuple(keys.values())).model_dump_json(indent=2, exclude_none=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, encoding="utf-8", delete=False) as file:
-        try:
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=path.name) as folder:
+        descriptor = os.open(Path(folder) / path.name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with open(descriptor, "w", encoding="utf-8") as file:
             file.write(content + "\n")
             file.flush()
             os.fsync(file.fileno())
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+        os.replace(Path(folder) / path.name, path)
