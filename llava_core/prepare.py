@@ -23,7 +23,7 @@ from llava_core.lru import LruCache
 from llava_core.prompts.budget import token_budget
 from llava_core.prompts.conversation import Turn, render, user_turns
 from llava_core.prompts.templates import Template
-from llava_core.prompts.tokenize import Tokenizer, tokenize_prompt
+from llava_core.prompts.tokenize import SEAM, Tokenizer, as_text, tokenize_prompt
 from llava_core.types import GenerationRequest, ImagePart, Message, PreparedImage, PreparedRequest, Size, TextPart
 
 
@@ -44,8 +44,8 @@ class RequestLimits:
 class Preparer:
     """Turns requests for one model into what its tower and its engine read. Safe to use from several threads.
 
-    `reserved_texts` are the texts of control tokens, which no message may contain. Pictures that have been prepared are
-    kept in up to `cache_bytes` of tiles: one that comes again, byte for byte, is not decoded again.
+    `reserved_texts` are the texts of control tokens, which stay text where a message contains them. Pictures that have
+    been prepared are kept in up to `cache_bytes` of tiles: one that comes again, byte for byte, is not decoded again.
     """
 
     config: ModelConfig
@@ -73,12 +73,15 @@ class Preparer:
             if isinstance(part, ImagePart)
         )
         turns = [turn for index, message in enumerate(request.messages) for turn in self._turns(message, index)]
-        rendered = render(self.template, [*turns, Turn("assistant", None)], system=request.system)
+        system = None if request.system is None else self._as_text(request.system)
+        rendered = render(self.template, [*turns, Turn("assistant", None)], system=system)
         tokens = tuple(num_image_tokens(self.config, image.size) for image in images)
         ids = tokenize_prompt(rendered, self.tokenizer, tokens).ids
         # The engine would refuse it as well, but only after the tower had run.
         token_budget(len(ids), request.sampling.max_tokens, self.config.context_length)
-        return PreparedRequest(request.request_id, ids, images, request.sampling, rendered.text, tokens)
+        return PreparedRequest(
+            request.request_id, ids, images, request.sampling, rendered.text.replace(SEAM, ""), tokens
+        )
 
     def check_size(self, size: Size) -> None:
         """Raise RequestError where a picture of so many pixels would be refused, whatever else is asked about it."""
@@ -90,7 +93,7 @@ class Preparer:
 
     def _turns(self, message: Message, index: int) -> list[Turn]:
         """A message as the template has it; one that is wrapped in an exchange of its own is the first."""
-        texts = [part.text for part in message.parts if isinstance(part, TextPart)]
+        texts = [self._as_text(part.text) for part in message.parts if isinstance(part, TextPart)]
         if message.role == "assistant":
             return [Turn("assistant", "\n".join(texts))]
         num_images = sum(isinstance(part, ImagePart) for part in message.parts)
@@ -117,9 +120,13 @@ class Preparer:
                 code="text_too_long",
             )
 
+    def _as_text(self, text: str) -> str:
+        return as_text(text, self.reserved_texts)
+
     def _check_text(self, text: str, param: str) -> None:
+        left = self._as_text(text)
         for reserved in sorted(self.reserved_texts):
-            if reserved in text:
+            if reserved in left:
                 raise RequestError(
                     f"the text contains {reserved!r}, which is a control token of this model; remove it",
                     param=param,
