@@ -64,18 +64,16 @@ class KeyRing:
         self._clock = clock
         self._now = now
         self._callers: dict[str, Caller] = {}
-        self._error: KeysFileError | None = None
+        self._problem: str | None = None
         self._version: object = None
         self._looked_at = -float("inf")
         self._refresh()
-        if self._error is not None:
-            raise self._error
+        self._check()
 
     def find(self, headers: Headers) -> Caller:
         """Whose `Authorization: Bearer` this is. Raises AuthenticationError, or KeysFileError."""
         self._refresh()
-        if self._error is not None:
-            raise self._error
+        self._check()
         key = _bearer(headers)
         caller = self._callers.get(key_id_of(key) or "")
         if caller is None or not caller.key.is_hash_of(key):
@@ -83,6 +81,10 @@ class KeyRing:
         if caller.key.has_expired(self._now()):
             raise AuthenticationError("the API key has expired", code="expired_api_key")
         return caller
+
+    def _check(self) -> None:
+        if self._problem is not None:
+            raise KeysFileError(self._problem)
 
     def _refresh(self) -> None:
         now = self._clock()
@@ -98,10 +100,10 @@ class KeyRing:
             return
         self._version = version
         try:
-            keys, self._error = read_keys(self._path), None
+            keys, self._problem = read_keys(self._path), None
         except KeysFileError as error:
             logger.error("%s; no key is accepted until it can be used", error)
-            keys, self._error = {}, error
+            keys, self._problem = {}, str(error)
         self._callers = {name: self._caller(key) for name, key in keys.items()}
 
     def _caller(self, key: ApiKey) -> Caller:
