@@ -12,7 +12,6 @@ from pathlib import Path
 import click
 
 from deployments.api_keys import ID_FORM, ApiKey, editing, hash_key, make_key, read_keys
-from deployments.openapi import OPERATIONS
 from llava_core.errors import LlavaError
 
 _file = click.option(
@@ -28,6 +27,16 @@ _limit = click.IntRange(min=1)
 def _check_id(_context: click.Context, _parameter: click.Parameter, value: str) -> str:
     if not re.fullmatch(ID_FORM, value):
         raise click.BadParameter("up to 64 letters, digits, dashes and underscores")
+    return value
+
+
+def _check_routes(_context: click.Context, _parameter: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:
+    if value:
+        # Not for a --help, which needs no HTTP.
+        from deployments.openapi import OPERATIONS
+
+        if unknown := sorted(set(value) - OPERATIONS.keys()):
+            raise click.BadParameter(f"{unknown[0]} is none; there are {', '.join(sorted(OPERATIONS))}")
     return value
 
 
@@ -47,7 +56,7 @@ def keys() -> None:
     "--route",
     "routes",
     multiple=True,
-    type=click.Choice(sorted(OPERATIONS)),
+    callback=_check_routes,
     help="What it is for; may be given several times. [default: everything]",
 )
 def create(
