@@ -25,6 +25,7 @@ from deployments.errors import AuthenticationError, KeysFileError, PermissionDen
 from deployments.http_errors import describe, error_response
 from deployments.messages import Item, Rejected
 from deployments.quotas import Quota
+from deployments.request_context import current_request
 from llava_core.errors import LlavaError
 
 logger = logging.getLogger(__name__)
@@ -141,6 +142,7 @@ class Access:
             await response(scope, receive, send)
             return
         scope["state"]["caller"] = caller
+        current_request().key_id = caller.key.id
         try:
             await self._app(scope, receive, send)
         finally:

@@ -47,6 +47,11 @@ _port = click.option("--port", type=click.IntRange(1, 65535), envvar="PORT", hel
 @_offline
 @click.option("--host", help="The interface to listen on; others than 127.0.0.1 need API keys. [default: 127.0.0.1]")
 @_port
+@click.option(
+    "--metrics-port",
+    type=click.IntRange(0, 65535),
+    help="Where Prometheus finds the metrics, on 127.0.0.1; 0 is any that is free. [default: the one after --port]",
+)
 def serve(config: Path | None, **options: Any) -> None:
     """Serve a model over HTTP on this machine until Ctrl-C."""
     with _failing_in_one_line():
@@ -55,6 +60,7 @@ def serve(config: Path | None, **options: Any) -> None:
             _say(terminal, f"\nServing {plan.args.served_name}. Ctrl-C stops it.")
             for method, path in (("POST", "/v1/chat/completions"), ("GET", "/v1/models"), ("GET", "/health")):
                 _say(terminal, f"  {method:4} {plan.url}{path}")
+            _say(terminal, f"  metrics {service.metrics_url}")
             _say(terminal, f"  logs {service.logs}")
             with contextlib.suppress(KeyboardInterrupt):
                 signal.pause()
@@ -78,7 +84,7 @@ def serve(config: Path | None, **options: Any) -> None:
 def demo(config: Path | None, image: Path, question: str, api_key: str | None, **options: Any) -> None:
     """Start the service, ask it one question about a picture, show the answer as it streams, and stop."""
     with _failing_in_one_line():
-        plan = plan_launch(config, **options)
+        plan = plan_launch(config, metrics_port=0, **options)
         with _terminal() as terminal, _running(plan, terminal):
             _say(terminal, f"\n{image.name}: {question}")
             last = _ask(plan, image, question, api_key, terminal)

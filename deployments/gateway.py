@@ -31,14 +31,15 @@ from deployments.chat_request import ReplyForm, read_chat_request
 from deployments.chat_response import Answer, model_body
 from deployments.http_errors import HttpError, describe, describe_http, error_body, error_response
 from deployments.messages import Item, Rejected, StageHealth, is_last
+from deployments.metrics import Recorder, Unrecorded
 from deployments.openapi import describe_api
+from deployments.request_metrics import CLIENT_CLOSED_REQUEST, RequestMetrics, metered
 from deployments.settings import LimitArgs
 from llava_core.errors import EngineError, OverloadedError, RequestError, UnknownNameError
 from llava_core.types import GenerationRequest, TokenDelta
 
 logger = logging.getLogger(__name__)
 REQUEST_ID_HEADER = "x-request-id"
-_CLIENT_CLOSED_REQUEST = 499
 
 
 class EngineClient(Protocol):
@@ -62,6 +63,7 @@ class Gateway:
         keys: KeyRing | None = None,
         origins: Sequence[str] = (),
         echo_request_id: bool = True,
+        recorder: Recorder | None = None,
     ) -> None:
         self._engine = engine
         self._check_stages = check_stages
@@ -70,21 +72,22 @@ class Gateway:
         self._bodies = BodyBudget(self._limits.max_bytes_in_flight)
         self._created = int(time.time())
         self._echo_request_id = echo_request_id
+        self._recorder = recorder or Unrecorded()
         health = Route("/health", self._health, name="health")
-        routes = [
+        self.routes = [
             Route("/v1/chat/completions", self._chat, methods=["POST"], name="chat_completions"),
             Route("/v1/models", self._models, name="models"),
             Route("/v1/models/{name:path}", self._model, name="model"),
             Route("/openapi.json", self._openapi, name="openapi"),
             health,
         ]
-        self._description = describe_api(routes, has_keys=keys is not None)
-        self.app = Starlette(
-            routes=routes,
+        self._description = describe_api(self.routes, has_keys=keys is not None)
+        app = Starlette(
+            routes=self.routes,
             middleware=[
                 Middleware(_RequestIds, echo=echo_request_id),
                 *_cross_origin(origins),
-                *([] if keys is None else [Middleware(Access, keys=keys, routes=routes, open_routes=[health])]),
+                *([] if keys is None else [Middleware(Access, keys=keys, routes=self.routes, open_routes=[health])]),
             ],
             exception_handlers={
                 HTTPException: _on_http_exception,
@@ -92,6 +95,7 @@ class Gateway:
                 Exception: self._on_bug,
             },
         )
+        self.app: ASGIApp = RequestMetrics(app, self.routes, self._recorder)
 
     async def _chat(self, request: Request) -> Response:
         body = self._bodies.lease()
@@ -122,7 +126,7 @@ class Gateway:
         if form.model is not None:
             self._check_model(form.model)
         answer = Answer(completion_id, self._model_name, include_usage=form.include_usage, timings=form.timings)
-        items = self._engine.stream(chat.generation, lease.release)
+        items = metered(self._engine.stream(chat.generation, lease.release), self._recorder, answer.model)
         return form, answer, _settled(charged(items, request), _request_id(request))
 
     def _check_model(self, name: str) -> None:
@@ -282,4 +286,4 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
 
 
 async def _on_disconnect(_request: Request, _error: Exception) -> Response:
-    return Response(status_code=_CLIENT_CLOSED_REQUEST)
+    return Response(status_code=CLIENT_CLOSED_REQUEST)

@@ -14,6 +14,15 @@ from typing import TYPE_CHECKING
 
 from deployments.handoff import Handoff
 from deployments.messages import Elapsed, Encoded, Item, Prepared, Rejected, engine_request
+from deployments.metrics import (
+    IMAGE_TOKENS,
+    PREFIX_HIT_TOKENS,
+    PROMPT_TOKENS,
+    QUEUE_WAIT,
+    STAGE_DURATION,
+    Recorder,
+    Unrecorded,
+)
 from deployments.watchdog import Watchdog
 from llava_core.errors import EngineError, LlavaError
 from llava_core.types import EngineRequest, TokenDelta
@@ -28,10 +37,13 @@ _MAX_GAP_S = 0.2
 class Generator:
     """Many answers at once from one engine. `chunk_gap_s` is explained at settings.EngineArgs."""
 
-    def __init__(self, engine: AsyncEngine, handoff: Handoff, *, chunk_gap_s: float = 0.0) -> None:
+    def __init__(
+        self, engine: AsyncEngine, handoff: Handoff, *, chunk_gap_s: float = 0.0, recorder: Recorder | None = None
+    ) -> None:
         self._engine = engine
         self._handoff = handoff
         self._chunk_gap_s = chunk_gap_s
+        self._recorder = recorder or Unrecorded()
         # How long a step may take is the engine's own concern.
         self._watchdog = Watchdog("generator")
 
@@ -46,12 +58,14 @@ class Generator:
             return
         assert isinstance(handed, Prepared | Encoded), type(handed)
         elapsed = handed.elapsed.arrived()
+        self._recorder.observe(STAGE_DURATION, elapsed.transfer_s(handed.elapsed), "transfer")
         request = _to_engine(handed)
         try:
             async with aclosing(self._paced(request)) as deltas:
                 async for delta in deltas:
                     if delta.finish_reason is not None:
                         self._watchdog.succeeded()
+                        self._record(delta)
                     yield _with_times(delta, elapsed)
         except LlavaError as error:
             if isinstance(error, EngineError):
@@ -71,6 +85,16 @@ class Generator:
                 yield delta
                 if delta.finish_reason is None:
                     await asyncio.sleep(min(_MAX_GAP_S, self._chunk_gap_s * self._engine.num_requests))
+
+    def _record(self, last: TokenDelta) -> None:
+        """What an answer's last delta tells. Several answers to a prompt have read it once."""
+        for stage, milliseconds in last.stage_ms.items():
+            metric, label = (QUEUE_WAIT, "generate") if stage == "queue" else (STAGE_DURATION, stage)
+            self._recorder.observe(metric, milliseconds / 1e3, label)
+        if last.usage is not None and last.index == 0:
+            self._recorder.count(PROMPT_TOKENS, by=last.usage.prompt_tokens)
+            self._recorder.count(IMAGE_TOKENS, by=last.usage.image_tokens)
+            self._recorder.count(PREFIX_HIT_TOKENS, by=last.usage.cached_tokens)
 
 
 def _to_engine(handed: Prepared | Encoded) -> EngineRequest:

@@ -25,6 +25,7 @@ from deployments.errors import (
     StageLostError,
     StageUnavailableError,
 )
+from deployments.request_context import current_request
 from llava_core.errors import EngineError, LlavaError, OverloadedError, RequestError, UnknownNameError
 
 
@@ -92,7 +93,8 @@ def describe_http(error: HTTPException) -> HttpError:
 
 
 def error_body(error: HttpError, request_id: str) -> dict[str, Any]:
-    """The one shape all errors have."""
+    """The one shape all errors have. Whoever makes one tells it to a client, so it is noted for metrics and the log."""
+    current_request().error_code = error.code
     content = {"message": error.message, "type": error.type, "param": error.param, "code": error.code}
     return {"error": content, "request_id": request_id}
 

@@ -21,6 +21,7 @@ import yaml
 from pydantic import ValidationError
 
 from deployments.client import is_healthy
+from deployments.environment import ENVIRONMENT
 from deployments.exposure import check_exposure
 from deployments.preflight import check_checkpoint
 from deployments.processes import Process, descendants, end
@@ -33,24 +34,6 @@ DEFAULT_CONFIG: Mapping[str, Any] = {
     "applications": [{"name": "llava", "route_prefix": "/", "import_path": IMPORT_PATH}]
 }
 
-# Set unless the user has set them; `docs/decisions` has the measurements.
-ENVIRONMENT: Mapping[str, str] = {
-    # One event loop per replica, gRPC between replicas, buffered logs: about twice the tokens per second.
-    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-    # It would also open a port per gateway replica, and hold each shutdown up for 30 s.
-    "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0",
-    # On a busy machine 5 s are not enough for the HTTP proxy, and Serve would kill it.
-    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "120",
-    # Despite its name: every port of a local Ray on the loopback interface alone.
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-    # Ray would run replicas at niceness 15, behind everything else on the machine.
-    "RAY_worker_niceness": "0",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    # Serve's gRPC ports between replicas are open to the network: only who has Ray's token may call.
-    "RAY_AUTH_MODE": "token",
-    # gRPC would ask an `http_proxy` for a replica on this machine.
-    "no_grpc_proxy": "127.0.0.1,localhost",
-}
 _OBJECT_STORE_BYTES = 1024**3
 _POLL_S, _HTTP_DEADLINE_S, _STOP_PATIENCE_S = 0.1, 60.0, 5.0
 _ERROR_LINE = re.compile(r"^(?:[\w.]+\.)?(\w*(?:Error|Exception|Exit)): (.+)$", re.MULTILINE)
@@ -69,6 +52,8 @@ class LaunchPlan:
     host: str
     port: int
     route_prefix: str = "/"
+    # 0: whichever is free.
+    metrics_port: int = 0
 
     @property
     def url(self) -> str:
@@ -84,9 +69,10 @@ def plan_launch(
     base: str | None = None,
     host: str | None = None,
     port: int | None = None,
+    metrics_port: int | None = None,
     offline: bool = False,
 ) -> LaunchPlan:
-    """Read the configuration, let the options override it, and look at settings, port and checkpoint.
+    """Read the configuration, let the options override it, and look at settings, ports and checkpoint.
 
     Raises LaunchError, ExposureError, KeysFileError or CheckpointError, with one message that says what to do.
     """
@@ -107,20 +93,23 @@ def plan_launch(
     address = host or http.get("host", "127.0.0.1"), port or http.get("port", 8000)
     check_exposure(address[0], args.auth)
     check_port(*address)
+    if metrics_port is None:
+        # After the last port, any that is free.
+        metrics_port = (address[1] + 1) % 65536
+    check_port("127.0.0.1", metrics_port, "--metrics-port")
     prefix = application.get("route_prefix", "/")
     if not prefix:
         raise LaunchError("the application has no route_prefix, so that nobody could reach it")
     found = check_checkpoint(args)
     # Its replicas are on this machine, where all of it is by now.
-    if args.auth.keys_file is not None:
-        given["auth"] = args.auth.model_dump()
+    given |= {"auth": args.auth.model_dump()} if args.auth.keys_file else {}
     named = {"model": found.model, "base": found.base, "model_name": args.served_name}
     application["args"] = {**given, **named, "revisions": dict(found.revisions), "offline": True}
     content["http_options"] = {**http, "host": address[0], "port": address[1]}
-    return LaunchPlan(content, args, *address, prefix)
+    return LaunchPlan(content, args, *address, prefix, metrics_port)
 
 
-def check_port(host: str, port: int) -> None:
+def check_port(host: str, port: int, option: str = "--port") -> None:
     """Raise LaunchError when the address cannot be listened on."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -128,7 +117,7 @@ def check_port(host: str, port: int) -> None:
             probe.bind((host, port))
         except OSError as error:
             reason = "is already in use" if error.errno == errno.EADDRINUSE else f"cannot be used: {error.strerror}"
-            raise LaunchError(f"port {port} on {host} {reason}; choose another with --port") from None
+            raise LaunchError(f"port {port} on {host} {reason}; choose another with {option}") from None
 
 
 def check_resources(args: AppArgs, available: Mapping[str, float]) -> None:
@@ -191,11 +180,13 @@ class Progress:
 class LocalService:
     """A running service and the Ray under it. `stop` ends every process that `start` began, however far it came.
 
-    Other processes of the caller's are none of its business. `logs` is where Serve's are, as soon as there is a Ray.
+    Other processes of the caller's are none of its business. `logs` is where Serve's are, `metrics_url` Prometheus'
+    page of all processes, as soon as there is a Ray.
     """
 
     plan: LaunchPlan
     logs: Path | None = None
+    metrics_url: str | None = None
     _started: float = field(default_factory=time.monotonic)
     _before: set[Process] | None = None
     _own: set[Process] = field(default_factory=set)
@@ -217,15 +208,25 @@ class LocalService:
             include_dashboard=False,
             log_to_driver=False,
             object_store_memory=_OBJECT_STORE_BYTES,
+            # Ray's agent serves it, with or without a dashboard.
+            _metrics_export_port=self.plan.metrics_port or None,
         )
         self._own = descendants(os.getpid()) - self._before
         # Not `session_latest`, which is whichever Ray of this machine started last.
         self.logs = Path(context.address_info["session_dir"]) / "logs" / "serve"
+        # On the loopback interface alone, as all of Ray's ports (ENVIRONMENT).
+        self.metrics_url = f"http://127.0.0.1:{context.address_info['metrics_export_port']}/metrics"
         report(self._progress("Ray"))
         if "deployments" not in _find_application(self.plan.config):
             resources: Mapping[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
             check_resources(self.plan.args, resources)
-        serve.start(proxy_location="HeadOnly", http_options=schema.http_options.model_dump())
+        serve.start(
+            proxy_location="HeadOnly",
+            http_options=schema.http_options.model_dump(),
+            # Also the controller's and the proxy's, which `deploy_apps` is too late for.
+            logging_config=schema.logging_config,
+            tracing_config=schema.tracing_config,
+        )
         client = _get_global_client()
         assert client is not None
         client.deploy_apps(schema)

@@ -42,6 +42,10 @@ class Elapsed:
         transfer = self.stage_ms.get("transfer", 0.0) + max(0.0, now - self.left_at) * 1e3
         return Elapsed({**self.stage_ms, "transfer": transfer}, now)
 
+    def transfer_s(self, before: Elapsed) -> float:
+        """Seconds that the last hand-over took, of one that had `arrived` after `before`."""
+        return (self.stage_ms["transfer"] - before.stage_ms.get("transfer", 0.0)) / 1e3
+
     def finished(self, stage: str) -> Elapsed:
         """The stage that began with `arrived`, or with this object, is over."""
         now = time.time()

@@ -6,10 +6,12 @@ Wraps llava_core.prepare and adds nothing to it but what fetches, threads, the c
 from __future__ import annotations
 
 import asyncio
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 from deployments.fetch import Fetcher
 from deployments.messages import Elapsed, Prepared, Rejected
+from deployments.metrics import QUEUE_WAIT, STAGE_DURATION, Recorder, Unrecorded, cache_readings
 from deployments.settings import FetchArgs
 from deployments.watchdog import Watchdog
 from llava_core.errors import LlavaError
@@ -20,11 +22,20 @@ from llava_core.types import GenerationRequest, PreparedRequest
 class Preprocessor:
     """Prepares up to `num_threads` requests at once: as many decoded pictures are in memory, whoever hangs up."""
 
-    def __init__(self, preparer: Preparer, *, num_threads: int = 4, fetcher: Fetcher | None = None) -> None:
+    def __init__(
+        self,
+        preparer: Preparer,
+        *,
+        num_threads: int = 4,
+        fetcher: Fetcher | None = None,
+        recorder: Recorder | None = None,
+    ) -> None:
         self._preparer = preparer
         self._fetcher = fetcher or Fetcher(FetchArgs())
         self._threads = ThreadPoolExecutor(num_threads, "prepare")
         self._watchdog = Watchdog("preprocessor")
+        self._recorder = recorder or Unrecorded()
+        self._recorder.watch(lambda: cache_readings(preparer.cache, "tiles"))
 
     async def prepare(self, request: GenerationRequest) -> Prepared | Rejected:
         """Ids and tiles, or what is wrong with the request.
@@ -40,7 +51,7 @@ class Preprocessor:
             except LlavaError as error:
                 return Rejected(error)
             elapsed = elapsed.finished("fetch")
-        job = self._threads.submit(self._work, request)
+        job = self._threads.submit(self._work, request, time.perf_counter())
         result = asyncio.wrap_future(job)
         try:
             prepared = await asyncio.shield(result)
@@ -56,6 +67,10 @@ class Preprocessor:
         """For Serve, which replaces a replica that raises here."""
         self._watchdog.check()
 
-    def _work(self, request: GenerationRequest) -> PreparedRequest:
+    def _work(self, request: GenerationRequest, asked: float) -> PreparedRequest:
+        began = time.perf_counter()
+        self._recorder.observe(QUEUE_WAIT, began - asked, "preprocess")
         with self._watchdog.work():
-            return self._preparer.prepare(request)
+            prepared = self._preparer.prepare(request)
+        self._recorder.observe(STAGE_DURATION, time.perf_counter() - began, "preprocess")
+        return prepared

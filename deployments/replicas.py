@@ -25,6 +25,7 @@ from deployments.fetch import Fetcher
 from deployments.gateway import Gateway
 from deployments.generator import Generator
 from deployments.handoff import Handoff
+from deployments.metrics import RayRecorder, engine_readings
 from deployments.pipeline import Pipeline
 from deployments.preflight import FoundCheckpoint
 from deployments.preprocessor import Preprocessor
@@ -35,7 +36,7 @@ from deployments.vision_encoder import VisionEncoder
 from llava_core.errors import LlavaError
 
 if TYPE_CHECKING:
-    from starlette.applications import Starlette
+    from starlette.types import ASGIApp
     from torch import nn
 
     from llava_core.checkpoints.load import LoadOptions
@@ -77,9 +78,10 @@ class GatewayReplica:
             keys=None if args.auth.keys_file is None else KeyRing(Path(args.auth.keys_file)),
             origins=args.cors.origins,
             echo_request_id=False,
+            recorder=RayRecorder().start(),
         )
 
-    def __serve_build_asgi_app__(self) -> Starlette:
+    def __serve_build_asgi_app__(self) -> ASGIApp:
         return self._gateway.app
 
 
@@ -94,7 +96,12 @@ class PreprocessorReplica(Preprocessor):
         preparer = load_preparer(
             checkpoint.open(), template=args.template, limits=args.limits.request, cache_bytes=stage.cache_bytes
         )
-        super().__init__(preparer, num_threads=stage.max_ongoing_requests, fetcher=Fetcher(args.fetch))
+        super().__init__(
+            preparer,
+            num_threads=stage.max_ongoing_requests,
+            fetcher=Fetcher(args.fetch),
+            recorder=RayRecorder().start(),
+        )
 
 
 class VisionEncoderReplica(VisionEncoder):
@@ -103,7 +110,8 @@ class VisionEncoderReplica(VisionEncoder):
     def __init__(self, args: AppArgs, checkpoint: FoundCheckpoint, handoff: Handoff) -> None:
         adopt_serve_logging()
         tower, cores = in_thread_of_its_own(lambda: _load_tower(args.vision_encoder, checkpoint))
-        super().__init__(tower, handoff, cache_bytes=args.vision_encoder.cache_bytes, cores=cores)
+        cache_bytes, recorder = args.vision_encoder.cache_bytes, RayRecorder().start()
+        super().__init__(tower, handoff, cache_bytes=cache_bytes, cores=cores, recorder=recorder)
 
 
 class GeneratorReplica(Generator):
@@ -115,7 +123,9 @@ class GeneratorReplica(Generator):
 
         engine, cores = in_thread_of_its_own(lambda: _load_engine(args, checkpoint))
         running = AsyncEngine(engine, before_step=cores.claim, when_idle=cores.release)
-        super().__init__(running, handoff, chunk_gap_s=args.engine.chunk_gap_ms / 1e3)
+        recorder = RayRecorder().start()
+        recorder.watch(lambda: engine_readings(engine.stats))
+        super().__init__(running, handoff, chunk_gap_s=args.engine.chunk_gap_ms / 1e3, recorder=recorder)
 
 
 def _listening_host() -> str:

@@ -10,10 +10,12 @@ import asyncio
 import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING
 
 from deployments.handoff import Handoff
 from deployments.messages import Encoded, PackedFeatures, Prepared, Rejected, pack, without_tiles
+from deployments.metrics import IMAGES, QUEUE_WAIT, STAGE_DURATION, Recorder, Unrecorded, cache_readings
 from deployments.shared_cores import Cores, OwnCores
 from deployments.watchdog import Watchdog
 from llava_core.errors import EngineError
@@ -26,21 +28,27 @@ if TYPE_CHECKING:
     from llava_core.vision.towers import VisionTower
 
 logger = logging.getLogger(__name__)
-_REPORT_S = 60.0
 
 
 class VisionEncoder:
     """One tower, one thread: requests are encoded in the order they come, so equal pictures never run side by side."""
 
     def __init__(
-        self, tower: VisionTower, handoff: Handoff, *, cache_bytes: int = 0, cores: Cores | None = None
+        self,
+        tower: VisionTower,
+        handoff: Handoff,
+        *,
+        cache_bytes: int = 0,
+        cores: Cores | None = None,
+        recorder: Recorder | None = None,
     ) -> None:
         """`cores` is told when a request's pictures are done."""
         self.cache: LruCache[Tensor] = LruCache(cache_bytes)
         self._tower = tower
         self._handoff = handoff
         self._cores = OwnCores() if cores is None else cores
-        self._report_at = time.monotonic() + _REPORT_S
+        self._recorder = recorder or Unrecorded()
+        self._recorder.watch(lambda: cache_readings(self.cache, "features"))
         self._thread = ThreadPoolExecutor(1, "tower")
         self._watchdog = Watchdog("vision encoder")
 
@@ -51,8 +59,10 @@ class VisionEncoder:
             return handed
         assert isinstance(handed, Prepared), type(handed)
         elapsed = handed.elapsed.arrived()
+        self._recorder.observe(STAGE_DURATION, elapsed.transfer_s(handed.elapsed), "transfer")
+        work = partial(self._encode, handed.request, time.perf_counter())
         try:
-            features = await asyncio.get_running_loop().run_in_executor(self._thread, self._encode, handed.request)
+            features = await asyncio.get_running_loop().run_in_executor(self._thread, work)
         except (RuntimeError, ValueError) as error:
             # RuntimeError is also torch's lack of memory: this request ends, the replica goes on.
             logger.exception("request %s could not be encoded", handed.request.request_id)
@@ -63,21 +73,17 @@ class VisionEncoder:
         """For Serve, which replaces a replica that raises here."""
         self._watchdog.check()
 
-    def _encode(self, request: PreparedRequest) -> tuple[PackedFeatures, ...]:
+    def _encode(self, request: PreparedRequest, asked: float) -> tuple[PackedFeatures, ...]:
         from llava_core.vision.encode import encode_images
 
+        began = time.perf_counter()
+        self._recorder.observe(QUEUE_WAIT, began - asked, "encode")
+        self._recorder.observe(IMAGES, len(request.images))
         try:
             with self._watchdog.work():
                 # Packing copies nothing: what is kept and what is handed over are the same bytes.
-                return tuple(pack(features) for features in encode_images(self._tower, request.images, self.cache))
+                packed = tuple(pack(features) for features in encode_images(self._tower, request.images, self.cache))
         finally:
             self._cores.release()
-            self._report()
-
-    def _report(self) -> None:
-        """Once a minute while there is work: whether the cache is of any use, and whether it is full."""
-        now, cache = time.monotonic(), self.cache
-        if now >= self._report_at:
-            self._report_at = now + _REPORT_S
-            hits, looked_up = cache.num_hits, cache.num_hits + cache.num_misses
-            logger.info("feature cache: %d of %d pictures since the start, %d bytes", hits, looked_up, cache.num_bytes)
+        self._recorder.observe(STAGE_DURATION, time.perf_counter() - began, "encode")
+        return packed

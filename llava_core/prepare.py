@@ -61,6 +61,11 @@ class Preparer:
     def __post_init__(self) -> None:
         object.__setattr__(self, "_cache", LruCache(self.cache_bytes))
 
+    @property
+    def cache(self) -> LruCache[PreparedImage]:
+        """The pictures that are kept."""
+        return self._cache
+
     def prepare(self, request: GenerationRequest) -> PreparedRequest:
         """Raises RequestError (ImageError, PromptTooLongError, ...) naming field, cause and limit."""
         self.check(request)

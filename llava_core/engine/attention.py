@@ -41,7 +41,8 @@ class CacheShape:
 
 class PagedCache:
     """Keys and values of every block: per layer (num_blocks, block_size, num_heads, head_dim). With `heads_first` they
-    lie in memory head by head, whatever the order of the dimensions."""
+    lie in memory head by head, whatever the order of the dimensions. `slots` are the same memory token by token: per
+    layer keys and values, (num_blocks * block_size, num_heads, head_dim) each."""
 
     def __init__(
         self, shape: CacheShape, dtype: torch.dtype, device: torch.device, *, heads_first: bool = False
@@ -51,16 +52,24 @@ class PagedCache:
         def pages() -> Tensor:
             blocks, heads = (shape.num_blocks, shape.block_size), (shape.num_heads,)
             size = (*heads, *blocks) if heads_first else (*blocks, *heads)
-            empty = torch.empty(*size, shape.head_dim, dtype=dtype, device=device)
-            return empty.permute(1, 2, 0, 3) if heads_first else empty
+            # Written to at once: a system gives memory away when it is touched, which in the midst of an answer takes
+            # tens of milliseconds, and finds out only then that there is none.
+            zeros = torch.zeros(*size, shape.head_dim, dtype=dtype, device=device)
+            return zeros.permute(1, 2, 0, 3) if heads_first else zeros
 
         self.keys = [pages() for _ in range(shape.num_layers)]
         self.values = [pages() for _ in range(shape.num_layers)]
+        self.slots = [
+            (keys.flatten(0, 1), values.flatten(0, 1)) for keys, values in zip(self.keys, self.values, strict=True)
+        ]
 
     def write(self, layer: int, slots: Tensor, key: Tensor, value: Tensor) -> None:
         """Store `key` and `value` (tokens, num_heads, head_dim) in these slots: block * block_size + offset."""
-        for pages, new in ((self.keys[layer], key), (self.values[layer], value)):
-            pages.flatten(0, 1).index_copy_(0, slots, new.to(pages.dtype))
+        keys, values = self.slots[layer]
+        if key.dtype != keys.dtype:
+            key, value = key.to(keys.dtype), value.to(keys.dtype)
+        keys.index_copy_(0, slots, key)
+        values.index_copy_(0, slots, value)
 
 
 class Backend(Protocol):

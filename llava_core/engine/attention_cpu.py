@@ -16,6 +16,8 @@ from llava_core.engine.attention import PagedCache, Span, slots_of, visible
 from llava_core.engine.attention_plan import Gathered, Plan, find_runs, plan_reads
 from llava_core.kernels.attention import attend, kept_dtype
 
+_FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+
 
 @dataclass(frozen=True)
 class _Prompt:
@@ -65,36 +67,42 @@ class CpuBatch:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
         """As Batch.attend."""
         self._cache.write(layer, self._slots, key, value)
-        keys, values = (pages.flatten(0, 1) for pages in (self._cache.keys[layer], self._cache.values[layer]))
+        keys, values = self._cache.slots[layer]
+        if not self._prompts and (plan := self._plan(window, query.dtype)).rows == slice(0, len(query)):
+            return self._write(plan, query, keys, values, scale)
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
         for prompt in self._prompts:
             rows = slice(prompt.first, prompt.first + prompt.span.num_queries)
             mask = self._mask(prompt, query.shape[1] // keys.shape[1], window, query.dtype)
             out[rows] = _read(query[rows], keys[prompt.slots], values[prompt.slots], mask, scale)
         if self._writing:
-            self._write(out, query.to(keys.dtype), keys.transpose(0, 1), values.transpose(0, 1), scale, window)
+            plan = self._plan(window, query.dtype)
+            out[plan.rows] = self._write(plan, query, keys, values, scale)
         return out
 
-    def _write(
-        self, out: Tensor, query: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None
-    ) -> None:
-        """Fill the rows of requests that have one token in this step; `keys` and `values` (heads, slots, head_dim)."""
+    def _plan(self, window: int | None, dtype: torch.dtype) -> Plan:
+        """For the requests that have one token in this step."""
         if window not in self._plans:
-            self._plans[window] = plan_reads(find_runs(self._writing, self._block_size, window), query.dtype)
-        plan = self._plans[window]
-        results = [
-            *(_see_run(query[run.rows], keys[:, run.slots], values[:, run.slots], scale) for run in plan.runs),
-            *(_see_gathered(query[part.rows], keys, values, part, scale) for part in plan.gathered),
-        ]
+            kept = kept_dtype(dtype, "cpu")
+            self._plans[window] = plan_reads(find_runs(self._writing, self._block_size, window), kept)
+        return self._plans[window]
+
+    def _write(self, plan: Plan, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+        """The results (rows, num_heads, head_dim) of a plan's rows; `keys` and `values` (slots, heads, head_dim)."""
+        dtype, query = query.dtype, query.to(keys.dtype)
+        keys, values = keys.transpose(0, 1), values.transpose(0, 1)
+        is_mixed = plan.table is not None
+        results = [_see_run(query[run.rows], keys[:, run.slots], values[:, run.slots], scale) for run in plan.runs]
+        results += [_see_gathered(query[part.rows], keys, values, part, scale, is_mixed) for part in plan.gathered]
         if plan.table is None:
-            out[plan.rows] = torch.cat([seen for seen, _ in results]).to(out.dtype)
-            return
+            seen = [seen for seen, _ in results]
+            return (seen[0] if len(seen) == 1 else torch.cat(seen)).to(dtype)
         # Softmax over several parts: each part's result counts as much as the sum of its exponentials.
-        heads, head_dim = out.shape[1:]
-        seen = torch.cat([*(seen for seen, _ in results), query.new_zeros(1, heads, head_dim)])
+        heads, head_dim = query.shape[1:]
+        together = torch.cat([*(seen for seen, _ in results), query.new_zeros(1, heads, head_dim)])
         logsumexp = torch.cat([*(sums for _, sums in results), torch.full((1, heads), -torch.inf)])
         weights = logsumexp[plan.table].softmax(1)
-        out[plan.rows] = (seen[plan.table] * weights[..., None]).sum(1).to(out.dtype)
+        return (together[plan.table] * weights[..., None]).sum(1).to(dtype)
 
     def _all_slots(self, span: Span) -> Tensor | slice:
         """Of all of a request's tokens: in place where they lie side by side."""
@@ -128,17 +136,18 @@ def _see_run(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple
     return _unfold(seen[0], len(query)), _unfold(logsumexp[0, :, :, None], len(query))[..., 0]
 
 
-def _see_gathered(query: Tensor, keys: Tensor, values: Tensor, part: Gathered, scale: float) -> tuple[Tensor, Tensor]:
-    """The same, of rows that see each their own."""
+def _see_gathered(
+    query: Tensor, keys: Tensor, values: Tensor, part: Gathered, scale: float, is_mixed: bool
+) -> tuple[Tensor, Tensor]:
+    """The same, of rows that see each their own; the logarithms are numbers only where they are to be mixed."""
     rows, heads = len(query), len(keys)
     keys, values = (pages.index_select(1, part.slots).unflatten(1, (rows, -1)) for pages in (keys, values))
     grouped = query.unflatten(1, (heads, -1))
     if rows > 1 and grouped.shape[2] == 1 and query.dtype == torch.bfloat16:
-        seen, logsumexp = _see_written(grouped.transpose(0, 1), keys, values, part.mask, scale)
-    else:
-        keys, values = keys.transpose(0, 1), values.transpose(0, 1)
-        mask = None if part.mask is None else part.mask[:, None, None]
-        seen, logsumexp = _see(grouped, keys, values, mask, scale)
+        return _see_written(query.transpose(0, 1), keys, values, part.mask, scale, is_mixed)
+    keys, values = keys.transpose(0, 1), values.transpose(0, 1)
+    mask = None if part.mask is None else part.mask[:, None, None]
+    seen, logsumexp = _see(grouped, keys, values, mask, scale)
     return seen.flatten(1, 2), logsumexp.flatten(1)
 
 
@@ -148,30 +157,31 @@ def _see(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale
     if num_queries == 1 and query.dtype == torch.bfloat16:
         # The kernel takes three times as long for one query as for two.
         query = query.expand(-1, -1, 2, -1)
-    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    seen, logsumexp = attention(query, keys, values, attn_mask=mask, scale=scale)
+    seen, logsumexp = _FUSED(query, keys, values, attn_mask=mask, scale=scale)
     return seen[:, :, :num_queries], logsumexp[:, :, :num_queries]
 
 
 def _see_written(
-    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float, is_mixed: bool
 ) -> tuple[Tensor, Tensor]:
-    """The same of (heads, rows, tokens, head_dim), one query each: for many of them the kernel takes several times as
-    long as the products."""
-    shape = query.shape
-    query, keys, values = (part.flatten(0, 1) for part in (query, keys, values))
+    """The same of `query` (heads, rows, head_dim) over (heads, rows, tokens, head_dim): for many rows of one query each
+    the kernel takes several times as long as the products."""
+    heads, rows, length, head_dim = keys.shape
+    query, keys, values = query.reshape(-1, 1, head_dim), keys.flatten(0, 1), values.flatten(0, 1)
     scores = torch.baddbmm(query.new_zeros(1), query, keys.transpose(1, 2), beta=0, alpha=scale)
     if mask is not None:
-        scores.view(*shape[:2], -1).add_(mask)
-    seen = torch.bmm(scores.softmax(-1), values).view(shape)
-    return seen.transpose(0, 1), scores.float().logsumexp(-1).view(shape[:3]).transpose(0, 1)
+        scores.view(heads, rows, length).add_(mask)
+    seen = torch.bmm(scores.softmax(-1), values).view(heads, rows, head_dim).transpose(0, 1)
+    if not is_mixed:
+        return seen, scores.new_empty(0)
+    return seen, scores.float().logsumexp(-1).view(heads, rows).transpose(0, 1)
 
 
 def _fold(query: Tensor, num_kv_heads: int) -> Tensor:
     """(tokens, heads, dim) to (1, num_kv_heads, tokens * group, dim): the heads of a group read the same keys."""
     tokens, heads, dim = query.shape
     grouped = query.view(tokens, num_kv_heads, heads // num_kv_heads, dim)
-    return grouped.transpose(0, 1).reshape(1, num_kv_heads, -1, dim)
+    return grouped if tokens == 1 else grouped.transpose(0, 1).reshape(1, num_kv_heads, -1, dim)
 
 
 def _unfold(seen: Tensor, tokens: int) -> Tensor:

@@ -81,7 +81,8 @@ def plan_reads(found: list[tuple[slice, list[int]]], dtype: torch.dtype) -> Plan
     short: defaultdict[int, list[slice]] = defaultdict(list)
     for slots, rows in found:
         is_whole = len(rows) == 1 and parts[rows[0]] == 1
-        if slots.stop - slots.start >= (_LONG if is_whole or len(rows) > 1 else _LONG_ALONE):
+        is_all = is_whole and len(parts) == 1
+        if is_all or slots.stop - slots.start >= (_LONG if is_whole or len(rows) > 1 else _LONG_ALONE):
             plan.runs.append(Run(slots, _as_index(rows)))
             lines += rows
         else:

@@ -230,6 +230,7 @@ class Engine:
         stats = self.stats
         stats.num_steps += 1
         stats.step_seconds += seconds
+        stats.scheduled_requests += len(chunks)
         stats.computed_tokens += sum(chunk.length for chunk in chunks)
         stats.cached_tokens = self._scheduler.num_cached
         stats.num_preemptions = self._scheduler.num_preemptions

@@ -6,7 +6,7 @@ Knows nothing about who is admitted, how a token is chosen, or how attention is 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -20,8 +20,10 @@ from llava_core.engine.request import RequestState
 from llava_core.engine.scheduler import Chunk
 from llava_core.errors import EngineError
 from llava_core.memory import available_bytes
+from llava_core.models.fused import FusedDecoder
 from llava_core.models.language import LanguageSide
 from llava_core.models.splice import splice
+from llava_core.prompts.tokenize import IMAGE_TOKEN_ID
 from llava_core.types import ImageFeatures
 
 # Of what is free once the model is loaded, by device. A GPU is the engine's alone; activations need some of it.
@@ -36,13 +38,17 @@ class ModelRunner:
     def __init__(self, model: LanguageSide, backend: Backend, num_blocks: int, block_size: int) -> None:
         self.model = model
         self._backend = backend
+        # Asked for once: transformers finds each of them anew, which in every step takes longer than to embed a token.
+        self._device, self._embeddings = model.device, model.decoder.get_input_embeddings()
+        self._head = model.decoder.get_output_embeddings()
+        self._is_fused = isinstance(model.decoder.model, FusedDecoder)
         config = model.decoder.config
         rope = (config.rope_parameters or {}).get("rope_type", "default")
         if rope in _VARYING_ROPE:
             raise EngineError(f"rope_type {rope!r} depends on the longest text in a batch and is not supported")
         shape = cache_shape(model, num_blocks, block_size)
         dtype = backend.cache_dtype(model.decoder.dtype)
-        self.cache = PagedCache(shape, dtype, model.device, heads_first=backend.heads_first)
+        self.cache = PagedCache(shape, dtype, self._device, heads_first=backend.heads_first)
 
     def run(self, chunks: Sequence[Chunk]) -> Tensor:
         """Run the chunks' tokens through the model, keep their keys and values, and return logits (rows, vocab) of
@@ -50,10 +56,11 @@ class ModelRunner:
         spans = [Span(chunk.length, chunk.stop, chunk.state.blocks) for chunk in chunks]
         positions = [place for chunk in chunks for place in range(chunk.start, chunk.stop)]
         decoder = self.model.decoder
-        with _paged_attention(decoder):
+        # A fused decoder has no other attention.
+        with nullcontext() if self._is_fused else _paged_attention(decoder):
             hidden = decoder.model(
                 inputs_embeds=self._embed(chunks),
-                position_ids=torch.tensor([positions], device=self.model.device),
+                position_ids=torch.tensor([positions], device=self._device),
                 use_cache=False,
                 paged=self._backend.batch(self.cache, spans),
             ).last_hidden_state[0]
@@ -63,15 +70,19 @@ class ModelRunner:
             first += chunk.length
         # Where answers alone are written, all of them.
         last = hidden if len(rows) == len(positions) else hidden[rows]
-        logits: Tensor = decoder.get_output_embeddings()(last)
+        logits: Tensor = self._head(last)
         return logits
 
     def _embed(self, chunks: Sequence[Chunk]) -> Tensor:
         """(1, tokens, hidden), of pictures those rows that the chunks hold."""
         ids = [token for chunk in chunks for token in chunk.state.tokens[chunk.start : chunk.stop]]
         rows = [part for chunk in chunks for part in self._image_rows(chunk)]
-        embeddings = self.model.decoder.get_input_embeddings()
-        return splice(torch.tensor([ids], device=self.model.device), embeddings, torch.cat(rows) if rows else None)
+        tokens = torch.tensor([ids], device=self._device)
+        if not rows and IMAGE_TOKEN_ID not in ids:
+            # Of most steps.
+            embedded: Tensor = self._embeddings(tokens)
+            return embedded
+        return splice(tokens, self._embeddings, torch.cat(rows) if rows else None)
 
     def _image_rows(self, chunk: Chunk) -> list[Tensor]:
         state, parts = chunk.state, []

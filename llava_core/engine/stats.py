@@ -16,6 +16,8 @@ class EngineStats:
     computed_tokens: int = 0
     cached_tokens: int = 0
     output_tokens: int = 0
+    # Of all steps, the requests in each: over num_steps, the mean batch size.
+    scheduled_requests: int = 0
     num_preemptions: int = 0
     num_finished: int = 0
     num_failed: int = 0

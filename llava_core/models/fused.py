@@ -53,9 +53,15 @@ def _is_plain(model: nn.Module) -> bool:
 class FusedDecoder(nn.Module):
     """Takes the place, and the weights, of a transformers model without its head."""
 
+    cos: Tensor
+    signed_sin: Tensor
+
     def __init__(self, model: LlamaModel | MistralModel) -> None:
         super().__init__()
-        self.embed_tokens, self.rotary_emb, self.norm = model.embed_tokens, model.rotary_emb, Norm(model.norm)
+        self.embed_tokens, self.norm = model.embed_tokens, Norm(model.norm)
+        cos, signed_sin = _rotations(model)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("signed_sin", signed_sin, persistent=False)
         window = model.config.sliding_window if isinstance(model, MistralModel) else None
         self.layers = nn.ModuleList()
         for index in range(len(model.layers)):
@@ -65,13 +71,22 @@ class FusedDecoder(nn.Module):
 
     def forward(self, inputs_embeds: Tensor, position_ids: Tensor, paged: Batch, **_: object) -> BaseModelOutput:
         """`inputs_embeds` (1, tokens, hidden) and `position_ids` (1, tokens) to as many hidden states."""
-        cos, sin = self.rotary_emb(inputs_embeds, position_ids)
-        half = sin.shape[-1] // 2
-        rotation = cos[0][:, None], torch.cat((-sin[0, :, :half], sin[0, :, half:]), -1)[:, None]
+        positions = position_ids[0]
+        rotation = self.cos.index_select(0, positions), self.signed_sin.index_select(0, positions)
         hidden = inputs_embeds[0]
         for layer in self.layers:
             hidden = layer(hidden, rotation, paged)
         return BaseModelOutput(self.norm(hidden)[None])
+
+
+def _rotations(model: LlamaModel | MistralModel) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of every position, (positions, 1, head_dim), as transformers computes them at each step; the first
+    half of the sine is negative, because that of the numbers it is multiplied with would have to be."""
+    weight = model.embed_tokens.weight
+    positions = torch.arange(model.config.max_position_embeddings, device=weight.device)[None]
+    cos, sin = model.rotary_emb(weight[:0], positions)
+    half = sin.shape[-1] // 2
+    return cos[0][:, None], torch.cat((-sin[0, :, :half], sin[0, :, half:]), -1)[:, None]
 
 
 class FusedLayer(nn.Module):

@@ -23,7 +23,6 @@ def splice(ids: Tensor, embed: Callable[[Tensor], Tensor], image_rows: Tensor | 
     if num_placeholders != num_rows:
         raise ValueError(f"the prompt has {num_placeholders} image placeholders but {num_rows} feature rows came")
     if image_rows is None:
-        # Of most steps: looked up in one piece.
         return embed(ids)
     text = embed(ids[~is_image])
     out = torch.empty((*ids.shape, text.shape[-1]), dtype=text.dtype, device=text.device)

@@ -1,10 +1,13 @@
 """Stand-ins for handles and for the graph: what they were asked, and answers that were written in advance."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections import Counter as Totals
+from collections import defaultdict
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from typing import Any, Self
 
 from deployments.messages import Item, StageHealth
+from deployments.metrics import Counter, Histogram, Metric, Reading
 from llava_core.types import GenerationRequest, TokenDelta, Usage
 
 
@@ -94,3 +97,26 @@ def answer(*texts: str, **last: Any) -> list[TokenDelta]:
     *others, final = texts
     ending = {"finish_reason": "stop", "usage": Usage(11, len(texts), 4), "stage_ms": {"prefill": 2.0}} | last
     return [*(TokenDelta("id", text, (1,)) for text in others), TokenDelta("id", final, (2,), **ending)]
+
+
+class FakeRecorder:
+    """Remembers what it was told, by metric and labels."""
+
+    def __init__(self) -> None:
+        self.counted: Totals[tuple[Metric, tuple[str, ...]]] = Totals()
+        self.observed: defaultdict[tuple[Metric, tuple[str, ...]], list[float]] = defaultdict(list)
+        self.watched: list[Callable[[], Iterable[Reading]]] = []
+
+    def count(self, counter: Counter, *labels: str, by: float = 1) -> None:
+        assert len(labels) == len(counter.labels), counter
+        self.counted[counter, labels] += by  # type: ignore[assignment]
+
+    def observe(self, histogram: Histogram, value: float, *labels: str) -> None:
+        assert len(labels) == len(histogram.labels), histogram
+        self.observed[histogram, labels].append(value)
+
+    def watch(self, read: Callable[[], Iterable[Reading]]) -> None:
+        self.watched.append(read)
+
+    def readings(self) -> dict[tuple[Metric, tuple[str, ...]], float]:
+        return {(metric, labels): value for read in self.watched for metric, value, labels in read()}

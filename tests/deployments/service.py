@@ -50,6 +50,7 @@ class Running:
     logs: Path
     client: openai.OpenAI
     pid: int
+    metrics_url: str
 
     def post(self, **body: Any) -> httpx.Response:
         return httpx.post(f"{self.url}/v1/chat/completions", json=body, timeout=60)
@@ -109,18 +110,23 @@ def llava(command: str, *arguments: str) -> list[str]:
     return [sys.executable, "-c", PROGRAM, command, *arguments]
 
 
-def write_config(checkpoint: Path, folder: Path, *, route_prefix: str = "/", **args: Any) -> Path:
-    """A configuration of one application with these settings."""
+def write_config(
+    checkpoint: Path, folder: Path, *, route_prefix: str = "/", options: dict[str, Any] | None = None, **args: Any
+) -> Path:
+    """A configuration of one application with these settings, and with these options of Serve's own beside it."""
     application = {"name": "llava", "route_prefix": route_prefix, "import_path": "deployments.app:build_app"}
     config = folder / "config.yaml"
-    config.write_text(yaml.safe_dump({"applications": [{**application, "args": {"model": str(checkpoint), **args}}]}))
+    applications = [{**application, "args": {"model": str(checkpoint), **args}}]
+    config.write_text(yaml.safe_dump({**(options or {}), "applications": applications}))
     return config
 
 
 @contextlib.contextmanager
-def serving(checkpoint: Path, folder: Path, *, route_prefix: str = "/", **args: Any) -> Iterator[Running]:
+def serving(
+    checkpoint: Path, folder: Path, *, route_prefix: str = "/", options: dict[str, Any] | None = None, **args: Any
+) -> Iterator[Running]:
     """A service of this checkpoint with these settings, until the block ends as Ctrl-C ends it."""
-    config = write_config(checkpoint, folder, route_prefix=route_prefix, **args)
+    config = write_config(checkpoint, folder, route_prefix=route_prefix, options=options, **args)
     port = free_port()
     with started(llava("serve", "--config", str(config), "--port", str(port))) as (process, files):
         printed = read_until(process, "  logs ")
@@ -130,9 +136,10 @@ def serving(checkpoint: Path, folder: Path, *, route_prefix: str = "/", **args: 
         assert session.parent == files / "ray"
         assert session.is_dir()
         assert not session.is_symlink()
+        metrics = next(line.split()[-1] for line in printed.splitlines() if line.startswith("  metrics "))
         url = f"http://127.0.0.1:{port}{route_prefix.rstrip('/')}"
         with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60) as client:
-            yield Running(url, checkpoint.name, files / "ray", client, process.pid)
+            yield Running(url, checkpoint.name, files / "ray", client, process.pid, metrics)
         interrupt(process)
 
 

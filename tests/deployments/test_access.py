@@ -58,8 +58,8 @@ def _assert_refused(response: Any, status: int, code: str) -> dict[str, Any]:
 def test_no_route_but_health_answers_without_a_key(path: Path) -> None:
     """Asked of every route there is, so that a new one is asked as well."""
     engine = ScriptedEngine(answer("x"))
-    app = Gateway(engine, all_ready, model_name="m", keys=KeyRing(path)).app
-    routes = [route.path.replace("{name:path}", "m") for route in app.routes]
+    gateway = Gateway(engine, all_ready, model_name="m", keys=KeyRing(path))
+    routes = [route.path.replace("{name:path}", "m") for route in gateway.routes]
     assert {PATH, "/v1/models", "/health"} <= set(routes)
     with _client(path, engine) as client:
         for route in [*routes, "/", "/nothing", "/health/", "/v1"]:
@@ -106,6 +106,15 @@ def test_a_key_that_is_not_good_does_not_get_in(header: str | None, code: str, p
     with _client(path) as client:
         error = _assert_refused(client.get("/v1/models", headers=headers), 401, code)
     assert key not in error["message"]
+
+
+def test_the_log_names_the_key_that_was_used(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    headers = _add(path)
+    with caplog.at_level("INFO", "deployments"), _client(path) as client:
+        client.get("/v1/models", headers=headers)
+        client.get("/v1/models")
+    assert [getattr(record, "key_id", None) for record in caplog.records if hasattr(record, "status")] == ["team", None]
+    assert headers["authorization"].rsplit(".", 1)[1] not in caplog.text
 
 
 def test_two_keys_at_once_are_none(path: Path) -> None:

@@ -15,6 +15,7 @@ from deployments.errors import StageLostError
 from deployments.generator import Generator
 from deployments.handoff import LocalHandoff
 from deployments.messages import Elapsed, Item, Prepared, Rejected
+from deployments.metrics import IMAGE_TOKENS, PREFIX_HIT_TOKENS, PROMPT_TOKENS, QUEUE_WAIT, STAGE_DURATION
 from llava_core.checkpoints.load import LoadOptions, load_language_side
 from llava_core.checkpoints.tokenizer import load_tokenizer
 from llava_core.engine.async_engine import AsyncEngine
@@ -22,7 +23,7 @@ from llava_core.engine.config import EngineConfig
 from llava_core.engine.engine import Engine
 from llava_core.errors import EngineError, ImageError, OverloadedError
 from llava_core.types import EngineRequest, PreparedRequest, SamplingParams, TokenDelta, Usage
-from tests.deployments.fakes import answer
+from tests.deployments.fakes import FakeRecorder, answer
 
 
 class ScriptedEngine:
@@ -65,6 +66,22 @@ def test_the_last_delta_tells_the_times_of_all_stages() -> None:
     assert isinstance(items[-1], TokenDelta)
     assert items[0].stage_ms == {}
     assert set(items[-1].stage_ms) == {"preprocess", "transfer", "prefill"}
+
+
+def test_each_answer_is_measured_and_a_prompt_counts_once_for_all_its_answers() -> None:
+    recorder, times = FakeRecorder(), {"queue": 1.0, "prefill": 20.0, "decode": 300.0}
+    deltas = [
+        TokenDelta("id", "", finish_reason="stop", usage=Usage(11, 2, 4, 3), stage_ms=times, index=index)
+        for index in range(2)
+    ]
+    _collect(ScriptedEngine(deltas), _prepared(n=2), recorder=recorder)
+    _collect(ScriptedEngine([], OverloadedError("full")), _prepared(), recorder=recorder)
+    assert recorder.observed[QUEUE_WAIT, ("generate",)] == [0.001] * 2
+    assert recorder.observed[STAGE_DURATION, ("prefill",)] == [0.02] * 2
+    assert recorder.observed[STAGE_DURATION, ("decode",)] == [0.3] * 2
+    assert len(recorder.observed[STAGE_DURATION, ("transfer",)]) == 2
+    tokens = {PROMPT_TOKENS: 11, IMAGE_TOKENS: 4, PREFIX_HIT_TOKENS: 3}
+    assert recorder.counted == {(counter, ()): number for counter, number in tokens.items()}
 
 
 def test_a_rejection_is_the_only_item_and_never_reaches_the_engine() -> None:

@@ -205,8 +205,14 @@ def test_another_model_does_not_get_the_revisions_of_the_configurations(tiny_che
     assert _plan(config, model=str(tiny_checkpoint)).args.revisions is None
 
 
-def test_ports_between_replicas_ask_for_a_token_unless_the_user_says_otherwise() -> None:
-    assert ENVIRONMENT["RAY_AUTH_MODE"] == "token"
+def test_metrics_are_at_the_port_after_the_services_unless_another_is_chosen(tiny_checkpoint: Path) -> None:
+    plan = _plan(model=str(tiny_checkpoint))
+    assert plan.metrics_port == plan.port + 1
+    assert _plan(model=str(tiny_checkpoint), metrics_port=0).metrics_port == 0
+    # There is none after the last.
+    assert _plan(model=str(tiny_checkpoint), port=65535).metrics_port == 0
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(LaunchError, match="with --metrics-port"):
+        _plan(model=str(tiny_checkpoint), metrics_port=taken.getsockname()[1])
 
 
 @pytest.mark.parametrize("is_begun", [True, False])
@@ -225,7 +231,7 @@ def test_stopping_ends_what_was_started_and_no_process_of_the_callers(
             started.append(subprocess.Popen(sleeper))
             if not is_begun:
                 raise LaunchError("Ray did not start")
-            return SimpleNamespace(address_info={"session_dir": "/tmp/ray/session_2"})
+            return SimpleNamespace(address_info={"session_dir": "/tmp/ray/session_2", "metrics_export_port": 9})
 
         monkeypatch.setattr("ray.init", init)
         monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 0.0})
@@ -240,6 +246,7 @@ def test_stopping_ends_what_was_started_and_no_process_of_the_callers(
             later.kill()
         foreign.kill()
         assert service.logs == (Path("/tmp/ray/session_2/logs/serve") if is_begun else None)
+        assert service.metrics_url == ("http://127.0.0.1:9/metrics" if is_begun else None)
 
 
 def test_ray_is_imported_only_after_its_environment_is_set() -> None:

@@ -1,6 +1,7 @@
 """What travels between stages arrives unchanged."""
 
 import pickle
+import time
 
 import numpy as np
 import pytest
@@ -55,3 +56,10 @@ def test_tiles_stay_behind_once_encoded() -> None:
     request = PreparedRequest("id", (1, 2), (image,), SamplingParams())
     assert without_tiles(request).images == ()
     assert Prepared(request, Elapsed()).request.images == (image,)
+
+
+def test_the_last_of_several_hand_overs_is_told_alone() -> None:
+    first = Elapsed({"preprocess": 1.0}, left_at=time.time() - 2.0).arrived()
+    second = Elapsed(first.stage_ms, left_at=time.time() - 3.0)
+    assert second.arrived().transfer_s(second) == pytest.approx(3.0, abs=0.5)
+    assert second.arrived().stage_ms["transfer"] == pytest.approx(5000, abs=500)

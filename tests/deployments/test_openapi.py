@@ -32,7 +32,7 @@ from tests.deployments.fakes import ScriptedEngine, all_ready, answer
 PATH = "/v1/chat/completions"
 HELLO = {"messages": [{"role": "user", "content": "hi"}]}
 GATEWAY = Gateway(ScriptedEngine(answer("Hel", "lo")), all_ready, model_name="m")
-DESCRIPTION = describe_api(GATEWAY.app.routes, has_keys=False)
+DESCRIPTION = describe_api(GATEWAY.routes, has_keys=False)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def _validate(value: Any, name: str) -> None:
 
 
 def test_every_route_is_described_and_everything_described_is_a_route() -> None:
-    routes = {route.name for route in GATEWAY.app.routes}
+    routes = {route.name for route in GATEWAY.routes}
     assert routes == set(OPERATIONS)
     described = {(path, method) for path, methods in DESCRIPTION["paths"].items() for method in methods}
     assert (PATH, "post") in described
@@ -74,7 +74,7 @@ def test_what_is_served_is_the_description(client: TestClient) -> None:
 
 
 def test_keys_are_asked_for_on_every_route_but_the_open_one() -> None:
-    description = describe_api(GATEWAY.app.routes, has_keys=True)
+    description = describe_api(GATEWAY.routes, has_keys=True)
     assert description["security"] == [{"key": []}]
     assert description["components"]["securitySchemes"]["key"]["scheme"] == "bearer"
     for path, methods in description["paths"].items():

@@ -9,11 +9,13 @@ import pytest
 
 from deployments.fetch import Fetcher
 from deployments.messages import Prepared, Rejected
+from deployments.metrics import CACHE_BYTES, CACHE_HITS, CACHE_MISSES, QUEUE_WAIT, STAGE_DURATION
 from deployments.preprocessor import Preprocessor
 from deployments.settings import FetchArgs
 from llava_core.checkpoints.describe import load_preparer
 from llava_core.errors import EngineError, ImageError, RequestError
 from llava_core.types import GenerationRequest, ImagePart, ImageUrl, Message, PreparedRequest, SamplingParams, TextPart
+from tests.deployments.fakes import FakeRecorder
 from tests.deployments.pictures import plain
 
 
@@ -90,6 +92,18 @@ def test_requests_are_prepared_side_by_side(preprocessor: Preprocessor) -> None:
     prepared = asyncio.run(several())
     assert all(isinstance(each, Prepared) for each in prepared)
     assert len({each.request.prompt_ids for each in prepared if isinstance(each, Prepared)}) == 8
+
+
+def test_the_work_on_each_request_and_the_use_of_the_cache_are_measured(tiny_checkpoint: Path) -> None:
+    recorder = FakeRecorder()
+    preprocessor = Preprocessor(load_preparer(tiny_checkpoint, cache_bytes=10**6), recorder=recorder)
+    for parts in ([ImagePart(plain())], [ImagePart(plain())], [TextPart("hi")], [ImagePart(b"no picture")]):
+        asyncio.run(preprocessor.prepare(_request(*parts)))
+    assert len(recorder.observed[QUEUE_WAIT, ("preprocess",)]) == 4
+    assert len(recorder.observed[STAGE_DURATION, ("preprocess",)]) == 3
+    told = recorder.readings()
+    assert (told[CACHE_HITS, ("tiles",)], told[CACHE_MISSES, ("tiles",)]) == (1, 2)
+    assert told[CACHE_BYTES, ("tiles",)] > 0
 
 
 class _Slow:

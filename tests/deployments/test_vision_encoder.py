@@ -1,7 +1,6 @@
 """The encoding stage: features for tiles, pictures that come again, one request's failure, cancellation."""
 
 import asyncio
-import logging
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,12 +11,14 @@ import torch
 
 from deployments.handoff import LocalHandoff
 from deployments.messages import Elapsed, Encoded, Prepared, Rejected, unpack
+from deployments.metrics import CACHE_BYTES, CACHE_HITS, CACHE_MISSES, IMAGES, QUEUE_WAIT, STAGE_DURATION
 from deployments.vision_encoder import VisionEncoder
 from llava_core.checkpoints.load import LoadOptions, load_tower
 from llava_core.errors import EngineError, ImageError
 from llava_core.types import ImageFeatures, PreparedImage, PreparedRequest, SamplingParams, Size
 from llava_core.vision.clip import ClipTower
 from llava_core.vision.encode import encode_images
+from tests.deployments.fakes import FakeRecorder
 from tests.tiny import IMAGE_SIZE
 
 
@@ -75,23 +76,20 @@ def test_without_a_cache_nothing_is_kept(tower: ClipTower) -> None:
     assert encoder.cache.num_bytes == 0
 
 
-def test_the_log_tells_now_and_then_what_the_cache_is_worth(
-    tower: ClipTower, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    encoder, clock = VisionEncoder(tower, LocalHandoff(), cache_bytes=10**6), Clock()
-    monkeypatch.setattr("deployments.vision_encoder.time", clock)
-    with caplog.at_level(logging.INFO, "deployments"):
-        for clock.now in (0.0, 1e12, 1e12 + 59):
-            asyncio.run(encoder.encode(_prepared(_image(10))))
-    [message] = [record.getMessage() for record in caplog.records if record.name == "deployments.vision_encoder"]
-    assert message == f"feature cache: 1 of 2 pictures since the start, {encoder.cache.num_bytes} bytes"
-
-
-class Clock:
-    now = 0.0
-
-    def monotonic(self) -> float:
-        return self.now
+def test_the_work_on_each_request_and_the_use_of_the_cache_are_measured(tower: ClipTower) -> None:
+    recorder = FakeRecorder()
+    encoder = VisionEncoder(tower, LocalHandoff(), cache_bytes=10**6, recorder=recorder)
+    for shades in ((10,), (10, 200)):
+        asyncio.run(encoder.encode(_prepared(*map(_image, shades))))
+    asyncio.run(encoder.encode(_prepared(_odd())))
+    assert recorder.observed[IMAGES, ()] == [1, 2, 1]
+    assert len(recorder.observed[QUEUE_WAIT, ("encode",)]) == 3
+    assert len(recorder.observed[STAGE_DURATION, ("transfer",)]) == 3
+    # Of what failed, no time is told.
+    assert len(recorder.observed[STAGE_DURATION, ("encode",)]) == 2
+    told = recorder.readings()
+    assert (told[CACHE_HITS, ("features",)], told[CACHE_MISSES, ("features",)]) == (1, 3)
+    assert told[CACHE_BYTES, ("features",)] == encoder.cache.num_bytes > 0
 
 
 def test_a_rejection_is_passed_on(tower: ClipTower) -> None:

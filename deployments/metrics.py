@@ -1,0 +1,235 @@
+"""What the service counts about itself: every metric, declared here once, on its way to Prometheus through Ray.
+
+Labels have few values, none of which a client chooses: no prompts, keys, names or ids. Ray puts `ray_` before the names
+on its page, and Serve adds the labels `application`, `deployment` and `replica`. Ray tells of what was observed only
+how many values were in which bucket: counts and quantiles of a histogram are right, its sum is of the buckets' middles.
+
+Counts are kept here and handed on once a second, because each call into Ray takes about 4 µs; a value that is observed
+is one such call, so nothing does that for every token. Ray itself is imported where it is used.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from llava_core.engine.stats import EngineStats
+    from llava_core.lru import LruCache
+
+EXPORTED_PREFIX = "ray_"
+# Thirds of a decade, from a prompt without pictures that is prepared at once to an answer that takes minutes.
+_DURATIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0, 300.0)
+# Readers see a pause of 0.2 s, and the service makes none longer on purpose.
+_GAPS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+_IMAGES = (1.0, 2.0, 4.0, 8.0, 16.0)
+_PUBLISH_S = 1.0
+
+
+# Compared by identity, of which a hash costs nothing: each exists once.
+@dataclass(frozen=True, eq=False)
+class Metric:
+    """What is measured; `labels` are given with each value, in this order."""
+
+    name: str
+    description: str
+    labels: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Counter(Metric):
+    """A total that only grows."""
+
+
+@dataclass(frozen=True, eq=False)
+class Gauge(Metric):
+    """How things stand."""
+
+
+@dataclass(frozen=True, eq=False)
+class Histogram(Metric):
+    """Values in buckets up to each of these bounds."""
+
+    buckets: tuple[float, ...] = _DURATIONS
+
+
+# The gateway's.
+HTTP_REQUESTS = Counter(
+    "llava_http_requests_total", "Requests by route and status; 499: the client hung up.", ("method", "route", "status")
+)
+HTTP_DURATION = Histogram("llava_http_request_duration_seconds", "From head to last byte.", ("route",))
+ERRORS = Counter("llava_errors_total", "Errors that clients were told, by the code in the body.", ("code",))
+CANCELLATIONS = Counter("llava_cancellations_total", "Clients that hung up, `waiting` or `streaming`.", ("phase",))
+TIME_TO_FIRST_TOKEN = Histogram(
+    "llava_time_to_first_token_seconds", "From the request's head to the first piece of its answer.", ("model",)
+)
+CHUNK_GAP = Histogram("llava_inter_chunk_seconds", "Between two pieces of one answer.", ("model",), _GAPS)
+
+# The stages': `stage` is preprocess, encode, transfer, prefill or decode; those that queue are the first two and
+# generate.
+STAGE_DURATION = Histogram("llava_stage_duration_seconds", "Work on one request, by stage.", ("stage",))
+QUEUE_WAIT = Histogram("llava_queue_wait_seconds", "Waiting of one request inside a replica, by stage.", ("stage",))
+IMAGES = Histogram("llava_images_per_request", "Pictures of the requests that were encoded.", (), _IMAGES)
+CACHE_HITS = Counter("llava_cache_hits_total", "Pictures found in the cache of `tiles` or `features`.", ("cache",))
+CACHE_MISSES = Counter("llava_cache_misses_total", "Pictures not found in that cache.", ("cache",))
+CACHE_BYTES = Gauge("llava_cache_bytes", "What the cache holds.", ("cache",))
+
+# The generator's. Prompts count when their answers are over, what was written as it is written.
+PROMPT_TOKENS = Counter("llava_prompt_tokens_total", "Tokens of prompts, those of pictures included.")
+IMAGE_TOKENS = Counter("llava_image_tokens_total", "Tokens of prompts that stand for pictures.")
+PREFIX_HIT_TOKENS = Counter("llava_prefix_cache_hit_tokens_total", "Tokens of prompts found in the prefix cache.")
+GENERATED_TOKENS = Counter("llava_generation_tokens_total", "Tokens written, also for clients that hung up.")
+COMPUTED_TOKENS = Counter("llava_engine_computed_tokens_total", "Tokens run through the model, prompts' included.")
+CACHED_TOKENS = Counter("llava_engine_cached_tokens_total", "Tokens not run, also of answers that were set back.")
+STEPS = Counter("llava_engine_steps_total", "Steps of the engine.")
+STEP_SECONDS = Counter("llava_engine_step_seconds_total", "Time spent in steps.")
+SCHEDULED = Counter("llava_engine_scheduled_requests_total", "Sum of all steps' batch sizes.")
+BATCH_SIZE = Gauge("llava_engine_batch_size", "Requests in the last step.")
+PREEMPTIONS = Counter("llava_engine_preemptions_total", "Answers set back for lack of blocks.")
+FINISHED = Counter("llava_engine_finished_total", "Answers by how they ended, `finished` or `failed`.", ("outcome",))
+RUNNING = Gauge("llava_requests_running", "Answers that are being written.")
+WAITING = Gauge("llava_requests_waiting", "Answers that wait for the engine.")
+BLOCKS = Gauge("llava_kv_cache_blocks", "Blocks of keys and values: `used`, `idle` (kept) or `free`.", ("state",))
+
+METRICS: tuple[Metric, ...] = tuple(value for value in globals().values() if isinstance(value, Metric))
+
+# A metric, its total or present value, and its labels' values.
+Reading = tuple[Counter | Gauge, float, tuple[str, ...]]
+
+
+class Recorder(Protocol):
+    """Where values go. Labels' values come in the order of the metric's labels. Safe to use from several threads."""
+
+    def count(self, counter: Counter, *labels: str, by: float = 1) -> None:
+        """The total grows."""
+        ...
+
+    def observe(self, histogram: Histogram, value: float, *labels: str) -> None:
+        """One more value."""
+        ...
+
+    def watch(self, read: Callable[[], Iterable[Reading]]) -> None:
+        """Ask once a second from now on. Of a counter, `read` tells its total since the start."""
+        ...
+
+
+class Unrecorded:
+    """Values go nowhere: for use without a service."""
+
+    def count(self, counter: Counter, *labels: str, by: float = 1) -> None:
+        """See Recorder."""
+
+    def observe(self, histogram: Histogram, value: float, *labels: str) -> None:
+        """See Recorder."""
+
+    def watch(self, read: Callable[[], Iterable[Reading]]) -> None:
+        """See Recorder."""
+
+
+class RayRecorder:
+    """Values go to Ray's metrics, labelled as this replica's. `publish` hands on what was counted and is watched."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counted: dict[tuple[Counter, tuple[str, ...]], float] = defaultdict(float)
+        # Totals of watched counters, as far as they were handed on.
+        self._handed_on: dict[tuple[Counter, tuple[str, ...]], float] = defaultdict(float)
+        self._watched: list[Callable[[], Iterable[Reading]]] = []
+        self._exported: dict[Metric, Any] = {}
+
+    def start(self) -> RayRecorder:
+        """Publish once a second until the process ends."""
+        threading.Thread(target=self._publish_for_ever, name="metrics", daemon=True).start()
+        return self
+
+    def count(self, counter: Counter, *labels: str, by: float = 1) -> None:
+        """See Recorder."""
+        with self._lock:
+            self._counted[counter, labels] += by
+
+    def observe(self, histogram: Histogram, value: float, *labels: str) -> None:
+        """See Recorder."""
+        self._export(histogram).observe(value, _tags(histogram, labels))
+
+    def watch(self, read: Callable[[], Iterable[Reading]]) -> None:
+        """See Recorder."""
+        with self._lock:
+            self._watched.append(read)
+
+    def publish(self) -> None:
+        """Called by one thread at a time."""
+        with self._lock:
+            counted, self._counted = self._counted, defaultdict(float)
+            watched = tuple(self._watched)
+        for metric, value, labels in (reading for read in watched for reading in read()):
+            if isinstance(metric, Counter):
+                counted[metric, labels] += value - self._handed_on[metric, labels]
+                self._handed_on[metric, labels] = value
+            else:
+                self._export(metric).set(value, _tags(metric, labels))
+        for (counter, labels), by in counted.items():
+            # Ray refuses to count by nothing.
+            if by > 0:
+                self._export(counter).inc(by, _tags(counter, labels))
+
+    def _publish_for_ever(self) -> None:
+        pause = threading.Event()
+        while not pause.wait(_PUBLISH_S):
+            self.publish()
+
+    def _export(self, metric: Metric) -> Any:
+        if metric not in self._exported:
+            with self._lock:
+                if metric not in self._exported:
+                    self._exported[metric] = _ray_metric(metric)
+        return self._exported[metric]
+
+
+def _tags(metric: Metric, labels: tuple[str, ...]) -> dict[str, str]:
+    return dict(zip(metric.labels, labels, strict=True))
+
+
+def _ray_metric(metric: Metric) -> Any:
+    # Which adds Serve's own labels, from the replica that this process is.
+    from ray.serve import metrics
+
+    # Annotated as a tuple of one.
+    labels: Any = metric.labels
+    if isinstance(metric, Histogram):
+        return metrics.Histogram(metric.name, metric.description, boundaries=[*metric.buckets], tag_keys=labels)
+    kind = metrics.Counter if isinstance(metric, Counter) else metrics.Gauge
+    return kind(metric.name, metric.description, tag_keys=labels)
+
+
+def engine_readings(stats: EngineStats) -> list[Reading]:
+    """What an engine counts. Its thread may be at work meanwhile: each number is right, if not all of one moment."""
+    free = stats.num_blocks - stats.used_blocks - stats.idle_blocks
+    return [
+        (GENERATED_TOKENS, stats.output_tokens, ()),
+        (COMPUTED_TOKENS, stats.computed_tokens, ()),
+        (CACHED_TOKENS, stats.cached_tokens, ()),
+        (STEPS, stats.num_steps, ()),
+        (STEP_SECONDS, stats.step_seconds, ()),
+        (SCHEDULED, stats.scheduled_requests, ()),
+        (BATCH_SIZE, stats.batch_size, ()),
+        (PREEMPTIONS, stats.num_preemptions, ()),
+        (FINISHED, stats.num_finished, ("finished",)),
+        (FINISHED, stats.num_failed, ("failed",)),
+        (RUNNING, stats.num_running, ()),
+        (WAITING, stats.num_waiting, ()),
+        (BLOCKS, stats.used_blocks, ("used",)),
+        (BLOCKS, stats.idle_blocks, ("idle",)),
+        (BLOCKS, free, ("free",)),
+    ]
+
+
+def cache_readings(cache: LruCache[Any], name: str) -> list[Reading]:
+    """What a cache of pictures counts."""
+    return [
+        (CACHE_HITS, cache.num_hits, (name,)),
+        (CACHE_MISSES, cache.num_misses, (name,)),
+        (CACHE_BYTES, cache.num_bytes, (name,)),
+    ]

@@ -1,0 +1,106 @@
+"""What the gateway measures: every HTTP request around the whole app, and the pieces of every answer as they come.
+
+Also one line in the log for each request, with its route and never its content. Knows neither bodies nor stages.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import AsyncGenerator, Iterable
+from contextlib import aclosing
+from dataclasses import dataclass
+
+from starlette.routing import BaseRoute, Match, Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from deployments.messages import Item, Rejected
+from deployments.metrics import (
+    CANCELLATIONS,
+    CHUNK_GAP,
+    ERRORS,
+    HTTP_DURATION,
+    HTTP_REQUESTS,
+    TIME_TO_FIRST_TOKEN,
+    Recorder,
+)
+from deployments.request_context import RequestContext, current_request, request_context
+
+logger = logging.getLogger(__name__)
+CLIENT_CLOSED_REQUEST = 499
+_METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
+_OTHER = "other"
+
+
+class RequestMetrics:
+    """Around an ASGI app: whatever answers, a route, a middleware or the last resort, is counted."""
+
+    def __init__(self, app: ASGIApp, routes: Iterable[BaseRoute], recorder: Recorder) -> None:
+        self._app = app
+        self._routes = tuple(route for route in routes if isinstance(route, Route))
+        self._recorder = recorder
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        # Before anything can change the scope.
+        method, route = scope["method"], self._route(scope)
+        response = _Response()
+
+        async def watched(message: Message) -> None:
+            response.note(message)
+            await send(message)
+
+        with request_context() as context:
+            try:
+                await self._app(scope, receive, watched)
+            finally:
+                self._record(method if method in _METHODS else _OTHER, route, response, context)
+
+    def _route(self, scope: Scope) -> str:
+        """The route's pattern: of paths, clients make up as many as they like."""
+        return next((route.path for route in self._routes if route.matches(scope)[0] != Match.NONE), _OTHER)
+
+    def _record(self, method: str, route: str, response: _Response, context: RequestContext) -> None:
+        seconds = time.perf_counter() - context.started
+        status = str(response.status if response.is_whole else CLIENT_CLOSED_REQUEST)
+        self._recorder.count(HTTP_REQUESTS, method, route, status)
+        self._recorder.observe(HTTP_DURATION, seconds, route)
+        if status == str(CLIENT_CLOSED_REQUEST):
+            self._recorder.count(CANCELLATIONS, "waiting" if response.is_whole or not response.status else "streaming")
+        if context.error_code is not None:
+            self._recorder.count(ERRORS, context.error_code)
+        known = {"status": status, "key_id": context.key_id, "error_code": context.error_code}
+        fields = {name: value for name, value in known.items() if value is not None}
+        logger.info("%s %s %s %.1f ms", method, route, status, seconds * 1e3, extra=fields)
+
+
+@dataclass
+class _Response:
+    """What was sent: one that never came to its end was left by its client."""
+
+    status: int = 0
+    is_whole: bool = False
+
+    def note(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+        elif message["type"] == "http.response.body":
+            self.is_whole = not message.get("more_body", False)
+
+
+async def metered(items: AsyncGenerator[Item, None], recorder: Recorder, model: str) -> AsyncGenerator[Item, None]:
+    """The items, each noted as it comes: the first by the time since its request began, others by that between them."""
+    last: float | None = None
+    async with aclosing(items):
+        async for item in items:
+            if not isinstance(item, Rejected):
+                now = time.perf_counter()
+                if last is None:
+                    recorder.observe(TIME_TO_FIRST_TOKEN, now - current_request().started, model)
+                else:
+                    recorder.observe(CHUNK_GAP, now - last, model)
+                last = now
+            yield item

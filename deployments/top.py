@@ -1,0 +1,216 @@
+"""`llava top`: what the service is doing, in a terminal, from Prometheus' page of its metrics and from nothing else.
+
+One page is read by `Page`, two of them become a screen. Found by `llava` through the entry-point group
+`llava.commands`, and imported only when it is called. Imports no Ray.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import click
+import httpx
+from prometheus_client.parser import text_string_to_metric_families
+
+from deployments.metrics import (
+    BLOCKS,
+    CACHE_HITS,
+    CACHE_MISSES,
+    CANCELLATIONS,
+    CHUNK_GAP,
+    ERRORS,
+    EXPORTED_PREFIX,
+    GENERATED_TOKENS,
+    HTTP_REQUESTS,
+    PREFIX_HIT_TOKENS,
+    PROMPT_TOKENS,
+    RUNNING,
+    SCHEDULED,
+    STAGE_DURATION,
+    STEPS,
+    TIME_TO_FIRST_TOKEN,
+    WAITING,
+    Counter,
+    Gauge,
+    Histogram,
+    Metric,
+)
+from llava_core.errors import LlavaError
+
+DEFAULT_URL = "http://127.0.0.1:8001/metrics"
+# Serve's own. Each replica that lives tells the first, and only those.
+ONGOING = Gauge("serve_replica_processing_queries", "Requests in a replica.", ("deployment", "replica"))
+QUEUED = Gauge("serve_deployment_queued_queries", "Requests that wait for a replica.", ("deployment",))
+_STAGES = ("preprocess", "encode", "transfer", "prefill", "decode")
+# Ray's processes tell their numbers every 10 s: over less, rates would be nothing and then too much.
+_WINDOW_S = 60.0
+_CLEAR = "\x1b[H\x1b[2J"
+
+
+class MetricsPageError(LlavaError):
+    """There is no page of metrics to be read."""
+
+
+@dataclass
+class Page:
+    """The samples of one page by name: labels and value. `at` is when it was read, in seconds."""
+
+    at: float
+    samples: dict[str, list[tuple[dict[str, str], float]]] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, text: str, at: float) -> Page:
+        """Of Ray's thousands of lines, those that `llava top` shows."""
+        wanted = tuple(EXPORTED_PREFIX + prefix for prefix in ("llava_", ONGOING.name, QUEUED.name))
+        lines = (line for line in text.splitlines() if line.startswith(wanted))
+        page = cls(at)
+        for family in text_string_to_metric_families("\n".join(lines)):
+            for sample in family.samples:
+                name = sample.name.removeprefix(EXPORTED_PREFIX)
+                page.samples.setdefault(name, []).append((sample.labels, sample.value))
+        return page
+
+    def total(self, metric: Metric, **labels: str) -> float:
+        """Over all processes and over the labels that are not given."""
+        return self._sum(metric.name, labels)
+
+    def buckets(self, histogram: Histogram, **labels: str) -> list[float]:
+        """How many values were up to each bound, and after the last how many in all."""
+        name = f"{histogram.name}_bucket"
+        bounds = [*(str(bound) for bound in histogram.buckets), "+Inf"]
+        return [self._sum(name, {**labels, "le": bound}) for bound in bounds]
+
+    def values(self, metric: Metric, label: str, **labels: str) -> list[str]:
+        """What the values of a label are where the others have these."""
+        samples = self.samples.get(metric.name, ())
+        return sorted({found[label] for found, _ in samples if labels.items() <= found.items()})
+
+    def _sum(self, name: str, labels: dict[str, str]) -> float:
+        return sum(value for found, value in self.samples.get(name, ()) if labels.items() <= found.items())
+
+
+@dataclass(frozen=True)
+class Change:
+    """What happened between two pages of one service."""
+
+    before: Page
+    now: Page
+
+    def count(self, counter: Counter, **labels: str) -> float:
+        """How many more. A service that was started anew meanwhile counts from nothing."""
+        return max(0.0, self.now.total(counter, **labels) - self.before.total(counter, **labels))
+
+    def rate(self, counter: Counter, **labels: str) -> float:
+        """How many more in a second."""
+        seconds = self.now.at - self.before.at
+        return self.count(counter, **labels) / seconds if seconds > 0 else 0.0
+
+    def quantile(self, histogram: Histogram, share: float, **labels: str) -> float | None:
+        """Of the values since the first page; None where there were none. As Prometheus does: even within a bucket."""
+        now, before = self.now.buckets(histogram, **labels), self.before.buckets(histogram, **labels)
+        counts = [max(0.0, late - early) for late, early in zip(now, before, strict=True)]
+        wanted, below, lower = share * counts[-1], 0.0, 0.0
+        if not wanted:
+            return None
+        for bound, count in zip(histogram.buckets, counts, strict=False):
+            if count >= wanted:
+                return lower + (bound - lower) * (wanted - below) / (count - below)
+            below, lower = count, bound
+        return lower
+
+
+def screen(change: Change) -> Iterator[str]:
+    """The lines to be shown."""
+    now = change.now
+    yield f"llava top · last {now.at - change.before.at:.0f} s"
+    yield ""
+    yield f"{'stage':16}{'replicas':>9}{'at work':>9}{'queued':>9}"
+    for name in now.values(ONGOING, "deployment"):
+        num_replicas = len(now.values(ONGOING, "replica", deployment=name))
+        ongoing, queued = (now.total(gauge, deployment=name) for gauge in (ONGOING, QUEUED))
+        yield f"{name:16}{num_replicas:9}{ongoing:9.0f}{queued:9.0f}"
+    yield ""
+    yield (
+        f"requests/s {change.rate(HTTP_REQUESTS):.1f}   tokens/s {change.rate(GENERATED_TOKENS):.1f}   "
+        f"running {now.total(RUNNING):.0f}   waiting {now.total(WAITING):.0f}   batch {_batch(change)}"
+    )
+    yield (
+        f"first token {_percentiles(change, TIME_TO_FIRST_TOKEN)}   between chunks {_percentiles(change, CHUNK_GAP)}"
+        "   (median / 99 %)"
+    )
+    yield "   ".join(f"{stage} {_percentiles(change, STAGE_DURATION, stage=stage)}" for stage in _STAGES)
+    yield f"hits   {'   '.join(_hits(change))}"
+    used, blocks = now.total(BLOCKS, state="used"), now.total(BLOCKS)
+    yield f"blocks {used:.0f} of {blocks:.0f} in use, {now.total(BLOCKS, state='idle'):.0f} kept"
+    codes = ", ".join(f"{code} {now.total(ERRORS, code=code):.0f}" for code in now.values(ERRORS, "code"))
+    yield f"since the start: {now.total(HTTP_REQUESTS):.0f} requests, {now.total(GENERATED_TOKENS):.0f} tokens, " + (
+        f"{now.total(CANCELLATIONS):.0f} hung up, errors: {codes or 'none'}"
+    )
+
+
+def _batch(change: Change) -> str:
+    steps = change.count(STEPS)
+    return f"{change.count(SCHEDULED) / steps:.1f}" if steps else "-"
+
+
+def _percentiles(change: Change, histogram: Histogram, **labels: str) -> str:
+    return " / ".join(_duration(change.quantile(histogram, share, **labels)) for share in (0.5, 0.99))
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    return f"{seconds:.1f} s" if seconds >= 1 else f"{seconds * 1e3:.0f} ms"
+
+
+def _hits(change: Change) -> Iterator[str]:
+    for cache in ("tiles", "features"):
+        hits, misses = change.count(CACHE_HITS, cache=cache), change.count(CACHE_MISSES, cache=cache)
+        yield f"{cache} {_percent(hits, hits + misses)}"
+    yield f"prefix tokens {_percent(change.count(PREFIX_HIT_TOKENS), change.count(PROMPT_TOKENS))}"
+
+
+def _percent(part: float, whole: float) -> str:
+    return f"{100 * part / whole:.0f} %" if whole else "-"
+
+
+@click.command()
+@click.argument("url", default=DEFAULT_URL)
+@click.option("--interval", type=click.FloatRange(0.1), default=10.0, show_default=True, help="Seconds between looks.")
+@click.option("--once", is_flag=True, help="Look twice, show what happened in between, and end.")
+def top(url: str, interval: float, *, once: bool) -> None:
+    """Replicas, queues, tokens per second and hit rates of a running service.
+
+    URL is the page of metrics that `llava serve` has printed. Rates and times are of the last minute, and each process
+    of Ray's tells its numbers every 10 seconds.
+    """
+    # Not through a proxy: the page is on this machine, or on one that is as near.
+    with httpx.Client(timeout=10, trust_env=False) as client, contextlib.suppress(KeyboardInterrupt):
+        pages = deque([_read(client, url)])
+        while not once:
+            _show(screen(Change(pages[0], pages[-1])), clear=sys.stdout.isatty())
+            time.sleep(interval)
+            pages.append(_read(client, url))
+            while pages[-1].at - pages[1].at >= _WINDOW_S:
+                pages.popleft()
+        time.sleep(interval)
+        _show(screen(Change(pages[0], _read(client, url))))
+
+
+def _read(client: httpx.Client, url: str) -> Page:
+    try:
+        response = client.get(url).raise_for_status()
+    except httpx.HTTPError as error:
+        raise MetricsPageError(
+            f"{url} cannot be read: {error}; `llava serve` prints the address of its metrics when it is ready"
+        ) from None
+    return Page.parse(response.text, time.monotonic())
+
+
+def _show(lines: Iterable[str], *, clear: bool = False) -> None:
+    click.echo((_CLEAR if clear else "") + "\n".join(lines))

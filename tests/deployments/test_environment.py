@@ -1,0 +1,11 @@
+"""What a local Ray is told, as far as others depend on it; test_service.py shows that its processes have it."""
+
+from deployments.environment import ENVIRONMENT
+
+
+def test_ports_between_replicas_ask_for_a_token_unless_the_user_says_otherwise() -> None:
+    assert ENVIRONMENT["RAY_AUTH_MODE"] == "token"
+
+
+def test_rays_ports_the_page_of_metrics_among_them_are_on_the_loopback_interface() -> None:
+    assert ENVIRONMENT["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] == "0"

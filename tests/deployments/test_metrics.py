@@ -1,0 +1,163 @@
+"""What is declared keeps to Prometheus' rules, and what is counted reaches Ray as it should, here a stand-in for it."""
+
+import itertools
+import threading
+from dataclasses import fields
+from typing import Any
+
+import pytest
+
+from deployments import metrics
+from deployments.metrics import (
+    BLOCKS,
+    CACHE_BYTES,
+    CACHE_HITS,
+    CACHE_MISSES,
+    ERRORS,
+    METRICS,
+    PROMPT_TOKENS,
+    RUNNING,
+    STAGE_DURATION,
+    STEPS,
+    Counter,
+    Histogram,
+    Metric,
+    RayRecorder,
+    Reading,
+    Unrecorded,
+    cache_readings,
+    engine_readings,
+)
+from llava_core.engine.stats import EngineStats
+from llava_core.lru import LruCache
+
+Sent = list[tuple[str, float, dict[str, str]]]
+
+
+def test_names_follow_prometheus() -> None:
+    names = [metric.name for metric in METRICS]
+    assert len(names) == len(set(names)) > 25
+    for metric in METRICS:
+        assert metric.name.startswith("llava_")
+        assert metric.name.endswith("_total") == isinstance(metric, Counter)
+        assert metric.description.endswith(".")
+        # Serve's own, which would be refused; what a page of its own adds; and whatever a client can make up.
+        assert not {"deployment", "replica", "application", "le", "request_id", "key", "user", "path"} & {
+            *metric.labels
+        }
+
+
+@pytest.mark.parametrize("histogram", [each for each in METRICS if isinstance(each, Histogram)], ids=lambda h: h.name)
+def test_buckets_ascend_and_none_is_more_than_five_times_the_one_before(histogram: Histogram) -> None:
+    assert all(1 < after / before <= 5 for before, after in itertools.pairwise(histogram.buckets))
+    # Each is a series of its own, for every replica.
+    assert len(histogram.buckets) <= 16
+
+
+@pytest.fixture
+def sent(monkeypatch: pytest.MonkeyPatch) -> Sent:
+    """What Ray was told."""
+    told: Sent = []
+
+    class Fake:
+        def __init__(self, metric: Metric) -> None:
+            self._name = metric.name
+
+        def inc(self, value: float, tags: dict[str, str]) -> None:
+            assert value > 0, "Ray refuses it"
+            told.append((self._name, value, tags))
+
+        set = observe = lambda self, value, tags: told.append((self._name, value, tags))
+
+    monkeypatch.setattr(metrics, "_ray_metric", Fake)
+    return told
+
+
+def test_counts_are_handed_on_together_and_once(sent: Sent) -> None:
+    recorder = RayRecorder()
+    for code in ("overloaded", "not_found", "overloaded"):
+        recorder.count(ERRORS, code)
+    recorder.count(PROMPT_TOKENS, by=40)
+    recorder.count(PROMPT_TOKENS, by=0)
+    assert sent == []
+    recorder.publish()
+    recorder.publish()
+    assert sorted(sent, key=str) == [
+        ("llava_errors_total", 1, {"code": "not_found"}),
+        ("llava_errors_total", 2, {"code": "overloaded"}),
+        ("llava_prompt_tokens_total", 40, {}),
+    ]
+
+
+def test_values_are_handed_on_at_once(sent: Sent) -> None:
+    RayRecorder().observe(STAGE_DURATION, 0.25, "encode")
+    assert sent == [("llava_stage_duration_seconds", 0.25, {"stage": "encode"})]
+
+
+def test_of_what_is_watched_totals_become_what_they_grew_by_and_gauges_stay_what_they_are(sent: Sent) -> None:
+    recorder = RayRecorder()
+    steps = iter([5.0, 5.0, 12.0])
+
+    def read() -> list[Reading]:
+        return [(STEPS, next(steps), ()), (RUNNING, 3, ())]
+
+    recorder.watch(read)
+    for _ in range(3):
+        recorder.publish()
+    assert [value for name, value, _ in sent if name == STEPS.name] == [5, 7]
+    assert [value for name, value, _ in sent if name == RUNNING.name] == [3, 3, 3]
+
+
+def test_labels_that_are_missing_are_a_mistake(sent: Sent) -> None:
+    with pytest.raises(ValueError, match="shorter"):
+        RayRecorder().observe(STAGE_DURATION, 0.25)
+    assert sent == []
+
+
+def test_several_threads_lose_no_count(sent: Sent) -> None:
+    recorder, is_over = RayRecorder(), threading.Event()
+
+    def publish() -> None:
+        while not is_over.is_set():
+            recorder.publish()
+
+    def count() -> None:
+        for _ in range(5_000):
+            recorder.count(ERRORS, "x")
+
+    publisher = threading.Thread(target=publish)
+    counters = [threading.Thread(target=count) for _ in range(3)]
+    for thread in (publisher, *counters):
+        thread.start()
+    for thread in counters:
+        thread.join()
+    is_over.set()
+    publisher.join()
+    recorder.publish()
+    assert sum(value for _, value, _ in sent) == 15_000
+
+
+def test_everything_that_an_engine_counts_is_told() -> None:
+    numbers = {field.name: 1000 + place for place, field in enumerate(fields(EngineStats))}
+    stats = EngineStats(**{**numbers, "num_blocks": 5000})  # type: ignore[arg-type]
+    readings = engine_readings(stats)
+    told = {value for _, value, _ in readings}
+    assert {value for name, value in numbers.items() if name != "num_blocks"} <= told
+    assert sum(value for metric, value, _ in readings if metric is BLOCKS) == stats.num_blocks
+    assert all(len(labels) == len(metric.labels) for metric, _, labels in readings)
+
+
+def test_a_cache_tells_its_hits_misses_and_bytes() -> None:
+    cache: LruCache[str] = LruCache(100)
+    cache.put("a", "x", 7)
+    for key in ("a", "a", "b"):
+        cache.get(key)
+    told: Any = cache_readings(cache, "tiles")
+    assert told == [(CACHE_HITS, 2, ("tiles",)), (CACHE_MISSES, 1, ("tiles",)), (CACHE_BYTES, 7, ("tiles",))]
+
+
+def test_without_a_service_nothing_happens() -> None:
+    recorder = Unrecorded()
+    recorder.count(ERRORS, "x")
+    recorder.observe(STAGE_DURATION, 1.0, "encode")
+    recorder.watch(lambda: pytest.fail("asked"))

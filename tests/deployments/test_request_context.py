@@ -1,0 +1,28 @@
+"""What is known of a request stays with it, whatever task finds it out."""
+
+import asyncio
+
+from deployments.request_context import current_request, request_context
+
+
+def test_tasks_of_a_request_write_to_the_same_context_and_others_to_their_own() -> None:
+    async def work(code: str) -> None:
+        current_request().error_code = code
+
+    async def request(code: str) -> str | None:
+        with request_context() as context:
+            await asyncio.gather(asyncio.create_task(work(code)), asyncio.sleep(0))
+            return context.error_code
+
+    async def run() -> list[str | None]:
+        return await asyncio.gather(request("a"), request("b"))
+
+    assert asyncio.run(run()) == ["a", "b"]
+
+
+def test_outside_of_a_request_nothing_is_kept() -> None:
+    current_request().error_code = "lost"
+    assert current_request().error_code is None
+    with request_context():
+        current_request().key_id = "k"
+    assert current_request().key_id is None
