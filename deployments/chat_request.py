@@ -17,7 +17,7 @@ from deployments.schema import parse_body
 from llava_core.errors import RequestError
 from llava_core.images.loading import ImageLimits, decode_data_url
 from llava_core.prepare import RequestLimits
-from llava_core.types import GenerationRequest, ImagePart, Message, TextPart
+from llava_core.types import GenerationRequest, ImagePart, ImageUrl, Message, TextPart
 
 _SYSTEM_ROLES = ("system", "developer")
 
@@ -101,11 +101,16 @@ def _turn(message: ChatMessage, index: int, limits: ImageLimits) -> Message:
     return Message("user", tuple(_part(part, f"{where}[{i}]", limits) for i, part in enumerate(message.content)))
 
 
-def _part(part: TextContent | ImageContent | RefusalContent, where: str, limits: ImageLimits) -> TextPart | ImagePart:
+def _part(
+    part: TextContent | ImageContent | RefusalContent, where: str, limits: ImageLimits
+) -> TextPart | ImagePart | ImageUrl:
     if isinstance(part, TextContent):
         return TextPart(part.text)
     if isinstance(part, RefusalContent):
         raise RequestError("only assistant messages may hold refusals", param=where)
+    if part.image_url.url[:8].lower().startswith(("https://", "http://")):
+        # Whether it may be fetched, the stage that does so knows.
+        return ImageUrl(part.image_url.url)
     return ImagePart(decode_data_url(part.image_url.url, limits, param=f"{where}.image_url.url"))
 
 

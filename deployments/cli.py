@@ -45,7 +45,7 @@ _port = click.option("--port", type=click.IntRange(1, 65535), envvar="PORT", hel
 @_model
 @_base
 @_offline
-@click.option("--host", help="The interface to listen on; requests are not authenticated. [default: 127.0.0.1]")
+@click.option("--host", help="The interface to listen on; others than 127.0.0.1 need API keys. [default: 127.0.0.1]")
 @_port
 @click.option(
     "--metrics-port",
@@ -80,13 +80,14 @@ def serve(config: Path | None, **options: Any) -> None:
     help="[default: a drawn scene that comes with this project]",
 )
 @click.option("--question", default=QUESTION, show_default=True)
-def demo(config: Path | None, image: Path, question: str, **options: Any) -> None:
+@click.option("--api-key", envvar="LLAVA_API_KEY", help="Where the configuration asks for keys.")
+def demo(config: Path | None, image: Path, question: str, api_key: str | None, **options: Any) -> None:
     """Start the service, ask it one question about a picture, show the answer as it streams, and stop."""
     with _failing_in_one_line():
         plan = plan_launch(config, metrics_port=0, **options)
         with _terminal() as terminal, _running(plan, terminal):
             _say(terminal, f"\n{image.name}: {question}")
-            last = _ask(plan, image, question, terminal)
+            last = _ask(plan, image, question, api_key, terminal)
             _say(terminal, "\n\nWhere the time went:")
             for stage, milliseconds in last["timings"].items():
                 _say(terminal, f"  {stage:11}{milliseconds:9.1f} ms")
@@ -95,11 +96,11 @@ def demo(config: Path | None, image: Path, question: str, **options: Any) -> Non
             _say(terminal, "\nStopping ...")
 
 
-def _ask(plan: LaunchPlan, image: Path, question: str, terminal: TextIO) -> dict[str, Any]:
+def _ask(plan: LaunchPlan, image: Path, question: str, key: str | None, terminal: TextIO) -> dict[str, Any]:
     """Print the answer as it comes; return its last chunk."""
     body = chat_body(question, image.read_bytes(), _media_type(image), model=plan.args.served_name, timings=True)
     chunk: dict[str, Any] = {}
-    for chunk in stream_chat(plan.url, body):
+    for chunk in stream_chat(plan.url, body, key=key):
         for choice in chunk["choices"]:
             terminal.write(choice["delta"].get("content", ""))
             terminal.flush()

@@ -27,10 +27,15 @@ def chat_body(question: str, image: bytes, media_type: str, **options: Any) -> d
     return {"messages": [{"role": "user", "content": content}], **options}
 
 
-def stream_chat(base_url: str, body: dict[str, Any], *, timeout_s: float = 120.0) -> Iterator[dict[str, Any]]:
+def stream_chat(
+    base_url: str, body: dict[str, Any], *, key: str | None = None, timeout_s: float = 120.0
+) -> Iterator[dict[str, Any]]:
     """The chunks of an answer as they arrive. Raises AnswerError for whatever is not an answer."""
     content = json.dumps({**body, "stream": True})
-    with _asking(base_url, "POST", "/v1/chat/completions", content, timeout_s=timeout_s) as response:
+    headers = {"content-type": "application/json"}
+    if key is not None:
+        headers["authorization"] = f"Bearer {key}"
+    with _asking(base_url, "POST", "/v1/chat/completions", content, headers, timeout_s=timeout_s) as response:
         if response.status != http.HTTPStatus.OK:
             raise AnswerError(f"the service answered {response.status}: {response.read().decode(errors='replace')}")
         yield from _events(response)
@@ -39,7 +44,7 @@ def stream_chat(base_url: str, body: dict[str, Any], *, timeout_s: float = 120.0
 def is_healthy(base_url: str, *, timeout_s: float = 10.0) -> bool:
     """Whether every stage can serve; False where nobody answers, too."""
     try:
-        with _asking(base_url, "GET", "/health", None, timeout_s=timeout_s) as response:
+        with _asking(base_url, "GET", "/health", None, {}, timeout_s=timeout_s) as response:
             return response.status == http.HTTPStatus.OK
     except AnswerError:
         return False
@@ -47,13 +52,13 @@ def is_healthy(base_url: str, *, timeout_s: float = 10.0) -> bool:
 
 @contextlib.contextmanager
 def _asking(
-    base_url: str, method: str, path: str, content: str | None, *, timeout_s: float
+    base_url: str, method: str, path: str, content: str | None, headers: dict[str, str], *, timeout_s: float
 ) -> Iterator[http.client.HTTPResponse]:
     """Directly, whatever proxy the environment names: it could not reach this machine's own addresses."""
     address = urllib.parse.urlsplit(base_url)
     connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=timeout_s)
     try:
-        connection.request(method, address.path.rstrip("/") + path, content, {"content-type": "application/json"})
+        connection.request(method, address.path.rstrip("/") + path, content, headers)
         with connection.getresponse() as response:
             yield response
     except (OSError, http.client.HTTPException) as error:

@@ -1,9 +1,10 @@
-"""Errors of the service that the core does not know: bodies too large or slow, stages lost or missing, a start refused.
+"""Errors of the service that the core does not know: bodies too large or slow, keys that are not good for what they are
+used for, stages lost or missing, a start refused.
 
 Plain exceptions on top of the core's tree, which every process can afford and pickle. Knows neither HTTP nor Ray.
 """
 
-from llava_core.errors import LlavaError, RequestError
+from llava_core.errors import LlavaError, OverloadedError, RequestError
 
 
 class RequestTooLargeError(RequestError):
@@ -18,6 +19,39 @@ class RequestTimeoutError(RequestError):
 
     def __init__(self, message: str, *, param: str | None = None, code: str = "request_timeout") -> None:
         super().__init__(message, param=param, code=code)
+
+
+class AuthenticationError(RequestError):
+    """The request comes with no key that is good now."""
+
+    def __init__(self, message: str, *, param: str | None = None, code: str = "invalid_api_key") -> None:
+        super().__init__(message, param=param, code=code)
+
+
+class PermissionDeniedError(RequestError):
+    """The key is good, but not for this."""
+
+    def __init__(self, message: str, *, param: str | None = None, code: str = "permission_denied") -> None:
+        super().__init__(message, param=param, code=code)
+
+
+class RateLimitError(OverloadedError):
+    """The key has used up what it may; `limit` is what there was too much of."""
+
+    def __init__(self, message: str, *, limit: str, retry_after_s: int = 1) -> None:
+        super().__init__(message, retry_after_s=retry_after_s)
+        self.limit = limit
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _rebuild_rate_limit, (self.message, self.limit, self.retry_after_s)
+
+
+def _rebuild_rate_limit(message: str, limit: str, retry_after_s: int) -> RateLimitError:
+    return RateLimitError(message, limit=limit, retry_after_s=retry_after_s)
+
+
+class KeysFileError(LlavaError):
+    """The file of API keys cannot be used; the message names file and fix."""
 
 
 class StageUnavailableError(LlavaError):

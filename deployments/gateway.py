@@ -1,4 +1,4 @@
-"""The HTTP surface: routes, request ids, body limits, and an OpenAI-shaped body for every error.
+"""The HTTP surface: routes, request ids, who may ask, body limits, and an OpenAI-shaped body for every error.
 
 A Starlette app around anything that streams items for a request (pipeline.py). Imports neither torch nor Ray, and does
 not know what the stages do.
@@ -16,11 +16,13 @@ from starlette.applications import Starlette
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from deployments.access import Access, KeyRing, charged
 from deployments.answer import Answer, model_body
 from deployments.answering import refusal, respond
 from deployments.bodies import BodyBudget, Lease, read_body
@@ -31,6 +33,7 @@ from deployments.completion_response import CompletionAnswer
 from deployments.http_errors import HttpError, describe, describe_http, error_response
 from deployments.messages import Item, Rejected, StageHealth
 from deployments.metrics import Recorder, Unrecorded
+from deployments.openapi import describe_api
 from deployments.reply_form import ReadRequest
 from deployments.request_metrics import CLIENT_CLOSED_REQUEST, RequestMetrics, metered
 from deployments.settings import LimitArgs
@@ -73,6 +76,8 @@ class Gateway:
         *,
         model_name: str,
         limits: LimitArgs | None = None,
+        keys: KeyRing | None = None,
+        origins: Sequence[str] = (),
         echo_request_id: bool = True,
         recorder: Recorder | None = None,
     ) -> None:
@@ -84,24 +89,32 @@ class Gateway:
         self._created = int(time.time())
         self._echo_request_id = echo_request_id
         self._recorder = recorder or Unrecorded()
+        health = Route("/health", self._health, name="health")
+        self.routes = [
+            Route("/v1/chat/completions", self._chat, methods=["POST"], name="chat_completions"),
+            Route("/v1/completions", self._complete, methods=["POST"], name="completions"),
+            Route("/tokenize", self._tokenize, methods=["POST"], name="tokenize"),
+            Route("/detokenize", self._detokenize, methods=["POST"], name="detokenize"),
+            Route("/v1/models", self._models, name="models"),
+            Route("/v1/models/{name:path}", self._model, name="model"),
+            Route("/openapi.json", self._openapi, name="openapi"),
+            health,
+        ]
+        self._description = describe_api(self.routes, has_keys=keys is not None)
         app = Starlette(
-            routes=[
-                Route("/v1/chat/completions", self._chat, methods=["POST"]),
-                Route("/v1/completions", self._complete, methods=["POST"]),
-                Route("/tokenize", self._tokenize, methods=["POST"]),
-                Route("/detokenize", self._detokenize, methods=["POST"]),
-                Route("/v1/models", self._models),
-                Route("/v1/models/{name:path}", self._model),
-                Route("/health", self._health),
+            routes=self.routes,
+            middleware=[
+                Middleware(_RequestIds, echo=echo_request_id),
+                *_cross_origin(origins),
+                *([] if keys is None else [Middleware(Access, keys=keys, routes=self.routes, open_routes=[health])]),
             ],
-            middleware=[Middleware(_RequestIds, echo=echo_request_id)],
             exception_handlers={
                 HTTPException: _on_http_exception,
                 ClientDisconnect: _on_disconnect,
                 Exception: self._on_bug,
             },
         )
-        self.app: ASGIApp = RequestMetrics(app, app.routes, self._recorder)
+        self.app: ASGIApp = RequestMetrics(app, self.routes, self._recorder)
 
     async def _chat(self, request: Request) -> Response:
         return await self._answer(request, read_chat_request, ChatAnswer)
@@ -127,8 +140,8 @@ class Gateway:
         given = await self._read(request, lease, read, completion_id)
         self._check_model(given.form.model)
         answer = kind(completion_id, self._model_name, given.form)
-        items = self._engine.stream(given.generation, lease.release)
-        return answer, metered(items, self._recorder, answer.model)
+        items = metered(self._engine.stream(given.generation, lease.release), self._recorder, answer.model)
+        return answer, charged(items, request)
 
     async def _tokenize(self, request: Request) -> Response:
         body = self._bodies.lease()
@@ -188,6 +201,9 @@ class Gateway:
             return error_response(error, _request_id(request))
         return JSONResponse({"status": "ok", "stages": {stage.name: "ok" for stage in stages}})
 
+    async def _openapi(self, _request: Request) -> Response:
+        return JSONResponse(self._description)
+
     async def _on_bug(self, request: Request, error: Exception) -> Response:
         response = error_response(describe(error), _request_id(request))
         if self._echo_request_id:
@@ -217,6 +233,22 @@ class _RequestIds:
             await send(message)
 
         await self._app(scope, receive, send_with_id)
+
+
+def _cross_origin(origins: Sequence[str]) -> list[Middleware]:
+    """Browsers let pages of these origins read our answers; without any, of none."""
+    if not origins:
+        return []
+    # Keys are given by pages themselves; nothing that a browser adds on its own, such as cookies, counts here.
+    return [
+        Middleware(
+            CORSMiddleware,
+            allow_origins=list(origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=[REQUEST_ID_HEADER, "retry-after"],
+        )
+    ]
 
 
 def _request_id(request: Request) -> str:

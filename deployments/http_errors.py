@@ -15,7 +15,16 @@ from typing import Any
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
-from deployments.errors import RequestTimeoutError, RequestTooLargeError, StageLostError, StageUnavailableError
+from deployments.errors import (
+    AuthenticationError,
+    KeysFileError,
+    PermissionDeniedError,
+    RateLimitError,
+    RequestTimeoutError,
+    RequestTooLargeError,
+    StageLostError,
+    StageUnavailableError,
+)
 from deployments.request_context import current_request
 from llava_core.errors import EngineError, LlavaError, OverloadedError, RequestError, UnknownNameError
 
@@ -42,15 +51,20 @@ class HttpError:
 
 
 _UNAVAILABLE = "a stage of the service is not available; try again"
+_NO_KEYS = "keys cannot be checked at the moment; try again later"
 _LOST = "the part of the service that worked on this request is gone; try again"
 
 # The first row whose class fits wins; RequestErrors bring their own code and param.
 TABLE: tuple[tuple[type[BaseException], HttpError], ...] = (
     (RequestTooLargeError, HttpError(413, "invalid_request_error", "request_too_large")),
     (RequestTimeoutError, HttpError(408, "invalid_request_error", "request_timeout")),
+    (AuthenticationError, HttpError(401, "invalid_request_error", "invalid_api_key")),
+    (PermissionDeniedError, HttpError(403, "invalid_request_error", "permission_denied")),
     (UnknownNameError, HttpError(404, "invalid_request_error", "not_found")),
     (RequestError, HttpError(400, "invalid_request_error", "invalid_value")),
+    (RateLimitError, HttpError(429, "requests", "rate_limit_exceeded", retry_after_s=1)),
     (OverloadedError, HttpError(429, "overloaded_error", "overloaded", retry_after_s=1)),
+    (KeysFileError, HttpError(503, "server_error", "keys_unavailable", _NO_KEYS, retry_after_s=5)),
     (StageUnavailableError, HttpError(503, "server_error", "unavailable", _UNAVAILABLE, retry_after_s=5)),
     (StageLostError, HttpError(503, "server_error", "replica_lost", _LOST, retry_after_s=1)),
     (EngineError, HttpError(500, "server_error", "engine_error", "the answer could not be generated")),
@@ -64,6 +78,9 @@ def describe(error: BaseException) -> HttpError:
     row = next(row for kind, row in TABLE if isinstance(error, kind))
     if isinstance(error, RequestError):
         return replace(row, message=error.message, param=error.param, code=error.code)
+    if isinstance(error, RateLimitError):
+        # As OpenAI does, whose clients read the code.
+        row = replace(row, type=error.limit)
     if isinstance(error, OverloadedError):
         return replace(row, message=error.message, retry_after_s=error.retry_after_s)
     return row
@@ -85,6 +102,8 @@ def error_body(error: HttpError, request_id: str) -> dict[str, Any]:
 def error_response(error: HttpError, request_id: str) -> JSONResponse:
     """The response to a request that got no answer."""
     headers = {} if error.retry_after_s is None else {"retry-after": str(error.retry_after_s)}
+    if error.status == HTTPStatus.UNAUTHORIZED:
+        headers["www-authenticate"] = "Bearer"
     if error.status == HTTPStatus.REQUEST_TIMEOUT:
         # Whoever is still sending would otherwise keep the connection for as long as before.
         headers["connection"] = "close"

@@ -23,6 +23,7 @@ from deployments.client import is_healthy
 from deployments.deploy_failures import raise_if_failed
 from deployments.environment import ENVIRONMENT
 from deployments.errors import LaunchError
+from deployments.exposure import check_exposure
 from deployments.load_balancer import LoadBalancer, local_host
 from deployments.preflight import check_checkpoint
 from deployments.processes import Process, descendants, end
@@ -70,7 +71,7 @@ def plan_launch(
 ) -> LaunchPlan:
     """Read the configuration, let the options override it, and look at settings, ports and checkpoint.
 
-    Raises LaunchError or CheckpointError, each with one message that says what to do.
+    Raises LaunchError, ExposureError, KeysFileError or CheckpointError, with one message that says what to do.
     """
     content = _read_config(config)
     application = _find_application(content)
@@ -87,6 +88,7 @@ def plan_launch(
     args = _check_args(given)
     http = dict(content.get("http_options") or {})
     address = host or http.get("host", "127.0.0.1"), port or http.get("port", 8000)
+    check_exposure(address[0], args.auth)
     check_port(*address)
     if metrics_port is None:
         # After the last port, any that is free.
@@ -97,6 +99,7 @@ def plan_launch(
         raise LaunchError("the application has no route_prefix, so that nobody could reach it")
     found = check_checkpoint(args)
     # Its replicas are on this machine, where all of it is by now.
+    given |= {"auth": args.auth.model_dump()} if args.auth.keys_file else {}
     named = {"model": found.model, "base": found.base, "model_name": args.served_name}
     application["args"] = {**given, **named, "revisions": dict(found.revisions), "offline": True}
     content["http_options"] = {**http, "host": address[0], "port": address[1]}

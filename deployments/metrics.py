@@ -68,8 +68,8 @@ TIME_TO_FIRST_TOKEN = Histogram(
 )
 CHUNK_GAP = Histogram("llava_inter_chunk_seconds", "Between two pieces of one answer.", ("model",), _GAPS)
 
-# The stages': `stage` is preprocess, encode, transfer, prefill or decode; those that queue are the first two and
-# generate.
+# The stages': `stage` is fetch, preprocess, encode, transfer, prefill or decode; those that queue are preprocess,
+# encode and generate.
 STAGE_DURATION = Histogram("llava_stage_duration_seconds", "Work on one request, by stage.", ("stage",))
 QUEUE_WAIT = Histogram("llava_queue_wait_seconds", "Waiting of one request inside a replica, by stage.", ("stage",))
 IMAGES = Histogram("llava_images_per_request", "Pictures of the requests that were encoded.", (), _IMAGES)

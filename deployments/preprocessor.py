@@ -1,6 +1,6 @@
-"""The first stage: pictures decoded and tiled, prompts rendered and tokenized, limits checked. On a CPU, without torch.
+"""The first stage: pictures fetched, decoded and tiled, prompts tokenized, limits checked. On a CPU, without torch.
 
-Wraps llava_core.prepare and adds nothing to it but threads, the clock and a watchdog.
+Wraps llava_core.prepare and adds nothing to it but what fetches, threads, the clock and a watchdog.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
+from deployments.fetch import Fetcher
 from deployments.messages import Elapsed, Prepared, Rejected
 from deployments.metrics import QUEUE_WAIT, STAGE_DURATION, Recorder, Unrecorded, cache_readings
+from deployments.settings import FetchArgs
 from deployments.watchdog import Watchdog
 from llava_core.errors import LlavaError
 from llava_core.prepare import Preparer
-from llava_core.types import AnyRequest, Tokenized
+from llava_core.types import AnyRequest, CompletionRequest, Tokenized
 
 Result = TypeVar("Result")
 
@@ -24,8 +26,16 @@ Result = TypeVar("Result")
 class Preprocessor:
     """Prepares up to `num_threads` requests at once: as many decoded pictures are in memory, whoever hangs up."""
 
-    def __init__(self, preparer: Preparer, *, num_threads: int = 4, recorder: Recorder | None = None) -> None:
+    def __init__(
+        self,
+        preparer: Preparer,
+        *,
+        num_threads: int = 4,
+        fetcher: Fetcher | None = None,
+        recorder: Recorder | None = None,
+    ) -> None:
         self._preparer = preparer
+        self._fetcher = fetcher or Fetcher(FetchArgs())
         self._threads = ThreadPoolExecutor(num_threads, "prepare")
         self._watchdog = Watchdog("preprocessor")
         self._recorder = recorder or Unrecorded()
@@ -34,12 +44,20 @@ class Preprocessor:
     async def prepare(self, request: AnyRequest) -> Prepared | Rejected:
         """Ids and tiles, or what is wrong with the request."""
         elapsed = Elapsed()
-        prepared = await self._in_thread(lambda: self._preparer.prepare(request))
+        fetched = await self._fetched(request)
+        if isinstance(fetched, Rejected):
+            return fetched
+        if fetched is not request:
+            elapsed = elapsed.finished("fetch")
+        prepared = await self._in_thread(lambda: self._preparer.prepare(fetched))
         return prepared if isinstance(prepared, Rejected) else Prepared(prepared, elapsed.finished("preprocess"))
 
     async def tokenize(self, request: AnyRequest) -> Tokenized | Rejected:
         """Ids alone, or what is wrong with the request."""
-        return await self._in_thread(lambda: self._preparer.tokenize(request))
+        fetched = await self._fetched(request)
+        if isinstance(fetched, Rejected):
+            return fetched
+        return await self._in_thread(lambda: self._preparer.tokenize(fetched))
 
     async def detokenize(self, ids: Sequence[int]) -> str | Rejected:
         """The text of these ids, or that some do not exist."""
@@ -48,6 +66,19 @@ class Preprocessor:
     async def check_health(self) -> None:
         """For Serve, which replaces a replica that raises here."""
         self._watchdog.check()
+
+    async def _fetched(self, request: AnyRequest) -> AnyRequest | Rejected:
+        """The request with every picture in it. Nothing is fetched for one that will be refused all the same."""
+        if isinstance(request, CompletionRequest) or not request.has_addresses:
+            return request
+        began = time.perf_counter()
+        try:
+            self._preparer.check(request)
+            fetched = await self._fetcher.fetch_images(request)
+        except LlavaError as error:
+            return Rejected(error)
+        self._recorder.observe(STAGE_DURATION, time.perf_counter() - began, "fetch")
+        return fetched
 
     async def _in_thread(self, work: Callable[[], Result]) -> Result | Rejected:
         """A thread cannot be stopped: a request that is cancelled keeps its place until its thread is done with it."""

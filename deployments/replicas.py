@@ -11,12 +11,17 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import ray
+from ray.serve.context import _get_global_client
 from ray.serve.handle import DeploymentHandle
 
+from deployments.access import KeyRing
 from deployments.cores import usable_cores
+from deployments.exposure import check_exposure
+from deployments.fetch import Fetcher
 from deployments.gateway import Gateway
 from deployments.generator import Generator
 from deployments.handoff import Handoff
@@ -61,6 +66,7 @@ class GatewayReplica:
         handoff: Handoff,
     ) -> None:
         adopt_serve_logging()
+        check_exposure(in_thread_of_its_own(_listening_host), args.auth)
         pipeline = Pipeline(preprocessor, encoder, generator, handoff)
         stages = {"preprocessor": preprocessor, "vision_encoder": encoder, "generator": generator}
         status = StageStatus(generator.app_name, {name: handle.deployment_name for name, handle in stages.items()})
@@ -70,6 +76,8 @@ class GatewayReplica:
             status,
             model_name=args.served_name,
             limits=args.limits,
+            keys=None if args.auth.keys_file is None else KeyRing(Path(args.auth.keys_file)),
+            origins=args.cors.origins,
             echo_request_id=False,
             recorder=RayRecorder().start(),
         )
@@ -89,7 +97,12 @@ class PreprocessorReplica(Preprocessor):
         preparer = load_preparer(
             checkpoint.open(), template=args.template, limits=args.limits.request, cache_bytes=stage.cache_bytes
         )
-        super().__init__(preparer, num_threads=stage.max_ongoing_requests, recorder=RayRecorder().start())
+        super().__init__(
+            preparer,
+            num_threads=stage.max_ongoing_requests,
+            fetcher=Fetcher(args.fetch),
+            recorder=RayRecorder().start(),
+        )
 
 
 class VisionEncoderReplica(VisionEncoder):
@@ -120,6 +133,14 @@ class GeneratorReplica(Generator):
             chunk_gap_s=args.engine.chunk_gap_ms / 1e3,
             recorder=recorder,
         )
+
+
+def _listening_host() -> str:
+    """Where Serve listens for HTTP, whoever has started it: `serve run`, another application, or HAProxy, which listens
+    everywhere."""
+    client = _get_global_client()
+    assert client is not None
+    return str(client.http_config.host)
 
 
 def _load_tower(args: ComputeArgs, checkpoint: FoundCheckpoint) -> tuple[VisionTower, Cores]:

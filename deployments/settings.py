@@ -4,11 +4,13 @@ Unknown keys are errors. Knows names and bounds, and neither Ray nor torch. How 
 gets can also be overridden by Serve's own `deployments:` section.
 """
 
+import ipaddress
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from deployments.addresses import HostRule
 from llava_core.checkpoints.files import DEFAULT_MODEL
 from llava_core.engine.config import EngineConfig
 from llava_core.images.loading import ImageLimits
@@ -138,6 +140,55 @@ class LimitArgs(_Settings):
         return RequestLimits(max_images=self.max_images, max_text=self.max_text, max_n=self.max_n, image=self.image)
 
 
+class AuthArgs(_Settings):
+    """Who may ask. `keys_file` None: nobody is asked who they are, and the service listens on the loopback interface
+    alone unless `allow_anyone` says that something else in front of it keeps strangers out."""
+
+    keys_file: str | None = None
+    allow_anyone: bool = False
+
+    @field_validator("keys_file")
+    @classmethod
+    def _locate(cls, keys_file: str | None) -> str | None:
+        # Replicas work elsewhere.
+        return None if keys_file is None else str(Path(keys_file).expanduser().resolve())
+
+
+class CorsArgs(_Settings):
+    """Pages of which `origins` may call the service from a browser: none, unless they are named; `*` is every one."""
+
+    origins: tuple[str, ...] = ()
+
+
+class FetchArgs(_Settings):
+    """Pictures by http(s) address. Of no host, unless it is in `allowed_hosts`: `name`, `*.name` or `*`, with `:port`
+    where it is not the scheme's own. Names must lead to public addresses or into `allowed_networks`.
+
+    `max_bytes` is of each picture, `timeout_s` of each with all its redirects.
+    """
+
+    allowed_hosts: tuple[str, ...] = ()
+    allowed_networks: tuple[str, ...] = ()
+    allow_http: bool = False
+    max_bytes: int = Field(default=20 * 1024 * 1024, ge=1)
+    timeout_s: float = Field(default=10, gt=0)
+    max_redirects: int = Field(default=3, ge=0)
+
+    @field_validator("allowed_hosts")
+    @classmethod
+    def _check_hosts(cls, hosts: tuple[str, ...]) -> tuple[str, ...]:
+        for host in hosts:
+            HostRule.parse(host)
+        return hosts
+
+    @field_validator("allowed_networks")
+    @classmethod
+    def _check_networks(cls, networks: tuple[str, ...]) -> tuple[str, ...]:
+        for network in networks:
+            ipaddress.ip_network(network)
+        return networks
+
+
 class AppArgs(_Settings):
     """The whole service. `model` None is the default model; `base` is what an adapter or projector was trained on;
     `template` None is the one that the checkpoint's own chat template agrees with; `model_name` None is the folder's
@@ -153,6 +204,9 @@ class AppArgs(_Settings):
     offline: bool = False
     model_name: str | None = None
     template: str | None = None
+    auth: AuthArgs = AuthArgs()
+    cors: CorsArgs = CorsArgs()
+    fetch: FetchArgs = FetchArgs()
     limits: LimitArgs = LimitArgs()
     engine: EngineArgs = EngineArgs()
     gateway: StageArgs = StageArgs(num_cpus=0.1, max_ongoing_requests=1000, target_ongoing_requests=200)

@@ -22,7 +22,9 @@ from llava_core.prepare import RequestLimits
 from llava_core.types import CompletionRequest, GenerationRequest, SamplingParams, Tokenized
 
 
-class _TokenizeBody(Body):
+class TokenizeBody(Body):
+    """Messages or a prompt."""
+
     neutral: ClassVar[Mapping[str, Sequence[object]]] = {**CHAT_NEUTRAL, "add_special_tokens": (True, False)}
 
     model: str | None = None
@@ -31,7 +33,9 @@ class _TokenizeBody(Body):
     return_token_strs: bool | None = None
 
 
-class _DetokenizeBody(Body):
+class DetokenizeBody(Body):
+    """Token ids."""
+
     model: str | None = None
     tokens: list[Token] = Field(min_length=0)
 
@@ -54,7 +58,7 @@ class DetokenizeRequest:
 
 def read_tokenize_request(body: bytes, request_id: str, limits: RequestLimits) -> TokenizeRequest:
     """Raises RequestError naming field and cause."""
-    parsed = parse_body(body, _TokenizeBody, max_text=limits.max_text)
+    parsed = parse_body(body, TokenizeBody, max_text=limits.max_text)
     if (parsed.messages is None) == (parsed.prompt is None):
         raise RequestError("give either messages or a prompt", param="messages", code="missing_required_parameter")
     with_texts, sampling = bool(parsed.return_token_strs), SamplingParams()
@@ -71,7 +75,7 @@ def read_tokenize_request(body: bytes, request_id: str, limits: RequestLimits) -
 
 def read_detokenize_request(body: bytes, _request_id: str, limits: RequestLimits) -> DetokenizeRequest:
     """Raises RequestError naming field and cause."""
-    parsed = parse_body(body, _DetokenizeBody, max_text=limits.max_text)
+    parsed = parse_body(body, DetokenizeBody, max_text=limits.max_text)
     return DetokenizeRequest(parsed.model, tuple(parsed.tokens))
 
 

@@ -25,7 +25,7 @@ from llava_core.lru import LruCache
 from llava_core.prompts.budget import token_budget
 from llava_core.prompts.conversation import IMAGE_PLACEHOLDER, Rendered, Turn, render, user_turns
 from llava_core.prompts.templates import Template
-from llava_core.prompts.tokenize import IMAGE_TOKEN_ID, Tokenizer, tokenize_prompt
+from llava_core.prompts.tokenize import IMAGE_TOKEN_ID, SEAM, Tokenizer, as_text, tokenize_prompt
 from llava_core.types import (
     AnyRequest,
     CompletionRequest,
@@ -71,8 +71,8 @@ class TextTokenizer(Tokenizer, Protocol):
 class Preparer:
     """Turns requests for one model into what its tower and its engine read. Safe to use from several threads.
 
-    `reserved_texts` are the texts of control tokens, which no message may contain. Pictures that have been prepared are
-    kept in up to `cache_bytes` of tiles: one that comes again, byte for byte, is not decoded again.
+    `reserved_texts` are the texts of control tokens, which stay text where a message contains them. Pictures that have
+    been prepared are kept in up to `cache_bytes` of tiles: one that comes again, byte for byte, is not decoded again.
     """
 
     config: ModelConfig
@@ -126,11 +126,11 @@ class Preparer:
         return self.tokenizer.token_bytes(token)
 
     def _prepare(self, request: AnyRequest) -> PreparedRequest:
-        if request.sampling.n > self.limits.max_n:
-            raise RequestError(f"n is {request.sampling.n}; at most {self.limits.max_n} are allowed", param="n")
+        self.check(request)
         if isinstance(request, CompletionRequest):
             return self._prepare_text(request)
-        self._check(request)
+        if request.has_addresses:
+            raise RequestError("a request is prepared from pictures, not from their addresses", param="messages")
         images = tuple(
             self._cached_image(part, f"messages[{index}].content[{position}].image_url")
             for index, message in enumerate(request.messages)
@@ -139,22 +139,22 @@ class Preparer:
         )
         messages = joined(request.messages)
         turns = [turn for index, message in enumerate(messages) for turn in self._turns(message, index)]
-        rendered = render(self.template, [*turns, Turn("assistant", None)], system=request.system)
+        system = None if request.system is None else self._as_text(request.system)
+        rendered = render(self.template, [*turns, Turn("assistant", None)], system=system)
         tokens = tuple(num_image_tokens(self.config, image.size) for image in images)
         ids = tokenize_prompt(rendered, self.tokenizer, tokens).ids
-        return PreparedRequest(request.request_id, ids, images, request.sampling, rendered.text, tokens)
+        return PreparedRequest(
+            request.request_id, ids, images, request.sampling, rendered.text.replace(SEAM, ""), tokens
+        )
 
     def _prepare_text(self, request: CompletionRequest) -> PreparedRequest:
         """Ids as they are may hold control tokens; pictures they cannot."""
         prompt, sampling = request.prompt, request.sampling
         if not isinstance(prompt, str):
-            if any(token < 0 for token in prompt):
-                raise RequestError("token ids are not negative", param="prompt")
             return PreparedRequest(request.request_id, prompt, (), sampling, goes_on=True)
-        self._check_text(prompt, "prompt")
-        self._check_length(len(prompt), "prompt")
-        ids = tokenize_prompt(Rendered(prompt, ()), self.tokenizer, ()).ids
-        return PreparedRequest(request.request_id, ids, (), sampling, prompt, goes_on=True)
+        text = self._as_text(prompt)
+        ids = tokenize_prompt(Rendered(text, ()), self.tokenizer, ()).ids
+        return PreparedRequest(request.request_id, ids, (), sampling, text.replace(SEAM, ""), goes_on=True)
 
     def check_size(self, size: Size) -> None:
         """Raise RequestError where a picture of so many pixels would be refused, whatever else is asked about it."""
@@ -166,14 +166,26 @@ class Preparer:
 
     def _turns(self, message: Message, index: int) -> list[Turn]:
         """A message as the template has it; one that is wrapped in an exchange of its own is the first."""
-        texts = [part.text for part in message.parts if isinstance(part, TextPart)]
+        texts = [self._as_text(part.text) for part in message.parts if isinstance(part, TextPart)]
         if message.role == "assistant":
             return [Turn("assistant", "\n".join(texts))]
         num_images = sum(isinstance(part, ImagePart) for part in message.parts)
         template = replace(self.template, wraps_images=self.template.wraps_images and index == 0)
         return user_turns(template, texts, num_images, start_end=self.config.image_start_end)
 
-    def _check(self, request: GenerationRequest) -> None:
+    def check(self, request: AnyRequest) -> None:
+        """Raise RequestError for what can be told without looking at a picture."""
+        if request.sampling.n > self.limits.max_n:
+            raise RequestError(f"n is {request.sampling.n}; at most {self.limits.max_n} are allowed", param="n")
+        if isinstance(request, GenerationRequest):
+            self._check_messages(request)
+        elif isinstance(request.prompt, str):
+            self._check_text(request.prompt, "prompt")
+            self._check_length(len(request.prompt), "prompt")
+        elif any(token < 0 for token in request.prompt):
+            raise RequestError("token ids are not negative", param="prompt")
+
+    def _check_messages(self, request: GenerationRequest) -> None:
         if request.num_images > self.limits.max_images:
             raise RequestError(
                 f"the request has {request.num_images} images; at most {self.limits.max_images} are allowed",
@@ -195,9 +207,13 @@ class Preparer:
                 code="text_too_long",
             )
 
+    def _as_text(self, text: str) -> str:
+        return as_text(text, self.reserved_texts)
+
     def _check_text(self, text: str, param: str) -> None:
+        left = self._as_text(text)
         for reserved in sorted(self.reserved_texts):
-            if reserved in text:
+            if reserved in left:
                 raise RequestError(
                     f"the text contains {reserved!r}, which is a control token of this model; remove it",
                     param=param,

@@ -22,7 +22,7 @@ Quantization = Literal["8bit", "4bit"]
 # Alternatives listed beside a token's own log-probability; OpenAI's limit.
 MAX_LOGPROBS = 20
 
-# Milliseconds by stage name: preprocess, encode, transfer, queue, prefill, decode.
+# Milliseconds by stage name: fetch, preprocess, encode, transfer, queue, prefill, decode.
 StageTimes = dict[str, float]
 
 
@@ -108,11 +108,18 @@ class ImagePart:
 
 
 @dataclass(frozen=True)
+class ImageUrl:
+    """A picture of a message by its web address, for a service that fetches it before the request is prepared."""
+
+    url: str = field(repr=False)
+
+
+@dataclass(frozen=True)
 class Message:
     """One turn of a conversation; text and pictures in the order the caller gave them."""
 
     role: Role
-    parts: tuple[TextPart | ImagePart, ...]
+    parts: tuple[TextPart | ImagePart | ImageUrl, ...]
 
 
 @dataclass(frozen=True)
@@ -126,8 +133,13 @@ class GenerationRequest:
 
     @property
     def num_images(self) -> int:
-        """Pictures in all messages."""
-        return sum(isinstance(part, ImagePart) for message in self.messages for part in message.parts)
+        """Pictures in all messages, fetched or not."""
+        return sum(not isinstance(part, TextPart) for message in self.messages for part in message.parts)
+
+    @property
+    def has_addresses(self) -> bool:
+        """Whether pictures are still to be fetched."""
+        return any(isinstance(part, ImageUrl) for message in self.messages for part in message.parts)
 
 
 @dataclass(frozen=True)

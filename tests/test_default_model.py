@@ -175,6 +175,8 @@ def test_the_readmes_commands_run(service_url: str, command: str, tmp_path: Path
     arguments = shlex.split(command.replace("http://127.0.0.1:8000", service_url))[1:]
     if "evaluate" in arguments:
         arguments += ["--questions", "18"]
+    if "keys" in arguments:
+        arguments += ["--keys-file", str(tmp_path / "keys.json")]
     if "build" in arguments:
         arguments = [*arguments[:-1], str(tmp_path / "out"), "--help"]
     printed = subprocess.run([str(LLAVA), *arguments], cwd=ROOT, capture_output=True, text=True, timeout=100)

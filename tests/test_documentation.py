@@ -1,5 +1,6 @@
 """What the documents tell a user to type exists: every command line, option and template that they name."""
 
+import ast
 import re
 import shlex
 from pathlib import Path
@@ -47,6 +48,20 @@ def test_every_command_line_is_understood(document: Path) -> None:
         # Parses and checks every value; runs nothing.
         made = command.make_context("llava", words)
         assert made.params.get("template") in (None, *TEMPLATES), line
+
+
+def test_every_line_of_the_threat_model_has_a_test_and_every_test_is_there() -> None:
+    text = (ROOT / "docs/threat-model.md").read_text(encoding="utf-8")
+    rows = [line for line in text.splitlines() if line.startswith("| ") and not line.startswith(("| threat", "| ---"))]
+    assert len(rows) >= 25
+    named = re.compile(r"\[`(test_\w+)`\]\(\.\./(tests/[\w/]+\.py)\)")
+    for row in rows:
+        proofs = named.findall(row.rsplit("|", 2)[1])
+        assert proofs, f"no test is named: {row}"
+        for function, file in proofs:
+            tests = ast.walk(ast.parse((ROOT / file).read_text(encoding="utf-8")))
+            names = {node.name for node in tests if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
+            assert function in names, f"{file} has no {function}"
 
 
 def test_every_checkpoint_of_the_table_has_a_command() -> None:

@@ -99,7 +99,7 @@ class ImageLimits:
 def decode_data_url(url: str, limits: ImageLimits, param: str) -> bytes:
     """The bytes of a `data:image/...;base64,` URL; ImageError for any other URL, bad base64 or too many bytes."""
     if url[:5].lower() != "data:":
-        raise ImageError("the image must be a data: URL with base64; this service fetches no addresses", param=param)
+        raise ImageError("the image must be a data: URL with base64, or an http(s) address", param=param)
     header, comma, payload = url.partition(",")
     kind, *options = header[5:].lower().split(";")
     if not comma or not kind.startswith("image/") or not options or options[-1] != "base64":

@@ -4,7 +4,7 @@ This is the only place where `<image>` turns into placeholder ids. Pieces betwee
 as the reference does: the seam after an image matters to released weights. Knows no models.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,6 +12,8 @@ from llava_core.prompts.conversation import IMAGE_PLACEHOLDER, Rendered
 
 # One sentinel per image token; never looked up in an embedding table. The value is the reference's.
 IMAGE_TOKEN_ID = -200
+# Where a text is to be tokenized in two pieces. A noncharacter of Unicode, which no text has a use for.
+SEAM = "\ufdd0"
 # Positions that training must not learn from; the value is PyTorch's default `ignore_index`.
 IGNORE_LABEL = -100
 
@@ -34,6 +36,18 @@ class TokenizedPrompt:
     labels: tuple[int, ...]
 
 
+def as_text(text: str, control_texts: Collection[str]) -> str:
+    """The text with a seam in whatever would become a control token, or an image, so that it stays what was typed.
+
+    What is a control token by a single character has no room for one, and is left.
+    """
+    for control in sorted(control_texts, key=len, reverse=True):
+        # Again, for occurrences that overlap.
+        while len(control) > 1 and control in text:
+            text = text.replace(control, control[0] + SEAM + control[1:])
+    return text
+
+
 def tokenize_prompt(rendered: Rendered, tokenizer: Tokenizer, image_tokens: Sequence[int]) -> TokenizedPrompt:
     """Ids and labels of a rendered prompt; `image_tokens` is the number of placeholders of each image, in order.
 
@@ -50,10 +64,12 @@ def tokenize_prompt(rendered: Rendered, tokenizer: Tokenizer, image_tokens: Sequ
             ids += [IMAGE_TOKEN_ID] * image_tokens[index - 1]
             labels += [IGNORE_LABEL] * image_tokens[index - 1]
             offset += len(IMAGE_PLACEHOLDER)
-        tokens = tokenizer.encode(piece) if piece else ()
-        ids += [token for token, _, _ in tokens]
-        labels += _labels(tokens, [span for span in rendered.answer_spans if span[0] < offset + len(piece)], offset)
-        offset += len(piece)
+        for number, part in enumerate(piece.split(SEAM)):
+            offset += len(SEAM) if number else 0
+            tokens = tokenizer.encode(part) if part else ()
+            ids += [token for token, _, _ in tokens]
+            labels += _labels(tokens, [span for span in rendered.answer_spans if span[0] < offset + len(part)], offset)
+            offset += len(part)
     return TokenizedPrompt(tuple(ids), tuple(labels))
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import platform
 import random
 from pathlib import Path
@@ -42,7 +43,11 @@ def build(out: Path, work: Path, scale: float) -> None:
 
 @default_model.command()
 @click.option("--model", default=None, help="Checkpoint folder or hub id (default: the default model).")
-@click.option("--url", default=None, help="Ask a running service instead, such as http://127.0.0.1:8000.")
+@click.option(
+    "--url",
+    default=None,
+    help="Ask a running service instead, such as http://127.0.0.1:8000; LLAVA_API_KEY is its key.",
+)
 @click.option("--questions", type=click.IntRange(9), default=2000)
 @click.option("--image-format", type=click.Choice(["png", "jpeg"]), default="png")
 @click.option("--errors", type=click.Path(path_type=Path), default=None, help="Write wrong answers to this file.")
@@ -73,7 +78,8 @@ def _answerer(model: str | None, url: str | None) -> Answerer:
     if url is not None:
         from llava_core.evaluation.openai_answerer import OpenAIAnswerer, served_model
 
-        return OpenAIAnswerer(url, served_model(url))
+        key = os.environ.get("LLAVA_API_KEY")
+        return OpenAIAnswerer(url, served_model(url, key), key)
     from llava_core.inference import DEFAULT_MODEL, LocalAnswerer, LocalModel
 
     return LocalAnswerer(LocalModel(model or DEFAULT_MODEL))

@@ -9,7 +9,7 @@ from deployments.chat_request import read_chat_request
 from deployments.reply_form import ReadRequest
 from llava_core.errors import RequestError
 from llava_core.prepare import RequestLimits
-from llava_core.types import GenerationRequest, ImagePart, Message, SamplingParams, TextPart
+from llava_core.types import GenerationRequest, ImagePart, ImageUrl, Message, SamplingParams, TextPart
 from tests.deployments.pictures import data_url, plain
 
 USER = {"role": "user", "content": "hi"}
@@ -203,12 +203,17 @@ def test_a_wrong_value_is_refused_naming_where_it_is(fields: dict, param: str) -
 
 
 @pytest.mark.parametrize(
-    "url",
-    ["https://example.org/x.png", "http://127.0.0.1/x.png", "file:///etc/passwd", "data:text/plain;base64,AAAA", "x"],
+    "url", ["file:///etc/passwd", "ftp://example.org/x.png", "//example.org/x.png", "data:text/plain;base64,AAAA", "x"]
 )
-def test_nothing_is_fetched(url: str) -> None:
+def test_what_is_neither_a_picture_nor_a_web_address_is_refused(url: str) -> None:
     error = _refused(messages=_content({"type": "image_url", "image_url": {"url": url}}))
     assert (error.param, error.code) == ("messages[0].content[0].image_url.url", "invalid_image")
+
+
+@pytest.mark.parametrize("url", ["https://example.org/x.png", "HTTP://127.0.0.1/x.png"])
+def test_a_web_address_is_left_to_the_stage_that_fetches(url: str) -> None:
+    request = _read(messages=_content({"type": "image_url", "image_url": {"url": url}}))
+    assert request.generation.messages[0].parts == (ImageUrl(url),)
 
 
 def test_pictures_belong_to_the_user() -> None:

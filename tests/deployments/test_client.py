@@ -16,6 +16,7 @@ class _Scripted(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.rfile.read(int(self.headers.get("content-length", 0)))
         self.server.paths.append(self.path)  # type: ignore[attr-defined]
+        self.server.keys.append(self.headers.get("authorization"))  # type: ignore[attr-defined]
         status, body = self.server.script  # type: ignore[attr-defined]
         self.send_response(status)
         self.send_header("content-length", str(len(body)))
@@ -31,7 +32,7 @@ class _Scripted(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def server() -> Iterator[http.server.HTTPServer]:
     with http.server.HTTPServer(("127.0.0.1", 0), _Scripted) as server:
-        server.paths = []  # type: ignore[attr-defined]
+        server.paths, server.keys = [], []  # type: ignore[attr-defined]
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
         yield server
@@ -76,6 +77,13 @@ def test_the_address_may_have_a_path_and_no_proxy_is_asked(
         assert list(stream_chat(f"http://127.0.0.1:{server.server_port}{path}", {}, timeout_s=10)) == []
     prefixes = ("", "", "/vision", "/vision")
     assert server.paths == [f"{prefix}/v1/chat/completions" for prefix in prefixes]  # type: ignore[attr-defined]
+
+
+def test_a_key_is_given_where_there_is_one(server: http.server.HTTPServer) -> None:
+    server.script = (200, b"data: [DONE]\n\n")  # type: ignore[attr-defined]
+    for key in ("a.key", None):
+        list(stream_chat(f"http://127.0.0.1:{server.server_port}", {}, key=key, timeout_s=10))
+    assert server.keys == ["Bearer a.key", None]  # type: ignore[attr-defined]
 
 
 def test_health_is_a_200_and_nothing_else(server: http.server.HTTPServer) -> None:

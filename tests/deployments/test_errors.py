@@ -4,12 +4,30 @@ import pickle
 
 import pytest
 
-from deployments.errors import RequestTimeoutError, RequestTooLargeError, StageLostError, StageUnavailableError
+from deployments.errors import (
+    AuthenticationError,
+    KeysFileError,
+    PermissionDeniedError,
+    RateLimitError,
+    RequestTimeoutError,
+    RequestTooLargeError,
+    StageLostError,
+    StageUnavailableError,
+)
 
 
 @pytest.mark.parametrize(
     "error",
-    [RequestTooLargeError("m", param="p"), RequestTimeoutError("m"), StageUnavailableError("m"), StageLostError("m")],
+    [
+        RequestTooLargeError("m", param="p"),
+        RequestTimeoutError("m"),
+        AuthenticationError("m", code="c"),
+        PermissionDeniedError("m"),
+        RateLimitError("m", limit="tokens", retry_after_s=7),
+        KeysFileError("m"),
+        StageUnavailableError("m"),
+        StageLostError("m"),
+    ],
 )
 def test_pickling_keeps_class_message_and_fields(error: Exception) -> None:
     again = pickle.loads(pickle.dumps(error))

@@ -468,7 +468,6 @@ def test_unusable_pictures_are_refused_naming_the_field(
             "text_too_long",
             "200000",
         ),
-        ({"messages": [{"role": "user", "content": "a </s> b"}]}, "messages[0].content", "reserved_text", "</s>"),
         ({"messages": [{"role": "assistant", "content": "a"}]}, "messages[0].role", "invalid_value", "assistant"),
     ],
 )

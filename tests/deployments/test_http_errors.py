@@ -4,7 +4,11 @@ import pytest
 from starlette.exceptions import HTTPException
 
 from deployments.errors import (
+    AuthenticationError,
+    KeysFileError,
     LaunchError,
+    PermissionDeniedError,
+    RateLimitError,
     RequestTimeoutError,
     RequestTooLargeError,
     StageLostError,
@@ -33,7 +37,12 @@ from llava_core.errors import (
         (UnknownNameError("model", "x", ["y"]), 404, "model_not_found"),
         (RequestTooLargeError("m"), 413, "request_too_large"),
         (RequestTimeoutError("m"), 408, "request_timeout"),
+        (AuthenticationError("m"), 401, "invalid_api_key"),
+        (AuthenticationError("m", code="expired_api_key"), 401, "expired_api_key"),
+        (PermissionDeniedError("m"), 403, "permission_denied"),
         (OverloadedError("m"), 429, "overloaded"),
+        (RateLimitError("m", limit="tokens"), 429, "rate_limit_exceeded"),
+        (KeysFileError("m"), 503, "keys_unavailable"),
         (StageLostError("m"), 503, "replica_lost"),
         (StageUnavailableError("m"), 503, "unavailable"),
         (EngineError("m"), 500, "engine_error"),
@@ -77,12 +86,24 @@ def test_nothing_internal_gets_out() -> None:
     body = error_body(describe(RuntimeError("secret /path/to/weights")), "abc")
     assert "secret" not in str(body)
     assert "secret" not in str(error_body(describe(EngineError("secret")), "abc"))
+    assert "secret" not in str(error_body(describe(KeysFileError("secret")), "abc"))
 
 
 def test_overload_says_when_to_come_again() -> None:
     assert error_response(describe(OverloadedError("full", retry_after_s=7)), "x").headers["retry-after"] == "7"
     assert error_response(describe(StageUnavailableError("m")), "x").headers["retry-after"] == "5"
     assert "retry-after" not in error_response(describe(RequestError("m")), "x").headers
+
+
+def test_a_limit_of_a_key_says_which_and_when_to_come_again() -> None:
+    response = error_response(describe(RateLimitError("m", limit="tokens", retry_after_s=7)), "x")
+    assert response.headers["retry-after"] == "7"
+    assert b'"type":"tokens"' in response.body
+
+
+def test_who_has_no_key_is_told_how_to_give_one() -> None:
+    assert error_response(describe(AuthenticationError("m")), "x").headers["www-authenticate"] == "Bearer"
+    assert "www-authenticate" not in error_response(describe(PermissionDeniedError("m")), "x").headers
 
 
 def test_only_a_body_that_does_not_come_closes_its_connection() -> None:

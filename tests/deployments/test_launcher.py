@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from deployments.errors import LaunchError
+from deployments.errors import KeysFileError, LaunchError
+from deployments.exposure import ExposureError
 from deployments.launcher import (
     ENVIRONMENT,
     IMPORT_PATH,
@@ -55,7 +56,7 @@ def test_without_a_configuration_there_are_defaults(
 
 
 def test_options_override_the_configuration(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    args = {"model": "/somewhere/else", "engine": {"max_running": 3}}
+    args = {"model": "/somewhere/else", "engine": {"max_running": 3}, "auth": {"allow_anyone": True}}
     plan = _plan(_write(tmp_path / "c.yaml", args=args), model=str(tiny_checkpoint), host="0.0.0.0")
     assert plan.args.engine.max_running == 3
     assert plan.config["applications"][0]["args"]["model"] == str(tiny_checkpoint)
@@ -131,6 +132,26 @@ def test_a_port_in_use_ends_the_start_at_once(tiny_checkpoint: Path) -> None:
         port = other.getsockname()[1]
         with pytest.raises(LaunchError, match=f"port {port} on 127.0.0.1 is already in use"):
             _plan(model=str(tiny_checkpoint), port=port)
+
+
+def test_nobody_is_let_in_from_elsewhere_without_keys(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = _write(tmp_path / "c.yaml")
+    with pytest.raises(ExposureError, match=r"0\.0\.0\.0.*keys create"):
+        _plan(config, model=str(tiny_checkpoint), host="0.0.0.0")
+    content = {**yaml.safe_load(config.read_text()), "http_options": {"host": "0.0.0.0"}}
+    config.write_text(yaml.safe_dump(content))
+    with pytest.raises(ExposureError):
+        _plan(config, model=str(tiny_checkpoint))
+    monkeypatch.chdir(tmp_path)
+    config = _write(tmp_path / "c.yaml", args={"auth": {"keys_file": "keys.json"}})
+    with pytest.raises(KeysFileError, match="cannot be read"):
+        _plan(config, model=str(tiny_checkpoint), host="0.0.0.0")
+    Path("keys.json").write_text('{"keys": []}')
+    plan = _plan(config, model=str(tiny_checkpoint), host="0.0.0.0")
+    # Replicas work elsewhere.
+    assert plan.config["applications"][0]["args"]["auth"]["keys_file"] == str(tmp_path / "keys.json")
 
 
 def test_an_address_of_another_machine_cannot_be_used() -> None:

@@ -7,15 +7,18 @@ from pathlib import Path
 
 import pytest
 
+from deployments.fetch import Fetcher
 from deployments.messages import Prepared, Rejected
 from deployments.metrics import CACHE_BYTES, CACHE_HITS, CACHE_MISSES, QUEUE_WAIT, STAGE_DURATION
 from deployments.preprocessor import Preprocessor
+from deployments.settings import FetchArgs
 from llava_core.checkpoints.describe import load_preparer
-from llava_core.errors import EngineError, ImageError
+from llava_core.errors import EngineError, ImageError, RequestError
 from llava_core.types import (
     CompletionRequest,
     GenerationRequest,
     ImagePart,
+    ImageUrl,
     Message,
     PreparedRequest,
     SamplingParams,
@@ -31,7 +34,7 @@ def preprocessor(tiny_checkpoint: Path) -> Preprocessor:
     return Preprocessor(load_preparer(tiny_checkpoint))
 
 
-def _request(*parts: TextPart | ImagePart) -> GenerationRequest:
+def _request(*parts: TextPart | ImagePart | ImageUrl) -> GenerationRequest:
     return GenerationRequest("id", (Message("user", parts),), SamplingParams())
 
 
@@ -47,6 +50,59 @@ def test_a_bad_picture_is_a_value_not_an_exception(preprocessor: Preprocessor) -
     assert isinstance(rejected, Rejected)
     assert isinstance(rejected.error, ImageError)
     assert rejected.error.param == "messages[0].content[0].image_url"
+
+
+class _Pictures(Fetcher):
+    """Every address is one of the same picture."""
+
+    def __init__(self) -> None:
+        super().__init__(FetchArgs())
+        self.asked: list[str] = []
+
+    async def fetch(self, address: str, param: str) -> bytes:
+        self.asked.append(address)
+        return plain()
+
+
+def test_a_picture_by_address_is_fetched_and_its_time_counted(tiny_checkpoint: Path) -> None:
+    pictures = _Pictures()
+    recorder = FakeRecorder()
+    preprocessor = Preprocessor(load_preparer(tiny_checkpoint), fetcher=pictures, recorder=recorder)
+    by_address = asyncio.run(preprocessor.prepare(_request(ImageUrl("https://example.com/a.png"), TextPart("hi"))))
+    by_value = asyncio.run(preprocessor.prepare(_request(ImagePart(plain()), TextPart("hi"))))
+    assert isinstance(by_address, Prepared)
+    assert isinstance(by_value, Prepared)
+    assert by_address.request.prompt_ids == by_value.request.prompt_ids
+    assert [image.digest for image in by_address.request.images] == [image.digest for image in by_value.request.images]
+    assert set(by_address.elapsed.stage_ms) == {"fetch", "preprocess"}
+    assert pictures.asked == ["https://example.com/a.png"]
+    assert len(recorder.observed[STAGE_DURATION, ("fetch",)]) == 1
+    assert len(recorder.observed[STAGE_DURATION, ("preprocess",)]) == 2
+
+
+def test_a_picture_by_address_has_its_tokens_when_they_are_asked_for(tiny_checkpoint: Path) -> None:
+    preprocessor = Preprocessor(load_preparer(tiny_checkpoint), fetcher=_Pictures())
+    by_address = asyncio.run(preprocessor.tokenize(_request(ImageUrl("https://example.com/a.png"), TextPart("hi"))))
+    assert isinstance(by_address, Tokenized)
+    assert by_address == asyncio.run(preprocessor.tokenize(_request(ImagePart(plain()), TextPart("hi"))))
+
+
+def test_nothing_is_fetched_for_a_request_that_is_refused_all_the_same(tiny_checkpoint: Path) -> None:
+    pictures = _Pictures()
+    preprocessor = Preprocessor(load_preparer(tiny_checkpoint), fetcher=pictures)
+    many = [ImageUrl(f"https://example.com/{index}.png") for index in range(9)]
+    rejected = asyncio.run(preprocessor.prepare(_request(*many)))
+    assert isinstance(rejected, Rejected)
+    assert isinstance(rejected.error, RequestError)
+    assert rejected.error.code == "too_many_images"
+    assert pictures.asked == []
+
+
+def test_without_settings_nothing_is_fetched(preprocessor: Preprocessor) -> None:
+    rejected = asyncio.run(preprocessor.prepare(_request(TextPart("hi"), ImageUrl("https://example.com/a.png"))))
+    assert isinstance(rejected, Rejected)
+    assert isinstance(rejected.error, ImageError)
+    assert (rejected.error.code, rejected.error.param) == ("image_url_not_allowed", "messages[0].content[1].image_url")
 
 
 def test_requests_are_prepared_side_by_side(preprocessor: Preprocessor) -> None:

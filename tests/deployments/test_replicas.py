@@ -7,10 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from deployments import replicas
+from deployments.exposure import ExposureError
 from deployments.handoff import LocalHandoff
 from deployments.preflight import FoundCheckpoint
 from deployments.replicas import (
     DeviceError,
+    GatewayReplica,
     PreprocessorReplica,
     VisionEncoderReplica,
     adopt_serve_logging,
@@ -30,6 +33,13 @@ def _restore_threads() -> object:
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+def test_a_gateway_that_others_reach_without_keys_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever has started Serve, and on whichever host: `serve run` asks no launcher of ours."""
+    monkeypatch.setattr(replicas, "_listening_host", lambda: "0.0.0.0")
+    with pytest.raises(ExposureError, match="allow_anyone"):
+        GatewayReplica(AppArgs(), *[object()] * 3, LocalHandoff())  # type: ignore[arg-type]
 
 
 def test_threads_are_what_was_asked_for_whatever_the_cpu_share(monkeypatch: pytest.MonkeyPatch) -> None:

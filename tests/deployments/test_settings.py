@@ -6,7 +6,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from deployments.settings import AppArgs, LimitArgs, StageArgs
+from deployments.settings import AppArgs, AuthArgs, LimitArgs, StageArgs
 from llava_core.checkpoints.files import DEFAULT_MODEL
 
 
@@ -44,6 +44,12 @@ def test_a_hub_id_is_served_as_it_is() -> None:
         {"vision_encoder": {"cache_bytes": -1}},
         {"generator": {"cache_bytes": 1}},
         {"limits": {"max_images": -1}},
+        {"auth": {"keys": []}},
+        {"fetch": {"allowed_hosts": ["https://example.com/"]}},
+        {"fetch": {"allowed_networks": ["10.0.0.1/8"]}},
+        {"fetch": {"timeout_s": 0}},
+        {"fetch": {"max_redirects": -1}},
+        {"cors": {"origin": "*"}},
     ],
 )
 def test_what_is_not_known_or_not_possible_is_refused(args: dict) -> None:
@@ -80,6 +86,18 @@ def test_the_engine_refuses_first_and_the_gateway_holds_what_the_stages_accept()
     assert before == [260, 272]
     assert accepted + args.vision_encoder.max_ongoing_requests < args.generator.max_ongoing_requests
     assert accepted + sum(before) <= args.gateway.max_ongoing_requests
+
+
+def test_a_file_of_keys_is_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert AuthArgs(keys_file="keys.json").keys_file == str(tmp_path / "keys.json")
+    assert AuthArgs().keys_file is None
+
+
+def test_nothing_is_open_unless_it_is_said() -> None:
+    args = AppArgs()
+    assert (args.auth.allow_anyone, args.cors.origins, args.fetch.allowed_hosts) == (False, (), ())
+    assert (args.fetch.allow_http, args.fetch.allowed_networks) == (False, ())
 
 
 def test_bodies_in_flight_are_never_less_than_one_body() -> None:

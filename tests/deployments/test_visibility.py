@@ -92,7 +92,7 @@ def usages(service: Running) -> list[dict[str, Any]]:
         {"json": {"messages": messages(PLANTED), "model": PLANTED}},
         {"json": {"messages": messages(PLANTED), "temperature": PLANTED}},
         {"json": {"messages": messages(content(unusable()["no image"], PLANTED))}},
-        {"json": {"messages": messages(f"{PLANTED} </s>")}},
+        {"json": {"messages": messages(PLANTED), "tools": [PLANTED]}},
         {"content": json.dumps({"messages": PLANTED})[:-1]},
     ]
     for request in bad:
@@ -116,7 +116,7 @@ def test_the_page_of_metrics_counts_what_was_asked(service: Running, usages: lis
     assert page.total(CANCELLATIONS, phase="streaming") == 1
     assert page.total(ERRORS, code="model_not_found") == 2
     assert page.total(ERRORS, code="invalid_image") == 1
-    assert page.total(ERRORS, code="reserved_text") == 1
+    assert page.total(ERRORS, code="unsupported_parameter") == 1
     assert page.total(ERRORS) == num_bad + 1
     # The one that hung up had begun, too.
     assert _num(page, TIME_TO_FIRST_TOKEN, model=service.model) == num_answers + 1
@@ -171,7 +171,7 @@ def test_every_line_of_the_log_is_json_and_those_of_a_request_name_it(
     lines = [record for record in records if record["message"].startswith(f"POST {CHAT} ") and "status" in record]
     refused = [record for record in lines if record["request_id"] == "found-again"]
     assert len(refused) == 5
-    assert {record["error_code"] for record in refused} >= {"model_not_found", "invalid_image", "reserved_text"}
+    assert {record["error_code"] for record in refused} >= {"model_not_found", "invalid_image", "unsupported_parameter"}
     assert {record["status"] for record in lines} >= {"200", "400", "404"}
     # The stages behind it say whose request they worked on as well.
     works = {record.get("deployment") for record in records if record.get("request_id") == "found-again"}

@@ -10,6 +10,7 @@ import pytest
 from llava_core.types import (
     GenerationRequest,
     ImagePart,
+    ImageUrl,
     Message,
     PreparedImage,
     PreparedRequest,
@@ -48,7 +49,11 @@ def test_a_request_counts_the_pictures_of_all_messages() -> None:
         Message("assistant", (TextPart("b"),)),
         Message("user", (picture,)),
     )
-    assert GenerationRequest("r", messages, SamplingParams()).num_images == 3
+    request = GenerationRequest("r", messages, SamplingParams())
+    assert (request.num_images, request.has_addresses) == (3, False)
+    with_address = (*messages[:2], Message("user", (ImageUrl("https://example.com/"), picture)))
+    request = GenerationRequest("r", with_address, SamplingParams())
+    assert (request.num_images, request.has_addresses) == (4, True)
 
 
 def test_sizes_are_width_first() -> None:
@@ -59,6 +64,7 @@ def test_pictures_and_prompts_stay_out_of_reprs() -> None:
     secret = "s3cr3t-picture"
     image = PreparedImage("d", Size(1, 1), np.zeros((1, 1, 1, 3), np.uint8))
     assert secret not in repr(ImagePart(secret.encode()))
+    assert secret not in repr(ImageUrl(secret))
     assert "array" not in repr(image)
     assert "123456" not in repr(PreparedRequest("r", (123456,), (image,), SamplingParams()))
 

@@ -3,6 +3,7 @@
 import base64
 import json
 from collections.abc import Callable
+from dataclasses import replace
 
 import httpx
 import pytest
@@ -54,6 +55,22 @@ def test_the_request_is_greedy_and_holds_the_picture(
     assert (body["model"], body["temperature"]) == ("tiny", 0)
     url = body["messages"][0]["content"][0]["image_url"]["url"]
     assert url == f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
+
+
+def test_a_key_is_given_where_there_is_one_and_never_shown(serve: Callable[[Handler], OpenAIAnswerer]) -> None:
+    seen: list[str | None] = []
+
+    def record(request: httpx.Request) -> httpx.Response:
+        seen.append(request.headers.get("authorization"))
+        return echo(request) if request.method == "POST" else httpx.Response(200, json={"data": [{"id": "m"}]})
+
+    answerer = serve(record)
+    sample = Sample("1", "kind", "q", "", b"x")
+    assert served_model("http://service", "a.key") == "m"
+    for each in (replace(answerer, api_key="a.key"), answerer):
+        list(each.answer([sample]))
+        assert "a.key" not in repr(each)
+    assert seen == ["Bearer a.key", "Bearer a.key", None]
 
 
 def test_a_refusal_stops_the_evaluation(serve: Callable[[Handler], OpenAIAnswerer]) -> None:

@@ -377,10 +377,10 @@ class TestDataUrls:
     @pytest.mark.parametrize(
         ("url", "named"),
         [
-            ("https://example.com/cat.png", "fetches no addresses"),
-            ("file:///etc/passwd", "fetches no addresses"),
-            ("/tmp/cat.png", "fetches no addresses"),
-            ("", "fetches no addresses"),
+            ("https://example.com/cat.png", "must be a data: URL"),
+            ("file:///etc/passwd", "must be a data: URL"),
+            ("/tmp/cat.png", "must be a data: URL"),
+            ("", "must be a data: URL"),
             ("data:text/plain;base64,aGk=", "data:image/<type>;base64,"),
             ("data:image/png,rawbytes", "data:image/<type>;base64,"),
             ("data:image/png;base64", "data:image/<type>;base64,"),

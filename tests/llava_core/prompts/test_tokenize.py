@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from llava_core.prompts.conversation import Rendered, Turn, render
 from llava_core.prompts.templates import TEMPLATES, Style, get_template
-from llava_core.prompts.tokenize import IGNORE_LABEL, IMAGE_TOKEN_ID, tokenize_prompt
+from llava_core.prompts.tokenize import IGNORE_LABEL, IMAGE_TOKEN_ID, SEAM, as_text, tokenize_prompt
 
 
 class CharTokenizer:
@@ -106,3 +106,27 @@ def test_a_token_that_straddles_an_answers_border_is_not_labelled() -> None:
 def test_an_image_inside_an_answer_is_not_labelled_but_what_follows_is() -> None:
     rendered = Rendered("a<image>b", ((0, 9),))
     assert tokenize_prompt(rendered, CharTokenizer(None), [2]).labels == (A, IGNORE_LABEL, IGNORE_LABEL, B)
+
+
+def test_a_seam_parts_tokens_and_is_none() -> None:
+    text = f"ab{SEAM}cd<image>a{SEAM}bcd"
+    prompt = tokenize_prompt(Rendered(text, ((0, 5),)), PairTokenizer(None), [1])
+    assert prompt.ids == (1000, 1000, IMAGE_TOKEN_ID, 1000, 1000, 1002)
+    assert prompt.labels == (1000, 1000, *[IGNORE_LABEL] * 4)
+    assert tokenize_prompt(Rendered(f"{SEAM}a{SEAM}", ()), CharTokenizer(None), []).ids == (A,)
+
+
+CONTROLS = ("<s>", "</s>", "<image>", "<<s>>", "aa", "s>")
+
+
+@given(st.lists(st.sampled_from([*CONTROLS, "<", "/s>", "a", "s", ">", "x", " "])).map("".join))
+def test_no_piece_of_a_text_is_a_control_token_and_nothing_else_is_changed(text: str) -> None:
+    seamed = as_text(text, CONTROLS)
+    assert not [control for control in CONTROLS if control in seamed]
+    assert seamed.replace(SEAM, "") == text
+    if not any(control in text for control in CONTROLS):
+        assert seamed == text
+
+
+def test_a_single_character_has_no_room_for_a_seam() -> None:
+    assert as_text("a#b", ["#"]) == "a#b"

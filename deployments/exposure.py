@@ -1,0 +1,40 @@
+"""Who can reach the service: one that asks nobody who they are listens on the loopback interface alone.
+
+Knows hosts as configurations write them, and not who starts what.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from pathlib import Path
+
+from deployments.api_keys import read_keys
+from deployments.settings import AuthArgs
+from llava_core.errors import LlavaError
+
+
+class ExposureError(LlavaError):
+    """The service would answer strangers."""
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach what listens there. A name other than localhost may lead anywhere."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def check_exposure(host: str, auth: AuthArgs) -> None:
+    """Raise ExposureError for a host that others reach where nobody is asked for a key, KeysFileError for keys that
+    cannot be read."""
+    if auth.keys_file is not None:
+        read_keys(Path(auth.keys_file))
+    elif not auth.allow_anyone and not is_loopback(host):
+        raise ExposureError(
+            f"the service would listen on {host}, where others reach it, and asks for no API keys; make some with "
+            "`llava keys create` and name their file in auth.keys_file, listen on 127.0.0.1, or set auth.allow_anyone "
+            "where something in front of it knows who may ask"
+        )

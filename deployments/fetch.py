@@ -1,0 +1,170 @@
+"""Pictures that a request names by address become pictures that it holds: the only place that fetches anything.
+
+Off unless hosts are allowed. A name is resolved once, what it leads to is judged, and the connection goes to the very
+address that was judged, so that no second answer of a name server counts; every redirect goes the same way. No proxy,
+cookie or credential takes part. Knows no formats of pictures.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import socket
+import ssl
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
+
+import httpx
+
+from deployments.addresses import HostRule, may_connect, parse_address
+from deployments.settings import FetchArgs
+from llava_core.errors import ImageError
+from llava_core.types import GenerationRequest, ImagePart, ImageUrl, Message, TextPart
+
+Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
+_REDIRECTS = (301, 302, 303, 307, 308)
+# Some stores of files know no better than the second; what it really is, its first bytes will tell.
+_MEDIA_TYPES = ("image/", "application/octet-stream", "binary/octet-stream")
+# No compression: it would save nothing on pictures, and a few bytes could become any number.
+_HEADERS = {"accept": "image/*", "accept-encoding": "identity", "user-agent": "llava-serve"}
+
+
+async def resolve_host(host: str, port: int) -> list[str]:
+    """The addresses of a name, as this machine finds them. Raises OSError where there are none."""
+    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return [str(address[0]) for *_, address in found]
+
+
+class Fetcher:
+    """Fetches for any number of requests at once, keeping nothing between them."""
+
+    def __init__(self, args: FetchArgs, *, resolve: Resolve = resolve_host, tls: ssl.SSLContext | None = None) -> None:
+        self._args = args
+        self._rules = [HostRule.parse(host) for host in args.allowed_hosts]
+        self._networks = [ipaddress.ip_network(network) for network in args.allowed_networks]
+        self._resolve = resolve
+        # A transport and not a client, which would keep cookies of one request for another. Connections are not kept:
+        # they are found again by their address, and another host's name may lead to the same one.
+        self._transport = httpx.AsyncHTTPTransport(
+            verify=tls or ssl.create_default_context(),
+            trust_env=False,
+            limits=httpx.Limits(max_keepalive_connections=0),
+        )
+
+    async def fetch_images(self, request: GenerationRequest) -> GenerationRequest:
+        """The request with its pictures in place of their addresses. Raises ImageError for the first that fails, and
+        leaves the others alone then."""
+        places: dict[ImageUrl, str] = {}
+        for index, message in enumerate(request.messages):
+            for position, part in enumerate(message.parts):
+                if isinstance(part, ImageUrl):
+                    places.setdefault(part, f"messages[{index}].content[{position}].image_url")
+        tasks = [asyncio.create_task(self.fetch(part.url, param)) for part, param in places.items()]
+        try:
+            pictures = await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+        fetched = {part: ImagePart(picture) for part, picture in zip(places, pictures, strict=True)}
+        return replace(request, messages=tuple(_with_pictures(message, fetched) for message in request.messages))
+
+    async def fetch(self, address: str, param: str) -> bytes:
+        """What lies at the address. Raises ImageError, which tells nothing about what is behind it."""
+        if not self._rules:
+            raise ImageError(
+                "this service fetches no addresses; send the picture itself, as a data: URL with base64",
+                param=param,
+                code="image_url_not_allowed",
+            )
+        try:
+            async with asyncio.timeout(self._args.timeout_s):
+                return await self._follow(address, param)
+        except TimeoutError:
+            raise ImageError(
+                f"the image did not come within {self._args.timeout_s:g} seconds, which is the limit",
+                param=param,
+                code="image_fetch_timeout",
+            ) from None
+        except httpx.HTTPError:
+            raise _failed("its host cannot be reached or does not answer as it should", param) from None
+
+    async def _follow(self, address: str, param: str) -> bytes:
+        url = parse_address(address, param=param)
+        for _ in range(self._args.max_redirects + 1):
+            response = await self._ask(url, param)
+            try:
+                if response.status_code not in _REDIRECTS:
+                    return await self._read(response, param)
+                url = parse_address(response.headers.get("location", ""), param=param, base=url)
+            finally:
+                await response.aclose()
+        raise _failed(f"its host redirects more than {self._args.max_redirects} times", param)
+
+    async def _ask(self, url: httpx.URL, param: str) -> httpx.Response:
+        """The head of the answer; the body is still to be read."""
+        self._check(url, param)
+        error: Exception = _failed("its host has no address that may be asked", param)
+        for ip in await self._addresses(url):
+            request = httpx.Request(
+                "GET",
+                url.copy_with(host=ip),
+                headers={**_HEADERS, "host": url.netloc.decode("ascii")},
+                # Certificates are checked against the name, which is also what the server is told.
+                extensions={"sni_hostname": url.host},
+            )
+            try:
+                return await self._transport.handle_async_request(request)
+            except httpx.ConnectError as reason:
+                error = reason
+        raise error
+
+    def _check(self, url: httpx.URL, param: str) -> None:
+        is_allowed = any(rule.allows(url) for rule in self._rules)
+        if not is_allowed or (url.scheme == "http" and not self._args.allow_http):
+            raise ImageError(
+                "the image's address is not one that this service may fetch from: hosts, ports and schemes are limited",
+                param=param,
+                code="image_url_not_allowed",
+            )
+
+    async def _addresses(self, url: httpx.URL) -> list[str]:
+        """All that the name leads to, or none where it leads to one that is not public: nobody means such a mixture."""
+        try:
+            found = await self._resolve(url.host, url.port or (443 if url.scheme == "https" else 80))
+        except (OSError, UnicodeError):
+            return []
+        is_allowed = all(may_connect(address, self._networks) for address in found)
+        return list(dict.fromkeys(found)) if is_allowed else []
+
+    async def _read(self, response: httpx.Response, param: str) -> bytes:
+        if response.status_code != httpx.codes.OK:
+            raise _failed(f"its host answers {response.status_code}", param)
+        media_type = response.headers.get("content-type", "image/")
+        if not media_type.lower().startswith(_MEDIA_TYPES) or "content-encoding" in response.headers:
+            raise _failed("its host answers with something that is no picture", param)
+        most = self._args.max_bytes
+        announced = response.headers.get("content-length", "")
+        is_too_large = announced.isdigit() and int(announced) > most
+        pieces, size = [], 0
+        if not is_too_large:
+            async for piece in response.aiter_raw():
+                size += len(piece)
+                if is_too_large := size > most:
+                    break
+                pieces.append(piece)
+        if is_too_large:
+            raise ImageError(
+                f"the image has more than {most} bytes, which is the limit", param=param, code="image_too_large"
+            )
+        return b"".join(pieces)
+
+
+def _failed(why: str, param: str) -> ImageError:
+    return ImageError(f"the image cannot be fetched: {why}", param=param, code="image_fetch_failed")
+
+
+def _with_pictures(message: Message, fetched: dict[ImageUrl, ImagePart]) -> Message:
+    parts: list[TextPart | ImagePart | ImageUrl] = [
+        fetched[part] if isinstance(part, ImageUrl) else part for part in message.parts
+    ]
+    return replace(message, parts=tuple(parts))

@@ -1,0 +1,217 @@
+"""The OpenAPI description of the service, made of its routes: a route that is not described here does not start.
+
+What a request may hold is pydantic's schema of the class that reads it; what an answer looks like is written down here.
+Knows no HTTP server and nothing of how requests are answered.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+from starlette.routing import Route
+
+from deployments.chat_schema import ChatBody
+from deployments.completion_request import CompletionBody
+from deployments.tokenize_request import DetokenizeBody, TokenizeBody
+
+Json = dict[str, Any]
+_REFERENCE = "#/components/schemas/{model}"
+_PARAMETER = re.compile(r"\{(\w+)(:\w+)?\}")
+_OF_KEYS = (401, 403, 429)
+_OF_BODIES = (400, 404, 408, 413, 429, 500, 503)
+
+
+@dataclass(frozen=True)
+class Operation:
+    """What a route does, what it takes, and what it may answer beside 200."""
+
+    summary: str
+    answer: str
+    body: type[BaseModel] | None = None
+    chunk: str | None = None
+    errors: tuple[int, ...] = ()
+    is_open: bool = False
+
+
+# By the names of routes.
+OPERATIONS: Mapping[str, Operation] = {
+    "chat_completions": Operation(
+        "The answer to a conversation with pictures, whole or, with `stream`, piece by piece.",
+        "ChatCompletion",
+        body=ChatBody,
+        chunk="ChatCompletionChunk",
+        errors=_OF_BODIES,
+    ),
+    "completions": Operation(
+        "What the model goes on with after a text, or after token ids, as they are.",
+        "Completion",
+        body=CompletionBody,
+        chunk="CompletionChunk",
+        errors=_OF_BODIES,
+    ),
+    "tokenize": Operation("A prompt as the model reads it.", "Tokenized", body=TokenizeBody, errors=_OF_BODIES),
+    "detokenize": Operation("The text of token ids.", "Detokenized", body=DetokenizeBody, errors=_OF_BODIES),
+    "models": Operation("What is served.", "ModelList"),
+    "model": Operation("One of the models that are served.", "Model", errors=(404,)),
+    "openapi": Operation("This description.", "OpenApi"),
+    "health": Operation("Whether every stage can serve.", "Health", errors=(503,), is_open=True),
+}
+
+
+def describe_api(routes: Sequence[Route], *, has_keys: bool) -> Json:
+    """The whole description. Raises LookupError for a route that OPERATIONS does not have."""
+    paths: Json = {}
+    for route in routes:
+        for method in sorted((route.methods or set()) - {"HEAD"}):
+            path = _PARAMETER.sub(r"{\1}", route.path)
+            paths.setdefault(path, {})[method.lower()] = _operation(route, OPERATIONS[route.name], has_keys=has_keys)
+    bodies = [(each.body, "validation") for each in OPERATIONS.values() if each.body is not None]
+    _, schemas = models_json_schema(bodies, ref_template=_REFERENCE)  # type: ignore[arg-type]
+    components: Json = {"schemas": {**schemas.get("$defs", {}), **ANSWERS}}
+    if has_keys:
+        components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+    return {
+        "openapi": "3.2.0",
+        "info": {
+            "title": "llava-serve",
+            "version": "1",
+            "description": "LLaVA models behind OpenAI's API. Fields that are not named here are ignored where they "
+            "are harmless, and refused by name where they would change the answer.",
+        },
+        "paths": paths,
+        "components": components,
+        **({"security": [{"key": []}]} if has_keys else {}),
+    }
+
+
+def _operation(route: Route, operation: Operation, *, has_keys: bool) -> Json:
+    content = {"application/json": {"schema": _ref(operation.answer)}}
+    if operation.chunk is not None:
+        content["text/event-stream"] = {"itemSchema": _object({"data": _event(operation.chunk)})}
+    statuses = {*operation.errors, *(_OF_KEYS if has_keys and not operation.is_open else ())}
+    described: Json = {
+        "operationId": route.name,
+        "summary": operation.summary,
+        "responses": {
+            "200": {"description": HTTPStatus.OK.phrase, "content": content},
+            **{str(status): _refusal(status) for status in sorted(statuses)},
+        },
+    }
+    if parameters := [match[1] for match in _PARAMETER.finditer(route.path)]:
+        described["parameters"] = [
+            {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in parameters
+        ]
+    if operation.body is not None:
+        described["requestBody"] = {
+            "required": True,
+            "content": {"application/json": {"schema": _ref(operation.body.__name__)}},
+        }
+    if operation.is_open and has_keys:
+        described["security"] = []
+    return described
+
+
+def _refusal(status: int) -> Json:
+    content = {"application/json": {"schema": _ref("Error")}}
+    headers = {"retry-after": {"schema": {"type": "string"}}} if status in (429, 503) else {}
+    return {"description": HTTPStatus(status).phrase, "content": content, **({"headers": headers} if headers else {})}
+
+
+def _ref(name: str) -> Json:
+    return {"$ref": _REFERENCE.format(model=name)}
+
+
+def _event(chunk: str) -> Json:
+    piece = {"type": "string", "contentMediaType": "application/json", "contentSchema": _ref(chunk)}
+    return {"anyOf": [piece, {"const": "[DONE]"}]}
+
+
+def _object(properties: Json, *, optional: Sequence[str] = ()) -> Json:
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": [name for name in properties if name not in optional],
+    }
+
+
+def _list(item: Json) -> Json:
+    return {"type": "array", "items": item}
+
+
+_TEXT: Json = {"type": "string"}
+_TEXT_OR_NULL: Json = {"type": ["string", "null"]}
+_COUNT: Json = {"type": "integer", "minimum": 0}
+_FINISH: Json = {"enum": ["stop", "length"]}
+_TIMINGS: Json = {
+    "type": "object",
+    "additionalProperties": {"type": "number", "minimum": 0},
+    "description": "Milliseconds by stage, where the request asked for them.",
+}
+
+
+def _reply(kind: str, said: Json) -> Json:
+    """`said` is what a choice holds of the answer."""
+    return _object(_fields(kind, said, _FINISH, _ref("Usage")), optional=("timings",))
+
+
+def _chunk(kind: str, said: Json) -> Json:
+    finish = {"enum": [*_FINISH["enum"], None]}
+    fields = _fields(kind, said, finish, {"anyOf": [_ref("Usage"), {"type": "null"}]})
+    return _object(fields, optional=("usage", "timings"))
+
+
+def _fields(kind: str, said: Json, finish: Json, usage: Json) -> Json:
+    head = {"id": _TEXT, "object": {"const": kind}, "created": _COUNT, "model": _TEXT}
+    head["system_fingerprint"] = _TEXT_OR_NULL
+    logprobs = {"type": ["object", "null"]}
+    choice = _object({"index": _COUNT, **said, "finish_reason": finish, "logprobs": logprobs})
+    return {**head, "choices": _list(choice), "usage": usage, "timings": _TIMINGS}
+
+
+ANSWERS: Mapping[str, Json] = {
+    "Error": _object(
+        {
+            "error": _object({"message": _TEXT, "type": _TEXT, "param": _TEXT_OR_NULL, "code": _TEXT_OR_NULL}),
+            "request_id": _TEXT,
+        }
+    ),
+    "Usage": _object(
+        {
+            "prompt_tokens": _COUNT,
+            "completion_tokens": _COUNT,
+            "total_tokens": _COUNT,
+            "prompt_tokens_details": _object({"image_tokens": _COUNT, "cached_tokens": _COUNT}),
+        }
+    ),
+    "ChatCompletion": _reply(
+        "chat.completion",
+        {"message": _object({"role": {"const": "assistant"}, "content": _TEXT, "refusal": {"type": "null"}})},
+    ),
+    "ChatCompletionChunk": _chunk(
+        "chat.completion.chunk",
+        {"delta": _object({"role": _TEXT, "content": _TEXT}, optional=("role", "content"))},
+    ),
+    "Completion": _reply("text_completion", {"text": _TEXT}),
+    "CompletionChunk": _chunk("text_completion", {"text": _TEXT}),
+    "Tokenized": _object(
+        {
+            "count": _COUNT,
+            "max_model_len": _COUNT,
+            "tokens": _list({"type": "integer"}),
+            "token_strs": {"anyOf": [_list(_TEXT), {"type": "null"}]},
+        }
+    ),
+    "Detokenized": _object({"prompt": _TEXT}),
+    "Model": _object({"id": _TEXT, "object": {"const": "model"}, "created": _COUNT, "owned_by": _TEXT}),
+    "ModelList": _object({"object": {"const": "list"}, "data": _list(_ref("Model"))}),
+    "Health": _object(
+        {"status": {"const": "ok"}, "stages": {"type": "object", "additionalProperties": {"const": "ok"}}}
+    ),
+    "OpenApi": _object({"openapi": _TEXT, "info": {"type": "object"}, "paths": {"type": "object"}}),
+}

@@ -1,0 +1,172 @@
+"""The description: of every route, true of what the service answers, and requests made of it by the thousand."""
+
+import json
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from schemathesis import GenerationMode
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    response_headers_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
+from starlette.routing import Route
+from starlette.testclient import TestClient
+
+from deployments.gateway import Gateway
+from deployments.messages import Item, Rejected
+from deployments.openapi import OPERATIONS, describe_api
+from llava_core.checkpoints.describe import load_preparer
+from llava_core.errors import LlavaError
+from llava_core.prepare import Preparer
+from llava_core.types import AnyRequest, Tokenized
+from tests.deployments.fakes import ScriptedEngine, all_ready, answer
+
+PATH, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+HELLO = {"messages": [{"role": "user", "content": "hi"}]}
+GATEWAY = Gateway(ScriptedEngine(answer("Hel", "lo")), all_ready, model_name="m")
+DESCRIPTION = describe_api(GATEWAY.routes, has_keys=False)
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[TestClient]:
+    with TestClient(GATEWAY.app) as client:
+        yield client
+
+
+def _validate(value: Any, name: str) -> None:
+    schema = {"$ref": f"#/components/schemas/{name}", "components": DESCRIPTION["components"]}
+    jsonschema.validate(value, schema, cls=jsonschema.Draft202012Validator)
+
+
+def test_every_route_is_described_and_everything_described_is_a_route() -> None:
+    routes = {route.name for route in GATEWAY.routes}
+    assert routes == set(OPERATIONS)
+    described = {(path, method) for path, methods in DESCRIPTION["paths"].items() for method in methods}
+    assert (PATH, "post") in described
+    assert len(described) == len(routes)
+
+
+def test_a_route_that_is_not_described_does_not_start() -> None:
+    with pytest.raises(LookupError, match="secret_door"):
+        describe_api([Route("/secret", lambda _request: None, name="secret_door")], has_keys=False)
+
+
+def test_what_is_served_is_the_description(client: TestClient) -> None:
+    response = client.get("/openapi.json")
+    assert response.json() == DESCRIPTION
+    _validate(response.json(), "OpenApi")
+    # Every reference leads somewhere.
+    schemas = set(DESCRIPTION["components"]["schemas"])
+    text = json.dumps(DESCRIPTION)
+    named = {piece.split('"', 1)[0] for piece in text.split("#/components/schemas/")[1:]}
+    assert named <= schemas
+    assert schemas == named
+    for schema in DESCRIPTION["components"]["schemas"].values():
+        jsonschema.Draft202012Validator.check_schema(schema)
+
+
+def test_keys_are_asked_for_on_every_route_but_the_open_one() -> None:
+    description = describe_api(GATEWAY.routes, has_keys=True)
+    assert description["security"] == [{"key": []}]
+    assert description["components"]["securitySchemes"]["key"]["scheme"] == "bearer"
+    for path, methods in description["paths"].items():
+        for operation in methods.values():
+            is_open = path == "/health"
+            assert (operation.get("security") == []) == is_open
+            assert ({"401", "403", "429"} <= operation["responses"].keys()) != is_open
+    assert "security" not in DESCRIPTION
+
+
+def test_answers_look_as_described(client: TestClient) -> None:
+    _validate(client.post(PATH, json=HELLO).json(), "ChatCompletion")
+    _validate(client.post(PATH, json={**HELLO, "timings": True}).json(), "ChatCompletion")
+    _validate(client.post(COMPLETIONS, json={"prompt": "hi"}).json(), "Completion")
+    for with_texts in (True, False):
+        body = {"prompt": "hi", "return_token_strs": with_texts}
+        _validate(client.post("/tokenize", json=body).json(), "Tokenized")
+    _validate(client.post("/detokenize", json={"tokens": [1]}).json(), "Detokenized")
+    _validate(client.get("/v1/models").json(), "ModelList")
+    _validate(client.get("/v1/models/m").json(), "Model")
+    _validate(client.get("/health").json(), "Health")
+    _validate(client.get("/nothing").json(), "Error")
+    options = {"stream": True, "timings": True, "stream_options": {"include_usage": True}}
+    for path, body, name, least in (
+        (PATH, HELLO, "ChatCompletionChunk", 4),
+        (COMPLETIONS, {"prompt": "hi"}, "CompletionChunk", 2),
+    ):
+        for extra in ({}, options):
+            text = client.post(path, json={**body, "stream": True, **extra}).text
+            chunks = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
+            assert len(chunks) >= least
+            for chunk in chunks:
+                _validate(chunk, name)
+
+
+class _Preparing:
+    """A graph of the first stage: what a request can get wrong is found, and everything else is answered alike."""
+
+    def __init__(self, preparer: Preparer) -> None:
+        self._preparer = preparer
+
+    async def stream(self, request: AnyRequest, on_sent: Callable[[], None]) -> AsyncGenerator[Item, None]:
+        try:
+            self._preparer.prepare(request)
+        except LlavaError as error:
+            yield Rejected(error)
+            return
+        for delta in answer("Hel", "lo"):
+            yield delta
+
+    async def tokenize(self, request: AnyRequest) -> Tokenized | Rejected:
+        try:
+            return self._preparer.tokenize(request)
+        except LlavaError as error:
+            return Rejected(error)
+
+    async def detokenize(self, ids: Sequence[int]) -> str | Rejected:
+        try:
+            return self._preparer.detokenize(ids)
+        except LlavaError as error:
+            return Rejected(error)
+
+
+@pytest.fixture(scope="module")
+def prepared_schema(tiny_checkpoint: Path) -> Any:
+    gateway = Gateway(_Preparing(load_preparer(tiny_checkpoint)), all_ready, model_name="m")
+    schema = schemathesis.openapi.from_dict(DESCRIPTION)
+    schema.app = gateway.app
+    return schema
+
+
+CHECKS = [
+    not_a_server_error,
+    status_code_conformance,
+    content_type_conformance,
+    response_headers_conformance,
+    response_schema_conformance,
+]
+
+
+@pytest.mark.parametrize("mode", list(GenerationMode), ids=lambda mode: mode.name)
+@pytest.mark.parametrize("path", DESCRIPTION["paths"])
+def test_made_up_requests_are_answered_as_described(path: str, mode: GenerationMode, prepared_schema: Any) -> None:
+    """Right and wrong ones, made of the description: none is a fault of the server's, and each answer is a described
+    one."""
+    (operation,) = prepared_schema[path].values()
+    if mode is GenerationMode.NEGATIVE and not operation.body:
+        pytest.skip("nothing about it can be wrong")
+
+    @settings(max_examples=40, suppress_health_check=list(HealthCheck))
+    @given(operation.as_strategy(generation_mode=mode))
+    def ask(case: schemathesis.Case) -> None:
+        case.call_and_validate(checks=CHECKS)
+
+    ask()
