@@ -109,10 +109,15 @@ class GeneratorReplica(Generator):
         from llava_core.engine.async_engine import AsyncEngine
 
         engine, cores = in_thread_of_its_own(lambda: _load_engine(args, checkpoint))
-        running = AsyncEngine(engine, before_step=cores.claim, when_idle=cores.release)
+        running = AsyncEngine(
+            engine,
+            delta_gap_s=args.engine.chunk_gap_ms / 1e3,
+            before_step=cores.claim,
+            when_idle=cores.release,
+        )
         recorder = RayRecorder().start()
         recorder.watch(lambda: engine_readings(engine.stats))
-        super().__init__(running, handoff, chunk_gap_s=args.engine.chunk_gap_ms / 1e3, recorder=recorder)
+        super().__init__(running, handoff, recorder=recorder)
 
 
 def _load_tower(args: ComputeArgs, checkpoint: FoundCheckpoint) -> tuple[VisionTower, Cores]:

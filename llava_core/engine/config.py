@@ -15,7 +15,7 @@ class EngineConfig:
     the memory at hand allows; in blocks of `block_size`, None: what suits the device.
     """
 
-    max_running: int = 16
+    max_running: int = 32
     max_waiting: int = 256
     max_step_tokens: int = 1024
     prefill_chunk: int = 128
