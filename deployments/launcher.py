@@ -31,7 +31,8 @@ from deployments.settings import AppArgs
 CONFIG_FILE = "serve_config.yaml"
 IMPORT_PATH = "deployments.app:build_app"
 DEFAULT_CONFIG: Mapping[str, Any] = {
-    "applications": [{"name": "llava", "route_prefix": "/", "import_path": IMPORT_PATH}]
+    "logging_config": {"enable_access_log": False},
+    "applications": [{"name": "llava", "route_prefix": "/", "import_path": IMPORT_PATH}],
 }
 
 _SPARE_PORTS = 16
