@@ -5,7 +5,6 @@ A request that was rejected on the way is answered with its rejection. Knows no 
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
@@ -31,11 +30,10 @@ if TYPE_CHECKING:
     from llava_core.engine.async_engine import AsyncEngine
 
 logger = logging.getLogger(__name__)
-_MAX_GAP_S = 0.2
 
 
 class Generator:
-    """Many answers at once from one engine. `chunk_gap_s` is explained at settings.EngineArgs."""
+    """Many answers at once from one engine."""
 
     def __init__(
         self,
@@ -43,14 +41,12 @@ class Generator:
         handoff: Handoff,
         *,
         token_bytes: Callable[[int], bytes] = lambda _: b"",
-        chunk_gap_s: float = 0.0,
         recorder: Recorder | None = None,
     ) -> None:
         """`token_bytes` is asked for the tokens that log-probabilities name."""
         self._engine = engine
         self._token_bytes = token_bytes
         self._handoff = handoff
-        self._chunk_gap_s = chunk_gap_s
         self._recorder = recorder or Unrecorded()
         # How long a step may take is the engine's own concern.
         self._watchdog = Watchdog("generator")
@@ -70,7 +66,7 @@ class Generator:
         request = _to_engine(handed)
         ended: list[Usage] = []
         try:
-            async with aclosing(self._paced(request)) as deltas:
+            async with aclosing(self._engine.generate(request)) as deltas:
                 async for delta in deltas:
                     if delta.finish_reason is not None:
                         self._watchdog.succeeded()
@@ -92,14 +88,6 @@ class Generator:
         """With the bytes of every token that it names, for those who have no tokenizer."""
         named = {token for each in delta.logprobs for token in (each.token, *(token for token, _ in each.top))}
         return replace(delta, token_bytes={token: self._token_bytes(token) for token in named})
-
-    async def _paced(self, request: EngineRequest) -> AsyncGenerator[TokenDelta, None]:
-        """The engine's deltas, not faster than the graph can carry; what comes meanwhile is joined by its mailbox."""
-        async with aclosing(self._engine.generate(request)) as deltas:
-            async for delta in deltas:
-                yield delta
-                if delta.finish_reason is None:
-                    await asyncio.sleep(min(_MAX_GAP_S, self._chunk_gap_s * self._engine.num_requests))
 
     def _record(self, last: TokenDelta) -> None:
         """What an answer's last delta tells. Several answers to a prompt have read it once."""

@@ -24,7 +24,7 @@ from deployments.deploy_failures import raise_if_failed
 from deployments.environment import ENVIRONMENT
 from deployments.errors import LaunchError
 from deployments.exposure import check_exposure
-from deployments.load_balancer import LoadBalancer, local_host
+from deployments.load_balancer import LoadBalancer, load_balancer
 from deployments.preflight import check_checkpoint
 from deployments.processes import Process, descendants, end
 from deployments.settings import AppArgs
@@ -32,10 +32,10 @@ from deployments.settings import AppArgs
 CONFIG_FILE = "serve_config.yaml"
 IMPORT_PATH = "deployments.app:build_app"
 DEFAULT_CONFIG: Mapping[str, Any] = {
-    "applications": [{"name": "llava", "route_prefix": "/", "import_path": IMPORT_PATH}]
+    "logging_config": {"enable_access_log": False},
+    "applications": [{"name": "llava", "route_prefix": "/", "import_path": IMPORT_PATH}],
 }
 
-_SPARE_PORTS = 16
 _OBJECT_STORE_BYTES = 1024**3
 _POLL_S, _HTTP_DEADLINE_S, _STOP_PATIENCE_S = 0.1, 60.0, 5.0
 
@@ -201,7 +201,8 @@ class LocalService:
 
         schema = self._schema(ServeDeploySchema)
         if os.environ["RAY_SERVE_ENABLE_DIRECT_INGRESS"] == "1":
-            self._balancer = _load_balancer(self.plan)
+            address = self.plan.host, self.plan.port
+            self._balancer = load_balancer(address, max_gateways=self.plan.args.gateway.max_replicas)
             # Where gateways listen. Serve's proxy, which starts all the same, takes any port.
             schema.http_options = schema.http_options.model_copy(update={"host": self._balancer.host, "port": 0})
         context: Any = ray.init(
@@ -289,12 +290,3 @@ class LocalService:
             if time.monotonic() > deadline:
                 raise LaunchError(f"the stages are up, but {self.plan.url}/health does not say so")
             time.sleep(_POLL_S)
-
-
-def _load_balancer(plan: LaunchPlan) -> LoadBalancer:
-    """In front of the gateways, wherever Serve puts them: one that follows another cannot have its port at once."""
-    first = int(os.environ.setdefault("RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT", "30000"))
-    num_ports = plan.args.gateway.max_replicas + _SPARE_PORTS
-    # One past the last.
-    os.environ["RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT"] = str(first + num_ports)
-    return LoadBalancer((plan.host, plan.port), local_host(plan.port), range(first, first + num_ports))

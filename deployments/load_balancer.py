@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import signal
 import subprocess
 import tempfile
@@ -22,6 +23,7 @@ from llava_core.errors import LlavaError
 
 _PR_SET_PDEATHSIG = 1
 _STARTUP_S = 0.5
+_SPARE_PORTS = 16
 
 # What it answers itself, where no replica can. What is no HTTP at all gets its own few words.
 _ERRORS = (
@@ -115,6 +117,16 @@ class LoadBalancer:
             self._process.wait()
         if self._folder is not None:
             self._folder.cleanup()
+
+
+def load_balancer(address: tuple[str, int], *, max_gateways: int) -> LoadBalancer:
+    """In front of the gateways, wherever Serve, which is told by the environment, puts them: one that follows another
+    cannot have its port at once."""
+    first = int(os.environ.setdefault("RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT", "30000"))
+    num_ports = max_gateways + _SPARE_PORTS
+    # One past the last.
+    os.environ["RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT"] = str(first + num_ports)
+    return LoadBalancer(address, local_host(address[1]), range(first, first + num_ports))
 
 
 def local_host(port: int) -> str:

@@ -123,21 +123,20 @@ class GeneratorReplica(Generator):
         from llava_core.engine.async_engine import AsyncEngine
 
         engine, tokenizer, cores = in_thread_of_its_own(lambda: _load_engine(args, checkpoint))
-        running = AsyncEngine(engine, before_step=cores.claim, when_idle=cores.release)
+        running = AsyncEngine(
+            engine,
+            delta_gap_s=args.engine.chunk_gap_ms / 1e3,
+            before_step=cores.claim,
+            when_idle=cores.release,
+        )
         recorder = RayRecorder().start()
         recorder.watch(lambda: engine_readings(engine.stats))
-        super().__init__(
-            running,
-            handoff,
-            token_bytes=tokenizer.token_bytes,
-            chunk_gap_s=args.engine.chunk_gap_ms / 1e3,
-            recorder=recorder,
-        )
+        super().__init__(running, handoff, token_bytes=tokenizer.token_bytes, recorder=recorder)
 
 
 def _listening_host() -> str:
-    """Where Serve listens for HTTP, whoever has started it: `serve run`, another application, or HAProxy, which listens
-    everywhere."""
+    """Where Serve listens for HTTP, whoever has started it: `llava serve`, whose gateways are behind a HAProxy of its
+    own, `serve run`, another application, or Serve's HAProxy, which listens everywhere."""
     client = _get_global_client()
     assert client is not None
     return str(client.http_config.host)

@@ -79,17 +79,17 @@ class EngineArgs(_Settings):
     the rest of llava_core.engine.config.EngineConfig.
 
     `chunk_gap_ms` is the least time between two chunks of one answer, times the requests it holds, 200 ms at most: each
-    chunk costs the graph about that much CPU, so a busy replica sends fewer and larger ones.
+    chunk takes its share of that as processor time, so a busy replica sends fewer and larger ones.
     """
 
-    max_running: int = Field(default=16, ge=1)
+    max_running: int = Field(default=32, ge=1)
     max_waiting: int = Field(default=256, ge=0)
     max_step_tokens: int = EngineConfig.max_step_tokens
     prefill_chunk: int = EngineConfig.prefill_chunk
     cache_tokens: int | None = None
     block_size: int | None = None
     decode_graphs: bool = True
-    chunk_gap_ms: float = Field(default=4.0, ge=0)
+    chunk_gap_ms: float = Field(default=6.0, ge=0)
 
     @property
     def config(self) -> EngineConfig:
@@ -212,7 +212,7 @@ class AppArgs(_Settings):
     gateway: StageArgs = StageArgs(num_cpus=0.1, max_ongoing_requests=1000, target_ongoing_requests=200)
     preprocessor: PreprocessorArgs = PreprocessorArgs(num_cpus=0.2, max_ongoing_requests=4)
     vision_encoder: VisionEncoderArgs = VisionEncoderArgs(num_cpus=0.3)
-    generator: GeneratorArgs = GeneratorArgs(num_cpus=0.4, max_ongoing_requests=1000, target_ongoing_requests=12)
+    generator: GeneratorArgs = GeneratorArgs(num_cpus=0.4, max_ongoing_requests=1000, target_ongoing_requests=24)
 
     @property
     def checkpoint(self) -> str:

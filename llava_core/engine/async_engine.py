@@ -19,6 +19,7 @@ from llava_core.errors import EngineError, LlavaError
 from llava_core.types import EngineRequest, TokenDelta
 
 logger = logging.getLogger(__name__)
+_MAX_GAP_S = 0.2
 
 
 def _nothing() -> None:
@@ -28,28 +29,57 @@ def _nothing() -> None:
 class _Mailbox:
     """What one request has produced and its reader has not fetched; used on the event loop only."""
 
-    def __init__(self) -> None:
-        self.items: list[StepOutput] = []
-        self.arrived = asyncio.Event()
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._items: list[StepOutput] = []
+        self._arrived = asyncio.Event()
+        self._due = 0.0
+        self._timer: asyncio.TimerHandle | None = None
 
     def put(self, item: StepOutput) -> None:
-        self.items.append(item)
-        self.arrived.set()
+        """Wakes the reader, before its time if an answer is over: then nothing more is worth waiting for."""
+        self._items.append(item)
+        if isinstance(item, RequestFailure) or item.finish_reason is not None or self._loop.time() >= self._due:
+            self._arrived.set()
+        elif self._timer is None:
+            self._timer = self._loop.call_at(self._due, self._arrived.set)
 
     async def take(self) -> list[StepOutput]:
-        await self.arrived.wait()
-        self.arrived.clear()
-        taken, self.items = self.items, []
+        """All that there is, once the reader is to be woken."""
+        await self._arrived.wait()
+        self._arrived.clear()
+        self.close()
+        taken, self._items = self._items, []
         return taken
+
+    def rest(self, seconds: float) -> None:
+        """Let the reader sleep so long, from now."""
+        self._due = self._loop.time() + seconds
+
+    def close(self) -> None:
+        """Wake nobody any more."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
 
 class AsyncEngine:
-    """Owns an Engine and the only thread that touches it. Create and use it on one event loop."""
+    """Owns an Engine and the only thread that touches it. Create and use it on one event loop.
+
+    Between two deltas of an answer there are at least `delta_gap_s` times the requests it has, 0.2 s at most; what
+    comes meanwhile is joined. The first and the last come at once.
+    """
 
     def __init__(
-        self, engine: Engine, *, before_step: Callable[[], None] = _nothing, when_idle: Callable[[], None] = _nothing
+        self,
+        engine: Engine,
+        *,
+        delta_gap_s: float = 0.0,
+        before_step: Callable[[], None] = _nothing,
+        when_idle: Callable[[], None] = _nothing,
     ) -> None:
         self._engine = engine
+        self._delta_gap_s = delta_gap_s
         self._before_step, self._when_idle = before_step, when_idle
         self._loop = asyncio.get_running_loop()
         self._mailboxes: dict[str, _Mailbox] = {}
@@ -77,18 +107,19 @@ class AsyncEngine:
             raise self._ended
         if request.request_id in self._mailboxes:
             raise EngineError(f"request id {request.request_id!r} is already in use")
-        mailbox = self._mailboxes[request.request_id] = _Mailbox()
+        mailbox = self._mailboxes[request.request_id] = _Mailbox(self._loop)
         self._tell(request)
         num_open = request.sampling.n
         try:
             while True:
                 for delta in merge(await mailbox.take()):
+                    mailbox.rest(min(_MAX_GAP_S, self._delta_gap_s * len(self._mailboxes)))
                     yield delta
                     num_open -= delta.finish_reason is not None
                 if not num_open:
                     return
         finally:
-            del self._mailboxes[request.request_id]
+            self._mailboxes.pop(request.request_id).close()
             self._tell(request.request_id)
 
     def check_health(self, *, max_step_s: float = 120.0) -> None:

@@ -16,7 +16,7 @@ class EngineConfig:
     only write answers are recorded at the start, on devices where that makes them faster.
     """
 
-    max_running: int = 16
+    max_running: int = 32
     max_waiting: int = 256
     max_step_tokens: int = 1024
     prefill_chunk: int = 128

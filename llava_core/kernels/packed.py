@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+_PRODUCT = torch.ops.mkldnn._linear_pointwise.default
+
 
 class PackedLinear(nn.Module):
     """What `linear` computes; takes its weight over."""
@@ -21,7 +23,7 @@ class PackedLinear(nn.Module):
 
     def forward(self, rows: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features)."""
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(rows, self._packed, self.bias, "none", [], "")
+        out: Tensor = _PRODUCT(rows, self._packed, self.bias, "none", [], "")
         return out
 
 

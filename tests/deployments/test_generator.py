@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import logging
-import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from pathlib import Path
@@ -111,19 +110,6 @@ def test_leaving_early_frees_the_engine() -> None:
         return engine.num_open
 
     assert asyncio.run(leave()) == 0
-
-
-def test_a_busy_replica_sends_chunks_less_often() -> None:
-    deltas = answer("a", "b", "c", "d")
-
-    def seconds(num_requests: int) -> float:
-        started = time.monotonic()
-        _collect(ScriptedEngine(deltas, num_requests=num_requests), _prepared(), chunk_gap_s=0.01)
-        return time.monotonic() - started
-
-    assert seconds(0) < seconds(4)
-    # The wait is bounded, and the last chunk is not followed by one.
-    assert 0.6 <= seconds(1000) < 1.2
 
 
 def test_health_is_the_engines() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from deployments.load_balancer import LoadBalancer, LoadBalancerError, local_host
+from deployments.load_balancer import LoadBalancer, LoadBalancerError, load_balancer, local_host
 
 PATIENCE_S = 20.0
 
@@ -152,6 +153,17 @@ def test_without_its_program_the_start_says_what_to_do(monkeypatch: pytest.Monke
 
 def test_an_address_of_six_groups_is_put_in_brackets() -> None:
     assert "bind [::1]:8000\n" in LoadBalancer(("::1", 8000), "127.64.31.64", [30_000]).configuration
+
+
+def test_it_knows_every_port_that_serve_may_give_a_gateway(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT", "31000")
+    # Set here, so that it is what it was afterwards.
+    monkeypatch.setenv("RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT", "0")
+    balancer = load_balancer(("127.0.0.1", 8000), max_gateways=3)
+    assert (balancer.host, balancer.address) == (local_host(8000), ("127.0.0.1", 8000))
+    # More than one for each: a gateway that follows another cannot have its port.
+    assert len(balancer.ports) > 2 * 3
+    assert list(balancer.ports) == list(range(31_000, int(os.environ["RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT"])))
 
 
 def test_every_service_of_a_machine_has_an_address_of_its_own() -> None:

@@ -80,7 +80,7 @@ def test_stages_fit_a_small_machine_twice() -> None:
 def test_the_engine_refuses_first_and_the_gateway_holds_what_the_stages_accept() -> None:
     args = AppArgs()
     accepted = args.engine.max_running + args.engine.max_waiting
-    assert accepted == 272
+    assert accepted == 288
     stages = (args.preprocessor, args.vision_encoder)
     before = [stage.max_ongoing_requests + stage.max_queued_requests for stage in stages]
     assert before == [260, 272]

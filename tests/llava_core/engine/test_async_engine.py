@@ -2,10 +2,11 @@
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
-from llava_core.engine.async_engine import AsyncEngine, merge
+from llava_core.engine.async_engine import AsyncEngine, _Mailbox, merge
 from llava_core.engine.engine import Engine
 from llava_core.engine.request import RequestFailure
 from llava_core.errors import EngineError, OverloadedError, PromptTooLongError
@@ -156,3 +157,57 @@ def test_deltas_that_piled_up_are_one_for_each_answer_and_a_failure_wins() -> No
     assert merge([*deltas]) == [TokenDelta("a", "xy", (1, 2), "stop"), TokenDelta("a", "z", (3,), index=1)]
     with pytest.raises(EngineError, match="gone"):
         merge([deltas[0], RequestFailure("a", EngineError("gone"))])
+
+
+def test_deltas_come_no_faster_than_asked_for_and_the_last_at_once() -> None:
+    first, second, third, last = (TokenDelta("a", str(i), (i,)) for i in range(4))
+    over = replace(last, finish_reason="stop")
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        mailbox = _Mailbox(loop)
+        mailbox.put(first)
+        assert await mailbox.take() == [first]
+        mailbox.rest(0.05)
+        rested = loop.time()
+        mailbox.put(second)
+        mailbox.put(third)
+        assert await mailbox.take() == [second, third]
+        assert loop.time() - rested >= 0.05
+        mailbox.rest(3600)
+        mailbox.put(last)
+        mailbox.put(over)
+        async with asyncio.timeout(20):
+            assert await mailbox.take() == [last, over]
+
+    asyncio.run(main())
+
+
+def test_a_failure_waits_for_nothing() -> None:
+    async def main() -> None:
+        mailbox = _Mailbox(asyncio.get_running_loop())
+        mailbox.rest(3600)
+        mailbox.put(RequestFailure("a", EngineError("broken")))
+        async with asyncio.timeout(20):
+            assert len(await mailbox.take()) == 1
+
+    asyncio.run(main())
+
+
+def test_the_more_requests_there_are_the_fewer_and_larger_are_the_deltas(build_engine: BuildEngine) -> None:
+    async def main() -> list[list[int]]:
+        engine = AsyncEngine(build_engine(max_running=4), delta_gap_s=3600.0)
+
+        async def sizes(number: int) -> list[int]:
+            request = make_request(f"r{number}", seed=number, max_tokens=20)
+            return [len(delta.token_ids) async for delta in engine.generate(request)]
+
+        try:
+            # The gap is 0.2 s at most, in which these answers are written.
+            return await asyncio.gather(*(sizes(number) for number in range(3)))
+        finally:
+            engine.close()
+
+    for sizes in asyncio.run(main()):
+        assert sum(sizes) == 20
+        assert len(sizes) < 10
