@@ -27,6 +27,7 @@ _SPARE_PORTS = 16
 
 # What it answers itself, where no replica can. What is no HTTP at all gets its own few words.
 _ERRORS = (
+    HttpError(404, "invalid_request_error", "not_found", "Not Found"),
     HttpError(502, "server_error", "replica_lost", "the gateway that worked on this request is gone; try again"),
     HttpError(503, "server_error", "unavailable", "no gateway is ready; try again", retry_after_s=5),
     HttpError(504, "server_error", "unavailable", "the gateway does not answer; try again"),
@@ -60,6 +61,8 @@ frontend clients
     http-request set-header x-request-id %[unique-id] unless {{ req.hdr(x-request-id) -m found }}
     http-request set-var(txn.request_id) req.hdr(x-request-id)
 {errors}
+    # Serve's own pages, which need no key.
+    http-request deny deny_status 404 if {{ path_beg /-/ }}
     default_backend gateways
 
 backend gateways

@@ -68,6 +68,7 @@ NOTES = [
     "requests, and of these the medians of the rounds are given.",
     "ours_over: llava-serve's figure over that server's in each round.",
     "cpu: shares of all cores while the load ran; idle servers other than llava-serve are stopped (SIGSTOP).",
+    "cpu_ms_per_request_…: processor time of llava-serve's own processes; Ray's is that of all that are no stage.",
     "transformers serve answers one request after the other (continuous batching is not for models with pictures), so "
     "with several clients it gets fewer requests. Its rates are not changed by that; its first_ms is that of as many "
     "clients as it gets requests, where these are fewer.",

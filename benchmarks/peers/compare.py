@@ -140,9 +140,11 @@ def measure(
     idle = [other for other in all_servers if other is not server]
     named = _named(bodies, server)
     server.resume()
+    parts = server.cpu_of_parts_s()
     began, before = time.perf_counter(), _processor_s(server, idle)
     answers, wall = run_load(server.port, named, clients)
     after, lasted = _processor_s(server, idle), time.perf_counter() - began
+    parts = {name: seconds - parts.get(name, 0.0) for name, seconds in server.cpu_of_parts_s().items()}
     server.pause()
     for answer in answers:
         if answer.error:
@@ -150,7 +152,9 @@ def measure(
     spent = {name: after[name] - before[name] for name in before}
     spent["cpu_elsewhere"] = max(0.0, spent.pop("all") - sum(spent.values()))
     available = lasted * (os.cpu_count() or 1)
-    return summarize(answers, wall) | {name: round(seconds / available, 4) for name, seconds in spent.items()}
+    shares = {name: round(seconds / available, 4) for name, seconds in spent.items()}
+    each = {f"cpu_ms_per_request_{name}": round(s * 1e3 / len(bodies), 2) for name, s in sorted(parts.items())}
+    return summarize(answers, wall) | shares | each
 
 
 def _processor_s(server: Server, idle: Iterable[Server]) -> dict[str, float]:

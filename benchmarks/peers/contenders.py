@@ -26,6 +26,7 @@ from deployments.processes import descendants, end
 
 ROOT = Path(__file__).parents[2]
 OURS, VLLM, TRANSFORMERS = "llava-serve", "vLLM", "transformers serve"
+_PARTS = ("Gateway", "Preprocessor", "VisionEncoder", "Generator", "haproxy")
 _START_S, _STOP_S = 600.0, 60.0
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
@@ -110,6 +111,17 @@ class Server:
     def cpu_s(self) -> float:
         """Processor time of all its processes so far, of those that have ended too."""
         return cpu_s(self.process.pid)
+
+    def cpu_of_parts_s(self) -> dict[str, float]:
+        """The same of llava-serve's own processes, by what they are; what is none of the stages' is Ray's."""
+        spent: dict[str, float] = {}
+        for process in _tree(self.process.pid) if self.contender.name == OURS else []:
+            with contextlib.suppress(psutil.Error):
+                command = " ".join(process.cmdline())
+                part = next((name for name in _PARTS if name in command), "Ray")
+                times = process.cpu_times()
+                spent[part] = spent.get(part, 0.0) + times.user + times.system
+        return spent
 
     def memory_mib(self) -> float:
         """Resident, with what several of its processes share divided among them."""

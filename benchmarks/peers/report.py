@@ -57,7 +57,21 @@ def make_section(results: Mapping[str, Any]) -> str:
         "In brackets: llava-serve's figure over that server's, the median of the rounds' ratios. An idle llava-serve, "
         f"which unlike the others cannot be stopped meanwhile, took up to {_idle_share(results):.0%} of the cores."
     )
-    return "\n\n".join([make_table(results), *(textwrap.fill(text, 120) for text in (note, *_engine_note(results)))])
+    notes = (note, *_parts_note(results), *_engine_note(results))
+    return "\n\n".join([make_table(results), *(textwrap.fill(text, 120) for text in notes)])
+
+
+def _parts_note(results: Mapping[str, Any]) -> list[str]:
+    """Where the processor time of a small model's answer goes."""
+    sizes, prefix = results["sizes"], "cpu_ms_per_request_"
+    work = sizes.get("tiny", {"works": {}})["works"].get("32 clients, new pictures", {}).get(OURS, {})
+    spent = {name.removeprefix(prefix): value for name, value in work.items() if name.startswith(prefix)}
+    if not spent:
+        return []
+    parts = sorted(spent.items(), key=lambda item: -item[1])
+    told = ", ".join(f"{name} {value:.0f}" for name, value in parts if value >= 0.5)
+    total = sum(spent.values())
+    return [f"Milliseconds of processor time for an answer of `tiny` with 32 clients: {told}; in all {total:.0f}."]
 
 
 def _idle_share(results: Mapping[str, Any]) -> float:

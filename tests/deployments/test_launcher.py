@@ -221,7 +221,7 @@ def test_stopping_ends_what_was_started_and_no_process_of_the_callers(
     monkeypatch.setattr("ray.shutdown", lambda: None)
     monkeypatch.setattr("deployments.launcher._STOP_PATIENCE_S", 0.0)
     with subprocess.Popen(sleeper) as foreign:
-        service = LocalService(_plan(model=str(tiny_checkpoint)))
+        service = LocalService(_plan(model=str(tiny_checkpoint), metrics_port=0))
         started: list[subprocess.Popen[bytes]] = []
 
         def init(**_: object) -> SimpleNamespace:

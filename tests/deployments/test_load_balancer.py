@@ -66,10 +66,10 @@ def balancing(ports: int = 2) -> Iterator[LoadBalancer]:
         balancer.stop()
 
 
-def ask(balancer: LoadBalancer, **headers: str) -> tuple[int, dict[str, str], dict[str, object]]:
+def ask(balancer: LoadBalancer, path: str = "/", **headers: str) -> tuple[int, dict[str, str], dict[str, object]]:
     connection = http.client.HTTPConnection(*balancer.address, timeout=PATIENCE_S)
     with contextlib.closing(connection):
-        connection.request("GET", "/", headers=headers)
+        connection.request("GET", path, headers=headers)
         response = connection.getresponse()
         return response.status, dict(response.headers), json.loads(response.read())
 
@@ -93,6 +93,14 @@ def test_requests_reach_whichever_replica_is_there_under_an_id() -> None:
         with replica(balancer.host, first):
             status, _, body = ask(balancer)
             assert (status, body["port"]) == (200, first)
+
+
+def test_serves_own_pages_are_for_nobody_outside() -> None:
+    with balancing(1) as balancer, replica(balancer.host, balancer.ports[0]):
+        wait_until(lambda: ask(balancer)[0] == 200)
+        for path in ("/-/routes", "/-/healthz", "/-/"):
+            status, headers, body = ask(balancer, path)
+            assert (status, body["request_id"]) == (404, headers["x-request-id"])
 
 
 def test_where_no_replica_is_clients_are_told_in_the_shape_of_all_errors() -> None:

@@ -4,6 +4,7 @@ import contextlib
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -66,6 +67,21 @@ def test_a_paused_server_takes_no_processor_time(tmp_path: Path) -> None:
         server.resume()
         time.sleep(0.3)
         assert server.cpu_s() > begun
+
+
+def test_our_own_processes_are_told_apart(tmp_path: Path) -> None:
+    with running(contender(BUSY), tmp_path, tmp_path) as server:
+        assert server.cpu_of_parts_s() == {}
+        server.contender = replace(server.contender, name=OURS)
+        begun = server.cpu_of_parts_s()
+        assert begun.keys() == {"Ray"}
+        deadline = time.monotonic() + 20
+        while server.cpu_of_parts_s()["Ray"] <= begun["Ray"]:
+            assert time.monotonic() < deadline
+    named = Contender("a server", Path(sys.executable), ("-c", BUSY, "PORT", "Generator"), "1")
+    with running(replace(named, name="b"), tmp_path, tmp_path) as server:
+        server.contender = replace(server.contender, name=OURS)
+        assert server.cpu_of_parts_s().keys() == {"Generator", "Ray"}
 
 
 def test_a_server_that_does_not_start_shows_its_last_words(tmp_path: Path) -> None:

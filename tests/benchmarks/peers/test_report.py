@@ -51,6 +51,16 @@ def test_the_section_names_machine_and_versions_and_the_engine_where_it_was_meas
     assert "60 tokens per second; transformers' `generate` in one batch: 30.5." in words(found)
 
 
+def test_where_a_small_models_time_goes_is_told_by_process() -> None:
+    found = results()
+    assert "processor time" not in words(found)
+    spent = {"cpu_ms_per_request_Ray": 4.0, "cpu_ms_per_request_Generator": 20.4, "cpu_ms_per_request_haproxy": 0.3}
+    (work,) = results()["sizes"]["mid"]["works"].values()
+    work[OURS] |= spent
+    found["sizes"]["tiny"] = {"works": {"32 clients, new pictures": work}}
+    assert "with 32 clients: Generator 20, Ray 4; in all 25." in words(found)
+
+
 def test_what_is_between_the_marks_is_replaced_and_nothing_else(tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")

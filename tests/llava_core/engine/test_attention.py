@@ -96,3 +96,16 @@ def test_transformers_finds_it_by_name_and_gets_tokens_first() -> None:
 def test_a_mask_of_transformers_is_not_overlooked() -> None:
     with pytest.raises(AssertionError, match="who sees whom"):
         call(Recorder(), torch.zeros(1, 1, 5, 5))
+
+
+@pytest.mark.parametrize("heads_first", [False, True])
+def test_slots_are_the_blocks_memory_in_order(*, heads_first: bool) -> None:
+    cache = PagedCache(CacheShape(2, 3, 4, 2, 2), torch.float32, CPU, heads_first=heads_first)
+    new = torch.arange(4.0).view(1, 2, 2)
+    cache.write(1, torch.tensor([9]), new, new + 10)
+    assert torch.equal(cache.keys[1][2, 1], new[0])
+    assert torch.equal(cache.values[1][2, 1], new[0] + 10)
+    assert float(cache.keys[0].abs().sum()) == 0
+    keys, values = cache.slots[1]
+    assert torch.equal(keys[9], new[0])
+    assert torch.equal(values[9], new[0] + 10)

@@ -334,7 +334,7 @@ def test_log_probabilities_are_the_models_own(build_engine: BuildEngine, languag
         assert [token for token, _ in each.top] == top.indices.tolist()
     # The same, asked for afterwards as a prompt's, in pieces and with what the cache knows.
     scored = EngineRequest("s", ids[0].tolist(), request.features, SamplingParams(logprobs=3), score_from=start + 1)
-    engine = build_engine(prefill_chunk=4, max_step_tokens=20, block_size=4)
+    engine = build_engine(max_running=16, prefill_chunk=4, max_step_tokens=20, block_size=4)
     for _ in range(2):
         last = last_of(collect(engine, scored))
         assert [each.token for each in last.logprobs] == answer
