@@ -9,17 +9,20 @@ Talks to 127.0.0.1 only, and ends by itself.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import http.client
 import json
 import random
 import signal
+import socket
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +101,16 @@ def measure_answers(port: int, num_requests: int) -> dict[str, Any]:
         from benchmarks.empty_graph import build_empty_graph
 
         serve.run(build_empty_graph(), name="empty", route_prefix="/empty")
+        assert service.balancer is not None, "the service is measured with HAProxy in front"
+        # One of its own, because the service's passes nothing on to other applications.
+        empty_port = free_port()
+        balancer = replace(service.balancer, address=("127.0.0.1", empty_port), application="empty")
+        balancer.start()
+        # HAProxy takes every port's replica for the application's until it has looked.
+        while not all(answers(empty_port) for _ in range(20)):
+            time.sleep(0.05)
         pictures = [make_picture(index) for index in range(3 * num_requests + 4)]
-        ask: list[Ask] = [lambda p: ask_service(plan.url, p), lambda p: ask_empty(port, p), build_local()]
+        ask: list[Ask] = [lambda p: ask_service(plan.url, p), lambda p: ask_empty(empty_port, p), build_local()]
         warm_up, measured = pictures[-4:], pictures[:num_requests]
         turns = [[one(picture) for one in ask] for picture in [*warm_up, *measured]][len(warm_up) :]
         served, empty, local = ([turn[i] for turn in turns] for i in range(3))
@@ -107,6 +118,7 @@ def measure_answers(port: int, num_requests: int) -> dict[str, Any]:
             begun = time.perf_counter()
             together = list(pool.map(ask[0], pictures[num_requests : 3 * num_requests]))
             wall = time.perf_counter() - begun
+        balancer.stop()
     finally:
         service.stop()
     return {
@@ -133,6 +145,20 @@ def make_picture(index: int) -> bytes:
 def ask_service(url: str, picture: bytes) -> Timing:
     body = chat_body(QUESTION, picture, "image/png", max_tokens=NUM_TOKENS, ignore_eos=True)
     return clock(choice["delta"].get("content", "") for chunk in stream_chat(url, body) for choice in chunk["choices"])
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def answers(port: int) -> bool:
+    """Whether the empty graph does."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    with contextlib.closing(connection):
+        connection.request("GET", "/empty")
+        return connection.getresponse().status == HTTPStatus.OK
 
 
 def ask_empty(port: int, picture: bytes) -> Timing:

@@ -14,6 +14,7 @@ import shlex
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
@@ -37,6 +38,7 @@ _model = click.option(
 )
 _base = click.option("--base", help="The model that an adapter or projector was trained on.")
 _offline = click.option("--offline", is_flag=True, help="Fetch nothing; what is not here is listed.")
+_CHECK_S = 1.0
 _port = click.option("--port", type=click.IntRange(1, 65535), envvar="PORT", help="[default: 8000]")
 
 
@@ -63,7 +65,9 @@ def serve(config: Path | None, **options: Any) -> None:
             _say(terminal, f"  metrics {service.metrics_url}")
             _say(terminal, f"  logs {service.logs}")
             with contextlib.suppress(KeyboardInterrupt):
-                signal.pause()
+                while True:
+                    service.check()
+                    time.sleep(_CHECK_S)
             _say(terminal, "\nStopping ...")
 
 

@@ -9,8 +9,10 @@ from collections.abc import Mapping
 
 # Set unless the user has set them; `docs/decisions` has the measurements.
 ENVIRONMENT: Mapping[str, str] = {
-    # One event loop per replica, gRPC between replicas, buffered logs: about twice the tokens per second.
+    # One event loop per replica, gRPC between replicas: about twice the tokens per second.
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    # It would also keep a thousand log records back, and lose those of a replica that dies.
+    "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1",
     # Gateways listen themselves, behind HAProxy (load_balancer.py): half the processor time for each piece of text. It
     # finds out by itself when one has ended, so nobody has to be told 30 s before.
     "RAY_SERVE_ENABLE_DIRECT_INGRESS": "1",

@@ -6,10 +6,8 @@ this file does not import Ray, because Ray reads its environment when it is impo
 
 from __future__ import annotations
 
-import errno
 import json
 import os
-import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -25,8 +23,9 @@ from deployments.environment import ENVIRONMENT
 from deployments.errors import LaunchError
 from deployments.exposure import check_exposure
 from deployments.load_balancer import LoadBalancer, load_balancer
+from deployments.ports import check_port, choose_metrics_port
 from deployments.preflight import check_checkpoint
-from deployments.processes import Process, descendants, end
+from deployments.processes import Process, descendants, end, name_of
 from deployments.settings import AppArgs
 
 CONFIG_FILE = "serve_config.yaml"
@@ -36,6 +35,8 @@ DEFAULT_CONFIG: Mapping[str, Any] = {
     "applications": [{"name": "llava", "route_prefix": "/", "import_path": IMPORT_PATH}],
 }
 
+_MANY_GATEWAYS = 64
+_VITAL = ("gcs_server", "raylet")
 _OBJECT_STORE_BYTES = 1024**3
 _POLL_S, _HTTP_DEADLINE_S, _STOP_PATIENCE_S = 0.1, 60.0, 5.0
 
@@ -55,7 +56,8 @@ class LaunchPlan:
     @property
     def url(self) -> str:
         """Where clients on this machine reach the service, its route prefix included."""
-        host = "127.0.0.1" if self.host == "0.0.0.0" else self.host
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+        host = f"[{host}]" if ":" in host else host
         return f"http://{host}:{self.port}{self.route_prefix.rstrip('/')}"
 
 
@@ -90,10 +92,7 @@ def plan_launch(
     address = host or http.get("host", "127.0.0.1"), port or http.get("port", 8000)
     check_exposure(address[0], args.auth)
     check_port(*address)
-    if metrics_port is None:
-        # After the last port, any that is free.
-        metrics_port = (address[1] + 1) % 65536
-    check_port("127.0.0.1", metrics_port, "--metrics-port")
+    metrics_port = choose_metrics_port(address[1], metrics_port)
     prefix = application.get("route_prefix", "/")
     if not prefix:
         raise LaunchError("the application has no route_prefix, so that nobody could reach it")
@@ -104,17 +103,6 @@ def plan_launch(
     application["args"] = {**given, **named, "revisions": dict(found.revisions), "offline": True}
     content["http_options"] = {**http, "host": address[0], "port": address[1]}
     return LaunchPlan(content, args, *address, prefix, metrics_port)
-
-
-def check_port(host: str, port: int, option: str = "--port") -> None:
-    """Raise LaunchError when the address cannot be listened on."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            reason = "is already in use" if error.errno == errno.EADDRINUSE else f"cannot be used: {error.strerror}"
-            raise LaunchError(f"port {port} on {host} {reason}; choose another with {option}") from None
 
 
 def check_resources(args: AppArgs, available: Mapping[str, float]) -> None:
@@ -178,22 +166,25 @@ class LocalService:
     """A running service and the Ray under it. `stop` ends every process that `start` began, however far it came.
 
     Other processes of the caller's are none of its business. `logs` is where Serve's are, `metrics_url` Prometheus'
-    page of all processes, as soon as there is a Ray.
+    page of all processes, as soon as there is a Ray; `balancer` is in front of its gateways, unless Serve's proxy is.
     """
 
     plan: LaunchPlan
     logs: Path | None = None
     metrics_url: str | None = None
+    balancer: LoadBalancer | None = None
     _started: float = field(default_factory=time.monotonic)
     _before: set[Process] | None = None
     _own: set[Process] = field(default_factory=set)
-    _balancer: LoadBalancer | None = None
+    _vital: set[Process] = field(default_factory=set)
 
     def start(self, report: Callable[[Progress], None]) -> None:
         """Returns when the service answers. Raises LaunchError when a stage cannot start."""
         self._before = descendants(os.getpid())
-        for name, value in ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
+        # Several applications share an address by their prefixes, which Serve's proxy knows and HAProxy does not.
+        proxy = {"RAY_SERVE_ENABLE_DIRECT_INGRESS": "0"} if len(self.plan.config["applications"]) > 1 else {}
+        for variable, value in {**ENVIRONMENT, **proxy}.items():
+            os.environ.setdefault(variable, value)
         import ray
         from ray import serve
         from ray.serve.context import _get_global_client
@@ -201,10 +192,9 @@ class LocalService:
 
         schema = self._schema(ServeDeploySchema)
         if os.environ["RAY_SERVE_ENABLE_DIRECT_INGRESS"] == "1":
-            address = self.plan.host, self.plan.port
-            self._balancer = load_balancer(address, max_gateways=self.plan.args.gateway.max_replicas)
+            self.balancer = _load_balancer(self.plan)
             # Where gateways listen. Serve's proxy, which starts all the same, takes any port.
-            schema.http_options = schema.http_options.model_copy(update={"host": self._balancer.host, "port": 0})
+            schema.http_options = schema.http_options.model_copy(update={"host": self.balancer.host, "port": 0})
         context: Any = ray.init(
             address="local",
             namespace="serve",
@@ -215,6 +205,7 @@ class LocalService:
             _metrics_export_port=self.plan.metrics_port or None,
         )
         self._own = descendants(os.getpid()) - self._before
+        self._vital = {process for process in self._own if name_of(process) in _VITAL}
         # Not `session_latest`, which is whichever Ray of this machine started last.
         self.logs = Path(context.address_info["session_dir"]) / "logs" / "serve"
         # On the loopback interface alone, as all of Ray's ports (ENVIRONMENT).
@@ -235,10 +226,17 @@ class LocalService:
         client.deploy_apps(schema)
         for stage in self._watch():
             report(self._progress(stage))
-        if self._balancer is not None:
-            self._balancer.start()
+        if self.balancer is not None:
+            self.balancer.start()
         self._wait_for_http()
         report(self._progress("HTTP"))
+
+    def check(self) -> None:
+        """Raise LaunchError when a process has ended without which there is no service."""
+        if self._vital - descendants(os.getpid()):
+            raise LaunchError(f"Ray has ended; its logs are in {self.logs}")
+        if self.balancer is not None and not self.balancer.is_running:
+            raise LaunchError("HAProxy has ended, so that nobody can reach the service")
 
     def stop(self) -> None:
         """Requests that are still being answered are cut off. Returns when the last process is gone."""
@@ -248,8 +246,8 @@ class LocalService:
 
         own = self._own or descendants(os.getpid()) - self._before
         own |= descendants(*(process.pid for process in own))
-        if self._balancer is not None:
-            self._balancer.stop()
+        if self.balancer is not None:
+            self.balancer.stop()
         ray.shutdown()
         end(own, patience_s=_STOP_PATIENCE_S)
 
@@ -268,10 +266,10 @@ class LocalService:
         """Names of deployments as they become ready, until all are."""
         from ray import serve
 
-        name = _find_application(self.plan.config).get("name", "default")
+        application = _find_application(self.plan.config).get("name", "default")
         ready: set[str] = set()
         while True:
-            overview = serve.status().applications.get(name)
+            overview = serve.status().applications.get(application)
             if overview is not None:
                 deployments = overview.deployments
                 for stage in sorted(set(deployments) - ready):
@@ -290,3 +288,10 @@ class LocalService:
             if time.monotonic() > deadline:
                 raise LaunchError(f"the stages are up, but {self.plan.url}/health does not say so")
             time.sleep(_POLL_S)
+
+
+def _load_balancer(plan: LaunchPlan) -> LoadBalancer:
+    application = _find_application(plan.config)
+    # Serve's own section may say anything.
+    most = _MANY_GATEWAYS if "deployments" in application else plan.args.gateway.max_replicas
+    return load_balancer((plan.host, plan.port), application.get("name", "default"), max_gateways=most)

@@ -10,28 +10,22 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-from deployments.http_errors import HttpError, error_body
 from llava_core.errors import LlavaError
 
 _PR_SET_PDEATHSIG = 1
-_STARTUP_S = 0.5
+_STARTUP_S, _POLL_S = 20.0, 0.02
 _SPARE_PORTS = 16
-
-# What it answers itself, where no replica can. What is no HTTP at all gets its own few words.
-_ERRORS = (
-    HttpError(404, "invalid_request_error", "not_found", "Not Found"),
-    HttpError(502, "server_error", "replica_lost", "the gateway that worked on this request is gone; try again"),
-    HttpError(503, "server_error", "unavailable", "no gateway is ready; try again", retry_after_s=5),
-    HttpError(504, "server_error", "unavailable", "the gateway does not answer; try again"),
-)
 
 _CONFIGURATION = """\
 global
@@ -58,15 +52,20 @@ defaults
 frontend clients
     bind {address}
     unique-id-format %[uuid]
-    http-request set-header x-request-id %[unique-id] unless {{ req.hdr(x-request-id) -m found }}
-    http-request set-var(txn.request_id) req.hdr(x-request-id)
+    # The client's own, where there is one and it is fit for logs and headers.
+    acl one_id req.fhdr_cnt(x-request-id) eq 1
+    acl sound_id req.fhdr(x-request-id) -m reg ^[A-Za-z0-9._:/+=-]{{1,128}}$
+    http-request set-header x-request-id %[unique-id] unless one_id sound_id
+    http-request set-var(txn.request_id) req.fhdr(x-request-id)
 {errors}
     # Serve's own pages, which need no key.
     http-request deny deny_status 404 if {{ path_beg /-/ }}
     default_backend gateways
 
 backend gateways
-    option httpchk GET /-/healthz
+    # Other applications' replicas listen on these ports, too: one says which it belongs to.
+    option httpchk GET /-/routes
+    http-check expect rstring '"{application}" *}}$'
     # A new one is found within half a second. One that does not answer is tried for as long as another needs to start.
     default-server check inter 1s fastinter 500ms downinter 500ms rise 1 fall 40
 {servers}
@@ -79,11 +78,12 @@ class LoadBalancerError(LlavaError):
 
 @dataclass
 class LoadBalancer:
-    """From `address` (host, port) to whichever of `ports` on `host` a replica listens on."""
+    """From `address` (host, port) to whichever of `ports` on `host` a replica of `application` listens on."""
 
     address: tuple[str, int]
     host: str
     ports: Sequence[int]
+    application: str
     _process: subprocess.Popen[bytes] | None = None
     _folder: tempfile.TemporaryDirectory[str] | None = field(default=None, repr=False)
 
@@ -93,7 +93,8 @@ class LoadBalancer:
         host, port = self.address
         return _CONFIGURATION.format(
             address=f"[{host}]:{port}" if ":" in host else f"{host}:{port}",
-            errors="\n".join(map(_http_error, _ERRORS)),
+            errors="\n".join(_http_errors()),
+            application=re.escape(self.application),
             servers="\n".join(f"    server gateway{port} {self.host}:{port}" for port in self.ports),
         )
 
@@ -105,13 +106,19 @@ class LoadBalancer:
         messages = Path(self._folder.name) / "messages"
         with messages.open("wb") as output:
             self._process = _run([_program(), "-db", "-f", str(configuration)], output)
-        try:
-            # It says what is wrong, and ends, before it listens.
-            self._process.wait(_STARTUP_S)
-        except subprocess.TimeoutExpired:
-            return
-        reason = messages.read_text(errors="replace").strip()
-        raise LoadBalancerError(f"HAProxy does not start: {reason}")
+        deadline = time.monotonic() + _STARTUP_S
+        while self._process.poll() is None and not _is_open(*self.address):
+            if time.monotonic() > deadline:
+                raise LoadBalancerError("HAProxy does not listen")
+            time.sleep(_POLL_S)
+        if self._process.poll() is not None:
+            reason = messages.read_text(errors="replace").strip()
+            raise LoadBalancerError(f"HAProxy does not start: {reason}")
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it was started and has not ended."""
+        return self._process is not None and self._process.poll() is None
 
     def stop(self) -> None:
         """What passes through is cut off."""
@@ -122,19 +129,26 @@ class LoadBalancer:
             self._folder.cleanup()
 
 
-def load_balancer(address: tuple[str, int], *, max_gateways: int) -> LoadBalancer:
-    """In front of the gateways, wherever Serve, which is told by the environment, puts them: one that follows another
-    cannot have its port at once."""
+def load_balancer(address: tuple[str, int], application: str, *, max_gateways: int) -> LoadBalancer:
+    """In front of an application's gateways, wherever Serve, which is told by the environment, puts them: one that
+    follows another cannot have its port at once."""
     first = int(os.environ.setdefault("RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT", "30000"))
     num_ports = max_gateways + _SPARE_PORTS
     # One past the last.
     os.environ["RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT"] = str(first + num_ports)
-    return LoadBalancer(address, local_host(address[1]), range(first, first + num_ports))
+    return LoadBalancer(address, local_host(address[1]), range(first, first + num_ports), application)
 
 
 def local_host(port: int) -> str:
     """An address of this machine that only the service at `port` uses: so no other's replicas are taken for its own."""
     return f"127.64.{port // 256}.{port % 256}"
+
+
+def _is_open(host: str, port: int) -> bool:
+    """Whether somebody listens there. Nobody can connect to "every interface"."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        return probe.connect_ex(({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port)) == 0
 
 
 def _program() -> str:
@@ -158,9 +172,22 @@ def _run(command: list[str], output: IO[bytes]) -> subprocess.Popen[bytes]:
     )
 
 
-def _http_error(error: HttpError) -> str:
-    """As a line of the configuration."""
-    body = json.dumps(error_body(error, "%[var(txn.request_id),json]"))
-    line = f"    http-error status {error.status} content-type application/json lf-string '{body}'"
-    headers = {"x-request-id": "%[var(txn.request_id)]", "retry-after": error.retry_after_s}
-    return line + "".join(f" hdr {name} {value}" for name, value in headers.items() if value is not None)
+def _http_errors() -> list[str]:
+    """What it answers itself, where no replica can, as lines of the configuration. What is no HTTP at all gets its own
+    few words."""
+    # Not before a service starts: they need an HTTP framework, which `llava --help` does not.
+    from deployments.http_errors import HttpError, error_body
+
+    errors = (
+        HttpError(404, "invalid_request_error", "not_found", "Not Found"),
+        HttpError(502, "server_error", "replica_lost", "the gateway that worked on this request is gone; try again"),
+        HttpError(503, "server_error", "unavailable", "no gateway is ready; try again", retry_after_s=5),
+        HttpError(504, "server_error", "unavailable", "the gateway does not answer; try again"),
+    )
+    lines = []
+    for error in errors:
+        body = json.dumps(error_body(error, "%[var(txn.request_id),json]"))
+        line = f"    http-error status {error.status} content-type application/json lf-string '{body}'"
+        headers = {"x-request-id": "%[var(txn.request_id)]", "retry-after": error.retry_after_s}
+        lines.append(line + "".join(f" hdr {name} {value}" for name, value in headers.items() if value is not None))
+    return lines

@@ -37,6 +37,14 @@ def descendants(*roots: int) -> set[Process]:
     return found
 
 
+def name_of(process: Process) -> str:
+    """What it is called, in 15 letters at most; "" once it is gone."""
+    try:
+        return Path(f"/proc/{process.pid}/comm").read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return ""
+
+
 def end(processes: Iterable[Process], *, patience_s: float) -> None:
     """Return when all of them are gone; what is left after `patience_s` is killed."""
     left = _wait(list(processes), patience_s)

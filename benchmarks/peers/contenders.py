@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,7 +19,7 @@ from pathlib import Path
 
 import psutil
 
-from benchmarks.__main__ import wait_until_healthy
+from benchmarks.__main__ import free_port, wait_until_healthy
 from benchmarks.peers import vllm_setup
 from deployments.processes import descendants, end
 
@@ -176,12 +175,6 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 def own_threads() -> dict[str, str]:
     """The environment for processes that choose their threads themselves, whatever was chosen for this one."""
     return {name: value for name, value in os.environ.items() if name not in _THREADS}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def cpu_s(pid: int) -> float:

@@ -20,13 +20,20 @@ import pytest
 from deployments.load_balancer import LoadBalancer, LoadBalancerError, load_balancer, local_host
 
 PATIENCE_S = 20.0
+APPLICATION = "llava"
 
 
 class Handler(BaseHTTPRequestHandler):
     """Says who asked and what for."""
 
     def do_GET(self) -> None:
-        body = json.dumps({"id": self.headers.get("x-request-id"), "port": self.server.server_address[1]}).encode()
+        if self.path == "/-/routes":
+            self._answer({"/": getattr(self.server, "application", APPLICATION)})
+            return
+        self._answer({"id": self.headers.get("x-request-id"), "port": self.server.server_address[1]})
+
+    def _answer(self, content: object) -> None:
+        body = json.dumps(content).encode()
         self.send_response(200)
         self.send_header("content-length", str(len(body)))
         self.end_headers()
@@ -37,8 +44,9 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def replica(host: str, port: int) -> Iterator[None]:
+def replica(host: str, port: int, application: str = APPLICATION) -> Iterator[None]:
     with ThreadingHTTPServer((host, port), Handler) as server:
+        server.application = application  # type: ignore[attr-defined]
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         try:
@@ -58,7 +66,7 @@ def free_ports(host: str, count: int) -> list[int]:
 def balancing(ports: int = 2) -> Iterator[LoadBalancer]:
     (port,) = free_ports("127.0.0.1", 1)
     host = local_host(port)
-    balancer = LoadBalancer(("127.0.0.1", port), host, free_ports(host, ports))
+    balancer = LoadBalancer(("127.0.0.1", port), host, free_ports(host, ports), APPLICATION)
     balancer.start()
     try:
         yield balancer
@@ -95,6 +103,33 @@ def test_requests_reach_whichever_replica_is_there_under_an_id() -> None:
             assert (status, body["port"]) == (200, first)
 
 
+def test_another_applications_replicas_are_left_alone() -> None:
+    with balancing() as balancer:
+        own, other = balancer.ports
+        with replica(balancer.host, other, "another"), replica(balancer.host, own):
+            # Once both have been looked at.
+            wait_until(lambda: {ask(balancer)[2].get("port") for _ in range(20)} == {own})
+    with balancing(1) as balancer, replica(balancer.host, balancer.ports[0], f"another-{APPLICATION}"):
+        wait_until(lambda: ask(balancer)[0] == 503)
+
+
+@pytest.mark.parametrize(
+    "given", [["a" * 129], ["a, b"], [""], ['quo"te'], ["one", "two"], ["abc -- GET /v1/models 200 forged"]]
+)
+def test_an_id_that_is_none_is_replaced(given: list[str]) -> None:
+    with balancing(1) as balancer, replica(balancer.host, balancer.ports[0]):
+        wait_until(lambda: ask(balancer)[0] == 200)
+        connection = http.client.HTTPConnection(*balancer.address, timeout=PATIENCE_S)
+        with contextlib.closing(connection):
+            connection.putrequest("GET", "/")
+            for each in given:
+                connection.putheader("x-request-id", each)
+            connection.endheaders()
+            found = json.loads(connection.getresponse().read())["id"]
+    assert len(found) == 36
+    assert found not in given
+
+
 def test_serves_own_pages_are_for_nobody_outside() -> None:
     with balancing(1) as balancer, replica(balancer.host, balancer.ports[0]):
         wait_until(lambda: ask(balancer)[0] == 200)
@@ -106,11 +141,11 @@ def test_serves_own_pages_are_for_nobody_outside() -> None:
 def test_where_no_replica_is_clients_are_told_in_the_shape_of_all_errors() -> None:
     with balancing(1) as balancer:
         wait_until(lambda: ask(balancer)[0] == 503)
-        status, headers, body = ask(balancer, **{"X-Request-Id": 'a"b'})
+        status, headers, body = ask(balancer, **{"X-Request-Id": "mine:1"})
         assert status == 503
         assert headers["content-type"] == "application/json"
         assert headers["retry-after"] == "5"
-        assert headers["x-request-id"] == body["request_id"] == 'a"b'
+        assert headers["x-request-id"] == body["request_id"] == "mine:1"
         error = body["error"]
         assert isinstance(error, dict)
         assert (error["type"], error["code"], error["param"]) == ("server_error", "unavailable", None)
@@ -127,8 +162,8 @@ def test_a_replica_that_dies_over_a_request_is_told_in_the_same_shape() -> None:
                 with contextlib.suppress(TimeoutError):
                     client, _ = server.accept()
                     with client:
-                        if b"/-/healthz" in client.recv(4096):
-                            client.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n")
+                        if b"/-/routes" in client.recv(4096):
+                            client.sendall(b'HTTP/1.1 200 OK\r\ncontent-length: 13\r\n\r\n{"/":"llava"}')
 
         thread = threading.Thread(target=serve)
         thread.start()
@@ -145,7 +180,7 @@ def test_a_replica_that_dies_over_a_request_is_told_in_the_same_shape() -> None:
 def test_a_port_that_is_taken_is_named() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = int(taken.getsockname()[1])
-        balancer = LoadBalancer(("127.0.0.1", port), local_host(port), [30_000])
+        balancer = LoadBalancer(("127.0.0.1", port), local_host(port), [30_000], APPLICATION)
         with pytest.raises(LoadBalancerError, match=rf"127\.0\.0\.1:{port}"):
             balancer.start()
         balancer.stop()
@@ -153,21 +188,21 @@ def test_a_port_that_is_taken_is_named() -> None:
 
 def test_without_its_program_the_start_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_SERVE_HAPROXY_BINARY_PATH", "/nowhere")
-    balancer = LoadBalancer(("127.0.0.1", 1), local_host(1), [30_000])
+    balancer = LoadBalancer(("127.0.0.1", 1), local_host(1), [30_000], APPLICATION)
     with pytest.raises(LoadBalancerError, match="RAY_SERVE_ENABLE_DIRECT_INGRESS=0"):
         balancer.start()
     balancer.stop()
 
 
 def test_an_address_of_six_groups_is_put_in_brackets() -> None:
-    assert "bind [::1]:8000\n" in LoadBalancer(("::1", 8000), "127.64.31.64", [30_000]).configuration
+    assert "bind [::1]:8000\n" in LoadBalancer(("::1", 8000), "127.64.31.64", [30_000], APPLICATION).configuration
 
 
 def test_it_knows_every_port_that_serve_may_give_a_gateway(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT", "31000")
     # Set here, so that it is what it was afterwards.
     monkeypatch.setenv("RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT", "0")
-    balancer = load_balancer(("127.0.0.1", 8000), max_gateways=3)
+    balancer = load_balancer(("127.0.0.1", 8000), APPLICATION, max_gateways=3)
     assert (balancer.host, balancer.address) == (local_host(8000), ("127.0.0.1", 8000))
     # More than one for each: a gateway that follows another cannot have its port.
     assert len(balancer.ports) > 2 * 3
@@ -183,7 +218,7 @@ def test_it_does_not_outlive_who_started_it(tmp_path: Path) -> None:
     (port,) = free_ports("127.0.0.1", 1)
     program = (
         "import sys, time; from deployments.load_balancer import *\n"
-        f"LoadBalancer(('127.0.0.1', {port}), local_host({port}), [30000]).start()\n"
+        f"LoadBalancer(('127.0.0.1', {port}), local_host({port}), [30000], 'llava').start()\n"
         "print(flush=True); time.sleep(600)"
     )
     environment = {"PYTHONPATH": ":".join(sys.path), "TMPDIR": str(tmp_path)}
