@@ -187,7 +187,7 @@ class LocalService:
     _started: float = field(default_factory=time.monotonic)
     _before: set[Process] | None = None
     _own: set[Process] = field(default_factory=set)
-    _balancer: LoadBalancer | None = None
+    balancer: LoadBalancer | None = None
 
     def start(self, report: Callable[[Progress], None]) -> None:
         """Returns when the service answers. Raises LaunchError when a stage cannot start."""
@@ -202,9 +202,9 @@ class LocalService:
         schema = self._schema(ServeDeploySchema)
         if os.environ["RAY_SERVE_ENABLE_DIRECT_INGRESS"] == "1":
             address = self.plan.host, self.plan.port
-            self._balancer = load_balancer(address, max_gateways=self.plan.args.gateway.max_replicas)
+            self.balancer = load_balancer(address, max_gateways=self.plan.args.gateway.max_replicas)
             # Where gateways listen. Serve's proxy, which starts all the same, takes any port.
-            schema.http_options = schema.http_options.model_copy(update={"host": self._balancer.host, "port": 0})
+            schema.http_options = schema.http_options.model_copy(update={"host": self.balancer.host, "port": 0})
         context: Any = ray.init(
             address="local",
             namespace="serve",
@@ -235,8 +235,8 @@ class LocalService:
         client.deploy_apps(schema)
         for stage in self._watch():
             report(self._progress(stage))
-        if self._balancer is not None:
-            self._balancer.start()
+        if self.balancer is not None:
+            self.balancer.start()
         self._wait_for_http()
         report(self._progress("HTTP"))
 
@@ -248,8 +248,8 @@ class LocalService:
 
         own = self._own or descendants(os.getpid()) - self._before
         own |= descendants(*(process.pid for process in own))
-        if self._balancer is not None:
-            self._balancer.stop()
+        if self.balancer is not None:
+            self.balancer.stop()
         ray.shutdown()
         end(own, patience_s=_STOP_PATIENCE_S)
 

@@ -7,12 +7,15 @@ addresses, and nothing of what passes through.
 
 from __future__ import annotations
 
+import csv
 import ctypes
 import json
 import os
 import signal
+import socket
 import subprocess
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +25,7 @@ from deployments.http_errors import HttpError, error_body
 from llava_core.errors import LlavaError
 
 _PR_SET_PDEATHSIG = 1
-_STARTUP_S = 0.5
+_STARTUP_S, _POLL_S = 0.5, 0.05
 _SPARE_PORTS = 16
 
 # What it answers itself, where no replica can. What is no HTTP at all gets its own few words.
@@ -37,6 +40,8 @@ _CONFIGURATION = """\
 global
     nbthread 1
     maxconn 8192
+    # In its own folder, which is its owner's alone.
+    stats socket unix@admin mode 600 level admin
 
 defaults
     mode http
@@ -100,11 +105,10 @@ class LoadBalancer:
     def start(self) -> None:
         """Returns once it listens. It ends with the thread that started it, at the latest; raises LoadBalancerError."""
         self._folder = tempfile.TemporaryDirectory(prefix="llava-serve-")
-        configuration = Path(self._folder.name) / "haproxy.cfg"
+        configuration, messages = self._path("haproxy.cfg"), self._path("messages")
         configuration.write_text(self.configuration)
-        messages = Path(self._folder.name) / "messages"
         with messages.open("wb") as output:
-            self._process = _run([_program(), "-db", "-f", str(configuration)], output)
+            self._process = _run([_program(), "-db", "-f", str(configuration)], configuration.parent, output)
         try:
             # It says what is wrong, and ends, before it listens.
             self._process.wait(_STARTUP_S)
@@ -113,6 +117,17 @@ class LoadBalancer:
         reason = messages.read_text(errors="replace").strip()
         raise LoadBalancerError(f"HAProxy does not start: {reason}")
 
+    def drain(self, seconds: float) -> bool:
+        """New requests get 503 from now on. Whether all that were under way have ended in so many seconds."""
+        deadline = time.monotonic() + seconds
+        for port in self.ports:
+            self._tell(f"set server gateways/gateway{port} state maint")
+        while self._num_under_way():
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(_POLL_S)
+        return True
+
     def stop(self) -> None:
         """What passes through is cut off."""
         if self._process is not None:
@@ -120,6 +135,24 @@ class LoadBalancer:
             self._process.wait()
         if self._folder is not None:
             self._folder.cleanup()
+
+    def _path(self, name: str) -> Path:
+        assert self._folder is not None, "it has been started"
+        return Path(self._folder.name) / name
+
+    def _num_under_way(self) -> int:
+        names, *rows = csv.reader(self._tell("show stat").removeprefix("# ").split("\n"))
+        table = [dict(zip(names, row, strict=True)) for row in rows if row]
+        return sum(int(row["scur"]) for row in table if (row["pxname"], row["svname"]) == ("gateways", "BACKEND"))
+
+    def _tell(self, command: str) -> str:
+        """HAProxy's answer. Raises OSError when it is gone."""
+        with socket.socket(socket.AF_UNIX) as admin:
+            admin.settimeout(_STARTUP_S * 10)
+            admin.connect(str(self._path("admin")))
+            admin.sendall(f"{command}\n".encode())
+            with admin.makefile("r", encoding="utf-8") as answer:
+                return answer.read()
 
 
 def load_balancer(address: tuple[str, int], *, max_gateways: int) -> LoadBalancer:
@@ -146,13 +179,16 @@ def _program() -> str:
         raise LoadBalancerError(f"{error} Or use Serve's proxy: RAY_SERVE_ENABLE_DIRECT_INGRESS=0") from None
 
 
-def _run(command: list[str], output: IO[bytes]) -> subprocess.Popen[bytes]:
+def _run(command: list[str], folder: Path, output: IO[bytes]) -> subprocess.Popen[bytes]:
     libc = ctypes.CDLL(None)
     return subprocess.Popen(
         command,
+        cwd=folder,
         stdin=subprocess.DEVNULL,
         stdout=output,
         stderr=output,
+        # Ctrl-C in a terminal is for this process, which lets requests end before it ends HAProxy.
+        process_group=0,
         # Whoever kills this process does not leave the port taken. Called in the child before it becomes HAProxy.
         preexec_fn=lambda: libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM),
     )

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -37,8 +38,8 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def replica(host: str, port: int) -> Iterator[None]:
-    with ThreadingHTTPServer((host, port), Handler) as server:
+def replica(host: str, port: int, handler: type[Handler] = Handler) -> Iterator[None]:
+    with ThreadingHTTPServer((host, port), handler) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         try:
@@ -140,6 +141,39 @@ def test_a_replica_that_dies_over_a_request_is_told_in_the_same_shape() -> None:
         finally:
             stop.set()
             thread.join()
+
+
+class Slow(Handler):
+    """Takes its time over what it is asked, health excepted."""
+
+    asked = threading.Event()
+    go_on = threading.Event()
+
+    def do_GET(self) -> None:
+        if self.path == "/":
+            self.asked.set()
+            assert self.go_on.wait(PATIENCE_S)
+        super().do_GET()
+
+
+def test_draining_refuses_new_requests_and_waits_for_those_under_way() -> None:
+    with (
+        balancing(2) as balancer,
+        ThreadPoolExecutor(2) as threads,
+        replica(balancer.host, balancer.ports[0], Slow),
+    ):
+        running = threads.submit(ask, balancer)
+        assert Slow.asked.wait(PATIENCE_S)
+        # Those who ask for no time get none.
+        assert not balancer.drain(0)
+        draining = threads.submit(balancer.drain, PATIENCE_S)
+        status, headers, body = ask(balancer)
+        assert (status, headers["retry-after"]) == (503, "5")
+        assert set(body) == {"error", "request_id"}
+        assert not draining.done()
+        Slow.go_on.set()
+        assert draining.result(PATIENCE_S)
+        assert running.result(PATIENCE_S)[0] == 200
 
 
 def test_a_port_that_is_taken_is_named() -> None:
