@@ -25,7 +25,7 @@ from deployments.http_errors import HttpError, error_body
 from llava_core.errors import LlavaError
 
 _PR_SET_PDEATHSIG = 1
-_STARTUP_S, _POLL_S = 0.5, 0.05
+_STARTUP_S, _ANSWER_S, _POLL_S = 0.5, 5.0, 0.05
 _SPARE_PORTS = 16
 
 # What it answers itself, where no replica can. What is no HTTP at all gets its own few words.
@@ -118,7 +118,9 @@ class LoadBalancer:
         raise LoadBalancerError(f"HAProxy does not start: {reason}")
 
     def drain(self, seconds: float) -> bool:
-        """New requests get 503 from now on. Whether all that were under way have ended in so many seconds."""
+        """New requests get 503 from now on. Whether all that were under way have ended in so many seconds.
+
+        Raises LoadBalancerError."""
         deadline = time.monotonic() + seconds
         for port in self.ports:
             self._tell(f"set server gateways/gateway{port} state maint")
@@ -146,13 +148,16 @@ class LoadBalancer:
         return sum(int(row["scur"]) for row in table if (row["pxname"], row["svname"]) == ("gateways", "BACKEND"))
 
     def _tell(self, command: str) -> str:
-        """HAProxy's answer. Raises OSError when it is gone."""
-        with socket.socket(socket.AF_UNIX) as admin:
-            admin.settimeout(_STARTUP_S * 10)
-            admin.connect(str(self._path("admin")))
-            admin.sendall(f"{command}\n".encode())
-            with admin.makefile("r", encoding="utf-8") as answer:
-                return answer.read()
+        """HAProxy's answer. Raises LoadBalancerError when it is gone."""
+        try:
+            with socket.socket(socket.AF_UNIX) as admin:
+                admin.settimeout(_ANSWER_S)
+                admin.connect(str(self._path("admin")))
+                admin.sendall(f"{command}\n".encode())
+                with admin.makefile("r", encoding="utf-8") as answer:
+                    return answer.read()
+        except OSError as error:
+            raise LoadBalancerError(f"HAProxy does not answer: {error}") from None
 
 
 def load_balancer(address: tuple[str, int], *, max_gateways: int) -> LoadBalancer:

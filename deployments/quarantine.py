@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import logging
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -18,6 +19,7 @@ from typing import TypeVar
 from deployments.errors import ContentRefusedError, StageLostError
 from llava_core.types import AnyRequest, CompletionRequest, ImagePart, ImageUrl, TextPart
 
+logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 
@@ -83,6 +85,7 @@ class Quarantine:
 
     def _refuse(self, found: set[str]) -> None:
         until = self._clock() + self._refused_s
+        logger.warning("refused for %g s, having been on two replicas that died: %s", self._refused_s, sorted(found))
         for digest in found:
             self._refused[digest] = until
             self._refused.move_to_end(digest)

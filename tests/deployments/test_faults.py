@@ -3,6 +3,7 @@
 import concurrent.futures
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,27 @@ def test_a_generator_that_is_killed_fails_an_answer_in_one_piece(service: Runnin
     assert int(response.headers["retry-after"]) >= 1
     _assert_is_loss(response.json())
     _assert_recovers(service)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_request_whose_time_is_up_is_told_in_our_words_and_frees_the_generator(
+    service: Running, *, stream: bool
+) -> None:
+    """Serve reads the same header, and would answer in plain text."""
+    body = {"messages": messages("hi"), "stream": stream, **ENDLESS}
+    headers = {"x-request-timeout-seconds": "2"}
+    response = httpx.post(f"{service.url}/v1/chat/completions", json=body, headers=headers, timeout=60)
+    assert response.status_code == (200 if stream else 504)
+    last = list(events(response))[-1] if stream else response.json()
+    assert (last["error"]["type"], last["error"]["code"]) == ("server_error", "deadline_exceeded")
+    [pid] = service.replicas("Generator")
+
+    def is_idle() -> bool:
+        before = _cpu_seconds(pid)
+        time.sleep(0.5)
+        return _cpu_seconds(pid) - before < 0.1
+
+    until(is_idle)
 
 
 def _slow_pictures(green: int) -> list[Any]:

@@ -144,13 +144,13 @@ def test_a_replica_that_dies_over_a_request_is_told_in_the_same_shape() -> None:
 
 
 class Slow(Handler):
-    """Takes its time over what it is asked, health excepted."""
+    """Takes its time over one request."""
 
     asked = threading.Event()
     go_on = threading.Event()
 
     def do_GET(self) -> None:
-        if self.path == "/":
+        if self.headers.get("x-request-id") == "slow":
             self.asked.set()
             assert self.go_on.wait(PATIENCE_S)
         super().do_GET()
@@ -162,7 +162,8 @@ def test_draining_refuses_new_requests_and_waits_for_those_under_way() -> None:
         ThreadPoolExecutor(2) as threads,
         replica(balancer.host, balancer.ports[0], Slow),
     ):
-        running = threads.submit(ask, balancer)
+        wait_until(lambda: ask(balancer)[0] == 200)
+        running = threads.submit(lambda: ask(balancer, **{"X-Request-Id": "slow"}))
         assert Slow.asked.wait(PATIENCE_S)
         # Those who ask for no time get none.
         assert not balancer.drain(0)
@@ -174,6 +175,14 @@ def test_draining_refuses_new_requests_and_waits_for_those_under_way() -> None:
         Slow.go_on.set()
         assert draining.result(PATIENCE_S)
         assert running.result(PATIENCE_S)[0] == 200
+
+
+def test_a_balancer_that_is_gone_cannot_be_drained() -> None:
+    with balancing(1) as balancer:
+        balancer._process.kill()  # type: ignore[union-attr]
+        balancer._process.wait()  # type: ignore[union-attr]
+        with pytest.raises(LoadBalancerError, match="does not answer"):
+            balancer.drain(PATIENCE_S)
 
 
 def test_a_port_that_is_taken_is_named() -> None:
