@@ -5,6 +5,7 @@ Imports neither torch nor Ray, and does not know what was asked: an Answer knows
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -15,6 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from deployments import sse
 from deployments.answer import Answer
+from deployments.heartbeats import Heartbeat
 from deployments.http_errors import HttpError, describe, error_body, error_response
 from deployments.messages import Item, Rejected, is_last
 from deployments.reply_form import ReplyForm
@@ -22,18 +24,38 @@ from llava_core.errors import EngineError
 from llava_core.types import TokenDelta
 
 logger = logging.getLogger(__name__)
+_HEARTBEAT_S = 15.0
 
 
-async def respond(answer: Answer, items: AsyncGenerator[Item, None], request_id: str) -> Response:
-    """Nothing is sent before the first item: whatever is wrong by then gets a status of its own."""
+async def respond(
+    answer: Answer, items: AsyncGenerator[Item, None], request_id: str, heartbeat_s: float = _HEARTBEAT_S
+) -> Response:
+    """Nothing is sent before the first item: whatever is wrong by then gets a status of its own. Only a stream that
+    waits for longer than `heartbeat_s` begins without one, and is told what is wrong as an event."""
     items = _settled(items, request_id)
-    first = await anext(items)
-    if isinstance(first, Rejected):
+    first = asyncio.ensure_future(anext(items))
+    try:
+        await asyncio.wait([first], timeout=heartbeat_s if answer.form.stream else None)
+    except asyncio.CancelledError:
+        await _abandon(first)
+        raise
+    if answer.form.stream and not _is_refused(first):
+        return _EventStream(_events(answer, first, items, request_id), first, items, heartbeat_s)
+    item = first.result()
+    if isinstance(item, Rejected):
         await items.aclose()
-        return refusal(answer.form, first, request_id)
-    if not answer.form.stream:
-        return await _in_one_piece(answer, first, items, request_id)
-    return _EventStream(_events(answer, first, items, request_id), items)
+        return refusal(answer.form, item, request_id)
+    return await _in_one_piece(answer, item, items, request_id)
+
+
+def _is_refused(first: asyncio.Future[Item]) -> bool:
+    return first.done() and isinstance(first.result(), Rejected)
+
+
+async def _abandon(first: asyncio.Future[Item]) -> None:
+    """So that the generator it comes from can be closed."""
+    first.cancel()
+    await asyncio.wait([first])
 
 
 def refusal(form: ReplyForm, rejected: Rejected, request_id: str) -> Response:
@@ -75,20 +97,21 @@ async def _in_one_piece(
 
 
 async def _events(
-    answer: Answer, first: TokenDelta, items: AsyncGenerator[Item, None], request_id: str
+    answer: Answer, first: asyncio.Future[Item], items: AsyncGenerator[Item, None], request_id: str
 ) -> AsyncGenerator[bytes, None]:
     """Several events that are due together go out as one piece: every piece costs the graph a hop."""
-    if piece := b"".join(map(sse.event, answer.first_chunks())) + _piece(answer, first):
+    piece = _piece(answer, await first, request_id)
+    if piece := b"".join(map(sse.event, answer.first_chunks())) + piece:
         yield piece
     async for item in items:
-        if isinstance(item, Rejected):
-            yield sse.event(error_body(_describe_for(answer.form, item), request_id))
-        elif piece := _piece(answer, item):
+        if piece := _piece(answer, item, request_id):
             yield piece
 
 
-def _piece(answer: Answer, delta: TokenDelta) -> bytes:
-    return b"".join(map(sse.event, answer.chunks(delta))) + (sse.DONE if is_last(delta) else b"")
+def _piece(answer: Answer, item: Item, request_id: str) -> bytes:
+    if isinstance(item, Rejected):
+        return sse.event(error_body(_describe_for(answer.form, item), request_id))
+    return b"".join(map(sse.event, answer.chunks(item))) + (sse.DONE if is_last(item) else b"")
 
 
 def _describe_for(form: ReplyForm, rejected: Rejected) -> HttpError:
@@ -100,15 +123,25 @@ def _describe_for(form: ReplyForm, rejected: Rejected) -> HttpError:
 class _EventStream(StreamingResponse):
     """Closes its source however it ends, begun or not: a client that hangs up is noticed by the stages at once."""
 
-    def __init__(self, events: AsyncGenerator[bytes, None], source: AsyncGenerator[Item, None]) -> None:
+    def __init__(
+        self,
+        events: AsyncGenerator[bytes, None],
+        first: asyncio.Future[Item],
+        source: AsyncGenerator[Item, None],
+        heartbeat_s: float,
+    ) -> None:
         super().__init__(events, media_type=sse.MEDIA_TYPE, headers=sse.HEADERS)
-        self._events, self._source = events, source
+        self._events, self._first, self._source = events, first, source
+        self._heartbeat_s = heartbeat_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        heartbeat = Heartbeat(send, self._heartbeat_s)
         try:
-            await super().__call__(scope, receive, send)
+            async with heartbeat.beating():
+                await super().__call__(scope, receive, heartbeat.send)
         except ClientDisconnect:
             logger.info("the client hung up")
         finally:
+            await _abandon(self._first)
             await self._events.aclose()
             await self._source.aclose()

@@ -54,7 +54,14 @@ _port = click.option("--port", type=click.IntRange(1, 65535), envvar="PORT", hel
     type=click.IntRange(0, 65535),
     help="Where Prometheus finds the metrics, on 127.0.0.1; 0 is any that is free. [default: the one after --port]",
 )
-def serve(config: Path | None, **options: Any) -> None:
+@click.option(
+    "--drain-seconds",
+    type=click.FloatRange(min=0),
+    default=30.0,
+    show_default=True,
+    help="How long running requests may take to end after Ctrl-C or SIGTERM; a second one cuts them off.",
+)
+def serve(config: Path | None, drain_seconds: float, **options: Any) -> None:
     """Serve a model over HTTP on this machine until Ctrl-C."""
     with _failing_in_one_line():
         plan = plan_launch(config, **options)
@@ -68,6 +75,7 @@ def serve(config: Path | None, **options: Any) -> None:
                 while True:
                     service.check()
                     time.sleep(_CHECK_S)
+            _drain(service, drain_seconds, terminal)
             _say(terminal, "\nStopping ...")
 
 
@@ -140,6 +148,16 @@ def _running(plan: LaunchPlan, terminal: TextIO) -> Iterator[LocalService]:
         yield service
     finally:
         service.stop()
+
+
+def _drain(service: LocalService, seconds: float, terminal: TextIO) -> None:
+    """Serve's own proxy, where it is used in place of ours, knows no such thing."""
+    if service.balancer is None:
+        return
+    _say(terminal, f"\nLetting requests end, for {seconds:g} s at most. Ctrl-C cuts them off.")
+    with contextlib.suppress(KeyboardInterrupt):
+        if not service.balancer.drain(seconds):
+            _say(terminal, "Some have not ended.")
 
 
 def _show(progress: Progress, terminal: TextIO) -> None:

@@ -1,5 +1,5 @@
 """Errors of the service that the core does not know: bodies too large or slow, keys that are not good for what they are
-used for, stages lost or missing, a start refused.
+used for, content that kills, deadlines, stages lost or missing, a start refused.
 
 Plain exceptions on top of the core's tree, which every process can afford and pickle. Knows neither HTTP nor Ray.
 """
@@ -52,6 +52,23 @@ def _rebuild_rate_limit(message: str, limit: str, retry_after_s: int) -> RateLim
 
 class KeysFileError(LlavaError):
     """The file of API keys cannot be used; the message names file and fix."""
+
+
+class ContentRefusedError(RequestError):
+    """The request is about something that has killed a replica twice."""
+
+    def __init__(
+        self,
+        message: str = "the service has failed twice on this picture or prompt and does not try it again for some time",
+        *,
+        param: str | None = None,
+        code: str = "content_refused",
+    ) -> None:
+        super().__init__(message, param=param, code=code)
+
+
+class DeadlineError(LlavaError):
+    """The answer was not complete when its client said that it would be too late."""
 
 
 class StageUnavailableError(LlavaError):

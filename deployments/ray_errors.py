@@ -12,8 +12,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from grpc.aio import AioRpcError
-from ray.exceptions import ObjectLostError, RayActorError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
+from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError
+from ray.serve.exceptions import (
+    BackPressureError,
+    DeploymentUnavailableError,
+    RayServeException,
+    ReplicaUnavailableError,
+)
 
 from deployments.errors import StageLostError, StageUnavailableError
 from llava_core.errors import OverloadedError
@@ -21,7 +26,7 @@ from llava_core.errors import OverloadedError
 logger = logging.getLogger(__name__)
 
 # Serve names gRPC's UNAVAILABLE itself; a replica that is killed in the middle of an answer also shows as others.
-_LOST = (ReplicaUnavailableError, RayActorError, ObjectLostError, AioRpcError)
+_LOST = (ReplicaUnavailableError, RayActorError, ObjectLostError, OutOfMemoryError, AioRpcError)
 
 
 @contextmanager
@@ -34,6 +39,9 @@ def ray_errors_as_ours() -> Iterator[None]:
         raise OverloadedError("the service is at its capacity; try again later", retry_after_s=retry_after_s) from error
     except DeploymentUnavailableError as error:
         raise StageUnavailableError("a stage of the service is not available") from error
-    except _LOST as error:
+    except (*_LOST, RayServeException) as error:
+        # A stage that waits for what another one makes is told of its loss in a general error, by what caused it.
+        if not isinstance(error, _LOST) and not isinstance(error.__cause__, _LOST):
+            raise
         logger.warning("a call to a stage failed: %s: %s", type(error).__name__, error)
         raise StageLostError("the part of the service that worked on this request is gone") from error

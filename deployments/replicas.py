@@ -29,6 +29,7 @@ from deployments.metrics import RayRecorder, engine_readings
 from deployments.pipeline import Pipeline
 from deployments.preflight import FoundCheckpoint
 from deployments.preprocessor import Preprocessor
+from deployments.quarantine import Quarantine
 from deployments.settings import AppArgs, ComputeArgs
 from deployments.shared_cores import Cores, OwnCores, SharedCores, shared_folder
 from deployments.stage_status import StageStatus
@@ -67,7 +68,8 @@ class GatewayReplica:
     ) -> None:
         adopt_serve_logging()
         check_exposure(in_thread_of_its_own(_listening_host), args.auth)
-        pipeline = Pipeline(preprocessor, encoder, generator, handoff)
+        quarantine = Quarantine(args.limits.refused_seconds)
+        pipeline = Pipeline(preprocessor, encoder, generator, handoff, quarantine)
         stages = {"preprocessor": preprocessor, "vision_encoder": encoder, "generator": generator}
         status = StageStatus(generator.app_name, {name: handle.deployment_name for name, handle in stages.items()})
         # Serve's HTTP server puts the request id on every response itself.

@@ -105,12 +105,17 @@ class EngineArgs(_Settings):
 class LimitArgs(_Settings):
     """What one request may hold; more is refused with a message that names the limit.
 
-    `max_body_seconds` is for the whole body to come. `max_bytes_in_flight` is of each gateway replica: the bodies it
+    `max_body_seconds` is for the whole body to come, `max_timeout_seconds` what a client may set as its own limit. A
+    stream that has nothing to say for `heartbeat_seconds` shows that it is still there. What has killed two replicas is
+    refused for `refused_seconds`. `max_bytes_in_flight` is of each gateway replica: the bodies it
     holds at once, until they are sent on.
     """
 
     max_body_bytes: int = Field(default=64 * 1024 * 1024, ge=1)
     max_body_seconds: float = Field(default=60, gt=0)
+    max_timeout_seconds: float = Field(default=3600, gt=0)
+    heartbeat_seconds: float = Field(default=15, gt=0)
+    refused_seconds: float = Field(default=600, gt=0)
     max_bytes_in_flight: int = Field(default=512 * 1024 * 1024, ge=1)
     max_images: int = Field(default=8, ge=0)
     max_image_bytes: int = Field(default=20 * 1024 * 1024, ge=1)

@@ -8,6 +8,8 @@ MEDIA_TYPE = "text/event-stream"
 # Proxies that buffer would turn a stream into one late answer.
 HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 DONE = b"data: [DONE]\n\n"
+# Which is no event.
+COMMENT = b": \n\n"
 
 
 def event(content: Mapping[str, Any]) -> bytes:

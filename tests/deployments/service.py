@@ -53,7 +53,7 @@ class Running:
     metrics_url: str
 
     def post(self, **body: Any) -> httpx.Response:
-        return httpx.post(f"{self.url}/v1/chat/completions", json=body, timeout=60)
+        return httpx.post(f"{self.url}/v1/chat/completions", json=body, timeout=150)
 
     def log_text(self) -> str:
         return "\n".join(path.read_text(errors="replace") for path in self.logs.rglob("*.log"))

@@ -1,5 +1,6 @@
 """The commands as far as they get without Ray; test_service.py runs them."""
 
+import io
 import json
 import os
 import shutil
@@ -12,7 +13,10 @@ from click.testing import CliRunner
 from PIL import Image
 
 import deployments
-from deployments.cli import SCENE, curl_line, demo, serve
+from deployments.cli import SCENE, _drain, curl_line, demo, serve
+from deployments.launcher import LocalService, plan_launch
+from deployments.load_balancer import LoadBalancer, local_host
+from tests.deployments.service import free_port
 from tests.hub import OLD, hub_of
 
 PROGRAM = "import sys; from llava_core.cli import main; main(sys.argv[1:])"
@@ -94,3 +98,24 @@ def test_a_download_is_announced_before_it_begins_and_offline_there_is_none(
         assert "model.safetensors" in hub.sent
     assert result.stderr.startswith("owner/name, the model: downloading")
     assert "tokenizer.json is missing" in result.stderr
+
+
+@pytest.mark.parametrize(("ends", "said"), [(True, ""), (False, "Some have not ended.\n"), (KeyboardInterrupt(), "")])
+def test_requests_may_end_until_a_second_signal(
+    *, ends: bool | BaseException, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = LocalService(plan_launch(model=None, port=free_port(), metrics_port=0))
+    terminal = io.StringIO()
+    _drain(service, 7, terminal)
+    assert terminal.getvalue() == "", "there is nothing that could refuse new requests"
+    service.balancer = LoadBalancer(("127.0.0.1", 1), local_host(1), [30_000], "llava")
+
+    def drain(_self: LoadBalancer, seconds: float) -> bool:
+        assert seconds == 7
+        if isinstance(ends, BaseException):
+            raise ends
+        return ends
+
+    monkeypatch.setattr(LoadBalancer, "drain", drain)
+    _drain(service, 7, terminal)
+    assert terminal.getvalue() == f"\nLetting requests end, for 7 s at most. Ctrl-C cuts them off.\n{said}"

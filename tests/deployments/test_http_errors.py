@@ -5,6 +5,8 @@ from starlette.exceptions import HTTPException
 
 from deployments.errors import (
     AuthenticationError,
+    ContentRefusedError,
+    DeadlineError,
     KeysFileError,
     LaunchError,
     PermissionDeniedError,
@@ -40,6 +42,8 @@ from llava_core.errors import (
         (AuthenticationError("m"), 401, "invalid_api_key"),
         (AuthenticationError("m", code="expired_api_key"), 401, "expired_api_key"),
         (PermissionDeniedError("m"), 403, "permission_denied"),
+        (ContentRefusedError(), 422, "content_refused"),
+        (DeadlineError("m"), 504, "deadline_exceeded"),
         (OverloadedError("m"), 429, "overloaded"),
         (RateLimitError("m", limit="tokens"), 429, "rate_limit_exceeded"),
         (KeysFileError("m"), 503, "keys_unavailable"),

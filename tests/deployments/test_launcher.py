@@ -1,5 +1,6 @@
 """Everything that is judged before Ray starts; test_service.py starts it."""
 
+import os
 import signal
 import socket
 import subprocess
@@ -18,11 +19,12 @@ from deployments.launcher import (
     IMPORT_PATH,
     LaunchPlan,
     LocalService,
-    check_port,
     check_resources,
     plan_launch,
 )
+from deployments.load_balancer import LoadBalancer
 from deployments.preflight import check_checkpoint
+from deployments.processes import descendants
 from deployments.settings import AppArgs, GeneratorArgs
 from llava_core.errors import CheckpointError
 from tests.hub import NEW, OLD, hub_of, use_cache, write_lora
@@ -134,6 +136,41 @@ def test_a_port_in_use_ends_the_start_at_once(tiny_checkpoint: Path) -> None:
             _plan(model=str(tiny_checkpoint), port=port)
 
 
+def test_it_is_said_when_ray_or_the_balancer_has_ended(tiny_checkpoint: Path) -> None:
+    service = LocalService(_plan(model=str(tiny_checkpoint)))
+    service.check()
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as vital:
+        service._vital = {each for each in descendants(os.getpid()) if each.pid == vital.pid}
+        service.check()
+        vital.kill()
+    with pytest.raises(LaunchError, match="Ray has ended"):
+        service.check()
+    service._vital = set()
+    service.balancer = LoadBalancer(("127.0.0.1", 1), "127.0.0.1", [], "llava")
+    with pytest.raises(LaunchError, match="HAProxy has ended"):
+        service.check()
+
+
+def test_several_applications_stand_behind_serves_proxy(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def begin(config: Path) -> str:
+        for variable in ENVIRONMENT:
+            monkeypatch.delenv(variable, raising=False)
+        service = LocalService(_plan(config, model=str(tiny_checkpoint)))
+        monkeypatch.setattr(service, "_schema", lambda _: (_ for _ in ()).throw(LaunchError("enough")))
+        with pytest.raises(LaunchError, match="enough"):
+            service.start(lambda _: None)
+        return os.environ["RAY_SERVE_ENABLE_DIRECT_INGRESS"]
+
+    config = _write(tmp_path / "c.yaml")
+    assert begin(config) == "1"
+    content = yaml.safe_load(config.read_text())
+    content["applications"].append({"name": "b", "route_prefix": "/b", "import_path": "b:app"})
+    config.write_text(yaml.safe_dump(content))
+    assert begin(config) == "0"
+
+
 def test_nobody_is_let_in_from_elsewhere_without_keys(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -152,11 +189,6 @@ def test_nobody_is_let_in_from_elsewhere_without_keys(
     plan = _plan(config, model=str(tiny_checkpoint), host="0.0.0.0")
     # Replicas work elsewhere.
     assert plan.config["applications"][0]["args"]["auth"]["keys_file"] == str(tmp_path / "keys.json")
-
-
-def test_an_address_of_another_machine_cannot_be_used() -> None:
-    with pytest.raises(LaunchError, match="cannot be used"):
-        check_port("192.0.2.200", 0)
 
 
 def test_a_route_prefix_is_part_of_the_address(tiny_checkpoint: Path, tmp_path: Path) -> None:

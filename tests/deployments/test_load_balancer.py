@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -44,8 +45,10 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def replica(host: str, port: int, application: str = APPLICATION) -> Iterator[None]:
-    with ThreadingHTTPServer((host, port), Handler) as server:
+def replica(
+    host: str, port: int, handler: type[Handler] = Handler, *, application: str = APPLICATION
+) -> Iterator[None]:
+    with ThreadingHTTPServer((host, port), handler) as server:
         server.application = application  # type: ignore[attr-defined]
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
@@ -106,10 +109,10 @@ def test_requests_reach_whichever_replica_is_there_under_an_id() -> None:
 def test_another_applications_replicas_are_left_alone() -> None:
     with balancing() as balancer:
         own, other = balancer.ports
-        with replica(balancer.host, other, "another"), replica(balancer.host, own):
+        with replica(balancer.host, other, application="another"), replica(balancer.host, own):
             # Once both have been looked at.
             wait_until(lambda: {ask(balancer)[2].get("port") for _ in range(20)} == {own})
-    with balancing(1) as balancer, replica(balancer.host, balancer.ports[0], f"another-{APPLICATION}"):
+    with balancing(1) as balancer, replica(balancer.host, balancer.ports[0], application=f"another-{APPLICATION}"):
         wait_until(lambda: ask(balancer)[0] == 503)
 
 
@@ -175,6 +178,48 @@ def test_a_replica_that_dies_over_a_request_is_told_in_the_same_shape() -> None:
         finally:
             stop.set()
             thread.join()
+
+
+class Slow(Handler):
+    """Takes its time over one request."""
+
+    asked = threading.Event()
+    go_on = threading.Event()
+
+    def do_GET(self) -> None:
+        if self.headers.get("x-request-id") == "slow":
+            self.asked.set()
+            assert self.go_on.wait(PATIENCE_S)
+        super().do_GET()
+
+
+def test_draining_refuses_new_requests_and_waits_for_those_under_way() -> None:
+    with (
+        balancing(2) as balancer,
+        ThreadPoolExecutor(2) as threads,
+        replica(balancer.host, balancer.ports[0], Slow),
+    ):
+        wait_until(lambda: ask(balancer)[0] == 200)
+        running = threads.submit(lambda: ask(balancer, **{"X-Request-Id": "slow"}))
+        assert Slow.asked.wait(PATIENCE_S)
+        # Those who ask for no time get none.
+        assert not balancer.drain(0)
+        draining = threads.submit(balancer.drain, PATIENCE_S)
+        status, headers, body = ask(balancer)
+        assert (status, headers["retry-after"]) == (503, "5")
+        assert set(body) == {"error", "request_id"}
+        assert not draining.done()
+        Slow.go_on.set()
+        assert draining.result(PATIENCE_S)
+        assert running.result(PATIENCE_S)[0] == 200
+
+
+def test_a_balancer_that_is_gone_cannot_be_drained() -> None:
+    with balancing(1) as balancer:
+        balancer._process.kill()  # type: ignore[union-attr]
+        balancer._process.wait()  # type: ignore[union-attr]
+        with pytest.raises(LoadBalancerError, match="does not answer"):
+            balancer.drain(PATIENCE_S)
 
 
 def test_a_port_that_is_taken_is_named() -> None:

@@ -11,7 +11,7 @@ from ray.exceptions import ActorDiedError
 from ray.serve.exceptions import BackPressureError
 from starlette.testclient import TestClient
 
-from deployments.errors import StageLostError
+from deployments.errors import ContentRefusedError, StageLostError
 from deployments.gateway import Gateway
 from deployments.handoff import LocalHandoff
 from deployments.messages import Item, Rejected
@@ -162,6 +162,93 @@ def test_what_ray_does_to_a_call_is_an_error_of_ours(raised: Exception, expected
     with pytest.raises(expected or type(raised)):
         asyncio.run(_items(graph.pipeline, _request(TextPart("hi"))))
     assert all(response.is_cancelled for response in graph.responses)
+
+
+class _Dying:
+    """A generator whose replicas die `deaths` times before their first item, or tell of another stage's that has."""
+
+    def __init__(self, deaths: int, *, tells: bool) -> None:
+        self._deaths = deaths
+        self._tells = tells
+        self.num_calls = 0
+
+    async def __call__(self, _given: object) -> AsyncGenerator[Item, None]:
+        self.num_calls += 1
+        if self.num_calls <= self._deaths:
+            if not self._tells:
+                raise ActorDiedError
+            yield Rejected(StageLostError("gone"))
+            return
+        for item in answer("a", "b"):
+            yield item
+
+
+@pytest.mark.parametrize("tells", [True, False])
+def test_a_loss_before_the_first_item_is_done_again_from_the_start(*, tells: bool) -> None:
+    graph = _Graph([])
+    dying = _Dying(1, tells=tells)
+    graph.generator = FakeHandle(generate=dying)
+    request = _request(ImagePart(b"x"), TextPart("hi"))
+    assert asyncio.run(_items(graph.pipeline, request)) == answer("a", "b")
+    assert [args for _, args, _ in graph.preprocessor.calls] == [(request,), (request,)]
+    assert len(graph.encoder.calls) == dying.num_calls == 2
+    # Those of the second time.
+    assert not any(handle.calls[1][2].is_cancelled for handle in (graph.preprocessor, graph.encoder, graph.generator))
+
+
+@pytest.mark.parametrize("tells", [True, False])
+def test_what_is_lost_twice_is_refused_from_then_on(*, tells: bool) -> None:
+    graph = _Graph([])
+    dying = _Dying(2, tells=tells)
+    graph.generator = FakeHandle(generate=dying)
+    pipeline = graph.pipeline
+
+    async def run() -> None:
+        for _ in range(3):
+            with pytest.raises(ContentRefusedError):
+                await _items(pipeline, _request(ImagePart(b"x"), TextPart("hi")))
+        # Others are served, by the replica that the service has by now.
+        assert await _items(pipeline, _request(ImagePart(b"y"))) == answer("a", "b")
+
+    asyncio.run(run())
+    assert dying.num_calls == 3
+
+
+def test_leaving_while_it_is_done_again_cancels_every_stage() -> None:
+    graph = _Graph([])
+    again = asyncio.Event()
+
+    async def generate(_given: object) -> AsyncGenerator[Item, None]:
+        if len(graph.generator.calls) == 1:
+            raise ActorDiedError
+        again.set()
+        await asyncio.Event().wait()
+        yield answer("a")[0]
+
+    graph.generator = FakeHandle(generate=generate)
+
+    async def run() -> None:
+        task = asyncio.create_task(_items(graph.pipeline, _request(ImagePart(b"x"))))
+        await again.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(run())
+    assert len(graph.responses) == 6
+    assert all(response.is_cancelled for response in graph.responses)
+
+
+def test_a_loss_while_tokenizing_is_done_again_too() -> None:
+    graph = _Graph([])
+
+    def tokenize(_request: object) -> str:
+        if len(graph.preprocessor.calls) == 1:
+            raise ActorDiedError
+        return "ids"
+
+    graph.preprocessor = FakeHandle(tokenize=tokenize)
+    assert asyncio.run(graph.pipeline.tokenize(_request(TextPart("hi")))) == "ids"
 
 
 def test_the_first_stage_tokenizes_and_is_told_when_nobody_waits_any_more() -> None:

@@ -3,9 +3,14 @@
 import pytest
 from grpc import StatusCode
 from grpc.aio import AioRpcError, Metadata
-from ray.exceptions import ActorDiedError, ActorUnavailableError, ObjectLostError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, ObjectLostError, OutOfMemoryError
 from ray.serve.config import DeploymentID
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
+from ray.serve.exceptions import (
+    BackPressureError,
+    DeploymentUnavailableError,
+    RayServeException,
+    ReplicaUnavailableError,
+)
 
 from deployments.errors import StageLostError, StageUnavailableError
 from deployments.ray_errors import ray_errors_as_ours
@@ -26,6 +31,7 @@ def _raised(error: Exception) -> Exception:
         (ActorDiedError(), StageLostError),
         (ActorUnavailableError("gone", b"\0" * 16), StageLostError),
         (ObjectLostError("0" * 56, None, ""), StageLostError),
+        (OutOfMemoryError("killed"), StageLostError),
         (ReplicaUnavailableError("gone"), StageLostError),
         *(
             (AioRpcError(code, Metadata(), Metadata()), StageLostError)
@@ -39,6 +45,15 @@ def test_each_kind_has_an_error_of_ours(error: Exception, expected: type[Excepti
     ours = _raised(error)
     assert type(ours) is expected
     assert ours.__cause__ is error
+
+
+def test_the_loss_of_a_stage_further_up_is_a_loss() -> None:
+    """Serve tells of it in an error of its own class."""
+    error = RayServeException("an upstream actor died")
+    error.__cause__ = ActorDiedError()
+    assert type(_raised(error)) is StageLostError
+    with pytest.raises(RayServeException), ray_errors_as_ours():
+        raise RayServeException("something else")
 
 
 def test_overload_keeps_when_to_come_again() -> None:

@@ -1,0 +1,57 @@
+"""Signs of life of a stream that has nothing to say: comments, which clients skip and proxies take for traffic.
+
+Knows how an ASGI response is sent, and not what is in it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+
+from starlette.types import Message, Send
+
+from deployments import sse
+
+
+class Heartbeat:
+    """Sends a comment after every `seconds` in which nothing else was sent, while the response is under way."""
+
+    def __init__(self, send: Send, seconds: float) -> None:
+        self._send = send
+        self._seconds = seconds
+        self._sending = asyncio.Lock()
+        self._sent_at = 0.0
+        self._is_under_way = False
+
+    async def send(self, message: Message) -> None:
+        """ASGI's, which also tells the heart that it need not beat."""
+        async with self._sending:
+            await self._send(message)
+            self._sent_at = asyncio.get_running_loop().time()
+            self._is_under_way = message["type"] != "http.response.body" or message.get("more_body", False)
+
+    @contextlib.asynccontextmanager
+    async def beating(self) -> AsyncIterator[None]:
+        """While the block runs."""
+        task = asyncio.create_task(self._beat())
+        try:
+            yield
+        finally:
+            task.cancel()
+            await asyncio.wait([task])
+
+    async def _beat(self) -> None:
+        clock = asyncio.get_running_loop()
+        while True:
+            left = self._sent_at + self._seconds - clock.time()
+            await asyncio.sleep(left if left > 0 else self._seconds)
+            async with self._sending:
+                if not self._is_under_way or clock.time() < self._sent_at + self._seconds:
+                    continue
+                try:
+                    await self._send({"type": "http.response.body", "body": sse.COMMENT, "more_body": True})
+                except OSError:
+                    # The client is gone, which whoever sends the answer finds out as well.
+                    return
+                self._sent_at = clock.time()

@@ -1,0 +1,35 @@
+"""Ports that are free, taken, or of another machine."""
+
+import socket
+
+import pytest
+
+from deployments.errors import LaunchError
+from deployments.ports import check_port, choose_metrics_port
+
+
+def test_an_address_of_another_machine_cannot_be_used() -> None:
+    with pytest.raises(LaunchError, match="cannot be used"):
+        check_port("192.0.2.200", 0)
+
+
+def test_addresses_of_six_groups_are_looked_at_too() -> None:
+    check_port("::1", 0)
+    with socket.create_server(("::1", 0), family=socket.AF_INET6) as taken:
+        port = int(taken.getsockname()[1])
+        with pytest.raises(LaunchError, match=f"port {port} on ::1 is already in use"):
+            check_port("::1", port)
+
+
+def test_metrics_get_the_next_port_or_any_but_never_the_services() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = int(taken.getsockname()[1])
+        # Another service's; whoever asks for no certain one is not refused for it.
+        assert choose_metrics_port(port - 1, None) == 0
+        with pytest.raises(LaunchError, match="with --metrics-port"):
+            choose_metrics_port(port - 1, port)
+    assert choose_metrics_port(port - 1, None) == port
+    assert choose_metrics_port(port - 1, port) == port
+    assert choose_metrics_port(port, 0) == 0
+    with pytest.raises(LaunchError, match="choose another"):
+        choose_metrics_port(port, port)
