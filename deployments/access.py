@@ -101,10 +101,13 @@ class KeyRing:
             return
         self._version = version
         try:
-            keys, self._problem = read_keys(self._path), None
+            keys = read_keys(self._path)
         except KeysFileError as error:
             logger.error("%s; no key is accepted until it can be used", error)
-            keys, self._problem = {}, str(error)
+            # Nobody is let in, but what each has used of its limits is not forgotten.
+            self._problem = str(error)
+            return
+        self._problem = None
         self._callers = {name: self._caller(key) for name, key in keys.items()}
 
     def _caller(self, key: ApiKey) -> Caller:

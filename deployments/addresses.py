@@ -74,7 +74,10 @@ class HostRule:
         match = _RULE.fullmatch(text.lower())
         if match is None:
             raise ValueError(f"{text!r} is no host: write name, *.name or * and, where it is another port, :port")
-        return cls(match["host"], None if match["port"] is None else int(match["port"]))
+        port = None if match["port"] is None else int(match["port"])
+        if port is not None and not 0 < port < 2**16:
+            raise ValueError(f"{text!r} is no host: ports are numbers from 1 to 65535")
+        return cls(match["host"], port)
 
     def allows(self, url: httpx.URL) -> bool:
         """Whether the address is of this host and port."""

@@ -6,9 +6,10 @@ Knows JSON, and not what the fields are for.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import BeforeValidator, Discriminator, Field, Tag
+from pydantic_core import PydanticCustomError
 
 from deployments.sampling_schema import WHOLE_BOUND, SamplingBody, text_or_list
 from deployments.schema import Part
@@ -16,6 +17,7 @@ from llava_core.types import MAX_LOGPROBS
 
 # Far beyond any conversation, and few enough to hold.
 _MAX_MESSAGES, _MAX_PARTS, _MAX_CALLS = 1024, 256, 128
+_Asker = Literal["system", "developer", "user", "tool"]
 
 
 class TextContent(Part):
@@ -57,7 +59,7 @@ _AnyPart = Annotated[
     Discriminator(
         _part_type,
         custom_error_type="part_type",
-        custom_error_message="must be an object whose type is 'text' or 'image_url'",
+        custom_error_message="must be an object whose type is 'text', 'image_url' or 'refusal'",
     ),
 ]
 _Content = Annotated[
@@ -79,10 +81,17 @@ class _ToolCall(Part):
     function: _Function
 
 
+def _check_role(value: Any) -> Any:
+    if value not in get_args(_Asker):
+        # By itself the schema would name these alone; an assistant's message has one of its own.
+        raise PydanticCustomError("role", "must be 'system', 'developer', 'user', 'tool' or 'assistant'")
+    return value
+
+
 class AskedMessage(Part):
     """What is said to the assistant: instructions, a question, or what a tool has found."""
 
-    role: Literal["system", "developer", "user", "tool"]
+    role: Annotated[_Asker, BeforeValidator(_check_role)]
     content: _Content
 
 

@@ -55,6 +55,15 @@ class HttpError:
 _UNAVAILABLE = "a stage of the service is not available; try again"
 _NO_KEYS = "keys cannot be checked at the moment; try again later"
 _LOST = "the part of the service that worked on this request is gone; try again"
+# Said while the body may still be coming: 401, 403, 408 and 413.
+_BEFORE_THE_BODY = frozenset(
+    {
+        HTTPStatus.UNAUTHORIZED,
+        HTTPStatus.FORBIDDEN,
+        HTTPStatus.REQUEST_TIMEOUT,
+        HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+    }
+)
 
 _TOO_LATE = "the answer was not complete within x-request-timeout-seconds"
 
@@ -110,7 +119,7 @@ def error_response(error: HttpError, request_id: str) -> JSONResponse:
     headers = {} if error.retry_after_s is None else {"retry-after": str(error.retry_after_s)}
     if error.status == HTTPStatus.UNAUTHORIZED:
         headers["www-authenticate"] = "Bearer"
-    if error.status == HTTPStatus.REQUEST_TIMEOUT:
-        # Whoever is still sending would otherwise keep the connection for as long as before.
+    if error.status in _BEFORE_THE_BODY:
+        # Whoever is still sending would otherwise keep the connection, for as long as it takes.
         headers["connection"] = "close"
     return JSONResponse(error_body(error, request_id), error.status, headers)

@@ -48,7 +48,7 @@ def keys() -> None:
 @keys.command()
 @click.argument("key_id", metavar="ID", callback=_check_id)
 @_file
-@click.option("--days", type=_limit, help="Until it expires. [default: never]")
+@click.option("--days", type=click.IntRange(1, 36_500), help="Until it expires. [default: never]")
 @click.option("--requests-per-minute", type=_limit)
 @click.option("--tokens-per-minute", type=_limit, help="Read and written ones together.")
 @click.option("--max-concurrent", type=_limit, help="Requests at once.")

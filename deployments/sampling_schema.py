@@ -6,6 +6,7 @@ named as vLLM names them, `timings` is ours. Knows no prompts.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 
@@ -13,15 +14,14 @@ from pydantic import Discriminator, Field, Tag
 
 from deployments.schema import Body, Part
 from llava_core.errors import RequestError
-from llava_core.types import SamplingParams
+from llava_core.types import GREEDY_BELOW, SamplingParams
 
 # What torch takes as a seed.
 _SEED_BOUND = 2**63
-# Below this, dividing logits by the temperature overflows, and the most likely token is certain anyway.
-_GREEDY_BELOW = 1e-4
 _MAX_STOPS, _MAX_STOP_LENGTH = 4, 256
 # Each costs time at every token.
 _MAX_STOP_TOKENS, _MAX_BIASES = 128, 300
+_TOKEN_ID = re.compile("0|[1-9][0-9]{0,8}")
 
 
 def text_or_list(value: Any) -> str | None:
@@ -105,7 +105,7 @@ class SamplingBody(Body):
         temperature = self.temperature or 0.0
         return SamplingParams(
             max_tokens=max_tokens,
-            temperature=temperature if temperature >= _GREEDY_BELOW else 0.0,
+            temperature=temperature if temperature >= GREEDY_BELOW else 0.0,
             top_p=1.0 if self.top_p is None else self.top_p,
             top_k=max(0, self.top_k or 0),
             min_p=self.min_p or 0.0,
@@ -125,8 +125,9 @@ class SamplingBody(Body):
 
 def _biases(given: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
     for name in given:
-        if not (name.isascii() and name.isdigit() and len(name) < 10):
-            raise RequestError("logit_bias: the keys must be token ids", param="logit_bias")
+        # One spelling of each, so that none comes twice.
+        if not _TOKEN_ID.fullmatch(name):
+            raise RequestError("logit_bias: the keys must be token ids, without leading zeros", param="logit_bias")
     return tuple((int(name), bias) for name, bias in given.items())
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
-from llava_core.errors import RequestError
+from llava_core.errors import MAX_REPEATED, RequestError
 
 # Commas and brackets beyond those that may stand in the text: each may cost hundreds of bytes once it is parsed.
 _MAX_JSON_TOKENS = 65_536
@@ -73,13 +73,21 @@ def _path(location: Sequence[int | str]) -> str:
         if isinstance(step, int):
             path += f"[{step}]"
         elif not step.startswith("<"):
-            path += f".{step}" if path else step
+            # A name may be the caller's own.
+            name = step[:MAX_REPEATED]
+            path += f".{name}" if path else name
     return path
 
 
 def _refuse_unsupported(extra: Mapping[str, Any], neutral: Mapping[str, Sequence[object]]) -> None:
     for name, value in extra.items():
-        if name in neutral and value is not None and value not in neutral[name]:
+        if name in neutral and value is not None and not _asks_for_nothing(value, neutral[name]):
             raise RequestError(
                 f"{name} is not supported by this service; leave it out", param=name, code="unsupported_parameter"
             )
+
+
+def _asks_for_nothing(value: Any, neutral: Sequence[object]) -> bool:
+    # Where a type says what is asked for, the rest of the object does not matter.
+    is_typed = isinstance(value, dict) and "type" in value
+    return value in neutral or (is_typed and {"type": value["type"]} in neutral)

@@ -7,8 +7,11 @@ networks and no Ray: the processes of a machine see each other by locks on files
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
+import re
+import stat
 import tempfile
 import time
 from collections.abc import Callable
@@ -17,6 +20,8 @@ from typing import Protocol
 
 # How often to look for processes that have come since.
 _LOOK_S = 1.0
+# A process's number and some chance; numbers end at 2**22.
+_NAME = re.compile(r"[1-9][0-9]{0,6}-[0-9a-f]{8}")
 
 
 class Cores(Protocol):
@@ -81,13 +86,14 @@ class SharedCores:
 
     def _look(self) -> None:
         self._looked = time.monotonic()
-        names = {path.name for path in self._folder.iterdir()} - {self._path.name}
+        found = {path.name for path in self._folder.iterdir()} - {self._path.name}
+        names = {name for name in found if _NAME.fullmatch(name)}
         for name in self._others.keys() - names:
             os.close(self._others.pop(name))
         for name in names - self._others.keys():
             try:
                 file = os.open(self._folder / name, os.O_RDONLY | os.O_CLOEXEC)
-            except FileNotFoundError:
+            except (FileNotFoundError, PermissionError):
                 continue
             if _is_alive(name):
                 self._others[name] = file
@@ -111,13 +117,20 @@ def _is_alive(name: str) -> bool:
         os.kill(int(name.partition("-")[0]), 0)
     except ProcessLookupError:
         return False
+    except PermissionError:
+        # Another user's process has the number now. Whether the file counts is a matter of its lock.
+        pass
     return True
 
 
 def shared_folder() -> Path:
-    """Where the processes of this user on this machine meet. Raises PermissionError where it is somebody else's."""
+    """Where the processes of this user on this machine meet. Raises PermissionError where others could, too."""
     folder = Path(tempfile.gettempdir()) / f"llava-serve-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    if folder.stat().st_uid != os.getuid():
-        raise PermissionError(f"{folder} belongs to another user")
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    # Of the name itself: whoever else made a link there would choose where we write.
+    status = folder.lstat()
+    is_folder, permissions = stat.S_ISDIR(status.st_mode), status.st_mode & 0o777
+    if not is_folder or status.st_uid != os.getuid() or permissions != 0o700:
+        raise PermissionError(f"{folder} is not a folder of this user alone, with mode 0700; remove it")
     return folder

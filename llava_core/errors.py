@@ -14,6 +14,9 @@ Standard library only. Messages may be shown to a client: they never hold prompt
 
 from collections.abc import Iterable
 
+# Characters of a caller's own text that a message repeats.
+MAX_REPEATED = 100
+
 
 class LlavaError(Exception):
     """Base of every deliberate error."""
@@ -57,7 +60,7 @@ class UnknownNameError(RequestError):
     """A name that is not in a registry."""
 
     def __init__(self, kind: str, name: str, known: Iterable[str], *, param: str | None = None) -> None:
-        message = f"unknown {kind} {name!r}; known are: {', '.join(sorted(known))}"
+        message = f"unknown {kind} {name[:MAX_REPEATED]!r}; known are: {', '.join(sorted(known))}"
         super().__init__(message, param=param or kind, code=f"{kind}_not_found")
 
 

@@ -21,6 +21,9 @@ Quantization = Literal["8bit", "4bit"]
 
 # Alternatives listed beside a token's own log-probability; OpenAI's limit.
 MAX_LOGPROBS = 20
+# Below this temperature an answer is greedy: dividing logits by less could make infinities of them, and the likeliest
+# token is certain anyway.
+GREEDY_BELOW = 1e-4
 
 # Milliseconds by stage name: fetch, preprocess, encode, transfer, queue, prefill, decode.
 StageTimes = dict[str, float]

@@ -111,16 +111,21 @@ class AsyncEngine:
         self._tell(request)
         num_open = request.sampling.n
         try:
-            while True:
-                for delta in merge(await mailbox.take()):
+            while num_open:
+                try:
+                    deltas = merge(await mailbox.take())
+                except LlavaError:
+                    num_open = 0
+                    raise
+                for delta in deltas:
                     mailbox.rest(min(_MAX_GAP_S, self._delta_gap_s * len(self._mailboxes)))
-                    yield delta
                     num_open -= delta.finish_reason is not None
-                if not num_open:
-                    return
+                    yield delta
         finally:
             self._mailboxes.pop(request.request_id).close()
-            self._tell(request.request_id)
+            # What is over needs no abort.
+            if num_open:
+                self._tell(request.request_id)
 
     def check_health(self, *, max_step_s: float = 120.0) -> None:
         """Raise EngineError when the thread has died or one step has taken longer than `max_step_s`."""

@@ -241,13 +241,16 @@ class Engine:
 
     def _count(self, chunks: list[Chunk], seconds: float) -> None:
         stats = self.stats
-        stats.num_steps += 1
-        stats.step_seconds += seconds
-        stats.scheduled_requests += len(chunks)
-        stats.computed_tokens += sum(chunk.length for chunk in chunks)
+        # A step after an abort may have nothing to run: it would only spoil the means.
+        if chunks:
+            stats.num_steps += 1
+            stats.step_seconds += seconds
+            stats.batch_size = len(chunks)
+            stats.scheduled_requests += len(chunks)
+            stats.computed_tokens += sum(chunk.length for chunk in chunks)
         stats.cached_tokens = self._scheduler.num_cached
         stats.num_preemptions = self._scheduler.num_preemptions
-        stats.num_running, stats.num_waiting, stats.batch_size = self.num_running, self.num_waiting, len(chunks)
+        stats.num_running, stats.num_waiting = self.num_running, self.num_waiting
         stats.used_blocks, stats.idle_blocks = self.pool.num_used, self.pool.num_idle
 
 

@@ -13,10 +13,7 @@ from random import Random
 import torch
 from torch import Tensor
 
-from llava_core.types import SamplingParams, TokenLogprob
-
-# Dividing by less would make infinities of logits.
-_GREEDY_BELOW = 1e-5
+from llava_core.types import GREEDY_BELOW, SamplingParams, TokenLogprob
 
 
 def uniform(seed: int, index: int, position: int) -> float:
@@ -44,7 +41,7 @@ def takes_likeliest(params: SamplingParams, num_output: int) -> bool:
 
 def is_greedy(params: SamplingParams) -> bool:
     """Whether the likeliest token is taken."""
-    return params.temperature < _GREEDY_BELOW
+    return params.temperature < GREEDY_BELOW
 
 
 def choose(logits: Tensor, params: SamplingParams, draw: Callable[[], float]) -> int:

@@ -10,6 +10,7 @@ class EngineStats:
     """Totals since the start, and how things stand after the last step. Times in seconds."""
 
     num_blocks: int
+    # Steps that ran anything.
     num_steps: int = 0
     step_seconds: float = 0.0
     # Tokens run through the model, tokens found in the cache instead (also by those set back), and tokens written.
@@ -23,7 +24,7 @@ class EngineStats:
     num_failed: int = 0
     num_running: int = 0
     num_waiting: int = 0
-    # Requests in the last step.
+    # Requests in the last step that ran anything.
     batch_size: int = 0
     # Blocks that a request holds, and those that are kept for their content.
     used_blocks: int = 0

@@ -223,6 +223,17 @@ def test_limits_are_each_keys_own_and_survive_a_change_of_others(path: Path) -> 
         assert client.get("/health", headers=first).status_code == 200
 
 
+def test_limits_survive_a_moment_in_which_the_file_cannot_be_read(path: Path) -> None:
+    headers = _add(path, requests_per_minute=1)
+    content = path.read_text()
+    with _client(path) as client:
+        assert client.get("/v1/models", headers=headers).status_code == 200
+        path.write_text("damaged")
+        _assert_refused(client.get("/v1/models", headers=headers), 503, "keys_unavailable")
+        path.write_text(content)
+        _assert_refused(client.get("/v1/models", headers=headers), 429, "rate_limit_exceeded")
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_tokens_are_charged_for_what_was_read_and_written(*, stream: bool, path: Path) -> None:
     # 11 read, 3 written: `answer` says so.

@@ -106,7 +106,8 @@ def _allows(rule: str, address: str) -> bool:
 
 
 @pytest.mark.parametrize(
-    "rule", ["", "https://example.com", "example.com/", "a b", "*.", "exa*mple.com", "x:port", "[::1]"]
+    "rule",
+    ["", "https://example.com", "example.com/", "a b", "*.", "exa*mple.com", "x:port", "x:0", "x:65536", "[::1]"],
 )
 def test_what_is_no_rule_is_refused(rule: str) -> None:
     with pytest.raises(ValueError, match="is no host"):

@@ -69,3 +69,26 @@ def test_only_an_assistants_message_may_be_without_content() -> None:
     message = _parse(messages=[{"role": "assistant", "content": None, "tool_calls": [call]}]).messages[0]
     assert isinstance(message, AssistantMessage)
     assert _refused(messages=[{"role": "tool", "tool_call_id": "1"}]).param == "messages[0].content"
+
+
+@pytest.mark.parametrize("role", ["root", None, ["user"]])
+def test_who_has_another_role_is_told_all_there_are(role: Any) -> None:
+    error = _refused(messages=[{"role": role, "content": "hi"}])
+    assert error.param == "messages[0].role"
+    for known in ("system", "developer", "user", "tool", "assistant"):
+        assert repr(known) in error.message
+        call = {"function": {"name": "f", "arguments": "{}"}}
+        assert _parse(messages=[{"role": known, "content": "hi", "tool_calls": [call]}])
+
+
+def test_who_sends_another_part_is_told_all_there_are() -> None:
+    error = _refused(messages=[{"role": "user", "content": [{"type": "video"}]}])
+    for known in ("text", "image_url", "refusal"):
+        assert repr(known) in error.message
+    assert _parse(messages=[{"role": "user", "content": [{"type": "refusal", "refusal": "no"}]}])
+
+
+def test_a_response_format_is_what_its_type_says() -> None:
+    assert _parse(response_format={"type": "text", "json_schema": None})
+    assert _refused(response_format={"type": "json_object"}).param == "response_format"
+    assert _refused(response_format={}).param == "response_format"

@@ -110,9 +110,16 @@ def test_who_has_no_key_is_told_how_to_give_one() -> None:
     assert "www-authenticate" not in error_response(describe(PermissionDeniedError("m")), "x").headers
 
 
-def test_only_a_body_that_does_not_come_closes_its_connection() -> None:
-    assert error_response(describe(RequestTimeoutError("m")), "x").headers["connection"] == "close"
-    assert "connection" not in error_response(describe(RequestTooLargeError("m")), "x").headers
+@pytest.mark.parametrize(
+    "kind", [AuthenticationError, PermissionDeniedError, RequestTimeoutError, RequestTooLargeError]
+)
+def test_who_may_still_be_sending_a_body_that_nobody_reads_loses_the_connection(kind: type[RequestError]) -> None:
+    assert error_response(describe(kind("m")), "x").headers["connection"] == "close"
+
+
+@pytest.mark.parametrize("error", [RequestError("m"), UnknownNameError("model", "x", []), EngineError("m")])
+def test_who_was_read_whole_keeps_the_connection(error: LlavaError) -> None:
+    assert "connection" not in error_response(describe(error), "x").headers
 
 
 def test_errors_of_routing_look_the_same() -> None:

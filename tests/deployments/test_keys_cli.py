@@ -68,6 +68,8 @@ def test_a_revoked_key_is_gone_and_its_id_may_be_used_again(path: Path) -> None:
         (("create", "a b"), "letters, digits"),
         (("create", "a", "--route", "everything"), "chat_completions"),
         (("create", "a", "--max-concurrent", "0"), "x>=1"),
+        (("create", "a", "--days", "36501"), "1<=x<=36500"),
+        (("create", "a", "--days", "0"), "1<=x<=36500"),
         (("revoke", "nobody"), "no key with the id nobody"),
         (("list",), "cannot be read"),
     ],

@@ -7,8 +7,9 @@ import pytest
 
 from deployments.sampling_schema import SamplingBody
 from deployments.schema import parse_body
+from llava_core.engine.sampler import is_greedy
 from llava_core.errors import RequestError
-from llava_core.types import SamplingParams
+from llava_core.types import GREEDY_BELOW, SamplingParams
 
 
 def _sampling(**fields: Any) -> SamplingParams:
@@ -39,6 +40,17 @@ def test_null_is_as_good_as_nothing() -> None:
     assert _sampling(**dict.fromkeys(SamplingBody.model_fields)) == SamplingParams()
 
 
+@pytest.mark.parametrize(("given", "drawn"), [(GREEDY_BELOW * 0.99, 0.0), (GREEDY_BELOW, GREEDY_BELOW)])
+def test_what_is_too_cold_is_greedy_for_the_engine_as_well(given: float, drawn: float) -> None:
+    sampling = _sampling(temperature=given)
+    assert sampling.temperature == drawn
+    assert is_greedy(SamplingParams(temperature=given)) == is_greedy(sampling) == (drawn == 0)
+
+
+def test_token_zero_may_have_a_bias() -> None:
+    assert _sampling(logit_bias={"0": 1}).logit_bias == ((0, 1.0),)
+
+
 def test_one_stop_string_needs_no_list() -> None:
     assert _sampling(stop="x").stop == ("x",)
 
@@ -55,6 +67,9 @@ def test_one_stop_string_needs_no_list() -> None:
         ({"repetition_penalty": 0}, "repetition_penalty"),
         ({"logit_bias": {"a": 1}}, "logit_bias"),
         ({"logit_bias": {"-1": 1}}, "logit_bias"),
+        ({"logit_bias": {"7": 1, "07": 2}}, "logit_bias"),
+        ({"logit_bias": {"00": 1}}, "logit_bias"),
+        ({"logit_bias": {"7\n": 1}}, "logit_bias"),
         ({"logit_bias": {"²": 1}}, "logit_bias"),
         ({"logit_bias": {"9" * 5000: 1}}, "logit_bias"),
         ({"logit_bias": {"1": 101}}, "logit_bias.1"),

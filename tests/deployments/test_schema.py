@@ -54,6 +54,12 @@ def test_a_body_that_is_no_json_object_is_refused(body: bytes) -> None:
     assert len(error.message) < 200
 
 
+def test_of_a_long_name_the_beginning_is_repeated() -> None:
+    error = _refused(logit_bias={"9" * 5000: 101})
+    assert error.param == f"logit_bias.{'9' * 100}"
+    assert len(error.message) < 200
+
+
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "1e999"])
 def test_numbers_that_are_none_are_refused(number: str) -> None:
     assert _refusal(b'{"messages": [{"role": "user", "content": "x"}], "temperature": %s}' % number.encode()).param == (

@@ -99,6 +99,45 @@ def test_the_folder_is_this_users_own(tmp_path: Path, monkeypatch: pytest.Monkey
     assert folder.stat().st_mode & 0o777 == 0o700
     assert shared_folder() == folder
     monkeypatch.setattr(os, "getuid", lambda: folder.stat().st_uid + 1)
-    (tmp_path / f"llava-serve-{os.getuid()}").mkdir()
-    with pytest.raises(PermissionError, match="another user"):
+    (tmp_path / f"llava-serve-{os.getuid()}").mkdir(mode=0o700)
+    with pytest.raises(PermissionError, match="not a folder of this user alone"):
         shared_folder()
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling link", "file", "open to others"])
+def test_what_others_could_have_made_or_could_enter_is_not_the_folder(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shared_cores.tempfile, "gettempdir", lambda: str(tmp_path))
+    folder = tmp_path / f"llava-serve-{os.getuid()}"
+    elsewhere = tmp_path / "elsewhere"
+    if kind == "file":
+        folder.touch(mode=0o700)
+    elif kind == "open to others":
+        folder.mkdir()
+        folder.chmod(0o755)
+    else:
+        folder.symlink_to(elsewhere)
+        if kind == "link":
+            elsewhere.mkdir(mode=0o700)
+    with pytest.raises(PermissionError, match="remove it"):
+        shared_folder()
+    assert not elsewhere.exists() or not list(elsewhere.iterdir())
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "-1", "0-00000000", "1.5-00000000", "12345678901234567890-00000000"])
+def test_files_of_others_count_for_nothing_and_stay(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).touch()
+    assert Here(tmp_path).claim() == 8
+    assert (tmp_path / name).exists()
+
+
+def test_a_number_that_another_users_process_has_now_counts_for_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kill(_pid: int, _signal: int) -> None:
+        raise PermissionError("another user's")
+
+    monkeypatch.setattr(os, "kill", kill)
+    (tmp_path / "17-00000000").touch()
+    assert Here(tmp_path).claim() == 8

@@ -61,3 +61,8 @@ def test_request_errors_know_their_field_and_a_stable_code() -> None:
     unknown = UnknownNameError("model", "b", ["c", "a"])
     assert (unknown.param, unknown.code) == ("model", "model_not_found")
     assert str(unknown) == "unknown model 'b'; known are: a, c"
+
+
+def test_of_a_long_name_the_beginning_is_repeated() -> None:
+    message = UnknownNameError("model", "m" * 5000, ["tiny"]).message
+    assert message == f"unknown model {'m' * 100!r}; known are: tiny"

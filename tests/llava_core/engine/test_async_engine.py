@@ -59,6 +59,50 @@ def test_who_shares_the_cores_is_told_before_every_step_and_when_there_is_no_wor
     assert "idle" not in told[first : first + 5], "while there is work, the cores are not given back"
 
 
+def test_a_request_that_is_alone_is_alone_in_every_step_that_counts(build_engine: BuildEngine) -> None:
+    async def main() -> Engine:
+        inner = build_engine()
+        engine = AsyncEngine(inner)
+        await collect(engine, make_request("a", max_tokens=5))
+        with pytest.raises(PromptTooLongError):
+            await collect(engine, make_request("long", max_tokens=100_000))
+        stream = engine.generate(make_request("b", max_tokens=400))
+        await anext(stream)
+        await stream.aclose()
+        await until(lambda: not inner.has_work)
+        # Whatever was still to be said to the engine has been said before this answer.
+        await collect(engine, make_request("c", max_tokens=5))
+        engine.close()
+        return inner
+
+    stats = asyncio.run(main()).stats
+    assert stats.scheduled_requests == stats.num_steps > 0
+    assert (stats.batch_size, stats.num_running, stats.used_blocks) == (1, 0, 0)
+
+
+def test_a_request_that_ended_by_itself_is_not_aborted(
+    build_engine: BuildEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner = build_engine()
+    aborted: list[str] = []
+    abort = inner.abort
+    monkeypatch.setattr(inner, "abort", lambda name: (aborted.append(name), abort(name)))
+
+    async def main() -> None:
+        engine = AsyncEngine(inner)
+        await collect(engine, make_request("whole", n=2))
+        with pytest.raises(PromptTooLongError):
+            await collect(engine, make_request("refused", max_tokens=100_000))
+        stream = engine.generate(make_request("left", max_tokens=400))
+        await anext(stream)
+        await stream.aclose()
+        await until(lambda: not inner.has_work)
+        engine.close()
+
+    asyncio.run(main())
+    assert aborted == ["left"]
+
+
 def test_leaving_a_stream_early_frees_the_request(build_engine: BuildEngine) -> None:
     async def main() -> None:
         inner = build_engine()

@@ -271,18 +271,6 @@ def test_requests_set_back_for_want_of_room_lose_nothing(build_engine: BuildEngi
     assert engine.stats.num_preemptions > 0
 
 
-def test_what_steps_hold_is_counted_request_by_request(build_engine: BuildEngine) -> None:
-    engine, sizes = build_engine(), []
-    for name in ("a", "b"):
-        engine.add_request(replace(make_request("r"), request_id=name))
-    while engine.has_work:
-        engine.step()
-        sizes.append(engine.stats.batch_size)
-    assert max(sizes) == 2
-    assert engine.stats.scheduled_requests == sum(sizes)
-    assert engine.stats.num_steps == len(sizes)
-
-
 def test_the_lower_priority_number_is_served_first(build_engine: BuildEngine) -> None:
     requests = [replace(make_request(f"r{i}", seed=i), priority=-i) for i in range(4)]
     outputs = collect(build_engine(max_running=1), *requests)
