@@ -202,3 +202,9 @@ def test_a_body_in_chunks_is_no_way_around_its_limit(address: tuple[str, int]) -
         address, POST, HOST, "transfer-encoding: chunked", body=b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)
     )
     assert answered.startswith(b"HTTP/1.1 413")
+
+
+def test_who_is_refused_before_the_body_came_cannot_keep_the_connection_with_it(address: tuple[str, int]) -> None:
+    answered = _raw(address, POST, HOST, "content-length: 1000000", body=b"{")
+    assert answered.startswith(b"HTTP/1.1 413")
+    assert b"\r\nconnection: close\r\n" in answered
