@@ -94,7 +94,8 @@ class KeyRing:
         self._looked_at = now
         try:
             status = os.stat(self._path)
-            version: object = (status.st_ino, status.st_mtime_ns, status.st_size)
+            # The time of the last change of anything, permissions included.
+            version: object = (status.st_ino, status.st_mtime_ns, status.st_ctime_ns, status.st_size)
         except OSError as error:
             version = error.errno
         if version == self._version:

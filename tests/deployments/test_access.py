@@ -12,8 +12,9 @@ import pytest
 from starlette.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
 
+from deployments import access
 from deployments.access import KeyRing
-from deployments.api_keys import ApiKey, editing, hash_key, make_key
+from deployments.api_keys import ApiKey, editing, hash_key, make_key, read_keys
 from deployments.errors import KeysFileError
 from deployments.gateway import Gateway
 from llava_core.types import TokenDelta, Usage
@@ -232,6 +233,23 @@ def test_limits_survive_a_moment_in_which_the_file_cannot_be_read(path: Path) ->
         _assert_refused(client.get("/v1/models", headers=headers), 503, "keys_unavailable")
         path.write_text(content)
         _assert_refused(client.get("/v1/models", headers=headers), 429, "rate_limit_exceeded")
+
+
+def test_a_file_whose_permissions_are_repaired_is_read_again(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    headers = _add(path)
+
+    def read_unless_forbidden(path: Path) -> dict[str, ApiKey]:
+        # As for a user who is not root.
+        if not path.stat().st_mode & 0o400:
+            raise KeysFileError("it cannot be read")
+        return read_keys(path)
+
+    monkeypatch.setattr(access, "read_keys", read_unless_forbidden)
+    with _client(path) as client:
+        path.chmod(0o000)
+        _assert_refused(client.get("/v1/models", headers=headers), 503, "keys_unavailable")
+        path.chmod(0o600)
+        assert client.get("/v1/models", headers=headers).status_code == 200
 
 
 @pytest.mark.parametrize("stream", [False, True])
