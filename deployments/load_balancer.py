@@ -39,6 +39,8 @@ global
 defaults
     mode http
     timeout connect 1s
+    # A gateway may be busy.
+    timeout check 10s
     timeout client 1h
     timeout server 1h
     timeout http-request 30s
@@ -124,6 +126,11 @@ class LoadBalancer:
         """Whether it was started and has not ended."""
         return self._process is not None and self._process.poll() is None
 
+    @property
+    def has_gateway(self) -> bool:
+        """Whether one has said that it is the application's and well: until it has looked, it takes all to be."""
+        return any(row["check_status"] == "L7OK" for row in self._rows())
+
     def drain(self, seconds: float) -> bool:
         """New requests get 503 from now on. Whether all that were under way have ended in so many seconds.
 
@@ -155,9 +162,13 @@ class LoadBalancer:
         return False
 
     def _num_under_way(self) -> int:
+        return sum(int(row["scur"]) for row in self._rows() if row["svname"] == "BACKEND")
+
+    def _rows(self) -> list[dict[str, str]]:
+        """What it tells of the gateways and, as "BACKEND", of all of them."""
         names, *rows = csv.reader(self._tell("show stat").removeprefix("# ").split("\n"))
         table = [dict(zip(names, row, strict=True)) for row in rows if row]
-        return sum(int(row["scur"]) for row in table if (row["pxname"], row["svname"]) == ("gateways", "BACKEND"))
+        return [row for row in table if row["pxname"] == "gateways"]
 
     def _tell(self, command: str) -> str:
         """HAProxy's answer. Raises LoadBalancerError when it is gone."""

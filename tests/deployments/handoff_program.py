@@ -17,9 +17,9 @@ from llava_core.types import GenerationRequest, ImagePart, Message, SamplingPara
 
 # As many as one picture's features of a 7B model.
 NUM_BYTES = 576 * 1024 * 2
-NUM_REQUESTS = 60
-# A handful of the 136 results: what Ray keeps of its own, and what it is about to free.
-MOST_LEFT = 8 * NUM_BYTES
+NUM_REQUESTS = 120
+# A handful of the 256 results: what Ray keeps of its own, and what it is about to free.
+MOST_LEFT = 12 * NUM_BYTES
 DEADLINE_S = 30.0
 
 

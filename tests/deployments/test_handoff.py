@@ -52,6 +52,6 @@ def test_results_pass_the_gateway_by_and_leave_the_object_store(tmp_path: Path) 
     seen = json.loads(printed.strip().splitlines()[-1])
     assert seen["left"] <= seen["most_left"]
     # Two results for each request, each of them unpacked once, by the stage that it was meant for.
-    assert len(seen["unpacked_by"]) == 2 * (8 + 60)
+    assert len(seen["unpacked_by"]) == 2 * (8 + 120)
     assert len(set(seen["unpacked_by"])) == 2
     assert seen["gateway"] not in seen["unpacked_by"]

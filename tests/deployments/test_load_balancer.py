@@ -116,6 +116,17 @@ def test_another_applications_replicas_are_left_alone() -> None:
         wait_until(lambda: ask(balancer)[0] == 503)
 
 
+def test_it_says_whether_it_has_found_one() -> None:
+    with balancing() as balancer:
+        other, own = balancer.ports
+        with replica(balancer.host, other, application="another"):
+            wait_until(lambda: ask(balancer)[0] == 503)
+            assert not balancer.has_gateway
+            with replica(balancer.host, own):
+                wait_until(lambda: balancer.has_gateway)
+                assert ask(balancer)[2]["port"] == own
+
+
 @pytest.mark.parametrize(
     "given", [["a" * 129], ["a, b"], [""], ['quo"te'], ["one", "two"], ["abc -- GET /v1/models 200 forged"]]
 )
