@@ -284,7 +284,7 @@ class LocalService:
 
     def _wait_for_http(self) -> None:
         deadline = time.monotonic() + _HTTP_DEADLINE_S
-        while not (is_healthy(self.plan.url) and (self.balancer is None or self.balancer.has_gateway)):
+        while not is_healthy(self.plan.url):
             if time.monotonic() > deadline:
                 raise LaunchError(f"the stages are up, but {self.plan.url}/health does not say so")
             time.sleep(_POLL_S)

@@ -120,16 +120,18 @@ class LoadBalancer:
         if not self.is_running:
             reason = messages.read_text(errors="replace").strip()
             raise LoadBalancerError(f"HAProxy does not start: {reason}")
+        # Until it has looked, it takes every port for a gateway's.
+        self._tell("disable frontend clients")
+        while not self._has_looked():
+            if time.monotonic() > deadline:
+                raise LoadBalancerError("HAProxy does not look for gateways")
+            time.sleep(_POLL_S)
+        self._tell("enable frontend clients")
 
     @property
     def is_running(self) -> bool:
         """Whether it was started and has not ended."""
         return self._process is not None and self._process.poll() is None
-
-    @property
-    def has_gateway(self) -> bool:
-        """Whether one has said that it is the application's and well: until it has looked, it takes all to be."""
-        return any(row["check_status"] == "L7OK" for row in self._rows())
 
     def drain(self, seconds: float) -> bool:
         """New requests get 503 from now on. Whether all that were under way have ended in so many seconds.
@@ -155,6 +157,10 @@ class LoadBalancer:
     def _path(self, name: str) -> Path:
         assert self._folder is not None, "it has been started"
         return Path(self._folder.name) / name
+
+    def _has_looked(self) -> bool:
+        found = {row["check_status"].removeprefix("* ") for row in self._rows() if row["svname"] != "BACKEND"}
+        return not found & {"", "INI", "UNK"}
 
     def _answers(self) -> bool:
         with contextlib.suppress(LoadBalancerError):

@@ -116,15 +116,17 @@ def test_another_applications_replicas_are_left_alone() -> None:
         wait_until(lambda: ask(balancer)[0] == 503)
 
 
-def test_it_says_whether_it_has_found_one() -> None:
-    with balancing() as balancer:
-        other, own = balancer.ports
-        with replica(balancer.host, other, application="another"):
-            wait_until(lambda: ask(balancer)[0] == 503)
-            assert not balancer.has_gateway
-            with replica(balancer.host, own):
-                wait_until(lambda: balancer.has_gateway)
-                assert ask(balancer)[2]["port"] == own
+def test_from_the_first_request_on_only_what_is_there_is_asked() -> None:
+    (port,) = free_ports("127.0.0.1", 1)
+    host = local_host(port)
+    *nothing, another, own = free_ports(host, 6)
+    balancer = LoadBalancer(("127.0.0.1", port), host, [*nothing, another, own], APPLICATION)
+    with replica(host, own), replica(host, another, application="another"):
+        balancer.start()
+        try:
+            assert [ask(balancer)[2]["port"] for _ in range(12)] == [own] * 12
+        finally:
+            balancer.stop()
 
 
 @pytest.mark.parametrize(
