@@ -28,6 +28,9 @@ from llava_core.errors import LlavaError
 SCENE = Path(__file__).with_name("scene.png")
 QUESTION = "Describe the picture."
 
+# Between two looks at whether the service still has all it needs.
+_CHECK_S = 1.0
+
 _config = click.option(
     "--config",
     type=click.Path(dir_okay=False, path_type=Path),
@@ -38,7 +41,6 @@ _model = click.option(
 )
 _base = click.option("--base", help="The model that an adapter or projector was trained on.")
 _offline = click.option("--offline", is_flag=True, help="Fetch nothing; what is not here is listed.")
-_CHECK_S = 1.0
 _port = click.option("--port", type=click.IntRange(1, 65535), envvar="PORT", help="[default: 8000]")
 
 
