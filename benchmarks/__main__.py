@@ -28,7 +28,8 @@ from typing import Any
 
 from benchmarks.machine import describe_machine
 from deployments.client import chat_body, is_healthy, stream_chat
-from deployments.launcher import LocalService, plan_launch
+from deployments.launch_plan import plan_launch
+from deployments.launcher import LocalService
 from llava_core.scenes.samples import encode_picture
 from llava_core.scenes.scene import sample_scene
 

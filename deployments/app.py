@@ -3,6 +3,7 @@
 The only file that knows `serve.deployment`, `bind` and `ingress`. `build_app` is what serve_config.yaml names.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from ray import serve
@@ -10,7 +11,7 @@ from ray.serve import Application, Deployment
 from ray.serve.config import AutoscalingConfig
 
 from deployments.handoff import Handoff, RayHandoff
-from deployments.preflight import FoundCheckpoint, check_checkpoint
+from deployments.preflight import FoundCheckpoint, check_checkpoints, share_towers
 from deployments.replicas import (
     GatewayReplica,
     GeneratorReplica,
@@ -18,7 +19,8 @@ from deployments.replicas import (
     VisionEncoderReplica,
     adopt_serve_logging,
 )
-from deployments.settings import AppArgs, StageArgs
+from deployments.settings import AppArgs
+from deployments.stage_settings import StageArgs
 
 # A long answer outlives Serve's 20 seconds.
 _SHUTDOWN_S = 180.0
@@ -30,24 +32,41 @@ def build_app(args: AppArgs) -> Application:
     """Serve's typed application builder. Raises CheckpointError before any replica starts, where it can be known."""
     # What is fetched is fetched here, for all replicas of this machine, and nobody sees our own loggers.
     adopt_serve_logging()
-    return build_graph(args, check_checkpoint(args), RayHandoff())
+    found = check_checkpoints(args)
+    return build_graph(args, found, share_towers(args, found), RayHandoff())
 
 
-def build_graph(args: AppArgs, checkpoint: FoundCheckpoint, handoff: Handoff) -> Application:
+def build_graph(
+    args: AppArgs, found: Mapping[str, FoundCheckpoint], towers: Mapping[str, str], handoff: Handoff
+) -> Application:
     """Gateway → Preprocessor → VisionEncoder → Generator, as bound deployments."""
     gateway = _deploy(serve.ingress()(GatewayReplica), "Gateway", args.gateway)
-    return gateway.bind(args, *bind_stages(args, checkpoint, handoff), handoff)
+    return gateway.bind(args, *bind_stages(args, found, towers, handoff), handoff)
 
 
 def bind_stages(
-    args: AppArgs, checkpoint: FoundCheckpoint, handoff: Handoff
-) -> tuple[Application, Application, Application]:
-    """The three stages behind the gateway."""
-    return (
-        _deploy(PreprocessorReplica, "Preprocessor", args.preprocessor).bind(args, checkpoint),
-        _deploy(VisionEncoderReplica, "VisionEncoder", args.vision_encoder).bind(args, checkpoint, handoff),
-        _deploy(GeneratorReplica, "Generator", args.generator).bind(args, checkpoint, handoff),
-    )
+    args: AppArgs, found: Mapping[str, FoundCheckpoint], towers: Mapping[str, str], handoff: Handoff
+) -> tuple[Application, dict[str, Application], dict[str, Application]]:
+    """The stages behind the gateway: the preprocessor of all models, and encoder and generator of each by its name.
+
+    `towers` names the model whose tower each model uses. What there are several of is called after its model.
+    """
+    preprocessor = _deploy(PreprocessorReplica, "Preprocessor", args.preprocessor).bind(args, found)
+    encoders: dict[str, Application] = {}
+    generators: dict[str, Application] = {}
+    are_towers_several = len(set(towers.values())) > 1
+    for model in args.models:
+        name, owner = model.served_name, towers[model.served_name]
+        checkpoint = found[name]
+        if owner == name:
+            encoder = f"VisionEncoder-{model.label}" if are_towers_several else "VisionEncoder"
+            deployed = _deploy(VisionEncoderReplica, encoder, model.vision_encoder)
+            encoders[name] = deployed.bind(model.vision_encoder, checkpoint, handoff)
+        # Who shares comes after its owner.
+        encoders[name] = encoders[owner]
+        generator = f"Generator-{model.label}" if len(args.models) > 1 else "Generator"
+        generators[name] = _deploy(GeneratorReplica, generator, model.generator).bind(model, checkpoint, handoff)
+    return preprocessor, encoders, generators
 
 
 def _deploy(cls: Any, name: str, args: StageArgs) -> Deployment:

@@ -45,7 +45,7 @@ def read_chat_request(body: bytes, request_id: str, limits: RequestLimits) -> Re
         num_leading=chat.num_leading,
         limit_field="max_tokens" if parsed.max_completion_tokens is None else "max_completion_tokens",
     )
-    return ReadRequest(GenerationRequest(request_id, chat.messages, sampling, chat.system), form)
+    return ReadRequest(GenerationRequest(request_id, chat.messages, sampling, chat.system, parsed.template), form)
 
 
 def read_conversation(messages: Sequence[ChatMessage], limits: RequestLimits) -> Conversation:

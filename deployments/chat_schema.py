@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag
 from pydantic_core import PydanticCustomError
 
 from deployments.sampling_schema import WHOLE_BOUND, SamplingBody, text_or_list
 from deployments.schema import Part
+from llava_core.prompts.templates import TEMPLATES
 from llava_core.types import MAX_LOGPROBS
 
 # Far beyond any conversation, and few enough to hold.
@@ -116,6 +117,16 @@ ChatMessage = Annotated[
 ]
 Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=_MAX_MESSAGES)]
 
+
+def _check_template(name: str) -> str:
+    if name not in TEMPLATES:
+        raise PydanticCustomError("template", "must be one of {known}", {"known": ", ".join(sorted(TEMPLATES))})
+    return name
+
+
+# By name, where others take a program in Jinja as `chat_template`.
+TemplateName = Annotated[str, AfterValidator(_check_template), Field(json_schema_extra={"enum": sorted(TEMPLATES)})]
+
 # Of a chat, whatever is done with it.
 CHAT_NEUTRAL: Mapping[str, Sequence[object]] = {
     "tools": ([],),
@@ -146,6 +157,7 @@ class ChatBody(SamplingBody):
     }
 
     messages: Messages
+    template: TemplateName | None = None
     max_completion_tokens: int | None = Field(default=None, ge=1, lt=WHOLE_BOUND)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)

@@ -22,7 +22,8 @@ from typing import Any, TextIO
 import click
 
 from deployments.client import chat_body, stream_chat
-from deployments.launcher import CONFIG_FILE, LaunchPlan, LocalService, Progress, plan_launch
+from deployments.launch_plan import CONFIG_FILE, LaunchPlan, plan_launch
+from deployments.launcher import LocalService, Progress
 from llava_core.errors import LlavaError
 
 SCENE = Path(__file__).with_name("scene.png")
@@ -37,9 +38,11 @@ _config = click.option(
     help=f"A Serve configuration. [default: ./{CONFIG_FILE} if there is one]",
 )
 _model = click.option(
-    "--model", help="A checkpoint folder or hub id. [default: the configuration's, or the default model]"
+    "--model",
+    help="A checkpoint folder or hub id, in place of all the configuration's models. [default: these, or the default "
+    "model]",
 )
-_base = click.option("--base", help="The model that an adapter or projector was trained on.")
+_base = click.option("--base", help="What the only model, if an adapter or projector, was trained on.")
 _offline = click.option("--offline", is_flag=True, help="Fetch nothing; what is not here is listed.")
 _port = click.option("--port", type=click.IntRange(1, 65535), envvar="PORT", help="[default: 8000]")
 
@@ -64,11 +67,11 @@ _port = click.option("--port", type=click.IntRange(1, 65535), envvar="PORT", hel
     help="How long running requests may take to end after Ctrl-C or SIGTERM; a second one cuts them off.",
 )
 def serve(config: Path | None, drain_seconds: float, **options: Any) -> None:
-    """Serve a model over HTTP on this machine until Ctrl-C."""
+    """Serve models over HTTP on this machine until Ctrl-C: those of the configuration, or one."""
     with _failing_in_one_line():
         plan = plan_launch(config, **options)
         with _terminal() as terminal, _running(plan, terminal) as service:
-            _say(terminal, f"\nServing {plan.args.served_name}. Ctrl-C stops it.")
+            _say(terminal, f"\nServing {_names(plan)}. Ctrl-C stops it.")
             for method, path in (("POST", "/v1/chat/completions"), ("GET", "/v1/models"), ("GET", "/health")):
                 _say(terminal, f"  {method:4} {plan.url}{path}")
             _say(terminal, f"  metrics {service.metrics_url}")
@@ -96,7 +99,7 @@ def serve(config: Path | None, drain_seconds: float, **options: Any) -> None:
 @click.option("--question", default=QUESTION, show_default=True)
 @click.option("--api-key", envvar="LLAVA_API_KEY", help="Where the configuration asks for keys.")
 def demo(config: Path | None, image: Path, question: str, api_key: str | None, **options: Any) -> None:
-    """Start the service, ask it one question about a picture, show the answer as it streams, and stop."""
+    """Start the service, ask its first model a question about a picture, show the answer as it streams, and stop."""
     with _failing_in_one_line():
         plan = plan_launch(config, metrics_port=0, **options)
         with _terminal() as terminal, _running(plan, terminal):
@@ -106,13 +109,14 @@ def demo(config: Path | None, image: Path, question: str, api_key: str | None, *
             for stage, milliseconds in last["timings"].items():
                 _say(terminal, f"  {stage:11}{milliseconds:9.1f} ms")
             _say(terminal, "\nThe same by hand, while `llava serve` (or `make serve`) runs:\n")
-            _say(terminal, curl_line(plan.url, image, question, plan.args.served_name))
+            _say(terminal, curl_line(plan.url, image, question, plan.args.models[0].served_name))
             _say(terminal, "\nStopping ...")
 
 
 def _ask(plan: LaunchPlan, image: Path, question: str, key: str | None, terminal: TextIO) -> dict[str, Any]:
     """Print the answer as it comes; return its last chunk."""
-    body = chat_body(question, image.read_bytes(), _media_type(image), model=plan.args.served_name, timings=True)
+    model = plan.args.models[0].served_name
+    body = chat_body(question, image.read_bytes(), _media_type(image), model=model, timings=True)
     chunk: dict[str, Any] = {}
     for chunk in stream_chat(plan.url, body, key=key):
         for choice in chunk["choices"]:
@@ -141,7 +145,7 @@ def _media_type(image: Path) -> str:
 def _running(plan: LaunchPlan, terminal: TextIO) -> Iterator[LocalService]:
     """The service while the block runs; SIGTERM ends it as Ctrl-C does."""
     service = LocalService(plan)
-    _say(terminal, f"Starting {plan.args.served_name} on {plan.url} ...")
+    _say(terminal, f"Starting {_names(plan)} on {plan.url} ...")
     try:
         service.start(lambda progress: _show(progress, terminal))
         # Ray has installed a handler of its own by now, and what a shell starts in the background ignores Ctrl-C.
@@ -162,8 +166,12 @@ def _drain(service: LocalService, seconds: float, terminal: TextIO) -> None:
             _say(terminal, "Some have not ended.")
 
 
+def _names(plan: LaunchPlan) -> str:
+    return ", ".join(model.served_name for model in plan.args.models)
+
+
 def _show(progress: Progress, terminal: TextIO) -> None:
-    _say(terminal, f"  {progress.what:14} ready after {progress.seconds:5.1f} s")
+    _say(terminal, f"  {progress.what:24} ready after {progress.seconds:5.1f} s")
 
 
 def _say(terminal: TextIO, text: str) -> None:

@@ -50,6 +50,7 @@ class CompletionBody(SamplingBody):
         **SamplingBody.neutral,
         "suffix": ("",),
         "prompt_embeds": (),
+        "template": (),
         "max_completion_tokens": (),
     }
 

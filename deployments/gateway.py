@@ -1,7 +1,8 @@
-"""The HTTP surface: routes, request ids, who may ask, body limits, and an OpenAI-shaped body for every error.
+"""The HTTP surface: routes, models by name, request ids, who may ask, body limits, and an OpenAI-shaped body for every
+error.
 
-A Starlette app around anything that streams items for a request (pipeline.py). Imports neither torch nor Ray, and does
-not know what the stages do.
+A Starlette app around anything that streams items for a request (pipeline.py), one such thing for each model. Imports
+neither torch nor Ray, and does not know what the stages do.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from typing import Protocol, TypeVar
 
 from starlette.applications import Starlette
@@ -48,7 +49,7 @@ REQUEST_ID_HEADER = "x-request-id"
 
 
 class EngineClient(Protocol):
-    """What the gateway needs of the graph."""
+    """What the gateway needs of the graph, for one model."""
 
     def stream(self, request: AnyRequest, on_sent: Callable[[], None]) -> AsyncGenerator[Item, None]:
         """Items up to the last one; closing it before that ends the request. Calls `on_sent` when it lets go of it."""
@@ -69,23 +70,22 @@ Reader = Callable[[bytes, str, RequestLimits], Given]
 
 
 class Gateway:
-    """`app` is the ASGI application. `echo_request_id` is False where the server puts the id on responses itself."""
+    """`app` is the ASGI application. `engines` come by the names of their models. `echo_request_id` is False where the
+    server puts the id on responses itself."""
 
     def __init__(
         self,
-        engine: EngineClient,
+        engines: Mapping[str, EngineClient],
         check_stages: Callable[[], Awaitable[Sequence[StageHealth]]],
         *,
-        model_name: str,
         limits: LimitArgs | None = None,
         keys: KeyRing | None = None,
         origins: Sequence[str] = (),
         echo_request_id: bool = True,
         recorder: Recorder | None = None,
     ) -> None:
-        self._engine = engine
+        self._engines = engines
         self._check_stages = check_stages
-        self._model_name = model_name
         self._limits = limits or LimitArgs()
         self._bodies = BodyBudget(self._limits.max_bytes_in_flight)
         self._created = int(time.time())
@@ -142,9 +142,9 @@ class Gateway:
     ) -> tuple[Answer, AsyncGenerator[Item, None]]:
         """Body and pictures are gone from here when this returns; the stream lets go of them once they are sent."""
         given = await self._read(request, lease, read, completion_id)
-        self._check_model(given.form.model)
-        answer = kind(completion_id, self._model_name, given.form)
-        items = metered(self._engine.stream(given.generation, lease.release), self._recorder, answer.model)
+        model = self._chosen(given.form.model)
+        answer = kind(completion_id, model, given.form)
+        items = metered(self._engines[model].stream(given.generation, lease.release), self._recorder, model)
         return answer, charged(items, request)
 
     async def _tokenize(self, request: Request) -> Response:
@@ -152,8 +152,8 @@ class Gateway:
         try:
             async with self._deadline(request).around():
                 given = await self._read(request, body, read_tokenize_request, uuid.uuid4().hex)
-                self._check_model(given.read.form.model)
-                tokenized = await self._engine.tokenize(given.read.generation)
+                engine = self._engines[self._chosen(given.read.form.model)]
+                tokenized = await engine.tokenize(given.read.generation)
         except LlavaError as error:
             return error_response(describe(error), _request_id(request))
         finally:
@@ -167,8 +167,7 @@ class Gateway:
         try:
             async with self._deadline(request).around():
                 given = await self._read(request, body, read_detokenize_request, uuid.uuid4().hex)
-                self._check_model(given.model)
-                text = await self._engine.detokenize(given.ids)
+                text = await self._engines[self._chosen(given.model)].detokenize(given.ids)
         except LlavaError as error:
             return error_response(describe(error), _request_id(request))
         finally:
@@ -187,19 +186,28 @@ class Gateway:
     def _deadline(self, request: Request) -> Deadline:
         return read_deadline(request.headers, max_seconds=self._limits.max_timeout_seconds)
 
-    def _check_model(self, name: str | None) -> None:
-        if name is not None and name != self._model_name:
-            raise UnknownNameError("model", name, [self._model_name])
+    def _chosen(self, name: str | None) -> str:
+        """The model to be asked: the one that is named, or the only one there is."""
+        if name is None and len(self._engines) == 1:
+            return next(iter(self._engines))
+        if name is None:
+            known = ", ".join(sorted(self._engines))
+            raise RequestError(
+                f"model is missing; it must be one of: {known}", param="model", code="missing_required_parameter"
+            )
+        if name not in self._engines:
+            raise UnknownNameError("model", name, self._engines)
+        return name
 
     async def _models(self, _request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [model_body(self._model_name, self._created)]})
+        return JSONResponse({"object": "list", "data": [model_body(name, self._created) for name in self._engines]})
 
     async def _model(self, request: Request) -> Response:
         try:
-            self._check_model(request.path_params["name"])
+            name = self._chosen(request.path_params["name"])
         except UnknownNameError as error:
             return error_response(describe(error), _request_id(request))
-        return JSONResponse(model_body(self._model_name, self._created))
+        return JSONResponse(model_body(name, self._created))
 
     async def _health(self, request: Request) -> Response:
         stages = await self._check_stages()

@@ -1,12 +1,11 @@
-"""Starts the service on this machine: its own Ray, the application of serve_config.yaml, a watch until it is ready.
+"""Starts the service on this machine: its own Ray, the application of a launch plan, a watch until it is ready.
 
-Whatever can be known to be wrong is found before Ray starts. Progress goes to a callback; prints nothing. Importing
-this file does not import Ray, because Ray reads its environment when it is imported.
+Progress goes to a callback; prints nothing. Importing this file does not import Ray, because Ray reads its environment
+when it is imported.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -14,143 +13,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from deployments.client import is_healthy
 from deployments.deploy_failures import raise_if_failed
 from deployments.environment import ENVIRONMENT
 from deployments.errors import LaunchError
-from deployments.exposure import check_exposure
+from deployments.launch_plan import LaunchPlan, check_resources, find_application
 from deployments.load_balancer import LoadBalancer, load_balancer
-from deployments.ports import check_port, choose_metrics_port
-from deployments.preflight import check_checkpoint
+from deployments.preflight import share_towers
 from deployments.processes import Process, descendants, end, name_of
-from deployments.settings import AppArgs
-
-CONFIG_FILE = "serve_config.yaml"
-IMPORT_PATH = "deployments.app:build_app"
-DEFAULT_CONFIG: Mapping[str, Any] = {
-    "logging_config": {"enable_access_log": False},
-    "applications": [{"name": "llava", "route_prefix": "/", "import_path": IMPORT_PATH}],
-}
 
 _MANY_GATEWAYS = 64
 _VITAL = ("gcs_server", "raylet")
 _OBJECT_STORE_BYTES = 1024**3
 _POLL_S, _HTTP_DEADLINE_S, _STOP_PATIENCE_S = 0.1, 60.0, 5.0
-
-
-@dataclass(frozen=True)
-class LaunchPlan:
-    """What is to be started, all of it checked."""
-
-    config: Mapping[str, Any]
-    args: AppArgs
-    host: str
-    port: int
-    route_prefix: str = "/"
-    # 0: whichever is free.
-    metrics_port: int = 0
-
-    @property
-    def url(self) -> str:
-        """Where clients on this machine reach the service, its route prefix included."""
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
-        host = f"[{host}]" if ":" in host else host
-        return f"http://{host}:{self.port}{self.route_prefix.rstrip('/')}"
-
-
-def plan_launch(
-    config: Path | None = None,
-    *,
-    model: str | None = None,
-    base: str | None = None,
-    host: str | None = None,
-    port: int | None = None,
-    metrics_port: int | None = None,
-    offline: bool = False,
-) -> LaunchPlan:
-    """Read the configuration, let the options override it, and look at settings, ports and checkpoint.
-
-    Raises LaunchError, ExposureError, KeysFileError or CheckpointError, with one message that says what to do.
-    """
-    content = _read_config(config)
-    application = _find_application(content)
-    given = dict(application.get("args") or {})
-    if model is not None:
-        given["model"] = model
-        # The base of another model, and their revisions.
-        for other in ("base", "revisions"):
-            given.pop(other, None)
-    if base is not None:
-        given["base"] = base
-    if offline:
-        given["offline"] = True
-    args = _check_args(given)
-    http = dict(content.get("http_options") or {})
-    address = host or http.get("host", "127.0.0.1"), port or http.get("port", 8000)
-    check_exposure(address[0], args.auth)
-    check_port(*address)
-    metrics_port = choose_metrics_port(address[1], metrics_port)
-    prefix = application.get("route_prefix", "/")
-    if not prefix:
-        raise LaunchError("the application has no route_prefix, so that nobody could reach it")
-    found = check_checkpoint(args)
-    # Its replicas are on this machine, where all of it is by now.
-    given |= {"auth": args.auth.model_dump()} if args.auth.keys_file else {}
-    named = {"model": found.model, "base": found.base, "model_name": args.served_name}
-    application["args"] = {**given, **named, "revisions": dict(found.revisions), "offline": True}
-    content["http_options"] = {**http, "host": address[0], "port": address[1]}
-    return LaunchPlan(content, args, *address, prefix, metrics_port)
-
-
-def check_resources(args: AppArgs, available: Mapping[str, float]) -> None:
-    """Raise LaunchError when the smallest number of replicas asks for more than there is: Serve would wait for ever."""
-    stages = (args.gateway, args.preprocessor, args.vision_encoder, args.generator)
-    wanted = {
-        "CPU": sum(stage.min_replicas * stage.num_cpus for stage in stages),
-        "GPU": sum(stage.min_replicas * stage.num_gpus for stage in stages),
-    }
-    for name, amount in wanted.items():
-        if amount > available.get(name, 0) + 1e-6:
-            raise LaunchError(
-                f"the stages ask for {amount:g} {name}s in all, and this machine has {available.get(name, 0):g}; "
-                f"lower num_{name.lower()}s or min_replicas in the configuration"
-            )
-
-
-def _read_config(path: Path | None) -> dict[str, Any]:
-    if path is None:
-        path = Path(CONFIG_FILE)
-        if not path.exists():
-            return json.loads(json.dumps(DEFAULT_CONFIG))  # type: ignore[no-any-return]
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise LaunchError(f"{path} cannot be read: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise LaunchError(f"{path} is not YAML: {error}") from None
-    if not isinstance(content, dict):
-        raise LaunchError(f"{path} must hold a Serve configuration, with a list of applications")
-    return content
-
-
-def _find_application(content: Mapping[str, Any]) -> dict[str, Any]:
-    applications = content.get("applications")
-    for application in applications if isinstance(applications, list) else ():
-        if isinstance(application, dict) and application.get("import_path") == IMPORT_PATH:
-            return application
-    raise LaunchError(f"the configuration names no application whose import_path is {IMPORT_PATH}")
-
-
-def _check_args(args: Any) -> AppArgs:
-    try:
-        return AppArgs.model_validate(args)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(str(step) for step in ("args", *first["loc"]))
-        raise LaunchError(f"the configuration is wrong at {where}: {first['msg']}") from None
 
 
 @dataclass(frozen=True)
@@ -211,9 +88,9 @@ class LocalService:
         # On the loopback interface alone, as all of Ray's ports (ENVIRONMENT).
         self.metrics_url = f"http://127.0.0.1:{context.address_info['metrics_export_port']}/metrics"
         report(self._progress("Ray"))
-        if "deployments" not in _find_application(self.plan.config):
+        if "deployments" not in find_application(self.plan.config):
             resources: Mapping[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-            check_resources(self.plan.args, resources)
+            check_resources(self.plan.args, lambda: share_towers(self.plan.args, self.plan.found), resources)
         serve.start(
             proxy_location="HeadOnly",
             http_options=schema.http_options.model_dump(),
@@ -266,7 +143,7 @@ class LocalService:
         """Names of deployments as they become ready, until all are."""
         from ray import serve
 
-        application = _find_application(self.plan.config).get("name", "default")
+        application = find_application(self.plan.config).get("name", "default")
         ready: set[str] = set()
         while True:
             overview = serve.status().applications.get(application)
@@ -291,7 +168,7 @@ class LocalService:
 
 
 def _load_balancer(plan: LaunchPlan) -> LoadBalancer:
-    application = _find_application(plan.config)
+    application = find_application(plan.config)
     # Serve's own section may say anything.
     most = _MANY_GATEWAYS if "deployments" in application else plan.args.gateway.max_replicas
     return load_balancer((plan.host, plan.port), application.get("name", "default"), max_gateways=most)

@@ -23,7 +23,7 @@ Handle = DeploymentHandle[Any]
 
 
 class Pipeline:
-    """Three stages and how requests pass through them. Handles are configured here, once."""
+    """Three stages and how requests for one model pass through them. Handles are configured here, once."""
 
     def __init__(
         self,
@@ -32,8 +32,11 @@ class Pipeline:
         generator: Handle,
         handoff: Handoff,
         quarantine: Quarantine | None = None,
+        *,
+        model: str,
     ) -> None:
         self._handoff = handoff
+        self._model = model
         self._quarantine = quarantine or Quarantine(refused_s=600)
         self._prepare = handoff.calling(preprocessor, "prepare")
         self._tokenize = handoff.calling(preprocessor, "tokenize")
@@ -72,7 +75,7 @@ class Pipeline:
         is_complete = False
         try:
             with ray_errors_as_ours():
-                calls.append(self._prepare.remote(kept))
+                calls.append(self._prepare.remote(kept, self._model))
                 del kept
                 if has_images:
                     calls.append(self._encode.remote(calls[-1]))
@@ -95,11 +98,11 @@ class Pipeline:
     async def _asked(self, stage: Handle, request: AnyRequest) -> Any:
         await self._quarantine.check(request)
         kept = self._handoff.keep(request)
-        return await self._quarantine.run(partial(_ask, stage, kept), partial(self._handoff.kept, kept))
+        return await self._quarantine.run(partial(_ask, stage, kept, self._model), partial(self._handoff.kept, kept))
 
     async def detokenize(self, ids: Sequence[int]) -> str | Rejected:
         """The text of these ids. Raises errors of ours as `stream` does."""
-        text: str | Rejected = await _ask(self._detokenize, ids)
+        text: str | Rejected = await _ask(self._detokenize, ids, self._model)
         return text
 
 
@@ -113,10 +116,10 @@ async def _begun(attempt: Callable[[], AsyncGenerator[Item, None]]) -> tuple[Ite
     return first, items
 
 
-async def _ask(stage: Handle, given: object) -> Any:
+async def _ask(stage: Handle, *given: object) -> Any:
     """One call, which ends when whoever waits for it leaves."""
     with ray_errors_as_ours():
-        call: Any = stage.remote(given)
+        call: Any = stage.remote(*given)
         is_answered = False
         try:
             result = await call

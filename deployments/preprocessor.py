@@ -1,4 +1,5 @@
-"""The first stage: pictures fetched, decoded and tiled, prompts tokenized, limits checked. On a CPU, without torch.
+"""The first stage: pictures fetched, decoded and tiled, prompts tokenized, limits checked. On a CPU, without torch, for
+all models.
 
 Wraps llava_core.prepare and adds nothing to it but what fetches, threads, the clock and a watchdog.
 """
@@ -7,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -17,8 +18,9 @@ from deployments.metrics import QUEUE_WAIT, STAGE_DURATION, Recorder, Unrecorded
 from deployments.settings import FetchArgs
 from deployments.watchdog import Watchdog
 from llava_core.errors import LlavaError
+from llava_core.lru import LruCache
 from llava_core.prepare import Preparer
-from llava_core.types import AnyRequest, CompletionRequest, Tokenized
+from llava_core.types import AnyRequest, CompletionRequest, PreparedImage, Tokenized
 
 Result = TypeVar("Result")
 
@@ -28,52 +30,55 @@ class Preprocessor:
 
     def __init__(
         self,
-        preparer: Preparer,
+        preparers: Mapping[str, Preparer],
         *,
+        cache: LruCache[PreparedImage],
         num_threads: int = 4,
         fetcher: Fetcher | None = None,
         recorder: Recorder | None = None,
     ) -> None:
-        self._preparer = preparer
+        """Preparers come by the names of their models, and keep tiles in `cache`."""
+        self._preparers = preparers
         self._fetcher = fetcher or Fetcher(FetchArgs())
         self._threads = ThreadPoolExecutor(num_threads, "prepare")
         self._watchdog = Watchdog("preprocessor")
         self._recorder = recorder or Unrecorded()
-        self._recorder.watch(lambda: cache_readings(preparer.cache, "tiles"))
+        self._recorder.watch(lambda: cache_readings(cache, "tiles"))
 
-    async def prepare(self, request: AnyRequest) -> Prepared | Rejected:
+    async def prepare(self, request: AnyRequest, model: str) -> Prepared | Rejected:
         """Ids and tiles, or what is wrong with the request."""
-        elapsed = Elapsed()
-        fetched = await self._fetched(request)
+        elapsed, preparer = Elapsed(), self._preparers[model]
+        fetched = await self._fetched(request, preparer)
         if isinstance(fetched, Rejected):
             return fetched
         if fetched is not request:
             elapsed = elapsed.finished("fetch")
-        prepared = await self._in_thread(lambda: self._preparer.prepare(fetched))
+        prepared = await self._in_thread(lambda: preparer.prepare(fetched))
         return prepared if isinstance(prepared, Rejected) else Prepared(prepared, elapsed.finished("preprocess"))
 
-    async def tokenize(self, request: AnyRequest) -> Tokenized | Rejected:
+    async def tokenize(self, request: AnyRequest, model: str) -> Tokenized | Rejected:
         """Ids alone, or what is wrong with the request."""
-        fetched = await self._fetched(request)
+        preparer = self._preparers[model]
+        fetched = await self._fetched(request, preparer)
         if isinstance(fetched, Rejected):
             return fetched
-        return await self._in_thread(lambda: self._preparer.tokenize(fetched))
+        return await self._in_thread(lambda: preparer.tokenize(fetched))
 
-    async def detokenize(self, ids: Sequence[int]) -> str | Rejected:
+    async def detokenize(self, ids: Sequence[int], model: str) -> str | Rejected:
         """The text of these ids, or that some do not exist."""
-        return await self._in_thread(lambda: self._preparer.detokenize(ids))
+        return await self._in_thread(lambda: self._preparers[model].detokenize(ids))
 
     async def check_health(self) -> None:
         """For Serve, which replaces a replica that raises here."""
         self._watchdog.check()
 
-    async def _fetched(self, request: AnyRequest) -> AnyRequest | Rejected:
+    async def _fetched(self, request: AnyRequest, preparer: Preparer) -> AnyRequest | Rejected:
         """The request with every picture in it. Nothing is fetched for one that will be refused all the same."""
         if isinstance(request, CompletionRequest) or not request.has_addresses:
             return request
         began = time.perf_counter()
         try:
-            self._preparer.check(request)
+            preparer.check(request)
             fetched = await self._fetcher.fetch_images(request)
         except LlavaError as error:
             return Rejected(error)

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import ray
 from ray.serve.context import _get_global_client
-from ray.serve.handle import DeploymentHandle
 
 from deployments.access import KeyRing
 from deployments.cores import usable_cores
@@ -26,15 +25,19 @@ from deployments.gateway import Gateway
 from deployments.generator import Generator
 from deployments.handoff import Handoff
 from deployments.metrics import RayRecorder, engine_readings
-from deployments.pipeline import Pipeline
+from deployments.model_settings import ModelArgs
+from deployments.pipeline import Handle, Pipeline
 from deployments.preflight import FoundCheckpoint
 from deployments.preprocessor import Preprocessor
 from deployments.quarantine import Quarantine
-from deployments.settings import AppArgs, ComputeArgs
+from deployments.settings import AppArgs
 from deployments.shared_cores import Cores, OwnCores, SharedCores, shared_folder
-from deployments.stage_status import StageStatus
+from deployments.stage_settings import ComputeArgs, VisionEncoderArgs
+from deployments.stage_status import StageStatus, name_for_clients
 from deployments.vision_encoder import VisionEncoder
 from llava_core.errors import LlavaError
+from llava_core.lru import LruCache
+from llava_core.types import PreparedImage
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
@@ -61,22 +64,26 @@ class GatewayReplica:
     def __init__(
         self,
         args: AppArgs,
-        preprocessor: DeploymentHandle[Any],
-        encoder: DeploymentHandle[Any],
-        generator: DeploymentHandle[Any],
+        preprocessor: Handle,
+        encoders: Mapping[str, Handle],
+        generators: Mapping[str, Handle],
         handoff: Handoff,
     ) -> None:
+        """Encoders and generators come by the names of the models that use them."""
         adopt_serve_logging()
         check_exposure(in_thread_of_its_own(_listening_host), args.auth)
+        # One for all: what was lost may have been on a stage that models share.
         quarantine = Quarantine(args.limits.refused_seconds)
-        pipeline = Pipeline(preprocessor, encoder, generator, handoff, quarantine)
-        stages = {"preprocessor": preprocessor, "vision_encoder": encoder, "generator": generator}
-        status = StageStatus(generator.app_name, {name: handle.deployment_name for name, handle in stages.items()})
+        pipelines = {
+            name: Pipeline(preprocessor, encoders[name], generator, handoff, quarantine, model=name)
+            for name, generator in generators.items()
+        }
+        stages = [handle.deployment_name for handle in (preprocessor, *encoders.values(), *generators.values())]
+        status = StageStatus(preprocessor.app_name, {name_for_clients(stage): stage for stage in stages})
         # Serve's HTTP server puts the request id on every response itself.
         self._gateway = Gateway(
-            pipeline,
+            pipelines,
             status,
-            model_name=args.served_name,
             limits=args.limits,
             keys=None if args.auth.keys_file is None else KeyRing(Path(args.auth.keys_file)),
             origins=args.cors.origins,
@@ -89,18 +96,23 @@ class GatewayReplica:
 
 
 class PreprocessorReplica(Preprocessor):
-    """Loads tokenizer and preprocessing settings."""
+    """Loads tokenizer and preprocessing settings of every model. The tiles they keep share one cache."""
 
-    def __init__(self, args: AppArgs, checkpoint: FoundCheckpoint) -> None:
+    def __init__(self, args: AppArgs, found: Mapping[str, FoundCheckpoint]) -> None:
         adopt_serve_logging()
         from llava_core.checkpoints.describe import load_preparer
 
-        stage = args.preprocessor
-        preparer = load_preparer(
-            checkpoint.open(), template=args.template, limits=args.limits.request, cache_bytes=stage.cache_bytes
-        )
+        stage, limits = args.preprocessor, args.limits.request
+        cache = LruCache[PreparedImage](stage.cache_bytes)
+        preparers = {
+            model.served_name: load_preparer(
+                found[model.served_name].open(), template=model.template, limits=limits, cache=cache
+            )
+            for model in args.models
+        }
         super().__init__(
-            preparer,
+            preparers,
+            cache=cache,
             num_threads=stage.max_ongoing_requests,
             fetcher=Fetcher(args.fetch),
             recorder=RayRecorder().start(),
@@ -110,24 +122,24 @@ class PreprocessorReplica(Preprocessor):
 class VisionEncoderReplica(VisionEncoder):
     """Loads the tower."""
 
-    def __init__(self, args: AppArgs, checkpoint: FoundCheckpoint, handoff: Handoff) -> None:
+    def __init__(self, args: VisionEncoderArgs, checkpoint: FoundCheckpoint, handoff: Handoff) -> None:
         adopt_serve_logging()
-        tower, cores = in_thread_of_its_own(lambda: _load_tower(args.vision_encoder, checkpoint))
-        cache_bytes, recorder = args.vision_encoder.cache_bytes, RayRecorder().start()
-        super().__init__(tower, handoff, cache_bytes=cache_bytes, cores=cores, recorder=recorder)
+        tower, cores = in_thread_of_its_own(lambda: _load_tower(args, checkpoint))
+        recorder = RayRecorder().start()
+        super().__init__(tower, handoff, cache_bytes=args.cache_bytes, cores=cores, recorder=recorder)
 
 
 class GeneratorReplica(Generator):
     """Loads projector and decoder; must be constructed on the event loop that will serve, as Serve does."""
 
-    def __init__(self, args: AppArgs, checkpoint: FoundCheckpoint, handoff: Handoff) -> None:
+    def __init__(self, model: ModelArgs, checkpoint: FoundCheckpoint, handoff: Handoff) -> None:
         adopt_serve_logging()
         from llava_core.engine.async_engine import AsyncEngine
 
-        engine, tokenizer, cores = in_thread_of_its_own(lambda: _load_engine(args, checkpoint))
+        engine, tokenizer, cores = in_thread_of_its_own(lambda: _load_engine(model, checkpoint))
         running = AsyncEngine(
             engine,
-            delta_gap_s=args.engine.chunk_gap_ms / 1e3,
+            delta_gap_s=model.engine.chunk_gap_ms / 1e3,
             before_step=cores.claim,
             when_idle=cores.release,
         )
@@ -156,19 +168,19 @@ def _load_tower(args: ComputeArgs, checkpoint: FoundCheckpoint) -> tuple[VisionT
     return tower, cores
 
 
-def _load_engine(args: AppArgs, checkpoint: FoundCheckpoint) -> tuple[Engine, CheckpointTokenizer, Cores]:
+def _load_engine(model: ModelArgs, checkpoint: FoundCheckpoint) -> tuple[Engine, CheckpointTokenizer, Cores]:
     from llava_core.checkpoints.load import load_language_side
     from llava_core.checkpoints.tokenizer import load_tokenizer
     from llava_core.engine.engine import Engine
     from llava_core.models.fused import ready_language
 
-    options = replace(set_up_compute(args.generator), quantization=args.generator.quantization)
+    options = replace(set_up_compute(model.generator), quantization=model.generator.quantization)
     opened = checkpoint.open()
     tokenizer = load_tokenizer(opened)
     language = load_language_side(opened, options, num_tokens=tokenizer.num_tokens)
-    cores = share_cores(args.generator, language, options.device)
+    cores = share_cores(model.generator, language, options.device)
     ready_language(language)
-    return Engine(language, tokenizer, args.engine.config), tokenizer, cores
+    return Engine(language, tokenizer, model.engine.config), tokenizer, cores
 
 
 def in_thread_of_its_own(load: Callable[[], Loaded]) -> Loaded:

@@ -21,6 +21,15 @@ from deployments.messages import StageHealth
 logger = logging.getLogger(__name__)
 
 
+_NAMES = {"Preprocessor": "preprocessor", "VisionEncoder": "vision_encoder", "Generator": "generator"}
+
+
+def name_for_clients(deployment: str) -> str:
+    """What /health calls a stage. Of several of a kind, a deployment has the name of its model behind a dash."""
+    kind, dash, model = deployment.partition("-")
+    return f"{_NAMES[kind]}{dash}{model}"
+
+
 class StageStatus:
     """Callable for the state of `stages`: names for clients to names of deployments of the application.
 

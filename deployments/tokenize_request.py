@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from deployments.chat_request import read_conversation
-from deployments.chat_schema import CHAT_NEUTRAL, Messages
+from deployments.chat_schema import CHAT_NEUTRAL, Messages, TemplateName
 from deployments.completion_request import Prompt, read_prompt
 from deployments.reply_form import ReadRequest, ReplyForm
 from deployments.sampling_schema import Token
@@ -30,6 +30,7 @@ class TokenizeBody(Body):
     model: str | None = None
     messages: Messages | None = None
     prompt: Prompt | None = None
+    template: TemplateName | None = None
     return_token_strs: bool | None = None
 
 
@@ -65,9 +66,11 @@ def read_tokenize_request(body: bytes, request_id: str, limits: RequestLimits) -
     if parsed.messages is not None:
         chat = read_conversation(parsed.messages, limits)
         form = ReplyForm(model=parsed.model, num_leading=chat.num_leading)
-        request = GenerationRequest(request_id, chat.messages, sampling, chat.system)
+        request = GenerationRequest(request_id, chat.messages, sampling, chat.system, parsed.template)
         return TokenizeRequest(ReadRequest(request, form), with_texts)
     assert parsed.prompt is not None
+    if parsed.template is not None:
+        raise RequestError("template is for messages; a prompt is taken as it is", param="template")
     form = ReplyForm(model=parsed.model, prompt_field="prompt")
     completion = CompletionRequest(request_id, read_prompt(parsed.prompt, limits), sampling)
     return TokenizeRequest(ReadRequest(completion, form), with_texts)

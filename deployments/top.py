@@ -129,11 +129,14 @@ def screen(change: Change) -> Iterator[str]:
     now = change.now
     yield f"llava top · last {now.at - change.before.at:.0f} s"
     yield ""
-    yield f"{'stage':16}{'replicas':>9}{'at work':>9}{'queued':>9}"
-    for name in now.values(ONGOING, "deployment"):
+    names = now.values(ONGOING, "deployment")
+    # Of several models, their names are part of these.
+    width = max(15, *map(len, names)) + 1 if names else 16
+    yield f"{'stage':{width}}{'replicas':>9}{'at work':>9}{'queued':>9}"
+    for name in names:
         num_replicas = len(now.values(ONGOING, "replica", deployment=name))
         ongoing, queued = (now.total(gauge, deployment=name) for gauge in (ONGOING, QUEUED))
-        yield f"{name:16}{num_replicas:9}{ongoing:9.0f}{queued:9.0f}"
+        yield f"{name:{width}}{num_replicas:9}{ongoing:9.0f}{queued:9.0f}"
     yield ""
     yield (
         f"requests/s {change.rate(HTTP_REQUESTS):.1f}   tokens/s {change.rate(GENERATED_TOKENS):.1f}   "

@@ -10,6 +10,7 @@ import hashlib
 import itertools
 from collections.abc import Sequence, Set
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -24,7 +25,7 @@ from llava_core.images.preprocess import preprocess
 from llava_core.lru import LruCache
 from llava_core.prompts.budget import token_budget
 from llava_core.prompts.conversation import IMAGE_PLACEHOLDER, Rendered, Turn, render, user_turns
-from llava_core.prompts.templates import Template
+from llava_core.prompts.templates import Template, get_template
 from llava_core.prompts.tokenize import IMAGE_TOKEN_ID, SEAM, Tokenizer, as_text, tokenize_prompt
 from llava_core.types import (
     AnyRequest,
@@ -72,7 +73,8 @@ class Preparer:
     """Turns requests for one model into what its tower and its engine read. Safe to use from several threads.
 
     `reserved_texts` are the texts of control tokens, which stay text where a message contains them. Pictures that have
-    been prepared are kept in up to `cache_bytes` of tiles: one that comes again, byte for byte, is not decoded again.
+    been prepared are kept in `cache`: one that comes again, byte for byte, is not decoded again. Several may share one,
+    for each finds only what it would have prepared itself.
     """
 
     config: ModelConfig
@@ -81,17 +83,12 @@ class Preparer:
     preprocess: AnyPreprocessConfig
     reserved_texts: Set[str]
     limits: RequestLimits = field(default_factory=RequestLimits)
-    cache_bytes: int = 0
-    # Not a field that `replace` would hand on: with other settings, pictures become other tiles.
-    _cache: LruCache[PreparedImage] = field(init=False, repr=False, compare=False)
+    cache: LruCache[PreparedImage] = field(default_factory=lambda: LruCache(0), repr=False, compare=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_cache", LruCache(self.cache_bytes))
-
-    @property
-    def cache(self) -> LruCache[PreparedImage]:
-        """The pictures that are kept."""
-        return self._cache
+    @cached_property
+    def _processing(self) -> bytes:
+        """A digest of all that decides what tiles a picture becomes, and whether it is refused."""
+        return hashlib.sha256(repr((self.preprocess, self.limits.image)).encode()).digest()
 
     def prepare(self, request: AnyRequest) -> PreparedRequest:
         """Raises RequestError (ImageError, PromptTooLongError, ...) naming field, cause and limit."""
@@ -137,10 +134,11 @@ class Preparer:
             for position, part in enumerate(message.parts)
             if isinstance(part, ImagePart)
         )
+        template = self.template if request.template is None else get_template(request.template)
         messages = joined(request.messages)
-        turns = [turn for index, message in enumerate(messages) for turn in self._turns(message, index)]
+        turns = [turn for index, message in enumerate(messages) for turn in self._turns(template, message, index)]
         system = None if request.system is None else self._as_text(request.system)
-        rendered = render(self.template, [*turns, Turn("assistant", None)], system=system)
+        rendered = render(template, [*turns, Turn("assistant", None)], system=system)
         tokens = tuple(num_image_tokens(self.config, image.size) for image in images)
         ids = tokenize_prompt(rendered, self.tokenizer, tokens).ids
         return PreparedRequest(
@@ -159,18 +157,18 @@ class Preparer:
     def check_size(self, size: Size) -> None:
         """Raise RequestError where a picture of so many pixels would be refused, whatever else is asked about it."""
         check_size(size, self.limits.image, "messages")
-        turns = self._turns(Message("user", (ImagePart(b""),)), 0)
+        turns = self._turns(self.template, Message("user", (ImagePart(b""),)), 0)
         rendered = render(self.template, [*turns, Turn("assistant", None)])
         ids = tokenize_prompt(rendered, self.tokenizer, (num_image_tokens(self.config, size),)).ids
         token_budget(len(ids), None, self.config.context_length)
 
-    def _turns(self, message: Message, index: int) -> list[Turn]:
+    def _turns(self, template: Template, message: Message, index: int) -> list[Turn]:
         """A message as the template has it; one that is wrapped in an exchange of its own is the first."""
         texts = [self._as_text(part.text) for part in message.parts if isinstance(part, TextPart)]
         if message.role == "assistant":
             return [Turn("assistant", "\n".join(texts))]
         num_images = sum(isinstance(part, ImagePart) for part in message.parts)
-        template = replace(self.template, wraps_images=self.template.wraps_images and index == 0)
+        template = replace(template, wraps_images=template.wraps_images and index == 0)
         return user_turns(template, texts, num_images, start_end=self.config.image_start_end)
 
     def check(self, request: AnyRequest) -> None:
@@ -221,11 +219,13 @@ class Preparer:
                 )
 
     def _cached_image(self, part: ImagePart, param: str) -> PreparedImage:
-        key = hashlib.sha256(part.data).hexdigest()
-        image = self._cache.get(key)
+        digest = hashlib.sha256(self._processing)
+        digest.update(part.data)
+        key = digest.hexdigest()
+        image = self.cache.get(key)
         if image is None:
             image = self._prepare_image(part, param)
-            self._cache.put(key, image, image.tiles.nbytes)
+            self.cache.put(key, image, image.tiles.nbytes)
         return image
 
     def _prepare_image(self, part: ImagePart, param: str) -> PreparedImage:

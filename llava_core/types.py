@@ -127,12 +127,14 @@ class Message:
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """What a caller wants, before anything was decoded or tokenized. `system` replaces the template's system text."""
+    """What a caller wants, before anything was decoded or tokenized. `system` replaces the template's system text, and
+    `template` names another one than the model's own."""
 
     request_id: str
     messages: tuple[Message, ...]
     sampling: SamplingParams
     system: str | None = None
+    template: str | None = None
 
     @property
     def num_images(self) -> int:

@@ -26,8 +26,9 @@ from llava_core.images.preprocess import (
     Aspect,
     PreprocessConfig,
 )
+from llava_core.lru import LruCache
 from llava_core.prepare import Preparer, RequestLimits
-from llava_core.types import Size
+from llava_core.types import PreparedImage, Size
 
 
 def load_preprocess_config(checkpoint: Checkpoint) -> AnyPreprocessConfig:
@@ -124,9 +125,9 @@ def load_preparer(
     *,
     template: str | None = None,
     limits: RequestLimits | None = None,
-    cache_bytes: int = 0,
+    cache: LruCache[PreparedImage] | None = None,
 ) -> Preparer:
-    """What a checkpoint needs of its requests; reads no weights. Prepared pictures are kept in `cache_bytes`."""
+    """What a checkpoint needs of its requests; reads no weights. Prepared pictures are kept in `cache`."""
     opened = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
     tokenizer = tokenizer or load_tokenizer(opened)
     return Preparer(
@@ -136,5 +137,5 @@ def load_preparer(
         preprocess=load_preprocess_config(opened),
         reserved_texts=tokenizer.reserved_texts,
         limits=limits or RequestLimits(),
-        cache_bytes=cache_bytes,
+        cache=LruCache(0) if cache is None else cache,
     )

@@ -12,8 +12,9 @@ from deployments.app import bind_stages
 from deployments.gateway import Gateway
 from deployments.handoff import LocalHandoff
 from deployments.pipeline import Pipeline
-from deployments.preflight import check_checkpoint
-from deployments.settings import AppArgs, GeneratorArgs, LimitArgs, VisionEncoderArgs
+from deployments.preflight import check_checkpoints, share_towers
+from deployments.settings import AppArgs, LimitArgs
+from deployments.stage_settings import GeneratorArgs, VisionEncoderArgs
 from tests.deployments.fakes import all_ready
 
 LIMITS = LimitArgs(max_body_bytes=2_000_000, max_images=3, max_image_bytes=200_000, max_image_pixels=400_000)
@@ -31,23 +32,41 @@ class _Handles:
 
 
 @pytest.fixture(scope="session")
+def other_tower(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint like the tiny one in all but its weights."""
+    from tests.tiny import build_reference_model, write_checkpoint
+
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "other-llava", build_reference_model(seed=1))
+
+
+@pytest.fixture(scope="session")
 def local_args(tiny_checkpoint: Path) -> AppArgs:
     encoder = VisionEncoderArgs(num_cpus=0.1, dtype="float32", device="cpu", threads=1)
     generator = GeneratorArgs(num_cpus=0.1, dtype="float32", device="cpu", threads=1)
-    return AppArgs(model=str(tiny_checkpoint), limits=LIMITS, vision_encoder=encoder, generator=generator)
+    return AppArgs.model_validate(
+        {
+            "models": [{"checkpoint": str(tiny_checkpoint)}],
+            "limits": LIMITS,
+            "vision_encoder": encoder,
+            "generator": generator,
+        }
+    )
 
 
 @pytest.fixture(scope="session")
 def local_pipeline(local_args: AppArgs) -> Pipeline:
     """All three stages on the tiny checkpoint."""
-    stages = bind_stages(local_args, check_checkpoint(local_args), LocalHandoff())
-    handles = serve.run(_Handles.bind(*stages), _local_testing_mode=True).get.remote().result()
-    return Pipeline(*handles, LocalHandoff())
+    [name] = found = check_checkpoints(local_args)
+    stages = bind_stages(local_args, found, share_towers(local_args, found), LocalHandoff())
+    preprocessor, encoders, generators = (
+        serve.run(_Handles.bind(*stages), _local_testing_mode=True).get.remote().result()
+    )
+    return Pipeline(preprocessor, encoders[name], generators[name], LocalHandoff(), model=name)
 
 
 @pytest.fixture(scope="session")
 def local_client(local_pipeline: Pipeline, local_args: AppArgs) -> Iterator[TestClient]:
     """HTTP to the whole graph."""
-    gateway = Gateway(local_pipeline, all_ready, model_name=local_args.served_name, limits=local_args.limits)
+    gateway = Gateway({local_args.models[0].served_name: local_pipeline}, all_ready, limits=local_args.limits)
     with TestClient(gateway.app) as client:
         yield client

@@ -40,7 +40,7 @@ class First:
     def __init__(self, log: str) -> None:
         self._log = log
 
-    async def prepare(self, _request: GenerationRequest) -> Payload:
+    async def prepare(self, _request: GenerationRequest, _model: str) -> Payload:
         return Payload(self._log)
 
 
@@ -67,7 +67,7 @@ class Entrance:
     def __init__(self, *stages: Any) -> None:
         from deployments.pipeline import Pipeline
 
-        self._pipeline = Pipeline(*stages)
+        self._pipeline = Pipeline(*stages, model="m")
 
     async def ask(self) -> int:
         request = GenerationRequest("id", (Message("user", (ImagePart(b"x"),)),), SamplingParams())

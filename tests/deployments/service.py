@@ -116,7 +116,7 @@ def write_config(
     """A configuration of one application with these settings, and with these options of Serve's own beside it."""
     application = {"name": "llava", "route_prefix": route_prefix, "import_path": "deployments.app:build_app"}
     config = folder / "config.yaml"
-    applications = [{**application, "args": {"model": str(checkpoint), **args}}]
+    applications = [{**application, "args": {"models": [{"checkpoint": str(checkpoint)}], **args}}]
     config.write_text(yaml.safe_dump({**(options or {}), "applications": applications}))
     return config
 

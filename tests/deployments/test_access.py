@@ -42,7 +42,7 @@ def _add(path: Path, key_id: str = "team", **fields: Any) -> dict[str, str]:
 @contextmanager
 def _client(path: Path, engine: ScriptedEngine | None = None, **options: Any) -> Iterator[TestClient]:
     ring = KeyRing(path, max_age_s=0, now=lambda: NOW, **options)
-    gateway = Gateway(engine or ScriptedEngine(answer("x")), all_ready, model_name="m", keys=ring)
+    gateway = Gateway({"m": engine or ScriptedEngine(answer("x"))}, all_ready, keys=ring)
     with TestClient(gateway.app, raise_server_exceptions=False) as client:
         yield client
 
@@ -59,7 +59,7 @@ def _assert_refused(response: Any, status: int, code: str) -> dict[str, Any]:
 def test_no_route_but_health_answers_without_a_key(path: Path) -> None:
     """Asked of every route there is, so that a new one is asked as well."""
     engine = ScriptedEngine(answer("x"))
-    gateway = Gateway(engine, all_ready, model_name="m", keys=KeyRing(path))
+    gateway = Gateway({"m": engine}, all_ready, keys=KeyRing(path))
     routes = [route.path.replace("{name:path}", "m") for route in gateway.routes]
     assert {PATH, "/v1/models", "/health"} <= set(routes)
     with _client(path, engine) as client:
@@ -136,7 +136,7 @@ def test_no_host_header_makes_a_route_another_one(host: str, path: Path) -> None
 @pytest.mark.parametrize("target", ["/health/../v1/models", "//health/v1/models", "/%68ealth", "/health%2f", "/HEALTH"])
 def test_no_spelling_of_a_path_is_open_but_the_one(target: str, path: Path) -> None:
     """Driven below the client, which would tidy up; what is open is what the router itself takes for /health."""
-    app = Gateway(ScriptedEngine(), all_ready, model_name="m", keys=KeyRing(path)).app
+    app = Gateway({"m": ScriptedEngine()}, all_ready, keys=KeyRing(path)).app
     sent: list[Any] = []
 
     async def send(message: Any) -> None:
@@ -201,7 +201,7 @@ def test_the_file_is_not_looked_at_for_every_request(path: Path) -> None:
     now = [0.0]
     _add(path)
     ring = KeyRing(path, max_age_s=1, clock=lambda: now[0])
-    gateway = Gateway(ScriptedEngine(answer("x")), all_ready, model_name="m", keys=ring)
+    gateway = Gateway({"m": ScriptedEngine(answer("x"))}, all_ready, keys=ring)
     with TestClient(gateway.app) as client:
         headers = _add(path, "later")
         assert client.get("/v1/models", headers=headers).status_code == 401
@@ -286,7 +286,7 @@ def test_an_answer_that_is_given_up_frees_its_place_and_pays_for_what_was_writte
     headers = _add(path, max_concurrent=1, tokens_per_minute=2)
     engine = ScriptedEngine([TokenDelta("id", "Hel", (1, 2, 3))], hangs=True)
     ring = KeyRing(path)
-    app = Gateway(engine, all_ready, model_name="m", keys=ring).app
+    app = Gateway({"m": engine}, all_ready, keys=ring).app
     raw = [(name.encode(), value.encode()) for name, value in headers.items()]
 
     async def ask(*, until_body: asyncio.Event) -> list[Any]:
@@ -334,7 +334,7 @@ def test_keys_expire_while_the_service_runs(path: Path) -> None:
     headers = _add(path, expires_at=NOW + timedelta(seconds=1))
     now = [NOW]
     ring = KeyRing(path, now=lambda: now[0])
-    with TestClient(Gateway(ScriptedEngine(), all_ready, model_name="m", keys=ring).app) as client:
+    with TestClient(Gateway({"m": ScriptedEngine()}, all_ready, keys=ring).app) as client:
         assert client.get("/v1/models", headers=headers).status_code == 200
         now[0] += timedelta(seconds=1)
         _assert_refused(client.get("/v1/models", headers=headers), 401, "expired_api_key")

@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
@@ -9,8 +10,9 @@ from starlette.testclient import TestClient
 
 from deployments.app import build_app, build_graph
 from deployments.handoff import LocalHandoff
-from deployments.preflight import FoundCheckpoint, check_checkpoint
-from deployments.settings import AppArgs, PreprocessorArgs, StageArgs
+from deployments.preflight import FoundCheckpoint, check_checkpoints, share_towers
+from deployments.settings import AppArgs
+from deployments.stage_settings import GatewayArgs, PreprocessorArgs
 from llava_core.errors import CheckpointError
 from llava_core.inference import LocalModel
 from llava_core.types import GenerationRequest, ImagePart, Message, SamplingParams, TextPart
@@ -75,7 +77,7 @@ def test_every_stage_tells_its_time(local_client: TestClient) -> None:
 
 
 def test_the_builder_is_a_typed_one_that_refuses_unknown_settings(tiny_checkpoint: Path) -> None:
-    built = call_user_app_builder_with_args_if_necessary(build_app, {"model": str(tiny_checkpoint)})
+    built = call_user_app_builder_with_args_if_necessary(build_app, {"models": [{"checkpoint": str(tiny_checkpoint)}]})
     assert built._bound_deployment.name == "Gateway"
     with pytest.raises(ValueError, match="generatr"):
         call_user_app_builder_with_args_if_necessary(build_app, {"generatr": {}})
@@ -83,21 +85,62 @@ def test_the_builder_is_a_typed_one_that_refuses_unknown_settings(tiny_checkpoin
 
 def test_the_builder_stops_at_a_missing_checkpoint() -> None:
     with pytest.raises(CheckpointError, match="no such checkpoint folder"):
-        build_app(AppArgs(model="/nowhere/at/all"))
+        build_app(AppArgs(models=[{"checkpoint": "/nowhere/at/all"}]))
+
+
+def _graph(args: AppArgs) -> Any:
+    found = check_checkpoints(args)
+    return build_graph(args, found, share_towers(args, found), LocalHandoff())._bound_deployment
 
 
 def test_replicas_and_resources_come_from_the_settings(tiny_checkpoint: Path) -> None:
     args = AppArgs(
-        model=str(tiny_checkpoint),
-        gateway=StageArgs(num_cpus=0.5, min_replicas=3, max_replicas=3),
+        models=[{"checkpoint": str(tiny_checkpoint)}],
+        gateway=GatewayArgs(num_cpus=0.5, min_replicas=3, max_replicas=3),
         preprocessor=PreprocessorArgs(min_replicas=1, max_replicas=4, target_ongoing_requests=7),
     )
-    gateway = build_graph(args, check_checkpoint(args), LocalHandoff())._bound_deployment
+    gateway = _graph(args)
     assert gateway.num_replicas == 3
     assert gateway.ray_actor_options["num_cpus"] == 0.5
     preprocessor = gateway.init_args[1]._bound_deployment
     scaling = preprocessor._deployment_config.autoscaling_config
     assert (scaling.min_replicas, scaling.max_replicas, scaling.target_ongoing_requests) == (1, 4, 7)
+
+
+def _names(stages: Any) -> dict[str, str]:
+    return {model: stage._bound_deployment.name for model, stage in stages.items()}
+
+
+def test_models_share_a_tower_where_it_is_the_same_and_have_the_rest_for_themselves(
+    tiny_checkpoint: Path, checkpoint_copy: Path, other_tower: Path
+) -> None:
+    one, two, three = (
+        {"name": name, "checkpoint": str(folder), "generator": {"num_cpus": cpus}}
+        for name, folder, cpus in (
+            ("one/1", tiny_checkpoint, 1),
+            ("two", checkpoint_copy, 2),
+            ("three", other_tower, 3),
+        )
+    )
+    _, preprocessor, encoders, generators, _ = _graph(AppArgs(models=[one, two])).init_args
+    assert preprocessor._bound_deployment.name == "Preprocessor"
+    assert _names(encoders) == {"one/1": "VisionEncoder", "two": "VisionEncoder"}
+    assert encoders["one/1"] is encoders["two"]
+    assert _names(generators) == {"one/1": "Generator-one-1", "two": "Generator-two"}
+    cpus = [stage._bound_deployment.ray_actor_options["num_cpus"] for stage in generators.values()]
+    assert cpus == [1, 2]
+    _, _, encoders, generators, _ = _graph(AppArgs(models=[three, one, two])).init_args
+    assert _names(encoders) == {
+        "three": "VisionEncoder-three",
+        "one/1": "VisionEncoder-one-1",
+        "two": "VisionEncoder-one-1",
+    }
+    # Each with the weights of its own.
+    for name, folder in (("three", other_tower), ("one/1", tiny_checkpoint)):
+        assert encoders[name]._bound_deployment.init_args[1].model == str(folder)
+    assert generators["two"]._bound_deployment.init_args[1].model == str(checkpoint_copy)
+    _, _, encoders, generators, _ = _graph(AppArgs(models=[one])).init_args
+    assert (_names(encoders), _names(generators)) == ({"one/1": "VisionEncoder"}, {"one/1": "Generator"})
 
 
 def test_every_stage_gets_the_checkpoint_that_was_found_once(
@@ -106,11 +149,14 @@ def test_every_stage_gets_the_checkpoint_that_was_found_once(
     monkeypatch.chdir(tmp_path)
     use_cache(monkeypatch, tmp_path / "cache")
     fill_cache(tmp_path / "cache", "owner/name", {OLD: tiny_checkpoint})
-    gateway = build_app(AppArgs(model="owner/name", offline=True))._bound_deployment
-    stages = [stage._bound_deployment for stage in gateway.init_args[1:4]]
+    gateway = build_app(AppArgs(models=[{"checkpoint": "owner/name"}], offline=True))._bound_deployment
+    args, preprocessor, encoders, generators, _ = gateway.init_args
     expected = FoundCheckpoint("owner/name", None, {"owner/name": OLD}, offline=True)
-    assert [stage.init_args[1] for stage in stages] == [expected] * 3
-    assert gateway.init_args[0].served_name == "owner/name"
+    assert preprocessor._bound_deployment.init_args[1] == {"owner/name": expected}
+    for stages in (encoders, generators):
+        [(name, stage)] = stages.items()
+        assert name == args.models[0].served_name == "owner/name"
+        assert stage._bound_deployment.init_args[1] == expected
 
 
 def test_what_the_builder_fetches_is_logged_where_serve_logs(
@@ -127,5 +173,5 @@ def test_what_the_builder_fetches_is_logged_where_serve_logs(
     monkeypatch.chdir(tmp_path)
     with hub_of({"owner/name": {OLD: tiny_checkpoint}}) as hub:
         use_cache(monkeypatch, tmp_path / "cache", hub.url)
-        build_app(AppArgs(model="owner/name"))
+        build_app(AppArgs(models=[{"checkpoint": "owner/name"}]))
     assert [line for line in lines if line.startswith("owner/name, the model: downloading")]

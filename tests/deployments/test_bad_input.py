@@ -27,7 +27,7 @@ HELLO = {"messages": [{"role": "user", "content": "hi"}]}
 
 def _refused(content: bytes) -> dict[str, Any]:
     engine = ScriptedEngine(answer("x"))
-    with TestClient(Gateway(engine, all_ready, model_name="m").app) as client:
+    with TestClient(Gateway({"m": engine}, all_ready).app) as client:
         response = client.post(PATH, content=content)
     assert response.status_code == 400, response.text
     assert engine.requests == []
@@ -99,7 +99,7 @@ def test_pages_of_other_origins_get_nothing_unless_they_are_named() -> None:
     headers = {"origin": "https://evil.org", "access-control-request-method": "POST"}
 
     def ask(*origins: str) -> tuple[Any, Any]:
-        gateway = Gateway(ScriptedEngine(answer("x")), all_ready, model_name="m", origins=origins)
+        gateway = Gateway({"m": ScriptedEngine(answer("x"))}, all_ready, origins=origins)
         with TestClient(gateway.app) as client:
             return client.options(PATH, headers=headers), client.get("/v1/models", headers=headers)
 
@@ -115,7 +115,7 @@ def test_pages_of_other_origins_get_nothing_unless_they_are_named() -> None:
 def test_a_page_that_is_named_can_ask_with_a_key_and_read_why_it_may_not(tmp_path: Any) -> None:
     (tmp_path / "keys.json").write_text('{"keys": []}')
     keys = KeyRing(tmp_path / "keys.json")
-    gateway = Gateway(ScriptedEngine(), all_ready, model_name="m", keys=keys, origins=["https://good.org"])
+    gateway = Gateway({"m": ScriptedEngine()}, all_ready, keys=keys, origins=["https://good.org"])
     wanted = {"access-control-request-method": "POST", "access-control-request-headers": "authorization"}
     with TestClient(gateway.app) as client:
         preflight = client.options(PATH, headers={"origin": "https://good.org", **wanted})
@@ -131,7 +131,7 @@ def test_a_page_that_is_named_can_ask_with_a_key_and_read_why_it_may_not(tmp_pat
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[tuple[str, int]]:
-    app = Gateway(ScriptedEngine(answer("x")), all_ready, model_name="m", limits=LimitArgs(max_body_bytes=1000)).app
+    app = Gateway({"m": ScriptedEngine(answer("x"))}, all_ready, limits=LimitArgs(max_body_bytes=1000)).app
     listening = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, lifespan="off", log_level="critical"))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve([listening])), daemon=True)

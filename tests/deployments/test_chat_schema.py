@@ -8,6 +8,7 @@ import pytest
 from deployments.chat_schema import AssistantMessage, ChatBody
 from deployments.schema import parse_body
 from llava_core.errors import RequestError
+from llava_core.prompts.templates import TEMPLATES
 
 USER = {"role": "user", "content": "hi"}
 
@@ -54,6 +55,15 @@ def test_what_would_change_the_answer_is_refused_by_name(field: str, value: Any)
     error = _refused(**{field: value})
     assert (error.param, error.code) == (field, "unsupported_parameter")
     assert field in error.message
+
+
+def test_a_template_is_one_of_those_there_are() -> None:
+    for name in TEMPLATES:
+        assert _parse(template=name).template == name
+    for name in ("v9", "", "VICUNA_V1", 5, ["v0"]):
+        error = _refused(template=name)
+        assert (error.param, error.code) == ("template", "invalid_value")
+    assert _refused(template="v9").message == f"template: must be one of {', '.join(sorted(TEMPLATES))}"
 
 
 def test_there_is_an_end_to_messages_and_parts() -> None:

@@ -14,7 +14,8 @@ from PIL import Image
 
 import deployments
 from deployments.cli import SCENE, _drain, curl_line, demo, serve
-from deployments.launcher import LocalService, plan_launch
+from deployments.launch_plan import plan_launch
+from deployments.launcher import LocalService
 from deployments.load_balancer import LoadBalancer, local_host
 from tests.deployments.service import free_port
 from tests.hub import OLD, hub_of

@@ -35,7 +35,7 @@ def url(local_client: TestClient) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def model(local_args: AppArgs) -> str:
-    return local_args.served_name
+    return local_args.models[0].served_name
 
 
 @pytest.fixture(scope="module")

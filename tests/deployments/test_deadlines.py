@@ -31,7 +31,7 @@ class _Stuck(ScriptedEngine):
 
 
 def _post(engine: ScriptedEngine, seconds: str, path: str = "/v1/chat/completions", **fields: Any) -> Any:
-    gateway = Gateway(engine, all_ready, model_name="m", limits=LimitArgs(max_timeout_seconds=100))
+    gateway = Gateway({"m": engine}, all_ready, limits=LimitArgs(max_timeout_seconds=100))
     with TestClient(gateway.app) as client:
         return client.post(
             path, json=fields if "token" in path else {**CHAT, **fields}, headers={TIMEOUT_HEADER: seconds}

@@ -17,7 +17,7 @@ from deployments.gateway import Gateway
 from deployments.messages import Item, Rejected, StageHealth
 from deployments.settings import LimitArgs
 from llava_core.errors import EngineError, OverloadedError, RequestError
-from llava_core.types import AnyRequest, CompletionRequest, TokenDelta
+from llava_core.types import AnyRequest, CompletionRequest, GenerationRequest, TokenDelta
 from tests.deployments.conftest import LIMITS
 from tests.deployments.fakes import STAGES, ScriptedEngine, all_ready, answer
 from tests.deployments.pictures import data_url, plain, unusable, unusual
@@ -28,7 +28,7 @@ HELLO = {"messages": [{"role": "user", "content": "hi"}]}
 
 @contextlib.contextmanager
 def _client(engine: ScriptedEngine, **options: Any) -> Iterator[TestClient]:
-    gateway = Gateway(engine, **{"check_stages": all_ready, "model_name": "m", **options})
+    gateway = Gateway({"m": engine}, **{"check_stages": all_ready, **options})
     with TestClient(gateway.app, raise_server_exceptions=False) as client:
         yield client
 
@@ -177,6 +177,59 @@ def test_an_unknown_model_is_not_found() -> None:
     assert "m" in error["message"]
 
 
+ROUTES = [
+    (PATH, HELLO),
+    ("/v1/completions", {"prompt": "hi"}),
+    ("/tokenize", HELLO),
+    ("/detokenize", {"tokens": [1]}),
+]
+
+
+@contextlib.contextmanager
+def _several(**engines: ScriptedEngine) -> Iterator[TestClient]:
+    with TestClient(Gateway(engines, all_ready).app, raise_server_exceptions=False) as client:
+        yield client
+
+
+@pytest.mark.parametrize(("path", "body"), ROUTES)
+def test_of_several_models_the_one_that_is_named_is_asked(path: str, body: dict) -> None:
+    engines = {name: ScriptedEngine(answer(f"of {name}")) for name in ("a", "owner/b")}
+    engines["owner/b"].tokenized = Rejected(RequestError("of owner/b"))
+    with _several(**engines) as client:
+        told = {name: client.post(path, json={**body, "model": name}).json() for name in engines}
+        assert told["a"] != told["owner/b"]
+        for name in engines:
+            if "choices" in told[name]:
+                assert told[name]["model"] == name
+                assert f"of {name}" in json.dumps(told[name])
+        error = _assert_is_error(client.post(path, json={**body, "model": "c"}), 404, "model_not_found")
+        assert error["message"] == "unknown model 'c'; known are: a, owner/b"
+        for unnamed in (body, {**body, "model": None}):
+            error = _assert_is_error(client.post(path, json=unnamed), 400, "missing_required_parameter")
+            assert (error["param"], error["message"]) == ("model", "model is missing; it must be one of: a, owner/b")
+
+
+def test_all_models_are_listed() -> None:
+    with _several(a=ScriptedEngine(), **{"owner/b": ScriptedEngine()}) as client:
+        assert [model["id"] for model in client.get("/v1/models").json()["data"]] == ["a", "owner/b"]
+        assert client.get("/v1/models/owner/b").json()["id"] == "owner/b"
+        error = _assert_is_error(client.get("/v1/models/b"), 404, "model_not_found")
+        assert "known are: a, owner/b" in error["message"]
+
+
+def test_another_template_is_the_requests_own() -> None:
+    engine = ScriptedEngine(answer("x"))
+    with _client(engine) as client:
+        for fields in ({"template": "v0"}, {}, {"template": None}):
+            assert client.post(PATH, json={**HELLO, **fields}).status_code == 200
+            assert client.post("/tokenize", json={**HELLO, **fields}).status_code == 200
+        error = _assert_is_error(client.post(PATH, json={**HELLO, "template": "v9"}), 400, "invalid_value")
+    asked = [request for request in engine.requests if isinstance(request, GenerationRequest)]
+    assert [request.template for request in asked] == ["v0", "v0", None, None, None, None]
+    assert error["param"] == "template"
+    assert "vicuna_v1" in error["message"]
+
+
 def test_completions_are_answered_in_their_own_form() -> None:
     engine = ScriptedEngine(answer(" on", " a"))
     with _client(engine) as client:
@@ -264,7 +317,7 @@ def test_a_body_beyond_the_limit_is_refused_announced_or_not() -> None:
 
 def test_a_body_that_does_not_come_in_time_is_refused_and_its_connection_closed() -> None:
     engine = ScriptedEngine()
-    app = Gateway(engine, all_ready, model_name="m", limits=LimitArgs(max_body_seconds=0.01)).app
+    app = Gateway({"m": engine}, all_ready, limits=LimitArgs(max_body_seconds=0.01)).app
     incoming = iter([{"type": "http.request", "body": b"{", "more_body": True}])
     sent: list[Any] = []
 
@@ -297,7 +350,7 @@ def test_bodies_are_bounded_together_until_they_are_sent_on() -> None:
             yield Rejected(OverloadedError("never"))
 
     engine = Slow()
-    app = Gateway(engine, all_ready, model_name="m", limits=limits).app
+    app = Gateway({"m": engine}, all_ready, limits=limits).app
 
     async def statuses() -> list[int]:
         first = asyncio.create_task(_status(app, body))
@@ -347,7 +400,7 @@ def _scope(**asgi: str) -> dict[str, Any]:
 @pytest.mark.parametrize("asgi", [{}, {"spec_version": "2.4"}])
 def test_a_client_that_has_hung_up_before_the_first_chunk_closes_the_stream_below(asgi: dict[str, str]) -> None:
     engine = ScriptedEngine([TokenDelta("id", "Hel", (1,))], hangs=True)
-    app = Gateway(engine, all_ready, model_name="m").app
+    app = Gateway({"m": engine}, all_ready).app
     incoming = iter([{"type": "http.request", "body": json.dumps({**HELLO, "stream": True}).encode()}])
 
     async def receive() -> Any:
@@ -373,7 +426,7 @@ def test_an_answer_is_read_to_its_end_so_that_no_stage_sees_a_cancellation(*, st
 def test_a_client_that_hangs_up_closes_the_stream_below() -> None:
     """Driven as an ASGI server would: a disconnect arrives while the answer hangs."""
     engine = ScriptedEngine([TokenDelta("id", "Hel", (1,))], hangs=True)
-    app = Gateway(engine, all_ready, model_name="m").app
+    app = Gateway({"m": engine}, all_ready).app
     body = json.dumps({**HELLO, "stream": True}).encode()
 
     async def request() -> list[str]:
@@ -404,7 +457,7 @@ def test_a_cancelled_request_closes_the_stream_below() -> None:
     """As Serve does it when a client leaves, streaming or not."""
     for stream in (False, True):
         engine = ScriptedEngine([TokenDelta("id", "Hel", (1,))], hangs=True)
-        app = Gateway(engine, all_ready, model_name="m").app
+        app = Gateway({"m": engine}, all_ready).app
         body = json.dumps({**HELLO, "stream": stream}).encode()
         asyncio.run(_cancel_when_open(app, body, lambda engine=engine: engine.num_open == 1))
         assert engine.num_open == 0

@@ -41,7 +41,7 @@ def client(local_client: TestClient) -> Iterator[openai.OpenAI]:
 
 @pytest.fixture(scope="module")
 def model(local_args: AppArgs) -> str:
-    return local_args.served_name
+    return local_args.models[0].served_name
 
 
 @pytest.fixture(scope="module")

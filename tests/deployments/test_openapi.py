@@ -31,7 +31,7 @@ from tests.deployments.fakes import ScriptedEngine, all_ready, answer
 
 PATH, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 HELLO = {"messages": [{"role": "user", "content": "hi"}]}
-GATEWAY = Gateway(ScriptedEngine(answer("Hel", "lo")), all_ready, model_name="m")
+GATEWAY = Gateway({"m": ScriptedEngine(answer("Hel", "lo"))}, all_ready)
 DESCRIPTION = describe_api(GATEWAY.routes, has_keys=False)
 
 
@@ -140,7 +140,7 @@ class _Preparing:
 
 @pytest.fixture(scope="module")
 def prepared_schema(tiny_checkpoint: Path) -> Any:
-    gateway = Gateway(_Preparing(load_preparer(tiny_checkpoint)), all_ready, model_name="m")
+    gateway = Gateway({"m": _Preparing(load_preparer(tiny_checkpoint))}, all_ready)
     schema = schemathesis.openapi.from_dict(DESCRIPTION)
     schema.app = gateway.app
     return schema

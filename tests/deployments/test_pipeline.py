@@ -36,14 +36,14 @@ class _Graph:
             if hangs:
                 await asyncio.Event().wait()
 
-        self.preprocessor = FakeHandle(prepare=lambda request: request)
+        self.preprocessor = FakeHandle(prepare=lambda request, _model: request)
         self.encoder = FakeHandle(encode=lambda prepared: prepared)
         self.generator = FakeHandle(generate=generate)
 
     @property
     def pipeline(self) -> Pipeline:
         handles: Any = (self.preprocessor, self.encoder, self.generator)
-        return Pipeline(*handles, LocalHandoff())
+        return Pipeline(*handles, LocalHandoff(), model="m")
 
     @property
     def responses(self) -> list[FakeResponse]:
@@ -62,7 +62,7 @@ def test_responses_are_passed_from_stage_to_stage_unawaited() -> None:
     [(_, prepared_args, prepared)] = graph.preprocessor.calls
     [(_, encoded_args, encoded)] = graph.encoder.calls
     [(_, generated_args, _)] = graph.generator.calls
-    assert prepared_args == (request,)
+    assert prepared_args == (request, "m")
     assert encoded_args == (prepared,)
     assert generated_args == (encoded,)
     assert not any(response.is_cancelled for response in graph.responses)
@@ -113,7 +113,7 @@ def test_cancelling_cancels_every_stage() -> None:
 def test_nothing_is_cancelled_when_a_client_has_been_answered(*, items: list[Item], status: int, stream: bool) -> None:
     graph = _Graph(items)
     content = [{"type": "image_url", "image_url": {"url": data_url(plain())}}, {"type": "text", "text": "hi"}]
-    with TestClient(Gateway(graph.pipeline, all_ready, model_name="m").app) as client:
+    with TestClient(Gateway({"m": graph.pipeline}, all_ready).app) as client:
         response = client.post(
             "/v1/chat/completions", json={"messages": [{"role": "user", "content": content}], "stream": stream}
         )
@@ -190,7 +190,7 @@ def test_a_loss_before_the_first_item_is_done_again_from_the_start(*, tells: boo
     graph.generator = FakeHandle(generate=dying)
     request = _request(ImagePart(b"x"), TextPart("hi"))
     assert asyncio.run(_items(graph.pipeline, request)) == answer("a", "b")
-    assert [args for _, args, _ in graph.preprocessor.calls] == [(request,), (request,)]
+    assert [args for _, args, _ in graph.preprocessor.calls] == [(request, "m")] * 2
     assert len(graph.encoder.calls) == dying.num_calls == 2
     # Those of the second time.
     assert not any(handle.calls[1][2].is_cancelled for handle in (graph.preprocessor, graph.encoder, graph.generator))
@@ -242,7 +242,7 @@ def test_leaving_while_it_is_done_again_cancels_every_stage() -> None:
 def test_a_loss_while_tokenizing_is_done_again_too() -> None:
     graph = _Graph([])
 
-    def tokenize(_request: object) -> str:
+    def tokenize(_request: object, _model: str) -> str:
         if len(graph.preprocessor.calls) == 1:
             raise ActorDiedError
         return "ids"
@@ -254,7 +254,7 @@ def test_a_loss_while_tokenizing_is_done_again_too() -> None:
 def test_the_first_stage_tokenizes_and_is_told_when_nobody_waits_any_more() -> None:
     graph = _Graph([])
     forever = asyncio.Event()
-    graph.preprocessor = FakeHandle(tokenize=lambda _: "ids", detokenize=lambda _: forever.wait())
+    graph.preprocessor = FakeHandle(tokenize=lambda *_: "ids", detokenize=lambda *_: forever.wait())
     pipeline = graph.pipeline
 
     async def run() -> None:
@@ -271,10 +271,11 @@ def test_the_first_stage_tokenizes_and_is_told_when_nobody_waits_any_more() -> N
         ("tokenize", False),
         ("detokenize", True),
     ]
+    assert [args[-1] for _, args, _ in graph.preprocessor.calls] == ["m", "m"]
 
 
 def test_a_busy_first_stage_is_an_error_of_ours_when_tokenizing_too() -> None:
-    def busy(_request: object) -> None:
+    def busy(*_: object) -> None:
         raise BackPressureError(1, 1)
 
     graph = _Graph([])

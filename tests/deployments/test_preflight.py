@@ -5,18 +5,25 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from deployments.preflight import FoundCheckpoint, check_checkpoint
+from deployments.preflight import FoundCheckpoint, check_checkpoints, share_towers
 from deployments.settings import AppArgs
 from llava_core.errors import CheckpointError, UnknownNameError
 from tests.hub import NEW, OLD, fill_cache, hub_of, use_cache, write_lora
 from tests.tiny import cut_short, edit_json
 
 
-def _check(folder: Path, **args: str) -> FoundCheckpoint:
-    return check_checkpoint(AppArgs(model=str(folder), **args))  # type: ignore[arg-type]
+def _args(checkpoint: object, *, offline: bool = False, **entry: Any) -> AppArgs:
+    return AppArgs.model_validate({"models": [{"checkpoint": str(checkpoint), **entry}], "offline": offline})
+
+
+def _check(checkpoint: object, *, offline: bool = False, **entry: Any) -> FoundCheckpoint:
+    """Of the only model."""
+    [found] = check_checkpoints(_args(checkpoint, offline=offline, **entry)).values()
+    return found
 
 
 def test_a_good_checkpoint_passes(tiny_checkpoint: Path) -> None:
@@ -27,8 +34,9 @@ def test_a_good_checkpoint_passes(tiny_checkpoint: Path) -> None:
 
 def test_it_reads_no_weights_and_imports_no_torch(tiny_checkpoint: Path) -> None:
     program = (
-        "import sys; from deployments.preflight import check_checkpoint; from deployments.settings import AppArgs;"
-        f"check_checkpoint(AppArgs(model={str(tiny_checkpoint)!r})); sys.exit('torch' in sys.modules)"
+        "import sys; from deployments.preflight import *; from deployments.settings import AppArgs;"
+        f"args = AppArgs(models=[{{'checkpoint': {str(tiny_checkpoint)!r}}}]);"
+        "share_towers(args, check_checkpoints(args)); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", program], timeout=60, check=False).returncode == 0
 
@@ -64,7 +72,7 @@ def test_every_replica_has_the_revisions_that_were_found_once(tmp_path: Path, mo
     repositories = {repo_id: {OLD: folder} for repo_id, folder in write_lora(tmp_path / "written").items()}
     with hub_of(repositories) as hub:
         use_cache(monkeypatch, tmp_path / "here", hub.url)
-        found = pickle.loads(pickle.dumps(check_checkpoint(AppArgs(model="owner/lora", template="vicuna_v1"))))
+        found = pickle.loads(pickle.dumps(_check("owner/lora", template="vicuna_v1")))
         assert found.revisions == dict.fromkeys(repositories, OLD)
         for folders in repositories.values():
             folders[NEW] = folders[OLD]
@@ -83,10 +91,9 @@ def test_a_service_can_be_told_its_revisions(tmp_path: Path, monkeypatch: pytest
     for repo_id, folder in write_lora(tmp_path / "written").items():
         fill_cache(tmp_path / "cache", repo_id, {OLD: folder, NEW: folder})
     revisions = {"owner/lora": OLD, "owner/base": NEW, "openai/tower": OLD}
-    args = AppArgs(model="owner/lora", template="vicuna_v1", revisions=revisions)
-    assert check_checkpoint(args).revisions == revisions
+    assert _check("owner/lora", template="vicuna_v1", revisions=revisions).revisions == revisions
     with pytest.raises(CheckpointError, match=r"openai/tower, the mm_vision_tower of .*, is not among the revisions"):
-        check_checkpoint(AppArgs(model="owner/lora", revisions={"owner/lora": OLD, "owner/base": NEW}))
+        _check("owner/lora", revisions={"owner/lora": OLD, "owner/base": NEW})
 
 
 def test_offline_nobody_asks_the_hub_and_all_that_is_missing_is_listed(
@@ -96,18 +103,56 @@ def test_offline_nobody_asks_the_hub_and_all_that_is_missing_is_listed(
     folders = write_lora(tmp_path / "written")
     with hub_of({repo_id: {OLD: folder} for repo_id, folder in folders.items()}) as hub:
         use_cache(monkeypatch, tmp_path / "cache", hub.url)
-        args = AppArgs(model="owner/lora", template="vicuna_v1", offline=True)
+        args = {"checkpoint": "owner/lora", "template": "vicuna_v1", "offline": True}
         with pytest.raises(CheckpointError, match=r"owner/lora, the model, is neither .* nothing may be fetched"):
-            check_checkpoint(args)
+            _check(**args)
         fill_cache(tmp_path / "cache", "owner/lora", {OLD: folders["owner/lora"]})
         missing = r"owner/base, the base of .*; openai/tower, the mm_vision_tower of .*, is neither"
         with pytest.raises(CheckpointError, match=missing):
-            check_checkpoint(args)
+            _check(**args)
         for repo_id in ("owner/base", "openai/tower"):
             fill_cache(tmp_path / "cache", repo_id, {OLD: folders[repo_id]})
-        found = check_checkpoint(args)
+        found = _check(**args)
         found.open()
         shutil.rmtree(tmp_path / "cache" / "models--openai--tower")
         with pytest.raises(CheckpointError, match=f"openai/tower at revision {OLD}, .* nothing may be fetched"):
             found.open()
         assert hub.asked == []
+
+
+def _shared(*models: dict[str, Any]) -> dict[str, str]:
+    args = AppArgs(models=models)
+    return share_towers(args, check_checkpoints(args))
+
+
+def test_towers_are_the_same_by_their_numbers_whatever_the_folder_is_called(
+    tiny_checkpoint: Path, checkpoint_copy: Path, other_tower: Path
+) -> None:
+    a, b, c = (
+        {"name": name, "checkpoint": str(folder)}
+        for name, folder in zip("abc", (tiny_checkpoint, other_tower, checkpoint_copy), strict=True)
+    )
+    assert _shared(a, b, c) == {"a": "a", "b": "b", "c": "a"}
+    assert _shared(c, a) == {"c": "c", "a": "c"}
+    assert _shared(b) == {"b": "b"}
+
+
+@pytest.mark.parametrize("own", [{"dtype": "bfloat16"}, {"num_cpus": 0.2}, {"cache_bytes": 0}])
+def test_a_tower_that_is_to_run_in_another_way_is_not_shared(own: dict[str, Any], tiny_checkpoint: Path) -> None:
+    a, b = ({"name": name, "checkpoint": str(tiny_checkpoint)} for name in "ab")
+    assert _shared(a, b) == {"a": "a", "b": "a"}
+    assert _shared(a, b | {"vision_encoder": own}) == {"a": "a", "b": "b"}
+
+
+def test_towers_that_differ_by_their_settings_are_told_apart_without_torch(
+    tiny_checkpoint: Path, checkpoint_copy: Path
+) -> None:
+    edit_json(checkpoint_copy / "config.json", lambda config: config.update(vision_feature_layer=-1))
+    folders = [str(tiny_checkpoint), str(checkpoint_copy)]
+    program = (
+        "import sys; from deployments.preflight import *; from deployments.settings import AppArgs;"
+        f"args = AppArgs(models=[{{'name': f[-3:], 'checkpoint': f}} for f in {folders!r}]);"
+        "shared = share_towers(args, check_checkpoints(args));"
+        "assert all(name == owner for name, owner in shared.items()); sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", program], timeout=60, check=False).returncode == 0

@@ -4,6 +4,7 @@ import asyncio
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,12 +15,14 @@ from deployments.preprocessor import Preprocessor
 from deployments.settings import FetchArgs
 from llava_core.checkpoints.describe import load_preparer
 from llava_core.errors import EngineError, ImageError, RequestError
+from llava_core.lru import LruCache
 from llava_core.types import (
     CompletionRequest,
     GenerationRequest,
     ImagePart,
     ImageUrl,
     Message,
+    PreparedImage,
     PreparedRequest,
     SamplingParams,
     TextPart,
@@ -31,7 +34,11 @@ from tests.deployments.pictures import plain
 
 @pytest.fixture
 def preprocessor(tiny_checkpoint: Path) -> Preprocessor:
-    return Preprocessor(load_preparer(tiny_checkpoint))
+    return _preprocessor(load_preparer(tiny_checkpoint))
+
+
+def _preprocessor(preparer: Any, **options: Any) -> Preprocessor:
+    return Preprocessor({"m": preparer}, **{"cache": LruCache(0), **options})
 
 
 def _request(*parts: TextPart | ImagePart | ImageUrl) -> GenerationRequest:
@@ -39,14 +46,14 @@ def _request(*parts: TextPart | ImagePart | ImageUrl) -> GenerationRequest:
 
 
 def test_a_request_becomes_ids_and_tiles(preprocessor: Preprocessor) -> None:
-    prepared = asyncio.run(preprocessor.prepare(_request(ImagePart(plain()), TextPart("hi"))))
+    prepared = asyncio.run(preprocessor.prepare(_request(ImagePart(plain()), TextPart("hi")), "m"))
     assert isinstance(prepared, Prepared)
     assert len(prepared.request.images) == 1
     assert set(prepared.elapsed.stage_ms) == {"preprocess"}
 
 
 def test_a_bad_picture_is_a_value_not_an_exception(preprocessor: Preprocessor) -> None:
-    rejected = asyncio.run(preprocessor.prepare(_request(ImagePart(b"no picture"))))
+    rejected = asyncio.run(preprocessor.prepare(_request(ImagePart(b"no picture")), "m"))
     assert isinstance(rejected, Rejected)
     assert isinstance(rejected.error, ImageError)
     assert rejected.error.param == "messages[0].content[0].image_url"
@@ -67,9 +74,9 @@ class _Pictures(Fetcher):
 def test_a_picture_by_address_is_fetched_and_its_time_counted(tiny_checkpoint: Path) -> None:
     pictures = _Pictures()
     recorder = FakeRecorder()
-    preprocessor = Preprocessor(load_preparer(tiny_checkpoint), fetcher=pictures, recorder=recorder)
-    by_address = asyncio.run(preprocessor.prepare(_request(ImageUrl("https://example.com/a.png"), TextPart("hi"))))
-    by_value = asyncio.run(preprocessor.prepare(_request(ImagePart(plain()), TextPart("hi"))))
+    preprocessor = _preprocessor(load_preparer(tiny_checkpoint), fetcher=pictures, recorder=recorder)
+    by_address = asyncio.run(preprocessor.prepare(_request(ImageUrl("https://example.com/a.png"), TextPart("hi")), "m"))
+    by_value = asyncio.run(preprocessor.prepare(_request(ImagePart(plain()), TextPart("hi")), "m"))
     assert isinstance(by_address, Prepared)
     assert isinstance(by_value, Prepared)
     assert by_address.request.prompt_ids == by_value.request.prompt_ids
@@ -81,17 +88,19 @@ def test_a_picture_by_address_is_fetched_and_its_time_counted(tiny_checkpoint: P
 
 
 def test_a_picture_by_address_has_its_tokens_when_they_are_asked_for(tiny_checkpoint: Path) -> None:
-    preprocessor = Preprocessor(load_preparer(tiny_checkpoint), fetcher=_Pictures())
-    by_address = asyncio.run(preprocessor.tokenize(_request(ImageUrl("https://example.com/a.png"), TextPart("hi"))))
+    preprocessor = _preprocessor(load_preparer(tiny_checkpoint), fetcher=_Pictures())
+    by_address = asyncio.run(
+        preprocessor.tokenize(_request(ImageUrl("https://example.com/a.png"), TextPart("hi")), "m")
+    )
     assert isinstance(by_address, Tokenized)
-    assert by_address == asyncio.run(preprocessor.tokenize(_request(ImagePart(plain()), TextPart("hi"))))
+    assert by_address == asyncio.run(preprocessor.tokenize(_request(ImagePart(plain()), TextPart("hi")), "m"))
 
 
 def test_nothing_is_fetched_for_a_request_that_is_refused_all_the_same(tiny_checkpoint: Path) -> None:
     pictures = _Pictures()
-    preprocessor = Preprocessor(load_preparer(tiny_checkpoint), fetcher=pictures)
+    preprocessor = _preprocessor(load_preparer(tiny_checkpoint), fetcher=pictures)
     many = [ImageUrl(f"https://example.com/{index}.png") for index in range(9)]
-    rejected = asyncio.run(preprocessor.prepare(_request(*many)))
+    rejected = asyncio.run(preprocessor.prepare(_request(*many), "m"))
     assert isinstance(rejected, Rejected)
     assert isinstance(rejected.error, RequestError)
     assert rejected.error.code == "too_many_images"
@@ -99,7 +108,7 @@ def test_nothing_is_fetched_for_a_request_that_is_refused_all_the_same(tiny_chec
 
 
 def test_without_settings_nothing_is_fetched(preprocessor: Preprocessor) -> None:
-    rejected = asyncio.run(preprocessor.prepare(_request(TextPart("hi"), ImageUrl("https://example.com/a.png"))))
+    rejected = asyncio.run(preprocessor.prepare(_request(TextPart("hi"), ImageUrl("https://example.com/a.png")), "m"))
     assert isinstance(rejected, Rejected)
     assert isinstance(rejected.error, ImageError)
     assert (rejected.error.code, rejected.error.param) == ("image_url_not_allowed", "messages[0].content[1].image_url")
@@ -107,7 +116,7 @@ def test_without_settings_nothing_is_fetched(preprocessor: Preprocessor) -> None
 
 def test_requests_are_prepared_side_by_side(preprocessor: Preprocessor) -> None:
     async def several() -> list[Prepared | Rejected]:
-        return await asyncio.gather(*(preprocessor.prepare(_request(TextPart(str(index)))) for index in range(8)))
+        return await asyncio.gather(*(preprocessor.prepare(_request(TextPart(str(index))), "m") for index in range(8)))
 
     prepared = asyncio.run(several())
     assert all(isinstance(each, Prepared) for each in prepared)
@@ -116,9 +125,10 @@ def test_requests_are_prepared_side_by_side(preprocessor: Preprocessor) -> None:
 
 def test_the_work_on_each_request_and_the_use_of_the_cache_are_measured(tiny_checkpoint: Path) -> None:
     recorder = FakeRecorder()
-    preprocessor = Preprocessor(load_preparer(tiny_checkpoint, cache_bytes=10**6), recorder=recorder)
+    cache = LruCache[PreparedImage](10**6)
+    preprocessor = _preprocessor(load_preparer(tiny_checkpoint, cache=cache), cache=cache, recorder=recorder)
     for parts in ([ImagePart(plain())], [ImagePart(plain())], [TextPart("hi")], [ImagePart(b"no picture")]):
-        asyncio.run(preprocessor.prepare(_request(*parts)))
+        asyncio.run(preprocessor.prepare(_request(*parts), "m"))
     assert len(recorder.observed[QUEUE_WAIT, ("preprocess",)]) == 4
     assert len(recorder.observed[STAGE_DURATION, ("preprocess",)]) == 3
     told = recorder.readings()
@@ -141,10 +151,10 @@ class _Slow:
 
 def test_a_request_that_is_cancelled_keeps_its_place_until_its_thread_ends() -> None:
     slow = _Slow()
-    preprocessor = Preprocessor(slow, num_threads=1)  # type: ignore[arg-type]
+    preprocessor = _preprocessor(slow, num_threads=1)
 
     async def run() -> None:
-        first, waiting, third = (asyncio.create_task(preprocessor.prepare(_request(TextPart(x)))) for x in "123")
+        first, waiting, third = (asyncio.create_task(preprocessor.prepare(_request(TextPart(x)), "m")) for x in "123")
         await _until(lambda: bool(slow.begun))
         first.cancel()
         waiting.cancel()
@@ -166,6 +176,27 @@ async def _until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.001)
 
 
+def test_each_model_prepares_by_its_own_settings(tiny_checkpoint: Path) -> None:
+    cache = LruCache[PreparedImage](10**6)
+    preparers = {name: load_preparer(tiny_checkpoint, template=name, cache=cache) for name in ("llava_v0", "vicuna_v1")}
+    preprocessor = Preprocessor(preparers, cache=cache)
+    request = _request(ImagePart(plain()), TextPart("hi"))
+
+    async def run() -> None:
+        prepared = {name: await preprocessor.prepare(request, name) for name in preparers}
+        for name, each in prepared.items():
+            assert isinstance(each, Prepared)
+            assert each.request.prompt == preparers[name].prepare(request).prompt
+            tokenized = await preprocessor.tokenize(request, name)
+            assert isinstance(tokenized, Tokenized)
+            assert len(tokenized.ids) == len(each.request.prompt_ids)
+        assert len({each.request.prompt for each in prepared.values() if isinstance(each, Prepared)}) == 2
+
+    asyncio.run(run())
+    # What the second model asks for, the first has had decoded.
+    assert cache.num_misses == 1
+
+
 def test_failures_that_are_not_the_clients_make_it_unhealthy(preprocessor: Preprocessor) -> None:
     class Broken:
         def prepare(self, _request: GenerationRequest) -> PreparedRequest:
@@ -173,22 +204,22 @@ def test_failures_that_are_not_the_clients_make_it_unhealthy(preprocessor: Prepr
 
     async def run(broken: Preprocessor) -> None:
         for _ in range(5):
-            await preprocessor.prepare(_request(ImagePart(b"no picture")))
+            await preprocessor.prepare(_request(ImagePart(b"no picture")), "m")
             with pytest.raises(ZeroDivisionError):
-                await broken.prepare(_request(TextPart("hi")))
+                await broken.prepare(_request(TextPart("hi")), "m")
         await preprocessor.check_health()
         with pytest.raises(EngineError, match="preprocessor"):
             await broken.check_health()
 
-    asyncio.run(run(Preprocessor(Broken())))  # type: ignore[arg-type]
+    asyncio.run(run(_preprocessor(Broken())))
 
 
 def test_prompts_are_tokenized_and_ids_are_text_again(preprocessor: Preprocessor) -> None:
     async def run() -> None:
-        tokenized = await preprocessor.tokenize(CompletionRequest("id", "hi", SamplingParams()))
+        tokenized = await preprocessor.tokenize(CompletionRequest("id", "hi", SamplingParams()), "m")
         assert isinstance(tokenized, Tokenized)
-        assert await preprocessor.detokenize(tokenized.ids) == "<s>hi"
-        assert isinstance(await preprocessor.tokenize(_request(ImagePart(b"no picture"))), Rejected)
-        assert isinstance(await preprocessor.detokenize([10**6]), Rejected)
+        assert await preprocessor.detokenize(tokenized.ids, "m") == "<s>hi"
+        assert isinstance(await preprocessor.tokenize(_request(ImagePart(b"no picture")), "m"), Rejected)
+        assert isinstance(await preprocessor.detokenize([10**6], "m"), Rejected)
 
     asyncio.run(run())

@@ -22,8 +22,9 @@ from deployments.replicas import (
     set_up_compute,
     share_cores,
 )
-from deployments.settings import AppArgs, ComputeArgs
+from deployments.settings import AppArgs
 from deployments.shared_cores import OwnCores, SharedCores
+from deployments.stage_settings import ComputeArgs, VisionEncoderArgs
 from llava_core.errors import CheckpointError
 from tests.tiny import edit_json
 
@@ -39,7 +40,7 @@ def test_a_gateway_that_others_reach_without_keys_does_not_start(monkeypatch: py
     """Whoever has started Serve, and on whichever host: `serve run` asks no launcher of ours."""
     monkeypatch.setattr(replicas, "_listening_host", lambda: "0.0.0.0")
     with pytest.raises(ExposureError, match="allow_anyone"):
-        GatewayReplica(AppArgs(), *[object()] * 3, LocalHandoff())  # type: ignore[arg-type]
+        GatewayReplica(AppArgs(), object(), {}, {}, LocalHandoff())  # type: ignore[arg-type]
 
 
 def test_threads_are_what_was_asked_for_whatever_the_cpu_share(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,25 +100,34 @@ def test_our_records_go_where_serves_go() -> None:
 
 def test_a_replica_reads_its_own_part_only(checkpoint_copy: Path) -> None:
     (checkpoint_copy / "model.safetensors").unlink()
-    args = AppArgs(model=str(checkpoint_copy))
-    found = FoundCheckpoint(args.checkpoint, None, {}, offline=True)
-    PreprocessorReplica(args, found)
+    found = FoundCheckpoint(str(checkpoint_copy), None, {}, offline=True)
+    PreprocessorReplica(AppArgs(), {"scenes-llava": found})
     with pytest.raises(CheckpointError, match=r"model\.safetensors"):
-        VisionEncoderReplica(args, found, LocalHandoff())
+        VisionEncoderReplica(VisionEncoderArgs(), found, LocalHandoff())
 
 
 def test_caches_are_as_large_as_the_settings_say(tiny_checkpoint: Path) -> None:
     args = AppArgs.model_validate({"preprocessor": {"cache_bytes": 11}, "vision_encoder": {"cache_bytes": 12}})
     found = FoundCheckpoint(str(tiny_checkpoint), None, {}, offline=True)
-    assert PreprocessorReplica(args, found)._preparer.cache_bytes == 11
-    assert VisionEncoderReplica(args, found, LocalHandoff()).cache.max_bytes == 12
+    [preparer] = PreprocessorReplica(args, {"scenes-llava": found})._preparers.values()
+    assert preparer.cache.max_bytes == 11
+    assert VisionEncoderReplica(args.models[0].vision_encoder, found, LocalHandoff()).cache.max_bytes == 12
+
+
+def test_all_models_keep_their_tiles_in_one_cache(tiny_checkpoint: Path, checkpoint_copy: Path) -> None:
+    folders = {"a": tiny_checkpoint, "b": checkpoint_copy}
+    args = AppArgs.model_validate({"models": [{"name": "a", "template": "v0"}, {"name": "b"}]})
+    found = {name: FoundCheckpoint(str(folder), None, {}, offline=True) for name, folder in folders.items()}
+    preparers = PreprocessorReplica(args, found)._preparers
+    assert {name: preparer.template.name for name, preparer in preparers.items()} == {"a": "v0", "b": "vicuna_v1"}
+    assert preparers["a"].cache is preparers["b"].cache
 
 
 def test_a_wrong_shape_is_found_where_it_is_loaded(checkpoint_copy: Path) -> None:
     edit_json(checkpoint_copy / "config.json", lambda config: config["vision_config"].update(intermediate_size=48))
     found = FoundCheckpoint(str(checkpoint_copy), None, {}, offline=True)
     with pytest.raises(CheckpointError, match="tower tensor"):
-        VisionEncoderReplica(AppArgs(), found, LocalHandoff())
+        VisionEncoderReplica(VisionEncoderArgs(), found, LocalHandoff())
 
 
 def test_auto_is_the_gpu_that_ray_has_given_and_never_one_that_is_merely_there(

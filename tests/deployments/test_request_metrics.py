@@ -33,7 +33,7 @@ HELLO = {"messages": [{"role": "user", "content": "hi"}]}
 
 def _gateway(engine: ScriptedEngine) -> tuple[Any, FakeRecorder]:
     recorder = FakeRecorder()
-    return Gateway(engine, all_ready, model_name="m", recorder=recorder).app, recorder
+    return Gateway({"m": engine}, all_ready, recorder=recorder).app, recorder
 
 
 def _requests(recorder: FakeRecorder) -> dict[tuple[str, ...], float]:
@@ -85,7 +85,7 @@ def test_what_the_last_resort_answers_is_counted_as_well() -> None:
         raise RuntimeError("a bug")
 
     recorder = FakeRecorder()
-    app = Gateway(ScriptedEngine(), broken, model_name="m", recorder=recorder).app
+    app = Gateway({"m": ScriptedEngine()}, broken, recorder=recorder).app
     with TestClient(app, raise_server_exceptions=False) as client:
         assert client.get("/health").status_code == 500
     assert _requests(recorder) == {("GET", "/health", "500"): 1}

@@ -6,34 +6,26 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from deployments.settings import AppArgs, AuthArgs, LimitArgs, StageArgs
-from llava_core.checkpoints.files import DEFAULT_MODEL
-
-
-def test_the_default_model_is_served_under_its_own_name() -> None:
-    args = AppArgs()
-    assert args.checkpoint == str(DEFAULT_MODEL)
-    assert args.served_name == "scenes-llava"
-
-
-def test_a_folder_is_served_under_its_name_and_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "my-llava").mkdir()
-    monkeypatch.chdir(tmp_path)
-    args = AppArgs(model="my-llava")
-    assert args.checkpoint == str(tmp_path / "my-llava")
-    assert args.served_name == "my-llava"
-
-
-def test_a_hub_id_is_served_as_it_is() -> None:
-    args = AppArgs(model="owner/some-llava")
-    assert args.served_name == args.checkpoint == "owner/some-llava"
-    assert AppArgs(model="owner/some-llava", model_name="short").served_name == "short"
+from deployments.settings import AppArgs, AuthArgs, LimitArgs
+from deployments.stage_settings import StageArgs
 
 
 @pytest.mark.parametrize(
     "args",
     [
         {"modle": "x"},
+        {"model": "x"},
+        {"models": []},
+        {"models": None},
+        {"models": {"name": "x"}},
+        {"models": [None]},
+        {"models": [{"modle": "x"}]},
+        {"models": [{"name": ""}]},
+        {"models": [{"name": " x"}]},
+        {"models": [{"name": "a\nb"}]},
+        {"models": [{"generator": None}]},
+        {"models": [{"generator": {"threads": 0}}]},
+        {"models": [{"preprocessor": {}}]},
         {"engine": {"max_runnning": 3}},
         {"engine": {"max_running": 0}},
         {"generator": {"device": "tpu"}},
@@ -55,6 +47,25 @@ def test_a_hub_id_is_served_as_it_is() -> None:
 def test_what_is_not_known_or_not_possible_is_refused(args: dict) -> None:
     with pytest.raises(ValidationError):
         AppArgs.model_validate(args)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("a", "b", "a"), r"2 models are called 'a'; give each entry of models a name of its own"),
+        ((None, None), r"2 models are called 'scenes-llava'"),
+        (("a/b", "c", "a b"), r"'a/b', 'a b' differ only in what cannot be part of a deployment's name"),
+    ],
+)
+def test_models_that_could_not_be_told_apart_are_refused(names: tuple[str | None, ...], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        AppArgs.model_validate({"models": [{"name": name} for name in names]})
+
+
+def test_a_mistake_in_what_holds_for_all_models_is_told_as_one_there() -> None:
+    with pytest.raises(ValidationError) as caught:
+        AppArgs.model_validate({"generator": {"threads": 0}, "models": [{"name": "a"}, {"name": "b"}]})
+    assert caught.value.errors()[0]["loc"] == ("generator", "threads")
 
 
 def test_limits_reach_the_core() -> None:

@@ -9,7 +9,7 @@ from ray.exceptions import RayError
 from ray.serve._private.common import DeploymentStatus, DeploymentStatusTrigger, ReplicaState
 from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, DeploymentStatusOverview, ServeStatus
 
-from deployments.stage_status import StageStatus
+from deployments.stage_status import StageStatus, name_for_clients
 
 STAGES = {"preprocessor": "Preprocessor", "generator": "Generator"}
 
@@ -49,6 +49,20 @@ def test_a_stage_is_ready_with_a_running_replica_or_when_none_is_wanted(
     generator: DeploymentStatusOverview | None, *, is_ready: bool
 ) -> None:
     assert _ready(lambda: _status(generator)) == {"preprocessor": True, "generator": is_ready}
+
+
+@pytest.mark.parametrize(
+    ("deployment", "name"),
+    [
+        ("Preprocessor", "preprocessor"),
+        ("VisionEncoder", "vision_encoder"),
+        ("Generator", "generator"),
+        ("VisionEncoder-scenes-llava", "vision_encoder-scenes-llava"),
+        ("Generator-a", "generator-a"),
+    ],
+)
+def test_stages_are_called_after_their_models_where_these_have_their_own(deployment: str, name: str) -> None:
+    assert name_for_clients(deployment) == name
 
 
 def test_no_stage_of_an_application_that_is_not_there_is_ready() -> None:

@@ -26,6 +26,10 @@ def test_messages_and_prompts_are_understood() -> None:
     chat = _read(messages=[{"role": "system", "content": "s"}, USER], model="m").read
     assert isinstance(chat.generation, GenerationRequest)
     assert (chat.generation.system, chat.form.num_leading, chat.form.model) == ("s", 1, "m")
+    assert chat.generation.template is None
+    other = _read(messages=[USER], template="v0").read.generation
+    assert isinstance(other, GenerationRequest)
+    assert other.template == "v0"
     text = _read(prompt="hi", return_token_strs=True)
     assert isinstance(text.read.generation, CompletionRequest)
     assert (text.read.generation.prompt, text.with_texts, text.read.form.prompt_field) == ("hi", True, "prompt")
@@ -42,6 +46,8 @@ def test_messages_and_prompts_are_understood() -> None:
         ({"messages": [USER], "add_generation_prompt": False}, "add_generation_prompt"),
         ({"messages": [USER], "chat_template": "x"}, "chat_template"),
         ({"messages": [USER], "tools": [{}]}, "tools"),
+        ({"messages": [USER], "template": "v9"}, "template"),
+        ({"prompt": "x", "template": "v0"}, "template"),
     ],
 )
 def test_a_mistake_is_refused_naming_the_field(fields: dict, param: str) -> None:

@@ -77,6 +77,22 @@ def test_the_screen_tells_what_happened_between_two_pages() -> None:
     assert "encode - / -" in text
 
 
+def test_stages_of_several_models_stand_below_each_other() -> None:
+    page = OTHERS.replace('deployment="Generator",replica="b"', 'deployment="Generator-owner-a-long-name",replica="b"')
+    page = page.replace('deployment="Generator",', 'deployment="Generator-short",')
+    lines = list(screen(Change(Page.parse(page, 100.0), Page.parse(page, 110.0))))
+    stages = {line.split()[0]: line.split()[1:] for line in lines if line.startswith("G")}
+    assert stages == {
+        "Gateway": ["1", "5", "0"],
+        "Generator-owner-a-long-name": ["1", "2", "0"],
+        "Generator-short": ["1", "3", "4"],
+    }
+    table = lines[2:6]
+    assert len({len(line) for line in table}) == 1
+    # What is not of one stage is of all models together.
+    assert "running 4   waiting 7" in "\n".join(lines)
+
+
 def test_a_quantile_is_prometheus_own() -> None:
     change = Change(Page.parse(BEFORE, 0.0), Page.parse(NOW, 1.0))
     quantile = change.quantile(TIME_TO_FIRST_TOKEN, 0.75, model="m")

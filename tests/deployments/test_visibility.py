@@ -108,6 +108,8 @@ def test_the_page_of_metrics_counts_what_was_asked(service: Running, usages: lis
     num_answers, num_bad = len(usages), 5
     until(lambda: _read(service).total(HTTP_REQUESTS, route=CHAT) == num_answers + num_bad + 1)
     until(lambda: _read(service).total(FINISHED, outcome="finished") == num_answers)
+    # Each process tells its numbers in its own time.
+    until(lambda: _read(service).total(CACHE_MISSES, cache="tiles") == 3)
     page = _read(service)
     assert page.total(HTTP_REQUESTS, route=CHAT, status="200") == num_answers
     assert page.total(HTTP_REQUESTS, route=CHAT, status="499") == 1

@@ -10,8 +10,10 @@ import pytest
 from PIL import Image
 
 from llava_core.checkpoints.describe import load_preparer
-from llava_core.errors import ImageError, PromptTooLongError, RequestError
+from llava_core.errors import ImageError, PromptTooLongError, RequestError, UnknownNameError
 from llava_core.images.loading import ImageLimits, decode_image
+from llava_core.images.preprocess import PreprocessConfig
+from llava_core.lru import LruCache
 from llava_core.prepare import Preparer, RequestLimits, message_text, tile_digest
 from llava_core.prompts.templates import get_template
 from llava_core.prompts.tokenize import IMAGE_TOKEN_ID
@@ -22,6 +24,7 @@ from llava_core.types import (
     ImagePart,
     ImageUrl,
     Message,
+    PreparedImage,
     SamplingParams,
     Size,
     TextPart,
@@ -111,7 +114,7 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
 
 
 def test_a_picture_that_comes_again_is_not_decoded_again(preparer: Preparer, decoded: list[bytes]) -> None:
-    caching = replace(preparer, cache_bytes=10**6)
+    caching = replace(preparer, cache=LruCache(10**6))
     first = caching.prepare(request(user(png(), png(30, 30), "x")))
     again = caching.prepare(request(user(png(30, 30), "y"), assistant("A"), user(png(), "z")))
     assert decoded == [png(), png(30, 30)]
@@ -133,7 +136,7 @@ def test_tiles_keep_nothing_else_alive(preparer: Preparer) -> None:
 
 
 def test_a_bad_picture_is_refused_each_time_by_its_own_place(preparer: Preparer) -> None:
-    caching = replace(preparer, cache_bytes=10**6)
+    caching = replace(preparer, cache=LruCache(10**6))
     for parts, place in (((b"rubbish", "x"), 0), (("x", b"rubbish"), 1)):
         with pytest.raises(ImageError) as caught:
             caching.prepare(request(user(*parts)))
@@ -141,11 +144,31 @@ def test_a_bad_picture_is_refused_each_time_by_its_own_place(preparer: Preparer)
 
 
 def test_a_preparer_with_other_settings_shares_no_pictures(preparer: Preparer) -> None:
-    caching = replace(preparer, cache_bytes=10**6)
+    caching = replace(preparer, cache=LruCache(10**6))
     assert caching.prepare(request(user(png(), "x")))
     strict = replace(caching, limits=RequestLimits(image=ImageLimits(max_pixels=100)))
+    assert strict.cache is caching.cache
     with pytest.raises(ImageError):
         strict.prepare(request(user(png(), "x")))
+
+
+def test_models_share_pictures_that_become_the_same_tiles_and_no_others(
+    preparer: Preparer, decoded: list[bytes]
+) -> None:
+    assert isinstance(preparer.preprocess, PreprocessConfig)
+    cache = LruCache[PreparedImage](10**6)
+    one = replace(preparer, cache=cache)
+    same = replace(one, template=get_template("llava_v0"), preprocess=replace(preparer.preprocess))
+    cropping = replace(one, preprocess=replace(preparer.preprocess, aspect="crop"))
+    [padded], [again], [cropped], [last] = (
+        each.prepare(request(user(png(), "x"))).images for each in (one, same, cropping, one)
+    )
+    assert len(decoded) == 2
+    assert again is padded is last
+    assert cropped.digest != padded.digest
+    [expected] = replace(cropping, cache=LruCache(0)).prepare(request(user(png(), "x"))).images
+    assert (cropped.tiles == expected.tiles).all()
+    assert cache.num_bytes == padded.tiles.nbytes + cropped.tiles.nbytes
 
 
 def test_a_digest_knows_the_shape() -> None:
@@ -254,6 +277,21 @@ def test_a_template_wraps_the_images_of_the_first_message_only(preparer: Prepare
     assert prompt.endswith(
         " USER: <Image><image></Image> ASSISTANT: Received.</s>USER: Q ASSISTANT: A</s>USER: <image>\nR ASSISTANT:"
     )
+
+
+@pytest.mark.parametrize("name", ["llava_v0", "v1_mmtag", "chatml_direct"])
+def test_a_request_may_name_another_template_for_itself_alone(name: str, preparer: Preparer) -> None:
+    asked = request(user(png(), "Q"), assistant("A"), user("R"), system="S")
+    before = preparer.prepare(asked)
+    own = preparer.prepare(replace(asked, template=name))
+    expected = replace(preparer, template=get_template(name)).prepare(asked)
+    assert (own.prompt, own.prompt_ids) == (expected.prompt, expected.prompt_ids)
+    assert own.prompt != before.prompt
+    assert preparer.prepare(asked).prompt_ids == before.prompt_ids
+    tokenized = preparer.tokenize(replace(asked, template=name))
+    assert len(tokenized.ids) == len(own.prompt_ids)
+    with pytest.raises(UnknownNameError, match=r"known are: .*vicuna_v1"):
+        preparer.prepare(replace(asked, template="v9"))
 
 
 def test_limits_that_make_no_sense_are_refused() -> None:

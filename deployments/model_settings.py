@@ -1,0 +1,101 @@
+"""One model of the application: what it is called, where it comes from, and how its own stages differ from the others'.
+
+Knows names, folders and bounds, and neither Ray nor torch.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import BaseModel, Field, model_validator
+
+from deployments.stage_settings import EngineArgs, GeneratorArgs, Settings, VisionEncoderArgs
+from llava_core.checkpoints.files import DEFAULT_MODEL
+
+DEFAULT_MODEL_NAME = "scenes-llava"
+# Names of deployments are also those of log files and processes.
+_NO_LABEL = re.compile(r"[^A-Za-z0-9._-]+")
+_OWN_STAGES = ("engine", "vision_encoder", "generator")
+
+
+class ModelArgs(Settings):
+    """`checkpoint` None is the default model; `base` is what an adapter or projector was trained on; `template` None is
+    the one that the checkpoint's own chat template agrees with; `name` None is the folder's name or the hub id.
+
+    `revisions` has the revision of every hub id that is used, those of base and tower among them; None is what is the
+    newest of each when the application is built.
+    """
+
+    name: str | None = Field(default=None, min_length=1, max_length=128)
+    checkpoint: str | None = None
+    base: str | None = None
+    revisions: dict[str, str] | None = None
+    template: str | None = None
+    engine: EngineArgs = EngineArgs()
+    vision_encoder: VisionEncoderArgs = VisionEncoderArgs()
+    generator: GeneratorArgs = GeneratorArgs()
+
+    @property
+    def source(self) -> str:
+        """The folder, absolute because replicas work elsewhere, or the hub id."""
+        return str(DEFAULT_MODEL) if self.checkpoint is None else _located(self.checkpoint)
+
+    @property
+    def base_source(self) -> str | None:
+        """The same of the base."""
+        return None if self.base is None else _located(self.base)
+
+    @property
+    def served_name(self) -> str:
+        """What clients put into `model`."""
+        if self.name is not None:
+            return self.name
+        folder = Path(self.source)
+        if folder == DEFAULT_MODEL:
+            return DEFAULT_MODEL_NAME
+        return folder.name if folder.is_dir() else self.source
+
+    @property
+    def label(self) -> str:
+        """The name as it can be part of a deployment's."""
+        return _NO_LABEL.sub("-", self.served_name)
+
+    @model_validator(mode="after")
+    def _check_name(self) -> Self:
+        name = self.served_name
+        if not name.isprintable() or name != name.strip():
+            raise ValueError(f"{name!r} begins or ends with a space or cannot be printed; set another name")
+        return self
+
+
+def with_defaults(given: Any) -> Any:
+    """An application's settings as they were given, each model's entry completed by what is said for all of them.
+
+    What is not of the right kind is left as it is, for whoever checks the fields.
+    """
+    if not isinstance(given, dict) or not isinstance(models := given.get("models", ({},)), list | tuple):
+        return given
+    return {**given, "models": [_completed(model, given) for model in models]}
+
+
+def _completed(model: Any, given: Mapping[str, Any]) -> Any:
+    own = _plain(model)
+    if not isinstance(own, dict):
+        return own
+    stages = {stage: (_plain(given.get(stage, {})), _plain(own.get(stage, {}))) for stage in _OWN_STAGES}
+    return own | {
+        stage: {**general, **special}
+        for stage, (general, special) in stages.items()
+        if isinstance(general, dict) and isinstance(special, dict)
+    }
+
+
+def _plain(value: Any) -> Any:
+    """Settings that were made in Python as if they had been read: only what was said."""
+    return value.model_dump(exclude_unset=True) if isinstance(value, BaseModel) else value
+
+
+def _located(checkpoint: str) -> str:
+    folder = Path(checkpoint).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else checkpoint

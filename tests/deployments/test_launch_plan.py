@@ -1,0 +1,243 @@
+"""Everything that is judged before Ray starts."""
+
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from deployments.errors import KeysFileError, LaunchError
+from deployments.exposure import ExposureError
+from deployments.launch_plan import IMPORT_PATH, LaunchPlan, check_resources, plan_launch
+from deployments.preflight import check_checkpoints
+from deployments.settings import AppArgs
+from deployments.stage_settings import GeneratorArgs
+from llava_core.errors import CheckpointError
+from tests.hub import NEW, OLD, hub_of, use_cache, write_lora
+from tests.original import Kind, write_original
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _write(path: Path, **application: Any) -> Path:
+    content = {"applications": [{"name": "app", "route_prefix": "/", "import_path": IMPORT_PATH, **application}]}
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def _plan(config: Path | None = None, **options: Any) -> LaunchPlan:
+    return plan_launch(config, **{"port": _free_port(), **options})
+
+
+def test_without_a_configuration_there_are_defaults(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    plan = _plan(model=str(tiny_checkpoint))
+    assert [model.source for model in plan.args.models] == [str(tiny_checkpoint)]
+    assert plan.url == f"http://127.0.0.1:{plan.port}"
+    assert plan.config["http_options"] == {"host": "127.0.0.1", "port": plan.port}
+
+
+def test_options_override_the_configuration(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    models = [{"checkpoint": "/somewhere/else", "engine": {"max_running": 4}}, {"checkpoint": "/nowhere"}]
+    args = {"models": models, "engine": {"max_running": 3}, "auth": {"allow_anyone": True}}
+    plan = _plan(_write(tmp_path / "c.yaml", args=args), model=str(tiny_checkpoint), host="0.0.0.0")
+    # In place of all of them, with what is said for all models and nothing that is said of others.
+    [model] = plan.config["applications"][0]["args"]["models"]
+    assert model["checkpoint"] == str(tiny_checkpoint)
+    assert plan.args.models[0].engine.max_running == 3
+    assert plan.config["http_options"]["host"] == "0.0.0.0"
+    assert plan.url.startswith("http://127.0.0.1:")
+
+
+def test_a_relative_model_becomes_absolute_and_keeps_its_name(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tiny_checkpoint.parent)
+    plan = _plan(model=tiny_checkpoint.name)
+    [model] = plan.config["applications"][0]["args"]["models"]
+    assert (model["checkpoint"], model["name"]) == (str(tiny_checkpoint), tiny_checkpoint.name)
+
+
+def test_a_base_is_found_too_and_another_model_does_not_get_it(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = write_original(tmp_path, Kind(layout="projector", tower_inside=True))
+    assert original.base is not None
+    monkeypatch.chdir(original.base.parent)
+    plan = _plan(model=str(original.folder), base=original.base.name)
+    assert plan.config["applications"][0]["args"]["models"][0]["base"] == str(original.base)
+    stated = _write(
+        tmp_path / "c.yaml", args={"models": [{"checkpoint": str(original.folder), "base": str(original.base)}]}
+    )
+    assert _plan(stated).args.models[0].base == str(original.base)
+    assert _plan(stated, model=str(tiny_checkpoint)).args.models[0].base is None
+    unsaid = _write(tmp_path / "d.yaml", args={"models": [{"name": "mine", "checkpoint": str(original.folder)}]})
+    [model] = _plan(unsaid, base=str(original.base)).args.models
+    assert (model.name, model.base) == ("mine", str(original.base))
+
+
+def test_a_base_is_nobodys_where_there_are_several_models(tmp_path: Path) -> None:
+    config = _write(tmp_path / "c.yaml", args={"models": [{"name": "a"}, {"name": "b"}]})
+    with pytest.raises(LaunchError, match=r"--base is for one model, and there are a, b; name it in their entries"):
+        _plan(config, base="owner/base")
+
+
+def test_a_configuration_in_the_working_directory_is_found(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    _write(tmp_path / "serve_config.yaml", args={"models": [{"checkpoint": str(tiny_checkpoint), "name": "mine"}]})
+    assert _plan().args.models[0].served_name == "mine"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is not YAML"),
+        ("- 1", "must hold a Serve configuration"),
+        ("applications: []", "names no application"),
+        ("applications: [{import_path: other:app}]", "names no application"),
+    ],
+)
+def test_a_configuration_that_is_none_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(LaunchError, match=message):
+        _plan(tmp_path / "c.yaml")
+
+
+def test_a_missing_configuration_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(LaunchError, match="cannot be read"):
+        _plan(tmp_path / "none.yaml")
+
+
+def test_a_wrong_setting_is_named(tmp_path: Path) -> None:
+    config = _write(tmp_path / "c.yaml", args={"generator": {"threads": 0}})
+    with pytest.raises(LaunchError, match=r"args\.generator\.threads"):
+        _plan(config)
+    config = _write(tmp_path / "c.yaml", args={"models": [{"name": "a"}, {"nam": "b"}]})
+    with pytest.raises(LaunchError, match=r"args\.models\.1\.nam: Extra inputs are not permitted"):
+        _plan(config)
+
+
+def test_a_missing_checkpoint_ends_the_start_at_once() -> None:
+    with pytest.raises(CheckpointError, match="/nowhere/llava"):
+        _plan(model="/nowhere/llava")
+
+
+def test_a_port_in_use_ends_the_start_at_once(tiny_checkpoint: Path) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(LaunchError, match=f"port {port} on 127.0.0.1 is already in use"):
+            _plan(model=str(tiny_checkpoint), port=port)
+
+
+def test_nobody_is_let_in_from_elsewhere_without_keys(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = _write(tmp_path / "c.yaml")
+    with pytest.raises(ExposureError, match=r"0\.0\.0\.0.*keys create"):
+        _plan(config, model=str(tiny_checkpoint), host="0.0.0.0")
+    content = {**yaml.safe_load(config.read_text()), "http_options": {"host": "0.0.0.0"}}
+    config.write_text(yaml.safe_dump(content))
+    with pytest.raises(ExposureError):
+        _plan(config, model=str(tiny_checkpoint))
+    monkeypatch.chdir(tmp_path)
+    config = _write(tmp_path / "c.yaml", args={"auth": {"keys_file": "keys.json"}})
+    with pytest.raises(KeysFileError, match="cannot be read"):
+        _plan(config, model=str(tiny_checkpoint), host="0.0.0.0")
+    Path("keys.json").write_text('{"keys": []}')
+    plan = _plan(config, model=str(tiny_checkpoint), host="0.0.0.0")
+    # Replicas work elsewhere.
+    assert plan.config["applications"][0]["args"]["auth"]["keys_file"] == str(tmp_path / "keys.json")
+
+
+def test_a_route_prefix_is_part_of_the_address(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    plan = _plan(_write(tmp_path / "c.yaml", route_prefix="/vision/"), model=str(tiny_checkpoint))
+    assert plan.url == f"http://127.0.0.1:{plan.port}/vision"
+    with pytest.raises(LaunchError, match="no route_prefix"):
+        _plan(_write(tmp_path / "c.yaml", route_prefix=None), model=str(tiny_checkpoint))
+
+
+def test_what_was_found_is_handed_on_with_its_revisions_and_no_stage_fetches_anything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    repositories = {repo_id: {OLD: folder} for repo_id, folder in write_lora(tmp_path / "written").items()}
+    config = _write(tmp_path / "c.yaml", args={"models": [{"checkpoint": "owner/lora", "template": "vicuna_v1"}]})
+    with hub_of(repositories) as hub:
+        use_cache(monkeypatch, tmp_path / "cache", hub.url)
+        with pytest.raises(CheckpointError, match=r"owner/lora, the model, is neither .* nothing may be fetched"):
+            _plan(config, offline=True)
+        assert hub.asked == []
+        plan = _plan(config)
+        hub.asked.clear()
+        handed = plan.config["applications"][0]["args"]
+        revisions = dict.fromkeys(repositories, OLD)
+        named = {"name": "owner/lora", "checkpoint": "owner/lora", "base": None, "template": "vicuna_v1"}
+        assert handed["offline"] is True
+        [model] = handed["models"]
+        assert {field: value for field, value in model.items() if value != {}} == named | {"revisions": revisions}
+        for folders in repositories.values():
+            folders[NEW] = folders[OLD]
+        [found] = check_checkpoints(AppArgs.model_validate(handed)).values()
+        assert found.open().revisions == revisions
+        assert hub.asked == []
+
+
+def test_another_model_does_not_get_the_revisions_of_the_configurations(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    config = _write(
+        tmp_path / "c.yaml", args={"models": [{"checkpoint": "owner/name", "revisions": {"owner/name": OLD}}]}
+    )
+    with pytest.raises(CheckpointError, match=f"owner/name at revision {OLD}"):
+        _plan(config)
+    assert _plan(config, model=str(tiny_checkpoint)).args.models[0].revisions is None
+
+
+def test_metrics_are_at_the_port_after_the_services_unless_another_is_chosen(tiny_checkpoint: Path) -> None:
+    plan = _plan(model=str(tiny_checkpoint))
+    assert plan.metrics_port == plan.port + 1
+    assert _plan(model=str(tiny_checkpoint), metrics_port=0).metrics_port == 0
+    # There is none after the last.
+    assert _plan(model=str(tiny_checkpoint), port=65535).metrics_port == 0
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(LaunchError, match="with --metrics-port"):
+        _plan(model=str(tiny_checkpoint), metrics_port=taken.getsockname()[1])
+
+
+def _towers(**shared: str) -> Callable[[], dict[str, str]]:
+    return lambda: shared
+
+
+def _never() -> dict[str, str]:
+    raise AssertionError("comparing towers reads all of them")
+
+
+def test_resources_that_are_not_there_end_the_start() -> None:
+    check_resources(AppArgs(), _never, {"CPU": 1.0})
+    own = {"scenes-llava": "scenes-llava"}
+    with pytest.raises(LaunchError, match=r"ask for 1 CPUs in all, and this machine has 0\.5"):
+        check_resources(AppArgs(), _towers(**own), {"CPU": 0.5})
+    args = AppArgs(generator=GeneratorArgs(num_gpus=1, min_replicas=2, max_replicas=2))
+    with pytest.raises(LaunchError, match="ask for 2 GPUs in all, and this machine has 0; lower num_gpus"):
+        check_resources(args, _towers(**own), {"CPU": 8.0})
+
+
+def test_a_tower_that_models_share_counts_once() -> None:
+    entries = [{"name": "a"}, {"name": "b", "generator": {"num_cpus": 0.8}}]
+    args = AppArgs.model_validate({"models": entries})
+    # 0.1 for the gateway, 0.2 for the preprocessor, 0.4 and 0.8 for generators, 0.3 for each encoder.
+    check_resources(args, _never, {"CPU": 2.1})
+    check_resources(args, _towers(a="a", b="a"), {"CPU": 1.8})
+    with pytest.raises(LaunchError, match=r"ask for 1\.8 CPUs in all, and this machine has 1\.7"):
+        check_resources(args, _towers(a="a", b="a"), {"CPU": 1.7})
+    with pytest.raises(LaunchError, match=r"ask for 2\.1 CPUs"):
+        check_resources(args, _towers(a="a", b="b"), {"CPU": 1.8})
