@@ -15,14 +15,16 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any, TextIO
 
 import click
 
 from deployments.client import chat_body, stream_chat
-from deployments.launch_plan import CONFIG_FILE, LaunchPlan, plan_launch
+from deployments.config_file import CONFIG_FILE
+from deployments.launch_plan import LaunchPlan, plan_launch
 from deployments.launcher import LocalService, Progress
 from llava_core.errors import LlavaError
 
@@ -67,7 +69,10 @@ _port = click.option("--port", type=click.IntRange(1, 65535), envvar="PORT", hel
     help="How long running requests may take to end after Ctrl-C or SIGTERM; a second one cuts them off.",
 )
 def serve(config: Path | None, drain_seconds: float, **options: Any) -> None:
-    """Serve models over HTTP on this machine until Ctrl-C: those of the configuration, or one."""
+    """Serve models over HTTP on this machine until Ctrl-C: those of the configuration, or one.
+
+    SIGHUP reads the configuration again: new replicas take over, old ones end their requests before they go.
+    """
     with _failing_in_one_line():
         plan = plan_launch(config, **options)
         with _terminal() as terminal, _running(plan, terminal) as service:
@@ -76,10 +81,12 @@ def serve(config: Path | None, drain_seconds: float, **options: Any) -> None:
                 _say(terminal, f"  {method:4} {plan.url}{path}")
             _say(terminal, f"  metrics {service.metrics_url}")
             _say(terminal, f"  logs {service.logs}")
-            with contextlib.suppress(KeyboardInterrupt):
+            with contextlib.suppress(KeyboardInterrupt), _told_to_update() as is_told:
                 while True:
                     service.check()
                     time.sleep(_CHECK_S)
+                    if is_told():
+                        _update(service, config, options, terminal)
             _drain(service, drain_seconds, terminal)
             _say(terminal, "\nStopping ...")
 
@@ -156,10 +163,44 @@ def _running(plan: LaunchPlan, terminal: TextIO) -> Iterator[LocalService]:
         service.stop()
 
 
-def _drain(service: LocalService, seconds: float, terminal: TextIO) -> None:
-    """Serve's own proxy, where it is used in place of ours, knows no such thing."""
-    if service.balancer is None:
+@contextlib.contextmanager
+def _told_to_update() -> Iterator[Callable[[], bool]]:
+    """Whether SIGHUP has come since it was last asked, as servers take it: read the configuration again."""
+    times = {"told": 0, "asked": 0}
+
+    def note(_number: int, _frame: FrameType | None) -> None:
+        times["told"] += 1
+
+    def is_told() -> bool:
+        told, asked = times["told"], times["asked"]
+        times["asked"] = told
+        return told > asked
+
+    before = signal.signal(signal.SIGHUP, note)
+    try:
+        yield is_told
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def _update(service: LocalService, config: Path | None, options: dict[str, Any], terminal: TextIO) -> None:
+    """Whatever is wrong, the service goes on, for another try."""
+    _say(terminal, "\nReading the configuration again ...")
+    try:
+        plan = plan_launch(config, **options, running=service.plan)
+    except LlavaError as error:
+        _say(terminal, f"It stays as it is: {error}")
         return
+    try:
+        service.update(plan)
+    except LlavaError as error:
+        _say(terminal, f"It does not start: {error}\nCorrect it and send SIGHUP again.")
+        return
+    _say(terminal, f"Serving {_names(plan)} anew.")
+
+
+def _drain(service: LocalService, seconds: float, terminal: TextIO) -> None:
+    assert service.balancer is not None, "it has been started"
     _say(terminal, f"\nLetting requests end, for {seconds:g} s at most. Ctrl-C cuts them off.")
     with contextlib.suppress(KeyboardInterrupt):
         if not service.balancer.drain(seconds):

@@ -12,6 +12,10 @@ from deployments.api_keys import read_keys
 from deployments.settings import AuthArgs
 from llava_core.errors import LlavaError
 
+# Set by whoever starts a Ray with an entrance of its own, for all replicas of that Ray: the host it listens on. Where
+# Serve listens is then behind it.
+ENTRANCE_VARIABLE = "LLAVA_SERVE_ENTRANCE_HOST"
+
 
 class ExposureError(LlavaError):
     """The service would answer strangers."""

@@ -6,15 +6,14 @@ imported.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
+from deployments.config_file import find_application, read_config
 from deployments.errors import LaunchError
 from deployments.exposure import check_exposure
 from deployments.model_settings import ModelArgs
@@ -22,12 +21,8 @@ from deployments.ports import check_port, choose_metrics_port
 from deployments.preflight import FoundCheckpoint, check_checkpoints
 from deployments.settings import AppArgs
 
-CONFIG_FILE = "serve_config.yaml"
-IMPORT_PATH = "deployments.app:build_app"
-DEFAULT_CONFIG: Mapping[str, Any] = {
-    "logging_config": {"enable_access_log": False},
-    "applications": [{"name": "llava", "route_prefix": "/", "import_path": IMPORT_PATH}],
-}
+# Where Serve's own section may say anything, HAProxy looks for so many.
+_MANY_GATEWAYS = 64
 
 
 @dataclass(frozen=True)
@@ -50,6 +45,21 @@ class LaunchPlan:
         host = f"[{host}]" if ":" in host else host
         return f"http://{host}:{self.port}{self.route_prefix.rstrip('/')}"
 
+    @property
+    def application(self) -> str:
+        """The name of ours."""
+        return str(find_application(self.config).get("name", "default"))
+
+    @property
+    def is_alone(self) -> bool:
+        """Several applications share an address by their prefixes, which Serve's proxy knows and HAProxy does not."""
+        return len(self.config["applications"]) == 1
+
+    @property
+    def max_gateways(self) -> int:
+        """As many as HAProxy looks for."""
+        return _MANY_GATEWAYS if "deployments" in find_application(self.config) else self.args.gateway.max_replicas
+
 
 def plan_launch(
     config: Path | None = None,
@@ -60,12 +70,14 @@ def plan_launch(
     port: int | None = None,
     metrics_port: int | None = None,
     offline: bool = False,
+    running: LaunchPlan | None = None,
 ) -> LaunchPlan:
-    """Read the configuration, let the options override it, and look at settings, ports and checkpoints.
+    """Read the configuration, let the options override it, and look at settings, ports and checkpoints; of what is to
+    take the place of a `running` service, also at what only a new start can change.
 
     Raises LaunchError, ExposureError, KeysFileError or CheckpointError, with one message that says what to do.
     """
-    content = _read_config(config)
+    content = read_config(config)
     application = find_application(content)
     given = dict(application.get("args") or {})
     if model is not None:
@@ -79,8 +91,9 @@ def plan_launch(
     http = dict(content.get("http_options") or {})
     address = host or http.get("host", "127.0.0.1"), port or http.get("port", 8000)
     check_exposure(address[0], args.auth)
-    check_port(*address)
-    metrics_port = choose_metrics_port(address[1], metrics_port)
+    if running is None:
+        check_port(*address)
+    metrics_port = choose_metrics_port(address[1], metrics_port) if running is None else running.metrics_port
     prefix = application.get("route_prefix", "/")
     if not prefix:
         raise LaunchError("the application has no route_prefix, so that nobody could reach it")
@@ -90,7 +103,10 @@ def plan_launch(
     models = [_pinned(model, found[model.served_name]) for model in args.models]
     application["args"] = {**given, "models": models, "offline": True}
     content["http_options"] = {**http, "host": address[0], "port": address[1]}
-    return LaunchPlan(content, args, found, *address, prefix, metrics_port)
+    plan = LaunchPlan(content, args, found, *address, prefix, metrics_port)
+    if running is not None:
+        _check_update(running, plan)
+    return plan
 
 
 def _over(base: str, models: Sequence[ModelArgs]) -> dict[str, Any]:
@@ -133,29 +149,13 @@ def _lacking(args: AppArgs, towers: Mapping[str, str], available: Mapping[str, f
     return None
 
 
-def _read_config(path: Path | None) -> dict[str, Any]:
-    if path is None:
-        path = Path(CONFIG_FILE)
-        if not path.exists():
-            return json.loads(json.dumps(DEFAULT_CONFIG))  # type: ignore[no-any-return]
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise LaunchError(f"{path} cannot be read: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise LaunchError(f"{path} is not YAML: {error}") from None
-    if not isinstance(content, dict):
-        raise LaunchError(f"{path} must hold a Serve configuration, with a list of applications")
-    return content
-
-
-def find_application(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The application of this project in a Serve configuration. Raises LaunchError when there is none."""
-    applications = content.get("applications")
-    for application in applications if isinstance(applications, list) else ():
-        if isinstance(application, dict) and application.get("import_path") == IMPORT_PATH:
-            return application
-    raise LaunchError(f"the configuration names no application whose import_path is {IMPORT_PATH}")
+def _check_update(running: LaunchPlan, changed: LaunchPlan) -> None:
+    for what in ("host", "port", "application", "is_alone", "max_gateways"):
+        if getattr(running, what) != getattr(changed, what):
+            raise LaunchError(
+                "address and name of the application, whether there are others, and gateway.max_replicas are what a "
+                "running service was started with; start it anew to change them"
+            )
 
 
 def _check_args(args: Any) -> AppArgs:

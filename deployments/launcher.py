@@ -8,23 +8,22 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from deployments.client import is_healthy
-from deployments.deploy_failures import raise_if_failed
+from deployments.config_file import find_application
+from deployments.deploying import deploy, serve_schema, watch
 from deployments.environment import ENVIRONMENT
 from deployments.errors import LaunchError
-from deployments.launch_plan import LaunchPlan, check_resources, find_application
-from deployments.load_balancer import LoadBalancer, load_balancer
+from deployments.exposure import ENTRANCE_VARIABLE
+from deployments.launch_plan import LaunchPlan, check_resources
+from deployments.load_balancer import LoadBalancer, balance_gateways, balance_proxy
 from deployments.preflight import share_towers
 from deployments.processes import Process, descendants, end, name_of
 
-_MANY_GATEWAYS = 64
 _VITAL = ("gcs_server", "raylet")
 _OBJECT_STORE_BYTES = 1024**3
 _POLL_S, _HTTP_DEADLINE_S, _STOP_PATIENCE_S = 0.1, 60.0, 5.0
@@ -43,7 +42,7 @@ class LocalService:
     """A running service and the Ray under it. `stop` ends every process that `start` began, however far it came.
 
     Other processes of the caller's are none of its business. `logs` is where Serve's are, `metrics_url` Prometheus'
-    page of all processes, as soon as there is a Ray; `balancer` is in front of its gateways, unless Serve's proxy is.
+    page of all processes, as soon as there is a Ray; `balancer` is in front of its gateways or of Serve's proxy.
     """
 
     plan: LaunchPlan
@@ -58,20 +57,15 @@ class LocalService:
     def start(self, report: Callable[[Progress], None]) -> None:
         """Returns when the service answers. Raises LaunchError when a stage cannot start."""
         self._before = descendants(os.getpid())
-        # Several applications share an address by their prefixes, which Serve's proxy knows and HAProxy does not.
-        proxy = {"RAY_SERVE_ENABLE_DIRECT_INGRESS": "0"} if len(self.plan.config["applications"]) > 1 else {}
+        proxy = {} if self.plan.is_alone else {"RAY_SERVE_ENABLE_DIRECT_INGRESS": "0"}
         for variable, value in {**ENVIRONMENT, **proxy}.items():
             os.environ.setdefault(variable, value)
         import ray
         from ray import serve
-        from ray.serve.context import _get_global_client
-        from ray.serve.schema import ServeDeploySchema
 
-        schema = self._schema(ServeDeploySchema)
-        if os.environ["RAY_SERVE_ENABLE_DIRECT_INGRESS"] == "1":
-            self.balancer = _load_balancer(self.plan)
-            # Where gateways listen. Serve's proxy, which starts all the same, takes any port.
-            schema.http_options = schema.http_options.model_copy(update={"host": self.balancer.host, "port": 0})
+        self.balancer = _load_balancer(self.plan)
+        os.environ[ENTRANCE_VARIABLE] = self.plan.host
+        schema = serve_schema(self.plan.config, self.balancer.host, self.balancer.proxy_port)
         context: Any = ray.init(
             address="local",
             namespace="serve",
@@ -98,15 +92,23 @@ class LocalService:
             logging_config=schema.logging_config,
             tracing_config=schema.tracing_config,
         )
-        client = _get_global_client()
-        assert client is not None
-        client.deploy_apps(schema)
-        for stage in self._watch():
+        deploy(schema)
+        for stage in watch(self.plan.application):
             report(self._progress(stage))
-        if self.balancer is not None:
-            self.balancer.start()
+        self.balancer.start()
         self._wait_for_http()
         report(self._progress("HTTP"))
+
+    def update(self, plan: LaunchPlan) -> None:
+        """New replicas take the place of the old ones, which end their requests before they go. Returns when all the
+        new ones serve. Raises LaunchError when they cannot; then nothing serves until another update."""
+        assert self.balancer is not None, "it has been started"
+        schema = serve_schema(plan.config, self.balancer.host, self.balancer.proxy_port)
+        self.plan = plan
+        deploy(schema)
+        for _ in watch(plan.application):
+            pass
+        self._wait_for_http()
 
     def check(self) -> None:
         """Raise LaunchError when a process has ended without which there is no service."""
@@ -128,36 +130,8 @@ class LocalService:
         ray.shutdown()
         end(own, patience_s=_STOP_PATIENCE_S)
 
-    def _schema(self, schema: Any) -> Any:
-        try:
-            return schema.model_validate(self.plan.config)
-        except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            where = ".".join(map(str, first["loc"]))
-            raise LaunchError(f"the configuration is wrong at {where}: {first['msg']}") from None
-
     def _progress(self, what: str) -> Progress:
         return Progress(what, time.monotonic() - self._started)
-
-    def _watch(self) -> Iterator[str]:
-        """Names of deployments as they become ready, until all are."""
-        from ray import serve
-
-        application = find_application(self.plan.config).get("name", "default")
-        ready: set[str] = set()
-        while True:
-            overview = serve.status().applications.get(application)
-            if overview is not None:
-                deployments = overview.deployments
-                for stage in sorted(set(deployments) - ready):
-                    if deployments[stage].status == "HEALTHY":
-                        ready.add(stage)
-                        yield stage
-                if overview.status == "RUNNING":
-                    return
-                messages = {stage: each.message for stage, each in deployments.items() if stage not in ready}
-                raise_if_failed(str(overview.status.value), overview.message, messages)
-            time.sleep(_POLL_S)
 
     def _wait_for_http(self) -> None:
         deadline = time.monotonic() + _HTTP_DEADLINE_S
@@ -168,7 +142,7 @@ class LocalService:
 
 
 def _load_balancer(plan: LaunchPlan) -> LoadBalancer:
-    application = find_application(plan.config)
-    # Serve's own section may say anything.
-    most = _MANY_GATEWAYS if "deployments" in application else plan.args.gateway.max_replicas
-    return load_balancer((plan.host, plan.port), application.get("name", "default"), max_gateways=most)
+    address = plan.host, plan.port
+    if os.environ["RAY_SERVE_ENABLE_DIRECT_INGRESS"] == "1":
+        return balance_gateways(address, plan.application, max_gateways=plan.max_gateways)
+    return balance_proxy(address, plan.application)

@@ -1,8 +1,9 @@
 """HAProxy in front of the gateway's replicas: the one port that clients see, on the interface that was asked for.
 
 A service on one machine has it in place of Serve's HTTP proxy, which takes each piece of an answer through a process of
-Python. The program comes with Ray Serve; started by Serve, it would open two more ports on every interface. Knows
-addresses, and nothing of what passes through.
+Python. Where several applications share an address, that proxy stands between HAProxy and all of them. The program
+comes with Ray Serve; started by Serve, it would open two more ports on every interface. Knows addresses, and nothing of
+what passes through.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ frontend clients
 backend gateways
     # Other applications' replicas listen on these ports, too: one says which it belongs to.
     option httpchk GET /-/routes
-    http-check expect rstring '"{application}" *}}$'
+    http-check expect rstring '{routes}'
     # A new one is found within half a second. One that does not answer is tried for as long as another needs to start.
     default-server check inter 1s fastinter 500ms downinter 500ms rise 1 fall 40
 {servers}
@@ -84,12 +85,14 @@ class LoadBalancerError(LlavaError):
 
 @dataclass
 class LoadBalancer:
-    """From `address` (host, port) to whichever of `ports` on `host` a replica of `application` listens on."""
+    """From `address` (host, port) to whichever of `ports` on `host` a replica of `application` listens on, or Serve's
+    proxy with `proxy_port`, which it has to choose itself where that is 0."""
 
     address: tuple[str, int]
     host: str
     ports: Sequence[int]
     application: str
+    proxy_port: int = 0
     _process: subprocess.Popen[bytes] | None = None
     _folder: tempfile.TemporaryDirectory[str] | None = field(default=None, repr=False)
 
@@ -100,7 +103,8 @@ class LoadBalancer:
         return _CONFIGURATION.format(
             address=f"[{host}]:{port}" if ":" in host else f"{host}:{port}",
             errors="\n".join(_http_errors()),
-            application=re.escape(self.application),
+            # A replica tells of its own application alone, the proxy of all of them.
+            routes=f'"{re.escape(self.application)}"' + ("" if self.proxy_port else " *}$"),
             servers="\n".join(f"    server gateway{port} {self.host}:{port}" for port in self.ports),
         )
 
@@ -189,7 +193,7 @@ class LoadBalancer:
             raise LoadBalancerError(f"HAProxy does not answer: {error}") from None
 
 
-def load_balancer(address: tuple[str, int], application: str, *, max_gateways: int) -> LoadBalancer:
+def balance_gateways(address: tuple[str, int], application: str, *, max_gateways: int) -> LoadBalancer:
     """In front of an application's gateways, wherever Serve, which is told by the environment, puts them: one that
     follows another cannot have its port at once."""
     first = int(os.environ.setdefault("RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT", "30000"))
@@ -197,6 +201,12 @@ def load_balancer(address: tuple[str, int], application: str, *, max_gateways: i
     # One past the last.
     os.environ["RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT"] = str(first + num_ports)
     return LoadBalancer(address, local_host(address[1]), range(first, first + num_ports), application)
+
+
+def balance_proxy(address: tuple[str, int], application: str) -> LoadBalancer:
+    """In front of Serve's proxy, for an application that is not alone."""
+    port = address[1]
+    return LoadBalancer(address, local_host(port), [port], application, proxy_port=port)
 
 
 def local_host(port: int) -> str:
@@ -210,7 +220,7 @@ def _program() -> str:
     try:
         return str(get_haproxy_binary())
     except FileNotFoundError as error:
-        raise LoadBalancerError(f"{error} Or use Serve's proxy: RAY_SERVE_ENABLE_DIRECT_INGRESS=0") from None
+        raise LoadBalancerError(f"{error} `serve run` does without it") from None
 
 
 def _run(command: list[str], folder: Path, output: IO[bytes]) -> subprocess.Popen[bytes]:

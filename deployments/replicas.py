@@ -19,7 +19,7 @@ from ray.serve.context import _get_global_client
 
 from deployments.access import KeyRing
 from deployments.cores import usable_cores
-from deployments.exposure import check_exposure
+from deployments.exposure import ENTRANCE_VARIABLE, check_exposure
 from deployments.fetch import Fetcher
 from deployments.gateway import Gateway
 from deployments.generator import Generator
@@ -71,7 +71,8 @@ class GatewayReplica:
     ) -> None:
         """Encoders and generators come by the names of the models that use them."""
         adopt_serve_logging()
-        check_exposure(in_thread_of_its_own(_listening_host), args.auth)
+        for host in in_thread_of_its_own(_listening_hosts):
+            check_exposure(host, args.auth)
         # One for all: what was lost may have been on a stage that models share.
         quarantine = Quarantine(args.limits.refused_seconds)
         pipelines = {
@@ -148,12 +149,13 @@ class GeneratorReplica(Generator):
         super().__init__(running, handoff, token_bytes=tokenizer.token_bytes, recorder=recorder)
 
 
-def _listening_host() -> str:
-    """Where Serve listens for HTTP, whoever has started it: `llava serve`, whose gateways are behind a HAProxy of its
-    own, `serve run`, another application, or Serve's HAProxy, which listens everywhere."""
+def _listening_hosts() -> set[str]:
+    """Where Serve listens for HTTP, whoever has started it: `serve run`, another application, or Serve's HAProxy, which
+    listens everywhere; and the entrance that `llava serve` has in front of it, whoever has deployed this."""
     client = _get_global_client()
     assert client is not None
-    return str(client.http_config.host)
+    entrance = os.environ.get(ENTRANCE_VARIABLE)
+    return {str(client.http_config.host), *([entrance] if entrance else [])}
 
 
 def _load_tower(args: ComputeArgs, checkpoint: FoundCheckpoint) -> tuple[VisionTower, Cores]:

@@ -168,10 +168,10 @@ def read_until(process: subprocess.Popen[bytes], mark: str) -> str:
     return "".join(lines)
 
 
-def long_checkpoint(tiny_checkpoint: Path, folder: Path) -> Path:
+def long_checkpoint(tiny_checkpoint: Path, folder: Path, *, num_tokens: int = 8192) -> Path:
     """With a context that is long enough for answers that do not end while a test looks at them."""
     copy = Path(shutil.copytree(tiny_checkpoint, folder / "long-llava"))
-    edit_json(copy / "config.json", lambda config: config["text_config"].update(max_position_embeddings=8192))
+    edit_json(copy / "config.json", lambda config: config["text_config"].update(max_position_embeddings=num_tokens))
     return copy
 
 

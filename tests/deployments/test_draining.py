@@ -1,13 +1,22 @@
-"""A service that is told to stop while it answers. A real Ray."""
+"""A service that is told to stop, or to take another configuration, while it answers. A real Ray."""
 
+import contextlib
 import os
 import signal
+import subprocess
+import threading
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Self
 
 import httpx
 import pytest
+import yaml
 
+from tests.deployments.pictures import plain
 from tests.deployments.service import (
+    content,
     events,
     free_port,
     llava,
@@ -21,31 +30,122 @@ from tests.deployments.service import (
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
+COMPUTE = {"num_cpus": 0.05, "dtype": "float32", "threads": 1}
+STAGES = {"vision_encoder": COMPUTE, "generator": COMPUTE}
 
+
+def _serve(config: Path, port: int) -> list[str]:
+    return llava("serve", "--config", str(config), "--port", str(port), "--drain-seconds", "120")
+
+
+@contextlib.contextmanager
+def _stream(url: str, *, max_tokens: int) -> Iterator[Iterator[Any]]:
+    """The events of a long answer, after the first."""
+    body = {"messages": messages("hi"), "stream": True, "max_tokens": max_tokens, "ignore_eos": True}
+    with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=150) as response:
+        seen = events(response)
+        next(seen)
+        yield seen
+
+
+@pytest.mark.parametrize("is_alone", [True, False], ids=["gateways", "proxy"])
 def test_running_streams_end_and_new_requests_are_refused_before_it_stops(
-    tiny_checkpoint: Path, tmp_path: Path
+    tiny_checkpoint: Path, tmp_path: Path, *, is_alone: bool
 ) -> None:
-    compute = {"num_cpus": 0.05, "dtype": "float32", "threads": 1}
-    checkpoint = long_checkpoint(tiny_checkpoint, tmp_path)
-    config = write_config(checkpoint, tmp_path, vision_encoder=compute, generator=compute)
+    config = write_config(long_checkpoint(tiny_checkpoint, tmp_path), tmp_path, **STAGES)
+    if not is_alone:
+        described = yaml.safe_load(config.read_text())
+        other = {"name": "other", "route_prefix": "/other", "import_path": "tests.deployments.other_application:app"}
+        described["applications"].append(other)
+        config.write_text(yaml.safe_dump(described))
     port = free_port()
-    url = f"http://127.0.0.1:{port}/v1/chat/completions"
-    command = llava("serve", "--config", str(config), "--port", str(port), "--drain-seconds", "120")
-    with started(command) as (process, _):
+    url = f"http://127.0.0.1:{port}"
+    with started(_serve(config, port)) as (process, _):
         read_until(process, "  logs ")
-        body = {"messages": messages("hi"), "stream": True, "max_tokens": 1000, "ignore_eos": True}
-        with httpx.stream("POST", url, json=body, timeout=60) as response:
-            seen = events(response)
-            next(seen)
+        if not is_alone:
+            assert httpx.get(f"{url}/other", timeout=60).text == "other"
+        with _stream(url, max_tokens=1000) as seen:
             # To every process of the terminal, as Ctrl-C does.
             os.killpg(process.pid, signal.SIGINT)
             read_until(process, "Letting requests end")
-            until(lambda: httpx.get(f"http://127.0.0.1:{port}/health", timeout=10).status_code == 503)
-            refused = httpx.post(url, json={"messages": messages("hi")}, timeout=10)
+            until(lambda: httpx.get(f"{url}/health", timeout=10).status_code == 503)
+            refused = httpx.post(f"{url}/v1/chat/completions", json={"messages": messages("hi")}, timeout=10)
             assert refused.status_code == 503
             assert int(refused.headers["retry-after"]) >= 1
             assert refused.json()["error"]["code"] == "unavailable"
             *_, last, done = seen
         assert last["choices"][0]["finish_reason"] == "length"
         assert done == "[DONE]"
+        assert process.wait(60) == 0
+
+
+class _Asking:
+    """Asks one question after the other, every other one about a new picture, until the block ends."""
+
+    def __init__(self, url: str) -> None:
+        self.statuses: Counter[int] = Counter()
+        self.unexpected: list[str] = []
+        self._url = url
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._ask)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._is_over.set()
+        self._thread.join()
+
+    def _ask(self) -> None:
+        number = 0
+        while not self._is_over.is_set():
+            number += 1
+            parts = content(plain((number % 256, number // 256, 0)), "What?") if number % 2 else "hi"
+            body = {"messages": messages(parts), "max_tokens": 2}
+            response = httpx.post(f"{self._url}/v1/chat/completions", json=body, timeout=150)
+            self.statuses[response.status_code] += 1
+            if response.status_code != 200:
+                self.unexpected.append(response.text)
+
+
+def _tell(process: subprocess.Popen[bytes], config: Path, limits: dict[str, Any]) -> None:
+    described = yaml.safe_load(config.read_text())
+    described["applications"][0]["args"]["limits"] = limits
+    config.write_text(yaml.safe_dump(described))
+    process.send_signal(signal.SIGHUP)
+
+
+@pytest.mark.parametrize("direct", ["1", "0"], ids=["gateways", "proxy"])
+def test_a_new_configuration_takes_over_while_streams_end_and_nobody_is_refused(
+    direct: str, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_SERVE_ENABLE_DIRECT_INGRESS", direct)
+    checkpoint = long_checkpoint(tiny_checkpoint, tmp_path, num_tokens=20_000)
+    config = write_config(checkpoint, tmp_path, engine={"cache_tokens": 40_000}, **STAGES)
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+
+    def is_taken() -> bool:
+        """A request for more answers than the new limits allow."""
+        body = {"messages": messages("hi"), "n": 2, "max_tokens": 1}
+        response = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=150)
+        assert response.status_code in (200, 400), response.text
+        return response.status_code == 200
+
+    with started(_serve(config, port)) as (process, _):
+        read_until(process, "  logs ")
+        assert is_taken()
+        _tell(process, config, {"max_n": 0})
+        read_until(process, "It stays as it is: the configuration is wrong at args.limits.max_n")
+        with _stream(url, max_tokens=19_000) as seen, _Asking(url) as asking:
+            _tell(process, config, {"max_n": 1})
+            read_until(process, "Serving long-llava anew")
+            until(lambda: not is_taken())
+            assert next(seen)["choices"][0]["finish_reason"] is None, "it has ended too soon to tell anything"
+            *_, last, done = seen
+        assert last["choices"][0]["finish_reason"] == "length"
+        assert done == "[DONE]"
+        assert set(asking.statuses) == {200}, asking.unexpected
+        process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0

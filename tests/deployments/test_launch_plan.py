@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import yaml
 
+from deployments.config_file import IMPORT_PATH
 from deployments.errors import KeysFileError, LaunchError
 from deployments.exposure import ExposureError
-from deployments.launch_plan import IMPORT_PATH, LaunchPlan, check_resources, plan_launch
+from deployments.launch_plan import LaunchPlan, check_resources, plan_launch
 from deployments.preflight import check_checkpoints
 from deployments.settings import AppArgs
 from deployments.stage_settings import GeneratorArgs
@@ -33,6 +34,12 @@ def _write(path: Path, **application: Any) -> Path:
 
 def _plan(config: Path | None = None, **options: Any) -> LaunchPlan:
     return plan_launch(config, **{"port": _free_port(), **options})
+
+
+def _add_application(config: Path) -> None:
+    content = yaml.safe_load(config.read_text())
+    content["applications"].append({"name": "b", "route_prefix": "/b", "import_path": "b:app"})
+    config.write_text(yaml.safe_dump(content))
 
 
 def test_without_a_configuration_there_are_defaults(
@@ -96,26 +103,6 @@ def test_a_configuration_in_the_working_directory_is_found(
     monkeypatch.chdir(tmp_path)
     _write(tmp_path / "serve_config.yaml", args={"models": [{"checkpoint": str(tiny_checkpoint), "name": "mine"}]})
     assert _plan().args.models[0].served_name == "mine"
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("{", "is not YAML"),
-        ("- 1", "must hold a Serve configuration"),
-        ("applications: []", "names no application"),
-        ("applications: [{import_path: other:app}]", "names no application"),
-    ],
-)
-def test_a_configuration_that_is_none_is_refused(text: str, message: str, tmp_path: Path) -> None:
-    (tmp_path / "c.yaml").write_text(text)
-    with pytest.raises(LaunchError, match=message):
-        _plan(tmp_path / "c.yaml")
-
-
-def test_a_missing_configuration_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(LaunchError, match="cannot be read"):
-        _plan(tmp_path / "none.yaml")
 
 
 def test_a_wrong_setting_is_named(tmp_path: Path) -> None:
@@ -211,6 +198,41 @@ def test_metrics_are_at_the_port_after_the_services_unless_another_is_chosen(tin
     assert _plan(model=str(tiny_checkpoint), port=65535).metrics_port == 0
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(LaunchError, match="with --metrics-port"):
         _plan(model=str(tiny_checkpoint), metrics_port=taken.getsockname()[1])
+
+
+def test_what_takes_over_has_the_same_address_and_may_be_anything_else(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    config = _write(tmp_path / "c.yaml", args={"limits": {"max_n": 2}})
+    running = _plan(config, model=str(tiny_checkpoint))
+    with socket.create_server((running.host, running.port)):
+        _write(config, args={"limits": {"max_n": 3}})
+        changed = _plan(config, model=str(tiny_checkpoint), port=running.port, running=running)
+    assert changed.args.limits.max_n == 3
+    assert changed.metrics_port == running.metrics_port
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"name": "other"}, {"args": {"gateway": {"max_replicas": 2}}}, {"deployments": [{"name": "Gateway"}]}],
+    ids=lambda options: next(iter(options)),
+)
+def test_what_only_a_new_start_can_change_is_refused_while_it_runs(
+    options: dict[str, Any], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    config = tmp_path / "c.yaml"
+    running = _plan(_write(config), model=str(tiny_checkpoint))
+    with pytest.raises(LaunchError, match="start it anew"):
+        _plan(config, model=str(tiny_checkpoint), running=running)
+    _write(config, **options)
+    with pytest.raises(LaunchError, match="start it anew"):
+        _plan(config, model=str(tiny_checkpoint), port=running.port, running=running)
+
+
+def test_an_application_that_is_joined_by_others_needs_a_new_start(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    config = _write(tmp_path / "c.yaml")
+    running = _plan(config, model=str(tiny_checkpoint))
+    _add_application(config)
+    with pytest.raises(LaunchError, match="start it anew"):
+        _plan(config, model=str(tiny_checkpoint), port=running.port, running=running)
 
 
 def _towers(**shared: str) -> Callable[[], dict[str, str]]:

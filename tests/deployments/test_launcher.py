@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 import yaml
 
+from deployments.config_file import IMPORT_PATH
 from deployments.errors import LaunchError
-from deployments.launch_plan import IMPORT_PATH, LaunchPlan, plan_launch
+from deployments.exposure import ENTRANCE_VARIABLE
+from deployments.launch_plan import LaunchPlan, plan_launch
 from deployments.launcher import ENVIRONMENT, LocalService
 from deployments.load_balancer import LoadBalancer
 from deployments.processes import descendants
@@ -53,21 +55,35 @@ def test_it_is_said_when_ray_or_the_balancer_has_ended(tiny_checkpoint: Path) ->
 def test_several_applications_stand_behind_serves_proxy(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def begin(config: Path) -> str:
-        for variable in ENVIRONMENT:
+    def begin(config: Path) -> LocalService:
+        for variable in (*ENVIRONMENT, ENTRANCE_VARIABLE):
             monkeypatch.delenv(variable, raising=False)
         service = LocalService(_plan(config, model=str(tiny_checkpoint)))
-        monkeypatch.setattr(service, "_schema", lambda _: (_ for _ in ()).throw(LaunchError("enough")))
-        with pytest.raises(LaunchError, match="enough"):
-            service.start(lambda _: None)
-        return os.environ["RAY_SERVE_ENABLE_DIRECT_INGRESS"]
+        with monkeypatch.context() as patched:
+            patched.setattr("deployments.launcher.serve_schema", _fail)
+            with pytest.raises(LaunchError, match="enough"):
+                service.start(lambda _: None)
+        assert os.environ[ENTRANCE_VARIABLE] == "127.0.0.1"
+        return service
 
     config = _write(tmp_path / "c.yaml")
-    assert begin(config) == "1"
+    alone = begin(config)
+    assert alone.balancer is not None
+    assert (alone.balancer.proxy_port, os.environ["RAY_SERVE_ENABLE_DIRECT_INGRESS"]) == (0, "1")
+    _add_application(config)
+    beside = begin(config)
+    assert beside.balancer is not None
+    assert (beside.balancer.proxy_port, os.environ["RAY_SERVE_ENABLE_DIRECT_INGRESS"]) == (beside.plan.port, "0")
+
+
+def _fail(*_: object) -> None:
+    raise LaunchError("enough")
+
+
+def _add_application(config: Path) -> None:
     content = yaml.safe_load(config.read_text())
     content["applications"].append({"name": "b", "route_prefix": "/b", "import_path": "b:app"})
     config.write_text(yaml.safe_dump(content))
-    assert begin(config) == "0"
 
 
 @pytest.mark.parametrize("is_begun", [True, False])

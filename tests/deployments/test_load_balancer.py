@@ -11,14 +11,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
-from deployments.load_balancer import LoadBalancer, LoadBalancerError, load_balancer, local_host
+from deployments.load_balancer import LoadBalancer, LoadBalancerError, balance_gateways, balance_proxy, local_host
 
 PATIENCE_S = 20.0
 APPLICATION = "llava"
@@ -27,9 +28,11 @@ APPLICATION = "llava"
 class Handler(BaseHTTPRequestHandler):
     """Says who asked and what for."""
 
+    others: ClassVar[Mapping[str, str]] = {}
+
     def do_GET(self) -> None:
         if self.path == "/-/routes":
-            self._answer({"/": getattr(self.server, "application", APPLICATION)})
+            self._answer({"/": getattr(self.server, "application", APPLICATION), **self.others})
             return
         self._answer({"id": self.headers.get("x-request-id"), "port": self.server.server_address[1]})
 
@@ -114,6 +117,26 @@ def test_another_applications_replicas_are_left_alone() -> None:
             wait_until(lambda: {ask(balancer)[2].get("port") for _ in range(20)} == {own})
     with balancing(1) as balancer, replica(balancer.host, balancer.ports[0], application=f"another-{APPLICATION}"):
         wait_until(lambda: ask(balancer)[0] == 503)
+
+
+class Proxy(Handler):
+    """Tells of all applications, as Serve's does."""
+
+    others: ClassVar[Mapping[str, str]] = {"/b": "another"}
+
+
+def test_in_front_of_serves_proxy_an_application_need_not_be_alone() -> None:
+    (port,) = free_ports("127.0.0.1", 1)
+    balancer = balance_proxy(("127.0.0.1", port), APPLICATION)
+    assert (balancer.proxy_port, list(balancer.ports)) == (port, [port])
+    with replica(balancer.host, port, Proxy):
+        balancer.start()
+        try:
+            assert ask(balancer)[0] == 200
+        finally:
+            balancer.stop()
+    with balancing(1) as gateways, replica(gateways.host, gateways.ports[0], Proxy):
+        wait_until(lambda: ask(gateways)[0] == 503)
 
 
 def test_from_the_first_request_on_only_what_is_there_is_asked() -> None:
@@ -247,7 +270,7 @@ def test_a_port_that_is_taken_is_named() -> None:
 def test_without_its_program_the_start_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_SERVE_HAPROXY_BINARY_PATH", "/nowhere")
     balancer = LoadBalancer(("127.0.0.1", 1), local_host(1), [30_000], APPLICATION)
-    with pytest.raises(LoadBalancerError, match="RAY_SERVE_ENABLE_DIRECT_INGRESS=0"):
+    with pytest.raises(LoadBalancerError, match="`serve run` does without it"):
         balancer.start()
     balancer.stop()
 
@@ -260,7 +283,7 @@ def test_it_knows_every_port_that_serve_may_give_a_gateway(monkeypatch: pytest.M
     monkeypatch.setenv("RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT", "31000")
     # Set here, so that it is what it was afterwards.
     monkeypatch.setenv("RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT", "0")
-    balancer = load_balancer(("127.0.0.1", 8000), APPLICATION, max_gateways=3)
+    balancer = balance_gateways(("127.0.0.1", 8000), APPLICATION, max_gateways=3)
     assert (balancer.host, balancer.address) == (local_host(8000), ("127.0.0.1", 8000))
     # More than one for each: a gateway that follows another cannot have its port.
     assert len(balancer.ports) > 2 * 3

@@ -3,12 +3,13 @@
 import logging
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from deployments import replicas
-from deployments.exposure import ExposureError
+from deployments.exposure import ENTRANCE_VARIABLE, ExposureError
 from deployments.handoff import LocalHandoff
 from deployments.preflight import FoundCheckpoint
 from deployments.replicas import (
@@ -36,9 +37,18 @@ def _restore_threads() -> object:
     torch.set_num_threads(threads)
 
 
-def test_a_gateway_that_others_reach_without_keys_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever has started Serve, and on whichever host: `serve run` asks no launcher of ours."""
-    monkeypatch.setattr(replicas, "_listening_host", lambda: "0.0.0.0")
+@pytest.mark.parametrize(
+    ("proxy", "entrance"), [("0.0.0.0", None), ("127.64.0.1", "0.0.0.0"), ("0.0.0.0", "127.0.0.1")]
+)
+def test_a_gateway_that_others_reach_without_keys_does_not_start(
+    proxy: str, entrance: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever has started Serve or deployed this, on whichever host, and whatever stands in front of it."""
+    client = SimpleNamespace(http_config=SimpleNamespace(host=proxy))
+    monkeypatch.setattr(replicas, "_get_global_client", lambda: client)
+    monkeypatch.delenv(ENTRANCE_VARIABLE, raising=False)
+    if entrance is not None:
+        monkeypatch.setenv(ENTRANCE_VARIABLE, entrance)
     with pytest.raises(ExposureError, match="allow_anyone"):
         GatewayReplica(AppArgs(), object(), {}, {}, LocalHandoff())  # type: ignore[arg-type]
 

@@ -1,0 +1,60 @@
+"""Applications handed to the Serve that this process is connected to, and a watch until ours runs.
+
+Ray is imported where it is used, because it reads its environment when it is imported.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from deployments.deploy_failures import raise_if_failed
+from deployments.errors import LaunchError
+
+_POLL_S = 0.1
+
+
+def serve_schema(config: Mapping[str, Any], host: str, port: int) -> Any:
+    """Serve's own reading of a configuration, with another address for its proxy. Raises LaunchError."""
+    from ray.serve.schema import ServeDeploySchema
+
+    try:
+        schema = ServeDeploySchema.model_validate(config)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise LaunchError(f"the configuration is wrong at {where}: {first['msg']}") from None
+    schema.http_options = schema.http_options.model_copy(update={"host": host, "port": port})
+    return schema
+
+
+def deploy(schema: Any) -> None:
+    """Returns at once. As `serve deploy`, over an application of the same name replicas are replaced."""
+    from ray.serve.context import _get_global_client
+
+    client = _get_global_client()
+    assert client is not None
+    client.deploy_apps(schema)
+
+
+def watch(application: str) -> Iterator[str]:
+    """Names of deployments as they become ready, until all are. Raises LaunchError when one cannot."""
+    from ray import serve
+
+    ready: set[str] = set()
+    while True:
+        overview = serve.status().applications.get(application)
+        if overview is not None:
+            deployments = overview.deployments
+            for stage in sorted(set(deployments) - ready):
+                if deployments[stage].status == "HEALTHY":
+                    ready.add(stage)
+                    yield stage
+            if overview.status == "RUNNING":
+                return
+            messages = {stage: each.message for stage, each in deployments.items() if stage not in ready}
+            raise_if_failed(str(overview.status.value), overview.message, messages)
+        time.sleep(_POLL_S)

@@ -1,0 +1,54 @@
+"""What is read of a configuration, and how long is waited; a real Serve takes it in test_draining.py."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from deployments.deploying import serve_schema, watch
+from deployments.errors import LaunchError
+
+CONFIG = {"applications": [{"name": "app", "route_prefix": "/", "import_path": "a:b"}], "http_options": {"port": 9}}
+
+
+def test_serves_proxy_gets_the_address_that_is_asked_for() -> None:
+    schema = serve_schema(CONFIG, "127.64.0.1", 0)
+    assert (schema.http_options.host, schema.http_options.port) == ("127.64.0.1", 0)
+    assert [each.name for each in schema.applications] == ["app"]
+
+
+def test_what_serve_does_not_know_is_named() -> None:
+    with pytest.raises(LaunchError, match=r"wrong at applications\.0\.import_path"):
+        serve_schema({"applications": [{"name": "app", "import_path": 3}]}, "127.0.0.1", 0)
+
+
+def _overview(status: str, message: str = "", **deployments: str) -> Any:
+    stages = {name: SimpleNamespace(status=each, message="") for name, each in deployments.items()}
+    return SimpleNamespace(status=_Status(status), message=message, deployments=stages)
+
+
+class _Status(str):
+    """Serve's are strings that know their value."""
+
+    @property
+    def value(self) -> str:
+        return str(self)
+
+
+def test_stages_are_told_once_each_until_the_application_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = iter(
+        [
+            {},
+            {"app": _overview("DEPLOYING", A="UPDATING", B="HEALTHY")},
+            {"app": _overview("RUNNING", A="HEALTHY", B="HEALTHY")},
+        ]
+    )
+    monkeypatch.setattr("ray.serve.status", lambda: SimpleNamespace(applications=next(seen)))
+    assert list(watch("app")) == ["B", "A"]
+
+
+def test_a_stage_that_cannot_start_ends_the_watch(monkeypatch: pytest.MonkeyPatch) -> None:
+    overview = _overview("DEPLOY_FAILED", "CheckpointError: no such folder", A="UNHEALTHY")
+    monkeypatch.setattr("ray.serve.status", lambda: SimpleNamespace(applications={"app": overview}))
+    with pytest.raises(LaunchError, match="no such folder"):
+        list(watch("app"))
