@@ -36,7 +36,9 @@ class Lease:
     def grow(self, num_bytes: int) -> None:
         """Raises OverloadedError, and takes nothing, when all bodies together would be too much."""
         if self._budget.num_bytes + num_bytes > self._budget.max_bytes:
-            raise OverloadedError("the service holds as many bytes of requests as it may; try again later")
+            raise OverloadedError(
+                "the service holds as many bytes of requests as it may; try again later", limit="bodies"
+            )
         self._num_bytes += num_bytes
         self._budget.num_bytes += num_bytes
 

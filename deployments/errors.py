@@ -36,18 +36,7 @@ class PermissionDeniedError(RequestError):
 
 
 class RateLimitError(OverloadedError):
-    """The key has used up what it may; `limit` is what there was too much of."""
-
-    def __init__(self, message: str, *, limit: str, retry_after_s: int = 1) -> None:
-        super().__init__(message, retry_after_s=retry_after_s)
-        self.limit = limit
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return _rebuild_rate_limit, (self.message, self.limit, self.retry_after_s)
-
-
-def _rebuild_rate_limit(message: str, limit: str, retry_after_s: int) -> RateLimitError:
-    return RateLimitError(message, limit=limit, retry_after_s=retry_after_s)
+    """The key has used up what it may."""
 
 
 class KeysFileError(LlavaError):

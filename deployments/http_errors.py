@@ -41,6 +41,8 @@ class HttpError:
     message: str | None = None
     param: str | None = None
     retry_after_s: int | None = None
+    # What had run out, for the metrics.
+    limit: str | None = None
 
     @property
     def is_unexpected(self) -> bool:
@@ -97,7 +99,7 @@ def describe(error: BaseException) -> HttpError:
         # As OpenAI does, whose clients read the code.
         row = replace(row, type=error.limit)
     if isinstance(error, OverloadedError):
-        return replace(row, message=error.message, retry_after_s=error.retry_after_s)
+        return replace(row, message=error.message, retry_after_s=error.retry_after_s, limit=error.limit)
     return row
 
 
@@ -109,7 +111,8 @@ def describe_http(error: HTTPException) -> HttpError:
 
 def error_body(error: HttpError, request_id: str) -> dict[str, Any]:
     """The one shape all errors have. Whoever makes one tells it to a client, so it is noted for metrics and the log."""
-    current_request().error_code = error.code
+    request = current_request()
+    request.error_code, request.limit = error.code, error.limit
     content = {"message": error.message, "type": error.type, "param": error.param, "code": error.code}
     return {"error": content, "request_id": request_id}
 

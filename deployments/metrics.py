@@ -62,6 +62,14 @@ HTTP_REQUESTS = Counter(
 )
 HTTP_DURATION = Histogram("llava_http_request_duration_seconds", "From head to last byte.", ("route",))
 ERRORS = Counter("llava_errors_total", "Errors that clients were told, by the code in the body.", ("code",))
+REFUSALS = Counter(
+    "llava_refusals_total",
+    "Requests refused with 429, by what had run out: `bodies`, `queue` or `engine`, or a key's `requests`, `tokens` or "
+    "`concurrent_requests`.",
+    ("limit",),
+)
+RETRIES = Counter("llava_retries_total", "Requests done again because a replica died.")
+QUARANTINED = Gauge("llava_quarantined_contents", "Pictures and prompts that are refused, having killed replicas.")
 CANCELLATIONS = Counter("llava_cancellations_total", "Clients that hung up, `waiting` or `streaming`.", ("phase",))
 TIME_TO_FIRST_TOKEN = Histogram(
     "llava_time_to_first_token_seconds", "From the request's head to the first piece of its answer.", ("model",)

@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import TypeVar
 
 from deployments.errors import ContentRefusedError, StageLostError
+from deployments.metrics import QUARANTINED, RETRIES, Reading, Recorder, Unrecorded
 from llava_core.types import AnyRequest, CompletionRequest, ImagePart, ImageUrl, TextPart
 
 logger = logging.getLogger(__name__)
@@ -35,6 +36,7 @@ class Quarantine:
         max_entries: int = 4096,
         max_waiting: int = 64,
         clock: Callable[[], float] = time.monotonic,
+        recorder: Recorder | None = None,
     ) -> None:
         self._refused_s = refused_s
         self._max_entries = max_entries
@@ -44,6 +46,8 @@ class Quarantine:
         self._refused: OrderedDict[str, float] = OrderedDict()
         self._num_waiting = 0
         self._one_at_a_time = asyncio.Lock()
+        self._recorder = recorder or Unrecorded()
+        self._recorder.watch(self._readings)
 
     async def check(self, request: AnyRequest) -> None:
         """Raises ContentRefusedError. Costs nothing while there is nothing to refuse."""
@@ -68,6 +72,7 @@ class Quarantine:
             content = await request()
             # One like this may have been found out meanwhile.
             await self.check(content)
+            self._recorder.count(RETRIES)
             try:
                 return await attempt()
             except StageLostError:
@@ -91,6 +96,11 @@ class Quarantine:
             self._refused.move_to_end(digest)
         while len(self._refused) > self._max_entries:
             self._refused.popitem(last=False)
+
+    def _readings(self) -> list[Reading]:
+        """From a thread of its own, so it only counts."""
+        now = self._clock()
+        return [(QUARANTINED, sum(until > now for until in tuple(self._refused.values())), ())]
 
     def _forget(self) -> None:
         while self._refused and next(iter(self._refused.values())) <= self._clock():

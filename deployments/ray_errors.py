@@ -36,7 +36,9 @@ def ray_errors_as_ours() -> Iterator[None]:
         yield
     except BackPressureError as error:
         retry_after_s = max(1, math.ceil(error.retry_after_s or 0))
-        raise OverloadedError("the service is at its capacity; try again later", retry_after_s=retry_after_s) from error
+        raise OverloadedError(
+            "the service is at its capacity; try again later", limit="queue", retry_after_s=retry_after_s
+        ) from error
     except DeploymentUnavailableError as error:
         raise StageUnavailableError("a stage of the service is not available") from error
     except (*_LOST, RayServeException) as error:

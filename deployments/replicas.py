@@ -73,8 +73,9 @@ class GatewayReplica:
         adopt_serve_logging()
         for host in in_thread_of_its_own(_listening_hosts):
             check_exposure(host, args.auth)
+        recorder = RayRecorder().start()
         # One for all: what was lost may have been on a stage that models share.
-        quarantine = Quarantine(args.limits.refused_seconds)
+        quarantine = Quarantine(args.limits.refused_seconds, recorder=recorder)
         pipelines = {
             name: Pipeline(preprocessor, encoders[name], generator, handoff, quarantine, model=name)
             for name, generator in generators.items()
@@ -89,7 +90,7 @@ class GatewayReplica:
             keys=None if args.auth.keys_file is None else KeyRing(Path(args.auth.keys_file)),
             origins=args.cors.origins,
             echo_request_id=False,
-            recorder=RayRecorder().start(),
+            recorder=recorder,
         )
 
     def __serve_build_asgi_app__(self) -> ASGIApp:

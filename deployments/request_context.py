@@ -21,6 +21,8 @@ class RequestContext:
     key_id: str | None = None
     # Of the error that the client was told.
     error_code: str | None = None
+    # What there was too little of, where that was the error.
+    limit: str | None = None
 
 
 _current: ContextVar[RequestContext | None] = ContextVar("request", default=None)

@@ -21,6 +21,7 @@ from deployments.metrics import (
     ERRORS,
     HTTP_DURATION,
     HTTP_REQUESTS,
+    REFUSALS,
     TIME_TO_FIRST_TOKEN,
     Recorder,
 )
@@ -72,6 +73,8 @@ class RequestMetrics:
             self._recorder.count(CANCELLATIONS, "waiting" if response.is_whole or not response.status else "streaming")
         if context.error_code is not None:
             self._recorder.count(ERRORS, context.error_code)
+        if context.limit is not None:
+            self._recorder.count(REFUSALS, context.limit)
         known = {"status": status, "key_id": context.key_id, "error_code": context.error_code}
         fields = {name: value for name, value in known.items() if value is not None}
         logger.info("%s %s %s %.1f ms", method, route, status, seconds * 1e3, extra=fields)

@@ -69,19 +69,20 @@ class CheckpointError(LlavaError):
 
 
 class OverloadedError(LlavaError):
-    """No room for another request now; `retry_after_s` is a hint in seconds."""
+    """No room for another request now; `limit` is what has run out, `retry_after_s` a hint in seconds."""
 
-    def __init__(self, message: str, *, retry_after_s: int = 1) -> None:
+    def __init__(self, message: str, *, limit: str, retry_after_s: int = 1) -> None:
         super().__init__(message)
         self.message = message
+        self.limit = limit
         self.retry_after_s = retry_after_s
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _rebuild_overloaded, (self.message, self.retry_after_s)
+        return _rebuild_overloaded, (type(self), self.message, self.limit, self.retry_after_s)
 
 
-def _rebuild_overloaded(message: str, retry_after_s: int) -> OverloadedError:
-    return OverloadedError(message, retry_after_s=retry_after_s)
+def _rebuild_overloaded(cls: type[OverloadedError], message: str, limit: str, retry_after_s: int) -> OverloadedError:
+    return cls(message, limit=limit, retry_after_s=retry_after_s)
 
 
 class EngineError(LlavaError):

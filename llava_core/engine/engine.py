@@ -113,7 +113,7 @@ class Engine:
         if len(states) > room:
             raise RequestError(f"n is {len(states)}, but the engine takes {room} answers at once", param="n")
         if self.num_waiting + self.num_running + len(states) > room:
-            raise OverloadedError(f"{self.num_waiting} requests are waiting already; try again later")
+            raise OverloadedError(f"{self.num_waiting} requests are waiting already; try again later", limit="engine")
         if request.output_ids and self._is_over(states[0]):
             states[0].skipped()
             self._ready.append(self._last(states[0], TokenDelta(request.request_id, "")))

@@ -111,9 +111,9 @@ def test_the_request_id_is_left_to_a_server_that_adds_it_itself() -> None:
     ("first", "status", "code"),
     [
         (Rejected(RequestError("bad", param="messages[0].role", code="c")), 400, "c"),
-        (Rejected(OverloadedError("full")), 429, "overloaded"),
+        (Rejected(OverloadedError("full", limit="engine")), 429, "overloaded"),
         (Rejected(EngineError("broken")), 500, "engine_error"),
-        (OverloadedError("full"), 429, "overloaded"),
+        (OverloadedError("full", limit="engine"), 429, "overloaded"),
         (StageLostError("gone"), 503, "replica_lost"),
         (ZeroDivisionError("oops"), 500, "internal_error"),
     ],
@@ -152,7 +152,7 @@ def test_an_answer_that_stops_short_is_an_error(*, stream: bool) -> None:
 def test_only_what_nobody_expected_is_logged_with_a_traceback(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.ERROR):
         _post(ScriptedEngine([Rejected(RequestError("bad"))]))
-        _post(ScriptedEngine([OverloadedError("full")]))
+        _post(ScriptedEngine([OverloadedError("full", limit="engine")]))
         assert caplog.records == []
         _post(ScriptedEngine([ZeroDivisionError("oops")]))
     assert [record.name for record in caplog.records] == ["deployments.answering"]
@@ -347,7 +347,7 @@ def test_bodies_are_bounded_together_until_they_are_sent_on() -> None:
         async def stream(self, request: AnyRequest, on_sent: Callable[[], None]) -> AsyncGenerator[Item, None]:
             held.append(on_sent)
             await asyncio.Event().wait()
-            yield Rejected(OverloadedError("never"))
+            yield Rejected(OverloadedError("never", limit="engine"))
 
     engine = Slow()
     app = Gateway({"m": engine}, all_ready, limits=limits).app

@@ -24,6 +24,8 @@ from llava_core.errors import EngineError, ImageError, OverloadedError
 from llava_core.types import EngineRequest, PreparedRequest, SamplingParams, TokenDelta, TokenLogprob, Usage
 from tests.deployments.fakes import FakeRecorder, answer
 
+FULL = OverloadedError("full", limit="engine")
+
 
 class ScriptedEngine:
     """An engine's place: yields the deltas, then raises `error` if there is one."""
@@ -74,7 +76,7 @@ def test_each_answer_is_measured_and_a_prompt_counts_once_for_all_its_answers() 
         for index in range(2)
     ]
     _collect(ScriptedEngine(deltas), _prepared(n=2), recorder=recorder)
-    _collect(ScriptedEngine([], OverloadedError("full")), _prepared(), recorder=recorder)
+    _collect(ScriptedEngine([], FULL), _prepared(), recorder=recorder)
     assert recorder.observed[QUEUE_WAIT, ("generate",)] == [0.001] * 2
     assert recorder.observed[STAGE_DURATION, ("prefill",)] == [0.02] * 2
     assert recorder.observed[STAGE_DURATION, ("decode",)] == [0.3] * 2
@@ -90,7 +92,7 @@ def test_a_rejection_is_the_only_item_and_never_reaches_the_engine() -> None:
     assert engine.num_open == 0
 
 
-@pytest.mark.parametrize(("error", "num_records"), [(OverloadedError("full"), 0), (EngineError("broken"), 1)])
+@pytest.mark.parametrize(("error", "num_records"), [(FULL, 0), (EngineError("broken"), 1)])
 def test_an_error_of_the_engine_is_the_last_item(
     error: Exception, num_records: int, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -121,7 +123,7 @@ def test_health_is_the_engines() -> None:
         asyncio.run(check(ScriptedEngine([], EngineError("dead"))))
 
 
-@pytest.mark.parametrize(("error", "is_well"), [(EngineError("broken"), False), (OverloadedError("full"), True)])
+@pytest.mark.parametrize(("error", "is_well"), [(EngineError("broken"), False), (FULL, True)])
 def test_too_many_failures_in_a_row_are_unhealthy_until_an_answer_succeeds(error: Exception, *, is_well: bool) -> None:
     engine = ScriptedEngine([], error)
     engine.check_health = lambda: None  # type: ignore[method-assign]

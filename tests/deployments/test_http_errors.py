@@ -44,7 +44,7 @@ from llava_core.errors import (
         (PermissionDeniedError("m"), 403, "permission_denied"),
         (ContentRefusedError(), 422, "content_refused"),
         (DeadlineError("m"), 504, "deadline_exceeded"),
-        (OverloadedError("m"), 429, "overloaded"),
+        (OverloadedError("m", limit="engine"), 429, "overloaded"),
         (RateLimitError("m", limit="tokens"), 429, "rate_limit_exceeded"),
         (KeysFileError("m"), 503, "keys_unavailable"),
         (StageLostError("m"), 503, "replica_lost"),
@@ -94,7 +94,10 @@ def test_nothing_internal_gets_out() -> None:
 
 
 def test_overload_says_when_to_come_again() -> None:
-    assert error_response(describe(OverloadedError("full", retry_after_s=7)), "x").headers["retry-after"] == "7"
+    assert (
+        error_response(describe(OverloadedError("full", limit="engine", retry_after_s=7)), "x").headers["retry-after"]
+        == "7"
+    )
     assert error_response(describe(StageUnavailableError("m")), "x").headers["retry-after"] == "5"
     assert "retry-after" not in error_response(describe(RequestError("m")), "x").headers
 

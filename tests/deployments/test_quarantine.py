@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from deployments.errors import ContentRefusedError, StageLostError
+from deployments.metrics import QUARANTINED, RETRIES
 from deployments.quarantine import Quarantine, digests
 from llava_core.errors import EngineError
 from llava_core.types import (
@@ -19,6 +20,7 @@ from llava_core.types import (
     SamplingParams,
     TextPart,
 )
+from tests.deployments.fakes import FakeRecorder
 
 
 def _request(*parts: TextPart | ImagePart | ImageUrl, request_id: str = "id") -> GenerationRequest:
@@ -64,6 +66,28 @@ def test_what_is_lost_once_is_done_again_and_nothing_is_held_against_it() -> Non
         await quarantine.check(POISON)
 
     asyncio.run(run())
+
+
+def test_what_is_done_again_and_what_is_refused_is_counted() -> None:
+    now, recorder = [0.0], FakeRecorder()
+
+    async def run() -> None:
+        quarantine = Quarantine(60, clock=lambda: now[0], recorder=recorder)
+        assert await quarantine.run(_Attempts("done"), _given(POISON)) == "done"
+        assert not recorder.counted
+        await quarantine.run(_Attempts(StageLostError("gone"), "done"), _given(POISON))
+        assert recorder.counted[RETRIES, ()] == 1
+        assert recorder.readings() == {(QUARANTINED, ()): 0}
+        await _kill_twice(quarantine, _request(ImagePart(b"a"), ImagePart(b"b")))
+        # Known before it is tried again.
+        with pytest.raises(ContentRefusedError):
+            await quarantine.run(_Attempts(StageLostError("gone")), _given(_request(ImagePart(b"a"))))
+
+    asyncio.run(run())
+    assert recorder.counted[RETRIES, ()] == 2
+    assert recorder.readings() == {(QUARANTINED, ()): 2}
+    now[0] = 60.0
+    assert recorder.readings() == {(QUARANTINED, ()): 0}
 
 
 @pytest.mark.parametrize("error", [EngineError("broken"), ContentRefusedError()])

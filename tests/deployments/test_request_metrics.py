@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
+from deployments.errors import RateLimitError
 from deployments.gateway import Gateway
 from deployments.messages import Item, Rejected
 from deployments.metrics import (
@@ -18,6 +19,7 @@ from deployments.metrics import (
     ERRORS,
     HTTP_DURATION,
     HTTP_REQUESTS,
+    REFUSALS,
     TIME_TO_FIRST_TOKEN,
 )
 from deployments.request_context import current_request
@@ -66,7 +68,7 @@ def test_requests_are_counted_by_route_and_status() -> None:
 @pytest.mark.parametrize(
     ("items", "code"),
     [
-        ([Rejected(OverloadedError("full"))], "overloaded"),
+        ([Rejected(OverloadedError("full", limit="engine"))], "overloaded"),
         ([EngineError("broken")], "engine_error"),
         ([RuntimeError("a bug")], "internal_error"),
         ([TokenDelta("id", "a", (1,)), EngineError("broken")], "engine_error"),
@@ -78,6 +80,18 @@ def test_errors_are_counted_by_the_code_that_the_client_is_told(items: Any, code
         text = client.post(CHAT, json={**HELLO, "stream": stream}).text
     assert f'"code":"{code}"' in text
     assert {labels: value for (metric, labels), value in recorder.counted.items() if metric is ERRORS} == {(code,): 1}
+
+
+@pytest.mark.parametrize(
+    "error", [OverloadedError("full", limit="engine"), RateLimitError("full", limit="tokens", retry_after_s=7)]
+)
+def test_refusals_are_counted_by_what_had_run_out(error: OverloadedError) -> None:
+    app, recorder = _gateway(ScriptedEngine([error]))
+    with TestClient(app) as client:
+        assert client.post(CHAT, json=HELLO).status_code == 429
+        assert client.post(CHAT, json={**HELLO, "model": "other"}).status_code == 404
+    assert recorder.counted[REFUSALS, (error.limit,)] == 1
+    assert sum(value for (metric, _), value in recorder.counted.items() if metric is REFUSALS) == 1
 
 
 def test_what_the_last_resort_answers_is_counted_as_well() -> None:
@@ -168,7 +182,7 @@ def test_each_request_has_a_line_with_its_key_and_code_and_without_content(caplo
             current_request().key_id = "key-7"
             return super().stream(*given)
 
-    app, _ = _gateway(Keyed([Rejected(OverloadedError("full"))]))
+    app, _ = _gateway(Keyed([Rejected(OverloadedError("full", limit="engine"))]))
     body = {"messages": [{"role": "user", "content": "planted words"}]}
     with caplog.at_level(logging.INFO, "deployments"), TestClient(app) as client:
         client.post(f"{CHAT}?planted=words", json=body)

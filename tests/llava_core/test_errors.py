@@ -25,7 +25,7 @@ EXAMPLES = [
     UnknownNameError("model", "gpt-5", ["tiny", "default"]),
     UnknownNameError("template", "v9", ["plain"], param="template"),
     CheckpointError("config.json is missing"),
-    OverloadedError("queue full", retry_after_s=7),
+    OverloadedError("queue full", limit="engine", retry_after_s=7),
     EngineError("not finite"),
 ]
 
