@@ -40,12 +40,12 @@ class LimitArgs(Settings):
     heartbeat_seconds: float = Field(default=15, gt=0)
     refused_seconds: float = Field(default=600, gt=0)
     max_bytes_in_flight: int = Field(default=512 * 1024 * 1024, ge=1)
-    max_images: int = Field(default=8, ge=0)
-    max_image_bytes: int = Field(default=20 * 1024 * 1024, ge=1)
-    max_image_pixels: int = Field(default=40_000_000, ge=1)
-    max_image_side: int = Field(default=10_000, ge=1)
-    max_text: int = Field(default=200_000, ge=1)
-    max_n: int = Field(default=16, ge=1)
+    max_images: int = Field(default=RequestLimits.max_images, ge=0)
+    max_image_bytes: int = Field(default=ImageLimits.max_bytes, ge=1)
+    max_image_pixels: int = Field(default=ImageLimits.max_pixels, ge=1)
+    max_image_side: int = Field(default=ImageLimits.max_side, ge=1)
+    max_text: int = Field(default=RequestLimits.max_text, ge=1)
+    max_n: int = Field(default=RequestLimits.max_n, ge=1)
 
     @model_validator(mode="after")
     def _check_bytes(self) -> Self:

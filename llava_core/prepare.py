@@ -47,7 +47,7 @@ class RequestLimits:
 
     max_images: int = 8
     max_text: int = 200_000
-    max_n: int = 128
+    max_n: int = 16
     image: ImageLimits = field(default_factory=ImageLimits)
 
     def __post_init__(self) -> None:

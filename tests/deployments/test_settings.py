@@ -8,6 +8,11 @@ from pydantic import ValidationError
 
 from deployments.settings import AppArgs, AuthArgs, LimitArgs
 from deployments.stage_settings import StageArgs
+from llava_core.prepare import RequestLimits
+
+
+def test_limits_that_nobody_sets_are_the_cores() -> None:
+    assert LimitArgs().request == RequestLimits()
 
 
 @pytest.mark.parametrize(
