@@ -14,14 +14,13 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequen
 from typing import Protocol, TypeVar
 
 from starlette.applications import Starlette
-from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from deployments.access import Access, KeyRing, charged
 from deployments.answer import Answer, model_body
@@ -38,14 +37,13 @@ from deployments.messages import Item, Rejected, StageHealth
 from deployments.metrics import Recorder, Unrecorded
 from deployments.openapi import describe_api
 from deployments.reply_form import ReadRequest
+from deployments.request_ids import REQUEST_ID_HEADER, RequestIds
 from deployments.request_metrics import CLIENT_CLOSED_REQUEST, RequestMetrics, metered
 from deployments.settings import LimitArgs
 from deployments.tokenize_request import read_detokenize_request, read_tokenize_request, tokenized_body
 from llava_core.errors import LlavaError, OverloadedError, RequestError, UnknownNameError
 from llava_core.prepare import RequestLimits
 from llava_core.types import AnyRequest, Tokenized
-
-REQUEST_ID_HEADER = "x-request-id"
 
 
 class EngineClient(Protocol):
@@ -102,11 +100,13 @@ class Gateway:
             Route("/openapi.json", self._openapi, name="openapi"),
             health,
         ]
-        self._description = describe_api(self.routes, has_keys=keys is not None)
+        self._description = describe_api(
+            self.routes, has_keys=keys is not None, max_timeout_seconds=self._limits.max_timeout_seconds
+        )
         app = Starlette(
             routes=self.routes,
             middleware=[
-                Middleware(_RequestIds, echo=echo_request_id),
+                Middleware(RequestIds, echo=echo_request_id),
                 *_cross_origin(origins),
                 *([] if keys is None else [Middleware(Access, keys=keys, routes=self.routes, open_routes=[health])]),
             ],
@@ -227,29 +227,6 @@ class Gateway:
             # Starlette answers these outside of its middleware.
             response.headers[REQUEST_ID_HEADER] = _request_id(request)
         return response
-
-
-class _RequestIds:
-    """Every request has an id, the client's or a new one, in the scope's state and on the response."""
-
-    def __init__(self, app: ASGIApp, *, echo: bool) -> None:
-        self._app = app
-        self._echo = echo
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        given = dict(scope["headers"]).get(REQUEST_ID_HEADER.encode())
-        request_id = given.decode("latin-1") if given else uuid.uuid4().hex
-        scope.setdefault("state", {})["request_id"] = request_id
-
-        async def send_with_id(message: Message) -> None:
-            if self._echo and message["type"] == "http.response.start":
-                MutableHeaders(scope=message)[REQUEST_ID_HEADER] = request_id
-            await send(message)
-
-        await self._app(scope, receive, send_with_id)
 
 
 def _cross_origin(origins: Sequence[str]) -> list[Middleware]:

@@ -61,7 +61,7 @@ frontend clients
     unique-id-format %[uuid]
     # The client's own, where there is one and it is fit for logs and headers.
     acl one_id req.fhdr_cnt(x-request-id) eq 1
-    acl sound_id req.fhdr(x-request-id) -m reg ^[A-Za-z0-9._:/+=-]{{1,128}}$
+    acl sound_id req.fhdr(x-request-id) -m reg ^{sound_id}$
     http-request set-header x-request-id %[unique-id] unless one_id sound_id
     http-request set-var(txn.request_id) req.fhdr(x-request-id)
 {errors}
@@ -99,9 +99,13 @@ class LoadBalancer:
     @property
     def configuration(self) -> str:
         """HAProxy's."""
+        # Not before a service starts: it needs an HTTP framework, which `llava --help` does not.
+        from deployments.request_ids import SOUND_ID
+
         host, port = self.address
         return _CONFIGURATION.format(
             address=f"[{host}]:{port}" if ":" in host else f"{host}:{port}",
+            sound_id=SOUND_ID,
             errors="\n".join(_http_errors()),
             # A replica tells of its own application alone, the proxy of all of them.
             routes=f'"{re.escape(self.application)}"' + ("" if self.proxy_port else " *}$"),
@@ -241,7 +245,7 @@ def _run(command: list[str], folder: Path, output: IO[bytes]) -> subprocess.Pope
 def _http_errors() -> list[str]:
     """What it answers itself, where no replica can, as lines of the configuration. What is no HTTP at all gets its own
     few words."""
-    # Not before a service starts: they need an HTTP framework, which `llava --help` does not.
+    # As above.
     from deployments.http_errors import HttpError, error_body
 
     errors = (

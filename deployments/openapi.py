@@ -18,13 +18,17 @@ from starlette.routing import Route
 
 from deployments.chat_schema import ChatBody
 from deployments.completion_request import CompletionBody
+from deployments.deadlines import TIMEOUT_HEADER
+from deployments.request_ids import REQUEST_ID_HEADER, SOUND_ID
 from deployments.tokenize_request import DetokenizeBody, TokenizeBody
 
 Json = dict[str, Any]
 _REFERENCE = "#/components/schemas/{model}"
 _PARAMETER = re.compile(r"\{(\w+)(:\w+)?\}")
 _OF_KEYS = (401, 403, 429)
-_OF_BODIES = (400, 404, 408, 413, 422, 429, 500, 503, 504)
+_OF_BODIES = (400, 404, 408, 413, 429, 500)
+# Of whatever stands in front of the gateway when that is gone, not there or silent; and of a route's own.
+_OF_THE_ENTRANCE = (502, 503, 504)
 
 
 @dataclass(frozen=True)
@@ -46,31 +50,39 @@ OPERATIONS: Mapping[str, Operation] = {
         "ChatCompletion",
         body=ChatBody,
         chunk="ChatCompletionChunk",
-        errors=_OF_BODIES,
+        errors=(*_OF_BODIES, 422),
     ),
     "completions": Operation(
         "What the model goes on with after a text, or after token ids, as they are.",
         "Completion",
         body=CompletionBody,
         chunk="CompletionChunk",
-        errors=_OF_BODIES,
+        errors=(*_OF_BODIES, 422),
     ),
-    "tokenize": Operation("A prompt as the model reads it.", "Tokenized", body=TokenizeBody, errors=_OF_BODIES),
+    "tokenize": Operation("A prompt as the model reads it.", "Tokenized", body=TokenizeBody, errors=(*_OF_BODIES, 422)),
     "detokenize": Operation("The text of token ids.", "Detokenized", body=DetokenizeBody, errors=_OF_BODIES),
     "models": Operation("What is served.", "ModelList"),
     "model": Operation("One of the models that are served.", "Model", errors=(404,)),
     "openapi": Operation("This description.", "OpenApi"),
-    "health": Operation("Whether every stage can serve.", "Health", errors=(503,), is_open=True),
+    "health": Operation("Whether every stage can serve.", "Health", is_open=True),
 }
 
 
-def describe_api(routes: Sequence[Route], *, has_keys: bool) -> Json:
+def describe_api(routes: Sequence[Route], *, has_keys: bool, max_timeout_seconds: float) -> Json:
     """The whole description. Raises LookupError for a route that OPERATIONS does not have."""
+    timeout = _header(
+        TIMEOUT_HEADER,
+        "When the answer is of no use any more, counted from the request's head; then it ends with 504.",
+        {"type": "number", "exclusiveMinimum": 0, "maximum": max_timeout_seconds},
+    )
     paths: Json = {}
     for route in routes:
         for method in sorted((route.methods or set()) - {"HEAD"}):
             path = _PARAMETER.sub(r"{\1}", route.path)
-            paths.setdefault(path, {})[method.lower()] = _operation(route, OPERATIONS[route.name], has_keys=has_keys)
+            operation = OPERATIONS[route.name]
+            described = _operation(route, operation, has_keys=has_keys)
+            described["parameters"] += [_REQUEST_ID] if operation.body is None else [_REQUEST_ID, timeout]
+            paths.setdefault(path, {})[method.lower()] = described
     bodies = [(each.body, "validation") for each in OPERATIONS.values() if each.body is not None]
     _, schemas = models_json_schema(bodies, ref_template=_REFERENCE)  # type: ignore[arg-type]
     components: Json = {"schemas": {**schemas.get("$defs", {}), **ANSWERS}}
@@ -94,19 +106,19 @@ def _operation(route: Route, operation: Operation, *, has_keys: bool) -> Json:
     content = {"application/json": {"schema": _ref(operation.answer)}}
     if operation.chunk is not None:
         content["text/event-stream"] = {"itemSchema": _object({"data": _event(operation.chunk)})}
-    statuses = {*operation.errors, *(_OF_KEYS if has_keys and not operation.is_open else ())}
+    statuses = {*operation.errors, *_OF_THE_ENTRANCE, *(_OF_KEYS if has_keys and not operation.is_open else ())}
     described: Json = {
         "operationId": route.name,
         "summary": operation.summary,
         "responses": {
-            "200": {"description": HTTPStatus.OK.phrase, "content": content},
+            "200": {"description": HTTPStatus.OK.phrase, "headers": _ID_OF_ANSWER, "content": content},
             **{str(status): _refusal(status) for status in sorted(statuses)},
         },
+        "parameters": [
+            {"name": match[1], "in": "path", "required": True, "schema": {"type": "string"}}
+            for match in _PARAMETER.finditer(route.path)
+        ],
     }
-    if parameters := [match[1] for match in _PARAMETER.finditer(route.path)]:
-        described["parameters"] = [
-            {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in parameters
-        ]
     if operation.body is not None:
         described["requestBody"] = {
             "required": True,
@@ -119,8 +131,20 @@ def _operation(route: Route, operation: Operation, *, has_keys: bool) -> Json:
 
 def _refusal(status: int) -> Json:
     content = {"application/json": {"schema": _ref("Error")}}
-    headers = {"retry-after": {"schema": {"type": "string"}}} if status in (429, 503) else {}
-    return {"description": HTTPStatus(status).phrase, "content": content, **({"headers": headers} if headers else {})}
+    wait = {"retry-after": {"schema": {"type": "string"}}} if status in (429, 503) else {}
+    return {"description": HTTPStatus(status).phrase, "content": content, "headers": {**_ID_OF_ANSWER, **wait}}
+
+
+def _header(name: str, description: str, schema: Json) -> Json:
+    return {"name": name, "in": "header", "description": description, "schema": schema}
+
+
+_REQUEST_ID = _header(
+    REQUEST_ID_HEADER,
+    "What the answer and the logs call this request; one that is not sound is replaced.",
+    {"type": "string", "pattern": f"^{SOUND_ID}$"},
+)
+_ID_OF_ANSWER: Json = {REQUEST_ID_HEADER: {"required": True, "schema": {"type": "string"}}}
 
 
 def _ref(name: str) -> Json:

@@ -9,7 +9,7 @@ import jsonschema
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
-from schemathesis import GenerationMode
+from schemathesis import CheckContext, GenerationMode, Response
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import (
     content_type_conformance,
@@ -21,8 +21,10 @@ from starlette.routing import Route
 from starlette.testclient import TestClient
 
 from deployments.gateway import Gateway
+from deployments.http_errors import TABLE, HttpError
 from deployments.messages import Item, Rejected
 from deployments.openapi import OPERATIONS, describe_api
+from deployments.settings import LimitArgs
 from llava_core.checkpoints.describe import load_preparer
 from llava_core.errors import LlavaError
 from llava_core.prepare import Preparer
@@ -32,7 +34,8 @@ from tests.deployments.fakes import ScriptedEngine, all_ready, answer
 PATH, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 HELLO = {"messages": [{"role": "user", "content": "hi"}]}
 GATEWAY = Gateway({"m": ScriptedEngine(answer("Hel", "lo"))}, all_ready)
-DESCRIPTION = describe_api(GATEWAY.routes, has_keys=False)
+DESCRIPTION = describe_api(GATEWAY.routes, has_keys=False, max_timeout_seconds=LimitArgs().max_timeout_seconds)
+TIMEOUT = "x-request-timeout-seconds"
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +59,9 @@ def test_every_route_is_described_and_everything_described_is_a_route() -> None:
 
 def test_a_route_that_is_not_described_does_not_start() -> None:
     with pytest.raises(LookupError, match="secret_door"):
-        describe_api([Route("/secret", lambda _request: None, name="secret_door")], has_keys=False)
+        describe_api(
+            [Route("/secret", lambda _request: None, name="secret_door")], has_keys=False, max_timeout_seconds=1
+        )
 
 
 def test_what_is_served_is_the_description(client: TestClient) -> None:
@@ -74,7 +79,7 @@ def test_what_is_served_is_the_description(client: TestClient) -> None:
 
 
 def test_keys_are_asked_for_on_every_route_but_the_open_one() -> None:
-    description = describe_api(GATEWAY.routes, has_keys=True)
+    description = describe_api(GATEWAY.routes, has_keys=True, max_timeout_seconds=1)
     assert description["security"] == [{"key": []}]
     assert description["components"]["securitySchemes"]["key"]["scheme"] == "bearer"
     for path, methods in description["paths"].items():
@@ -83,6 +88,38 @@ def test_keys_are_asked_for_on_every_route_but_the_open_one() -> None:
             assert (operation.get("security") == []) == is_open
             assert ({"401", "403", "429"} <= operation["responses"].keys()) != is_open
     assert "security" not in DESCRIPTION
+
+
+def test_headers_are_described_where_they_are_read(client: TestClient) -> None:
+    for path, methods in DESCRIPTION["paths"].items():
+        for method, operation in methods.items():
+            headers = {each["name"]: each["schema"] for each in operation["parameters"] if each["in"] == "header"}
+            assert set(headers) == ({"x-request-id", TIMEOUT} if method == "post" else {"x-request-id"})
+            given = {"x-request-id": "mine", TIMEOUT: str(headers.get(TIMEOUT, {"maximum": 1})["maximum"] + 1)}
+            response = client.request(method, path, headers=given, json={})
+            # Who does not read it does not mind.
+            is_read = response.status_code == 400 and response.json()["error"]["param"] == TIMEOUT
+            assert is_read == (TIMEOUT in headers), response.text
+            assert response.headers["x-request-id"] == "mine"
+            for status, described in operation["responses"].items():
+                assert "x-request-id" in described["headers"]
+                assert ("retry-after" in described["headers"]) == (status in ("429", "503"))
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(row, row[1].status) for row in TABLE],
+    ids=lambda each: each[0].__name__ if isinstance(each, tuple) else "",
+)
+def test_every_status_of_an_error_is_described_on_the_routes_that_may_have_it(
+    error: tuple[type[BaseException], HttpError], status: int
+) -> None:
+    described = describe_api(GATEWAY.routes, has_keys=True, max_timeout_seconds=1)["paths"]
+    assert str(status) in described[PATH]["post"]["responses"], error[0]
+    # What HAProxy says itself, wherever.
+    for methods in described.values():
+        for operation in methods.values():
+            assert {"502", "503", "504"} <= operation["responses"].keys()
 
 
 def test_answers_look_as_described(client: TestClient) -> None:
@@ -146,8 +183,14 @@ def prepared_schema(tiny_checkpoint: Path) -> Any:
     return schema
 
 
+def _no_fault(context: CheckContext, response: Response, case: schemathesis.Case) -> bool | None:
+    """Too late is what a request may ask for."""
+    is_late = response.status_code == 504 and TIMEOUT in (case.headers or {})
+    return None if is_late else not_a_server_error(context, response, case)
+
+
 CHECKS = [
-    not_a_server_error,
+    _no_fault,
     status_code_conformance,
     content_type_conformance,
     response_headers_conformance,

@@ -1,0 +1,39 @@
+"""Which id a request goes by, and that it is told back unless the server does so."""
+
+import re
+from typing import Any
+
+import pytest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse
+from starlette.routing import Route
+from starlette.testclient import TestClient
+
+from deployments.request_ids import SOUND_ID, RequestIds
+
+
+async def _tell(request: Request) -> PlainTextResponse:
+    return PlainTextResponse(request.state.request_id)
+
+
+def _client(*, echo: bool) -> TestClient:
+    app: Any = RequestIds(Starlette(routes=[Route("/", _tell)]), echo=echo)
+    return TestClient(app)
+
+
+@pytest.mark.parametrize("echo", [True, False])
+def test_the_clients_own_is_kept_and_others_are_made_up(*, echo: bool) -> None:
+    client = _client(echo=echo)
+    mine = client.get("/", headers={"x-request-id": "mine"})
+    first, second = client.get("/"), client.get("/")
+    assert mine.text == "mine"
+    assert first.text != second.text
+    for response in (mine, first, second):
+        assert response.headers.get("x-request-id") == (response.text if echo else None)
+        assert re.fullmatch(SOUND_ID, response.text)
+
+
+@pytest.mark.parametrize("text", ["", "a b", 'a"', "a\n", "a" * 129, "é", "a,b"])
+def test_what_is_not_fit_for_logs_and_headers_is_not_sound(text: str) -> None:
+    assert not re.fullmatch(SOUND_ID, text)
