@@ -1,7 +1,7 @@
 """`POST /v1/completions`: a text, or token ids, that the model goes on with as they are, without a template.
 
-One prompt a request, and no pictures. As OpenAI has it, an answer has 16 tokens where no number is given. Knows nothing
-about HTTP, models or Ray.
+No pictures, and one prompt or several. As OpenAI has it, an answer has 16 tokens where no number is given. Knows
+nothing about HTTP, models or Ray.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Prompt = Annotated[
     Discriminator(
         _prompt_type,
         custom_error_type="prompt_type",
-        custom_error_message="must be a string, a list of token ids, or a list of one such prompt",
+        custom_error_message="must be a string, a list of token ids, or a list of such prompts",
     ),
 ]
 
@@ -63,33 +63,46 @@ def read_completion_request(body: bytes, request_id: str, limits: RequestLimits)
     parsed = parse_body(body, CompletionBody, max_text=limits.max_text)
     max_tokens = _DEFAULT_MAX_TOKENS if parsed.max_tokens is None else parsed.max_tokens
     sampling = parsed.sampling(max_tokens=max_tokens, logprobs=parsed.logprobs)
+    prompts = read_prompts(parsed.prompt, limits)
+    num_answers = len(prompts) * sampling.n
+    if len(prompts) > 1 and num_answers > limits.max_n:
+        raise RequestError(
+            f"{len(prompts)} prompts with n {sampling.n} are {num_answers} answers; at most {limits.max_n} are allowed",
+            param="prompt",
+        )
     form = ReplyForm(
         model=parsed.model,
         stream=bool(parsed.stream),
         include_usage=parsed.wants_usage,
         timings=bool(parsed.timings),
-        num_answers=sampling.n,
+        num_answers=num_answers,
         prompt_field="prompt",
     )
-    return ReadRequest(CompletionRequest(request_id, read_prompt(parsed.prompt, limits), sampling), form)
+    first, *others = (
+        CompletionRequest(f"{request_id}-{place}" if place else request_id, prompt, sampling)
+        for place, prompt in enumerate(prompts)
+    )
+    return ReadRequest(first, form, tuple(others))
 
 
-def read_prompt(
+def read_prompts(
     prompt: str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]], limits: RequestLimits
-) -> str | tuple[int, ...]:
-    """The only prompt there is. Raises RequestError for several, and for one that is too long."""
-    if isinstance(prompt, str):
-        if len(prompt) > limits.max_text:
-            raise RequestError(
-                f"the prompt has {len(prompt)} characters; at most {limits.max_text} are allowed",
-                param="prompt",
-                code="text_too_long",
-            )
-        return prompt
-    tokens = tuple(each for each in prompt if isinstance(each, int))
-    if tokens:
-        return tokens
-    if len(prompt) > 1:
-        raise RequestError(f"{len(prompt)} prompts came; send a request for each", param="prompt")
-    [only] = (each for each in prompt if not isinstance(each, int))
-    return read_prompt(only, limits)
+) -> tuple[str | tuple[int, ...], ...]:
+    """One or more. Raises RequestError where their texts together are too long."""
+    prompts = tuple(map(_prompt, [prompt] if _is_one(prompt) else prompt))
+    num_characters = sum(len(each) for each in prompts if isinstance(each, str))
+    if num_characters > limits.max_text:
+        raise RequestError(
+            f"the prompt has {num_characters} characters; at most {limits.max_text} are allowed",
+            param="prompt",
+            code="text_too_long",
+        )
+    return prompts
+
+
+def _is_one(prompt: object) -> bool:
+    return isinstance(prompt, str) or (isinstance(prompt, Sequence) and isinstance(prompt[0], int))
+
+
+def _prompt(given: object) -> str | tuple[int, ...]:
+    return given if isinstance(given, str) else tuple(given)  # type: ignore[arg-type]

@@ -40,6 +40,7 @@ from deployments.reply_form import ReadRequest
 from deployments.request_ids import REQUEST_ID_HEADER, RequestIds
 from deployments.request_metrics import CLIENT_CLOSED_REQUEST, RequestMetrics, metered
 from deployments.settings import LimitArgs
+from deployments.side_by_side import side_by_side
 from deployments.tokenize_request import read_detokenize_request, read_tokenize_request, tokenized_body
 from llava_core.errors import LlavaError, OverloadedError, RequestError, UnknownNameError
 from llava_core.prepare import RequestLimits
@@ -144,8 +145,10 @@ class Gateway:
         given = await self._read(request, lease, read, completion_id)
         model = self._chosen(given.form.model)
         answer = kind(completion_id, model, given.form)
-        items = metered(self._engines[model].stream(given.generation, lease.release), self._recorder, model)
-        return answer, charged(items, request)
+        # Of several prompts each lets go of all, which are texts, and small.
+        streams = [self._engines[model].stream(each, lease.release) for each in (given.generation, *given.others)]
+        items = streams[0] if len(streams) == 1 else side_by_side(streams, given.generation.sampling.n)
+        return answer, charged(metered(items, self._recorder, model), request)
 
     async def _tokenize(self, request: Request) -> Response:
         body = self._bodies.lease()

@@ -39,7 +39,9 @@ class ReplyForm:
 
 @dataclass(frozen=True)
 class ReadRequest:
-    """A request as the service understands it, and how its answer is to look."""
+    """A request as the service understands it, and how its answer is to look. `others` are its further prompts, each
+    with as many answers, whose indices go on from those of the one before."""
 
     generation: AnyRequest
     form: ReplyForm
+    others: tuple[AnyRequest, ...] = ()

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from deployments.chat_request import read_conversation
 from deployments.chat_schema import CHAT_NEUTRAL, Messages, TemplateName
-from deployments.completion_request import Prompt, read_prompt
+from deployments.completion_request import Prompt, read_prompts
 from deployments.reply_form import ReadRequest, ReplyForm
 from deployments.sampling_schema import Token
 from deployments.schema import Body, parse_body
@@ -72,7 +72,10 @@ def read_tokenize_request(body: bytes, request_id: str, limits: RequestLimits) -
     if parsed.template is not None:
         raise RequestError("template is for messages; a prompt is taken as it is", param="template")
     form = ReplyForm(model=parsed.model, prompt_field="prompt")
-    completion = CompletionRequest(request_id, read_prompt(parsed.prompt, limits), sampling)
+    prompt, *others = read_prompts(parsed.prompt, limits)
+    if others:
+        raise RequestError(f"{len(others) + 1} prompts came; send a request for each", param="prompt")
+    completion = CompletionRequest(request_id, prompt, sampling)
     return TokenizeRequest(ReadRequest(completion, form), with_texts)
 
 

@@ -1,5 +1,6 @@
 """The graph through Serve's local testing mode, and what build_app makes of the settings."""
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,31 @@ def test_text_alone_skips_the_encoder(local_client: TestClient, in_process: Loca
     assert answer["choices"][0]["message"]["content"] == _expected(in_process, TextPart("Hello"))
     assert "encode" not in answer["timings"]
     assert answer["usage"]["prompt_tokens_details"]["image_tokens"] == 0
+
+
+def test_several_prompts_are_answered_as_each_alone(local_client: TestClient) -> None:
+    def complete(prompt: object, **options: object) -> dict:
+        body = {"prompt": prompt, "max_tokens": 6, "n": 2, "seed": 3, "temperature": 1, **options}
+        response = local_client.post("/v1/completions", json=body)
+        assert response.status_code == 200, response.text
+        return response.json()
+
+    prompts = ["What is", "Where", "How many shapes"]
+    alone = [complete(prompt) for prompt in prompts]
+    together = complete(prompts)
+    assert [choice["index"] for choice in together["choices"]] == list(range(6))
+    texts = [choice["text"] for each in alone for choice in each["choices"]]
+    assert [choice["text"] for choice in together["choices"]] == texts
+    for count in ("prompt_tokens", "completion_tokens", "total_tokens"):
+        assert together["usage"][count] == sum(each["usage"][count] for each in alone)
+    body = {"prompt": prompts, "max_tokens": 6, "n": 2, "seed": 3, "temperature": 1, "stream": True}
+    events = local_client.post("/v1/completions", json=body).text.split("\n\n")
+    *chunks, done = [event.removeprefix("data: ") for event in events if event]
+    assert done == "[DONE]"
+    streamed = [""] * 6
+    for choice in (choice for chunk in chunks for choice in json.loads(chunk)["choices"]):
+        streamed[choice["index"]] += choice["text"]
+    assert streamed == texts
 
 
 def test_every_stage_tells_its_time(local_client: TestClient) -> None:

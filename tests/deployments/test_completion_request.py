@@ -24,6 +24,17 @@ def test_a_prompt_is_text_or_ids_alone_or_in_a_list(prompt: Any, understood: str
     assert _read(prompt=prompt).generation == CompletionRequest("id", understood, SamplingParams(max_tokens=16))
 
 
+@pytest.mark.parametrize("prompts", [["Once", "upon", "a"], [[1], [2, 5], [3]]])
+def test_several_prompts_are_as_many_requests_of_one_kind(prompts: list[Any]) -> None:
+    request = _read(prompt=prompts, n=2, seed=7, stream=True)
+    asked = (request.generation, *request.others)
+    assert [each.prompt for each in asked] == [tuple(each) if isinstance(each, list) else each for each in prompts]
+    assert len({each.request_id for each in asked}) == 3
+    assert {each.sampling for each in asked} == {SamplingParams(max_tokens=16, n=2, seed=7)}
+    assert request.form.num_answers == 6
+    assert request.form.stream
+
+
 def test_what_is_asked_for_is_taken_over() -> None:
     request = _read(
         prompt="x", max_tokens=7, logprobs=2, n=2, stream=True, stream_options={"include_usage": True}, timings=True
@@ -45,8 +56,9 @@ def test_what_is_asked_for_is_taken_over() -> None:
         ({"prompt": [1, "a"]}, "prompt[1]", "invalid_value"),
         ({"prompt": [-200]}, "prompt[0]", "invalid_value"),
         ({"prompt": [[]]}, "prompt[0]", "invalid_value"),
-        ({"prompt": ["a", "b"]}, "prompt", "invalid_value"),
-        ({"prompt": [[1], [2]]}, "prompt", "invalid_value"),
+        ({"prompt": ["a"] * 17}, "prompt", "invalid_value"),
+        ({"prompt": [[1]] * 6, "n": 3}, "prompt", "invalid_value"),
+        ({"prompt": ["x" * 11, "y" * 10]}, "prompt", "text_too_long"),
         ({"prompt": "x" * 21}, "prompt", "text_too_long"),
         ({"prompt": "x", "logprobs": 21}, "logprobs", "invalid_value"),
         ({"prompt": "x", "logprobs": True}, "logprobs", "invalid_value"),
