@@ -108,10 +108,11 @@ def _part(
         return TextPart(part.text)
     if isinstance(part, RefusalContent):
         raise RequestError("only assistant messages may hold refusals", param=where)
+    low_detail = part.image_url.detail == "low"
     if part.image_url.url[:8].lower().startswith(("https://", "http://")):
         # Whether it may be fetched, the stage that does so knows.
-        return ImageUrl(part.image_url.url)
-    return ImagePart(decode_data_url(part.image_url.url, limits, param=f"{where}.image_url.url"))
+        return ImageUrl(part.image_url.url, low_detail)
+    return ImagePart(decode_data_url(part.image_url.url, limits, param=f"{where}.image_url.url"), low_detail)
 
 
 def _texts_only(message: ChatMessage, index: int) -> list[str]:

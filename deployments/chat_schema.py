@@ -37,7 +37,7 @@ class RefusalContent(Part):
 
 class _ImageUrl(Part):
     url: str
-    # Every picture is read at the model's own resolution, whatever is asked for.
+    # Every picture is read at the model's own resolution; `low` leaves out the tiles that some models cut it into.
     detail: Literal["auto", "low", "high", "original"] = "auto"
 
 

@@ -65,7 +65,7 @@ class Fetcher:
         finally:
             for task in tasks:
                 task.cancel()
-        fetched = {part: ImagePart(picture) for part, picture in zip(places, pictures, strict=True)}
+        fetched = {part: ImagePart(picture, part.low_detail) for part, picture in zip(places, pictures, strict=True)}
         return replace(request, messages=tuple(_with_pictures(message, fetched) for message in request.messages))
 
     async def fetch(self, address: str, param: str) -> bytes:

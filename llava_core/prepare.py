@@ -21,7 +21,7 @@ from llava_core.errors import RequestError
 from llava_core.images.biovil import AnyPreprocessConfig, BioVilPreprocessConfig, preprocess_biovil
 from llava_core.images.geometry import num_image_tokens
 from llava_core.images.loading import ImageLimits, check_size, decode_image
-from llava_core.images.preprocess import preprocess
+from llava_core.images.preprocess import PreprocessConfig, preprocess
 from llava_core.lru import LruCache
 from llava_core.prompts.budget import token_budget
 from llava_core.prompts.conversation import IMAGE_PLACEHOLDER, Rendered, Turn, render, user_turns
@@ -219,26 +219,29 @@ class Preparer:
                 )
 
     def _cached_image(self, part: ImagePart, param: str) -> PreparedImage:
+        tiling = isinstance(self.preprocess, PreprocessConfig) and self.preprocess.aspect == "anyres"
+        overview_only = part.low_detail and tiling
         digest = hashlib.sha256(self._processing)
+        digest.update(bytes([overview_only]))
         digest.update(part.data)
         key = digest.hexdigest()
         image = self.cache.get(key)
         if image is None:
-            image = self._prepare_image(part, param)
+            image = self._prepare_image(part, param, overview_only=overview_only)
             self.cache.put(key, image, image.tiles.nbytes)
         return image
 
-    def _prepare_image(self, part: ImagePart, param: str) -> PreparedImage:
+    def _prepare_image(self, part: ImagePart, param: str, *, overview_only: bool) -> PreparedImage:
         if isinstance(self.preprocess, BioVilPreprocessConfig):
             # Its contrast is stretched, which 8 of 16 bits would not survive.
             image = decode_image(part.data, self.limits.image, param=param, keeps_depth=True)
             tiles = preprocess_biovil(image, self.preprocess)
         else:
             image = decode_image(part.data, self.limits.image, param=param)
-            tiles = preprocess(image, self.preprocess)
+            tiles = preprocess(image, self.preprocess, overview_only=overview_only)
         # Requests may share them.
         tiles.flags.writeable = False
-        return PreparedImage(tile_digest(tiles), Size(*image.size), tiles)
+        return PreparedImage(tile_digest(tiles), None if overview_only else Size(*image.size), tiles)
 
 
 def check_roles(messages: Sequence[Message]) -> None:

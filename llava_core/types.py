@@ -105,9 +105,11 @@ class TextPart:
 
 @dataclass(frozen=True)
 class ImagePart:
-    """A picture of a message as it came: encoded bytes (PNG, JPEG, ...)."""
+    """A picture of a message as it came: encoded bytes (PNG, JPEG, ...). With `low_detail` a model that cuts pictures
+    into tiles sees the overview alone; to others it is the same picture."""
 
     data: bytes = field(repr=False)
+    low_detail: bool = False
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,7 @@ class ImageUrl:
     """A picture of a message by its web address, for a service that fetches it before the request is prepared."""
 
     url: str = field(repr=False)
+    low_detail: bool = False
 
 
 @dataclass(frozen=True)
@@ -166,10 +169,11 @@ AnyRequest = GenerationRequest | CompletionRequest
 
 @dataclass(frozen=True)
 class PreparedImage:
-    """A decoded picture as tiles: uint8 (num_tiles, size, size, 3). `digest` is the SHA-256 of the tiles."""
+    """A decoded picture as tiles: uint8 (num_tiles, size, size, 3). `digest` is the SHA-256 of the tiles, `size` as in
+    ImageFeatures."""
 
     digest: str
-    size: Size
+    size: Size | None
     tiles: npt.NDArray[np.uint8] = field(repr=False)
 
 
@@ -203,7 +207,8 @@ class Tokenized:
 class ImageFeatures:
     """What the tower saw of one picture: (rows of all its tiles, vision_hidden), before the projector.
 
-    `size` is the picture's own in pixels, which tells how its tiles belong together.
+    `size` is the picture's own in pixels, which tells how its tiles belong together; None where the overview is all
+    there is of it, though the model cuts others into tiles.
     """
 
     digest: str

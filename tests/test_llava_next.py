@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -100,6 +101,39 @@ def test_answers_equal_transformers(
     generated = reference.generate(**given, max_new_tokens=16, min_new_tokens=16, do_sample=False, eos_token_id=None)
     tokens = [token for delta in model.stream(prepared) for token in delta.token_ids]
     assert tokens == generated[0, ids.shape[1] :].tolist()
+
+
+def test_in_low_detail_the_overview_alone_is_seen_as_transformers_sees_a_single_tile(
+    reference: LlavaNextForConditionalGeneration, tmp_path: Path
+) -> None:
+    model = LocalModel(write(tmp_path / "next", reference, hub_name), options=LoadOptions(dtype="float32"))
+    image = picture(61, 40)
+    whole = ask(image)
+    image_part, text_part = whole.messages[0].parts
+    assert isinstance(image_part, ImagePart)
+    low = replace(whole, messages=(Message("user", (replace(image_part, low_detail=True), text_part)),))
+    prepared, tiled = model.preparer.prepare(low), model.preparer.prepare(whole)
+    assert prepared.num_image_tokens == (5,)
+    assert tiled.num_image_tokens > prepared.num_image_tokens
+    assert np.array_equal(prepared.images[0].tiles, tiled.images[0].tiles[:1])
+
+    inner = reference.model
+    with torch.inference_mode():
+        pixels = PROCESSOR([image], return_tensors="pt")["pixel_values"][0, :1]
+        seen = inner.vision_tower(pixels, output_hidden_states=True).hidden_states[
+            reference.config.vision_feature_layer
+        ]
+        rows = inner.multi_modal_projector(seen[:, 1:])
+        [packed], _ = inner.pack_image_features([rows], [image.size[::-1]], "default", inner.image_newline)
+        ids = torch.tensor(prepared.prompt_ids)
+        embedded = inner.get_input_embeddings()(ids.clamp(min=0))
+        embedded[ids == IMAGE_TOKEN_ID] = packed
+        hidden = inner.language_model(inputs_embeds=embedded[None]).last_hidden_state
+        expected = reference.lm_head(hidden)[0, -1]
+    torch.testing.assert_close(first_logits(model, prepared), expected, atol=1e-4, rtol=1e-4)
+    # Through the engine, the other one before it: nothing of it is taken for this one's.
+    answers = [[token for delta in model.stream(each) for token in delta.token_ids] for each in (low, whole, low)]
+    assert answers[0] == answers[2] != answers[1]
 
 
 @pytest.mark.parametrize("size", [(61, 40), (30, 97), (28, 28), (56, 56), (200, 11), (57, 55), (1, 90)])

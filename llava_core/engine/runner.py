@@ -132,8 +132,7 @@ class ModelRunner:
     def _project(self, state: RequestState, number: int) -> Tensor:
         if number not in state.image_rows:
             image: ImageFeatures = state.request.features[number]
-            sizes = None if image.size is None else [image.size]
-            state.image_rows[number] = self.model.image_rows([image.features], sizes)
+            state.image_rows[number] = self.model.image_rows([image.features], [image.size])
         return state.image_rows[number]
 
 

@@ -34,9 +34,9 @@ def scaled_size(size: Size, target: Size) -> Size:
     return Size(min(math.ceil(size.width * down), target.width), target.height)
 
 
-def tile_grid(config: ModelConfig, size: Size) -> Size | None:
-    """Columns and rows of tiles beside the overview; None where pictures are one tile."""
-    if not config.pinpoints:
+def tile_grid(config: ModelConfig, size: Size | None) -> Size | None:
+    """Columns and rows of tiles beside the overview; None where pictures are one tile, or this one is (`size` None)."""
+    if not config.pinpoints or size is None:
         return None
     best = best_resolution(size, config.pinpoints)
     side = config.vision.image_size
@@ -60,26 +60,29 @@ def unpadded(grid: Size, size: Size, dialect: Dialect) -> tuple[int, int, int, i
     return cut, 0, grid.width - cut, grid.height
 
 
-def num_image_tokens(config: ModelConfig, size: Size) -> int:
-    """Placeholders of one picture of `size` pixels."""
+def num_image_tokens(config: ModelConfig, size: Size | None) -> int:
+    """Placeholders of one picture of `size` pixels; None: of one whose overview is all there is of it."""
     per_tile = config.vision.tokens_per_tile
     tiles = tile_grid(config, size)
-    if tiles is None:
-        return per_tile
+    if tiles is None or size is None:
+        return per_tile + _ends_overview(config)
     if config.merge_type != "spatial_unpad":
         return per_tile * (1 + tiles.width * tiles.height)
     left, top, right, bottom = unpadded(_feature_grid(config.vision, tiles), size, config.dialect)
     return per_tile + (bottom - top) * (right - left + 1)
 
 
-def merge_order(config: ModelConfig, size: Size) -> tuple[int, ...] | None:
+def merge_order(config: ModelConfig, size: Size | None) -> tuple[int, ...] | None:
     """Which row of a picture's tiles, or NEWLINE, each of its tokens is; None where they stay as they come.
 
     Rows are counted through all tiles, the overview first, each row by row. `spatial` reads the other tiles as one
-    large grid, line by line; `spatial_unpad` leaves the padding out and ends every line with the newline.
+    large grid, line by line; `spatial_unpad` leaves the padding out and ends every line with the newline, as it does an
+    overview without other tiles.
     """
     tiles = tile_grid(config, size)
-    if tiles is None or config.merge_type == "flat":
+    if tiles is None or size is None:
+        return (*range(config.vision.tokens_per_tile), NEWLINE) if _ends_overview(config) else None
+    if config.merge_type == "flat":
         return None
     grid = _feature_grid(config.vision, tiles)
     box = (0, 0, grid.width, grid.height)
@@ -94,6 +97,11 @@ def merge_order(config: ModelConfig, size: Size) -> tuple[int, ...] | None:
         if config.merge_type == "spatial_unpad":
             order.append(NEWLINE)
     return tuple(order)
+
+
+def _ends_overview(config: ModelConfig) -> bool:
+    """Whether a newline comes after an overview that is alone."""
+    return bool(config.pinpoints) and config.merge_type == "spatial_unpad"
 
 
 def _feature_grid(vision: VisionConfig, tiles: Size) -> Size:

@@ -58,12 +58,14 @@ class PreprocessConfig:
         return int(red * 255), int(green * 255), int(blue * 255)
 
 
-def preprocess(image: Image.Image, config: PreprocessConfig) -> npt.NDArray[np.uint8]:
-    """The tiles of an RGB picture, uint8 of shape (num_tiles, size, size, 3); the overview is the first."""
+def preprocess(image: Image.Image, config: PreprocessConfig, *, overview_only: bool = False) -> npt.NDArray[np.uint8]:
+    """The tiles of an RGB picture, uint8 of shape (num_tiles, size, size, 3). Where a picture has an overview it is the
+    first, and the others can be left out."""
     if image.mode != "RGB":
         raise ValueError(f"expected an RGB picture, not {image.mode}; decode with images.loading first")
     if config.aspect == "anyres":
-        return np.stack([_fit(tile, config) for tile in cut_tiles(image, config)])
+        tiles = [overview(image, config)] if overview_only else cut_tiles(image, config)
+        return np.stack([_fit(tile, config) for tile in tiles])
     if config.aspect == "pad":
         image = pad_to_square(image, config.pad_colour, shift=_jitter(image) if config.jitter else 0)
     return _fit(image, config)[None]
@@ -79,7 +81,7 @@ def _fit(image: Image.Image, config: PreprocessConfig) -> npt.NDArray[np.uint8]:
 
 
 def cut_tiles(image: Image.Image, config: PreprocessConfig) -> list[Image.Image]:
-    """The picture squeezed to one tile, then its best resolution cut into tiles row by row, on black."""
+    """The overview, then the picture's best resolution cut into tiles row by row, on black."""
     size = Size(*image.size)
     best = best_resolution(size, config.pinpoints)
     scaled = resize(image, scaled_size(size, best), Image.Resampling.BICUBIC, rows_first=config.rows_first)
@@ -90,8 +92,12 @@ def cut_tiles(image: Image.Image, config: PreprocessConfig) -> list[Image.Image]
         for y in range(0, best.height, config.size)
         for x in range(0, best.width, config.size)
     ]
-    square = (config.size, config.size)
-    return [resize(image, square, Image.Resampling.BICUBIC, rows_first=config.rows_first), *tiles]
+    return [overview(image, config), *tiles]
+
+
+def overview(image: Image.Image, config: PreprocessConfig) -> Image.Image:
+    """The picture squeezed to one tile."""
+    return resize(image, (config.size, config.size), Image.Resampling.BICUBIC, rows_first=config.rows_first)
 
 
 def _jitter(image: Image.Image) -> int:

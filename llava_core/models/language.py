@@ -37,15 +37,15 @@ class LanguageSide(nn.Module):
         """Where the decoder's weights are."""
         return self.decoder.device
 
-    def embed(self, ids: Tensor, features: Sequence[Tensor], sizes: Sequence[Size] | None = None) -> Tensor:
+    def embed(self, ids: Tensor, features: Sequence[Tensor], sizes: Sequence[Size | None] | None = None) -> Tensor:
         """Embeddings (*ids.shape, hidden); each of `features` is (rows of all its tiles, vision_hidden), in order.
 
-        `sizes` are those of the pictures in pixels; a checkpoint that merges tiles needs them.
+        `sizes` are those of the pictures, as ImageFeatures has them; a checkpoint that merges tiles needs them.
         """
         rows = self.image_rows(features, sizes) if features else None
         return splice(ids, self.decoder.get_input_embeddings(), rows)
 
-    def image_rows(self, features: Sequence[Tensor], sizes: Sequence[Size] | None = None) -> Tensor:
+    def image_rows(self, features: Sequence[Tensor], sizes: Sequence[Size | None] | None = None) -> Tensor:
         """What stands for pictures in a prompt, (image tokens of all of them, hidden), from what the tower saw of them;
         arguments as in `embed`."""
         rows: Tensor = self.projector(torch.cat([image.to(self.device, self.decoder.dtype) for image in features]))
@@ -55,9 +55,10 @@ class LanguageSide(nn.Module):
 
     def num_image_rows(self, image: ImageFeatures) -> int:
         """Rows that `image_rows` makes of a picture. Raises ValueError when it has too few to make them of."""
-        if image.size is None and self.config.pinpoints and self.config.merge_type != "flat":
+        is_one_tile = len(image.features) == self.config.vision.tokens_per_tile
+        if image.size is None and not is_one_tile and self.config.pinpoints and self.config.merge_type != "flat":
             raise ValueError("this model merges tiles, which takes the picture's size")
-        order = None if image.size is None else merge_order(self.config, image.size)
+        order = merge_order(self.config, image.size)
         if order is None:
             return len(image.features)
         if max(order) >= len(image.features):
@@ -66,7 +67,7 @@ class LanguageSide(nn.Module):
             )
         return len(order)
 
-    def _merge(self, rows: Tensor, counts: Sequence[int], sizes: Sequence[Size] | None) -> Tensor:
+    def _merge(self, rows: Tensor, counts: Sequence[int], sizes: Sequence[Size | None] | None) -> Tensor:
         if sizes is None or len(sizes) != len(counts):
             raise ValueError(f"{len(counts)} pictures came with {0 if sizes is None else len(sizes)} sizes")
         merged = [
@@ -81,7 +82,7 @@ class LanguageSide(nn.Module):
         features: Sequence[Tensor],
         cache: Cache | None = None,
         *,
-        sizes: Sequence[Size] | None = None,
+        sizes: Sequence[Size | None] | None = None,
         mask: Tensor | None = None,
         positions: Tensor | None = None,
         last_only: bool = False,

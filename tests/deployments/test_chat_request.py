@@ -47,9 +47,17 @@ def test_a_bare_request_is_greedy_and_unary() -> None:
 
 def test_parts_keep_their_order_and_pictures_their_bytes() -> None:
     picture = plain()
-    image = {"type": "image_url", "image_url": {"url": data_url(picture), "detail": "low"}}
+    image = {"type": "image_url", "image_url": {"url": data_url(picture)}}
     request = _generation(messages=_content({"type": "text", "text": "a"}, image, {"type": "text", "text": "b"}))
     assert request.messages[0].parts == (TextPart("a"), ImagePart(picture), TextPart("b"))
+
+
+@pytest.mark.parametrize("detail", ["low", "high", "auto", "original"])
+def test_low_detail_is_told_to_the_stages(detail: str) -> None:
+    urls = data_url(plain()), "https://a.example/x.png"
+    parts = [{"type": "image_url", "image_url": {"url": url, "detail": detail}} for url in urls]
+    message = _generation(messages=_content(*parts)).messages[0]
+    assert message.parts == (ImagePart(plain(), detail == "low"), ImageUrl(urls[1], detail == "low"))
 
 
 def test_leading_system_messages_become_the_system_text() -> None:

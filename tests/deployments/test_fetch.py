@@ -424,11 +424,12 @@ def test_addresses_become_pictures_where_they_stand_and_each_is_fetched_once() -
     async def test() -> None:
         red, blue = plain("red"), plain("blue")
         async with serving({"/red": reply(red), "/blue": reply(blue)}) as server:
-            first, second = (ImageUrl(f"http://pictures:{server.port}/{name}") for name in ("red", "blue"))
+            first = ImageUrl(f"http://pictures:{server.port}/red")
+            second = ImageUrl(f"http://pictures:{server.port}/blue", low_detail=True)
             fetcher = Fetcher(_args(server), resolve=Names(pictures=[LOCAL]))
             held = ImagePart(b"held")
             fetched = await fetcher.fetch_images(_request(first, TextPart("and"), held, second, first))
-            expected = _request(ImagePart(red), TextPart("and"), held, ImagePart(blue), ImagePart(red))
+            expected = _request(ImagePart(red), TextPart("and"), held, ImagePart(blue, low_detail=True), ImagePart(red))
             assert fetched == expected
             assert sorted(server.paths) == ["/blue", "/red"]
 

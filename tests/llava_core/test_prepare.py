@@ -171,6 +171,36 @@ def test_models_share_pictures_that_become_the_same_tiles_and_no_others(
     assert cache.num_bytes == padded.tiles.nbytes + cropped.tiles.nbytes
 
 
+def test_low_detail_changes_nothing_where_pictures_are_one_tile_all_the_same(
+    preparer: Preparer, decoded: list[bytes]
+) -> None:
+    picture = ImagePart(png(colour="teal"))
+    ask = [request(Message("user", (replace(picture, low_detail=low), TextPart("?")))) for low in (False, True)]
+    high, low = (preparer.prepare(each) for each in ask)
+    assert high.prompt_ids == low.prompt_ids
+    assert [each.digest for each in high.images] == [each.digest for each in low.images]
+    assert high.images[0].size == low.images[0].size == Size(40, 20)
+    caching = replace(preparer, cache=LruCache[PreparedImage](10_000))
+    decoded.clear()
+    for each in ask:
+        caching.prepare(each)
+    assert len(decoded) == 1
+
+
+def test_an_overview_and_the_picture_with_its_tiles_are_kept_apart(preparer: Preparer, decoded: list[bytes]) -> None:
+    assert isinstance(preparer.preprocess, PreprocessConfig)
+    side = preparer.preprocess.size
+    preprocess = replace(preparer.preprocess, aspect="anyres", pinpoints=(Size(2 * side, 2 * side),))
+    tiling = replace(preparer, preprocess=preprocess, cache=LruCache[PreparedImage](10**6))
+    picture = ImagePart(png())
+    whole, low = (request(Message("user", (replace(picture, low_detail=low), TextPart("?")))) for low in (False, True))
+    images = [tiling.prepare(each).images[0] for each in (whole, low, whole, low)]
+    assert [len(image.tiles) for image in images] == [5, 1, 5, 1]
+    assert images[0] is images[2]
+    assert images[1] is images[3]
+    assert len(decoded) == 2
+
+
 def test_a_digest_knows_the_shape() -> None:
     flat = np.zeros((1, 2, 8, 3), np.uint8)
     assert tile_digest(flat) != tile_digest(flat.reshape(1, 8, 2, 3))
@@ -181,7 +211,7 @@ def test_a_digest_knows_the_shape() -> None:
     [
         (request(), "messages", "last message must be the user's"),
         (request(assistant("A")), "messages[0].role", "the role is 'assistant'"),
-        (request(user("Q"), n=129), "n", "129; at most 128"),
+        (request(user("Q"), n=17), "n", "17; at most 16"),
         (CompletionRequest("r1", "x" * 301, SamplingParams()), "prompt", "301 characters; at most 300"),
         (CompletionRequest("r1", (1, -200), SamplingParams()), "prompt", "not negative"),
         (CompletionRequest("r1", (5,) * 512, SamplingParams()), "messages", "context is 512"),

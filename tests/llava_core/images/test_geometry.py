@@ -52,6 +52,19 @@ def test_one_token_per_patch_and_one_more_for_the_class(side: int, select: Selec
     assert num_image_tokens(config("flat", select=select, pinpoints=(), side=side), Size(50, 70)) == expected
 
 
+@pytest.mark.parametrize(
+    ("merge", "pinpoints", "ending"),
+    [("spatial_unpad", PINPOINTS, (NEWLINE,)), ("spatial", PINPOINTS, ()), ("flat", PINPOINTS, ()), ("flat", (), ())],
+)
+def test_an_overview_alone_is_one_tile_and_ends_as_a_line_does(
+    merge: MergeType, pinpoints: tuple[Size, ...], ending: tuple[int, ...]
+) -> None:
+    of_model = config(merge, pinpoints=pinpoints)
+    assert tile_grid(of_model, None) is None
+    assert num_image_tokens(of_model, None) == 576 + len(ending)
+    assert merge_order(of_model, None) == ((*range(576), *ending) if ending else None)
+
+
 # Original size, chosen resolution, tiles with the overview, rows and columns of the grid without padding, tokens.
 REFERENCE = [
     ((640, 480), (672, 672), 5, (36, 48), 2340),
