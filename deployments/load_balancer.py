@@ -17,13 +17,13 @@ import re
 import signal
 import socket
 import subprocess
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
+from deployments.scratch import Scratch
 from llava_core.errors import LlavaError
 
 _PR_SET_PDEATHSIG = 1
@@ -94,7 +94,7 @@ class LoadBalancer:
     application: str
     proxy_port: int = 0
     _process: subprocess.Popen[bytes] | None = None
-    _folder: tempfile.TemporaryDirectory[str] | None = field(default=None, repr=False)
+    _scratch: Scratch | None = field(default=None, repr=False)
 
     @property
     def configuration(self) -> str:
@@ -114,7 +114,7 @@ class LoadBalancer:
 
     def start(self) -> None:
         """Returns once it listens. It ends with the thread that started it, at the latest; raises LoadBalancerError."""
-        self._folder = tempfile.TemporaryDirectory(prefix="llava-serve-")
+        self._scratch = Scratch()
         configuration, messages = self._path("haproxy.cfg"), self._path("messages")
         configuration.write_text(self.configuration)
         with messages.open("wb") as output:
@@ -159,12 +159,13 @@ class LoadBalancer:
         if self._process is not None:
             self._process.kill()
             self._process.wait()
-        if self._folder is not None:
-            self._folder.cleanup()
+        if self._scratch is not None:
+            self._scratch.close()
+            self._scratch = None
 
     def _path(self, name: str) -> Path:
-        assert self._folder is not None, "it has been started"
-        return Path(self._folder.name) / name
+        assert self._scratch is not None, "it has been started"
+        return self._scratch.path / name
 
     def _has_looked(self) -> bool:
         found = {row["check_status"].removeprefix("* ") for row in self._rows() if row["svname"] != "BACKEND"}
