@@ -14,8 +14,10 @@ import httpx
 import pytest
 import yaml
 
+from deployments.processes import descendants
 from tests.deployments.pictures import plain
 from tests.deployments.service import (
+    alive,
     content,
     events,
     free_port,
@@ -149,3 +151,14 @@ def test_a_new_configuration_takes_over_while_streams_end_and_nobody_is_refused(
         assert set(asking.statuses) == {200}, asking.unexpected
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
+
+
+def test_killed_outright_it_leaves_no_process_behind(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    config = write_config(tiny_checkpoint, tmp_path, **STAGES)
+    with started(_serve(config, free_port())) as (process, _):
+        read_until(process, "  logs ")
+        begun = descendants(process.pid)
+        assert len(begun) > 4
+        process.kill()
+        process.wait()
+        until(lambda: not alive(begun), deadline_s=60)
