@@ -8,7 +8,7 @@ from typing import Any
 
 from ray import serve
 from ray.serve import Application, Deployment
-from ray.serve.config import AutoscalingConfig
+from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 
 from deployments.handoff import Handoff, RayHandoff
 from deployments.preflight import FoundCheckpoint, check_checkpoints, share_towers
@@ -26,6 +26,7 @@ from deployments.stage_settings import StageArgs
 _SHUTDOWN_S = 180.0
 # How long a replica that was killed still counts as one that can serve, where Serve's default is 10 s.
 _HEALTH_CHECK_S = 2.0
+_ROUTER = RequestRouterConfig(request_router_class="deployments.routing.AffinityRouter")
 
 
 def build_app(args: AppArgs) -> Application:
@@ -51,7 +52,7 @@ def bind_stages(
 
     `towers` names the model whose tower each model uses. What there are several of is called after its model.
     """
-    preprocessor = _deploy(PreprocessorReplica, "Preprocessor", args.preprocessor).bind(args, found)
+    preprocessor = _stage(PreprocessorReplica, "Preprocessor", args.preprocessor).bind(args, found)
     encoders: dict[str, Application] = {}
     generators: dict[str, Application] = {}
     are_towers_several = len(set(towers.values())) > 1
@@ -60,13 +61,17 @@ def bind_stages(
         checkpoint = found[name]
         if owner == name:
             encoder = f"VisionEncoder-{model.label}" if are_towers_several else "VisionEncoder"
-            deployed = _deploy(VisionEncoderReplica, encoder, model.vision_encoder)
+            deployed = _stage(VisionEncoderReplica, encoder, model.vision_encoder)
             encoders[name] = deployed.bind(model.vision_encoder, checkpoint, handoff)
         # Who shares comes after its owner.
         encoders[name] = encoders[owner]
         generator = f"Generator-{model.label}" if len(args.models) > 1 else "Generator"
-        generators[name] = _deploy(GeneratorReplica, generator, model.generator).bind(model, checkpoint, handoff)
+        generators[name] = _stage(GeneratorReplica, generator, model.generator).bind(model, checkpoint, handoff)
     return preprocessor, encoders, generators
+
+
+def _stage(cls: Any, name: str, args: StageArgs) -> Deployment:
+    return _deploy(cls, name, args).options(request_router_config=_ROUTER)
 
 
 def _deploy(cls: Any, name: str, args: StageArgs) -> Deployment:

@@ -12,6 +12,7 @@ from typing import Any
 
 from ray.serve.handle import DeploymentHandle
 
+from deployments.affinity import affinity_key
 from deployments.errors import StageLostError
 from deployments.handoff import Handoff
 from deployments.messages import Item, Rejected, is_last
@@ -54,10 +55,10 @@ class Pipeline:
         whatever else a stage has raised.
         """
         await self._quarantine.check(request)
-        kept, has_images = self._handoff.keep(request), request.num_images > 0
+        kept, has_images, key = self._handoff.keep(request), request.num_images > 0, affinity_key(request)
         # Megabytes of pictures.
         del request
-        begin = partial(_begun, partial(self._attempt, kept, on_sent, has_images=has_images))
+        begin = partial(_begun, partial(self._attempt, kept, key, on_sent, has_images=has_images))
         first, items = await self._quarantine.run(begin, partial(self._handoff.kept, kept))
         # From here on nothing is done again.
         del kept, begin
@@ -68,20 +69,21 @@ class Pipeline:
                 yield item
 
     async def _attempt(
-        self, kept: object, on_sent: Callable[[], None], *, has_images: bool
+        self, kept: object, key: str, on_sent: Callable[[], None], *, has_images: bool
     ) -> AsyncGenerator[Item, None]:
         # Held until the end: the results of the first two live as long as their responses do.
         calls: list[Any] = []
         is_complete = False
         try:
             with ray_errors_as_ours():
-                calls.append(self._prepare.remote(kept, self._model))
+                # Of a text, replicas of the first stage keep nothing.
+                calls.append(_towards(self._prepare, key if has_images else "").remote(kept, self._model))
                 del kept
                 if has_images:
-                    calls.append(self._encode.remote(calls[-1]))
+                    calls.append(_towards(self._encode, key).remote(calls[-1]))
                 given = await self._handoff.give(calls[-1])
                 on_sent()
-                calls.append(self._generate.remote(given))
+                calls.append(_towards(self._generate, key).remote(given))
                 async for item in calls[-1]:
                     is_complete = is_last(item)
                     yield item
@@ -92,7 +94,8 @@ class Pipeline:
 
     async def tokenize(self, request: AnyRequest) -> Tokenized | Rejected:
         """What the first stage makes of a prompt, or its rejection. Raises errors of ours as `stream` does."""
-        tokenized: Tokenized | Rejected = await self._asked(self._tokenize, request)
+        stage = _towards(self._tokenize, affinity_key(request) if request.num_images else "")
+        tokenized: Tokenized | Rejected = await self._asked(stage, request)
         return tokenized
 
     async def _asked(self, stage: Handle, request: AnyRequest) -> Any:
@@ -104,6 +107,11 @@ class Pipeline:
         """The text of these ids. Raises errors of ours as `stream` does."""
         text: str | Rejected = await _ask(self._detokenize, ids, self._model)
         return text
+
+
+def _towards(stage: Handle, key: str) -> Handle:
+    """For a call that prefers the replica of this key (routing.py): a copy with the same router, in microseconds."""
+    return stage.options(session_id=key) if key else stage
 
 
 async def _begun(attempt: Callable[[], AsyncGenerator[Item, None]]) -> tuple[Item | None, AsyncGenerator[Item, None]]:

@@ -109,15 +109,16 @@ class Quarantine:
 
 def digests(request: AnyRequest) -> set[str]:
     """SHA-256 of each picture, or of its address where it is still to be fetched; without pictures, of the prompt."""
-    pictures = {hashlib.sha256(picture).hexdigest() for picture in _pictures(request)}
-    if pictures:
-        return pictures
+    found = {hashlib.sha256(picture).hexdigest() for picture in pictures(request)}
+    if found:
+        return found
     # `repr`, because a text may hold halves of characters, which have no bytes.
     prompt = request.prompt if isinstance(request, CompletionRequest) else (request.system, request.messages)
     return {hashlib.sha256(repr(prompt).encode()).hexdigest()}
 
 
-def _pictures(request: AnyRequest) -> Iterator[bytes]:
+def pictures(request: AnyRequest) -> Iterator[bytes]:
+    """The bytes of each picture, in order, or of its address where it is still to be fetched."""
     if isinstance(request, CompletionRequest):
         return
     for part in (part for message in request.messages for part in message.parts):

@@ -37,23 +37,36 @@ class FakeStream(FakeResponse):
 
 
 class FakeHandle:
-    """A deployment handle onto `methods`; remembers every call and its response."""
+    """A deployment handle onto `methods`; remembers every call, its response and its session."""
 
     def __init__(self, **methods: Callable[..., Any]) -> None:
         self._methods = methods
         self._method = "__call__"
         self._is_stream = False
+        self._session = ""
         self.calls: list[tuple[str, tuple[Any, ...], FakeResponse]] = []
+        self.sessions: list[str] = []
 
-    def options(self, *, method_name: str, stream: bool = False, **_: Any) -> Self:
+    def options(
+        self,
+        *,
+        method_name: str | None = None,
+        stream: bool | None = None,
+        session_id: str | None = None,
+        **_: Any,
+    ) -> Self:
         bound = type(self)(**self._methods)
-        bound._method, bound._is_stream, bound.calls = method_name, stream, self.calls
+        bound._method = self._method if method_name is None else method_name
+        bound._is_stream = self._is_stream if stream is None else stream
+        bound._session = self._session if session_id is None else session_id
+        bound.calls, bound.sessions = self.calls, self.sessions
         return bound
 
     def remote(self, *args: Any) -> FakeResponse:
         kind = FakeStream if self._is_stream else FakeResponse
         response = kind(lambda: self._methods[self._method](*args))
         self.calls.append((self._method, args, response))
+        self.sessions.append(self._session)
         return response
 
 

@@ -11,6 +11,7 @@ from ray.exceptions import ActorDiedError
 from ray.serve.exceptions import BackPressureError
 from starlette.testclient import TestClient
 
+from deployments.affinity import affinity_key
 from deployments.errors import ContentRefusedError, StageLostError
 from deployments.gateway import Gateway
 from deployments.handoff import LocalHandoff
@@ -282,3 +283,27 @@ def test_a_busy_first_stage_is_an_error_of_ours_when_tokenizing_too() -> None:
     graph.preprocessor = FakeHandle(tokenize=busy)
     with pytest.raises(OverloadedError):
         asyncio.run(graph.pipeline.tokenize(_request(TextPart("hi"))))
+
+
+def test_calls_about_a_picture_say_which_replica_they_prefer_again_after_a_loss() -> None:
+    graph = _Graph([])
+    graph.generator = FakeHandle(generate=_Dying(1, tells=False))
+    request = _request(ImagePart(b"x"), TextPart("hi"))
+    asyncio.run(_items(graph.pipeline, request))
+    for stage in (graph.preprocessor, graph.encoder, graph.generator):
+        assert stage.sessions == [affinity_key(request)] * 2
+
+
+def test_of_a_text_only_the_last_stage_keeps_anything() -> None:
+    graph = _Graph([*answer("a")])
+    graph.preprocessor = FakeHandle(prepare=lambda request: request, tokenize=lambda _: "ids")
+    request = _request(TextPart("hi"))
+
+    async def run() -> None:
+        await _items(graph.pipeline, request)
+        await graph.pipeline.tokenize(request)
+        await graph.pipeline.tokenize(_request(ImagePart(b"x")))
+
+    asyncio.run(run())
+    assert graph.generator.sessions == [affinity_key(request)]
+    assert graph.preprocessor.sessions == ["", "", affinity_key(_request(ImagePart(b"x")))]

@@ -1,0 +1,63 @@
+"""Which replicas a request had best go to: first one that has seen its picture, or how its prompt begins.
+
+A request has a key, and for every key all gateways try replicas in the same order, so nobody keeps a list of who holds
+what. Knows neither Ray nor stages, and decides nothing about answers: any replica gives the same one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Mapping
+
+from deployments.quarantine import pictures
+from llava_core.types import AnyRequest, CompletionRequest, TextPart
+
+# Of each picture at most twice as many bytes are looked at, so that a large one does not hold up the event loop. What
+# two pictures that have all of these in common share is a place, and nothing else.
+_SAMPLES = 16 * 1024
+# Characters, or tokens of a prompt that is given as ids.
+_BEGINNING = 1024
+# A replica may have so many requests as it would have if all had the same, times this ...
+_LOAD_FACTOR = 1.25
+# ... and one at work and one that waits in any case.
+_LEAST_BOUND = 2
+
+
+def affinity_key(request: AnyRequest) -> str:
+    """The same for requests that have the first picture in common; without pictures, the system's text and the first
+    message, as far as their beginnings go. So all turns of a conversation have one key."""
+    picture = next(pictures(request), None)
+    if picture is not None:
+        # From all over the picture: formats without compression begin and end in borders.
+        return _digest(f"{len(picture)} ".encode() + picture[:: len(picture) // _SAMPLES + 1])
+    # `repr`, because a text may hold halves of characters, which have no bytes.
+    return _digest(repr(_beginning(request)).encode())
+
+
+def _beginning(request: AnyRequest) -> object:
+    if isinstance(request, CompletionRequest):
+        return request.prompt[:_BEGINNING]
+    parts = (part for message in request.messages[:1] for part in message.parts if isinstance(part, TextPart))
+    return (request.system or "")[:_BEGINNING], "".join(part.text for part in parts)[:_BEGINNING]
+
+
+def ranked(key: str, replicas: Iterable[str]) -> list[str]:
+    """All of them, the preferred one first, by rendezvous hashing: a replica that comes or goes moves its own share of
+    the keys and no other."""
+    return sorted(replicas, key=lambda replica: _digest(f"{key} {replica}".encode()))
+
+
+def by_preference(key: str, loads: Mapping[str, int]) -> list[str]:
+    """All replicas of `loads`, which has how many requests each one has, in the order in which to try them.
+
+    As `ranked`, but those that are clearly busier than the others come last, the least busy first: a picture that
+    everybody asks about is soon known to several replicas. (Consistent hashing with bounded loads.)
+    """
+    bound = max(_LEAST_BOUND, math.ceil(_LOAD_FACTOR * (sum(loads.values()) + 1) / len(loads)))
+    # Sorting leaves those of equal load as they are ranked.
+    return sorted(ranked(key, loads), key=lambda replica: loads[replica] if loads[replica] >= bound else 0)
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()

@@ -1,0 +1,66 @@
+"""How Serve finds a replica for a call of a stage: the one that the call's key prefers, unless it is busy.
+
+The key comes as the call's session id; affinity.py has the order. Every gateway replica has one such router for each
+stage, and counts how its choices turned out. Serve does the rest: queues, limits, replicas that refuse or are dead.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
+
+from deployments.affinity import by_preference, ranked
+from deployments.metrics import ROUTED, RayRecorder, Recorder
+
+
+class AffinityRouter(RequestRouter):
+    """Calls without a key go to the less busy of two replicas, as with Serve's own router.
+
+    Not FIFOMixin, which gives the replica that was found for one call to the one that has waited longest; and not
+    LocalityMixin, because a replica elsewhere that holds a picture is nearer than one here that does not.
+    """
+
+    _recorder: Recorder
+
+    def initialize_state(self, **_: Any) -> None:
+        """For Serve, when the router begins."""
+        self._recorder = RayRecorder().start()
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        """For Serve, which tries one list after the other, in each of them the least busy replica first, and asks
+        again if none has taken the call."""
+        if pending_request is None:
+            return [candidate_replicas]
+        # After a pause, that is.
+        pending_request.routing_context.should_backoff = True
+        key = pending_request.metadata.session_id
+        if not key or len(candidate_replicas) == 1:
+            return [random.sample(candidate_replicas, min(2, len(candidate_replicas)))]
+        replicas = {_name(replica.replica_id): replica for replica in candidate_replicas}
+        order = by_preference(key, {name: self._load(replica.replica_id) for name, replica in replicas.items()})
+        available = {_name(replica.replica_id) for replica in self.select_available_replicas(candidate_replicas)}
+        # The others may have got room meanwhile; Serve asks them.
+        full = [replica for name, replica in replicas.items() if name not in available]
+        return [*([replicas[name]] for name in order if name in available), full]
+
+    def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
+        """For Serve, when a replica has taken the call."""
+        names = [_name(each) for each in self.curr_replicas]
+        if len(names) < 2:
+            return
+        key = pending_request.metadata.session_id
+        choice = "keyless" if not key else "preferred" if ranked(key, names)[0] == _name(replica_id) else "fallback"
+        self._recorder.count(ROUTED, self._deployment_id.name, choice)
+
+    def _load(self, replica_id: ReplicaID) -> int:
+        """What the replica said last, and what was sent since and is not over. Nothing where that is too long ago: the
+        first call that it takes then tells anew."""
+        return self.replica_queue_len_cache.get(replica_id) or 0
+
+
+def _name(replica_id: ReplicaID) -> str:
+    return replica_id.unique_id

@@ -1,0 +1,203 @@
+"""The router in Serve's own loop around it, on replicas that are played: who gets a call, and what is counted."""
+
+import asyncio
+import itertools
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from ray.exceptions import ActorDiedError
+from ray.serve._private.common import DeploymentHandleSource, DeploymentID, RequestMetadata
+from ray.serve.request_router import PendingRequest, ReplicaID
+
+from deployments.affinity import ranked
+from deployments.metrics import ROUTED
+from deployments.routing import AffinityRouter
+from tests.deployments.fakes import FakeRecorder
+
+STAGE = DeploymentID("VisionEncoder", "llava")
+_ids = itertools.count()
+
+
+@dataclass
+class _Replica:
+    """What a router knows of a replica."""
+
+    name: str
+    max_ongoing_requests: int = 100
+    ongoing: int = 0
+    is_dead: bool = False
+    num_asked: int = 0
+    multiplexed_model_ids: frozenset[str] = field(default_factory=frozenset)
+
+    @property
+    def replica_id(self) -> ReplicaID:
+        return ReplicaID(self.name, STAGE)
+
+    async def get_queue_len(self, *, deadline_s: float) -> int:
+        self.num_asked += 1
+        if self.is_dead:
+            raise ActorDiedError
+        return self.ongoing
+
+
+class _Stage:
+    """A router and its replicas, as Serve's caller of both."""
+
+    def __init__(self, *replicas: _Replica) -> None:
+        self.recorder = FakeRecorder()
+        self.router = AffinityRouter(STAGE, DeploymentHandleSource.REPLICA, use_replica_queue_len_cache=True)
+        self.router._recorder = self.recorder
+        self.replicas = {replica.name: replica for replica in replicas}
+        self.update()
+
+    def update(self) -> None:
+        played: Any = list(self.replicas.values())
+        self.router.update_replicas(played)
+
+    def preferred(self, key: str) -> _Replica:
+        return self.replicas[ranked(key, self.replicas)[0]]
+
+    def key_of(self, replica: _Replica) -> str:
+        """A key that prefers this one."""
+        return next(key for key in map(str, itertools.count()) if self.preferred(key) is replica)
+
+    async def send(self, key: str) -> _Replica:
+        """A call that does not end; the replica that has got it."""
+        metadata = RequestMetadata(str(number := next(_ids)), f"internal-{number}", session_id=key)
+        pending = PendingRequest([], {}, metadata)
+        replica = await self.router._choose_replica_for_request(pending)
+        self.router.on_send_request(replica.replica_id)
+        chosen = self.replicas[replica.replica_id.unique_id]
+        chosen.ongoing += 1
+        self.router.on_new_queue_len_info(replica.replica_id, chosen.ongoing)
+        result: Any = None
+        self.router.on_request_routed(pending, replica.replica_id, result)
+        return chosen
+
+    def end(self, replica: _Replica) -> None:
+        replica.ongoing -= 1
+        self.router.decrement_queue_len_cache(replica.replica_id)
+
+    @property
+    def counted(self) -> dict[str, int]:
+        return {choice: by for (counter, (_, choice)), by in self.recorder.counted.items() if counter is ROUTED}
+
+
+def _run(test: Callable[[], Awaitable[None]]) -> None:
+    async def within_time() -> None:
+        async with asyncio.timeout(20):
+            await test()
+
+    asyncio.run(within_time())
+
+
+def _replicas(number: int, **options: int) -> list[_Replica]:
+    return [_Replica(f"r{index}", **options) for index in range(number)]
+
+
+def test_a_key_stays_with_its_replica_and_other_keys_have_others() -> None:
+    async def test() -> None:
+        stage = _Stage(*_replicas(3))
+        for key in map(str, range(60)):
+            for _ in range(2):
+                replica = await stage.send(key)
+                assert replica is stage.preferred(key)
+                stage.end(replica)
+        assert stage.counted == {"preferred": 120}
+        assert (ROUTED, ("VisionEncoder", "preferred")) in stage.recorder.counted
+
+    _run(test)
+
+
+def test_calls_at_once_each_get_the_replica_of_their_own_key() -> None:
+    async def test() -> None:
+        stage = _Stage(*_replicas(4))
+        keys = [stage.key_of(replica) for replica in stage.replicas.values()]
+        assert await asyncio.gather(*(stage.send(key) for key in keys)) == [*stage.replicas.values()]
+
+    _run(test)
+
+
+def test_what_everybody_asks_about_is_shared_by_all_replicas() -> None:
+    async def test() -> None:
+        stage = _Stage(*_replicas(4))
+        for _ in range(80):
+            await stage.send("popular")
+        ongoing = sorted(replica.ongoing for replica in stage.replicas.values())
+        assert ongoing[-1] == stage.preferred("popular").ongoing == 25
+        assert ongoing[0] > 0
+        assert stage.counted == {"preferred": 25, "fallback": 55}
+
+    _run(test)
+
+
+def test_a_replica_that_is_full_is_passed_over_and_waited_for_only_when_all_are() -> None:
+    async def test() -> None:
+        stage = _Stage(*_replicas(2, max_ongoing_requests=2))
+        first, second = (stage.replicas[name] for name in ranked("key", stage.replicas))
+        got = [await stage.send("key") for _ in range(4)]
+        assert Counter(replica.name for replica in got) == {first.name: 2, second.name: 2}
+        waiting = asyncio.create_task(stage.send("key"))
+        # Both have been asked in vain.
+        while not (first.num_asked and second.num_asked):
+            await asyncio.sleep(0)
+        assert not waiting.done()
+        stage.end(second)
+        assert await waiting is second
+
+    _run(test)
+
+
+def test_a_dead_replica_whose_load_is_unknown_is_asked_first_and_then_passed_over() -> None:
+    async def test() -> None:
+        stage = _Stage(*_replicas(2))
+        first, second = (stage.replicas[name] for name in ranked("key", stage.replicas))
+        stage.end(await stage.send("key"))
+        first.is_dead = True
+        # What Serve does when a call to it fails.
+        stage.router.on_replica_actor_unavailable(first.replica_id)
+        assert await stage.send("key") is second
+        assert await stage.send("key") is second
+        # Of those that live it is the key's own; the only one, so that there was no choice.
+        assert stage.counted == {"preferred": 1}
+
+    _run(test)
+
+
+def test_a_new_replica_takes_over_keys_of_its_own_alone() -> None:
+    async def test() -> None:
+        stage = _Stage(*_replicas(2))
+        before = {key: stage.preferred(key) for key in map(str, range(40))}
+        new = stage.replicas["new"] = _Replica("new")
+        stage.update()
+        for key, old in before.items():
+            replica = await stage.send(key)
+            assert replica in (old, new)
+            stage.end(replica)
+
+    _run(test)
+
+
+@pytest.mark.parametrize("key", ["", "key"])
+def test_one_replica_is_no_choice(key: str) -> None:
+    async def test() -> None:
+        (only,) = replicas = _replicas(1)
+        stage = _Stage(*replicas)
+        assert await stage.send(key) is only
+        assert stage.counted == {}
+
+    _run(test)
+
+
+def test_calls_without_a_key_go_to_the_less_busy_one() -> None:
+    async def test() -> None:
+        stage = _Stage(*_replicas(2))
+        for _ in range(20):
+            await stage.send("")
+        assert [replica.ongoing for replica in stage.replicas.values()] == [10, 10]
+        assert stage.counted == {"keyless": 20}
+
+    _run(test)

@@ -1,0 +1,141 @@
+"""Two replicas of every stage: a picture's requests meet what is kept of it, and nothing depends on the replica. A real
+Ray."""
+
+import collections
+import concurrent.futures
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from deployments.metrics import CACHE_HITS, CACHE_MISSES, FINISHED, PREFIX_HIT_TOKENS, ROUTED, Metric
+from deployments.top import Page
+from llava_core.checkpoints.load import LoadOptions
+from llava_core.inference import LocalModel
+from llava_core.types import GenerationRequest, ImagePart, Message, SamplingParams, TextPart
+from tests.deployments.pictures import plain
+from tests.deployments.service import Running, content, messages, serving, until
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+
+QUESTION = "What?"
+MAX_TOKENS = 8
+# That none of two replicas is preferred by any of them has a probability of 2 to the -15th.
+PICTURES = [plain((15 * shade, 0, 0)) for shade in range(16)]
+STAGES = ("Preprocessor", "VisionEncoder", "Generator")
+
+
+@pytest.fixture(scope="module")
+def service(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    stage = {"num_cpus": 0.05, "min_replicas": 2, "max_replicas": 2}
+    compute = {**stage, "dtype": "float32", "threads": 1}
+    folder = tmp_path_factory.mktemp("routing")
+    with pytest.MonkeyPatch.context() as patch:
+        # The test need not wait for what a scrape every 15 s would find soon enough.
+        patch.setenv("RAY_metrics_report_interval_ms", "1000")
+        with serving(tiny_checkpoint, folder, preprocessor=stage, vision_encoder=compute, generator=compute) as running:
+            yield running
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_checkpoint: Path) -> list[str]:
+    """What a model says about each picture that keeps nothing of any."""
+    model = LocalModel(tiny_checkpoint, options=LoadOptions(dtype="float32"), cache_bytes=0)
+
+    def answer(picture: bytes) -> str:
+        parts = (ImagePart(picture), TextPart(QUESTION))
+        request = GenerationRequest("id", (Message("user", parts),), SamplingParams(max_tokens=MAX_TOKENS))
+        return "".join(delta.text for delta in model.stream(request))
+
+    return [answer(picture) for picture in PICTURES]
+
+
+def _ask(service: Running, picture: bytes) -> Any:
+    response = service.post(messages=messages(content(picture, QUESTION)), max_tokens=MAX_TOKENS)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def _text(answer: Any) -> str:
+    return str(answer["choices"][0]["message"]["content"])
+
+
+def _page(service: Running, num_answers: int) -> Page:
+    """The service's metrics once that many answers have been counted, and the call of every stage for each."""
+
+    def read() -> Page:
+        return Page.parse(httpx.get(service.metrics_url, timeout=10, trust_env=False).text, 0.0)
+
+    def is_complete(page: Page) -> bool:
+        caches = ("tiles", "features")
+        looked_up = [page.total(CACHE_HITS, cache=cache) + page.total(CACHE_MISSES, cache=cache) for cache in caches]
+        routed = [page.total(ROUTED, target=stage) for stage in STAGES]
+        return {page.total(FINISHED), *looked_up, *routed} == {num_answers}
+
+    until(lambda: is_complete(read()))
+    return read()
+
+
+def _by_replica(page: Page, metric: Metric, **labels: str) -> dict[str, float]:
+    found = collections.Counter[str]()
+    for given, value in page.samples[metric.name]:
+        if labels.items() <= given.items():
+            found[given["replica"]] += int(value)
+    return {replica: value for replica, value in found.items() if value}
+
+
+def test_a_picture_is_prepared_and_encoded_once_and_pictures_are_spread(service: Running, expected: list[str]) -> None:
+    """First of all: it counts from nothing."""
+    num_rounds = 4
+    answers = [[_ask(service, picture) for picture in PICTURES] for _ in range(num_rounds)]
+    # Of the first round nothing was known, and of the others everything.
+    assert all([_text(answer) for answer in each] == expected for each in answers)
+    page = _page(service, num_rounds * len(PICTURES))
+    for cache in ("tiles", "features"):
+        assert page.total(CACHE_MISSES, cache=cache) == len(PICTURES)
+        misses = _by_replica(page, CACHE_MISSES, cache=cache)
+        assert len(misses) == 2, "both replicas have seen some"
+    for stage in STAGES:
+        assert page.total(ROUTED, target=stage, choice="preferred") == num_rounds * len(PICTURES)
+    # The prefix that all share is known to both replicas sooner than the pictures, which only their own has seen.
+    cached = [
+        [answer["usage"]["prompt_tokens_details"]["cached_tokens"] for answer in each] for each in answers
+    ]
+    assert min(map(min, cached[1:])) > max(cached[0])
+    assert len(_by_replica(page, PREFIX_HIT_TOKENS)) == 2
+
+
+def test_a_picture_that_many_ask_about_at_once_keeps_both_replicas_at_work(service: Running) -> None:
+    before = _routed(service)
+    with concurrent.futures.ThreadPoolExecutor(16) as clients:
+        answers = list(clients.map(lambda _: _text(_ask(service, PICTURES[0])), range(64)))
+    assert set(answers) == {answers[0]}
+    until(lambda: (_routed(service) - before).total() == 64)
+    change = _routed(service) - before
+    assert change["preferred"] > 0
+    assert change["fallback"] > 0
+
+
+def _routed(service: Running) -> collections.Counter[str]:
+    page = Page.parse(httpx.get(service.metrics_url, timeout=10, trust_env=False).text, 0.0)
+    choices = ("preferred", "fallback", "keyless")
+    return collections.Counter({each: int(page.total(ROUTED, target="Generator", choice=each)) for each in choices})
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_pictures_of_a_replica_that_is_killed_are_answered_by_the_other(
+    service: Running, expected: list[str], stage: str
+) -> None:
+    def is_whole() -> bool:
+        healthy = httpx.get(f"{service.url}/health", timeout=10).status_code == 200
+        return healthy and len(service.replicas(stage)) == 2
+
+    until(is_whole, deadline_s=120)
+    killed, _ = service.replicas(stage)
+    os.kill(killed, signal.SIGKILL)
+    # Some of them have preferred it, and nobody waits until Serve has another.
+    assert [_text(_ask(service, picture)) for picture in PICTURES] == expected
