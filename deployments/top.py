@@ -29,6 +29,7 @@ from deployments.metrics import (
     HTTP_REQUESTS,
     PREFIX_HIT_TOKENS,
     PROMPT_TOKENS,
+    ROUTED,
     RUNNING,
     SCHEDULED,
     STAGE_DURATION,
@@ -148,6 +149,7 @@ def screen(change: Change) -> Iterator[str]:
     )
     yield "   ".join(f"{stage} {_percentiles(change, STAGE_DURATION, stage=stage)}" for stage in _STAGES)
     yield f"hits   {'   '.join(_hits(change))}"
+    yield f"preferred replicas   {'   '.join(_preferred(change)) or '-'}"
     used, blocks = now.total(BLOCKS, state="used"), now.total(BLOCKS)
     yield f"blocks {used:.0f} of {blocks:.0f} in use, {now.total(BLOCKS, state='idle'):.0f} kept"
     codes = ", ".join(f"{code} {now.total(ERRORS, code=code):.0f}" for code in now.values(ERRORS, "code"))
@@ -176,6 +178,13 @@ def _hits(change: Change) -> Iterator[str]:
         hits, misses = change.count(CACHE_HITS, cache=cache), change.count(CACHE_MISSES, cache=cache)
         yield f"{cache} {_percent(hits, hits + misses)}"
     yield f"prefix tokens {_percent(change.count(PREFIX_HIT_TOKENS), change.count(PROMPT_TOKENS))}"
+
+
+def _preferred(change: Change) -> Iterator[str]:
+    """Of stages with several replicas: how many of the calls that prefer one were sent to it."""
+    for target in change.now.values(ROUTED, "target"):
+        preferred, fallback = (change.count(ROUTED, target=target, choice=each) for each in ("preferred", "fallback"))
+        yield f"{target} {_percent(preferred, preferred + fallback)}"
 
 
 def _percent(part: float, whole: float) -> str:

@@ -49,6 +49,9 @@ def _page(requests: int, tokens: int, hits: int, errors: int, first_tokens: dict
         + f'ray_llava_engine_scheduled_requests_total{{replica="b"}} {2 * tokens}.0\n'
         + f'ray_llava_cache_hits_total{{cache="tiles"}} {hits}.0\n'
         + 'ray_llava_cache_misses_total{cache="tiles"} 10.0\n'
+        + f'ray_llava_routed_calls_total{{target="Generator",choice="preferred"}} {3 * requests}.0\n'
+        + f'ray_llava_routed_calls_total{{target="Generator",choice="fallback"}} {requests}.0\n'
+        + f'ray_llava_routed_calls_total{{target="Preprocessor",choice="keyless"}} {requests}.0\n'
         + "ray_llava_prompt_tokens_total 400.0\n"
         + f'ray_llava_errors_total{{code="overloaded"}} {errors}.0\n'
         + f'ray_llava_cancellations_total{{phase="waiting"}} {errors}.0\n'
@@ -70,6 +73,7 @@ def test_the_screen_tells_what_happened_between_two_pages() -> None:
     # Twenty requests, and 300 tokens from each of two replicas, in ten seconds.
     assert "requests/s 2.0   tokens/s 60.0   running 4   waiting 7   batch 2.0" in text
     assert "tiles 100 %   features -   prefix tokens -" in text
+    assert "preferred replicas   Generator 75 %   Preprocessor -" in text
     assert "blocks 10 of 100 in use, 20 kept" in text
     assert "since the start: 30 requests, 800 tokens, 3 hung up, errors: overloaded 3" in text
     # Of 20 values ten are up to 0.1 s, which the median is just at; the 99 % lies in the last.
