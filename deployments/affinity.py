@@ -18,9 +18,9 @@ from llava_core.types import AnyRequest, CompletionRequest, TextPart
 _SAMPLES = 16 * 1024
 # Characters, or tokens of a prompt that is given as ids.
 _BEGINNING = 1024
-# A replica may have so many requests as it would have if all had the same, times this ...
-_LOAD_FACTOR = 1.25
-# ... and one at work and one that waits in any case.
+# A replica is preferred as long as it has fewer requests than each would have if all had the same, times this ...
+LOAD_FACTOR = 1.5
+# ... or fewer than two, because one that is just over may still be counted.
 _LEAST_BOUND = 2
 
 
@@ -48,15 +48,18 @@ def ranked(key: str, replicas: Iterable[str]) -> list[str]:
     return sorted(replicas, key=lambda replica: _digest(f"{key} {replica}".encode()))
 
 
-def by_preference(key: str, loads: Mapping[str, int]) -> list[str]:
+def by_preference(key: str, loads: Mapping[str, int], load_factor: float = LOAD_FACTOR) -> list[str]:
     """All replicas of `loads`, which has how many requests each one has, in the order in which to try them.
 
-    As `ranked`, but those that are clearly busier than the others come last, the least busy first: a picture that
-    everybody asks about is soon known to several replicas. (Consistent hashing with bounded loads.)
+    The preferred one, unless it is clearly busier than the others; then, as they are ranked, those that have less than
+    their share; then the rest, the least busy first. So what everybody asks about is soon known to several replicas.
     """
-    bound = max(_LEAST_BOUND, math.ceil(_LOAD_FACTOR * (sum(loads.values()) + 1) / len(loads)))
-    # Sorting leaves those of equal load as they are ranked.
-    return sorted(ranked(key, loads), key=lambda replica: loads[replica] if loads[replica] >= bound else 0)
+    order = ranked(key, loads)
+    share = (sum(loads.values()) + 1) / len(loads)
+    bounds = dict.fromkeys(order, math.ceil(share))
+    bounds[order[0]] = max(_LEAST_BOUND, math.ceil(load_factor * share))
+    # Sorting leaves equal ones in their order.
+    return sorted(order, key=lambda replica: loads[replica] if loads[replica] >= bounds[replica] else -1)
 
 
 def _digest(data: bytes) -> str:

@@ -126,16 +126,34 @@ def _routed(service: Running) -> collections.Counter[str]:
     return collections.Counter({each: int(page.total(ROUTED, target="Generator", choice=each)) for each in choices})
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_pictures_of_a_replica_that_is_killed_are_answered_by_the_other(
-    service: Running, expected: list[str], stage: str
-) -> None:
+def _kill_one_of_two(service: Running, stage: str) -> None:
+    os.kill(service.replicas(stage)[0], signal.SIGKILL)
+
+
+def _await_two(service: Running, stage: str) -> None:
     def is_whole() -> bool:
         healthy = httpx.get(f"{service.url}/health", timeout=10).status_code == 200
         return healthy and len(service.replicas(stage)) == 2
 
     until(is_whole, deadline_s=120)
-    killed, _ = service.replicas(stage)
-    os.kill(killed, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_pictures_of_a_replica_that_is_killed_are_answered_by_the_other(
+    service: Running, expected: list[str], stage: str
+) -> None:
+    _await_two(service, stage)
+    _kill_one_of_two(service, stage)
     # Some of them have preferred it, and nobody waits until Serve has another.
     assert [_text(_ask(service, picture)) for picture in PICTURES] == expected
+
+
+def test_what_was_on_a_replica_that_is_killed_is_done_again_by_the_other(service: Running) -> None:
+    _await_two(service, "VisionEncoder")
+    new = [plain((0, 5 * shade, 0)) for shade in range(1, 49)]
+    with concurrent.futures.ThreadPoolExecutor(12) as clients:
+        asked = [clients.submit(_ask, service, picture) for picture in new]
+        asked[0].result(60)
+        _kill_one_of_two(service, "VisionEncoder")
+        answers = [_text(each.result(60)) for each in asked]
+    assert answers == [_text(_ask(service, picture)) for picture in new]
