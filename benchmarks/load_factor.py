@@ -2,9 +2,9 @@
 
     python -m benchmarks.load_factor [--calls 6000] [--json FILE]
 
-Clients ask about pictures, each as soon as it is answered. A replica divides its speed among its calls, and keeps what it
-has seen last. A picture that it knows takes a third of the work of another. Random and repeatable; nothing is measured,
-so it is the same on every machine. The router's own order decides, or the less busy of two replicas, as Serve's does.
+Clients ask about pictures, each as soon as it is answered. A replica divides its speed among its calls, and keeps what
+it has seen last. A picture that it knows takes a third of the work of another. Random and repeatable; nothing is
+measured, so it is the same on every machine. Our order decides, or the less busy of two replicas, as with Serve's.
 """
 
 from __future__ import annotations

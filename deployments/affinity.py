@@ -13,8 +13,8 @@ from collections.abc import Iterable, Mapping
 from deployments.quarantine import pictures
 from llava_core.types import AnyRequest, CompletionRequest, TextPart
 
-# Of each picture at most twice as many bytes are looked at, so that a large one does not hold up the event loop. What
-# two pictures that have all of these in common share is a place, and nothing else.
+# Of each picture no more bytes are looked at, so that a large one does not hold up the event loop. Two pictures that
+# have all of these in common share a place, and nothing else.
 _SAMPLES = 16 * 1024
 # Characters, or tokens of a prompt that is given as ids.
 _BEGINNING = 1024

@@ -102,9 +102,7 @@ def test_a_picture_is_prepared_and_encoded_once_and_pictures_are_spread(service:
     for stage in STAGES:
         assert page.total(ROUTED, target=stage, choice="preferred") == num_rounds * len(PICTURES)
     # The prefix that all share is known to both replicas sooner than the pictures, which only their own has seen.
-    cached = [
-        [answer["usage"]["prompt_tokens_details"]["cached_tokens"] for answer in each] for each in answers
-    ]
+    cached = [[answer["usage"]["prompt_tokens_details"]["cached_tokens"] for answer in each] for each in answers]
     assert min(map(min, cached[1:])) > max(cached[0])
     assert len(_by_replica(page, PREFIX_HIT_TOKENS)) == 2
 
