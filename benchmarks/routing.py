@@ -13,7 +13,6 @@ import contextlib
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import tempfile
@@ -26,7 +25,7 @@ from typing import Any
 import httpx
 import yaml
 
-from benchmarks.__main__ import free_port, make_picture, wait_until_healthy
+from benchmarks.__main__ import free_port, make_picture
 from benchmarks.machine import describe_machine
 from deployments.client import chat_body, stream_chat
 from deployments.metrics import CACHE_HITS, CACHE_MISSES, FINISHED, PREFIX_HIT_TOKENS, PROMPT_TOKENS, ROUTED
@@ -78,14 +77,20 @@ def serving(router: str, num_replicas: int) -> Iterator[tuple[str, str]]:
         command = [str(Path(sys.executable).parent / "llava"), "serve", "--config", str(path)]
         ports = ["--port", str(port), "--metrics-port", str(metrics_port)]
         environment = {**os.environ, "RAY_metrics_report_interval_ms": "1000"}
-        with subprocess.Popen([*command, *ports], stdout=subprocess.DEVNULL, env=environment) as service:
+        with subprocess.Popen([*command, *ports], stdout=subprocess.PIPE, text=True, env=environment) as service:
             try:
-                url = f"http://127.0.0.1:{port}"
-                wait_until_healthy(url, service)
-                yield url, f"http://127.0.0.1:{metrics_port}/metrics"
+                wait_until_ready(service)
+                yield f"http://127.0.0.1:{port}", f"http://127.0.0.1:{metrics_port}/metrics"
             finally:
-                service.send_signal(signal.SIGINT)
+                service.terminate()
                 service.wait(timeout=120)
+
+
+def wait_until_ready(service: subprocess.Popen[str]) -> None:
+    """Until it has printed its addresses, of which that of its logs is the last."""
+    assert service.stdout is not None
+    if not any(line.startswith("  logs ") for line in iter(service.stdout.readline, "")):
+        raise SystemExit("the service did not become ready")
 
 
 def measure(url: str, metrics_url: str, num_pictures: int, num_rounds: int, num_clients: int) -> dict[str, Any]:

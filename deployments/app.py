@@ -8,7 +8,7 @@ from typing import Any
 
 from ray import serve
 from ray.serve import Application, Deployment
-from ray.serve.config import AutoscalingConfig, RequestRouterConfig
+from ray.serve.config import AutoscalingConfig
 
 from deployments.handoff import Handoff, RayHandoff
 from deployments.preflight import FoundCheckpoint, check_checkpoints, share_towers
@@ -26,7 +26,7 @@ from deployments.stage_settings import StageArgs
 _SHUTDOWN_S = 180.0
 # How long a replica that was killed still counts as one that can serve, where Serve's default is 10 s.
 _HEALTH_CHECK_S = 2.0
-_ROUTER = RequestRouterConfig(request_router_class="deployments.routing.AffinityRouter")
+_ROUTER = {"request_router_class": "deployments.routing.AffinityRouter"}
 
 
 def build_app(args: AppArgs) -> Application:

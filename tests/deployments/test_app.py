@@ -12,6 +12,7 @@ from starlette.testclient import TestClient
 from deployments.app import build_app, build_graph
 from deployments.handoff import LocalHandoff
 from deployments.preflight import FoundCheckpoint, check_checkpoints, share_towers
+from deployments.routing import AffinityRouter
 from deployments.settings import AppArgs
 from deployments.stage_settings import GatewayArgs, PreprocessorArgs
 from llava_core.errors import CheckpointError
@@ -167,6 +168,18 @@ def test_models_share_a_tower_where_it_is_the_same_and_have_the_rest_for_themsel
     assert generators["two"]._bound_deployment.init_args[1].model == str(checkpoint_copy)
     _, _, encoders, generators, _ = _graph(AppArgs(models=[one])).init_args
     assert (_names(encoders), _names(generators)) == ({"one/1": "VisionEncoder"}, {"one/1": "Generator"})
+
+
+def test_calls_of_stages_prefer_replicas_and_those_of_the_gateway_do_not(tiny_checkpoint: Path) -> None:
+    """Whose session id is the client's."""
+    models = [{"name": name, "checkpoint": str(tiny_checkpoint)} for name in ("a", "b")]
+    gateway = _graph(AppArgs(models=models))
+    _, preprocessor, encoders, generators, _ = gateway.init_args
+    stages = [preprocessor, *encoders.values(), *generators.values()]
+    deployments = [gateway, *(stage._bound_deployment for stage in stages)]
+    routers = [each._deployment_config.request_router_config.get_request_router_class() for each in deployments]
+    assert AffinityRouter not in routers[:1]
+    assert routers[1:] == [AffinityRouter] * 5
 
 
 def test_every_stage_gets_the_checkpoint_that_was_found_once(
