@@ -9,7 +9,6 @@ Talks to 127.0.0.1 only, and ends by itself.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import http.client
 import json
 import random
@@ -22,7 +21,6 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +28,7 @@ from benchmarks.machine import describe_machine
 from deployments.client import chat_body, is_healthy, stream_chat
 from deployments.launch_plan import plan_launch
 from deployments.launcher import LocalService
+from deployments.load_balancer import LoadBalancer
 from llava_core.scenes.samples import encode_picture
 from llava_core.scenes.scene import sample_scene
 
@@ -96,20 +95,8 @@ def measure_answers(port: int, num_requests: int) -> dict[str, Any]:
     service = LocalService(plan)
     service.start(lambda progress: print(f"{progress.what} ready after {progress.seconds:.1f} s", file=sys.stderr))
     try:
-        # Only now: Ray reads its environment, which the service sets, when it is imported.
-        from ray import serve
-
-        from benchmarks.empty_graph import build_empty_graph
-
-        serve.run(build_empty_graph(), name="empty", route_prefix="/empty")
-        assert service.balancer is not None, "the service is measured with HAProxy in front"
-        # One of its own, because the service's passes nothing on to other applications.
-        empty_port = free_port()
-        balancer = replace(service.balancer, address=("127.0.0.1", empty_port), application="empty")
-        balancer.start()
-        # HAProxy takes every port's replica for the application's until it has looked.
-        while not all(answers(empty_port) for _ in range(20)):
-            time.sleep(0.05)
+        balancer = start_empty_graph(service)
+        empty_port = balancer.address[1]
         pictures = [make_picture(index) for index in range(3 * num_requests + 4)]
         ask: list[Ask] = [lambda p: ask_service(plan.url, p), lambda p: ask_empty(empty_port, p), build_local()]
         warm_up, measured = pictures[-4:], pictures[:num_requests]
@@ -154,12 +141,19 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def answers(port: int) -> bool:
-    """Whether the empty graph does."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    with contextlib.closing(connection):
-        connection.request("GET", "/empty")
-        return connection.getresponse().status == HTTPStatus.OK
+def start_empty_graph(service: LocalService) -> LoadBalancer:
+    """Beside the service, in its Ray, at `/empty` on the port of a HAProxy of its own, which the caller stops."""
+    # Only now: Ray reads its environment, which the service sets, when it is imported.
+    from ray import serve
+
+    from benchmarks.empty_graph import build_empty_graph
+
+    serve.run(build_empty_graph(), name="empty", route_prefix="/empty")
+    assert service.balancer is not None, "the service is measured with HAProxy in front"
+    # The service's passes nothing on to other applications.
+    balancer = replace(service.balancer, address=("127.0.0.1", free_port()), application="empty")
+    balancer.start()
+    return balancer
 
 
 def ask_empty(port: int, picture: bytes) -> Timing:

@@ -1,6 +1,6 @@
 """The yardstick: a Ray Serve graph with as many hops as ours that computes nothing, in Ray's documented composition.
 
-Gateway → A → B → C, un-awaited responses passed on, C streams. Knows nothing about models.
+Gateway → A → B → C, un-awaited responses passed on, C streams what looks like an answer. Knows nothing about models.
 """
 
 from collections.abc import AsyncGenerator
@@ -13,6 +13,8 @@ from starlette.requests import Request
 from starlette.responses import StreamingResponse
 
 Handle = DeploymentHandle[Any]
+FIRST = 'data: {"choices": [{"delta": {"content": "."}}]}\n\n'
+LAST = 'data: {"choices": [], "usage": {"prompt_tokens": 1, "completion_tokens": 1}}\n\ndata: [DONE]\n\n'
 
 
 class Pass:
@@ -26,8 +28,8 @@ class Stream:
     """Yields two chunks."""
 
     async def __call__(self, value: object) -> AsyncGenerator[str, None]:
-        yield "data: first\n\n"
-        yield "data: [DONE]\n\n"
+        yield FIRST
+        yield LAST
 
 
 class Entrance:

@@ -58,13 +58,7 @@ def make_contenders(vllm_venv: Path) -> list[Contender]:
     here = Path(sys.executable).parent
     vllm = vllm_setup.ensure_vllm(vllm_venv)
     return [
-        Contender(
-            OURS,
-            here / "llava",
-            ("serve", "--model", "MODEL", "--port", "PORT"),
-            version("llava-serve"),
-            can_pause=False,
-        ),
+        ours("--model", "MODEL"),
         Contender(
             VLLM,
             vllm,
@@ -87,6 +81,12 @@ def make_contenders(vllm_venv: Path) -> list[Contender]:
             one_at_a_time=True,
         ),
     ]
+
+
+def ours(*options: str) -> Contender:
+    """`llava serve` with these options."""
+    program = Path(sys.executable).parent / "llava"
+    return Contender(OURS, program, ("serve", *options, "--port", "PORT"), version("llava-serve"), can_pause=False)
 
 
 @dataclass
@@ -114,21 +114,29 @@ class Server:
     def cpu_of_parts_s(self) -> dict[str, float]:
         """The same of llava-serve's own processes, by what they are; what is none of the stages' is Ray's."""
         spent: dict[str, float] = {}
-        for process in _tree(self.process.pid) if self.contender.name == OURS else []:
+        for process in self.processes() if self.contender.name == OURS else []:
             with contextlib.suppress(psutil.Error):
-                command = " ".join(process.cmdline())
-                part = next((name for name in _PARTS if name in command), "Ray")
-                times = process.cpu_times()
+                part, times = part_of(process) or "Ray", process.cpu_times()
                 spent[part] = spent.get(part, 0.0) + times.user + times.system
         return spent
 
     def memory_mib(self) -> float:
         """Resident, with what several of its processes share divided among them."""
         total = 0
-        for process in _tree(self.process.pid):
+        for process in self.processes():
             with contextlib.suppress(psutil.Error):
                 total += process.memory_full_info().pss
         return round(total / 2**20)
+
+    def processes(self) -> list[psutil.Process]:
+        """All of them that are there."""
+        return _tree(self.process.pid)
+
+
+def part_of(process: psutil.Process) -> str | None:
+    """Which part of llava-serve it is; None where it is Ray's. Raises psutil.Error when it is gone."""
+    command = " ".join(process.cmdline())
+    return next((name for name in _PARTS if name in command), None)
 
 
 @contextlib.contextmanager

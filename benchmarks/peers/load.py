@@ -1,7 +1,6 @@
 """A closed loop of streamed chat completions against one server, and what its clients saw.
 
-The client shares the machine's cores with the server, so while a load runs it only notes when which bytes came; HTTP,
-events and JSON are read afterwards. Knows OpenAI's wire format, and no server.
+Answers are read when the load is over. Knows OpenAI's wire format, and no server.
 """
 
 from __future__ import annotations
@@ -13,17 +12,15 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from PIL import Image
 
+from benchmarks.exchange import CHAT, Piece, exchange, post_json, read_response
 from deployments.client import chat_body
 
 NUM_TOKENS = 64
-_TIMEOUT_S = 1800.0
-# When bytes came, and which.
-Piece = tuple[float, bytes]
 Figures = dict[str, float]
 
 
@@ -67,9 +64,11 @@ def make_requests(seed: object, count: int, pictures: int) -> list[dict[str, obj
     ]
 
 
-def run_load(port: int, bodies: Sequence[dict[str, object]], clients: int) -> tuple[list[Answer], float]:
+def run_load(
+    port: int, bodies: Sequence[dict[str, object]], clients: int, *, path: str = CHAT
+) -> tuple[list[Answer], float]:
     """Every body asked once, by so many clients at a time; the answers in the bodies' order, and seconds in all."""
-    messages = [_message(port, body) for body in bodies]
+    messages = [post_json(port, body, path=path) for body in bodies]
     return asyncio.run(_ask_all(port, messages, clients))
 
 
@@ -106,16 +105,13 @@ def percentile(seconds: Sequence[float], share: float) -> float:
 
 def read_answer(began: float, pieces: Sequence[Piece]) -> Answer:
     """What the bytes of a whole response say."""
-    status, body = _split_head(pieces)
-    if status != 200:
-        return Answer(
-            began, error=f"status {status}: {b''.join(data for _, data in body)[:300].decode(errors='replace')}"
-        )
+    response = read_response(pieces)
+    if response.status != 200:
+        return Answer(began, error=f"status {response.status}: {response.body[:300].decode(errors='replace')}")
     texts: list[float] = []
     chunks = prompt_tokens = tokens = 0
-    for when, line in _lines(body):
-        content = line.removeprefix(b"data:").strip()
-        if not line.startswith(b"data:") or content == b"[DONE]":
+    for when, content in response.events():
+        if content == b"[DONE]":
             continue
         event = json.loads(content)
         if event.get("error"):
@@ -130,26 +126,6 @@ def read_answer(began: float, pieces: Sequence[Piece]) -> Answer:
     return Answer(began, tuple(texts), chunks, prompt_tokens, tokens, error)
 
 
-class _Exchange(asyncio.Protocol):
-    """One request on a connection of its own, which the server closes after its answer."""
-
-    def __init__(self, message: bytes) -> None:
-        self._message = message
-        self.pieces: list[Piece] = []
-        self.closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        transport.write(self._message)
-
-    def data_received(self, data: bytes) -> None:
-        self.pieces.append((time.perf_counter(), data))
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        if not self.closed.done():
-            self.closed.set_result(None)
-
-
 async def _ask_all(port: int, messages: Sequence[bytes], clients: int) -> tuple[list[Answer], float]:
     heard: dict[int, tuple[float, list[Piece]]] = {}
     waiting = iter(enumerate(messages))
@@ -157,67 +133,9 @@ async def _ask_all(port: int, messages: Sequence[bytes], clients: int) -> tuple[
     async def client() -> None:
         for index, message in waiting:
             began = time.perf_counter()
-            heard[index] = began, await _exchange(port, message)
+            heard[index] = began, await exchange(port, message)
 
     begun = time.perf_counter()
     await asyncio.gather(*(client() for _ in range(clients)))
     wall = time.perf_counter() - begun
     return [read_answer(*heard[index]) for index in range(len(messages))], wall
-
-
-async def _exchange(port: int, message: bytes) -> list[Piece]:
-    loop = asyncio.get_running_loop()
-    transport, exchange = await loop.create_connection(lambda: _Exchange(message), "127.0.0.1", port)
-    try:
-        await asyncio.wait_for(exchange.closed, _TIMEOUT_S)
-    finally:
-        transport.close()
-    return exchange.pieces
-
-
-def _message(port: int, body: dict[str, object]) -> bytes:
-    content = json.dumps(body).encode()
-    head = (
-        f"POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1:{port}\r\ncontent-type: application/json\r\n"
-        f"content-length: {len(content)}\r\nconnection: close\r\n\r\n"
-    )
-    return head.encode() + content
-
-
-def _split_head(pieces: Sequence[Piece]) -> tuple[int, list[Piece]]:
-    """The status, and the body in the pieces in which it came."""
-    whole = b"".join(data for _, data in pieces)
-    head, _, rest = whole.partition(b"\r\n\r\n")
-    words = head.split(None, 2)
-    status = int(words[1]) if len(words) > 1 else 0
-    is_chunked = b"transfer-encoding: chunked" in head.lower()
-    start = len(whole) - len(rest)
-    spans = _chunks(whole, start) if is_chunked else [(start, len(whole))]
-    return status, [piece for span in spans for piece in _between(pieces, *span)]
-
-
-def _chunks(whole: bytes, position: int) -> Iterator[tuple[int, int]]:
-    """Where the data of HTTP's chunks lies. An answer that was cut off ends where it ends."""
-    while (line_end := whole.find(b"\r\n", position)) > 0:
-        size = int(whole[position:line_end].partition(b";")[0], 16)
-        if not size:
-            return
-        yield line_end + 2, min(line_end + 2 + size, len(whole))
-        position = line_end + 2 + size + 2
-
-
-def _between(pieces: Sequence[Piece], start: int, end: int) -> Iterator[Piece]:
-    offset = 0
-    for when, data in pieces:
-        part = data[max(start - offset, 0) : max(end - offset, 0)]
-        if part:
-            yield when, part
-        offset += len(data)
-
-
-def _lines(pieces: Sequence[Piece]) -> Iterator[Piece]:
-    """Each whole line, and when its end came."""
-    held = b""
-    for when, data in pieces:
-        *lines, held = (held + data).split(b"\n")
-        yield from ((when, line) for line in lines)

@@ -1,0 +1,65 @@
+"""Memory of the service's processes while a load runs: where each began, where it ended, and by how much it grew.
+
+What is a process's own is told apart from what all of them share, which is Ray's object store. Growth is that of a line
+through all samples, so that neither a peak nor a dip at one end decides. Knows nothing about loads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+import psutil
+
+from benchmarks.peers.contenders import part_of
+
+# What "flat" leaves room for, over the whole load: allocators give back when they like.
+ALLOWED_MIB, ALLOWED_SHARE = 4.0, 0.02
+SHARED = "shared by all"
+
+# MiB by process, at a time in seconds.
+Sample = tuple[float, Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class Growth:
+    """MiB at the start and at the end, on the line through all samples; and the line's slope."""
+
+    start_mib: float
+    end_mib: float
+    mib_per_minute: float
+
+    @property
+    def over_allowed(self) -> float:
+        """The growth as a share of what is allowed: flat is up to 1."""
+        return (self.end_mib - self.start_mib) / max(ALLOWED_MIB, ALLOWED_SHARE * self.start_mib)
+
+    def as_json(self) -> dict[str, float]:
+        return {name: round(value, 2) for name, value in asdict(self).items()}
+
+
+def measure(processes: Sequence[psutil.Process]) -> dict[str, float]:
+    """MiB that are each process's own, by its name and number, and what they have in common."""
+    found: dict[str, float] = {}
+    shared = 0
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            memory, name = process.memory_full_info(), part_of(process) or process.name()
+            found[f"{name} {process.pid}"] = memory.uss / 2**20
+            # Each one's part of what several have.
+            shared += memory.pss - memory.uss
+    return found | {SHARED: shared / 2**20}
+
+
+def growth(samples: Sequence[Sample]) -> dict[str, Growth]:
+    """Of every process that was there from the first to the last sample."""
+    times = [when for when, _ in samples]
+    constant = set.intersection(*({*found} for _, found in samples))
+    return {name: _line(times, [found[name] for _, found in samples]) for name in sorted(constant)}
+
+
+def _line(times: Sequence[float], values: Sequence[float]) -> Growth:
+    slope, intercept = statistics.linear_regression(times, values)
+    return Growth(intercept + slope * times[0], intercept + slope * times[-1], slope * 60)

@@ -1,0 +1,194 @@
+"""The requests of a mixed load, and whether each was answered as it should be.
+
+Good ones about text and pictures, new and seen before; bad ones, of which the service must say what is wrong; and
+clients that hang up. Knows OpenAI's wire format; sends nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.exchange import Piece, Response, post, post_json, read_response
+from benchmarks.service.pictures import Picture, PictureMaker
+
+# Of a hundred requests.
+SHARES = {"text": 15, "new pictures": 37, "repeated": 33, "hang-up, waiting": 5, "hang-up, streaming": 5, "bad": 5}
+# Answers that one request may ask for.
+MOST_ANSWERS = 2
+QUESTIONS = (
+    "Describe the picture.",
+    "How many shapes are there?",
+    "What does the text say?",
+    "What is in the middle, and which colour does it have?",
+)
+_EARLIER: tuple[dict[str, object], ...] = (
+    {"role": "user", "content": "How are you?"},
+    {"role": "assistant", "content": "There is a picture."},
+)
+_NUM_REPEATED = 12
+# Nobody waits for the end of these.
+LONG = 1200
+_HUGE = 10**9
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A request, and what must come of it: `status`, and of an error the `code`.
+
+    Who hangs up does so after `leave_after_s` or with so many `pieces` of the answer. All answers to requests that are
+    the `same` must be equal.
+    """
+
+    kind: str
+    message: bytes
+    status: int = 200
+    code: str | None = None
+    num_answers: int = 1
+    same: str | None = None
+    leave_after_s: float | None = None
+    pieces: int | None = None
+
+    @property
+    def hangs_up(self) -> bool:
+        return self.leave_after_s is not None or self.pieces is not None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The answers' texts, or what was wrong; and what it cost to ask in seconds, to the first byte and in all."""
+
+    ask: Ask
+    error: str = ""
+    texts: tuple[str, ...] = ()
+    first_s: float = 0.0
+    total_s: float = 0.0
+
+
+class Mix:
+    """Requests by lot to the service on `port`; the same ones for the same seed."""
+
+    def __init__(self, port: int, seed: object) -> None:
+        self._port = port
+        self._chance = random.Random(f"mix:{seed}")
+        self.pictures = PictureMaker(seed)
+        self._repeated = [self._messages([self.pictures.make()] * (index > 1)) for index in range(_NUM_REPEATED)]
+
+    def next(self) -> Ask:
+        """Takes milliseconds, for a large picture tens of them."""
+        chance = self._chance
+        (kind,) = chance.choices([*SHARES], [*SHARES.values()])
+        if kind == "bad":
+            return chance.choice(bad_requests(self._port, self.pictures))
+        if kind == "repeated":
+            index = chance.randrange(_NUM_REPEATED)
+            return self._ask(kind, self._repeated[index], same=f"{index}", temperature=0, max_tokens=40)
+        if kind.startswith("hang-up"):
+            return self.hang_up(kind)
+        several = chance.choices((1, 2, 3), (80, 15, 5))[0] if kind == "new pictures" else 0
+        messages = self._messages([self.pictures.make() for _ in range(several)])
+        return self._ask(kind, messages, temperature=chance.choice((0, 0.8)), max_tokens=chance.randrange(8, 65))
+
+    def hang_up(self, kind: str) -> Ask:
+        """A client that leaves a long answer: while it is being written, or before it has heard anything."""
+        messages = self._messages([self.pictures.make()])
+        stream = kind == "hang-up, streaming"
+        body = {"messages": messages, "max_tokens": LONG, "ignore_eos": True, "stream": stream}
+        message = post_json(self._port, body)
+        if stream:
+            # The first is the head.
+            return Ask(kind, message, pieces=self._chance.randrange(2, 6))
+        return Ask(kind, message, leave_after_s=self._chance.uniform(0.0, 0.4))
+
+    def _messages(self, pictures: Sequence[Picture]) -> list[dict[str, object]]:
+        content = [*(picture.part for picture in pictures), {"type": "text", "text": self._chance.choice(QUESTIONS)}]
+        asked: dict[str, object] = {"role": "user", "content": content}
+        if self._chance.random() < 0.8:
+            return [asked]
+        return [*_EARLIER, asked]
+
+    def _ask(self, kind: str, messages: object, *, same: str | None = None, **options: object) -> Ask:
+        chance = self._chance
+        n, stream = chance.choices((1, MOST_ANSWERS), (85, 15))[0], chance.random() < 0.6
+        body = {"messages": messages, "n": n, "stream": stream, **options}
+        return Ask(kind, post_json(self._port, body), num_answers=n, same=same)
+
+
+def bad_requests(port: int, pictures: PictureMaker) -> list[Ask]:
+    """One of each kind that is not the service's fault."""
+    good = pictures.make()
+
+    def about(*parts: object, **options: object) -> bytes:
+        content = [*parts, {"type": "text", "text": QUESTIONS[0]}]
+        return post_json(port, {"messages": [{"role": "user", "content": content}], **options})
+
+    def image(url: str) -> dict[str, object]:
+        return {"type": "image_url", "image_url": {"url": url}}
+
+    broken = Picture(good.data[: len(good.data) // 3], good.format)
+    return [
+        Ask("broken JSON", post(port, b'{"messages": [{"role": "user", "content": "Who'), 400, "invalid_json"),
+        Ask("no messages", post_json(port, {"messages": []}), 400, "invalid_value"),
+        Ask("unknown model", about(model="another"), 404, "model_not_found"),
+        Ask("unsupported field", about(response_format={"type": "json_object"}), 400, "unsupported_parameter"),
+        Ask("value out of range", about(temperature=-1), 400, "invalid_value"),
+        Ask("half a picture", about(broken.part), 400, "invalid_image"),
+        Ask("no picture", about(Picture(b"%PDF-1.7", "PNG").part), 400, "invalid_image"),
+        Ask("picture by address", about(image("http://127.0.0.1/picture.png")), 400, "image_url_not_allowed"),
+        Ask("too many pictures", about(*[good.part] * 9), 400, "too_many_images"),
+        Ask("too long a text", about({"type": "text", "text": "a " * 1500}), 400, "context_length_exceeded"),
+        # The body is not sent: nobody is to wait for it.
+        Ask("too large a body", post(port, b"{", length=_HUGE), 413, "request_too_large"),
+        Ask("no such route", post_json(port, {}, path="/v1/images"), 404, "not_found"),
+    ]
+
+
+def judge(ask: Ask, began: float, pieces: Sequence[Piece]) -> Outcome:
+    """What a whole response says, beside what it should say."""
+    response = read_response(pieces)
+    error, texts = _read(ask, response)
+    first = pieces[0][0] - began if pieces else 0.0
+    return Outcome(ask, error, texts, first, pieces[-1][0] - began if pieces else 0.0)
+
+
+def _read(ask: Ask, response: Response) -> tuple[str, tuple[str, ...]]:
+    if response.status != ask.status:
+        return f"status {response.status} instead of {ask.status}: {_start(response.body)}", ()
+    if response.headers.get("content-type", "").startswith("text/event-stream"):
+        return _read_stream(ask, response)
+    try:
+        body: Any = json.loads(response.body)
+    except ValueError:
+        return f"the body is no JSON: {_start(response.body)}", ()
+    if ask.code is not None:
+        code = body.get("error", {}).get("code")
+        return ("" if code == ask.code else f"code {code} instead of {ask.code}"), ()
+    choices = sorted(body["choices"], key=lambda choice: int(choice["index"]))
+    texts = tuple(choice["message"]["content"] for choice in choices)
+    return _complaint(ask, len(choices), {choice["finish_reason"] for choice in choices}), texts
+
+
+def _read_stream(ask: Ask, response: Response) -> tuple[str, tuple[str, ...]]:
+    *events, last = (content for _, content in response.events()) if response.pieces else (b"",)
+    if last != b"[DONE]":
+        return f"the stream ended with {_start(last)}", ()
+    texts = [""] * ask.num_answers
+    reasons = {}
+    for choice in (choice for event in events for choice in json.loads(event)["choices"]):
+        texts[choice["index"]] += choice["delta"].get("content") or ""
+        if choice["finish_reason"] is not None:
+            reasons[choice["index"]] = choice["finish_reason"]
+    return _complaint(ask, len(reasons), set(reasons.values())), tuple(texts)
+
+
+def _complaint(ask: Ask, num_answers: int, reasons: set[str]) -> str:
+    if num_answers != ask.num_answers:
+        return f"{num_answers} answers instead of {ask.num_answers}"
+    return "" if reasons <= {"stop", "length"} else f"answers ended with {sorted(reasons)}"
+
+
+def _start(content: bytes) -> str:
+    return content[:200].decode(errors="replace")

@@ -1,0 +1,67 @@
+"""Pictures for loads: scenes of several sizes in several formats, and new ones made of them in milliseconds.
+
+Drawing a scene of some megapixels takes a tenth of a second, which a load's clients cannot spare; a patch of another
+colour makes it a picture that no cache has seen. Knows nothing about requests.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import random
+from dataclasses import dataclass
+
+from PIL import Image, ImageDraw
+
+from llava_core.scenes.draw import draw_scene
+from llava_core.scenes.scene import sample_scene
+
+# The longest side in pixels, and how often of a hundred: up to some megapixels, as phones send them scaled down.
+SIDES = {64: 10, 200: 20, 336: 25, 640: 20, 1024: 15, 1600: 7, 2400: 3}
+FORMATS = ("PNG", "JPEG", "WEBP")
+_VARIANTS = 3
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Encoded, with its format's name."""
+
+    data: bytes
+    format: str
+
+    @property
+    def part(self) -> dict[str, object]:
+        """As a part of a message."""
+        url = f"data:image/{self.format.lower()};base64,{base64.b64encode(self.data).decode()}"
+        return {"type": "image_url", "image_url": {"url": url}}
+
+
+class PictureMaker:
+    """The same pictures for the same seed."""
+
+    def __init__(self, seed: object) -> None:
+        self._chance = random.Random(f"pictures:{seed}")
+        self._scenes = {
+            side: [draw_scene(sample_scene(self._chance, longest_side=(side, side))) for _ in range(_VARIANTS)]
+            for side in SIDES
+        }
+
+    def make(self) -> Picture:
+        """A new one, of a size and in a format by lot."""
+        chance = self._chance
+        (side,) = chance.choices([*SIDES], [*SIDES.values()])
+        image = chance.choice(self._scenes[side]).copy()
+        _patch(image, chance)
+        kind = chance.choice(FORMATS)
+        buffer = io.BytesIO()
+        options = {"PNG": {"compress_level": 1}, "JPEG": {"quality": 88}, "WEBP": {"quality": 85, "method": 0}}
+        image.save(buffer, kind, **options[kind])
+        return Picture(buffer.getvalue(), kind)
+
+
+def _patch(image: Image.Image, chance: random.Random) -> None:
+    """An eighth of the sides, so that it is seen at whatever resolution a model reads."""
+    width, height = max(image.width // 8, 8), max(image.height // 8, 8)
+    left, top = chance.randrange(image.width - width + 1), chance.randrange(image.height - height + 1)
+    colour = tuple(chance.randrange(256) for _ in range(3))
+    ImageDraw.Draw(image).rectangle((left, top, left + width - 1, top + height - 1), fill=colour)
