@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 CHAT = "/v1/chat/completions"
 _TIMEOUT_S = 1800.0
+_LENGTH = re.compile(rb"(?is)HTTP/[^\r]*\r\n(?:[^\r]+\r\n)*?content-length: *(\d+)\r\n(?:[^\r]+\r\n)*\r\n")
 # When bytes came, and which.
 Piece = tuple[float, bytes]
 
@@ -51,7 +54,7 @@ def post_json(port: int, body: Mapping[str, object], *, path: str = CHAT) -> byt
 
 
 async def exchange(port: int, message: bytes, *, most_pieces: int | None = None) -> list[Piece]:
-    """What came until the server closed. Who has so many pieces hangs up, and so does who is cancelled."""
+    """What came until the response was whole. Who has so many pieces hangs up, and so does who is cancelled."""
     loop = asyncio.get_running_loop()
     transport, connection = await loop.create_connection(lambda: _Connection(message, most_pieces), "127.0.0.1", port)
     try:
@@ -63,12 +66,14 @@ async def exchange(port: int, message: bytes, *, most_pieces: int | None = None)
 
 
 class _Connection(asyncio.Protocol):
-    """One request, after whose answer the server closes."""
+    """One request. Its response ends where it says, or where the server closes, as it is asked to."""
 
     def __init__(self, message: bytes, most_pieces: int | None) -> None:
         self._message = message
         self._most = most_pieces
         self.pieces: list[Piece] = []
+        # Bytes that are still to come, where it is known.
+        self._missing: float | None = None
         self.closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -77,7 +82,11 @@ class _Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self.pieces.append((time.perf_counter(), data))
-        if len(self.pieces) == self._most:
+        if self._missing is None:
+            self._missing = _announced(data) - len(data)
+        else:
+            self._missing -= len(data)
+        if len(self.pieces) == self._most or self._missing <= 0:
             self._end()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -86,6 +95,12 @@ class _Connection(asyncio.Protocol):
     def _end(self) -> None:
         if not self.closed.done():
             self.closed.set_result(None)
+
+
+def _announced(first: bytes) -> float:
+    """Bytes of the whole response, if its first ones tell. Who refuses a body that was not sent may not close."""
+    found = _LENGTH.match(first)
+    return math.inf if found is None else found.end() + int(found[1])
 
 
 def read_response(pieces: Sequence[Piece]) -> Response:

@@ -10,6 +10,7 @@ import contextlib
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import psutil
 
@@ -18,6 +19,7 @@ from benchmarks.peers.contenders import part_of
 # What "flat" leaves room for, over the whole load: allocators give back when they like.
 ALLOWED_MIB, ALLOWED_SHARE = 4.0, 0.02
 SHARED = "shared by all"
+_SHOWN = 20
 
 # MiB by process, at a time in seconds.
 Sample = tuple[float, Mapping[str, float]]
@@ -25,19 +27,20 @@ Sample = tuple[float, Mapping[str, float]]
 
 @dataclass(frozen=True)
 class Growth:
-    """MiB at the start and at the end, on the line through all samples; and the line's slope."""
+    """MiB at the start and at the end, on the line through all samples; the line's slope; and some of the samples."""
 
     start_mib: float
     end_mib: float
     mib_per_minute: float
+    samples_mib: tuple[float, ...] = ()
 
     @property
     def over_allowed(self) -> float:
         """The growth as a share of what is allowed: flat is up to 1."""
         return (self.end_mib - self.start_mib) / max(ALLOWED_MIB, ALLOWED_SHARE * self.start_mib)
 
-    def as_json(self) -> dict[str, float]:
-        return {name: round(value, 2) for name, value in asdict(self).items()}
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
 
 
 def measure(processes: Sequence[psutil.Process]) -> dict[str, float]:
@@ -62,4 +65,6 @@ def growth(samples: Sequence[Sample]) -> dict[str, Growth]:
 
 def _line(times: Sequence[float], values: Sequence[float]) -> Growth:
     slope, intercept = statistics.linear_regression(times, values)
-    return Growth(intercept + slope * times[0], intercept + slope * times[-1], slope * 60)
+    ends = (round(intercept + slope * when, 2) for when in (times[0], times[-1]))
+    shown = values[:: max(1, len(values) // _SHOWN)]
+    return Growth(*ends, round(slope * 60, 3), tuple(round(value, 1) for value in shown))

@@ -38,6 +38,8 @@ _BUSY = 0.7
 _SAMPLE_S, _FIRST_THINK_S, _MOST_THINK_S = 5.0, 0.5, 5.0
 # What processes counted is told within 11 seconds.
 _TOLD_S = 12.0
+# Many times what an answer takes.
+_PATIENCE_S = 120.0
 _CACHE_BYTES = 8 * 2**20
 
 
@@ -118,11 +120,12 @@ class _Load:
         began = time.perf_counter()
         try:
             asked = exchange(self._service.port, ask.message, most_pieces=ask.pieces)
-            pieces = await asyncio.wait_for(asked, ask.leave_after_s)
+            pieces = await asyncio.wait_for(asked, ask.leave_after_s or _PATIENCE_S)
         except TimeoutError:
             if ask.leave_after_s is None:
-                raise
-            await self._left(ask)
+                self.seen.outcomes.append(Outcome(ask, f"no answer within {_PATIENCE_S:g} s"))
+            else:
+                await self._left(ask)
             return
         except OSError as error:
             self.seen.outcomes.append(Outcome(ask, f"{type(error).__name__}: {error}"))

@@ -1,0 +1,51 @@
+"""Lines through samples, and the memory of a process that takes some."""
+
+import os
+
+import numpy as np
+import psutil
+import pytest
+
+from benchmarks.service.memory import SHARED, Growth, growth, measure
+
+
+def test_growth_is_that_of_the_line_and_of_processes_that_stayed() -> None:
+    chance = np.random.default_rng(0)
+    times = [float(5 * index) for index in range(100)]
+    noisy = [100 + 0.1 * when + float(chance.normal(0, 3)) for when in times]
+    samples = [
+        (when, {"a 1": mib, "b 2": 50.0} | ({"c 3": 1.0} if when > 10 else {}))
+        for when, mib in zip(times, noisy, strict=True)
+    ]
+    found = growth(samples)
+    assert found.keys() == {"a 1", "b 2"}
+    slope, start = np.polyfit(times, noisy, 1)
+    assert found["a 1"].mib_per_minute == pytest.approx(60 * slope, abs=0.01)
+    assert found["a 1"].start_mib == pytest.approx(start, abs=0.01)
+    assert found["a 1"].end_mib == pytest.approx(start + slope * times[-1], abs=0.01)
+    assert found["b 2"].over_allowed == 0
+    assert 20 <= len(found["a 1"].samples_mib) <= 25
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "over"), [(100, 104, 1), (100, 108, 2), (1000, 1020, 1), (1000, 990, -0.5), (10, 13, 0.75)]
+)
+def test_what_is_allowed_is_some_memory_or_a_share(start: float, end: float, over: float) -> None:
+    assert Growth(start, end, 0).over_allowed == pytest.approx(over)
+
+
+def test_a_process_that_takes_memory_is_seen_to_grow() -> None:
+    me = psutil.Process()
+    name = f"{me.name()} {os.getpid()}"
+    before = measure([me])
+    taken = np.ones(64 * 2**20, np.uint8)
+    after = measure([me])
+    assert after[name] - before[name] == pytest.approx(64, abs=8)
+    assert after.keys() == {name, SHARED}
+    assert taken.sum()
+
+
+def test_processes_that_are_gone_are_left_out() -> None:
+    child = psutil.Popen(["true"])
+    child.wait()
+    assert measure([child]) == {SHARED: 0}

@@ -1,0 +1,104 @@
+"""The mix has everything it should, and whatever is wrong with a response is noticed."""
+
+import json
+from collections import Counter
+
+import pytest
+
+from benchmarks.service.mix import SHARES, Ask, Mix, bad_requests, judge
+from benchmarks.service.pictures import PictureMaker
+from deployments.chat_request import read_chat_request
+from llava_core.errors import RequestError
+from llava_core.prepare import RequestLimits
+
+STREAM = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n"
+JSON = b"HTTP/1.1 %d X\r\ncontent-type: application/json\r\n\r\n"
+
+
+def body_of(ask: Ask) -> bytes:
+    return ask.message.partition(b"\r\n\r\n")[2]
+
+
+def test_a_mix_has_all_that_its_shares_say_and_the_service_understands_it() -> None:
+    mix = Mix(1, "seed")
+    asks = [mix.next() for _ in range(300)]
+    kinds = Counter(ask.kind if ask.kind in SHARES else "bad" for ask in asks)
+    assert kinds.keys() == SHARES.keys()
+    assert all(abs(kinds[kind] - 3 * share) < 4 * (3 * share) ** 0.5 for kind, share in SHARES.items())
+    by_question: dict[str, set[str]] = {}
+    for ask in asks:
+        if ask.status == 200:
+            read = read_chat_request(body_of(ask), "1", RequestLimits())
+            assert read.generation.sampling.n == ask.num_answers
+            assert ask.hangs_up == ask.kind.startswith("hang-up")
+        if ask.same is not None:
+            body = json.loads(body_of(ask))
+            assert body["temperature"] == 0
+            by_question.setdefault(ask.same, set()).add(json.dumps([body["messages"], body["max_tokens"]]))
+    assert len(by_question) > 5
+    assert {len(found) for found in by_question.values()} == {1}
+    assert {ask.num_answers for ask in asks} == {1, 2}
+
+
+def test_bad_requests_are_bad() -> None:
+    refused = Counter[str | None]()
+    for ask in bad_requests(1, PictureMaker(0)):
+        assert ask.code is not None
+        assert 400 <= ask.status < 500
+        try:
+            read_chat_request(body_of(ask), "1", RequestLimits())
+        except RequestError:
+            refused[ask.code] += 1
+    # The others are found by the gateway's routes, or by later stages.
+    assert refused.keys() >= {"invalid_json", "unsupported_parameter", "invalid_value"}
+
+
+def chunk(index: int, text: str = "", reason: str | None = None) -> bytes:
+    choice = {"index": index, "delta": {"content": text}, "finish_reason": reason}
+    return b"data: " + json.dumps({"choices": [choice]}).encode() + b"\n\n"
+
+
+def answer(*texts: str, reason: str = "stop") -> bytes:
+    choices = [{"index": i, "message": {"content": t}, "finish_reason": reason} for i, t in enumerate(texts)]
+    return JSON % 200 + json.dumps({"choices": choices}).encode()
+
+
+DONE = b"data: [DONE]\n\n"
+ONE, TWO, BAD = Ask("a", b""), Ask("a", b"", num_answers=2), Ask("b", b"", 400, "invalid_json")
+
+
+@pytest.mark.parametrize(
+    ("ask", "response", "texts"),
+    [
+        (ONE, answer("yes"), ("yes",)),
+        (TWO, answer("yes", "no"), ("yes", "no")),
+        (ONE, STREAM + chunk(0, "y") + chunk(0, "es", "length") + DONE, ("yes",)),
+        (TWO, STREAM + chunk(1, "n") + chunk(0, "yes", "stop") + chunk(1, "o", "stop") + DONE, ("yes", "no")),
+        (BAD, JSON % 400 + b'{"error": {"code": "invalid_json"}}', ()),
+    ],
+)
+def test_right_responses_are_right(ask: Ask, response: bytes, texts: tuple[str, ...]) -> None:
+    outcome = judge(ask, 1.0, [(1.5, response[:30]), (2.0, response[30:])])
+    assert (outcome.error, outcome.texts) == ("", texts)
+    assert (outcome.first_s, outcome.total_s) == (0.5, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("ask", "response", "error"),
+    [
+        (ONE, b"", "status 0 instead of 200"),
+        (ONE, JSON % 429 + b"{}", "status 429 instead of 200"),
+        (BAD, answer("yes"), "status 200 instead of 400"),
+        (BAD, JSON % 400 + b'{"error": {"code": "other"}}', "code other instead of invalid_json"),
+        (ONE, JSON % 200 + b'{"choi', "no JSON"),
+        (TWO, answer("yes"), "1 answers instead of 2"),
+        (ONE, answer("yes", reason="error"), "ended with"),
+        (ONE, STREAM + chunk(0, "yes", "stop"), "the stream ended with"),
+        (ONE, STREAM + chunk(0, "yes") + DONE, "0 answers instead of 1"),
+        (TWO, STREAM + chunk(0, "yes", "stop") + DONE, "1 answers instead of 2"),
+        (ONE, STREAM + chunk(0, "y") + b'data: {"error": {"code": "replica_lost"}}\n\n', "replica_lost"),
+        (ONE, STREAM, "the stream ended with"),
+    ],
+)
+def test_wrong_responses_are_noticed(ask: Ask, response: bytes, error: str) -> None:
+    assert error in judge(ask, 0.0, [(1.0, response)] if response else []).error
