@@ -139,7 +139,7 @@ def bad_requests(port: int, pictures: PictureMaker) -> list[Ask]:
         Ask("no picture", about(Picture(b"%PDF-1.7", "PNG").part), 400, "invalid_image"),
         Ask("picture by address", about(image("http://127.0.0.1/picture.png")), 400, "image_url_not_allowed"),
         Ask("too many pictures", about(*[good.part] * 9), 400, "too_many_images"),
-        Ask("too long a text", about({"type": "text", "text": "a " * 1500}), 400, "context_length_exceeded"),
+        Ask("too long a text", about({"type": "text", "text": "a " * 4000}), 400, "context_length_exceeded"),
         # The body is not sent: nobody is to wait for it.
         Ask("too large a body", post(port, b"{", length=_HUGE), 413, "request_too_large"),
         Ask("no such route", post_json(port, {}, path="/v1/images"), 404, "not_found"),
