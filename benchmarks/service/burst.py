@@ -2,10 +2,10 @@
 rightly.
 
 Each request has a connection of its own, a new picture, and greedy decoding; what is right is what the same request is
-answered afterwards, with few others beside it. The service is as it is set by default but for its precision, float32: in
-bfloat16 the last bits of a sum depend on how many rows are multiplied at once, and in one of some hundred answers two
-tokens are so nearly equally likely that this decides. What would be measured then is rounding, and not whether anybody
-gets an answer that is not his own.
+answered afterwards, with few others beside it. The service is as it is set by default but for its precision, float32:
+in bfloat16 the last bits of a sum depend on how many rows are multiplied at once, and in one of some hundred answers
+two tokens are so nearly equally likely that this decides. What would be measured then is rounding, and not whether
+anybody gets an answer that is not his own.
 """
 
 from __future__ import annotations
