@@ -1,7 +1,8 @@
 """The engine in a process of its own, asked the same as the service, without the service: what share.py compares with.
 
-Loaded as a replica loads it: with its threads, its precision and its memory's pages. Prompts are tokenized and
-pictures encoded before the clock starts. Knows no HTTP and no Ray.
+Loaded as a replica loads it: with its precision, its memory's pages, and a thread on every core, which a replica has
+only for models of more than 50 M parameters. Prompts are tokenized and pictures encoded before the clock starts. Knows
+no HTTP and no Ray.
 """
 
 from __future__ import annotations

@@ -65,6 +65,6 @@ def growth(samples: Sequence[Sample]) -> dict[str, Growth]:
 
 def _line(times: Sequence[float], values: Sequence[float]) -> Growth:
     slope, intercept = statistics.linear_regression(times, values)
-    ends = (round(intercept + slope * when, 2) for when in (times[0], times[-1]))
-    shown = values[:: max(1, len(values) // _SHOWN)]
-    return Growth(*ends, round(slope * 60, 3), tuple(round(value, 1) for value in shown))
+    start, end = (round(intercept + slope * when, 2) for when in (times[0], times[-1]))
+    shown = tuple(round(value, 1) for value in values[:: max(1, len(values) // _SHOWN)])
+    return Growth(start, end, round(slope * 60, 3), shown)
