@@ -19,7 +19,7 @@ from pathlib import Path
 
 from benchmarks.peers.load import Answer
 from deployments.chat_request import read_chat_request
-from deployments.settings import AppArgs
+from deployments.model_settings import ModelArgs
 from llava_core.engine.async_engine import AsyncEngine
 from llava_core.inference import LocalModel
 from llava_core.types import EngineRequest
@@ -51,10 +51,10 @@ def _load(folder: Path) -> LocalModel:
     # Imports Ray, which who imports this file may have to set up first.
     from deployments.replicas import in_thread_of_its_own, set_up_compute
 
-    args = AppArgs(model=str(folder))
+    model = ModelArgs(checkpoint=str(folder))
 
     def load() -> LocalModel:
-        return LocalModel(folder, options=set_up_compute(args.generator), engine=args.engine.config)
+        return LocalModel(folder, options=set_up_compute(model.generator), engine=model.engine.config)
 
     return in_thread_of_its_own(load)
 
