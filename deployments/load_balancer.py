@@ -29,6 +29,9 @@ from llava_core.errors import LlavaError
 _PR_SET_PDEATHSIG = 1
 _STARTUP_S, _ANSWER_S, _POLL_S = 20.0, 5.0, 0.02
 _SPARE_PORTS = 16
+# Whoever owes something, the rest of a body or the reading of an answer, and is silent for so long is cut off; waiting
+# for an answer is no silence. More than a gateway waits for a body, so that it can say what is wrong.
+_CLIENT_S = 90
 
 _CONFIGURATION = """\
 global
@@ -42,7 +45,7 @@ defaults
     timeout connect 1s
     # A gateway may be busy.
     timeout check 10s
-    timeout client 1h
+    timeout client {client_s}s
     timeout server 1h
     timeout http-request 30s
     timeout http-keep-alive 90s
@@ -74,7 +77,7 @@ backend gateways
     option httpchk GET /-/routes
     http-check expect rstring '{routes}'
     # A new one is found within half a second. One that does not answer is tried for as long as another needs to start.
-    default-server check inter 1s fastinter 500ms downinter 500ms rise 1 fall 40
+    default-server check inter 1s fastinter 500ms downinter 500ms rise 1 fall 40 weight 0
 {servers}
 """
 
@@ -105,6 +108,7 @@ class LoadBalancer:
         host, port = self.address
         return _CONFIGURATION.format(
             address=f"[{host}]:{port}" if ":" in host else f"{host}:{port}",
+            client_s=_CLIENT_S,
             sound_id=SOUND_ID,
             errors="\n".join(_http_errors()),
             # A replica tells of its own application alone, the proxy of all of them.
@@ -113,7 +117,9 @@ class LoadBalancer:
         )
 
     def start(self) -> None:
-        """Returns once it listens. It ends with the thread that started it, at the latest; raises LoadBalancerError."""
+        """Returns once it sends requests on. It ends with the thread that started it, at the latest.
+
+        Raises LoadBalancerError."""
         self._scratch = Scratch()
         configuration, messages = self._path("haproxy.cfg"), self._path("messages")
         configuration.write_text(self.configuration)
@@ -128,13 +134,13 @@ class LoadBalancer:
         if not self.is_running:
             reason = messages.read_text(errors="replace").strip()
             raise LoadBalancerError(f"HAProxy does not start: {reason}")
-        # Until it has looked, it takes every port for a gateway's.
-        self._tell("disable frontend clients")
+        # Until it has looked, it takes every port for a gateway's; so none has any weight, and clients get 503.
         while not self._has_looked():
             if time.monotonic() > deadline:
                 raise LoadBalancerError("HAProxy does not look for gateways")
             time.sleep(_POLL_S)
-        self._tell("enable frontend clients")
+        for port in self.ports:
+            self._tell(f"set server gateways/gateway{port} weight 1")
 
     @property
     def is_running(self) -> bool:

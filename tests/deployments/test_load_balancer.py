@@ -152,6 +152,35 @@ def test_from_the_first_request_on_only_what_is_there_is_asked() -> None:
             balancer.stop()
 
 
+def test_once_it_listens_nobody_is_turned_away_or_sent_where_nothing_is() -> None:
+    (port,) = free_ports("127.0.0.1", 1)
+    host = local_host(port)
+    *nothing, own = free_ports(host, 6)
+    balancer = LoadBalancer(("127.0.0.1", port), host, [*nothing, own], APPLICATION)
+    seen: list[int] = []
+    started = threading.Event()
+
+    def knock() -> None:
+        while not started.is_set():
+            try:
+                seen.append(ask(balancer)[0])
+            except ConnectionRefusedError:
+                assert not seen, f"it listened, answered {seen}, and does not listen any more"
+
+    with replica(host, own), ThreadPoolExecutor(1) as threads:
+        knocking = threads.submit(knock)
+        try:
+            balancer.start()
+            assert ask(balancer)[0] == 200
+            started.set()
+            knocking.result(PATIENCE_S)
+        finally:
+            started.set()
+            balancer.stop()
+    assert seen[0] == 503
+    assert seen == sorted(seen, reverse=True)
+
+
 @pytest.mark.parametrize(
     "given", [["a" * 129], ["a, b"], [""], ['quo"te'], ["one", "two"], ["abc -- GET /v1/models 200 forged"]]
 )
@@ -229,12 +258,47 @@ class Slow(Handler):
         super().do_GET()
 
 
+class Refusing(Slow):
+    """Wants no bodies, and does not read them."""
+
+    def do_POST(self) -> None:
+        self.send_response(413)
+        self.send_header("content-length", "0")
+        self.send_header("connection", "close")
+        self.end_headers()
+
+
+def test_a_refused_body_that_does_not_come_keeps_no_connection_and_who_waits_for_an_answer_is_not_silent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("deployments.load_balancer._CLIENT_S", 1)
+    Slow.asked.clear()
+    Slow.go_on.clear()
+    with (
+        balancing(1) as balancer,
+        ThreadPoolExecutor(1) as threads,
+        replica(balancer.host, balancer.ports[0], Refusing),
+    ):
+        wait_until(lambda: ask(balancer)[0] == 200)
+        waiting = threads.submit(lambda: ask(balancer, **{"X-Request-Id": "slow"}))
+        assert Slow.asked.wait(PATIENCE_S)
+        with socket.create_connection(balancer.address, timeout=PATIENCE_S) as connection:
+            connection.sendall(b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n\r\n{")
+            answered = b"".join(iter(lambda: connection.recv(4096), b""))
+        assert b" 413 " in answered.partition(b"\r\n")[0]
+        # It began to wait before the other one's silence, which has lasted too long by now.
+        Slow.go_on.set()
+        assert waiting.result(PATIENCE_S)[0] == 200
+
+
 def test_draining_refuses_new_requests_and_waits_for_those_under_way() -> None:
     with (
         balancing(2) as balancer,
         ThreadPoolExecutor(2) as threads,
         replica(balancer.host, balancer.ports[0], Slow),
     ):
+        Slow.asked.clear()
+        Slow.go_on.clear()
         wait_until(lambda: ask(balancer)[0] == 200)
         running = threads.submit(lambda: ask(balancer, **{"X-Request-Id": "slow"}))
         assert Slow.asked.wait(PATIENCE_S)
