@@ -60,6 +60,17 @@ class LaunchPlan:
         """As many as HAProxy looks for."""
         return _MANY_GATEWAYS if "deployments" in find_application(self.config) else self.args.gateway.max_replicas
 
+    @property
+    def models(self) -> list[tuple[str, str, str | None, int]]:
+        """Names, checkpoints and bases, and the first model with the same settings of its tower: the names of stages
+        follow from these (app.py). A request that is under way was prepared for one of them, and would wait in vain for
+        a stage whose name is gone."""
+        settings = [model.vision_encoder for model in self.args.models]
+        return [
+            (model.served_name, model.source, model.base_source, settings.index(model.vision_encoder))
+            for model in self.args.models
+        ]
+
 
 def plan_launch(
     config: Path | None = None,
@@ -150,11 +161,12 @@ def _lacking(args: AppArgs, towers: Mapping[str, str], available: Mapping[str, f
 
 
 def _check_update(running: LaunchPlan, changed: LaunchPlan) -> None:
-    for what in ("host", "port", "application", "is_alone", "max_gateways"):
+    for what in ("host", "port", "application", "is_alone", "max_gateways", "models"):
         if getattr(running, what) != getattr(changed, what):
             raise LaunchError(
-                "address and name of the application, whether there are others, and gateway.max_replicas are what a "
-                "running service was started with; start it anew to change them"
+                "address and name of the application, whether there are others, its models and which of them have the "
+                "same settings for their towers, and gateway.max_replicas are what a running service was started with; "
+                "start it anew to change them"
             )
 
 

@@ -227,6 +227,37 @@ def test_what_only_a_new_start_can_change_is_refused_while_it_runs(
         _plan(config, model=str(tiny_checkpoint), port=running.port, running=running)
 
 
+def _several(folder: Path, **second: Any) -> list[dict[str, Any]]:
+    return [{"name": "a", "checkpoint": str(folder)}, {"name": "b", "checkpoint": str(folder), **second}]
+
+
+def test_the_models_of_a_running_service_stay(tiny_checkpoint: Path, checkpoint_copy: Path, tmp_path: Path) -> None:
+    """Their settings need not."""
+    config = tmp_path / "c.yaml"
+    models = _several(tiny_checkpoint)
+    running = _plan(_write(config, args={"models": models}))
+
+    def update(models: list[dict[str, Any]], **args: Any) -> AppArgs:
+        _write(config, args={"models": models, **args})
+        return _plan(config, port=running.port, running=running).args
+
+    other_tower = {"vision_encoder": {"cache_bytes": 1}}
+    for changed in (
+        models[:1],
+        models[::-1],
+        [*models, {"name": "c", "checkpoint": str(tiny_checkpoint)}],
+        _several(tiny_checkpoint, name="c"),
+        _several(checkpoint_copy),
+        _several(tiny_checkpoint, **other_tower),
+    ):
+        with pytest.raises(LaunchError, match=r"its models .* start it anew"):
+            update(changed)
+    assert update(_several(tiny_checkpoint, template="llava_v0")).models[1].template == "llava_v0"
+    assert update(_several(tiny_checkpoint, engine={"max_running": 2})).models[1].engine.max_running == 2
+    # As alike as before.
+    assert update(models, **other_tower).models[1].vision_encoder.cache_bytes == 1
+
+
 def test_an_application_that_is_joined_by_others_needs_a_new_start(tiny_checkpoint: Path, tmp_path: Path) -> None:
     config = _write(tmp_path / "c.yaml")
     running = _plan(config, model=str(tiny_checkpoint))
