@@ -296,7 +296,7 @@ def test_calls_about_a_picture_say_which_replica_they_prefer_again_after_a_loss(
 
 def test_of_a_text_only_the_last_stage_keeps_anything() -> None:
     graph = _Graph([*answer("a")])
-    graph.preprocessor = FakeHandle(prepare=lambda request: request, tokenize=lambda _: "ids")
+    graph.preprocessor = FakeHandle(prepare=lambda request, _model: request, tokenize=lambda *_: "ids")
     request = _request(TextPart("hi"))
 
     async def run() -> None:
