@@ -48,16 +48,21 @@ def ranked(key: str, replicas: Iterable[str]) -> list[str]:
     return sorted(replicas, key=lambda replica: _digest(f"{key} {replica}".encode()))
 
 
-def by_preference(key: str, loads: Mapping[str, int], load_factor: float = LOAD_FACTOR) -> list[str]:
+def by_preference(
+    key: str, loads: Mapping[str, int], load_factor: float = LOAD_FACTOR, *, capacity: int | None = None
+) -> list[str]:
     """All replicas of `loads`, which has how many requests each one has, in the order in which to try them.
 
     The preferred one, unless it is clearly busier than the others; then, as they are ranked, those that have less than
-    their share; then the rest, the least busy first. So what everybody asks about is soon known to several replicas.
+    their share; then the rest, the least busy first. So what everybody asks about is soon known to several replicas. A
+    replica refuses what is beyond its `capacity`, so one that has as many is busy, whatever the others have.
     """
     order = ranked(key, loads)
     share = (sum(loads.values()) + 1) / len(loads)
     bounds = dict.fromkeys(order, math.ceil(share))
     bounds[order[0]] = max(_LEAST_BOUND, math.ceil(load_factor * share))
+    if capacity is not None:
+        bounds = {replica: min(bound, capacity) for replica, bound in bounds.items()}
     # Sorting leaves equal ones in their order.
     return sorted(order, key=lambda replica: loads[replica] if loads[replica] >= bounds[replica] else -1)
 

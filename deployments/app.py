@@ -26,7 +26,7 @@ from deployments.stage_settings import StageArgs
 _SHUTDOWN_S = 180.0
 # How long a replica that was killed still counts as one that can serve, where Serve's default is 10 s.
 _HEALTH_CHECK_S = 2.0
-_ROUTER = {"request_router_class": "deployments.routing.AffinityRouter"}
+_ROUTER = "deployments.routing.AffinityRouter"
 
 
 def build_app(args: AppArgs) -> Application:
@@ -66,12 +66,15 @@ def bind_stages(
         # Who shares comes after its owner.
         encoders[name] = encoders[owner]
         generator = f"Generator-{model.label}" if len(args.models) > 1 else "Generator"
-        generators[name] = _stage(GeneratorReplica, generator, model.generator).bind(model, checkpoint, handoff)
+        places = model.engine.max_running + model.engine.max_waiting
+        deployed = _stage(GeneratorReplica, generator, model.generator, capacity=places)
+        generators[name] = deployed.bind(model, checkpoint, handoff)
     return preprocessor, encoders, generators
 
 
-def _stage(cls: Any, name: str, args: StageArgs) -> Deployment:
-    return _deploy(cls, name, args).options(request_router_config=_ROUTER)
+def _stage(cls: Any, name: str, args: StageArgs, **router: int) -> Deployment:
+    config = {"request_router_class": _ROUTER, "request_router_kwargs": router}
+    return _deploy(cls, name, args).options(request_router_config=config)
 
 
 def _deploy(cls: Any, name: str, args: StageArgs) -> Deployment:

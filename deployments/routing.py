@@ -23,10 +23,12 @@ class AffinityRouter(RequestRouter):
     """
 
     _recorder: Recorder
+    _capacity: int | None = None
 
-    def initialize_state(self, **_: Any) -> None:
-        """For Serve, when the router begins."""
+    def initialize_state(self, *, capacity: int | None = None, **_: Any) -> None:
+        """For Serve, when the router begins. A replica itself refuses what is beyond `capacity`, where there is one."""
         self._recorder = RayRecorder().start()
+        self._capacity = capacity
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -41,7 +43,8 @@ class AffinityRouter(RequestRouter):
         if not key or len(candidate_replicas) == 1:
             return [random.sample(candidate_replicas, min(2, len(candidate_replicas)))]
         replicas = {_name(replica.replica_id): replica for replica in candidate_replicas}
-        order = by_preference(key, {name: self._load(replica.replica_id) for name, replica in replicas.items()})
+        loads = {name: self._load(replica.replica_id) for name, replica in replicas.items()}
+        order = by_preference(key, loads, capacity=self._capacity)
         available = {_name(replica.replica_id) for replica in self.select_available_replicas(candidate_replicas)}
         # The others may have got room meanwhile; Serve asks them.
         full = [replica for name, replica in replicas.items() if name not in available]

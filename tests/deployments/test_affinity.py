@@ -153,3 +153,11 @@ def test_one_question_after_the_other_stays_where_it_is() -> None:
         # Also where the last answer has not quite ended yet.
         for load in (0, 1):
             assert by_preference(key, dict.fromkeys(REPLICAS, 0) | {preferred: load})[0] == preferred
+
+
+@given(st.integers(1, 6), st.integers(1, 12))
+def test_nobody_is_sent_where_there_is_no_room_while_there_is_some(num_replicas: int, capacity: int) -> None:
+    loads = dict.fromkeys(REPLICAS[:num_replicas], 0)
+    for _ in range(num_replicas * capacity):
+        loads[by_preference("popular", loads, capacity=capacity)[0]] += 1
+    assert set(loads.values()) == {capacity}

@@ -172,14 +172,20 @@ def test_models_share_a_tower_where_it_is_the_same_and_have_the_rest_for_themsel
 
 def test_calls_of_stages_prefer_replicas_and_those_of_the_gateway_do_not(tiny_checkpoint: Path) -> None:
     """Whose session id is the client's."""
-    models = [{"name": name, "checkpoint": str(tiny_checkpoint)} for name in ("a", "b")]
-    gateway = _graph(AppArgs(models=models))
+    models = [
+        {"name": name, "checkpoint": str(tiny_checkpoint), "engine": {"max_running": running}}
+        for name, running in (("a", 1), ("b", 2))
+    ]
+    gateway = _graph(AppArgs(models=models, engine={"max_waiting": 2}))
     _, preprocessor, encoders, generators, _ = gateway.init_args
     stages = [preprocessor, *encoders.values(), *generators.values()]
     deployments = [gateway, *(stage._bound_deployment for stage in stages)]
     routers = [each._deployment_config.request_router_config.get_request_router_class() for each in deployments]
     assert AffinityRouter not in routers[:1]
     assert routers[1:] == [AffinityRouter] * 5
+    given = [stage._deployment_config.request_router_config.request_router_kwargs for stage in deployments[1:]]
+    # What an engine takes: those that are written and those that may wait.
+    assert given == [{}, {}, {}, {"capacity": 3}, {"capacity": 4}]
 
 
 def test_every_stage_gets_the_checkpoint_that_was_found_once(

@@ -83,7 +83,9 @@ class _Stage:
 
     @property
     def counted(self) -> dict[str, int]:
-        return {choice: by for (counter, (_, choice)), by in self.recorder.counted.items() if counter is ROUTED}
+        # By name: reading a deployment's router back, as other tests do, gives the class a copy of the metric.
+        assert {(counter.name, stage) for counter, (stage, _) in self.recorder.counted} <= {(ROUTED.name, STAGE.name)}
+        return {choice: by for (_, (_, choice)), by in self.recorder.counted.items()}
 
 
 def _run(test: Callable[[], Awaitable[None]]) -> None:
@@ -107,7 +109,6 @@ def test_a_key_stays_with_its_replica_and_other_keys_have_others() -> None:
                 assert replica is stage.preferred(key)
                 stage.end(replica)
         assert stage.counted == {"preferred": 120}
-        assert (ROUTED, ("VisionEncoder", "preferred")) in stage.recorder.counted
 
     _run(test)
 

@@ -229,7 +229,7 @@ def test_a_full_service_says_so_and_clients_that_hang_up_make_room(service: Runn
             for _ in range(10):
                 client = clients.enter_context(socket.create_connection((url.host, url.port), timeout=10))
                 client.sendall(head + sent)
-            # Each goes to the replica that has less to do, so both of them refuse.
+            # Which go to the replica that has seen the picture, and once that is full to the other; so both refuse.
             return all(_status(service) == 429 for _ in range(3))
 
         until(fill_up, deadline_s=120)
