@@ -33,6 +33,7 @@ from deployments.completion_response import CompletionAnswer
 from deployments.deadlines import Deadline, read_deadline
 from deployments.errors import DeadlineError
 from deployments.http_errors import HttpError, describe, describe_http, error_response
+from deployments.in_flight import InFlight
 from deployments.messages import Item, Rejected, StageHealth
 from deployments.metrics import Recorder, Unrecorded
 from deployments.openapi import describe_api
@@ -81,6 +82,7 @@ class Gateway:
         keys: KeyRing | None = None,
         origins: Sequence[str] = (),
         echo_request_id: bool = True,
+        max_in_flight: int | None = None,
         recorder: Recorder | None = None,
     ) -> None:
         self._engines = engines
@@ -110,6 +112,7 @@ class Gateway:
                 Middleware(RequestIds, echo=echo_request_id),
                 *_cross_origin(origins),
                 *([] if keys is None else [Middleware(Access, keys=keys, routes=self.routes, open_routes=[health])]),
+                *([] if max_in_flight is None else [Middleware(InFlight, limit=max_in_flight)]),
             ],
             exception_handlers={
                 HTTPException: _on_http_exception,

@@ -90,6 +90,7 @@ class GatewayReplica:
             keys=None if args.auth.keys_file is None else KeyRing(Path(args.auth.keys_file)),
             origins=args.cors.origins,
             echo_request_id=False,
+            max_in_flight=args.max_requests_in_flight,
             recorder=recorder,
         )
 

@@ -30,8 +30,8 @@ class LimitArgs(Settings):
 
     `max_body_seconds` is for the whole body to come, `max_timeout_seconds` what a client may set as its own limit. A
     stream that has nothing to say for `heartbeat_seconds` shows that it is still there. What has killed two replicas is
-    refused for `refused_seconds`. `max_bytes_in_flight` is of each gateway replica: the bodies it
-    holds at once, until they are sent on.
+    refused for `refused_seconds`. Of each gateway replica: `max_bytes_in_flight`, the bodies it holds at once, until
+    they are sent on, and `max_requests_in_flight`, None being AppArgs.max_requests_in_flight.
     """
 
     max_body_bytes: int = Field(default=64 * 1024 * 1024, ge=1)
@@ -40,6 +40,7 @@ class LimitArgs(Settings):
     heartbeat_seconds: float = Field(default=15, gt=0)
     refused_seconds: float = Field(default=600, gt=0)
     max_bytes_in_flight: int = Field(default=512 * 1024 * 1024, ge=1)
+    max_requests_in_flight: int | None = Field(default=None, ge=1)
     max_images: int = Field(default=RequestLimits.max_images, ge=0)
     max_image_bytes: int = Field(default=ImageLimits.max_bytes, ge=1)
     max_image_pixels: int = Field(default=ImageLimits.max_pixels, ge=1)
@@ -134,6 +135,15 @@ class AppArgs(Settings):
     generator: GeneratorArgs = GeneratorArgs()
     # After what its entries are completed from, so that a mistake there is told as one there.
     models: tuple[ModelArgs, ...] = Field(default=(ModelArgs(),), min_length=1)
+
+    @property
+    def max_requests_in_flight(self) -> int:
+        """Of each gateway replica: as told, else what the engines of all replicas that there may be can take."""
+        if self.limits.max_requests_in_flight is not None:
+            return self.limits.max_requests_in_flight
+        return sum(
+            (each.engine.max_running + each.engine.max_waiting) * each.generator.max_replicas for each in self.models
+        )
 
     @model_validator(mode="before")
     @classmethod

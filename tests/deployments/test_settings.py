@@ -104,6 +104,13 @@ def test_the_engine_refuses_first_and_the_gateway_holds_what_the_stages_accept()
     assert accepted + sum(before) <= args.gateway.max_ongoing_requests
 
 
+def test_a_gateway_works_on_what_all_engines_can_take_unless_it_is_told() -> None:
+    assert AppArgs().max_requests_in_flight == 32 + 256
+    small = {"engine": {"max_running": 2, "max_waiting": 3}, "generator": {"max_replicas": 4}}
+    assert AppArgs(models=[{"name": "a", **small}, {"name": "b"}]).max_requests_in_flight == 4 * 5 + 288
+    assert AppArgs(limits={"max_requests_in_flight": 7}).max_requests_in_flight == 7
+
+
 def test_a_file_of_keys_is_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert AuthArgs(keys_file="keys.json").keys_file == str(tmp_path / "keys.json")

@@ -1,0 +1,38 @@
+"""How many requests a gateway works on at once; one more is refused before its body is read.
+
+Each stage has a limit of its own, but tells of it only when a request has come that far: of many at once, behind all
+the others. Knows no routes and no stages.
+"""
+
+from __future__ import annotations
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from deployments.http_errors import describe, error_response
+from llava_core.errors import OverloadedError
+
+
+class InFlight:
+    """Middleware for what has a body. Questions about the service itself are answered however busy it is."""
+
+    def __init__(self, app: ASGIApp, *, limit: int) -> None:
+        self._app = app
+        self._limit = limit
+        self._count = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI. A request has its place until its answer is complete or its client is gone."""
+        if scope["type"] != "http" or scope["method"] != "POST":
+            await self._app(scope, receive, send)
+            return
+        if self._count >= self._limit:
+            error = OverloadedError(
+                f"the service works on {self._limit} requests, which is the limit; try again later", limit="in_flight"
+            )
+            await error_response(describe(error), scope["state"]["request_id"])(scope, receive, send)
+            return
+        self._count += 1
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._count -= 1
