@@ -5,7 +5,8 @@
 
 `mid` is a decoder of 24 layers of 1,024, as long prompts as LLaVA-1.5's (576 image tokens); `tiny` shows what the
 bookkeeping costs. Requests begin with the same system text. All contenders take turns in every round, and medians are
-given; the same with transformers' own modules shows what fusing and packing bring. On a GPU, or with `--shares`, the
+given; the same with transformers' own modules shows what fusing and packing bring, and without our own kernels what a
+machine without a C compiler has. On a GPU, or with `--shares`, the
 device's own rates are measured too, and which share of them is reached (benchmarks/shares.py).
 """
 
@@ -31,6 +32,8 @@ from benchmarks.peers.checkpoints import CONTEXT, SHAPES, Shape
 from benchmarks.shares import LLAVA_7B, SMALL, NoText, Works, measure_shares
 from llava_core.checkpoints.files import DEFAULT_MODEL
 from llava_core.checkpoints.layout import open_checkpoint
+from llava_core.engine.attention import Backend
+from llava_core.engine.attention_cpu import CpuBackend
 from llava_core.engine.config import EngineConfig
 from llava_core.engine.engine import Engine
 from llava_core.models.fused import ready_language
@@ -101,6 +104,10 @@ def measure(side: LanguageSide, rounds: int, image_tokens: int) -> dict[str, Any
         "engine with transformers' modules": in_engine(side),
         "engine": in_engine(ready),
     }
+    if side.device.type == "cpu":
+        plain = copy.deepcopy(side)
+        ready_language(plain, use_kernels=False)
+        contenders["engine without our kernels"] = in_engine(plain, CpuBackend(use_kernels=False))
     works = {
         "1 request, new picture": (1, 1),
         "8 requests, new pictures": (8, 8),
@@ -139,8 +146,8 @@ def make_request(side: LanguageSide, seed: str, number: int, picture: int, image
     return EngineRequest(f"{number}", ids, [ImageFeatures(f"{seed}:{picture}", features)], sampling)
 
 
-def in_engine(side: LanguageSide) -> Callable[[list[EngineRequest]], Figures]:
-    engine = Engine(side, NoText(), EngineConfig(cache_tokens=16_384))
+def in_engine(side: LanguageSide, backend: Backend | None = None) -> Callable[[list[EngineRequest]], Figures]:
+    engine = Engine(side, NoText(), EngineConfig(cache_tokens=16_384), backend=backend)
 
     def ask(requests: list[EngineRequest]) -> Figures:
         last: dict[str, float] = {}

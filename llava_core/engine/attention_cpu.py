@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from llava_core.engine.attention import PagedCache, Span, slots_of, visible
-from llava_core.engine.attention_plan import Gathered, Plan, find_runs, plan_reads
+from llava_core.engine.attention_plan import BlockTable, Gathered, Plan, block_table, find_runs, plan_reads
 from llava_core.kernels.attention import attend, kept_dtype
+from llava_core.kernels.native import NativeKernels, can_attend, native_kernels
 
 _FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
@@ -29,11 +31,14 @@ class _Prompt:
 
 
 class CpuBackend:
-    """torch's fused attention, called for each part of the cache."""
+    """Kernels of our own where they can be compiled, otherwise torch's fused attention for each part of the cache."""
 
     block_size = 16
     block_multiple = 1
     heads_first = True
+
+    def __init__(self, *, use_kernels: bool = True) -> None:
+        self._use_kernels = use_kernels
 
     def cache_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """As in kernels/attention.py."""
@@ -41,14 +46,16 @@ class CpuBackend:
 
     def batch(self, cache: PagedCache, spans: Sequence[Span]) -> CpuBatch:
         """Find the parts."""
-        return CpuBatch(cache, spans)
+        is_possible = self._use_kernels and can_attend(cache.shape.head_dim)
+        return CpuBatch(cache, spans, native_kernels(cache.keys[0].dtype) if is_possible else None)
 
 
 class CpuBatch:
     """Prompts are read one by one. Answers are written together: what lies in one run is seen by one call."""
 
-    def __init__(self, cache: PagedCache, spans: Sequence[Span]) -> None:
+    def __init__(self, cache: PagedCache, spans: Sequence[Span], kernels: NativeKernels | None) -> None:
         self._cache = cache
+        self._kernels = kernels
         self._block_size = cache.shape.block_size
         self._slots = torch.tensor(slots_of(spans, self._block_size))
         self._prompts: list[_Prompt] = []
@@ -66,19 +73,39 @@ class CpuBatch:
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
         """As Batch.attend."""
-        self._cache.write(layer, self._slots, key, value)
         keys, values = self._cache.slots[layer]
-        if not self._prompts and (plan := self._plan(window, query.dtype)).rows == slice(0, len(query)):
-            return self._write(plan, query, keys, values, scale)
+        if self._kernels is None:
+            self._cache.write(layer, self._slots, key, value)
+        else:
+            self._kernels.store(key.to(keys.dtype), keys, self._slots)
+            self._kernels.store(value.to(keys.dtype), values, self._slots)
+        if not self._prompts and self._written(window, query.dtype) == slice(0, len(query)):
+            return self._write(query, keys, values, scale, window)
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
         for prompt in self._prompts:
             rows = slice(prompt.first, prompt.first + prompt.span.num_queries)
             mask = self._mask(prompt, query.shape[1] // keys.shape[1], window, query.dtype)
             out[rows] = _read(query[rows], keys[prompt.slots], values[prompt.slots], mask, scale)
         if self._writing:
-            plan = self._plan(window, query.dtype)
-            out[plan.rows] = self._write(plan, query, keys, values, scale)
+            out[self._written(window, query.dtype)] = self._write(query, keys, values, scale, window)
         return out
+
+    @cached_property
+    def _table(self) -> BlockTable:
+        return block_table(self._writing)
+
+    def _written(self, window: int | None, dtype: torch.dtype) -> Tensor | slice:
+        """The rows whose results `_write` gives, in its order."""
+        return self._plan(window, dtype).rows if self._kernels is None else self._table.rows
+
+    def _write(self, query: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None) -> Tensor:
+        """Of the requests that have one token in this step: (rows, num_heads, head_dim)."""
+        if self._kernels is None:
+            return self._write_by_plan(self._plan(window, query.dtype), query, keys, values, scale)
+        table = self._table
+        own = query[table.rows].to(keys.dtype)
+        seen = self._kernels.attend(own, keys, values, table.blocks, table.lengths, self._block_size, window, scale)
+        return seen.to(query.dtype)
 
     def _plan(self, window: int | None, dtype: torch.dtype) -> Plan:
         """For the requests that have one token in this step."""
@@ -87,7 +114,7 @@ class CpuBatch:
             self._plans[window] = plan_reads(find_runs(self._writing, self._block_size, window), kept)
         return self._plans[window]
 
-    def _write(self, plan: Plan, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+    def _write_by_plan(self, plan: Plan, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
         """The results (rows, num_heads, head_dim) of a plan's rows; `keys` and `values` (slots, heads, head_dim)."""
         dtype, query = query.dtype, query.to(keys.dtype)
         keys, values = keys.transpose(0, 1), values.transpose(0, 1)

@@ -54,6 +54,26 @@ class Plan:
     table: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class BlockTable:
+    """For each of `rows` its request's `blocks` int32 (rows, most blocks), with 0 behind the last, and its tokens,
+    `lengths` int64 (rows,)."""
+
+    blocks: Tensor
+    lengths: Tensor
+    rows: Tensor | slice
+
+
+def block_table(spans: Mapping[int, Span]) -> BlockTable:
+    """Of requests by row, whose blocks may be more than their tokens fill."""
+    width = max(len(span.blocks) for span in spans.values())
+    blocks = np.zeros((len(spans), width), dtype=np.int32)
+    for line, span in zip(blocks, spans.values(), strict=True):
+        line[: len(span.blocks)] = span.blocks
+    lengths = torch.tensor([span.length for span in spans.values()])
+    return BlockTable(torch.from_numpy(blocks), lengths, _as_index(list(spans)))
+
+
 def find_runs(spans: dict[int, Span], block_size: int, window: int | None) -> list[tuple[slice, list[int]]]:
     """Slots that lie side by side and are seen by the same rows of a batch; `spans` are by row, of one query each."""
     rows_of: defaultdict[tuple[int, int], list[int]] = defaultdict(list)

@@ -13,15 +13,18 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.activations import SiLUActivation
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer, MistralModel
 
+from llava_core.kernels.native import NativeKernels, native_kernels
 from llava_core.kernels.packed import pack_linears
 from llava_core.models.language import LanguageSide
 
 # Up to so many tokens it is the number of operations that counts, not what each of them does.
 _FEW = 32
+_SILU = (nn.SiLU, SiLUActivation)
 
 
 class Batch(Protocol):
@@ -34,12 +37,13 @@ class Batch(Protocol):
         ...
 
 
-def ready_language(side: LanguageSide) -> None:
-    """Fuse and pack what can be. A decoder with other than plain linear layers, quantised ones for instance, keeps its
-    modules."""
+def ready_language(side: LanguageSide, *, use_kernels: bool = True) -> None:
+    """Fuse and pack what can be, with kernels of our own where this machine can make them. A decoder with other than
+    plain linear layers, quantised ones for instance, keeps its modules."""
     model: nn.Module = side.decoder.model
     if isinstance(model, LlamaModel | MistralModel) and _is_plain(model):
-        side.decoder.model = FusedDecoder(model)
+        kernels = native_kernels(side.decoder.dtype, side.device.type) if use_kernels else None
+        side.decoder.model = FusedDecoder(model, kernels)
     pack_linears(side)
 
 
@@ -56,27 +60,27 @@ class FusedDecoder(nn.Module):
     cos: Tensor
     signed_sin: Tensor
 
-    def __init__(self, model: LlamaModel | MistralModel) -> None:
+    def __init__(self, model: LlamaModel | MistralModel, kernels: NativeKernels | None) -> None:
         super().__init__()
-        self.embed_tokens, self.norm = model.embed_tokens, Norm(model.norm)
+        self.embed_tokens, self.norm = model.embed_tokens, Norm(model.norm, kernels)
         cos, signed_sin = _rotations(model)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("signed_sin", signed_sin, persistent=False)
         window = model.config.sliding_window if isinstance(model, MistralModel) else None
         self.layers = nn.ModuleList()
         for index in range(len(model.layers)):
-            self.layers.append(FusedLayer(model.layers[index], index, window))
+            self.layers.append(FusedLayer(model.layers[index], index, window, kernels))
             # Each layer's own weights go as soon as they are fused: no more than one is in memory twice.
             model.layers[index] = nn.Identity()
 
     def forward(self, inputs_embeds: Tensor, position_ids: Tensor, paged: Batch, **_: object) -> BaseModelOutput:
         """`inputs_embeds` (1, tokens, hidden) and `position_ids` (1, tokens) to as many hidden states."""
-        positions = position_ids[0]
-        rotation = self.cos.index_select(0, positions), self.signed_sin.index_select(0, positions)
-        hidden = inputs_embeds[0]
+        rotation = Rotation(self.cos, self.signed_sin, position_ids[0])
+        # Sums are made in place.
+        hidden, added = inputs_embeds[0].clone(), None
         for layer in self.layers:
-            hidden = layer(hidden, rotation, paged)
-        return BaseModelOutput(self.norm(hidden)[None])
+            hidden, added = layer(hidden, added, rotation, paged)
+        return BaseModelOutput(self.norm(hidden, added)[1][None])
 
 
 def _rotations(model: LlamaModel | MistralModel) -> tuple[Tensor, Tensor]:
@@ -89,10 +93,30 @@ def _rotations(model: LlamaModel | MistralModel) -> tuple[Tensor, Tensor]:
     return cos[0][:, None], torch.cat((-sin[0, :, :half], sin[0, :, half:]), -1)[:, None]
 
 
+class Rotation:
+    """One step's tokens, each turned to its place in the text: `positions` (tokens,) of the tables' rows."""
+
+    def __init__(self, cos: Tensor, signed_sin: Tensor, positions: Tensor) -> None:
+        self._cos, self._signed_sin, self._positions = cos, signed_sin, positions
+        self._of_step: tuple[Tensor, Tensor] | None = None
+
+    def turn(self, projected: Tensor, num_heads: int, kernels: NativeKernels | None) -> Tensor:
+        """The first `num_heads` heads of `projected` (tokens, heads, head_dim), which may change."""
+        if kernels is not None:
+            kernels.rotate_(projected, num_heads, self._cos, self._signed_sin, self._positions)
+            return projected[:, :num_heads]
+        if self._of_step is None:
+            cos, sin = (table.index_select(0, self._positions) for table in (self._cos, self._signed_sin))
+            self._of_step = cos, sin
+        cos, sin = self._of_step
+        straight = projected[:, :num_heads]
+        return torch.addcmul(straight * cos, straight.roll(straight.shape[-1] // 2, -1), sin)
+
+
 class FusedLayer(nn.Module):
     """One decoder layer with four products instead of seven."""
 
-    def __init__(self, layer: nn.Module, index: int, window: int | None) -> None:
+    def __init__(self, layer: nn.Module, index: int, window: int | None, kernels: NativeKernels | None) -> None:
         super().__init__()
         assert isinstance(layer, LlamaDecoderLayer | MistralDecoderLayer), type(layer)
         attention, mlp = layer.self_attn, layer.mlp
@@ -100,47 +124,57 @@ class FusedLayer(nn.Module):
         self.head_dim, self.scale = attention.head_dim, attention.scaling
         self.num_kv_heads = attention.k_proj.out_features // self.head_dim
         self.num_heads = attention.q_proj.out_features // self.head_dim
-        self.input_norm, self.mlp_norm = Norm(layer.input_layernorm), Norm(layer.post_attention_layernorm)
+        self.input_norm = Norm(layer.input_layernorm, kernels)
+        self.mlp_norm = Norm(layer.post_attention_layernorm, kernels)
         self.qkv = _join([attention.q_proj, attention.k_proj, attention.v_proj])
         self.out = attention.o_proj
         self.gate_up = _join([mlp.gate_proj, mlp.up_proj])
         self.down, self.activation = mlp.down_proj, mlp.act_fn
+        self._kernels = kernels
+        self._gate = kernels.gate if kernels is not None and isinstance(mlp.act_fn, _SILU) else self._gate_with_torch
 
-    def forward(self, hidden: Tensor, rotation: tuple[Tensor, Tensor], paged: Batch) -> Tensor:
-        """(tokens, hidden) to the same; `rotation` is cosine and signed sine, (tokens, 1, head_dim)."""
-        cos, sin = rotation
-        projected = self.qkv(self.input_norm(hidden)).view(len(hidden), -1, self.head_dim)
-        turned, value = projected.split([self.num_heads + self.num_kv_heads, self.num_kv_heads], 1)
-        turned = torch.addcmul(turned * cos, turned.roll(self.head_dim // 2, -1), sin)
+    def forward(self, hidden: Tensor, added: Tensor | None, rotation: Rotation, paged: Batch) -> tuple[Tensor, Tensor]:
+        """`hidden` and what is still to be added to it, both (tokens, hidden), to the same."""
+        hidden, normed = self.input_norm(hidden, added)
+        projected = self.qkv(normed).view(len(hidden), -1, self.head_dim)
+        turned = rotation.turn(projected, self.num_heads + self.num_kv_heads, self._kernels)
         query, key = turned.split([self.num_heads, self.num_kv_heads], 1)
-        seen = paged.attend(self.index, query, key, value, self.scale, self.window)
-        hidden = hidden + self.out(seen.flatten(1))
-        gate, up = self.gate_up(self.mlp_norm(hidden)).chunk(2, -1)
-        done: Tensor = hidden + self.down(self.activation(gate) * up)
-        return done
+        seen = paged.attend(self.index, query, key, projected[:, -self.num_kv_heads :], self.scale, self.window)
+        hidden, normed = self.mlp_norm(hidden, self.out(seen.flatten(1)))
+        done: Tensor = self.down(self._gate(self.gate_up(normed)))
+        return hidden, done
+
+    def _gate_with_torch(self, both: Tensor) -> Tensor:
+        gate, up = both.chunk(2, -1)
+        product: Tensor = self.activation(gate) * up
+        return product
 
 
 class Norm(nn.Module):
-    """Numbers divided by their root mean square. On a processor that is ten small operations, but layer norm is one: it
-    takes the mean away first, and numbers together with their negatives have a mean of 0."""
+    """Sums divided by their root mean square. Of torch, on a processor, that is ten small operations, but layer norm is
+    one: it takes the mean away first, and numbers together with their negatives have a mean of 0."""
 
     signs: Tensor
     doubled: Tensor
 
-    def __init__(self, norm: Any) -> None:
+    def __init__(self, norm: Any, kernels: NativeKernels | None = None) -> None:
         super().__init__()
+        self._kernels = kernels
         self.weight, self.eps = norm.weight, norm.variance_epsilon
         self.shape = self.weight.shape
         weight = self.weight.detach()
         self.register_buffer("signs", weight.new_tensor([[1.0], [-1.0]]), persistent=False)
         self.register_buffer("doubled", torch.stack((weight, weight)), persistent=False)
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """(tokens, hidden) to the same."""
+    def forward(self, hidden: Tensor, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """`hidden` + `added`, both (tokens, hidden), and their norm. The sum may be made in place."""
+        if self._kernels is not None:
+            return hidden, self._kernels.add_norm_(hidden, added, self.weight, self.eps)
+        hidden = hidden if added is None else hidden + added
         if len(hidden) > _FEW or not hidden.is_cpu:
-            return F.rms_norm(hidden, self.shape, self.weight, self.eps)
+            return hidden, F.rms_norm(hidden, self.shape, self.weight, self.eps)
         both = hidden[:, None] * self.signs
-        return F.layer_norm(both, (2, *self.shape), self.doubled, None, self.eps)[:, 0]
+        return hidden, F.layer_norm(both, (2, *self.shape), self.doubled, None, self.eps)[:, 0]
 
 
 def _join(linears: Sequence[nn.Linear]) -> nn.Linear:

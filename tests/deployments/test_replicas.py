@@ -1,6 +1,8 @@
 """What replicas do when they start: threads, device, logging, and their own part of the checkpoint."""
 
 import logging
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -64,6 +66,31 @@ def test_threads_and_device_are_logged(caplog: pytest.LogCaptureFixture) -> None
         options = set_up_compute(ComputeArgs(threads=1, device="cpu", dtype="float32"))
     assert (options.device, options.dtype) == ("cpu", "float32")
     assert "on cpu in torch.float32 with 1 threads" in caplog.text
+
+
+PROMPTS_OF_ALL_LENGTHS = """
+import resource
+from deployments.replicas import set_up_compute
+from deployments.settings import ComputeArgs
+set_up_compute(ComputeArgs(threads=1, device="cpu"))
+import torch
+from llava_core.kernels.packed import PackedLinear
+with torch.inference_mode():
+    layers = [PackedLinear(torch.nn.Linear(192, size).bfloat16()) for size in (192, 320, 576, 1024)]
+    for rows in range(1, 40):
+        [layer(torch.zeros(rows, 192, dtype=torch.bfloat16)) for layer in layers]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for rows in range(40, 240):
+        [layer(torch.zeros(rows, 192, dtype=torch.bfloat16)) for layer in layers]
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+
+
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="no kernels for bfloat16")
+def test_memory_does_not_grow_with_every_length_that_a_prompt_can_have() -> None:
+    command = [sys.executable, "-c", PROMPTS_OF_ALL_LENGTHS]
+    grown = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
+    assert int(grown) < 60, "MiB"
 
 
 def test_what_loads_leaves_no_thread_behind_and_its_error_comes_through() -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from llava_core.checkpoints.layout import open_checkpoint
+from llava_core.kernels.native import native_kernels
 from llava_core.kernels.packed import PackedLinear
 from llava_core.models.fused import FusedDecoder, Norm, ready_language
 from llava_core.models.language import LanguageSide
@@ -66,10 +67,13 @@ def hidden_states(side: LanguageSide, length: int) -> Tensor:
 @torch.inference_mode()
 @pytest.mark.parametrize("text", DECODERS.values(), ids=DECODERS)
 @pytest.mark.parametrize("length", [1, 7])
-def test_it_computes_what_transformers_computes(tiny_checkpoint: Path, text: dict[str, object], length: int) -> None:
+@pytest.mark.parametrize("use_kernels", [True, False], ids=["our kernels", "torch's"])
+def test_it_computes_what_transformers_computes(
+    tiny_checkpoint: Path, text: dict[str, object], length: int, *, use_kernels: bool
+) -> None:
     side = build(tiny_checkpoint, **text)
     fused = copy.deepcopy(side)
-    ready_language(fused)
+    ready_language(fused, use_kernels=use_kernels)
     assert isinstance(fused.decoder.model, FusedDecoder)
     torch.testing.assert_close(hidden_states(fused, length), hidden_states(side, length), atol=1e-5, rtol=1e-5)
     assert torch.equal(fused.decoder.get_input_embeddings().weight, side.decoder.get_input_embeddings().weight)
@@ -79,17 +83,22 @@ def test_it_computes_what_transformers_computes(tiny_checkpoint: Path, text: dic
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scale", [1e-4, 1.0, 1e3])
 @pytest.mark.parametrize("tokens", [1, 32, 33])
+@pytest.mark.parametrize("device", ["cpu", "none of ours"], ids=["our kernels", "torch's"])
 def test_few_and_many_tokens_are_divided_by_their_root_mean_square(
-    tokens: int, scale: float, dtype: torch.dtype
+    tokens: int, scale: float, dtype: torch.dtype, device: str
 ) -> None:
     plain = LlamaRMSNorm(96, 1e-6).to(dtype)
     plain.weight.data.normal_()
     hidden = (torch.randn(tokens, 96) * scale + scale).to(dtype)
+    added = (torch.randn(tokens, 96) * scale).to(dtype)
+    summed = hidden + added
     exact = (
-        hidden.double() * torch.rsqrt(hidden.double().square().mean(-1, keepdim=True) + 1e-6) * plain.weight.double()
+        summed.double() * torch.rsqrt(summed.double().square().mean(-1, keepdim=True) + 1e-6) * plain.weight.double()
     )
     tolerance = 1e-5 if dtype == torch.float32 else 1e-2
-    torch.testing.assert_close(Norm(plain)(hidden).double(), exact, atol=tolerance, rtol=tolerance)
+    kept, normed = Norm(plain, native_kernels(dtype, device))(hidden, added)
+    assert torch.equal(kept, summed)
+    torch.testing.assert_close(normed.double(), exact, atol=tolerance, rtol=tolerance)
 
 
 @torch.inference_mode()
