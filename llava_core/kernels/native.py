@@ -67,11 +67,13 @@ class NativeKernels:
         place in the text, `positions` int64 (rows,); `cos` and `signed_sin` (positions, 1, head_dim) are those of
         fused.py."""
         rows, all_heads, dim = projected.shape
+        # It may be a column.
+        places = positions.contiguous()
         self._rotate(
             projected.data_ptr(),
             cos.data_ptr(),
             signed_sin.data_ptr(),
-            positions.data_ptr(),
+            places.data_ptr(),
             rows,
             num_heads,
             all_heads,

@@ -69,7 +69,7 @@ def test_heads_are_turned_in_place_and_the_rest_is_left(rows: int, dtype: torch.
     angles = torch.rand(1000, 1, 16).double() * 6
     cos = torch.cat([angles.cos(), angles.cos()], -1).to(dtype)
     sin = torch.cat([-angles.sin(), angles.sin()], -1).to(dtype)
-    positions = torch.randint(0, 1000, (rows,))
+    positions = torch.randint(0, 1000, (rows, 2))[:, 1]
     straight = projected.double()
     expected = straight * cos.double()[positions] + straight.roll(16, -1) * sin.double()[positions]
     kernels(dtype).rotate_(projected, 5, cos, sin, positions)
@@ -179,6 +179,6 @@ def test_a_folder_that_others_can_write_to_is_not_trusted(fresh: Path, caplog: p
 def test_processes_that_start_together_do_not_disturb_each_other(fresh: Path) -> None:
     program = "import torch; from llava_core.kernels.native import native_kernels; print(native_kernels(torch.float32))"
     command, environment = [sys.executable, "-c", program], {**os.environ, "XDG_CACHE_HOME": str(fresh.parent)}
-    started = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    assert all("NativeKernels" in process.communicate(timeout=120)[0] for process in started)
+    started = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    assert all("NativeKernels" in process.communicate(timeout=300)[0] for process in started)
     assert len(list(fresh.iterdir())) == 1
