@@ -56,7 +56,9 @@ class Running:
         return httpx.post(f"{self.url}/v1/chat/completions", json=body, timeout=150)
 
     def log_text(self) -> str:
-        return "\n".join(path.read_text(errors="replace") for path in self.logs.rglob("*.log"))
+        # Without those of Ray's dashboard, whose ports another Ray on this machine may have.
+        logs = (path for path in self.logs.rglob("*.log") if not path.name.startswith("dashboard"))
+        return "\n".join(path.read_text(errors="replace") for path in logs)
 
     def replicas(self, stage: str) -> list[int]:
         """The processes of a stage's replicas."""
