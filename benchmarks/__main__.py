@@ -25,10 +25,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import describe_machine
-from deployments.client import chat_body, is_healthy, stream_chat
 from deployments.launch_plan import plan_launch
 from deployments.launcher import LocalService
 from deployments.load_balancer import LoadBalancer
+from llava_core.client import Client
+from llava_core.client.messages import user_message
+from llava_core.client.requests import chat_body
 from llava_core.scenes.samples import encode_picture
 from llava_core.scenes.scene import sample_scene
 
@@ -82,10 +84,11 @@ def wait_until_healthy(
     url: str, service: subprocess.Popen[bytes], *, name: str = "the service", timeout_s: float = 180
 ) -> None:
     deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline and service.poll() is None:
-        if is_healthy(url, timeout_s=5):
-            return
-        time.sleep(0.05)
+    with Client(url, timeout_s=5) as client:
+        while time.monotonic() < deadline and service.poll() is None:
+            if client.is_healthy():
+                return
+            time.sleep(0.05)
     raise SystemExit(f"{name} did not become ready")
 
 
@@ -98,7 +101,8 @@ def measure_answers(port: int, num_requests: int) -> dict[str, Any]:
         balancer = start_empty_graph(service)
         empty_port = balancer.address[1]
         pictures = [make_picture(index) for index in range(3 * num_requests + 4)]
-        ask: list[Ask] = [lambda p: ask_service(plan.url, p), lambda p: ask_empty(empty_port, p), build_local()]
+        client = Client(plan.url)
+        ask: list[Ask] = [lambda p: ask_service(client, p), lambda p: ask_empty(empty_port, p), build_local()]
         warm_up, measured = pictures[-4:], pictures[:num_requests]
         turns = [[one(picture) for one in ask] for picture in [*warm_up, *measured]][len(warm_up) :]
         served, empty, local = ([turn[i] for turn in turns] for i in range(3))
@@ -107,6 +111,7 @@ def measure_answers(port: int, num_requests: int) -> dict[str, Any]:
             together = list(pool.map(ask[0], pictures[num_requests : 3 * num_requests]))
             wall = time.perf_counter() - begun
         balancer.stop()
+        client.close()
     finally:
         service.stop()
     return {
@@ -130,9 +135,12 @@ def make_picture(index: int) -> bytes:
     return encode_picture(sample_scene(random.Random(f"bench:{index}"), longest_side=(336, 336)), "png")
 
 
-def ask_service(url: str, picture: bytes) -> Timing:
-    body = chat_body(QUESTION, picture, "image/png", max_tokens=NUM_TOKENS, ignore_eos=True)
-    return clock(choice["delta"].get("content", "") for chunk in stream_chat(url, body) for choice in chunk["choices"])
+def ask_service(client: Client, picture: bytes) -> Timing:
+    def pieces() -> Iterator[str]:
+        with client.stream(QUESTION, picture, max_tokens=NUM_TOKENS, ignore_eos=True) as answer:
+            yield from (delta.text for delta in answer)
+
+    return clock(pieces())
 
 
 def free_port() -> int:
@@ -157,7 +165,7 @@ def start_empty_graph(service: LocalService) -> LoadBalancer:
 
 
 def ask_empty(port: int, picture: bytes) -> Timing:
-    body = json.dumps(chat_body(QUESTION, picture, "image/png"))
+    body = json.dumps(chat_body([user_message(QUESTION, [picture])]))
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     try:
 

@@ -14,7 +14,8 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-CHAT = "/v1/chat/completions"
+from llava_core.client.requests import CHAT
+
 _TIMEOUT_S = 1800.0
 _LENGTH = re.compile(rb"(?is)HTTP/[^\r]*\r\n(?:[^\r]+\r\n)*?content-length: *(\d+)\r\n(?:[^\r]+\r\n)*\r\n")
 # When bytes came, and which.

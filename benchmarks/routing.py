@@ -27,9 +27,9 @@ import yaml
 
 from benchmarks.__main__ import free_port, make_picture
 from benchmarks.machine import describe_machine
-from deployments.client import chat_body, stream_chat
 from deployments.metrics import CACHE_HITS, CACHE_MISSES, FINISHED, PREFIX_HIT_TOKENS, PROMPT_TOKENS, ROUTED
 from deployments.top import Page
+from llava_core.client import Client
 
 NUM_TOKENS = 16
 STAGES = {"preprocessor": "Preprocessor", "vision_encoder": "VisionEncoder", "generator": "Generator"}
@@ -101,11 +101,9 @@ def measure(url: str, metrics_url: str, num_pictures: int, num_rounds: int, num_
 
     def ask(job: tuple[bytes, int]) -> None:
         picture, turn = job
-        body = chat_body(f"Question {turn}: what is there?", picture, "image/png", max_tokens=NUM_TOKENS)
-        for _ in stream_chat(url, body):
-            pass
+        client.ask(f"Question {turn}: what is there?", picture, max_tokens=NUM_TOKENS)
 
-    with ThreadPoolExecutor(num_clients) as clients:
+    with Client(url) as client, ThreadPoolExecutor(num_clients) as clients:
         list(clients.map(ask, jobs))
     page = counted(metrics_url, len(jobs))
     caches = {

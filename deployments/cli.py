@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import mimetypes
 import os
 import shlex
 import signal
@@ -22,10 +21,12 @@ from typing import Any, TextIO
 
 import click
 
-from deployments.client import chat_body, stream_chat
 from deployments.config_file import CONFIG_FILE
 from deployments.launch_plan import LaunchPlan, plan_launch
 from deployments.launcher import LocalService, Progress
+from llava_core.client import Client, Reply
+from llava_core.client.messages import media_type, user_message
+from llava_core.client.requests import CHAT, chat_body
 from llava_core.errors import LlavaError
 
 SCENE = Path(__file__).with_name("scene.png")
@@ -111,41 +112,36 @@ def demo(config: Path | None, image: Path, question: str, api_key: str | None, *
         plan = plan_launch(config, metrics_port=0, **options)
         with _terminal() as terminal, _running(plan, terminal):
             _say(terminal, f"\n{image.name}: {question}")
-            last = _ask(plan, image, question, api_key, terminal)
+            reply = _ask(plan, image, question, api_key, terminal)
             _say(terminal, "\n\nWhere the time went:")
-            for stage, milliseconds in last["timings"].items():
+            for stage, milliseconds in reply.stage_ms.items():
                 _say(terminal, f"  {stage:11}{milliseconds:9.1f} ms")
             _say(terminal, "\nThe same by hand, while `llava serve` (or `make serve`) runs:\n")
             _say(terminal, curl_line(plan.url, image, question, plan.args.models[0].served_name))
             _say(terminal, "\nStopping ...")
 
 
-def _ask(plan: LaunchPlan, image: Path, question: str, key: str | None, terminal: TextIO) -> dict[str, Any]:
-    """Print the answer as it comes; return its last chunk."""
+def _ask(plan: LaunchPlan, image: Path, question: str, key: str | None, terminal: TextIO) -> Reply:
+    """Print the answer as it comes."""
     model = plan.args.models[0].served_name
-    body = chat_body(question, image.read_bytes(), _media_type(image), model=model, timings=True)
-    chunk: dict[str, Any] = {}
-    for chunk in stream_chat(plan.url, body, key=key):
-        for choice in chunk["choices"]:
-            terminal.write(choice["delta"].get("content", ""))
+    with Client(plan.url, api_key=key, model=model) as client, client.stream(question, image) as answer:
+        for delta in answer:
+            terminal.write(delta.text)
             terminal.flush()
-    return chunk
+    return answer.reply
 
 
 def curl_line(url: str, image: Path, question: str, model: str) -> str:
     """A command to paste: the picture goes through a pipe, because it may be too long for an argument."""
-    body = json.dumps(chat_body(question, b"", _media_type(image), model=model, stream=True))
+    message = user_message(question, [f"data:{media_type(image.read_bytes()) or 'image/png'};base64,"])
+    body = json.dumps(chat_body([message], model=model, stream=True))
     # For printf: the picture takes the first place, and nothing else may look like one.
     pattern = body.replace("\\", "\\\\").replace("%", "%%").replace(";base64,", ";base64,%s", 1)
     picture = shlex.quote(os.path.relpath(image))
     return (
         f"printf {shlex.quote(pattern)} \"$(base64 < {picture} | tr -d '\\n')\" \\\n"
-        f"  | curl -sN {url}/v1/chat/completions -H 'content-type: application/json' -d @-"
+        f"  | curl -sN {url}{CHAT} -H 'content-type: application/json' -d @-"
     )
-
-
-def _media_type(image: Path) -> str:
-    return mimetypes.guess_type(image)[0] or "image/png"
 
 
 @contextlib.contextmanager

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from deployments.client import is_healthy
 from deployments.config_file import find_application
 from deployments.deploying import deploy, serve_schema, watch
 from deployments.environment import ENVIRONMENT
@@ -23,6 +22,7 @@ from deployments.launch_plan import LaunchPlan, check_resources
 from deployments.load_balancer import LoadBalancer, balance_gateways, balance_proxy
 from deployments.preflight import share_towers
 from deployments.processes import Process, descendants, end, name_of
+from llava_core.client import Client
 
 _VITAL = ("gcs_server", "raylet")
 _OBJECT_STORE_BYTES = 1024**3
@@ -135,10 +135,11 @@ class LocalService:
 
     def _wait_for_http(self) -> None:
         deadline = time.monotonic() + _HTTP_DEADLINE_S
-        while not is_healthy(self.plan.url):
-            if time.monotonic() > deadline:
-                raise LaunchError(f"the stages are up, but {self.plan.url}/health does not say so")
-            time.sleep(_POLL_S)
+        with Client(self.plan.url) as client:
+            while not client.is_healthy():
+                if time.monotonic() > deadline:
+                    raise LaunchError(f"the stages are up, but {self.plan.url}/health does not say so")
+                time.sleep(_POLL_S)
 
 
 def _load_balancer(plan: LaunchPlan) -> LoadBalancer:

@@ -10,56 +10,34 @@ import json
 import time
 import uuid
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from llava_core.checkpoints.accounting import check_loadable
-from llava_core.checkpoints.files import DEFAULT_MODEL
-from llava_core.checkpoints.layout import Checkpoint, open_checkpoint
-from llava_core.errors import CheckpointError, ImageError, LlavaError, RequestError
-from llava_core.images.preprocess import PreprocessConfig
+from llava_core.client.messages import user_message
+from llava_core.errors import ImageError, LlavaError, RequestError
+from llava_core.opening import ModelOptions, load_model, open_model
 from llava_core.prepare import Preparer
-from llava_core.prompts.templates import get_template
 from llava_core.prompts.tokenize import IMAGE_TOKEN_ID
-from llava_core.types import (
-    GenerationRequest,
-    ImagePart,
-    Message,
-    PreparedRequest,
-    Quantization,
-    SamplingParams,
-    TextPart,
-    TokenDelta,
-)
+from llava_core.types import GenerationRequest, PreparedRequest, SamplingParams, TokenDelta
 
 if TYPE_CHECKING:
-    from llava_core.checkpoints.load import Dtype
-    from llava_core.checkpoints.tokenizer import CheckpointTokenizer
     from llava_core.inference import LocalModel
 
 JsonObject = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class AskOptions:
+class AskOptions(ModelOptions):
     """What `llava ask` was told."""
 
-    model: str | None
-    base: str | None
     images: tuple[Path, ...]
     questions: Path | None
     temperature: float
     max_tokens: int | None
     seed: int | None
-    template: str | None
-    dtype: Dtype
-    quantization: Quantization | None
-    device: str
-    offline: bool
-    padding_jitter: bool
     output: str
 
 
@@ -73,15 +51,6 @@ class Question:
 
 
 @dataclass(frozen=True)
-class _Ready:
-    """All that is known of a checkpoint before its weights are read."""
-
-    checkpoint: Checkpoint
-    tokenizer: CheckpointTokenizer
-    preparer: Preparer
-
-
-@dataclass(frozen=True)
 class _Prepared:
     """A request, and how many milliseconds its preparation took."""
 
@@ -91,9 +60,9 @@ class _Prepared:
 
 def ask_one(options: AskOptions, question: str) -> None:
     """Print the answer: as text while it is written, or as one JSON object."""
-    ready = _open(options)
-    prepared = _prepare(ready.preparer, options, Question(question, options.images))
-    model = _load(ready, options)
+    opened = open_model(options)
+    prepared = _prepare(opened.preparer, options, Question(question, options.images))
+    model = load_model(opened, options)
     if options.output == "json":
         click.echo(json.dumps(_answer(model, prepared)))
         return
@@ -109,11 +78,11 @@ def ask_all(options: AskOptions, file: Path) -> None:
     and the command then fails at the end.
     """
     questions = list(read_questions(file))
-    ready, num_failed = _open(options), 0
-    model = _load(ready, options)
+    opened, num_failed = open_model(options), 0
+    model = load_model(opened, options)
     for question in questions:
         try:
-            answer = _answer(model, _prepare(ready.preparer, options, question))
+            answer = _answer(model, _prepare(opened.preparer, options, question))
         except RequestError as error:
             num_failed += 1
             answer = {"error": str(error)}
@@ -152,43 +121,10 @@ def _read_question(line: str, where: str, folder: Path) -> Question:
     return Question(text, tuple(folder / path for path in images), number)
 
 
-def _open(options: AskOptions) -> _Ready:
-    """Whatever is wrong with the checkpoint is told here, before torch is imported and weights are read."""
-    if options.template is not None:
-        get_template(options.template)
-    checkpoint = open_checkpoint(options.model or DEFAULT_MODEL, options.base, offline=options.offline)
-    # Only now, for the tokenizer library takes its time.
-    from llava_core.checkpoints.describe import load_preparer
-    from llava_core.checkpoints.tokenizer import load_tokenizer
-
-    tokenizer = load_tokenizer(checkpoint)
-    preparer = load_preparer(checkpoint, tokenizer, template=options.template)
-    if options.padding_jitter:
-        preparer = _with_jitter(preparer)
-    check_loadable(checkpoint, tokenizer.num_tokens)
-    return _Ready(checkpoint, tokenizer, preparer)
-
-
-def _with_jitter(preparer: Preparer) -> Preparer:
-    preprocess = preparer.preprocess
-    if not isinstance(preprocess, PreprocessConfig):
-        raise CheckpointError("--padding-jitter moves padding, which BioViL-T's pictures do not have; leave it out")
-    return replace(preparer, preprocess=replace(preprocess, jitter=True))
-
-
-def _load(ready: _Ready, options: AskOptions) -> LocalModel:
-    from llava_core.checkpoints.load import LoadOptions
-    from llava_core.inference import LocalModel
-
-    load = LoadOptions(options.device, options.dtype, options.quantization)
-    return LocalModel(ready.checkpoint, options=load, template=options.template, tokenizer=ready.tokenizer)
-
-
 def _prepare(preparer: Preparer, options: AskOptions, question: Question) -> _Prepared:
     """Read pictures and prepare the request. Raises RequestError, which names the file where a picture is at fault."""
     sampling = SamplingParams(max_tokens=options.max_tokens, temperature=options.temperature, seed=options.seed)
-    pictures = [ImagePart(_read(path)) for path in question.images]
-    message = Message("user", (*pictures, TextPart(question.text)))
+    message = user_message(question.text, question.images)
     started = time.perf_counter()
     try:
         request = preparer.prepare(GenerationRequest(uuid.uuid4().hex, (message,), sampling))
@@ -197,13 +133,6 @@ def _prepare(preparer: Preparer, options: AskOptions, question: Question) -> _Pr
         files = {f"messages[0].content[{index}].image_url": path for index, path in enumerate(question.images)}
         raise ImageError(f"{files[error.param or '']}: {error.message}", param=error.param, code=error.code) from error
     return _Prepared(request, (time.perf_counter() - started) * 1e3)
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise RequestError(f"{path} cannot be read: {error.strerror}", param="image") from error
 
 
 def _answer(model: LocalModel, prepared: _Prepared) -> JsonObject:

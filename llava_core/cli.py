@@ -7,11 +7,14 @@ server or training.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from dataclasses import fields
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from llava_core.checkpoints.tools.cli import TOOLS
 from llava_core.errors import LlavaError
@@ -86,21 +89,34 @@ for tool in TOOLS:
     main.add_command(tool)
 
 
+_DTYPES = click.Choice(["auto", "float32", "bfloat16", "float16"])
+_MODEL_OPTIONS = (
+    click.option("--model", help="Checkpoint folder or hub id (default: the small model of this project)."),
+    click.option("--base", help="The model that an adapter or projector was trained on."),
+    click.option("--template", help="Prompt template (default: the one the checkpoint declares)."),
+    click.option("--dtype", type=_DTYPES, default="auto", help="[auto]"),
+    click.option("--quantization", type=click.Choice(["8bit", "4bit"]), help="Of the decoder's linear layers."),
+    click.option("--device", default="cpu", show_default=True),
+    click.option("--offline", is_flag=True, help="Fetch nothing; what is not here is listed."),
+    click.option("--padding-jitter", is_flag=True, help="Move padding by up to a pixel, as LLaVA-Med did."),
+)
+
+
+def _model_options(function: Callable[..., None]) -> Callable[..., None]:
+    """The options of every command that loads a model."""
+    for option in reversed(_MODEL_OPTIONS):
+        function = option(function)
+    return function
+
+
 @main.command()
 @click.argument("question", required=False)
-@click.option("--model", default=None, help="Checkpoint folder or hub id (default: the small model of this project).")
-@click.option("--base", default=None, help="The model that an adapter or projector was trained on.")
+@_model_options
 @click.option("--image", "images", multiple=True, type=click.Path(path_type=Path), help="Picture file; repeatable.")
 @click.option("--questions", type=click.Path(path_type=Path), help="Many questions, one JSON object a line.")
 @click.option("--temperature", type=click.FloatRange(0, 2), default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--max-tokens", type=click.IntRange(1), default=None, help="Longest answer (default: the context).")
 @click.option("--seed", type=int, default=None, help="Makes a sampled answer repeatable.")
-@click.option("--template", default=None, help="Prompt template (default: the one the checkpoint declares).")
-@click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto", help="[auto]")
-@click.option("--quantization", type=click.Choice(["8bit", "4bit"]), help="Of the decoder's linear layers.")
-@click.option("--device", default="cpu", show_default=True)
-@click.option("--offline", is_flag=True, help="Fetch nothing; what is not here is listed.")
-@click.option("--padding-jitter", is_flag=True, help="Move padding by up to a pixel, as LLaVA-Med did.")
 @click.option("--format", "output", type=click.Choice(["text", "json"]), default="text", show_default=True)
 def ask(question: str | None, **given: Any) -> None:
     """Answer QUESTION, about pictures if there are any, in this process.
@@ -119,3 +135,37 @@ def ask(question: str | None, **given: Any) -> None:
         ask_all(options, options.questions)
     else:
         ask_one(options, question or "")
+
+
+@main.command()
+@_model_options
+@click.option("--url", help="Ask a running service instead, such as http://127.0.0.1:8000; --model names one of its.")
+@click.option("--api-key", envvar="LLAVA_API_KEY", help="Where the service asks for one.")
+@click.option("--temperature", type=click.FloatRange(0, 2), help="0 is greedy.  [default: 0]")
+@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Draw from this share of the probability.")
+@click.option("--top-k", type=click.IntRange(1), help="Draw from so many tokens.")
+@click.option("--repetition-penalty", type=click.FloatRange(0.01, 100), help="Above 1, repeating becomes unlikelier.")
+@click.option("--max-tokens", type=click.IntRange(1), help="Longest answer (default: the context).")
+@click.option("--seed", type=int, help="Makes sampled answers repeatable.")
+@click.option("--system", help="Replaces the template's system text.")
+@click.option("--load", type=click.Path(path_type=Path), help="Go on with a conversation that /save has written.")
+@click.option("--no-history", is_flag=True, help="Neither read nor keep the lines typed.")
+@click.pass_context
+def chat(context: click.Context, /, **given: Any) -> None:
+    """Talk about pictures in the terminal; /help there lists what can be typed.
+
+    Without a terminal each line of the standard input is a question.
+    """
+    from llava_core.chat.program import SAMPLING, ChatOptions
+    from llava_core.chat.program import chat as run
+    from llava_core.opening import ModelOptions
+
+    model = ModelOptions(**{field.name: given.pop(field.name) for field in fields(ModelOptions)})
+    if given["url"] is not None:
+        typed = [name for name in vars(model) if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+        unfit = [f"--{name.replace('_', '-')}" for name in typed if name != "model"]
+        if unfit:
+            raise click.UsageError(f"{', '.join(unfit)} is for a model that is loaded here, not for --url")
+    sampling = {name: given.pop(name) for name in SAMPLING}
+    known = {name: value for name, value in sampling.items() if value is not None}
+    run(ChatOptions(model=model, sampling=known, keeps_history=not given.pop("no_history"), **given))

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from benchmarks.exchange import CHAT, Piece, exchange, post_json, read_response
-from deployments.client import chat_body
+from benchmarks.exchange import Piece, exchange, post_json, read_response
+from llava_core.client.messages import user_message
+from llava_core.client.requests import CHAT, chat_body
 
 NUM_TOKENS = 64
 Figures = dict[str, float]
@@ -52,9 +53,12 @@ def make_requests(seed: object, count: int, pictures: int) -> list[dict[str, obj
     drawn = [noise_png(f"{seed}:{index}") for index in range(min(count, pictures))]
     return [
         chat_body(
-            f"Question {index:04}: what is in the picture, where is it, and what does import this return?",
-            drawn[index % len(drawn)],
-            "image/png",
+            [
+                user_message(
+                    f"Question {index:04}: what is in the picture, where is it, and what does import this return?",
+                    [drawn[index % len(drawn)]],
+                )
+            ],
             max_tokens=NUM_TOKENS,
             temperature=0,
             stream=True,

@@ -1,19 +1,21 @@
-"""An Answerer behind any OpenAI-compatible endpoint: pictures as data URLs, greedy, several requests at a time.
+"""An Answerer behind any OpenAI-compatible endpoint: greedy, several requests at a time, through our own client.
 
 Fails on the first error: an unanswered question must not count as a wrong one.
 """
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import httpx
 
+from llava_core.client import Client, Options, Question, ServiceError
 from llava_core.errors import LlavaError
 from llava_core.evaluation.task import Answer, Sample
+
+# Fields that are not OpenAI's are left out.
+_OPTIONS = Options(temperature=0, max_tokens=256, timings=False)
 
 
 @dataclass(frozen=True)
@@ -25,45 +27,25 @@ class OpenAIAnswerer:
     api_key: str | None = field(default=None, repr=False)
     concurrency: int = 8
     timeout_s: float = 120.0
+    transport: httpx.BaseTransport | None = field(default=None, repr=False)
 
     def answer(self, samples: Sequence[Sample]) -> Iterator[Answer]:
         """Answers in the order of the samples. Raises LlavaError with the server's message when one is refused."""
-        with (
-            httpx.Client(timeout=self.timeout_s, headers=_headers(self.api_key)) as client,
-            ThreadPoolExecutor(self.concurrency) as pool,
-        ):
-            yield from pool.map(lambda sample: self._ask(client, sample), samples)
-
-    def _ask(self, client: httpx.Client, sample: Sample) -> Answer:
-        kind = "jpeg" if sample.image.startswith(b"\xff\xd8") else "png"
-        url = f"data:image/{kind};base64,{base64.b64encode(sample.image).decode()}"
-        content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": sample.question}]
-        body = {
-            "model": self.model,
-            "messages": [{"role": "user", "content": content}],
-            "temperature": 0,
-            "max_tokens": 256,
-        }
-        try:
-            reply = client.post(f"{self.url}/v1/chat/completions", json=body)
-        except httpx.HTTPError as error:
-            raise LlavaError(f"{self.url} did not answer: {error!r}") from error
-        if reply.status_code != httpx.codes.OK:
-            raise LlavaError(f"{self.url} refused sample {sample.id} with {reply.status_code}: {reply.text[:300]}")
-        try:
-            return Answer(sample, str(reply.json()["choices"][0]["message"]["content"]))
-        except (ValueError, KeyError, IndexError, TypeError) as error:
-            raise LlavaError(f"{self.url} answered what is not a chat completion: {reply.text[:300]}") from error
+        questions = [Question(sample.question, (sample.image,), options=_OPTIONS) for sample in samples]
+        with Client(
+            self.url, api_key=self.api_key, timeout_s=self.timeout_s, transport=self.transport, model=self.model
+        ) as client:
+            for sample, result in zip(samples, client.batch(questions, concurrency=self.concurrency), strict=True):
+                try:
+                    yield Answer(sample, result.unwrap().text)
+                except LlavaError as error:
+                    raise LlavaError(f"{self.url} did not answer sample {sample.id}: {error}") from error
 
 
-def served_model(url: str, api_key: str | None = None) -> str:
+def served_model(url: str, api_key: str | None = None, *, transport: httpx.BaseTransport | None = None) -> str:
     """The first model that a server lists. Raises LlavaError when it does not answer or lists none."""
     try:
-        with httpx.Client(timeout=30, headers=_headers(api_key)) as client:
-            return str(client.get(f"{url}/v1/models").raise_for_status().json()["data"][0]["id"])
-    except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, IndexError, TypeError) as error:
-        raise LlavaError(f"{url}/v1/models does not list a model: {error!r}") from error
-
-
-def _headers(api_key: str | None) -> dict[str, str]:
-    return {} if api_key is None else {"authorization": f"Bearer {api_key}"}
+        with Client(url, api_key=api_key, timeout_s=30, transport=transport) as client:
+            return client.models()[0]
+    except (ServiceError, IndexError) as error:
+        raise LlavaError(f"{url}/v1/models does not list a model: {error}") from error

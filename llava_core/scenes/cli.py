@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import platform
 import random
 from pathlib import Path
@@ -78,8 +77,7 @@ def _answerer(model: str | None, url: str | None) -> Answerer:
     if url is not None:
         from llava_core.evaluation.openai_answerer import OpenAIAnswerer, served_model
 
-        key = os.environ.get("LLAVA_API_KEY")
-        return OpenAIAnswerer(url, served_model(url, key), key)
+        return OpenAIAnswerer(url, served_model(url))
     from llava_core.inference import DEFAULT_MODEL, LocalAnswerer, LocalModel
 
     return LocalAnswerer(LocalModel(model or DEFAULT_MODEL))

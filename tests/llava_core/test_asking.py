@@ -149,7 +149,7 @@ BROKEN: dict[str, tuple[Callable[[Path], list[str]], str]] = {
 def test_what_is_wrong_is_told_before_anything_is_loaded(
     checkpoint_copy: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setattr(asking, "_load", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr(asking, "load_model", lambda *_: pytest.fail("weights were read"))
     breaks, named = BROKEN[name]
     result = CliRunner().invoke(main, ["ask", "--model", str(checkpoint_copy), *breaks(checkpoint_copy), "What?"])
     assert (result.exit_code, result.stderr.count("\n")) == (1, 1)

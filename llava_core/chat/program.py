@@ -1,0 +1,59 @@
+"""What `llava chat` does: somebody who answers is found, then the chat runs. Parses no options."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llava_core.chat.backends import Backend, LocalBackend, ServiceBackend
+from llava_core.chat.session import Session
+from llava_core.chat.terminal import Terminal, default_history
+from llava_core.client import Client
+from llava_core.errors import LlavaError
+from llava_core.opening import ModelOptions, load_model, open_model
+
+# Of SamplingParams, what a chat may be told.
+SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty", "max_tokens", "seed")
+
+
+@dataclass(frozen=True)
+class ChatOptions:
+    """What `llava chat` was told. `sampling` holds what was given of SamplingParams' fields."""
+
+    model: ModelOptions
+    url: str | None
+    api_key: str | None
+    sampling: Mapping[str, Any]
+    system: str | None
+    load: Path | None
+    keeps_history: bool
+
+
+def chat(options: ChatOptions) -> None:
+    """Until the input ends. Raises LlavaError where a script's question got no answer."""
+    terminal = Terminal(default_history() if options.keeps_history else None)
+    with _backend(options, terminal) as backend, terminal.remembering():
+        session = Session(backend, terminal)
+        if options.load is not None:
+            session.load(options.load)
+        session.system = options.system or session.system
+        if terminal.is_interactive:
+            terminal.note(f"{backend.name}. /help lists commands, Ctrl-D ends.")
+        session.run()
+    if session.num_failed and not terminal.is_interactive:
+        raise LlavaError(f"{session.num_failed} of the lines could not be answered")
+
+
+@contextlib.contextmanager
+def _backend(options: ChatOptions, terminal: Terminal) -> Iterator[Backend]:
+    if options.url is not None:
+        with Client(options.url, api_key=options.api_key) as client:
+            yield ServiceBackend(client, options.model.model, options.sampling)
+        return
+    opened, name = open_model(options.model), options.model.model or "the default model"
+    if terminal.is_interactive:
+        terminal.note(f"Loading {name} ...")
+    yield LocalBackend(name, opened.preparer, load_model(opened, options.model), options.sampling)

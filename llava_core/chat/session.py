@@ -1,0 +1,185 @@
+"""One chat from its first prompt to its end: lines become pictures, commands or questions.
+
+Knows who answers as a Backend alone.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from llava_core.chat.backends import Backend
+from llava_core.chat.pictures import read_path, take_pictures
+from llava_core.chat.terminal import FENCE, Terminal
+from llava_core.chat.transcript import Transcript, load_transcript, pictures_of
+from llava_core.client.messages import is_address, media_type, picture_part
+from llava_core.errors import LlavaError, RequestError
+from llava_core.types import ImagePart, ImageUrl, Message, TextPart
+
+PROMPT = ">>> "
+HELP = f"""\
+/image PATH    a picture for the next question; a file dropped onto the terminal is one as well
+/system TEXT   replace the system text; without TEXT, the model's own again
+/clear         forget what was said and shown
+/save FILE     write the conversation to FILE
+/load FILE     go on with the conversation in FILE
+/help          this
+/exit          the end, as is Ctrl-D; Ctrl-C stops an answer
+{FENCE}            begins and ends a text of several lines"""
+
+
+@dataclass
+class Session:
+    """`num_failed` counts questions that got no answer."""
+
+    backend: Backend
+    terminal: Terminal
+    system: str | None = None
+    messages: list[Message] = field(default_factory=list)
+    num_failed: int = 0
+    _pending: list[ImagePart | ImageUrl] = field(default_factory=list)
+    # Files that are this chat's own to write.
+    _own: set[Path] = field(default_factory=set)
+
+    def run(self) -> None:
+        """Until the input ends."""
+        while True:
+            try:
+                line = self.terminal.read(PROMPT)
+                if line.strip() in ("/exit", "/quit"):
+                    return
+                self._take(line)
+            except EOFError:
+                if self.terminal.is_interactive:
+                    self.terminal.end_line()
+                return
+            except KeyboardInterrupt:
+                if not self.terminal.is_interactive:
+                    raise
+                # As in a shell: the line is dropped.
+                self.terminal.end_line()
+            except LlavaError as error:
+                self.num_failed += 1
+                self.terminal.warn(f"error: {error}")
+
+    def load(self, path: Path) -> None:
+        """Go on with a conversation that was saved."""
+        transcript = load_transcript(path)
+        self._check(*pictures_of(transcript.messages))
+        self.messages, self.system, self._pending = list(transcript.messages), transcript.system, []
+        self._own.add(path.resolve())
+        self.terminal.note(f"{len(self.messages)} messages of {path}, answered by {transcript.model}")
+
+    def _take(self, line: str) -> None:
+        paths, text = take_pictures(line)
+        for path in paths:
+            self._attach(path)
+        if text.startswith("/"):
+            self._command(text)
+        elif text.strip():
+            self._ask(text)
+
+    def _ask(self, text: str) -> None:
+        question = Message("user", (*self._pending, TextPart(text)))
+        written: list[str] = []
+        reason = None
+        try:
+            # Closed at once, not when somebody collects it.
+            with closing(self.backend.answer(self.messages, question, self.system)) as answer:
+                for delta in answer:
+                    self.terminal.stream(delta.text)
+                    written.append(delta.text)
+                    reason = delta.finish_reason or reason
+        except KeyboardInterrupt:
+            if not self.terminal.is_interactive:
+                raise
+            reason = "interrupt"
+        except LlavaError:
+            if written:
+                self.terminal.end_line()
+                self.terminal.note("(the answer is not whole, and not part of the conversation; ask again)")
+            raise
+        self.terminal.end_line()
+        self._pending = []
+        if "".join(written):
+            self.messages += [question, Message("assistant", (TextPart("".join(written)),))]
+        if self.terminal.is_interactive and reason in _REMARKS:
+            self.terminal.note(_REMARKS[reason])
+
+    def _command(self, text: str) -> None:
+        name, _, argument = text[1:].partition(" ")
+        command = _COMMANDS.get(name)
+        if command is None:
+            what = "no picture that can be read" if "/" in name else "no command; /help lists them"
+            raise RequestError(f"{text.split()[0]} is {what}")
+        command(self, argument.strip())
+
+    def _image(self, argument: str) -> None:
+        _need(argument, "/image PATH")
+        self._attach(argument if is_address(argument) else read_path(argument))
+
+    def _attach(self, picture: str | Path) -> None:
+        part = picture_part(picture)
+        if isinstance(part, ImagePart) and media_type(part.data) is None:
+            raise RequestError(f"{picture} is not a picture of a known kind")
+        self._check(part)
+        self._pending.append(part)
+        self.terminal.note(f"picture {len(pictures_of(self.messages)) + len(self._pending)}: {picture}")
+
+    def _check(self, *pictures: ImagePart | ImageUrl) -> None:
+        if not self.backend.takes_addresses and any(isinstance(picture, ImageUrl) for picture in pictures):
+            raise RequestError("pictures by address are for a service to fetch (--url); give a file")
+
+    def _system(self, argument: str) -> None:
+        self.system = argument or None
+        self.terminal.note("a new system text" if argument else "the model's own system text")
+
+    def _clear(self, _argument: str) -> None:
+        self.messages, self._pending = [], []
+        self.terminal.note("nothing was said")
+
+    def _save(self, argument: str) -> None:
+        _need(argument, "/save FILE")
+        path = Path(argument).expanduser()
+        text = Transcript(self.backend.name, self.system, tuple(self.messages)).dump()
+        try:
+            if path.resolve() in self._own:
+                # A half-written file must not take the place of a whole one.
+                new = path.with_name(f"{path.name}.new")
+                new.write_text(text, encoding="utf-8")
+                os.replace(new, path)
+            else:
+                with path.open("x", encoding="utf-8") as file:
+                    file.write(text)
+        except FileExistsError:
+            raise RequestError(f"{path} is there already, and not of this chat; choose another name") from None
+        except OSError as error:
+            raise RequestError(f"{path} cannot be written: {error.strerror}") from error
+        self._own.add(path.resolve())
+        self.terminal.note(f"{len(self.messages)} messages written to {path}")
+
+    def _load(self, argument: str) -> None:
+        _need(argument, "/load FILE")
+        self.load(Path(argument).expanduser())
+
+    def _help(self, _argument: str) -> None:
+        self.terminal.note(HELP)
+
+
+def _need(argument: str, usage: str) -> None:
+    if not argument:
+        raise RequestError(f"it is: {usage}")
+
+
+_REMARKS = {"interrupt": "(stopped)", "length": "(cut off at the limit of tokens)"}
+_COMMANDS: dict[str, Callable[[Session, str], None]] = {
+    "image": Session._image,
+    "system": Session._system,
+    "clear": Session._clear,
+    "save": Session._save,
+    "load": Session._load,
+    "help": Session._help,
+}

@@ -1,0 +1,102 @@
+"""A conversation as a JSON file, to be read by people and loaded again: texts first, pictures by number behind them."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llava_core.client.messages import data_url, is_address
+from llava_core.errors import RequestError
+from llava_core.types import ImagePart, ImageUrl, Message, TextPart
+
+FORMAT = "llava-chat-1"
+Part = TextPart | ImagePart | ImageUrl
+
+
+@dataclass(frozen=True)
+class Transcript:
+    """What a file holds. `model` is who answered."""
+
+    model: str
+    system: str | None
+    messages: tuple[Message, ...]
+
+    def dump(self) -> str:
+        """The text of the file; a picture that comes again stands there once."""
+        numbers: dict[str, int] = {}
+        messages = [
+            {"role": message.role, "content": [_part_json(part, numbers) for part in message.parts]}
+            for message in self.messages
+        ]
+        images = {str(number): url for url, number in numbers.items()}
+        content = {"format": FORMAT, "model": self.model, "system": self.system, "messages": messages, "images": images}
+        return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
+def load_transcript(path: Path) -> Transcript:
+    """Raises RequestError that names the file and what is wrong with it."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RequestError(f"{path} cannot be read: {error.strerror}", param="load") from error
+    except ValueError as error:
+        raise RequestError(f"{path} is no JSON: {error}", param="load") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise RequestError(f"{path} is no saved chat: its `format` is not {FORMAT}", param="load")
+    try:
+        images = {number: _read_image(url) for number, url in content["images"].items()}
+        messages = tuple(_read_message(message, images) for message in content["messages"])
+        return Transcript(_text(content["model"]), content["system"] and _text(content["system"]), messages)
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        raise RequestError(f"{path} is a damaged chat: {type(error).__name__}: {error}", param="load") from error
+
+
+def pictures_of(messages: Iterable[Message]) -> list[ImagePart | ImageUrl]:
+    """Every picture, in order."""
+    return [part for message in messages for part in message.parts if not isinstance(part, TextPart)]
+
+
+def text_of(parts: Sequence[Part]) -> str:
+    """The text among the parts."""
+    return "".join(part.text for part in parts if isinstance(part, TextPart))
+
+
+def _part_json(part: Part, numbers: dict[str, int]) -> dict[str, Any]:
+    if isinstance(part, TextPart):
+        return {"text": part.text}
+    url = part.url if isinstance(part, ImageUrl) else data_url(part.data)
+    return {"image": numbers.setdefault(url, len(numbers) + 1)}
+
+
+def _read_message(message: Any, images: dict[str, ImagePart | ImageUrl]) -> Message:
+    role = message["role"]
+    if role not in ("user", "assistant"):
+        raise ValueError(f"role must be user or assistant, not {role!r}")
+    return Message(role, tuple(_read_part(part, images) for part in message["content"]))
+
+
+def _read_part(part: Any, images: dict[str, ImagePart | ImageUrl]) -> Part:
+    return TextPart(_text(part["text"])) if "text" in part else images[str(part["image"])]
+
+
+def _read_image(url: Any) -> ImagePart | ImageUrl:
+    head, found, payload = _text(url).partition(";base64,")
+    if found and head.startswith("data:"):
+        try:
+            return ImagePart(base64.b64decode(payload, validate=True))
+        except binascii.Error as error:
+            raise ValueError(f"a picture is no base64: {error}") from error
+    if not is_address(url):
+        raise ValueError(f"{url[:50]!r} is no address of a picture")
+    return ImageUrl(url)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"text is wanted, not {type(value).__name__}")
+    return value

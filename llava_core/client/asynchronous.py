@@ -1,0 +1,181 @@
+"""The client for asyncio: what `synchronous.py` is for blocking code. A task that is cancelled ends its request."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
+from typing import Any, Self, Unpack
+
+import httpx
+
+from llava_core.client.answers import Delta, Reply, read_models, read_reply
+from llava_core.client.batches import Question, Result, ask_in_tasks
+from llava_core.client.conversation import AsyncConversation
+from llava_core.client.errors import ServiceError
+from llava_core.client.events import StreamedAnswer
+from llava_core.client.exchange import DEFAULT_URL, Attempts, Service, connecting, reading, refusal
+from llava_core.client.messages import Picture, user_message
+from llava_core.client.requests import Call, Options, chat_call
+from llava_core.client.retries import Retries
+from llava_core.types import Message
+
+_NO_RETRIES = Retries(most=0)
+_HEALTH_S = 10.0
+
+
+class AsyncAnswerStream:
+    """An answer as it comes: iterate over its deltas; `reply` is what has come so far."""
+
+    def __init__(self, response: httpx.Response, attempts: Attempts) -> None:
+        self._response, self._attempts = response, attempts
+        self._answer = StreamedAnswer(response.headers.get("x-request-id"))
+
+    async def __aiter__(self) -> AsyncIterator[Delta]:
+        with reading(self._answer):
+            # To the end, so that the connection can be used again.
+            async for data in self._response.aiter_bytes():
+                self._attempts.check_time()
+                for delta in self._answer.feed(data):
+                    yield delta
+        self._answer.check_end()
+
+    @property
+    def reply(self) -> Reply:
+        """The answer as far as it has come; with its usage and times once it has been read to its end."""
+        return self._answer.reply
+
+
+class AsyncClient:
+    """Asks a service, any number of questions at a time. The arguments are those of Client."""
+
+    def __init__(
+        self,
+        url: str = DEFAULT_URL,
+        *,
+        api_key: str | None = None,
+        timeout_s: float = Service.timeout_s,
+        retries: Retries = Service.retries,
+        transport: httpx.AsyncBaseTransport | None = None,
+        **options: Unpack[Options],
+    ) -> None:
+        self._service = Service(url, api_key, timeout_s, retries)
+        self._options = options
+        self._http = httpx.AsyncClient(transport=transport, **self._service.http_options())
+
+    async def ask(
+        self,
+        question: str | Message,
+        *images: Picture,
+        history: Sequence[Message] = (),
+        system: str | None = None,
+        **options: Unpack[Options],
+    ) -> Reply:
+        """The answer to a question about pictures, paths or addresses or bytes or Pillow's, after what was said
+        before. Raises ServiceError, or RequestError for a file that cannot be read."""
+        call = await self._call(question, images, history, system, options, stream=False)
+        body, request_id = await self._fetch(call)
+        return read_reply(body, request_id)
+
+    @contextlib.asynccontextmanager
+    async def stream(
+        self,
+        question: str | Message,
+        *images: Picture,
+        history: Sequence[Message] = (),
+        system: str | None = None,
+        **options: Unpack[Options],
+    ) -> AsyncIterator[AsyncAnswerStream]:
+        """As `ask`, but as it is written. Leaving the block early ends the request on the service, too."""
+        call = await self._call(question, images, history, system, options, stream=True)
+        attempts = Attempts(self._service, call)
+        response = await self._send(attempts)
+        try:
+            yield AsyncAnswerStream(response, attempts)
+        finally:
+            await response.aclose()
+
+    def conversation(
+        self, system: str | None = None, history: Iterable[Message] = (), **options: Unpack[Options]
+    ) -> AsyncConversation:
+        """Questions that know what was said before."""
+        return AsyncConversation(self, system, history, options)
+
+    def batch(
+        self, questions: Iterable[Question], *, concurrency: int = 8, in_order: bool = True
+    ) -> AsyncGenerator[Result, None]:
+        """The result of each question, up to `concurrency` of them asked at a time; as they come unless `in_order`.
+
+        `questions` is read as far as it is needed. A question that fails is a Result with its error, and the others
+        go on. Closing the generator ends what still runs.
+        """
+        return ask_in_tasks(self._ask_question, questions, concurrency=concurrency, in_order=in_order)
+
+    async def models(self) -> list[str]:
+        """The names of the models served."""
+        body, _ = await self._fetch(Call("GET", "/v1/models"))
+        return read_models(body)
+
+    async def is_healthy(self) -> bool:
+        """Whether the service can answer now; False where nobody does."""
+        try:
+            await self._fetch(Call("GET", "/health", deadline_s=min(_HEALTH_S, self._service.timeout_s)), _NO_RETRIES)
+        except ServiceError:
+            return False
+        return True
+
+    async def close(self) -> None:
+        """Close connections."""
+        await self._http.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def _call(
+        self,
+        question: str | Message,
+        images: Sequence[Picture],
+        history: Sequence[Message],
+        system: str | None,
+        options: Options,
+        *,
+        stream: bool,
+    ) -> Call:
+        """On a thread: reading and encoding pictures takes tens of milliseconds."""
+        wanted: Options = {**self._options, **options}
+
+        def make() -> Call:
+            return chat_call((*history, user_message(question, images)), system, wanted, stream=stream)
+
+        return await asyncio.to_thread(make)
+
+    async def _ask_question(self, question: Question) -> Reply:
+        options: Any = question.options
+        return await self.ask(question.text, *question.images, system=question.system, **options)
+
+    async def _fetch(self, call: Call, retries: Retries | None = None) -> tuple[bytes, str | None]:
+        """The body of a response, and its request's id."""
+        response = await self._send(Attempts(self._service, call, retries))
+        answer = StreamedAnswer(response.headers.get("x-request-id"))
+        async with contextlib.aclosing(response):
+            with reading(answer):
+                return await response.aread(), answer.request_id
+
+    async def _send(self, attempts: Attempts) -> httpx.Response:
+        """A response that has begun well. Raises ServiceError once there is no further attempt."""
+        while True:
+            request = self._http.build_request(**attempts.request())
+            try:
+                with connecting(self._service.url):
+                    response = await self._http.send(request, stream=True)
+                    if response.status_code == httpx.codes.OK:
+                        return response
+                    async with contextlib.aclosing(response):
+                        await response.aread()
+                raise refusal(response)
+            except ServiceError as error:
+                wait_s = attempts.wait_s(error)
+            await asyncio.sleep(wait_s)

@@ -1,0 +1,79 @@
+"""From the options of a command to a model, in two steps: what can be told without weights, then the weights.
+
+`llava ask` and `llava chat` share it. Imports torch in the second step alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from llava_core.checkpoints.accounting import check_loadable
+from llava_core.checkpoints.files import DEFAULT_MODEL
+from llava_core.checkpoints.layout import Checkpoint, open_checkpoint
+from llava_core.errors import CheckpointError
+from llava_core.images.preprocess import PreprocessConfig
+from llava_core.prepare import Preparer
+from llava_core.prompts.templates import get_template
+from llava_core.types import Quantization
+
+if TYPE_CHECKING:
+    from llava_core.checkpoints.load import Dtype
+    from llava_core.checkpoints.tokenizer import CheckpointTokenizer
+    from llava_core.inference import LocalModel
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model, and how it is loaded. None: the project's own, or what the checkpoint says."""
+
+    model: str | None
+    base: str | None
+    template: str | None
+    dtype: Dtype
+    quantization: Quantization | None
+    device: str
+    offline: bool
+    padding_jitter: bool
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """All that is known of a checkpoint before its weights are read."""
+
+    checkpoint: Checkpoint
+    tokenizer: CheckpointTokenizer
+    preparer: Preparer
+
+
+def open_model(options: ModelOptions) -> OpenedModel:
+    """Whatever is wrong with the checkpoint is told here, before torch is imported and weights are read."""
+    if options.template is not None:
+        get_template(options.template)
+    checkpoint = open_checkpoint(options.model or DEFAULT_MODEL, options.base, offline=options.offline)
+    # Only now, for the tokenizer library takes its time.
+    from llava_core.checkpoints.describe import load_preparer
+    from llava_core.checkpoints.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(checkpoint)
+    preparer = load_preparer(checkpoint, tokenizer, template=options.template)
+    if options.padding_jitter:
+        preparer = _with_jitter(preparer)
+    check_loadable(checkpoint, tokenizer.num_tokens)
+    return OpenedModel(checkpoint, tokenizer, preparer)
+
+
+def load_model(opened: OpenedModel, options: ModelOptions) -> LocalModel:
+    """Read the weights."""
+    from llava_core.checkpoints.load import LoadOptions
+    from llava_core.inference import LocalModel
+
+    load = LoadOptions(options.device, options.dtype, options.quantization)
+    return LocalModel(opened.checkpoint, options=load, template=options.template, tokenizer=opened.tokenizer)
+
+
+def _with_jitter(preparer: Preparer) -> Preparer:
+    preprocess = preparer.preprocess
+    if not isinstance(preprocess, PreprocessConfig):
+        raise CheckpointError("--padding-jitter moves padding, which BioViL-T's pictures do not have; leave it out")
+    return replace(preparer, preprocess=replace(preprocess, jitter=True))
