@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
+from asyncio import sleep, to_thread
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
 from typing import Any, Self, Unpack
 
@@ -24,14 +24,18 @@ _NO_RETRIES = Retries(most=0)
 _HEALTH_S = 10.0
 
 
-class AsyncAnswerStream:
+class AsyncAnswerStream(AsyncIterator[Delta]):
     """An answer as it comes: iterate over its deltas; `reply` is what has come so far."""
 
     def __init__(self, response: httpx.Response, attempts: Attempts) -> None:
         self._response, self._attempts = response, attempts
         self._answer = StreamedAnswer(response.headers.get("x-request-id"))
+        self._deltas = self._read()
 
-    async def __aiter__(self) -> AsyncIterator[Delta]:
+    async def __anext__(self) -> Delta:
+        return await anext(self._deltas)
+
+    async def _read(self) -> AsyncIterator[Delta]:
         with reading(self._answer):
             # To the end, so that the connection can be used again.
             async for data in self._response.aiter_bytes():
@@ -150,7 +154,7 @@ class AsyncClient:
         def make() -> Call:
             return chat_call((*history, user_message(question, images)), system, wanted, stream=stream)
 
-        return await asyncio.to_thread(make)
+        return await to_thread(make)
 
     async def _ask_question(self, question: Question) -> Reply:
         options: Any = question.options
@@ -178,4 +182,4 @@ class AsyncClient:
                 raise refusal(response)
             except ServiceError as error:
                 wait_s = attempts.wait_s(error)
-            await asyncio.sleep(wait_s)
+            await sleep(wait_s)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Iterable, Iterator, Sequence
+from time import sleep
 from typing import Any, Self, Unpack
 
 import httpx
@@ -24,14 +24,18 @@ _NO_RETRIES = Retries(most=0)
 _HEALTH_S = 10.0
 
 
-class AnswerStream:
+class AnswerStream(Iterator[Delta]):
     """An answer as it comes: iterate over its deltas; `reply` is what has come so far."""
 
     def __init__(self, response: httpx.Response, attempts: Attempts) -> None:
         self._response, self._attempts = response, attempts
         self._answer = StreamedAnswer(response.headers.get("x-request-id"))
+        self._deltas = self._read()
 
-    def __iter__(self) -> Iterator[Delta]:
+    def __next__(self) -> Delta:
+        return next(self._deltas)
+
+    def _read(self) -> Iterator[Delta]:
         with reading(self._answer):
             # To the end, so that the connection can be used again.
             for data in self._response.iter_bytes():
@@ -166,4 +170,4 @@ class Client:
                 raise refusal(response)
             except ServiceError as error:
                 wait_s = attempts.wait_s(error)
-            time.sleep(wait_s)
+            sleep(wait_s)
