@@ -46,9 +46,7 @@ def read_path(text: str) -> Path:
 
 
 def _dropped(word: str) -> Path | None:
-    """A bare word may be the name of a file by chance, so it takes a suffix or a slash."""
-    text = _unquote(word)
-    return _as_picture(text) if "/" in text or Path(text).suffix else None
+    return _as_picture(_unquote(word))
 
 
 def _unquote(word: str) -> str:
@@ -62,9 +60,12 @@ def _unquote(word: str) -> str:
 
 
 def _as_picture(text: str) -> Path | None:
-    path = Path(text).expanduser() if text and "\0" not in text else None
+    """A bare word may be the name of a file by chance, so it takes a suffix or a slash."""
+    if "\0" in text or not ("/" in text or Path(text).suffix):
+        return None
     try:
-        if path is None or not path.is_file():
+        path = Path(text).expanduser()
+        if not path.is_file():
             return None
         with path.open("rb") as file:
             return path if media_type(file.read(HEAD_BYTES)) else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -89,7 +88,7 @@ def _read_image(url: Any) -> ImagePart | ImageUrl:
     if found and head.startswith("data:"):
         try:
             return ImagePart(base64.b64decode(payload, validate=True))
-        except binascii.Error as error:
+        except ValueError as error:
             raise ValueError(f"a picture is no base64: {error}") from error
     if not is_address(url):
         raise ValueError(f"{url[:50]!r} is no address of a picture")

@@ -8,6 +8,7 @@ from dataclasses import replace
 import httpx
 import pytest
 
+from llava_core.client import synchronous
 from llava_core.errors import LlavaError
 from llava_core.evaluation.openai_answerer import OpenAIAnswerer, served_model
 from llava_core.evaluation.task import Sample
@@ -15,18 +16,9 @@ from llava_core.evaluation.task import Sample
 Handler = Callable[[httpx.Request], httpx.Response]
 
 
-@pytest.fixture
-def serve(monkeypatch: pytest.MonkeyPatch) -> Callable[[Handler], OpenAIAnswerer]:
+def serve(handler: Handler) -> OpenAIAnswerer:
     """An answerer whose requests are handled here."""
-
-    def with_handler(handler: Handler) -> OpenAIAnswerer:
-        client = httpx.Client
-        monkeypatch.setattr(
-            httpx, "Client", lambda **options: client(transport=httpx.MockTransport(handler), **options)
-        )
-        return OpenAIAnswerer("http://service", "tiny", concurrency=2)
-
-    return with_handler
+    return OpenAIAnswerer("http://service", "tiny", concurrency=2, transport=httpx.MockTransport(handler))
 
 
 def echo(request: httpx.Request) -> httpx.Response:
@@ -34,15 +26,13 @@ def echo(request: httpx.Request) -> httpx.Response:
     return httpx.Response(200, json={"choices": [{"message": {"content": f"re: {content[1]['text']}"}}]})
 
 
-def test_answers_come_in_the_order_of_the_samples(serve: Callable[[Handler], OpenAIAnswerer]) -> None:
+def test_answers_come_in_the_order_of_the_samples() -> None:
     samples = [Sample(str(index), "kind", f"q{index}", "", b"x") for index in range(7)]
     assert [answer.text for answer in serve(echo).answer(samples)] == [f"re: q{index}" for index in range(7)]
 
 
-@pytest.mark.parametrize(("image", "kind"), [(b"\x89PNG...", "png"), (b"\xff\xd8\xff...", "jpeg")])
-def test_the_request_is_greedy_and_holds_the_picture(
-    serve: Callable[[Handler], OpenAIAnswerer], image: bytes, kind: str
-) -> None:
+@pytest.mark.parametrize(("image", "kind"), [(b"\x89PNG\r\n\x1a\n...", "png"), (b"\xff\xd8\xff...", "jpeg")])
+def test_the_request_is_greedy_and_holds_the_picture(image: bytes, kind: str) -> None:
     seen: list[httpx.Request] = []
 
     def record(request: httpx.Request) -> httpx.Response:
@@ -57,7 +47,8 @@ def test_the_request_is_greedy_and_holds_the_picture(
     assert url == f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
 
 
-def test_a_key_is_given_where_there_is_one_and_never_shown(serve: Callable[[Handler], OpenAIAnswerer]) -> None:
+def test_a_key_is_given_where_there_is_one_and_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LLAVA_API_KEY", raising=False)
     seen: list[str | None] = []
 
     def record(request: httpx.Request) -> httpx.Response:
@@ -66,43 +57,51 @@ def test_a_key_is_given_where_there_is_one_and_never_shown(serve: Callable[[Hand
 
     answerer = serve(record)
     sample = Sample("1", "kind", "q", "", b"x")
-    assert served_model("http://service", "a.key") == "m"
+    assert served_model("http://service", "a.key", transport=answerer.transport) == "m"
     for each in (replace(answerer, api_key="a.key"), answerer):
         list(each.answer([sample]))
         assert "a.key" not in repr(each)
     assert seen == ["Bearer a.key", "Bearer a.key", None]
 
 
-def test_a_refusal_stops_the_evaluation(serve: Callable[[Handler], OpenAIAnswerer]) -> None:
+def test_a_refusal_stops_the_evaluation() -> None:
     answerer = serve(lambda _: httpx.Response(400, json={"error": {"message": "too large"}}))
-    with pytest.raises(LlavaError, match=r"refused sample 7 with 400.*too large"):
+    with pytest.raises(LlavaError, match=r"did not answer sample 7: too large \(status 400"):
         list(answerer.answer([Sample("7", "kind", "q", "", b"x")]))
 
 
-def test_a_service_that_is_not_there_is_named(serve: Callable[[Handler], OpenAIAnswerer]) -> None:
+def test_a_service_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    num_asked = 0
+
     def fail(request: httpx.Request) -> httpx.Response:
+        nonlocal num_asked
+        num_asked += 1
         raise httpx.ConnectError("refused", request=request)
+
+    # What a client waits for before it asks again is tested with the client.
+    monkeypatch.setattr(synchronous, "sleep", lambda _: None)
 
     with pytest.raises(LlavaError, match="http://service did not answer"):
         list(serve(fail).answer([Sample("7", "kind", "q", "", b"x")]))
+    assert num_asked > 1
 
 
 @pytest.mark.parametrize("body", [b"not json", b"{}", b'{"choices": []}', b'{"choices": [3]}'])
-def test_an_answer_that_is_none_is_named(serve: Callable[[Handler], OpenAIAnswerer], body: bytes) -> None:
-    with pytest.raises(LlavaError, match="not a chat completion"):
+def test_an_answer_that_is_none_is_named(body: bytes) -> None:
+    with pytest.raises(LlavaError, match=r"sample 7: .*(no JSON object|no chat completion|without an answer)"):
         list(serve(lambda _: httpx.Response(200, content=body)).answer([Sample("7", "kind", "q", "", b"x")]))
 
 
-def test_the_served_model_is_asked_for(serve: Callable[[Handler], OpenAIAnswerer]) -> None:
-    serve(lambda _: httpx.Response(200, json={"data": [{"id": "tiny"}]}))
-    assert served_model("http://service") == "tiny"
+def test_the_served_model_is_asked_for() -> None:
+    transport = httpx.MockTransport(lambda _: httpx.Response(200, json={"data": [{"id": "tiny"}]}))
+    assert served_model("http://service", transport=transport) == "tiny"
 
 
 @pytest.mark.parametrize("status", [200, 500])
-def test_a_server_without_models_is_named(serve: Callable[[Handler], OpenAIAnswerer], status: int) -> None:
-    serve(lambda _: httpx.Response(status, content=b"hello"))
+def test_a_server_without_models_is_named(status: int) -> None:
+    transport = httpx.MockTransport(lambda _: httpx.Response(status, content=b"hello"))
     with pytest.raises(LlavaError, match="http://service/v1/models does not list a model"):
-        served_model("http://service")
+        served_model("http://service", transport=transport)
 
 
 def test_an_address_that_is_none_is_named() -> None:

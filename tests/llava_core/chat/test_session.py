@@ -1,0 +1,138 @@
+"""What lines do to a conversation, without a terminal and with whoever answers made up; test_program.py has both."""
+
+from collections.abc import Generator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llava_core.chat.session import Session
+from llava_core.chat.transcript import load_transcript
+from llava_core.errors import EngineError
+from llava_core.types import ImagePart, ImageUrl, Message, TextPart, TokenDelta
+from tests.deployments.pictures import plain
+
+RED = plain()
+HELLO = Message("assistant", (TextPart("Hello"),))
+
+
+class Answering:
+    """A backend that answers with `pieces`, an exception among them raised; notes what it was asked."""
+
+    def __init__(self, *pieces: str | BaseException) -> None:
+        self.name = "made up"
+        self.takes_addresses = True
+        self.pieces: Sequence[str | BaseException] = pieces or ("Hel", "lo")
+        self.asked: list[tuple[tuple[Message, ...], str | None]] = []
+
+    def answer(
+        self, history: Sequence[Message], question: Message, system: str | None
+    ) -> Generator[TokenDelta, None, None]:
+        self.asked.append(((*history, question), system))
+        for piece in self.pieces:
+            if isinstance(piece, BaseException):
+                raise piece
+            yield TokenDelta("1", piece)
+        yield TokenDelta("1", "", finish_reason="length")
+
+
+class Typing:
+    """A terminal at which these lines are typed; an exception among them is raised."""
+
+    def __init__(self, *lines: str | BaseException, is_interactive: bool = True) -> None:
+        self.is_interactive = is_interactive
+        self.lines = list(lines)
+        self.shown: list[str] = []
+        self.stream = self.note = self.warn = self.shown.append
+
+    def end_line(self) -> None:
+        self.shown.append("\n")
+
+    def read(self, _prompt: str) -> str:
+        if not self.lines:
+            raise EOFError
+        line = self.lines.pop(0)
+        if isinstance(line, BaseException):
+            raise line
+        return line
+
+
+def run(backend: Answering, *lines: str | BaseException, **options: Any) -> tuple[Session, str]:
+    terminal = Typing(*lines, **options)
+    session = Session(backend, terminal)  # type: ignore[arg-type]
+    session.run()
+    return session, "|".join(terminal.shown)
+
+
+def user(text: str, *pictures: ImagePart | ImageUrl) -> Message:
+    return Message("user", (*pictures, TextPart(text)))
+
+
+def test_what_was_said_is_the_history_of_the_next_question() -> None:
+    backend = Answering()
+    session, shown = run(backend, "One?", "", "  ", "Two?")
+    assert backend.asked[-1] == ((user("One?"), HELLO, user("Two?")), None)
+    assert session.messages == [user("One?"), HELLO, user("Two?"), HELLO]
+    assert shown.startswith("Hel|lo||\n|(cut off at the limit of tokens)|Hel")
+
+
+def test_an_answer_that_was_stopped_stays_as_far_as_it_came() -> None:
+    session, shown = run(Answering("Hel", KeyboardInterrupt()), "One?")
+    assert session.messages == [user("One?"), Message("assistant", (TextPart("Hel"),))]
+    assert "(stopped)" in shown
+    session, _ = run(Answering(KeyboardInterrupt()), "One?")
+    assert session.messages == []
+
+
+@pytest.mark.parametrize("at_the_prompt", [True, False])
+def test_in_a_pipe_ctrl_c_ends_it(*, at_the_prompt: bool) -> None:
+    backend = Answering(*() if at_the_prompt else (KeyboardInterrupt(),))
+    with pytest.raises(KeyboardInterrupt):
+        run(backend, KeyboardInterrupt() if at_the_prompt else "One?", is_interactive=False)
+
+
+def test_a_broken_answer_leaves_no_trace_and_its_pictures_for_the_next_try(tmp_path: Path) -> None:
+    (tmp_path / "red.png").write_bytes(RED)
+    backend = Answering("Hel", EngineError("broken"))
+    session, shown = run(backend, f"/image {tmp_path}/red.png", "What?", "/image https://example.com/a.png", "And?")
+    assert session.messages == []
+    assert session.num_failed == 2
+    assert "not part of the conversation" in shown
+    assert "error: broken" in shown
+    assert backend.asked[-1][0] == (user("And?", ImagePart(RED), ImageUrl("https://example.com/a.png")),)
+
+
+def test_addresses_are_refused_where_nobody_fetches_them(tmp_path: Path) -> None:
+    backend = Answering()
+    run(backend, "/image https://example.com/a.png", "What?", f"/save {tmp_path}/talk.json")
+    backend.takes_addresses = False
+    session, shown = run(backend, "/image https://example.com/a.png", "Alone?", f"/load {tmp_path}/talk.json")
+    assert shown.count("pictures by address are for a service") == 2
+    assert session.messages == [user("Alone?"), HELLO]
+
+
+def test_a_system_text_is_set_and_taken_back() -> None:
+    backend = Answering()
+    run(backend, "/system  Be brief. ", "One?", "/system", "Two?")
+    assert [system for _, system in backend.asked] == ["Be brief.", None]
+
+
+def test_clearing_forgets_pictures_that_wait_too(tmp_path: Path) -> None:
+    (tmp_path / "red.png").write_bytes(RED)
+    backend = Answering()
+    run(backend, "One?", f"{tmp_path}/red.png", "/clear", "Two?")
+    assert backend.asked[-1][0] == (user("Two?"),)
+
+
+def test_a_chats_own_file_is_written_again_and_no_other(tmp_path: Path) -> None:
+    file = tmp_path / "talk.json"
+    run(Answering(), "One?", f"/save {file}", "Two?", f"/save {file}")
+    assert len(load_transcript(file).messages) == 4
+    assert [path.name for path in tmp_path.iterdir()] == ["talk.json"]
+    _, shown = run(Answering(), "Other?", f"/save {file}")
+    assert "is there already" in shown
+    assert len(load_transcript(file).messages) == 4
+    run(Answering(), f"/load {file}", "More?", f"/save {file}")
+    assert len(load_transcript(file).messages) == 6
+    _, shown = run(Answering(), f"/save {tmp_path}/none/talk.json")
+    assert "cannot be written: No such file or directory" in shown

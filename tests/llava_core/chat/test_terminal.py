@@ -1,0 +1,67 @@
+"""Where lines come from and remarks go without a terminal; test_program.py has one."""
+
+import io
+import sys
+from pathlib import Path
+
+import pytest
+
+from llava_core.chat.terminal import Terminal, default_history
+
+
+def at_a_pipe(monkeypatch: pytest.MonkeyPatch, data: bytes) -> Terminal:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="utf-8"))
+    return Terminal(None)
+
+
+def test_lines_come_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = at_a_pipe(monkeypatch, b"one\r\n  two  \nlast")
+    assert [terminal.read("> ") for _ in range(3)] == ["one", "  two  ", "last"]
+    with pytest.raises(EOFError):
+        terminal.read("> ")
+
+
+@pytest.mark.parametrize(
+    ("data", "text"),
+    [
+        (b'"""one\ntwo"""\n', "one\ntwo"),
+        (b'"""\none\n\ntwo\n"""\n', "one\n\ntwo"),
+        (b'  """one"""  \n', "one"),
+        (b'"""one\nwithout an end', "one\nwithout an end"),
+        (b'one """ two\n', 'one """ two'),
+    ],
+)
+def test_a_fence_holds_several_lines(monkeypatch: pytest.MonkeyPatch, data: bytes, text: str) -> None:
+    assert at_a_pipe(monkeypatch, data).read("> ") == text
+
+
+def test_what_is_no_text_does_not_end_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert at_a_pipe(monkeypatch, b"a\xff\xfe\n").read("> ") == "a\N{REPLACEMENT CHARACTER}\N{REPLACEMENT CHARACTER}"
+
+
+def test_only_answers_go_to_standard_output_and_to_the_byte(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    terminal = at_a_pipe(monkeypatch, b"")
+    terminal.note("a note")
+    terminal.warn("a warning\x1b[2J")
+    terminal.stream("an \x1b[31manswer")
+    terminal.end_line()
+    out, err = capsys.readouterr()
+    assert out == "an \x1b[31manswer\n"
+    assert err == "a note\na warning [2J\n"
+
+
+def test_there_is_no_history_without_a_terminal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("one\n"))
+    with Terminal(tmp_path / "history").remembering():
+        pass
+    assert not (tmp_path / "history").exists()
+
+
+def test_the_history_is_where_xdg_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    assert default_history() == tmp_path / "llava" / "chat_history"
+    monkeypatch.delenv("XDG_STATE_HOME")
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert default_history() == Path("/home/somebody/.local/state/llava/chat_history")

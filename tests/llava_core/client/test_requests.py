@@ -1,0 +1,36 @@
+"""The JSON of a request, by its fields."""
+
+import json
+
+import pytest
+
+from llava_core.client.messages import user_message
+from llava_core.client.requests import chat_body, chat_call
+
+
+def test_a_stream_asks_for_what_it_cost() -> None:
+    call = chat_call([user_message("?")], None, {"max_tokens": 3, "deadline_s": 2.5}, stream=True)
+    assert (call.method, call.path, call.deadline_s) == ("POST", "/v1/chat/completions", 2.5)
+    assert json.loads(call.content or b"") == {
+        "messages": [{"role": "user", "content": "?"}],
+        "max_tokens": 3,
+        "timings": True,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+
+
+def test_fields_of_other_servers_are_passed_on_and_ours_left_out() -> None:
+    call = chat_call([user_message("?")], "s", {"timings": False, "extra": {"priority": 1}}, stream=False)
+    body = json.loads(call.content or b"")
+    assert body == chat_body([user_message("?")], "s", priority=1)
+    assert body["messages"][0] == {"role": "system", "content": "s"}
+
+
+def test_a_number_that_json_does_not_have_is_refused_here() -> None:
+    with pytest.raises(ValueError, match="JSON"):
+        chat_call([], None, {"temperature": float("nan")}, stream=False)
+
+
+def test_pictures_do_not_stand_in_a_calls_representation() -> None:
+    assert "iVBOR" not in repr(chat_call([user_message("?", [b"\x89PNG\r\n\x1a\n"])], None, {}, stream=False))

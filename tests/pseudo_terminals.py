@@ -1,0 +1,104 @@
+"""A program at a pseudo-terminal, driven as somebody who types does: waits for what is shown, then types."""
+
+import contextlib
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+PROGRAM = "import sys; from llava_core.cli import main; main(sys.argv[1:])"
+# Colours, and readline's switching of modes.
+_ESCAPES = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
+_DEADLINE_S = 90.0
+
+
+class PseudoTerminal:
+    """`shown` is all that has been shown, escapes and all."""
+
+    def __init__(self, process: subprocess.Popen[bytes], descriptor: int) -> None:
+        self.process, self._descriptor = process, descriptor
+        self.shown, self._seen = "", 0
+
+    def expect(self, text: str) -> str:
+        """Wait until this is shown after what was expected before; what was shown up to there, without escapes."""
+        deadline = time.monotonic() + _DEADLINE_S
+        while (end := self.shown.find(text, self._seen)) < 0:
+            left = deadline - time.monotonic()
+            assert left > 0, f"{text!r} has not been shown: {self.shown[self._seen :]!r}"
+            assert self._read(left), f"it ended before {text!r} was shown: {self.shown[self._seen :]!r}"
+        before = self.shown[self._seen : end]
+        self._seen = end + len(text)
+        return _ESCAPES.sub("", before).replace("\r\n", "\n")
+
+    def type(self, text: str) -> None:
+        """Type; a line ends with a carriage return, as the key sends it."""
+        os.write(self._descriptor, text.encode())
+
+    def line(self, text: str) -> None:
+        """Type a line once the prompt is there."""
+        self.expect(">>> ")
+        self.type(f"{text}\r")
+
+    def interrupt(self) -> None:
+        """Ctrl-C."""
+        self.type("\x03")
+
+    def end(self) -> int:
+        """Ctrl-D at the prompt; the status that the program ends with."""
+        self.expect(">>> ")
+        self.type("\x04")
+        deadline = time.monotonic() + _DEADLINE_S
+        while self._read(max(0.0, deadline - time.monotonic())):
+            pass
+        return self.process.wait(10)
+
+    def _read(self, seconds: float) -> bool:
+        readable, _, _ = select.select([self._descriptor], [], [], seconds)
+        if not readable:
+            return False
+        try:
+            data = os.read(self._descriptor, 65536)
+        except OSError:
+            # How Linux says that nobody holds the other end any more.
+            return False
+        self.shown += data.decode(errors="replace")
+        return bool(data)
+
+
+@contextlib.contextmanager
+def llava_at_a_terminal(*arguments: str, home: Path, **environment: str) -> Iterator[PseudoTerminal]:
+    """`llava` with these arguments, until the block ends; its home is a folder of the test's own."""
+    ours, theirs = pty.openpty()
+    variables = {**os.environ, "HOME": str(home), "TERM": "xterm", "PYTHONPATH": os.pathsep.join(sys.path)}
+    for name in ("NO_COLOR", "XDG_STATE_HOME", "LLAVA_API_KEY", "INPUTRC"):
+        variables.pop(name, None)
+    with subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, *arguments],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env=variables | environment,
+        # A session of its own, whose terminal this is: Ctrl-C then reaches the program as a signal.
+        start_new_session=True,
+        preexec_fn=_take_terminal,
+    ) as process:
+        os.close(theirs)
+        try:
+            yield PseudoTerminal(process, ours)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            os.close(ours)
+
+
+def _take_terminal() -> None:
+    import fcntl
+    import termios
+
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
