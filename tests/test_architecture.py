@@ -132,6 +132,10 @@ def test_the_commands_are_there_without_torch_or_a_service() -> None:
     assert loaded_by("import llava_core.cli", "torch", "transformers", *SERVICE) == []
 
 
+def test_asking_a_service_loads_nothing_of_a_model() -> None:
+    assert loaded_by("import llava_core.client", "torch", "transformers", "PIL", "numpy", *SERVICE) == []
+
+
 @pytest.mark.skipif(not (ROOT / "deployments" / "gateway.py").exists(), reason="there is no gateway yet")
 def test_importing_the_gateway_leaves_torch_out() -> None:
     assert loaded_by("import deployments.gateway", "torch") == []

@@ -74,12 +74,19 @@ class Session:
         self.terminal.note(f"{len(self.messages)} messages of {path}, answered by {transcript.model}")
 
     def _take(self, line: str) -> None:
+        name, _, argument = line.strip().partition(" ")
+        command = _COMMANDS.get(name)
+        if command is not None:
+            command(self, argument.strip())
+            return
         paths, text = take_pictures(line)
         for path in paths:
             self._attach(path)
         if text.startswith("/"):
-            self._command(text)
-        elif text.strip():
+            word = text.split()[0]
+            what = "no picture that can be read" if "/" in word[1:] else "no command; /help lists them"
+            raise RequestError(f"{word} is {what}")
+        if text.strip():
             self._ask(text)
 
     def _ask(self, text: str) -> None:
@@ -108,14 +115,6 @@ class Session:
             self.messages += [question, Message("assistant", (TextPart("".join(written)),))]
         if self.terminal.is_interactive and reason in _REMARKS:
             self.terminal.note(_REMARKS[reason])
-
-    def _command(self, text: str) -> None:
-        name, _, argument = text[1:].partition(" ")
-        command = _COMMANDS.get(name)
-        if command is None:
-            what = "no picture that can be read" if "/" in name else "no command; /help lists them"
-            raise RequestError(f"{text.split()[0]} is {what}")
-        command(self, argument.strip())
 
     def _image(self, argument: str) -> None:
         _need(argument, "/image PATH")
@@ -176,10 +175,10 @@ def _need(argument: str, usage: str) -> None:
 
 _REMARKS = {"interrupt": "(stopped)", "length": "(cut off at the limit of tokens)"}
 _COMMANDS: dict[str, Callable[[Session, str], None]] = {
-    "image": Session._image,
-    "system": Session._system,
-    "clear": Session._clear,
-    "save": Session._save,
-    "load": Session._load,
-    "help": Session._help,
+    "/image": Session._image,
+    "/system": Session._system,
+    "/clear": Session._clear,
+    "/save": Session._save,
+    "/load": Session._load,
+    "/help": Session._help,
 }

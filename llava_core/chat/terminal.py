@@ -79,7 +79,9 @@ class Terminal:
 
     def stream(self, text: str) -> None:
         """Show a piece of an answer at once."""
-        click.echo(_CONTROLS.sub("\N{REPLACEMENT CHARACTER}", text) if self.is_interactive else text, nl=False)
+        shown = _CONTROLS.sub("\N{REPLACEMENT CHARACTER}", text) if self.is_interactive else text
+        # `color`, because click would drop escapes on their way into a file.
+        click.echo(shown, nl=False, color=True)
 
     def end_line(self) -> None:
         """After an answer."""

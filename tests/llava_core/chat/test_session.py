@@ -136,3 +136,13 @@ def test_a_chats_own_file_is_written_again_and_no_other(tmp_path: Path) -> None:
     assert len(load_transcript(file).messages) == 6
     _, shown = run(Answering(), f"/save {tmp_path}/none/talk.json")
     assert "cannot be written: No such file or directory" in shown
+
+
+def test_a_command_keeps_the_paths_it_is_given(tmp_path: Path) -> None:
+    (tmp_path / "red.png").write_bytes(RED)
+    backend = Answering()
+    session, shown = run(backend, f"/system Ask about {tmp_path}/red.png", f"/image {tmp_path}/red.png", "What?")
+    assert session.system == f"Ask about {tmp_path}/red.png"
+    assert backend.asked[-1][0] == (user("What?", ImagePart(RED)),)
+    assert "error" not in shown
+    assert session.num_failed == 0
