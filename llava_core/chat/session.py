@@ -97,8 +97,9 @@ class Session:
             # Closed at once, not when somebody collects it.
             with closing(self.backend.answer(self.messages, question, self.system)) as answer:
                 for delta in answer:
-                    self.terminal.stream(delta.text)
+                    # First, so that an interrupt finds all that was shown.
                     written.append(delta.text)
+                    self.terminal.stream(delta.text)
                     reason = delta.finish_reason or reason
         except KeyboardInterrupt:
             if not self.terminal.is_interactive:
