@@ -35,7 +35,7 @@ def serving_app(app: Any) -> Iterator[str]:
 @contextlib.contextmanager
 def serving_engine(engine: ScriptedEngine, **options: Any) -> Iterator[str]:
     """The address of the real gateway in front of scripted answers."""
-    with serving_app(Gateway(engine, **{"check_stages": all_ready, "model_name": "m", **options}).app) as url:
+    with serving_app(Gateway({"m": engine}, **{"check_stages": all_ready, **options}).app) as url:
         yield url
 
 

@@ -99,7 +99,7 @@ def _part_json(part: TextPart | ImagePart | ImageUrl) -> Json:
     if isinstance(part, TextPart):
         return {"type": "text", "text": part.text}
     url = part.url if isinstance(part, ImageUrl) else data_url(part.data)
-    return {"type": "image_url", "image_url": {"url": url}}
+    return {"type": "image_url", "image_url": {"url": url, **({"detail": "low"} if part.low_detail else {})}}
 
 
 def _encode(picture: Image) -> bytes:

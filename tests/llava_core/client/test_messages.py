@@ -2,13 +2,18 @@
 
 import base64
 import io
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from deployments.chat_request import read_chat_request
 from llava_core.client.messages import data_url, media_type, message_json, picture_part, user_message
+from llava_core.client.requests import chat_body
 from llava_core.errors import RequestError
+from llava_core.prepare import RequestLimits
 from llava_core.types import ImagePart, ImageUrl, Message, TextPart
 from tests.deployments.pictures import encode, plain, unusual
 
@@ -70,6 +75,14 @@ def test_parts_keep_their_order() -> None:
         {"type": "text", "text": "b"},
         {"type": "image_url", "image_url": {"url": "http://x"}},
     ]
+
+
+@pytest.mark.parametrize("picture", [ImagePart(plain()), ImageUrl("http://x/a.png")])
+@pytest.mark.parametrize("low_detail", [False, True])
+def test_the_service_reads_a_picture_as_it_was_meant(picture: ImagePart | ImageUrl, low_detail: bool) -> None:
+    message = Message("user", (replace(picture, low_detail=low_detail), TextPart("What?")))
+    body = json.dumps(chat_body([message])).encode()
+    assert read_chat_request(body, "1", RequestLimits()).generation.messages == (message,)
 
 
 def test_unusual_pictures_are_recognised_too() -> None:

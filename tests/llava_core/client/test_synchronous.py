@@ -186,7 +186,7 @@ def test_leaving_a_stream_frees_the_request() -> None:
     [
         (RequestError("bad", param="messages[0].role", code="c"), BadRequestError, 400, "c", "messages[0].role"),
         (ImageError("no picture", param="messages[0]"), BadRequestError, 400, "invalid_image", "messages[0]"),
-        (OverloadedError("full", retry_after_s=7), RateLimitError, 429, "overloaded", None),
+        (OverloadedError("full", limit="engine", retry_after_s=7), RateLimitError, 429, "overloaded", None),
         (EngineError("secret"), ServerError, 500, "engine_error", None),
     ],
 )
