@@ -11,13 +11,22 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
-from deployments.chat_schema import AssistantMessage, ChatBody, ChatMessage, ImageContent, RefusalContent, TextContent
+from deployments.chat_schema import (
+    AssistantMessage,
+    ChatBody,
+    ChatMessage,
+    Dicom,
+    ImageContent,
+    RefusalContent,
+    TextContent,
+)
 from deployments.reply_form import ReadRequest, ReplyForm
 from deployments.schema import parse_body
 from llava_core.errors import RequestError
 from llava_core.images.loading import ImageLimits, decode_data_url
 from llava_core.prepare import RequestLimits
 from llava_core.types import GenerationRequest, ImagePart, ImageUrl, Message, TextPart
+from llava_core.views import DicomView
 
 _SYSTEM_ROLES = ("system", "developer")
 
@@ -41,6 +50,7 @@ def read_chat_request(body: bytes, request_id: str, limits: RequestLimits) -> Re
         stream=bool(parsed.stream),
         include_usage=parsed.wants_usage,
         timings=bool(parsed.timings),
+        image_transforms=bool(parsed.image_transforms),
         num_answers=sampling.n,
         num_leading=chat.num_leading,
         limit_field="max_tokens" if parsed.max_completion_tokens is None else "max_completion_tokens",
@@ -109,10 +119,16 @@ def _part(
     if isinstance(part, RefusalContent):
         raise RequestError("only assistant messages may hold refusals", param=where)
     low_detail = part.image_url.detail == "low"
+    view = None if part.image_url.dicom is None else _view(part.image_url.dicom)
     if part.image_url.url[:8].lower().startswith(("https://", "http://")):
         # Whether it may be fetched, the stage that does so knows.
-        return ImageUrl(part.image_url.url, low_detail)
-    return ImagePart(decode_data_url(part.image_url.url, limits, param=f"{where}.image_url.url"), low_detail)
+        return ImageUrl(part.image_url.url, low_detail, view)
+    return ImagePart(decode_data_url(part.image_url.url, limits, param=f"{where}.image_url.url"), low_detail, view)
+
+
+def _view(dicom: Dicom) -> DicomView:
+    window = (dicom.window[0], dicom.window[1]) if isinstance(dicom.window, list) else dicom.window
+    return DicomView(dicom.frame, window)
 
 
 def _texts_only(message: ChatMessage, index: int) -> list[str]:

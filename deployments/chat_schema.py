@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 from pydantic_core import PydanticCustomError
 
 from deployments.sampling_schema import WHOLE_BOUND, SamplingBody, text_or_list
@@ -35,8 +35,41 @@ class RefusalContent(Part):
     refusal: str
 
 
+def _window_type(value: Any) -> str | None:
+    if isinstance(value, list):
+        return "<pair>"
+    return "<number>" if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _check_width(pair: list[float]) -> list[float]:
+    if not pair[1] > 0:
+        raise PydanticCustomError("window", "the width must be above 0")
+    return pair
+
+
+_Window = Annotated[
+    Annotated[int, Field(ge=1, lt=WHOLE_BOUND), Tag("<number>")]
+    | Annotated[list[float], Field(min_length=2, max_length=2), AfterValidator(_check_width), Tag("<pair>")],
+    Discriminator(
+        _window_type,
+        custom_error_type="window_type",
+        custom_error_message="must be [centre, width] or the number of one of the file's windows, counted from 1",
+    ),
+]
+
+
+class Dicom(Part):
+    """What of a DICOM file is looked at. Ours alone, so a name that is unknown here is a mistake."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    frame: int = Field(default=1, ge=1, lt=WHOLE_BOUND)
+    window: _Window | None = None
+
+
 class _ImageUrl(Part):
     url: str
+    dicom: Dicom | None = None
     # Every picture is read at the model's own resolution; `low` leaves out the tiles that some models cut it into.
     detail: Literal["auto", "low", "high", "original"] = "auto"
 
@@ -159,5 +192,6 @@ class ChatBody(SamplingBody):
     messages: Messages
     template: TemplateName | None = None
     max_completion_tokens: int | None = Field(default=None, ge=1, lt=WHOLE_BOUND)
+    image_transforms: bool | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)

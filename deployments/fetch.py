@@ -23,10 +23,10 @@ from llava_core.types import GenerationRequest, ImagePart, ImageUrl, Message, Te
 
 Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
 _REDIRECTS = (301, 302, 303, 307, 308)
-# Some stores of files know no better than the second; what it really is, its first bytes will tell.
-_MEDIA_TYPES = ("image/", "application/octet-stream", "binary/octet-stream")
+# Some stores of files know no better than the last two; what it really is, its first bytes will tell.
+_MEDIA_TYPES = ("image/", "application/dicom", "application/octet-stream", "binary/octet-stream")
 # No compression: it would save nothing on pictures, and a few bytes could become any number.
-_HEADERS = {"accept": "image/*", "accept-encoding": "identity", "user-agent": "llava-serve"}
+_HEADERS = {"accept": "image/*, application/dicom", "accept-encoding": "identity", "user-agent": "llava-serve"}
 
 
 async def resolve_host(host: str, port: int) -> list[str]:
@@ -65,7 +65,10 @@ class Fetcher:
         finally:
             for task in tasks:
                 task.cancel()
-        fetched = {part: ImagePart(picture, part.low_detail) for part, picture in zip(places, pictures, strict=True)}
+        fetched = {
+            part: ImagePart(picture, part.low_detail, part.dicom)
+            for part, picture in zip(places, pictures, strict=True)
+        }
         return replace(request, messages=tuple(_with_pictures(message, fetched) for message in request.messages))
 
     async def fetch(self, address: str, param: str) -> bytes:

@@ -24,7 +24,7 @@ from deployments.metrics import (
 )
 from deployments.watchdog import Watchdog
 from llava_core.errors import EngineError, LlavaError
-from llava_core.types import EngineRequest, TokenDelta, Usage
+from llava_core.types import EngineRequest, PreparedRequest, TokenDelta, Usage
 
 if TYPE_CHECKING:
     from llava_core.engine.async_engine import AsyncEngine
@@ -71,7 +71,7 @@ class Generator:
                     if delta.finish_reason is not None:
                         self._watchdog.succeeded()
                         self._record(delta)
-                        delta = _ended(delta, ended, request.sampling.n, elapsed)
+                        delta = _ended(delta, ended, handed.request, elapsed)
                     yield self._spelled(delta) if delta.logprobs else delta
         except LlavaError as error:
             if isinstance(error, EngineError):
@@ -104,13 +104,15 @@ def _to_engine(handed: Prepared | Encoded) -> EngineRequest:
     return engine_request(handed.request, handed.features if isinstance(handed, Encoded) else ())
 
 
-def _ended(delta: TokenDelta, ended: list[Usage], num_answers: int, elapsed: Elapsed) -> TokenDelta:
-    """The end of an answer; that of the request's last one tells what all of them cost, and where the time went."""
+def _ended(delta: TokenDelta, ended: list[Usage], request: PreparedRequest, elapsed: Elapsed) -> TokenDelta:
+    """The end of an answer; that of the request's last one tells what all of them cost, where the time went, and how
+    the pictures were seen."""
     assert delta.usage is not None, "an engine's last delta carries its usage"
     ended.append(delta.usage)
-    if len(ended) < num_answers:
+    if len(ended) < request.sampling.n:
         return replace(delta, usage=None, stage_ms={})
-    return replace(delta, usage=_together(ended), stage_ms={**elapsed.stage_ms, **delta.stage_ms})
+    stage_ms = {**elapsed.stage_ms, **delta.stage_ms}
+    return replace(delta, usage=_together(ended), stage_ms=stage_ms, transforms=request.transforms)
 
 
 def _together(usages: list[Usage]) -> Usage:

@@ -172,22 +172,29 @@ _TEXT: Json = {"type": "string"}
 _TEXT_OR_NULL: Json = {"type": ["string", "null"]}
 _COUNT: Json = {"type": "integer", "minimum": 0}
 _FINISH: Json = {"enum": ["stop", "length"]}
+_EXTENSIONS = ("timings", "image_transforms")
 _TIMINGS: Json = {
     "type": "object",
     "additionalProperties": {"type": "number", "minimum": 0},
     "description": "Milliseconds by stage, where the request asked for them.",
 }
+_TRANSFORMS: Json = {
+    "type": "array",
+    "items": {"type": ["object", "null"]},
+    "description": "How the stored values of each picture became what was seen, where the request asked for it; null "
+    "of pictures whose values are that.",
+}
 
 
 def _reply(kind: str, said: Json) -> Json:
     """`said` is what a choice holds of the answer."""
-    return _object(_fields(kind, said, _FINISH, _ref("Usage")), optional=("timings",))
+    return _object(_fields(kind, said, _FINISH, _ref("Usage")), optional=_EXTENSIONS)
 
 
 def _chunk(kind: str, said: Json) -> Json:
     finish = {"enum": [*_FINISH["enum"], None]}
     fields = _fields(kind, said, finish, {"anyOf": [_ref("Usage"), {"type": "null"}]})
-    return _object(fields, optional=("usage", "timings"))
+    return _object(fields, optional=("usage", *_EXTENSIONS))
 
 
 def _fields(kind: str, said: Json, finish: Json, usage: Json) -> Json:
@@ -195,7 +202,7 @@ def _fields(kind: str, said: Json, finish: Json, usage: Json) -> Json:
     head["system_fingerprint"] = _TEXT_OR_NULL
     logprobs = {"type": ["object", "null"]}
     choice = _object({"index": _COUNT, **said, "finish_reason": finish, "logprobs": logprobs})
-    return {**head, "choices": _list(choice), "usage": usage, "timings": _TIMINGS}
+    return {**head, "choices": _list(choice), "usage": usage, "timings": _TIMINGS, "image_transforms": _TRANSFORMS}
 
 
 ANSWERS: Mapping[str, Json] = {

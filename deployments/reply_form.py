@@ -19,6 +19,7 @@ class ReplyForm:
     stream: bool = False
     include_usage: bool = False
     timings: bool = False
+    image_transforms: bool = False
     num_answers: int = 1
     num_leading: int = 0
     prompt_field: str = "messages"

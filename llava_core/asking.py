@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from llava_core.client.messages import user_message
+from llava_core.client.messages import read_picture, user_message
 from llava_core.errors import ImageError, LlavaError, RequestError
 from llava_core.opening import ModelOptions, load_model, open_model
 from llava_core.prepare import Preparer
 from llava_core.prompts.tokenize import IMAGE_TOKEN_ID
-from llava_core.types import GenerationRequest, PreparedRequest, SamplingParams, TokenDelta
+from llava_core.types import GenerationRequest, ImagePart, PreparedRequest, SamplingParams, TokenDelta
+from llava_core.views import DicomView, ImageTransform
 
 if TYPE_CHECKING:
     from llava_core.inference import LocalModel
@@ -39,6 +40,8 @@ class AskOptions(ModelOptions):
     max_tokens: int | None
     seed: int | None
     output: str
+    frame: int | None = None
+    window: tuple[float, float] | int | None = None
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,9 @@ def ask_one(options: AskOptions, question: str) -> None:
     if options.output == "json":
         click.echo(json.dumps(_answer(model, prepared)))
         return
+    for path, transform in zip(options.images, prepared.request.transforms, strict=True):
+        if transform is not None:
+            click.echo(f"{path}: {shown(transform)}", err=True)
     for delta in model.stream(prepared.request):
         click.echo(delta.text, nl=False)
     click.echo()
@@ -124,7 +130,9 @@ def _read_question(line: str, where: str, folder: Path) -> Question:
 def _prepare(preparer: Preparer, options: AskOptions, question: Question) -> _Prepared:
     """Read pictures and prepare the request. Raises RequestError, which names the file where a picture is at fault."""
     sampling = SamplingParams(max_tokens=options.max_tokens, temperature=options.temperature, seed=options.seed)
-    message = user_message(question.text, question.images)
+    is_chosen = options.frame is not None or options.window is not None
+    view = DicomView(options.frame or 1, options.window) if is_chosen else None
+    message = user_message(question.text, [ImagePart(read_picture(path), dicom=view) for path in question.images])
     started = time.perf_counter()
     try:
         request = preparer.prepare(GenerationRequest(uuid.uuid4().hex, (message,), sampling))
@@ -146,12 +154,28 @@ def _answer(model: LocalModel, prepared: _Prepared) -> JsonObject:
         "prompt": request.prompt,
         "prompt_token_ids": original_ids(request),
         "num_image_tokens": list(request.num_image_tokens),
+        "image_transforms": [each and asdict(each) for each in request.transforms],
         "token_ids": [token for delta in deltas for token in delta.token_ids],
         "text": "".join(delta.text for delta in deltas),
         "finish_reason": last.finish_reason,
         "usage": asdict(last.usage) if last.usage else None,
         "timings": {**stages, "encode": max(0.0, total_ms - sum(stages.values())), "total": total_ms},
     }
+
+
+def shown(transform: ImageTransform) -> str:
+    """How a picture's values became what the model sees, in a line."""
+    said = [f"{transform.format}, {transform.bits} bits, {transform.photometric}"]
+    if transform.num_frames > 1:
+        said.append(f"frame {transform.frame} of {transform.num_frames}")
+    if transform.rescale is not None:
+        said.append("times {:g} plus {:g}".format(*transform.rescale))
+    if transform.window is not None:
+        window = transform.window
+        said.append(f"window {window.centre:g} wide {window.width:g} ({window.function}, of the {window.source})")
+    tables = (("modality", transform.has_modality_lut), ("window", transform.has_voi_lut))
+    said += [f"by the file's {name} table" for name, is_there in tables if is_there]
+    return ", ".join([*said, *(["turned over"] if transform.is_inverted else [])])
 
 
 def original_ids(prepared: PreparedRequest) -> list[int]:

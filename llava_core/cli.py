@@ -18,6 +18,7 @@ from click.core import ParameterSource
 
 from llava_core.checkpoints.tools.cli import TOOLS
 from llava_core.errors import LlavaError
+from llava_core.views import DicomView
 
 COMMAND_GROUP = "llava.commands"
 OWN_PACKAGES = ("llava_core", "deployments", "cluster")
@@ -109,10 +110,27 @@ def _model_options(function: Callable[..., None]) -> Callable[..., None]:
     return function
 
 
+def _read_window(_ctx: click.Context, _param: click.Parameter, value: str | None) -> tuple[float, float] | int | None:
+    """Centre and width, or the number of one of the file's own windows."""
+    if value is None:
+        return None
+    try:
+        centre, comma, width = value.partition(",")
+        window = (float(centre), float(width)) if comma else int(centre)
+        DicomView(window=window)
+    except ValueError:
+        raise click.BadParameter(
+            "give CENTRE,WIDTH such as 40,400, with a width above 0, or a number counted from 1"
+        ) from None
+    return window
+
+
 @main.command()
 @click.argument("question", required=False)
 @_model_options
 @click.option("--image", "images", multiple=True, type=click.Path(path_type=Path), help="Picture file; repeatable.")
+@click.option("--frame", type=click.IntRange(1), help="Of DICOM files, counted from 1.")
+@click.option("--window", callback=_read_window, help="Of DICOM files: CENTRE,WIDTH, or the number of one of its own.")
 @click.option("--questions", type=click.Path(path_type=Path), help="Many questions, one JSON object a line.")
 @click.option("--temperature", type=click.FloatRange(0, 2), default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--max-tokens", type=click.IntRange(1), default=None, help="Longest answer (default: the context).")

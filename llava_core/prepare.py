@@ -142,7 +142,13 @@ class Preparer:
         tokens = tuple(num_image_tokens(self.config, image.size) for image in images)
         ids = tokenize_prompt(rendered, self.tokenizer, tokens).ids
         return PreparedRequest(
-            request.request_id, ids, images, request.sampling, rendered.text.replace(SEAM, ""), tokens
+            request.request_id,
+            ids,
+            images,
+            request.sampling,
+            rendered.text.replace(SEAM, ""),
+            tokens,
+            transforms=tuple(image.transform for image in images),
         )
 
     def _prepare_text(self, request: CompletionRequest) -> PreparedRequest:
@@ -222,7 +228,8 @@ class Preparer:
         tiling = isinstance(self.preprocess, PreprocessConfig) and self.preprocess.aspect == "anyres"
         overview_only = part.low_detail and tiling
         digest = hashlib.sha256(self._processing)
-        digest.update(bytes([overview_only]))
+        # One file seen in two ways is two pictures.
+        digest.update(repr((overview_only, part.dicom)).encode())
         digest.update(part.data)
         key = digest.hexdigest()
         image = self.cache.get(key)
@@ -232,16 +239,19 @@ class Preparer:
         return image
 
     def _prepare_image(self, part: ImagePart, param: str, *, overview_only: bool) -> PreparedImage:
+        # BioViL-T's contrast is stretched, which 8 of 16 bits would not survive.
+        keeps_depth = isinstance(self.preprocess, BioVilPreprocessConfig)
+        image, transform = decode_image(
+            part.data, self.limits.image, param=param, keeps_depth=keeps_depth, dicom=part.dicom
+        )
         if isinstance(self.preprocess, BioVilPreprocessConfig):
-            # Its contrast is stretched, which 8 of 16 bits would not survive.
-            image = decode_image(part.data, self.limits.image, param=param, keeps_depth=True)
             tiles = preprocess_biovil(image, self.preprocess)
         else:
-            image = decode_image(part.data, self.limits.image, param=param)
             tiles = preprocess(image, self.preprocess, overview_only=overview_only)
         # Requests may share them.
         tiles.flags.writeable = False
-        return PreparedImage(tile_digest(tiles), None if overview_only else Size(*image.size), tiles)
+        size = None if overview_only else Size(*image.size)
+        return PreparedImage(tile_digest(tiles), size, tiles, transform)
 
 
 def check_roles(messages: Sequence[Message]) -> None:

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from llava_core.views import DicomView, ImageTransform
+
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
@@ -105,11 +107,12 @@ class TextPart:
 
 @dataclass(frozen=True)
 class ImagePart:
-    """A picture of a message as it came: encoded bytes (PNG, JPEG, ...). With `low_detail` a model that cuts pictures
-    into tiles sees the overview alone; to others it is the same picture."""
+    """A picture of a message as it came: encoded bytes (PNG, JPEG, DICOM, ...). With `low_detail` a model that cuts
+    pictures into tiles sees the overview alone; to others it is the same picture. `dicom` is of DICOM alone."""
 
     data: bytes = field(repr=False)
     low_detail: bool = False
+    dicom: DicomView | None = None
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,7 @@ class ImageUrl:
 
     url: str = field(repr=False)
     low_detail: bool = False
+    dicom: DicomView | None = None
 
 
 @dataclass(frozen=True)
@@ -170,18 +174,20 @@ AnyRequest = GenerationRequest | CompletionRequest
 @dataclass(frozen=True)
 class PreparedImage:
     """A decoded picture as tiles: uint8 (num_tiles, size, size, 3). `digest` is the SHA-256 of the tiles, `size` as in
-    ImageFeatures."""
+    ImageFeatures. `transform` is there of pictures whose values are not what is seen."""
 
     digest: str
     size: Size | None
     tiles: npt.NDArray[np.uint8] = field(repr=False)
+    transform: ImageTransform | None = None
 
 
 @dataclass(frozen=True)
 class PreparedRequest:
     """Token ids with one sentinel per image token (prompts/tokenize.py), and the tiles of every picture, in order.
 
-    `prompt` is the text the ids came from, with its `<image>`; `num_image_tokens` counts the sentinels per picture.
+    `prompt` is the text the ids came from, with its `<image>`; `num_image_tokens` counts the sentinels per picture, and
+    `transforms` has what PreparedImage says of each, for those who get no tiles.
     `goes_on` is explained at EngineRequest.
     """
 
@@ -192,6 +198,7 @@ class PreparedRequest:
     prompt: str = field(default="", repr=False)
     num_image_tokens: tuple[int, ...] = ()
     goes_on: bool = False
+    transforms: tuple[ImageTransform | None, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -259,7 +266,8 @@ class TokenDelta:
     """What an answer grew by. The last one carries `finish_reason`, `usage` and `stage_ms`.
 
     `index` tells the answers of one request apart. `logprobs` has an entry for each token where they were asked for;
-    `token_bytes` has the bytes of every token these name, where who sends it on knows them.
+    `token_bytes` has the bytes of every token these name, and `transforms` what became of each picture's values, where
+    who sends it on knows them.
     """
 
     request_id: str
@@ -271,3 +279,4 @@ class TokenDelta:
     index: int = 0
     logprobs: tuple[TokenLogprob, ...] = ()
     token_bytes: Mapping[int, bytes] = field(default_factory=dict)
+    transforms: tuple[ImageTransform | None, ...] = ()

@@ -54,7 +54,9 @@ FORBIDDEN = {
     "cluster": {"deployments", "tests", "benchmarks", "examples", "fastapi", "gradio"},
     "benchmarks": {"cluster", "tests", "examples"},
 }
-STDLIB_ONLY = {f"llava_core.{name}" for name in ("types", "errors", "fields", "architectures", "config", "lru")}
+STDLIB_ONLY = {
+    f"llava_core.{name}" for name in ("types", "errors", "fields", "architectures", "config", "lru", "views")
+}
 STDLIB_ONLY_MAY = STDLIB_ONLY - {"llava_core.config"}
 
 

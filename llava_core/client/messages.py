@@ -1,7 +1,7 @@
 """Questions and pictures as messages, and messages as OpenAI's JSON.
 
-A picture is a path, encoded bytes, an image of Pillow's or an address; it travels as the bytes it has. Sends nothing,
-and leaves judging pictures to whoever decodes them.
+A picture is a path, encoded bytes, an image of Pillow's or an address, or a part that also says how it is looked at. It
+travels as the bytes it has. Sends nothing, and leaves judging pictures to whoever decodes them.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import base64
 import io
 import os
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from llava_core.types import ImagePart, ImageUrl, Message, TextPart
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    Picture = str | os.PathLike[str] | bytes | Image
+    Picture = str | os.PathLike[str] | bytes | Image | ImagePart | ImageUrl
 else:
     Picture = Any
 
@@ -53,6 +54,8 @@ def user_message(question: str | Message, pictures: Sequence[Picture] = ()) -> M
 
 def picture_part(picture: Picture) -> ImagePart | ImageUrl:
     """Whatever a picture is given as, as part of a message. Raises RequestError for a file that cannot be read."""
+    if isinstance(picture, ImagePart | ImageUrl):
+        return picture
     if isinstance(picture, bytes):
         return ImagePart(picture)
     if isinstance(picture, str) and is_address(picture):
@@ -99,7 +102,12 @@ def _part_json(part: TextPart | ImagePart | ImageUrl) -> Json:
     if isinstance(part, TextPart):
         return {"type": "text", "text": part.text}
     url = part.url if isinstance(part, ImageUrl) else data_url(part.data)
-    return {"type": "image_url", "image_url": {"url": url, **({"detail": "low"} if part.low_detail else {})}}
+    image: Json = {"url": url}
+    if part.low_detail:
+        image["detail"] = "low"
+    if part.dicom is not None:
+        image["dicom"] = asdict(part.dicom)
+    return {"type": "image_url", "image_url": image}
 
 
 def _encode(picture: Image) -> bytes:

@@ -1,8 +1,9 @@
 """Encoded pictures from strangers become upright RGB images, or deep grey ones, and `data:` URLs become bytes.
 
 The format's header is read and judged before a pixel is decoded; whatever is wrong with a picture becomes an ImageError
-in our words, never in a decoder's. Of animated pictures the first frame counts. Colour profiles are ignored. Fetches
-nothing, and knows nothing about preprocessing or models. Safe to use from several threads.
+in our words, never in a decoder's. Of animated pictures the first frame counts, of DICOM files the one that is asked
+for (`dicom/`). Colour profiles are ignored. Fetches nothing, and knows nothing about preprocessing or models. Safe to
+use from several threads.
 """
 
 import base64
@@ -10,7 +11,8 @@ import binascii
 import io
 import struct
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -26,9 +28,13 @@ from PIL import (
 )
 
 from llava_core.errors import ImageError
+from llava_core.images.dicom.elements import is_dicom
+from llava_core.images.dicom.frames import stored_values
+from llava_core.images.dicom.header import read_header
+from llava_core.images.dicom.rendering import render
+from llava_core.views import DicomView, ImageTransform, Window
 
 _MIB = 1024 * 1024
-_MAX_16_BIT = 65_535
 _ORIENTATION_TAG, _BITS_TAG, _PHOTOMETRIC_TAG, _WHITE_IS_ZERO = 0x0112, 258, 262, 0
 
 # Signature and decoder. The decoders are called by name, because Image.open answers a large picture with a process-wide
@@ -41,7 +47,8 @@ _FORMATS: tuple[tuple[tuple[bytes, ...], type[ImageFile.ImageFile]], ...] = (
     ((b"BM",), BmpImagePlugin.BmpImageFile),
     ((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), TiffImagePlugin.TiffImageFile),
 )
-_FORMAT_NAMES = "PNG, JPEG, WebP, GIF, BMP and TIFF"
+_FORMAT_NAMES = "PNG, JPEG, WebP, GIF, BMP and TIFF, and DICOM files that say so behind their first 128 bytes"
+_DICOM_TYPE = "application/dicom"
 
 # What decoders raise for damaged data. Warnings are here for processes that turn them into errors.
 _DECODER_ERRORS = (
@@ -96,14 +103,25 @@ class ImageLimits:
             raise ValueError(f"max_aspect must be at least 1: {self}")
 
 
+class DecodedImage(NamedTuple):
+    """A picture, and how its stored values became that where they are not what is seen."""
+
+    image: Image.Image
+    transform: ImageTransform | None = None
+
+
 def decode_data_url(url: str, limits: ImageLimits, param: str) -> bytes:
-    """The bytes of a `data:image/...;base64,` URL; ImageError for any other URL, bad base64 or too many bytes."""
+    """The bytes of a `data:image/...;base64,` or `data:application/dicom;base64,` URL; ImageError for any other URL,
+    bad base64 or too many bytes."""
     if url[:5].lower() != "data:":
         raise ImageError("the image must be a data: URL with base64, or an http(s) address", param=param)
     header, comma, payload = url.partition(",")
     kind, *options = header[5:].lower().split(";")
-    if not comma or not kind.startswith("image/") or not options or options[-1] != "base64":
-        raise ImageError("the image URL must begin with data:image/<type>;base64,", param=param)
+    is_picture = kind.startswith("image/") or kind == _DICOM_TYPE
+    if not comma or not is_picture or not options or options[-1] != "base64":
+        raise ImageError(
+            f"the image URL must begin with data:image/<type>;base64, or data:{_DICOM_TYPE};base64,", param=param
+        )
     # Before decoding, so that an oversized upload costs nothing; exact but for the padding.
     _check_num_bytes(len(payload) // 4 * 3 - 2, limits, param)
     try:
@@ -114,28 +132,46 @@ def decode_data_url(url: str, limits: ImageLimits, param: str) -> bytes:
     return data
 
 
-def decode_image(data: bytes, limits: ImageLimits, *, param: str, keeps_depth: bool = False) -> Image.Image:
+def decode_image(
+    data: bytes, limits: ImageLimits, *, param: str, keeps_depth: bool = False, dicom: DicomView | None = None
+) -> DecodedImage:
     """The picture, upright, RGB, transparency composited on white; 16-bit grey is scaled by the type's range.
 
-    With `keeps_depth` grey of more than 8 bits comes as it is, in mode I;16, for whoever scales it by its contents.
+    With `keeps_depth` grey of more than 8 bits comes in mode I;16, for whoever scales it by its contents. `dicom` says
+    what of a DICOM file is looked at, and is refused of any other.
     Raises ImageError naming cause and limit when the bytes are no picture of a known format or exceed a limit.
     """
     if not data:
         raise ImageError("the image is empty (0 bytes)", param=param)
     _check_num_bytes(len(data), limits, param)
+    if is_dicom(data):
+        return _decode_dicom(data, limits, dicom or DicomView(), param=param, keeps_depth=keeps_depth)
+    if dicom is not None:
+        raise ImageError("the image is no DICOM file; leave out which frame and window of one is meant", param=param)
     picture = _open(data, param)
     check_size(picture.size, limits, param)
     try:
         picture.load()
         # Some formats say only now how large they are.
         check_size(picture.size, limits, param)
-        if keeps_depth and picture.mode.startswith("I"):
-            return _upright(Image.fromarray(_grey_values(picture, param)[0].astype(np.uint16)), picture)
-        return _upright(_to_rgb(picture, param), picture)
+        image, transform = _seen(picture, param, keeps_depth=keeps_depth)
+        return DecodedImage(_upright(image, picture), transform)
     except _DECODER_ERRORS:
         raise ImageError(
             f"the image cannot be decoded: its {picture.format} data is damaged or cut short", param=param
         ) from None
+
+
+def _decode_dicom(data: bytes, limits: ImageLimits, view: DicomView, *, param: str, keeps_depth: bool) -> DecodedImage:
+    try:
+        header = read_header(data, max_bytes=limits.max_bytes)
+        check_size((header.columns, header.rows), limits, param)
+        if view.frame > header.num_frames:
+            raise ImageError(f"the DICOM file has {header.num_frames} frames; there is no frame {view.frame}")
+        image, transform = render(header, stored_values(header, view.frame), view, keeps_depth=keeps_depth)
+    except ImageError as error:
+        raise ImageError(error.message, param=param, code=error.code) from None
+    return DecodedImage(image if keeps_depth and image.mode != "L" else image.convert("RGB"), transform)
 
 
 def _check_num_bytes(count: int, limits: ImageLimits, param: str) -> None:
@@ -178,41 +214,50 @@ def check_size(size: tuple[int, int], limits: ImageLimits, param: str) -> None:
         raise ImageError(f"{shown}; one side may be at most {limits.max_aspect:g} times the other", param=param)
 
 
-def _to_rgb(picture: ImageFile.ImageFile, param: str) -> Image.Image:
-    """A loaded picture of any mode as RGB."""
+def _seen(picture: ImageFile.ImageFile, param: str, *, keeps_depth: bool) -> DecodedImage:
+    """A loaded picture of any mode as RGB; with `keeps_depth` integer grey with all its bits."""
     if picture.mode == "F":
         raise ImageError("the image has floating-point pixels of unknown range; save it with 8 or 16 bits", param=param)
     if picture.mode.startswith("I"):
-        return _grey_to_8_bit(picture, param).convert("RGB")
+        return _deep_grey(picture, param, keeps_depth=keeps_depth)
     if not picture.has_transparency_data:
-        return picture.convert("RGB")
+        return DecodedImage(picture.convert("RGB"))
     rgba = picture if picture.mode == "RGBA" else picture.convert("RGBA")
     on_white = Image.new("RGB", rgba.size, "white")
     on_white.paste(rgba, mask=rgba.getchannel("A"))
-    return on_white
+    return DecodedImage(on_white)
 
 
-def _grey_to_8_bit(picture: ImageFile.ImageFile, param: str) -> Image.Image:
+def _deep_grey(picture: ImageFile.ImageFile, param: str, *, keeps_depth: bool) -> DecodedImage:
     """Integer grey scaled by its type's range, not by the values that happen to occur: equal pixels look equal."""
-    values, white = _grey_values(picture, param)
+    # A 12-bit TIFF comes in a 16-bit mode, and a 16-bit one where 0 is white comes as it is stored.
+    tags = picture.tag_v2 if isinstance(picture, TiffImagePlugin.TiffImageFile) else {}
+    bits = 12 if tags.get(_BITS_TAG) == (12,) else 16
+    white = 2**bits - 1
+    is_inverted = picture.mode != "I" and tags.get(_PHOTOMETRIC_TAG) == _WHITE_IS_ZERO
+    transform = ImageTransform(
+        format=picture.format or "",
+        photometric="MONOCHROME1" if is_inverted else "MONOCHROME2",
+        bits=bits,
+        is_inverted=is_inverted,
+    )
+    values = _grey_values(picture, white, param, is_inverted=is_inverted)
+    if keeps_depth:
+        return DecodedImage(Image.fromarray(values.astype(np.uint16)), transform)
     # In place: the largest pictures have 40 million values.
     values *= 255
     values += white // 2
     values //= white
-    return Image.fromarray(values.astype(np.uint8))
+    window = Window(white / 2, white, "LINEAR_EXACT", "type")
+    return DecodedImage(Image.fromarray(values.astype(np.uint8)).convert("RGB"), replace(transform, window=window))
 
 
-def _grey_values(picture: ImageFile.ImageFile, param: str) -> tuple[npt.NDArray[np.int32], int]:
-    """Integer grey, 0 being black, and the value of white."""
-    # A 12-bit TIFF comes in a 16-bit mode, and a 16-bit one where 0 is white comes as it is stored.
-    tags = picture.tag_v2 if isinstance(picture, TiffImagePlugin.TiffImageFile) else {}
-    white = 4095 if tags.get(_BITS_TAG) == (12,) else _MAX_16_BIT
+def _grey_values(picture: ImageFile.ImageFile, white: int, param: str, *, is_inverted: bool) -> npt.NDArray[np.int32]:
+    """Integer grey, 0 being black."""
     values = np.asarray(picture).astype(np.int32)
     if values.min() < 0 or values.max() > white:
         raise ImageError(f"the image has grey values outside 0 to {white}; save it with 8 or 16 bits", param=param)
-    if picture.mode != "I" and tags.get(_PHOTOMETRIC_TAG) == _WHITE_IS_ZERO:
-        values = white - values
-    return values, white
+    return white - values if is_inverted else values
 
 
 def _upright(rgb: Image.Image, picture: ImageFile.ImageFile) -> Image.Image:

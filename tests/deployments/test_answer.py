@@ -1,5 +1,6 @@
 """What every reply has: choices in order, token counts at the end, times on its last part."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from deployments.chat_response import ChatAnswer
 from deployments.completion_response import CompletionAnswer
 from deployments.reply_form import ReplyForm
 from llava_core.types import TokenDelta, Usage
+from llava_core.views import ImageTransform, Window
 from tests.deployments.fakes import answer
 
 
@@ -88,3 +90,17 @@ def test_usage_names_what_is_of_pictures_and_what_was_known() -> None:
 
 def test_a_model_is_listed_as_openai_lists_it() -> None:
     assert model_body("m", 5) == {"id": "m", "object": "model", "created": 5, "owned_by": "llava-serve"}
+
+
+def test_transforms_are_on_the_last_chunk_where_they_are_asked_for(kind: type[Answer]) -> None:
+    window = Window(40.0, 400.0, "LINEAR", "request")
+    seen = ImageTransform(format="DICOM", photometric="MONOCHROME1", bits=12, window=window, is_inverted=True)
+    deltas = [*_of_two()[:-1], replace(_of_two()[-1], transforms=(None, seen))]
+    assert "image_transforms" not in kind("x", "m", ReplyForm(num_answers=2)).completion(deltas)
+    form = kind("x", "m", ReplyForm(num_answers=2, image_transforms=True))
+    none, told = form.completion(deltas)["image_transforms"]
+    assert none is None
+    assert (told["photometric"], told["is_inverted"], told["frame"]) == ("MONOCHROME1", True, 1)
+    assert told["window"] == {"centre": 40.0, "width": 400.0, "function": "LINEAR", "source": "request"}
+    chunks = [chunk for delta in deltas for chunk in form.chunks(delta)]
+    assert ["image_transforms" in chunk for chunk in chunks] == [False] * (len(chunks) - 1) + [True]

@@ -5,7 +5,9 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 from starlette.testclient import TestClient
 
@@ -18,7 +20,8 @@ from deployments.stage_settings import GatewayArgs, PreprocessorArgs
 from llava_core.errors import CheckpointError
 from llava_core.inference import LocalModel
 from llava_core.types import GenerationRequest, ImagePart, Message, SamplingParams, TextPart
-from tests.deployments.pictures import data_url, plain
+from tests.deployments.pictures import data_url, encode, plain
+from tests.dicom_files import PLANTED, dicom, radiograph
 from tests.hub import OLD, fill_cache, hub_of, use_cache
 
 
@@ -95,6 +98,23 @@ def test_several_prompts_are_answered_as_each_alone(local_client: TestClient) ->
     for choice in (choice for chunk in chunks for choice in json.loads(chunk)["choices"]):
         streamed[choice["index"]] += choice["text"]
     assert streamed == texts
+
+
+def test_a_dicom_file_answers_as_the_picture_that_is_seen_in_it_and_tells_how(
+    local_client: TestClient, in_process: LocalModel
+) -> None:
+    values = radiograph(60, 50)
+    data = dicom(np.stack([values, values[::-1]]), bits=12, photometric="MONOCHROME1")
+    grey = np.rint(255 - values[::-1] * (255 / 4095)).astype(np.uint8)
+    view = {"frame": 2, "window": [2048, 4096]}
+    picture = {"type": "image_url", "image_url": {"url": data_url(data, "application/dicom"), "dicom": view}}
+    answer = _ask(local_client, [picture, {"type": "text", "text": "What?"}], image_transforms=True)
+    expected = _expected(in_process, ImagePart(encode(Image.fromarray(grey))), TextPart("What?"))
+    assert answer["choices"][0]["message"]["content"] == expected
+    [told] = answer["image_transforms"]
+    assert (told["format"], told["frame"], told["num_frames"], told["is_inverted"]) == ("DICOM", 2, 2, True)
+    assert told["window"] == {"centre": 2048.0, "width": 4096.0, "function": "LINEAR", "source": "request"}
+    assert PLANTED not in str(answer)
 
 
 def test_every_stage_tells_its_time(local_client: TestClient) -> None:

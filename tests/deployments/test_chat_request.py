@@ -10,6 +10,7 @@ from deployments.reply_form import ReadRequest
 from llava_core.errors import RequestError
 from llava_core.prepare import RequestLimits
 from llava_core.types import GenerationRequest, ImagePart, ImageUrl, Message, SamplingParams, TextPart
+from llava_core.views import DicomView
 from tests.deployments.pictures import data_url, plain
 
 USER = {"role": "user", "content": "hi"}
@@ -58,6 +59,30 @@ def test_low_detail_is_told_to_the_stages(detail: str) -> None:
     parts = [{"type": "image_url", "image_url": {"url": url, "detail": detail}} for url in urls]
     message = _generation(messages=_content(*parts)).messages[0]
     assert message.parts == (ImagePart(plain(), detail == "low"), ImageUrl(urls[1], detail == "low"))
+
+
+@pytest.mark.parametrize(
+    ("dicom", "view"),
+    [
+        ({}, DicomView()),
+        ({"frame": 3}, DicomView(3)),
+        ({"window": 2}, DicomView(window=2)),
+        ({"frame": 2, "window": [40, 400.5]}, DicomView(2, (40.0, 400.5))),
+        (None, None),
+    ],
+)
+def test_what_is_meant_of_a_dicom_file_goes_with_it(dicom: Any, view: DicomView | None) -> None:
+    for url, part in (
+        ("data:application/dicom;base64,AAAA", ImagePart(bytes(3), dicom=view)),
+        ("https://example.org/x.dcm", ImageUrl("https://example.org/x.dcm", dicom=view)),
+    ):
+        image = {"type": "image_url", "image_url": {"url": url, "dicom": dicom}}
+        assert _generation(messages=_content(image)).messages[0].parts == (part,)
+
+
+def test_transforms_are_told_to_whoever_asks() -> None:
+    assert not _read().form.image_transforms
+    assert _read(image_transforms=True).form.image_transforms
 
 
 def test_leading_system_messages_become_the_system_text() -> None:

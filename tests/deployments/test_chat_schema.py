@@ -66,6 +66,29 @@ def test_a_template_is_one_of_those_there_are() -> None:
     assert _refused(template="v9").message == f"template: must be one of {', '.join(sorted(TEMPLATES))}"
 
 
+@pytest.mark.parametrize(
+    ("dicom", "where"),
+    [
+        ({"windw": 1}, ".windw"),
+        ({"frame": 0}, ".frame"),
+        ({"frame": "1"}, ".frame"),
+        ({"frame": 2**40}, ".frame"),
+        ({"window": 0}, ".window"),
+        ({"window": True}, ".window"),
+        ({"window": "1"}, ".window"),
+        ({"window": [40]}, ".window"),
+        ({"window": [40, 400, 1]}, ".window"),
+        ({"window": [40, 0]}, ".window"),
+        ({"window": [40, "400"]}, ".window[1]"),
+        (5, ""),
+    ],
+)
+def test_what_is_meant_of_a_dicom_file_must_be_a_frame_and_a_window(dicom: Any, where: str) -> None:
+    image = {"type": "image_url", "image_url": {"url": "data:application/dicom;base64,AAAA", "dicom": dicom}}
+    error = _refused(messages=[{"role": "user", "content": [image]}])
+    assert error.param == f"messages[0].content[0].image_url.dicom{where}"
+
+
 def test_there_is_an_end_to_messages_and_parts() -> None:
     part = {"type": "text", "text": "x"}
     assert len(_parse(messages=[USER] * 1024).messages) == 1024

@@ -20,6 +20,7 @@ from deployments.fetch import Fetcher, resolve_host
 from deployments.settings import FetchArgs
 from llava_core.errors import ImageError
 from llava_core.types import GenerationRequest, ImagePart, ImageUrl, Message, SamplingParams, TextPart
+from llava_core.views import DicomView
 from tests.deployments.pictures import plain
 
 PICTURE = plain()
@@ -455,3 +456,13 @@ def test_a_name_is_resolved_as_this_machine_does() -> None:
     assert "127.0.0.1" in asyncio.run(resolve_host("localhost", 80))
     # Which is why numbers are refused by their form: they would lead inside.
     assert asyncio.run(resolve_host("2130706433", 80)) == ["127.0.0.1"]
+
+
+def test_one_address_in_two_views_is_two_pictures_and_dicom_is_a_pictures_type() -> None:
+    async def test() -> None:
+        async with serving({"/x": reply(b"held", media_type="application/dicom")}) as server:
+            parts = [ImageUrl(f"http://pictures:{server.port}/x", dicom=view) for view in (None, DicomView(2))]
+            fetched = await Fetcher(_args(server), resolve=Names(pictures=[LOCAL])).fetch_images(_request(*parts))
+            assert fetched == _request(ImagePart(b"held"), ImagePart(b"held", dicom=DicomView(2)))
+
+    _run(test)

@@ -5,6 +5,7 @@ import contextlib
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from llava_core.engine.config import EngineConfig
 from llava_core.engine.engine import Engine
 from llava_core.errors import EngineError, ImageError, OverloadedError
 from llava_core.types import EngineRequest, PreparedRequest, SamplingParams, TokenDelta, TokenLogprob, Usage
+from llava_core.views import ImageTransform
 from tests.deployments.fakes import FakeRecorder, answer
 
 FULL = OverloadedError("full", limit="engine")
@@ -213,3 +215,11 @@ def test_tokens_that_log_probabilities_name_are_spelled() -> None:
     delta = TokenDelta("id", "a", (7,), logprobs=(TokenLogprob(7, -1.0, ((8, -0.5), (7, -1.0))),))
     items = _collect(ScriptedEngine([delta, *answer("b")]), _prepared(), token_bytes=lambda token: b"%d" % token)
     assert [item.token_bytes for item in items if isinstance(item, TokenDelta)] == [{7: b"7", 8: b"8"}, {}]
+
+
+def test_how_the_pictures_were_seen_is_told_at_the_end() -> None:
+    seen = (None, ImageTransform(format="DICOM", photometric="MONOCHROME2", bits=12))
+    prepared = _prepared()
+    given = replace(prepared, request=replace(prepared.request, transforms=seen))
+    items = _collect(ScriptedEngine(answer("a", "b")), given)
+    assert [getattr(item, "transforms", None) for item in items] == [(), *[()] * (len(items) - 2), seen]

@@ -124,7 +124,7 @@ def test_every_status_of_an_error_is_described_on_the_routes_that_may_have_it(
 
 def test_answers_look_as_described(client: TestClient) -> None:
     _validate(client.post(PATH, json=HELLO).json(), "ChatCompletion")
-    _validate(client.post(PATH, json={**HELLO, "timings": True}).json(), "ChatCompletion")
+    _validate(client.post(PATH, json={**HELLO, "timings": True, "image_transforms": True}).json(), "ChatCompletion")
     _validate(client.post(COMPLETIONS, json={"prompt": "hi"}).json(), "Completion")
     for with_texts in (True, False):
         body = {"prompt": "hi", "return_token_strs": with_texts}

@@ -3,6 +3,7 @@
 import concurrent.futures
 import contextlib
 import json
+import random
 import re
 import socket
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import openai
 import pytest
 import torch
@@ -18,8 +20,10 @@ from PIL import Image
 from deployments.processes import descendants
 from llava_core.checkpoints.load import LoadOptions
 from llava_core.inference import LocalModel
+from llava_core.scenes.draw import draw_scene
+from llava_core.scenes.scene import sample_scene
 from llava_core.types import CompletionRequest, GenerationRequest, ImagePart, Message, SamplingParams, TextPart
-from tests.deployments.pictures import encode, plain, unusable
+from tests.deployments.pictures import data_url, encode, plain, unusable
 from tests.deployments.service import (
     START_S,
     Running,
@@ -35,6 +39,7 @@ from tests.deployments.service import (
     until,
     write_config,
 )
+from tests.dicom_files import PLANTED, data_set, dicom, written
 from tests.tiny import IMAGE_TOKENS, edit_json
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
@@ -190,6 +195,40 @@ def test_a_picture_larger_than_serves_inline_limit_is_served(service: Running, i
     assert answer.json()["choices"][0]["message"]["content"] == _expected(
         in_process, ImagePart(picture), TextPart("What?")
     )
+
+
+def test_a_radiograph_is_answered_as_what_is_seen_in_it_and_its_patient_is_told_nowhere(
+    service: Running, in_process: LocalModel
+) -> None:
+    """A scene as a detector of 12 bits would store it; then files that are damaged, and one that is a report."""
+    grey = draw_scene(sample_scene(random.Random(3))).convert("L")
+    stored = 4095 - np.rint(np.asarray(grey) * (4095 / 255)).astype(np.uint16)
+    data = dicom(stored, bits=12, photometric="MONOCHROME1", WindowCenter=[5, 2048], WindowWidth=[9, 4096])
+
+    def asked(sent: bytes, **view: Any) -> httpx.Response:
+        picture = {"url": data_url(sent, "application/dicom"), "dicom": view}
+        parts = [{"type": "image_url", "image_url": picture}, {"type": "text", "text": "What?"}]
+        return service.post(messages=messages(parts), max_tokens=12, image_transforms=True)
+
+    answer = asked(data, window=2)
+    expected = _expected(in_process, ImagePart(encode(grey)), TextPart("What?"))
+    assert answer.json()["choices"][0]["message"]["content"] == expected
+    [told] = answer.json()["image_transforms"]
+    assert (told["photometric"], told["is_inverted"], told["bits"]) == ("MONOCHROME1", True, 12)
+    assert (told["window"]["centre"], told["window"]["source"]) == (2048, "file")
+
+    report = data_set(stored, SOPClassUID="1.2.840.10008.5.1.4.1.1.88.11")
+    del report.PixelData
+    refused = [asked(data, frame=2), asked(data, window=3), asked(data[: len(data) // 2]), asked(written(report))]
+    for response, named in zip(refused, ("no frame 2", "no window 3", "cut short", "structured report"), strict=True):
+        assert response.status_code == 400
+        error = response.json()["error"]
+        assert (error["code"], error["param"]) == ("invalid_image", "messages[0].content[0].image_url")
+        assert named in error["message"]
+    seen = [answer.text, *(response.text for response in refused), service.log_text()]
+    seen.append(httpx.get(service.metrics_url, timeout=10, trust_env=False).text)
+    seen += [path.read_text(errors="replace") for path in service.logs.rglob("*.err")]
+    assert PLANTED.lower() not in "".join(seen).lower()
 
 
 def test_every_answer_has_one_request_id_and_the_time_of_each_stage(service: Running) -> None:

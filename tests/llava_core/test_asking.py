@@ -1,11 +1,13 @@
 """`llava ask`: JSON with exactly what other programs compare, files of questions, and mistakes named by line."""
 
 import json
+import random
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -13,16 +15,21 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from llava_core import asking
-from llava_core.asking import Question, original_ids, read_questions
+from llava_core.asking import Question, original_ids, read_questions, shown
 from llava_core.cli import main
 from llava_core.errors import RequestError
+from llava_core.scenes.draw import draw_scene
+from llava_core.scenes.scene import sample_scene
 from llava_core.types import PreparedRequest, SamplingParams
+from llava_core.views import ImageTransform, Window
+from tests.dicom_files import PLANTED, dicom
 from tests.tiny import IMAGE_TOKENS, SYSTEM, cut_short
 
 KEYS = {
     "prompt",
     "prompt_token_ids",
     "num_image_tokens",
+    "image_transforms",
     "token_ids",
     "text",
     "finish_reason",
@@ -165,3 +172,58 @@ def test_torch_is_not_imported_for_what_can_be_told_without_it(checkpoint_copy: 
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["1", "False"]
+
+
+def scene_as_dicom(folder: Path) -> tuple[Path, Path]:
+    """A drawn scene in grey, as a PNG and as what a detector of 12 bits would store, where 0 is white."""
+    grey = draw_scene(sample_scene(random.Random(5))).convert("L")
+    grey.save(folder / "scene.png")
+    stored = 4095 - np.rint(np.asarray(grey) * (4095 / 255)).astype(np.uint16)
+    data = dicom(stored, bits=12, photometric="MONOCHROME1", WindowCenter=[1, 2048], WindowWidth=[2, 4096])
+    (folder / "scene.dcm").write_bytes(data)
+    return folder / "scene.png", folder / "scene.dcm"
+
+
+def test_a_radiograph_is_answered_as_the_picture_that_is_seen_in_it(tmp_path: Path) -> None:
+    png, dcm = scene_as_dicom(tmp_path)
+    answers = []
+    for options in (["--image", str(png)], ["--image", str(dcm), "--window", "2"]):
+        result = CliRunner().invoke(main, ["ask", *options, "Describe the picture."])
+        assert result.exit_code == 0, result.stderr
+        answers.append(result)
+    assert answers[0].stdout == answers[1].stdout
+    assert len(answers[0].stdout.split()) > 3
+    assert answers[0].stderr == ""
+    assert answers[1].stderr == (
+        f"{dcm}: DICOM, 12 bits, MONOCHROME1, window 2048 wide 4096 (LINEAR, of the file), turned over\n"
+    )
+
+
+def test_json_tells_how_a_picture_was_seen_and_no_name(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    _, dcm = scene_as_dicom(tmp_path)
+    answer = ask(tiny_checkpoint, "--image", str(dcm), "--window", "100,4000.5", "--frame", "1", "What?")
+    assert answer["image_transforms"][0]["window"] == {  # type: ignore[index]
+        "centre": 100.0, "width": 4000.5, "function": "LINEAR", "source": "request",
+    }  # fmt: skip
+    assert PLANTED not in json.dumps(answer)
+
+
+@pytest.mark.parametrize("window", ["0", "x", "40", "40,0", "40,-3", "1,2,3", "nan,1"])
+def test_a_window_that_is_none_or_not_there_is_refused(tiny_checkpoint: Path, tmp_path: Path, window: str) -> None:
+    _, dcm = scene_as_dicom(tmp_path)
+    arguments = ["ask", "--model", str(tiny_checkpoint), "--image", str(dcm), "--window", window, "What?"]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code in (1, 2)
+    assert "there is no window 40" in result.stderr if window == "40" else "CENTRE,WIDTH" in result.stderr
+
+
+def test_how_a_picture_was_seen_is_a_line() -> None:
+    window = Window(40, 400.5, "SIGMOID", "values")
+    seen = ImageTransform("DICOM", "MONOCHROME2", 16, True, 2, 3, (2.0, -1024.0), window=window)
+    assert shown(seen) == (
+        "DICOM, 16 bits, MONOCHROME2, frame 2 of 3, times 2 plus -1024, window 40 wide 400.5 (SIGMOID, of the values)"
+    )
+    tables = ImageTransform("DICOM", "MONOCHROME1", 8, has_modality_lut=True, has_voi_lut=True, is_inverted=True)
+    assert shown(tables) == (
+        "DICOM, 8 bits, MONOCHROME1, by the file's modality table, by the file's window table, turned over"
+    )

@@ -29,6 +29,8 @@ from llava_core.types import (
     Size,
     TextPart,
 )
+from llava_core.views import DicomView
+from tests.dicom_files import PLANTED, dicom, radiograph
 from tests.tiny import CONTEXT_LENGTH, IMAGE_SIZE, IMAGE_TOKENS, SYSTEM
 
 
@@ -126,6 +128,23 @@ def test_a_picture_that_comes_again_is_not_decoded_again(preparer: Preparer, dec
         assert (cached.tiles == fresh.tiles).all()
     with pytest.raises(ValueError, match="read-only"):
         first.images[0].tiles[:] = 0
+
+
+def test_one_file_seen_in_two_ways_is_two_pictures(preparer: Preparer, decoded: list[bytes]) -> None:
+    frames = np.stack([radiograph(), radiograph()[::-1]])
+    data = dicom(frames, bits=12, WindowCenter=[1000, 3000], WindowWidth=[900, 900])
+    views = [None, DicomView(), DicomView(2), DicomView(window=2), DicomView(window=(2000.0, 4000.0))]
+    parts = tuple(ImagePart(data, dicom=view) for view in views)
+    caching = replace(preparer, cache=LruCache(10**6), limits=RequestLimits(max_images=5))
+    for _ in range(2):
+        prepared = caching.prepare(request(Message("user", (*parts, TextPart("x")))))
+        assert len({image.digest for image in prepared.images}) == 4
+        assert prepared.images[0].digest == prepared.images[1].digest
+        assert prepared.transforms == tuple(image.transform for image in prepared.images)
+        shown = [each and (each.frame, each.window and each.window.centre) for each in prepared.transforms]
+        assert shown == [(1, 1000), (1, 1000), (2, 1000), (1, 3000), (1, 2000)]
+    assert len(decoded) == len(views)
+    assert PLANTED not in repr(list(caching.cache._entries))
 
 
 def test_tiles_keep_nothing_else_alive(preparer: Preparer) -> None:

@@ -15,6 +15,7 @@ from llava_core.client.requests import chat_body
 from llava_core.errors import RequestError
 from llava_core.prepare import RequestLimits
 from llava_core.types import ImagePart, ImageUrl, Message, TextPart
+from llava_core.views import DicomView
 from tests.deployments.pictures import encode, plain, unusual
 
 
@@ -78,9 +79,14 @@ def test_parts_keep_their_order() -> None:
 
 
 @pytest.mark.parametrize("picture", [ImagePart(plain()), ImageUrl("http://x/a.png")])
-@pytest.mark.parametrize("low_detail", [False, True])
-def test_the_service_reads_a_picture_as_it_was_meant(picture: ImagePart | ImageUrl, low_detail: bool) -> None:
-    message = Message("user", (replace(picture, low_detail=low_detail), TextPart("What?")))
+@pytest.mark.parametrize("detail", ["auto", "low"])
+@pytest.mark.parametrize("view", [None, DicomView(), DicomView(3, 2), DicomView(window=(40.5, 400))])
+def test_the_service_reads_a_picture_as_it_was_meant(
+    picture: ImagePart | ImageUrl, detail: str, view: DicomView | None
+) -> None:
+    part = replace(picture, low_detail=detail == "low", dicom=view)
+    message = user_message("What?", [part])
+    assert message.parts == (part, TextPart("What?"))
     body = json.dumps(chat_body([message])).encode()
     assert read_chat_request(body, "1", RequestLimits()).generation.messages == (message,)
 

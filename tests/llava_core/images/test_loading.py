@@ -20,6 +20,7 @@ from PIL import ExifTags, Image, TiffImagePlugin
 
 from llava_core.errors import ImageError
 from llava_core.images.loading import ImageLimits, decode_data_url, decode_image
+from llava_core.views import ImageTransform, Window
 
 PARAM = "messages[0].content[1].image_url"
 LIMITS = ImageLimits()
@@ -34,7 +35,7 @@ def encoded(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
 
 
 def decoded(data: bytes, limits: ImageLimits = LIMITS) -> Image.Image:
-    return decode_image(data, limits, param=PARAM)
+    return decode_image(data, limits, param=PARAM).image
 
 
 def refusal(data: bytes, limits: ImageLimits = LIMITS) -> ImageError:
@@ -207,7 +208,7 @@ class TestDeepPixels:
     def test_whoever_asks_for_it_gets_the_depth_as_it_is(self, mode: str) -> None:
         order = {"I;16": "<u2", "I;16B": ">u2", "I": "<i4"}[mode]
         image = Image.frombytes(mode, (4, 1), self.VALUES.astype(order).tobytes())
-        kept = decode_image(encoded(image, "TIFF"), LIMITS, param=PARAM, keeps_depth=True)
+        kept = decode_image(encoded(image, "TIFF"), LIMITS, param=PARAM, keeps_depth=True).image
         assert kept.mode == "I;16"
         assert (np.asarray(kept) == self.VALUES).all()
 
@@ -216,9 +217,9 @@ class TestDeepPixels:
         tags[ExifTags.Base.Orientation] = 6
         data = bytearray(encoded(Image.fromarray(65535 - self.VALUES), "TIFF", tiffinfo=tags))
         data[data.index(struct.pack("<HHI", 262, 3, 1)) + 8] = 0
-        kept = decode_image(bytes(data), LIMITS, param=PARAM, keeps_depth=True)
+        kept = decode_image(bytes(data), LIMITS, param=PARAM, keeps_depth=True).image
         assert (np.asarray(kept) == self.VALUES.T).all()
-        assert decode_image(encoded(gradient()), LIMITS, param=PARAM, keeps_depth=True).mode == "RGB"
+        assert decode_image(encoded(gradient()), LIMITS, param=PARAM, keeps_depth=True).image.mode == "RGB"
 
     def test_16_bit_colour_loses_its_low_bytes(self) -> None:
         row = struct.pack(">B6H", 0, 65535, 0, 0x8000, 257, 514, 771)
@@ -232,6 +233,13 @@ class TestDeepPixels:
     def test_32_bit_integers_beyond_are_refused(self, value: int) -> None:
         image = Image.fromarray(np.array([[0, value]], np.int32))
         assert "outside 0 to 65535" in refusal(encoded(image, "TIFF")).message
+
+    @pytest.mark.parametrize(("format", "white"), [("PNG", 65535), ("TIFF", 65535)])
+    def test_the_rule_of_deep_grey_is_told(self, format: str, white: int) -> None:
+        found = decode_image(encoded(Image.fromarray(self.VALUES), format), LIMITS, param=PARAM).transform
+        window = Window(white / 2, white, "LINEAR_EXACT", "type")
+        assert found == ImageTransform(format=format, photometric="MONOCHROME2", bits=16, window=window)
+        assert decode_image(encoded(gradient(), format), LIMITS, param=PARAM).transform is None
 
     def test_floating_point_pixels_are_refused(self) -> None:
         assert "floating-point" in refusal(encoded(Image.fromarray(np.zeros((2, 2), np.float32)), "TIFF")).message
@@ -326,7 +334,7 @@ class TestRobustness:
         with warnings.catch_warnings():
             warnings.simplefilter(rng.choice(["ignore", "error"]))
             with contextlib.suppress(ImageError):
-                assert decode_image(bytes(data), LIMITS, param=PARAM).mode == "RGB"
+                assert decode_image(bytes(data), LIMITS, param=PARAM).image.mode == "RGB"
 
     def test_several_threads_decode_at_once_and_leave_pillows_globals_alone(self) -> None:
         before = (Image.MAX_IMAGE_PIXELS, list(warnings.filters))
