@@ -12,6 +12,7 @@ from typing import Any
 
 from llava_core.client.errors import InvalidResponseError
 from llava_core.types import Usage
+from llava_core.views import ImageTransform, Window
 
 Json = dict[str, Any]
 
@@ -49,12 +50,14 @@ class Choice:
 class Reply:
     """All answers to a request, of which `n` may have asked for several, and what they cost.
 
-    `stage_ms` has milliseconds by stage. `request_id` is what the service's logs call the request.
+    `stage_ms` has milliseconds by stage, `image_transforms` how each picture's values were seen, where that was asked
+    for and they are not what is seen. `request_id` is what the service's logs call the request.
     """
 
     choices: tuple[Choice, ...]
     usage: Usage | None = None
     stage_ms: Mapping[str, float] = field(default_factory=dict)
+    image_transforms: tuple[ImageTransform | None, ...] = ()
     model: str = ""
     id: str = ""
     request_id: str | None = None
@@ -84,6 +87,7 @@ class Collector:
         self._head: dict[str, str] = {}
         self._usage: Usage | None = None
         self._stage_ms: dict[str, float] = {}
+        self._transforms: tuple[ImageTransform | None, ...] = ()
 
     def add(self, chunk: Json) -> list[Delta]:
         """What a chunk says."""
@@ -92,6 +96,7 @@ class Collector:
             self._head |= {name: str(chunk[name]) for name in ("id", "model") if chunk.get(name)}
             self._usage = _read_usage(chunk.get("usage")) or self._usage
             self._stage_ms |= {str(stage): float(ms) for stage, ms in (chunk.get("timings") or {}).items()}
+            self._transforms += tuple(map(_read_transform, chunk.get("image_transforms") or ()))
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             shown = json.dumps(chunk)[:200]
             raise InvalidResponseError(f"that is no chat completion: {shown}", request_id=self._request_id) from error
@@ -107,7 +112,7 @@ class Collector:
     def reply(self) -> Reply:
         """All that has come."""
         choices = tuple(_in_one(self._choices[index]) for index in sorted(self._choices)) or (Choice(""),)
-        return Reply(choices, self._usage, self._stage_ms, **self._head, request_id=self._request_id)
+        return Reply(choices, self._usage, self._stage_ms, self._transforms, **self._head, request_id=self._request_id)
 
 
 def read_object(data: bytes, request_id: str | None = None) -> Json:
@@ -171,6 +176,17 @@ def _read_usage(usage: Json | None) -> Usage | None:
     details = usage.get("prompt_tokens_details") or {}
     parts = (int(details.get(name) or 0) for name in ("image_tokens", "cached_tokens"))
     return Usage(int(usage["prompt_tokens"]), int(usage["completion_tokens"]), *parts)
+
+
+def _read_transform(entry: Json | None) -> ImageTransform | None:
+    if entry is None:
+        return None
+    read = dict(entry)
+    if read.get("window") is not None:
+        read["window"] = Window(**read["window"])
+    if read.get("rescale") is not None:
+        read["rescale"] = tuple(read["rescale"])
+    return ImageTransform(**read)
 
 
 def _text(value: object) -> str:

@@ -40,6 +40,7 @@ class Options(TypedDict, total=False):
     logprobs: bool
     top_logprobs: int
     timings: bool
+    image_transforms: bool
     deadline_s: float
     extra: Mapping[str, Any]
 

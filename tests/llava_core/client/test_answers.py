@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from llava_core.client.answers import Choice, Collector, Logprob, read_models, read_reply
 from llava_core.client.errors import InvalidResponseError
 from llava_core.types import Usage
+from llava_core.views import ImageTransform, Window
 
 TOKEN = {"token": "a", "logprob": -0.5, "bytes": [97], "top_logprobs": [{"token": "b", "logprob": -2.0}]}
 COMPLETION = {
@@ -28,13 +29,27 @@ COMPLETION = {
         "prompt_tokens_details": {"image_tokens": 3, "cached_tokens": 1},
     },
     "timings": {"prefill": 2.5, "total": 9},
+    "image_transforms": [
+        None,
+        {
+            "format": "DICOM",
+            "photometric": "MONOCHROME2",
+            "bits": 12,
+            "rescale": [1.0, -1024.0],
+            "window": {"centre": 40.0, "width": 400.0, "function": "LINEAR", "source": "file"},
+        },
+    ],
 }
 CHUNKS = [
     {"id": "chatcmpl-1", "model": "m", "choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]},
     {"choices": [{"index": 0, "delta": {"content": "Hel"}, "logprobs": {"content": [TOKEN]}}], "usage": None},
     {"choices": [{"index": 0, "delta": {"content": "lo"}, "finish_reason": None}]},
     {"choices": [{"index": 0, "delta": {"content": None}, "finish_reason": "stop"}]},
-    {"choices": [], "usage": COMPLETION["usage"], "timings": COMPLETION["timings"]},
+    {
+        "choices": [],
+        "usage": COMPLETION["usage"],
+        **{name: COMPLETION[name] for name in ("timings", "image_transforms")},
+    },
 ]
 
 
@@ -47,6 +62,11 @@ def test_chunks_and_the_completion_are_one_reply() -> None:
     assert reply.choices == (Choice("Hello", "stop", (Logprob("a", -0.5, b"a", (Logprob("b", -2.0),)),)),)
     assert reply.usage == Usage(5, 2, image_tokens=3, cached_tokens=1)
     assert (dict(reply.stage_ms), reply.request_id) == ({"prefill": 2.5, "total": 9.0}, "r")
+    window = Window(40, 400, "LINEAR", "file")
+    assert reply.image_transforms == (
+        None,
+        ImageTransform("DICOM", "MONOCHROME2", 12, rescale=(1.0, -1024.0), window=window),
+    )
 
 
 def test_what_other_servers_leave_out_is_none() -> None:
@@ -63,7 +83,7 @@ JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
 )
-FIELDS = ["choices", "usage", "timings", "index", "message", "content", "logprobs", "finish_reason"]
+FIELDS = ["choices", "usage", "timings", "image_transforms", "index", "message", "content", "logprobs", "finish_reason"]
 
 
 @given(field=st.sampled_from(FIELDS), value=JSON)

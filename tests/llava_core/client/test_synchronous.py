@@ -31,6 +31,7 @@ from llava_core.client import (
 from llava_core.client import synchronous as module
 from llava_core.errors import EngineError, ImageError, LlavaError, OverloadedError, RequestError
 from llava_core.types import GenerationRequest, ImagePart, ImageUrl, Message, TextPart, TokenDelta, TokenLogprob, Usage
+from llava_core.views import ImageTransform, Window
 from tests.deployments.fakes import ScriptedEngine, answer
 from tests.deployments.pictures import plain
 from tests.deployments.service import until
@@ -121,6 +122,17 @@ def test_several_answers_and_their_log_probabilities() -> None:
             assert (token.logprob, token.bytes) == (-0.5, b"\xc3")
             assert [other.token for other in token.top] == ["\N{REPLACEMENT CHARACTER}", "b"]
             assert [other.logprob for other in token.top] == [-0.5, -1.5]
+
+
+def test_how_pictures_were_seen_is_told_where_it_is_asked() -> None:
+    seen = ImageTransform(
+        "DICOM", "MONOCHROME1", 12, rescale=(2.0, -1024.0), window=Window(40, 400.5, "LINEAR", "request")
+    )
+    last = TokenDelta("id", "a", (1,), finish_reason="stop", usage=Usage(3, 1), transforms=(None, seen))
+    with serving_engine(ScriptedEngine([last])) as url, Client(url) as client:
+        for told in (client.ask("?", image_transforms=True), _streamed(client, image_transforms=True)):
+            assert told.image_transforms == (None, seen)
+        assert client.ask("?").image_transforms == ()
 
 
 def _streamed(client: Client, **options: Any) -> Reply:
