@@ -71,7 +71,7 @@ def test_threads_and_device_are_logged(caplog: pytest.LogCaptureFixture) -> None
 PROMPTS_OF_ALL_LENGTHS = """
 import resource
 from deployments.replicas import set_up_compute
-from deployments.settings import ComputeArgs
+from deployments.stage_settings import ComputeArgs
 set_up_compute(ComputeArgs(threads=1, device="cpu"))
 import torch
 from llava_core.kernels.packed import PackedLinear
