@@ -150,13 +150,19 @@ def _running(plan: LaunchPlan, terminal: TextIO) -> Iterator[LocalService]:
     service = LocalService(plan)
     _say(terminal, f"Starting {_names(plan)} on {plan.url} ...")
     try:
+        # What a shell starts in the background ignores Ctrl-C.
+        _end_on_signals()
         service.start(lambda progress: _show(progress, terminal))
-        # Ray has installed a handler of its own by now, and what a shell starts in the background ignores Ctrl-C.
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.default_int_handler)
+        # Ray has installed a handler of its own by now.
+        _end_on_signals()
         yield service
     finally:
         service.stop()
+
+
+def _end_on_signals() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
 
 
 @contextlib.contextmanager

@@ -164,3 +164,17 @@ def test_killed_outright_it_leaves_nothing_that_serves_or_computes(tiny_checkpoi
         process.kill()
         process.wait()
         until(lambda: not alive(begun))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_a_service_that_is_told_to_stop_while_it_starts_does(number: signal.Signals) -> None:
+    """Also where Ctrl-C is ignored from the beginning, as by what a shell starts in the background."""
+    command = ["sh", "-c", 'trap "" INT; exec "$@"', "sh", *llava("serve", "--port", str(free_port()))]
+    with started(command) as (process, _):
+        read_until(process, "Ray")
+        below = descendants(process.pid)
+        process.send_signal(number)
+        rest = process.communicate(timeout=120)[0]
+        assert b"Serving" not in rest
+        assert below, "Ray was there"
+        until(lambda: not alive(below), deadline_s=90)
