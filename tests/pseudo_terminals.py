@@ -101,4 +101,6 @@ def _take_terminal() -> None:
     import fcntl
     import termios
 
+    # Whoever runs the tests in the background may ignore it.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
