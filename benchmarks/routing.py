@@ -22,13 +22,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import httpx
 import yaml
 
 from benchmarks.__main__ import free_port, make_picture
 from benchmarks.machine import describe_machine
 from deployments.metrics import CACHE_HITS, CACHE_MISSES, FINISHED, PREFIX_HIT_TOKENS, PROMPT_TOKENS, ROUTED
-from deployments.top import Page
+from deployments.top import Page, read_page
 from llava_core.client import Client
 
 NUM_TOKENS = 16
@@ -119,7 +118,7 @@ def measure(url: str, metrics_url: str, num_pictures: int, num_rounds: int, num_
 def counted(metrics_url: str, num_requests: int) -> Page:
     """The page of metrics once all of them are on it."""
     while True:
-        page = Page.parse(httpx.get(metrics_url, timeout=10, trust_env=False).text, time.monotonic())
+        page = read_page(metrics_url)
         pictures = page.total(CACHE_HITS) + page.total(CACHE_MISSES)
         if page.total(FINISHED) == num_requests and pictures == 2 * num_requests:
             return page

@@ -66,8 +66,7 @@ def bind_stages(
         # Who shares comes after its owner.
         encoders[name] = encoders[owner]
         generator = f"Generator-{model.label}" if len(args.models) > 1 else "Generator"
-        places = model.engine.max_running + model.engine.max_waiting
-        deployed = _stage(GeneratorReplica, generator, model.generator, capacity=places)
+        deployed = _stage(GeneratorReplica, generator, model.generator, capacity=model.engine.config.max_requests)
         generators[name] = deployed.bind(model, checkpoint, handoff)
     return preprocessor, encoders, generators
 

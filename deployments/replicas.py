@@ -19,6 +19,7 @@ from ray.serve.context import _get_global_client
 
 from deployments.access import KeyRing
 from deployments.cores import usable_cores
+from deployments.environment import TORCH_ENVIRONMENT
 from deployments.exposure import ENTRANCE_VARIABLE, check_exposure
 from deployments.fetch import Fetcher
 from deployments.gateway import Gateway
@@ -50,15 +51,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 Loaded = TypeVar("Loaded")
-# torch looks once, when it is imported.
-_TORCH_ENVIRONMENT = {
-    # Large pages, in which a processor streams weights a tenth faster.
-    "THP_MEM_ALLOC_ENABLE": "1",
-    # oneDNN, and what torch has in front of it, keep a kernel for each of the last 1,024 shapes they have met, of
-    # hundreds of kilobytes. Prompts have any number of tokens; a step needs six shapes.
-    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",
-    "LRU_CACHE_CAPACITY": "128",
-}
 # Of a network with fewer, an operation is too short to be divided among threads.
 _MANY_PARAMETERS = 50_000_000
 
@@ -205,7 +197,7 @@ def in_thread_of_its_own(load: Callable[[], Loaded]) -> Loaded:
 
 def set_up_compute(args: ComputeArgs) -> LoadOptions:
     """Threads and device of this process. Ray would leave a replica with half a CPU one thread, so it is set here."""
-    for name, value in _TORCH_ENVIRONMENT.items():
+    for name, value in TORCH_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     import torch
 

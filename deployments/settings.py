@@ -141,9 +141,7 @@ class AppArgs(Settings):
         """Of each gateway replica: as told, else what the engines of all replicas that there may be can take."""
         if self.limits.max_requests_in_flight is not None:
             return self.limits.max_requests_in_flight
-        return sum(
-            (each.engine.max_running + each.engine.max_waiting) * each.generator.max_replicas for each in self.models
-        )
+        return sum(each.engine.config.max_requests * each.generator.max_replicas for each in self.models)
 
     @model_validator(mode="before")
     @classmethod

@@ -201,22 +201,23 @@ def top(url: str, interval: float, *, once: bool) -> None:
     URL is the page of metrics that `llava serve` has printed. Rates and times are of the last minute, and each process
     of Ray's tells its numbers every 10 seconds.
     """
-    # Not through a proxy: the page is on this machine, or on one that is as near.
-    with httpx.Client(timeout=10, trust_env=False) as client, contextlib.suppress(KeyboardInterrupt):
-        pages = deque([_read(client, url)])
+    with contextlib.suppress(KeyboardInterrupt):
+        pages = deque([read_page(url)])
         while not once:
             _show(screen(Change(pages[0], pages[-1])), clear=sys.stdout.isatty())
             time.sleep(interval)
-            pages.append(_read(client, url))
+            pages.append(read_page(url))
             while pages[-1].at - pages[1].at >= _WINDOW_S:
                 pages.popleft()
         time.sleep(interval)
-        _show(screen(Change(pages[0], _read(client, url))))
+        _show(screen(Change(pages[0], read_page(url))))
 
 
-def _read(client: httpx.Client, url: str) -> Page:
+def read_page(url: str, *, timeout_s: float = 10.0) -> Page:
+    """What is there now. Raises MetricsPageError."""
+    # Not through a proxy: the page is on this machine, or on one that is as near.
     try:
-        response = client.get(url).raise_for_status()
+        response = httpx.get(url, timeout=timeout_s, trust_env=False).raise_for_status()
     except httpx.HTTPError as error:
         raise MetricsPageError(
             f"{url} cannot be read: {error}; `llava serve` prints the address of its metrics when it is ready"

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from benchmarks.peers.load import Answer
 from deployments.chat_request import read_chat_request
+from deployments.environment import TORCH_ENVIRONMENT
 from deployments.model_settings import ModelArgs
 from llava_core.engine.async_engine import AsyncEngine
 from llava_core.inference import LocalModel
@@ -32,8 +33,9 @@ class EngineAlone:
     """Knows one checkpoint; close it when nothing more will be asked."""
 
     def __init__(self, folder: Path) -> None:
-        # Torch reads it when it is imported, as it will be there: as in a replica (deployments/replicas.py).
-        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+        # As in a replica: torch reads it when the process to come imports it.
+        for name, value in TORCH_ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
         self._folder = folder
         self._process = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
 

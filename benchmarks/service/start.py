@@ -8,19 +8,16 @@ from __future__ import annotations
 import contextlib
 import json
 import tempfile
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
-
 from benchmarks.__main__ import free_port
 from benchmarks.peers.checkpoints import SHAPES, write_checkpoint
 from benchmarks.peers.contenders import Server, ours, running
 from deployments.config_file import DEFAULT_CONFIG
-from deployments.top import Page
+from deployments.top import Page, read_page
 from llava_core.checkpoints.files import DEFAULT_MODEL
 
 
@@ -37,9 +34,7 @@ class Service:
 
     def metrics(self) -> Page:
         """What its processes last told, which each does every 10 seconds."""
-        # Not through a proxy of the environment.
-        response = httpx.get(self.metrics_url, timeout=30, trust_env=False).raise_for_status()
-        return Page.parse(response.text, time.monotonic())
+        return read_page(self.metrics_url, timeout_s=30)
 
 
 @contextlib.contextmanager

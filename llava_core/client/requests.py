@@ -11,6 +11,7 @@ from llava_core.client.messages import Json, message_json
 from llava_core.types import Message
 
 CHAT = "/v1/chat/completions"
+_HEALTH_S = 10.0
 
 
 class Options(TypedDict, total=False):
@@ -73,3 +74,8 @@ def chat_call(messages: Sequence[Message], system: str | None, options: Options,
         fields |= {"stream": True, "stream_options": {"include_usage": True}}
     content = json.dumps(chat_body(messages, system, **fields, **extra), allow_nan=False)
     return Call("POST", CHAT, content.encode(), deadline_s)
+
+
+def health_call(timeout_s: float) -> Call:
+    """Whether the service can answer; who takes longer than this, or than it may be silent, cannot."""
+    return Call("GET", "/health", deadline_s=min(_HEALTH_S, timeout_s))

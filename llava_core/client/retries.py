@@ -35,6 +35,7 @@ class Retries:
         return error.retry_after_s + random.uniform(0, self.first_s)
 
 
+NO_RETRIES = Retries(most=0)
 DEFAULT_RETRIES = Retries()
 
 

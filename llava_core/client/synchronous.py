@@ -16,12 +16,9 @@ from llava_core.client.errors import ServiceError
 from llava_core.client.events import StreamedAnswer
 from llava_core.client.exchange import DEFAULT_URL, Attempts, Service, connecting, reading, refusal
 from llava_core.client.messages import Picture, user_message
-from llava_core.client.requests import Call, Options, chat_call
-from llava_core.client.retries import Retries
+from llava_core.client.requests import Call, Options, chat_call, health_call
+from llava_core.client.retries import NO_RETRIES, Retries
 from llava_core.types import Message
-
-_NO_RETRIES = Retries(most=0)
-_HEALTH_S = 10.0
 
 
 class AnswerStream(Iterator[Delta]):
@@ -127,7 +124,7 @@ class Client:
     def is_healthy(self) -> bool:
         """Whether the service can answer now; False where nobody does."""
         try:
-            self._fetch(Call("GET", "/health", deadline_s=min(_HEALTH_S, self._service.timeout_s)), _NO_RETRIES)
+            self._fetch(health_call(self._service.timeout_s), NO_RETRIES)
         except ServiceError:
             return False
         return True

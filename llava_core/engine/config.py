@@ -24,6 +24,11 @@ class EngineConfig:
     cache_tokens: int | None = None
     decode_graphs: bool = True
 
+    @property
+    def max_requests(self) -> int:
+        """Those that run and those that wait."""
+        return self.max_running + self.max_waiting
+
     def __post_init__(self) -> None:
         if self.max_running < 1 or self.max_waiting < 0:
             raise ValueError(f"max_running must be at least 1 and max_waiting at least 0: {self}")

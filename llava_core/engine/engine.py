@@ -109,7 +109,7 @@ class Engine:
         if request.request_id in self._states:
             raise ValueError(f"request id {request.request_id!r} is already in use")
         states = self._admission.admit(request)
-        room = self.config.max_waiting + self.config.max_running
+        room = self.config.max_requests
         if len(states) > room:
             raise RequestError(f"n is {len(states)}, but the engine takes {room} answers at once", param="n")
         if self.num_waiting + self.num_running + len(states) > room:

@@ -21,6 +21,7 @@ import openai
 import yaml
 
 from deployments.processes import Process, descendants, end
+from deployments.top import Page, read_page
 from tests.deployments.pictures import data_url
 from tests.tiny import edit_json
 
@@ -54,6 +55,10 @@ class Running:
 
     def post(self, **body: Any) -> httpx.Response:
         return httpx.post(f"{self.url}/v1/chat/completions", json=body, timeout=150)
+
+    def metrics(self) -> Page:
+        """What its processes last told."""
+        return read_page(self.metrics_url)
 
     def log_text(self) -> str:
         # Without those of Ray's dashboard, whose ports another Ray on this machine may have.

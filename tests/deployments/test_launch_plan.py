@@ -16,14 +16,9 @@ from deployments.preflight import check_checkpoints
 from deployments.settings import AppArgs
 from deployments.stage_settings import GeneratorArgs
 from llava_core.errors import CheckpointError
+from tests.deployments.service import free_port
 from tests.hub import NEW, OLD, hub_of, use_cache, write_lora
 from tests.original import Kind, write_original
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _write(path: Path, **application: Any) -> Path:
@@ -33,7 +28,7 @@ def _write(path: Path, **application: Any) -> Path:
 
 
 def _plan(config: Path | None = None, **options: Any) -> LaunchPlan:
-    return plan_launch(config, **{"port": _free_port(), **options})
+    return plan_launch(config, **{"port": free_port(), **options})
 
 
 def _add_application(config: Path) -> None:

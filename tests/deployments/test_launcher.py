@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -19,12 +18,7 @@ from deployments.launch_plan import LaunchPlan, plan_launch
 from deployments.launcher import ENVIRONMENT, LocalService
 from deployments.load_balancer import LoadBalancer
 from deployments.processes import descendants
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+from tests.deployments.service import free_port
 
 
 def _write(path: Path, **application: Any) -> Path:
@@ -34,7 +28,7 @@ def _write(path: Path, **application: Any) -> Path:
 
 
 def _plan(config: Path | None = None, **options: Any) -> LaunchPlan:
-    return plan_launch(config, **{"port": _free_port(), **options})
+    return plan_launch(config, **{"port": free_port(), **options})
 
 
 def test_it_is_said_when_ray_or_the_balancer_has_ended(tiny_checkpoint: Path) -> None:

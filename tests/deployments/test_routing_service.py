@@ -67,17 +67,14 @@ def _text(answer: Any) -> str:
 def _page(service: Running, num_answers: int) -> Page:
     """The service's metrics once that many answers have been counted, and the call of every stage for each."""
 
-    def read() -> Page:
-        return Page.parse(httpx.get(service.metrics_url, timeout=10, trust_env=False).text, 0.0)
-
     def is_complete(page: Page) -> bool:
         caches = ("tiles", "features")
         looked_up = [page.total(CACHE_HITS, cache=cache) + page.total(CACHE_MISSES, cache=cache) for cache in caches]
         routed = [page.total(ROUTED, target=stage) for stage in STAGES]
         return {page.total(FINISHED), *looked_up, *routed} == {num_answers}
 
-    until(lambda: is_complete(read()))
-    return read()
+    until(lambda: is_complete(service.metrics()))
+    return service.metrics()
 
 
 def _by_replica(page: Page, metric: Metric, **labels: str) -> dict[str, float]:
@@ -119,7 +116,7 @@ def test_a_picture_that_many_ask_about_at_once_keeps_both_replicas_at_work(servi
 
 
 def _routed(service: Running) -> collections.Counter[str]:
-    page = Page.parse(httpx.get(service.metrics_url, timeout=10, trust_env=False).text, 0.0)
+    page = service.metrics()
     choices = ("preferred", "fallback", "keyless")
     return collections.Counter({each: int(page.total(ROUTED, target="Generator", choice=each)) for each in choices})
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from deployments.metrics import CACHE_HITS, CACHE_MISSES, TIME_TO_FIRST_TOKEN
-from deployments.top import Change, Page, screen
+from deployments.top import Change, screen
 from llava_core.checkpoints.load import LoadOptions
 from llava_core.inference import LocalModel
 from llava_core.types import CompletionRequest, GenerationRequest, ImagePart, Message, SamplingParams, TextPart
@@ -72,10 +72,6 @@ def _ask(service: Running, model: str, picture: bytes, **extra: Any) -> str:
     return str(answer.choices[0].message.content)
 
 
-def _page(service: Running) -> Page:
-    return Page.parse(httpx.get(service.metrics_url, timeout=10, trust_env=False).text, 0.0)
-
-
 def test_each_model_answers_as_it_does_alone_and_a_tower_sees_a_picture_once(
     service: Running, in_process: dict[str, LocalModel]
 ) -> None:
@@ -85,7 +81,7 @@ def test_each_model_answers_as_it_does_alone_and_a_tower_sees_a_picture_once(
     assert len(set(answers.values())) == 3
 
     def seen(cache: str, deployment: str) -> tuple[float, float]:
-        page, labels = _page(service), {"cache": cache, "deployment": deployment}
+        page, labels = service.metrics(), {"cache": cache, "deployment": deployment}
         return page.total(CACHE_MISSES, **labels), page.total(CACHE_HITS, **labels)
 
     # Encoded for one model and found for the other, which has the same tower; the third sees nothing of either.
@@ -134,9 +130,9 @@ def test_stages_are_seen_by_their_models_names(service: Running) -> None:
     }
 
     def shown() -> set[str]:
-        page = _page(service)
+        page = service.metrics()
         return {line.split()[0] for line in screen(Change(page, page)) if line[:1].isupper()}
 
     until(lambda: shown() == deployments)
     _ask(service, "owner/tuned", plain())
-    until(lambda: _page(service).buckets(TIME_TO_FIRST_TOKEN, model="owner/tuned")[-1] > 0)
+    until(lambda: service.metrics().buckets(TIME_TO_FIRST_TOKEN, model="owner/tuned")[-1] > 0)

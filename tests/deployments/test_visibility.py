@@ -69,10 +69,6 @@ def service(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> 
             yield running
 
 
-def _read(service: Running) -> Page:
-    return Page.parse(httpx.get(service.metrics_url, timeout=10, trust_env=False).text, 0.0)
-
-
 def _num(page: Page, histogram: Histogram, **labels: str) -> float:
     return page.buckets(histogram, **labels)[-1]
 
@@ -106,11 +102,11 @@ def usages(service: Running) -> list[dict[str, Any]]:
 
 def test_the_page_of_metrics_counts_what_was_asked(service: Running, usages: list[dict[str, Any]]) -> None:
     num_answers, num_bad = len(usages), 5
-    until(lambda: _read(service).total(HTTP_REQUESTS, route=CHAT) == num_answers + num_bad + 1)
-    until(lambda: _read(service).total(FINISHED, outcome="finished") == num_answers)
+    until(lambda: service.metrics().total(HTTP_REQUESTS, route=CHAT) == num_answers + num_bad + 1)
+    until(lambda: service.metrics().total(FINISHED, outcome="finished") == num_answers)
     # Each process tells its numbers in its own time.
-    until(lambda: _read(service).total(CACHE_MISSES, cache="tiles") == 3)
-    page = _read(service)
+    until(lambda: service.metrics().total(CACHE_MISSES, cache="tiles") == 3)
+    page = service.metrics()
     assert page.total(HTTP_REQUESTS, route=CHAT, status="200") == num_answers
     assert page.total(HTTP_REQUESTS, route=CHAT, status="499") == 1
     assert page.total(HTTP_REQUESTS, route="/v1/models/{name:path}", status="404") == 1
