@@ -6,10 +6,11 @@ transformers' decoders reach it under the name `paged`. Knows neither requests n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
@@ -112,6 +113,15 @@ def slots_of(spans: Sequence[Span], block_size: int) -> list[int]:
         for span in spans
         for place in range(span.length - span.num_queries, span.length)
     ]
+
+
+def table_of(spans: Collection[Span], block_size: int) -> Tensor:
+    """Each request's blocks, as many as the longest text fills, with 0 behind its last: int32 (requests, blocks)."""
+    table = np.zeros((len(spans), -(-max(span.length for span in spans) // block_size)), dtype=np.int32)
+    for line, span in zip(table, spans, strict=True):
+        blocks = span.blocks[: len(line)]
+        line[: len(blocks)] = blocks
+    return torch.from_numpy(table)
 
 
 def slots_on_device(positions: Tensor, table: Tensor, block_size: int) -> Tensor:

@@ -92,7 +92,7 @@ class CpuBatch:
 
     @cached_property
     def _table(self) -> BlockTable:
-        return block_table(self._writing)
+        return block_table(self._writing, self._block_size)
 
     def _written(self, window: int | None, dtype: torch.dtype) -> Tensor | slice:
         """The rows whose results `_write` gives, in its order."""

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llava_core.engine.attention import PagedCache, Span, slots_of, slots_on_device, visible
+from llava_core.engine.attention import PagedCache, Span, slots_of, slots_on_device, table_of, visible
 
 
 @dataclass(frozen=True)
@@ -154,12 +154,10 @@ class MixedBatch:
 
 
 def _decode_batch(cache: PagedCache, spans: Sequence[Span]) -> DecodeBatch:
-    size, device = cache.shape.block_size, cache.keys[0].device
-    longest = max(span.length for span in spans)
-    widest = -(-longest // size)
-    table = [[*span.blocks[:widest], *[0] * (widest - len(span.blocks))] for span in spans]
-    positions = torch.tensor([span.length - 1 for span in spans], device=device)
-    return DecodeBatch(cache, positions, torch.tensor(table, device=device), longest)
+    device, lengths = cache.keys[0].device, [span.length for span in spans]
+    positions = torch.tensor(lengths, device=device) - 1
+    table = table_of(spans, cache.shape.block_size).to(device, torch.int64)
+    return DecodeBatch(cache, positions, table, max(lengths))
 
 
 def _read(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float) -> Tensor:

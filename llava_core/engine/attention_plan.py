@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llava_core.engine.attention import Span
+from llava_core.engine.attention import Span, table_of
 
 # Each part is a call, and two parts have to be mixed, which takes as long as to copy about so many tokens: of several
 # requests' each, and of one's alone.
@@ -56,22 +56,17 @@ class Plan:
 
 @dataclass(frozen=True)
 class BlockTable:
-    """For each of `rows` its request's `blocks` int32 (rows, most blocks), with 0 behind the last, and its tokens,
-    `lengths` int64 (rows,)."""
+    """For each of `rows` its request's `blocks`, as attention.py has them, and its tokens, `lengths` int64 (rows,)."""
 
     blocks: Tensor
     lengths: Tensor
     rows: Tensor | slice
 
 
-def block_table(spans: Mapping[int, Span]) -> BlockTable:
-    """Of requests by row, whose blocks may be more than their tokens fill."""
-    width = max(len(span.blocks) for span in spans.values())
-    blocks = np.zeros((len(spans), width), dtype=np.int32)
-    for line, span in zip(blocks, spans.values(), strict=True):
-        line[: len(span.blocks)] = span.blocks
+def block_table(spans: Mapping[int, Span], block_size: int) -> BlockTable:
+    """Of requests by row."""
     lengths = torch.tensor([span.length for span in spans.values()])
-    return BlockTable(torch.from_numpy(blocks), lengths, _as_index(list(spans)))
+    return BlockTable(table_of(spans.values(), block_size), lengths, _as_index(list(spans)))
 
 
 def find_runs(spans: dict[int, Span], block_size: int, window: int | None) -> list[tuple[slice, list[int]]]:

@@ -9,7 +9,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AttentionInterface
 
-from llava_core.engine.attention import NAME, CacheShape, PagedCache, ReferenceBackend, Span, slots_of, visible
+from llava_core.engine.attention import (
+    NAME,
+    CacheShape,
+    PagedCache,
+    ReferenceBackend,
+    Span,
+    slots_of,
+    table_of,
+    visible,
+)
 from tests.llava_core.engine.packed import Layout, Packed, layouts
 
 CPU = torch.device("cpu")
@@ -32,6 +41,11 @@ def test_a_model_in_half_precision_gets_its_own_precision_back() -> None:
 def test_slots_are_those_of_the_last_tokens_in_order() -> None:
     spans = [Span(3, 5, [7, 2, 0]), Span(1, 4, [1, 3])]
     assert slots_of(spans, 2) == [4, 5, 0, 7]
+
+
+def test_a_table_is_as_wide_as_the_longest_text_is() -> None:
+    spans = [Span(1, 5, [7, 2, 0, 9]), Span(1, 2, [1, 3]), Span(1, 1, [4])]
+    assert table_of(spans, 2).tolist() == [[7, 2, 0], [1, 3, 0], [4, 0, 0]]
 
 
 @pytest.mark.parametrize(
