@@ -100,7 +100,7 @@ def test_a_merged_one_takes_its_tower_from_the_file_it_came_in(asked: Asked, tmp
 
 
 def test_padding_that_is_not_there_is_not_moved(asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(asking, "_load", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr(asking, "load_model", lambda *_: pytest.fail("weights were read"))
     arguments = asked.arguments(asked.original.folder, "--base", str(asked.original.base), "--padding-jitter")
     done = CliRunner().invoke(main, arguments)
     assert done.exit_code == 1
