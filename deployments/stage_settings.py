@@ -89,8 +89,8 @@ class EngineArgs(Settings):
 
     max_running: int = Field(default=32, ge=1)
     max_waiting: int = Field(default=256, ge=0)
-    max_step_tokens: int = EngineConfig.max_step_tokens
-    prefill_chunk: int = EngineConfig.prefill_chunk
+    max_step_tokens: int | None = None
+    prefill_chunk: int | None = None
     cache_tokens: int | None = None
     block_size: int | None = None
     decode_graphs: bool = True

@@ -25,6 +25,11 @@ class _Prompt:
     span: Span
     slots: Tensor
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether all of its tokens are in the batch."""
+        return self.span.num_queries == self.span.length
+
 
 class CudaBackend:
     """For every precision."""
@@ -87,7 +92,7 @@ class DecodeBatch:
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
         """As Batch.attend."""
-        self._cache.write(layer, self._slots, key, value)
+        _store(self._cache, layer, self._slots, key, value)
         return self.see(layer, query, scale, window)
 
     def see(self, layer: int, query: Tensor, scale: float, window: int | None) -> Tensor:
@@ -132,12 +137,13 @@ class MixedBatch:
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
         """As Batch.attend."""
-        self._cache.write(layer, self._slots, key, value)
+        _store(self._cache, layer, self._slots, key, value)
         keys, values = self._cache.slots[layer]
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
         for prompt in self._prompts:
-            mask = self._mask(prompt, window)
-            out[prompt.rows] = _read(query[prompt.rows], keys[prompt.slots], values[prompt.slots], mask, scale)
+            rows, mask = prompt.rows, self._mask(prompt, window)
+            known = (key[rows], value[rows]) if prompt.is_whole else (keys[prompt.slots], values[prompt.slots])
+            out[rows] = _read(query[rows], *known, mask, scale)
         if self._answers is not None:
             out[self._rows] = self._answers.see(layer, query[self._rows], scale, window)
         return out
@@ -145,12 +151,18 @@ class MixedBatch:
     def _mask(self, prompt: _Prompt, window: int | None) -> Tensor | None:
         """Who sees whom; None where every token sees those before it, which needs no mask."""
         num_queries, length = prompt.span.num_queries, prompt.span.length
-        if num_queries == length and (window is None or window >= length):
+        if prompt.is_whole and (window is None or window >= length):
             return None
         key = prompt.rows.start, window
         if key not in self._masks:
             self._masks[key] = visible(num_queries, length, window, prompt.slots.device)
         return self._masks[key]
+
+
+def _store(cache: PagedCache, layer: int, slots: Tensor, key: Tensor, value: Tensor) -> None:
+    from llava_core.kernels.layer_gpu import store
+
+    store(key, value, *cache.slots[layer], slots)
 
 
 def _decode_batch(cache: PagedCache, spans: Sequence[Span]) -> DecodeBatch:

@@ -4,6 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+# Tokens in a step, and of prompts beside answers. Up to some 300 of them a GPU takes as long as to read the weights.
+_STEPS = {"cpu": (1024, 128), "cuda": (4096, 512)}
+
+
+@dataclass(frozen=True)
+class StepLimits:
+    """How many tokens a step may run through the model, and how many of prompts' while answers are being written."""
+
+    max_tokens: int
+    prefill_chunk: int
+
 
 @dataclass(frozen=True)
 class EngineConfig:
@@ -11,15 +22,16 @@ class EngineConfig:
 
     `max_running` requests move on in every step, `max_waiting` more may queue; the next is refused. A step runs at most
     `max_step_tokens` tokens through the model, and at most `prefill_chunk` of prompts while answers are being written:
-    so long do these wait for a new prompt. The cache holds `cache_tokens` tokens, None: as many as are useful, and as
-    the memory at hand allows; in blocks of `block_size`, None: what suits the device. With `decode_graphs` steps that
-    only write answers are recorded at the start, on devices where that makes them faster.
+    so long do these wait for a new prompt. None: what suits the device, as `step_limits` says. The cache holds
+    `cache_tokens` tokens, None: as many as are useful, and as the memory at hand allows; in blocks of `block_size`,
+    None: what suits the device. With `decode_graphs` steps that only write answers are recorded at the start, on
+    devices where that makes them faster.
     """
 
     max_running: int = 32
     max_waiting: int = 256
-    max_step_tokens: int = 1024
-    prefill_chunk: int = 128
+    max_step_tokens: int | None = None
+    prefill_chunk: int | None = None
     block_size: int | None = None
     cache_tokens: int | None = None
     decode_graphs: bool = True
@@ -29,10 +41,20 @@ class EngineConfig:
         """Those that run and those that wait."""
         return self.max_running + self.max_waiting
 
+    def step_limits(self, device: str) -> StepLimits:
+        """What a step may hold on this type of device: "cpu" or "cuda". What is not set fits to what is."""
+        most, chunk = _STEPS[device]
+        if self.prefill_chunk is not None:
+            chunk = self.prefill_chunk
+        elif self.max_step_tokens is not None:
+            chunk = min(chunk, self.max_step_tokens - self.max_running)
+        return StepLimits(self.max_step_tokens or max(most, self.max_running + chunk), chunk)
+
     def __post_init__(self) -> None:
         if self.max_running < 1 or self.max_waiting < 0:
             raise ValueError(f"max_running must be at least 1 and max_waiting at least 0: {self}")
-        if self.prefill_chunk < 1 or self.max_step_tokens < self.max_running + self.prefill_chunk:
+        chunk = 1 if self.prefill_chunk is None else self.prefill_chunk
+        if chunk < 1 or (self.max_step_tokens is not None and self.max_step_tokens < self.max_running + chunk):
             raise ValueError(
                 f"max_step_tokens must have room for a token of each of max_running and for prefill_chunk: {self}"
             )

@@ -77,7 +77,7 @@ class Engine:
         self.pool = BlockPool(num_blocks, block_size)
         self.stats = EngineStats(num_blocks)
         self._admission = Admission(model, decoder, num_blocks * block_size)
-        self._scheduler = Scheduler(self.config, self.pool)
+        self._scheduler = Scheduler(self.config.max_running, self.config.step_limits(model.device.type), self.pool)
         max_recorded = self.config.max_running if self.config.decode_graphs else 0
         self._runner = ModelRunner(model, backend, num_blocks, block_size, max_recorded=max_recorded)
         self._eos_ids = frozenset(model.config.eos_token_ids)

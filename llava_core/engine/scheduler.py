@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from heapq import merge
 
 from llava_core.engine.blocks import BlockPool
-from llava_core.engine.config import EngineConfig
+from llava_core.engine.config import StepLimits
 from llava_core.engine.request import RequestState
 
 # Blocks that an answer is given at a time, so that they lie side by side, and of how many tokens at most.
@@ -44,8 +44,8 @@ class Scheduler:
     and its answer so far, and starts again when there is room.
     """
 
-    def __init__(self, config: EngineConfig, pool: BlockPool) -> None:
-        self._config = config
+    def __init__(self, max_running: int, limits: StepLimits, pool: BlockPool) -> None:
+        self._max_running, self._limits = max_running, limits
         self.pool = pool
         self.waiting: list[RequestState] = []
         self.running: list[RequestState] = []
@@ -67,12 +67,12 @@ class Scheduler:
         """The tokens of the next step. Every running request that writes is in it unless it was set back."""
         self._chunks = []
         num_before = self.num_preemptions
-        budget = self._config.max_step_tokens
+        budget = self._limits.max_tokens
         writing = [state for state in self.running if state.num_pending == 1]
         for state in writing:
             budget -= self._run(state, budget)
         if self._chunks:
-            budget = min(budget, self._config.prefill_chunk)
+            budget = min(budget, self._limits.prefill_chunk)
         self._read(budget, may_start=self.num_preemptions == num_before)
         return self._chunks
 
@@ -99,7 +99,7 @@ class Scheduler:
             if budget < 1:
                 return
             if not state.is_running:
-                if not may_start or len(self.running) >= self._config.max_running or self._is_being_read(state):
+                if not may_start or len(self.running) >= self._max_running or self._is_being_read(state):
                     continue
                 # Nobody overtakes one for whom there is no room.
                 may_start = self._start(state)

@@ -80,7 +80,6 @@ def attend_paged(
             lengths.stride(0),
             head_dim,
             padded_dim,
-            triton.next_power_of_2(parts),
             PART,
         )
     return out
@@ -162,19 +161,24 @@ def _join_parts(
     length_row,
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
-    PADDED_PARTS: tl.constexpr,
     PART: tl.constexpr,
 ):
-    """The parts of one request's head put together: each counts as much as the sum of its exponentials."""
+    """The parts of one request's head put together in order, whatever others have: each counts as much as the
+    sum of its exponentials."""
     row, head = tl.program_id(0), tl.program_id(1)
     length = tl.load(lengths + row * length_row).to(tl.int32)
-    part, dim = tl.arange(0, PADDED_PARTS), tl.arange(0, PADDED_DIM)
-    is_seen = (part * PART < length) & (part * PART + PART > length - window)
-    at = (row * tl.num_programs(1) + head) * parts + part
-    logarithms = tl.load(sums + at, mask=is_seen, other=float("-inf"))
-    weights = tl.exp2(logarithms - tl.max(logarithms, 0))
-    is_there = is_seen[:, None] & (dim < HEAD_DIM)[None, :]
-    means = tl.load(seen + at[:, None] * HEAD_DIM + dim[None, :], mask=is_there, other=0.0)
-    joined = tl.sum(means * weights[:, None], 0) / tl.sum(weights, 0)
+    dim = tl.arange(0, PADDED_DIM)
+    is_dim = dim < HEAD_DIM
+    at = (row * tl.num_programs(1) + head) * parts
+    largest = float("-inf")
+    total = 0.0
+    mean = tl.zeros([PADDED_DIM], tl.float32)
+    for part in range(tl.maximum(length - window, 0) // PART, tl.cdiv(length, PART)):
+        logarithm = tl.load(sums + at + part)
+        before = largest
+        largest = tl.maximum(before, logarithm)
+        kept, weight = tl.exp2(before - largest), tl.exp2(logarithm - largest)
+        total = total * kept + weight
+        mean = mean * kept + weight * tl.load(seen + (at + part) * HEAD_DIM + dim, mask=is_dim, other=0.0)
     at_out = (row * tl.num_programs(1) + head) * HEAD_DIM + dim
-    tl.store(out + at_out, joined.to(out.dtype.element_ty), mask=dim < HEAD_DIM)
+    tl.store(out + at_out, (mean / total).to(out.dtype.element_ty), mask=is_dim)

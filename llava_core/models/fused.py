@@ -18,13 +18,29 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer, MistralModel
 
-from llava_core.kernels.native import NativeKernels, native_kernels
+from llava_core.kernels.native import native_kernels
 from llava_core.kernels.packed import pack_linears
 from llava_core.models.language import LanguageSide
 
 # Up to so many tokens it is the number of operations that counts, not what each of them does.
 _FEW = 32
 _SILU = (nn.SiLU, SiLUActivation)
+
+
+class Kernels(Protocol):
+    """Of our own, for what a layer does beside its products. Arguments are said at kernels/native.py."""
+
+    def add_norm_(self, hidden: Tensor, added: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+        """The norm of a sum, which is made in place."""
+        ...
+
+    def rotate_(self, projected: Tensor, num_heads: int, cos: Tensor, signed_sin: Tensor, positions: Tensor) -> None:
+        """Heads, turned to their rows' places in the text."""
+        ...
+
+    def gate(self, both: Tensor) -> Tensor:
+        """SiLU of one half, times the other."""
+        ...
 
 
 class Batch(Protocol):
@@ -42,9 +58,18 @@ def ready_language(side: LanguageSide, *, use_kernels: bool = True) -> None:
     plain linear layers, quantised ones for instance, keeps its modules."""
     model: nn.Module = side.decoder.model
     if isinstance(model, LlamaModel | MistralModel) and _is_plain(model):
-        kernels = native_kernels(side.decoder.dtype, side.device.type) if use_kernels else None
+        kernels = _kernels(side) if use_kernels else None
         side.decoder.model = FusedDecoder(model, kernels)
     pack_linears(side)
+
+
+def _kernels(side: LanguageSide) -> Kernels | None:
+    if side.device.type == "cuda":
+        # Triton is there where CUDA is.
+        from llava_core.kernels.layer_gpu import GpuKernels
+
+        return GpuKernels()
+    return native_kernels(side.decoder.dtype, side.device.type)
 
 
 def _is_plain(model: nn.Module) -> bool:
@@ -60,7 +85,7 @@ class FusedDecoder(nn.Module):
     cos: Tensor
     signed_sin: Tensor
 
-    def __init__(self, model: LlamaModel | MistralModel, kernels: NativeKernels | None) -> None:
+    def __init__(self, model: LlamaModel | MistralModel, kernels: Kernels | None) -> None:
         super().__init__()
         self.embed_tokens, self.norm = model.embed_tokens, Norm(model.norm, kernels)
         cos, signed_sin = _rotations(model)
@@ -100,7 +125,7 @@ class Rotation:
         self._cos, self._signed_sin, self._positions = cos, signed_sin, positions
         self._of_step: tuple[Tensor, Tensor] | None = None
 
-    def turn(self, projected: Tensor, num_heads: int, kernels: NativeKernels | None) -> Tensor:
+    def turn(self, projected: Tensor, num_heads: int, kernels: Kernels | None) -> Tensor:
         """The first `num_heads` heads of `projected` (tokens, heads, head_dim), which may change."""
         if kernels is not None:
             kernels.rotate_(projected, num_heads, self._cos, self._signed_sin, self._positions)
@@ -116,7 +141,7 @@ class Rotation:
 class FusedLayer(nn.Module):
     """One decoder layer with four products instead of seven."""
 
-    def __init__(self, layer: nn.Module, index: int, window: int | None, kernels: NativeKernels | None) -> None:
+    def __init__(self, layer: nn.Module, index: int, window: int | None, kernels: Kernels | None) -> None:
         super().__init__()
         assert isinstance(layer, LlamaDecoderLayer | MistralDecoderLayer), type(layer)
         attention, mlp = layer.self_attn, layer.mlp
@@ -157,7 +182,7 @@ class Norm(nn.Module):
     signs: Tensor
     doubled: Tensor
 
-    def __init__(self, norm: Any, kernels: NativeKernels | None = None) -> None:
+    def __init__(self, norm: Any, kernels: Kernels | None = None) -> None:
         super().__init__()
         self._kernels = kernels
         self.weight, self.eps = norm.weight, norm.variance_epsilon

@@ -4,12 +4,14 @@ from typing import Any
 
 import pytest
 
-from llava_core.engine.config import EngineConfig
+from llava_core.engine.config import EngineConfig, StepLimits
 
 
 def test_the_defaults_are_sound() -> None:
     config = EngineConfig()
-    assert config.max_step_tokens >= config.max_running + config.prefill_chunk
+    for device in ("cpu", "cuda"):
+        limits = config.step_limits(device)
+        assert limits.max_tokens >= config.max_running + limits.prefill_chunk
     assert config.block_size is None
     assert config.cache_tokens is None
 
@@ -30,8 +32,27 @@ def test_impossible_limits_are_refused_with_all_settings(options: dict[str, Any]
         EngineConfig(**options)
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"max_step_tokens": 700, "prefill_chunk": 300}, StepLimits(700, 300)),
+        # What is not set makes room, or takes what there is.
+        ({"prefill_chunk": 5000}, StepLimits(5032, 5000)),
+        ({"max_step_tokens": 40}, StepLimits(40, 8)),
+    ],
+)
+def test_a_step_is_as_it_was_set(device: str, options: dict[str, Any], expected: StepLimits) -> None:
+    assert EngineConfig(**options).step_limits(device) == expected
+
+
+def test_a_gpu_reads_more_at_once() -> None:
+    assert EngineConfig().step_limits("cpu") == StepLimits(1024, 128)
+    assert EngineConfig().step_limits("cuda") == StepLimits(4096, 512)
+
+
 def test_the_tightest_limits_are_taken() -> None:
     config = EngineConfig(
         max_running=1, max_waiting=0, max_step_tokens=2, prefill_chunk=1, block_size=1, cache_tokens=1
     )
-    assert config.max_step_tokens == 2
+    assert config.step_limits("cpu") == StepLimits(2, 1)

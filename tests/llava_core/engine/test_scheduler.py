@@ -59,7 +59,8 @@ class World:
     def __init__(self, num_blocks: int = 64, block_size: int = 4, **options: int) -> None:
         self.config = EngineConfig(**{"max_running": 4, "max_step_tokens": 32, "prefill_chunk": 8, **options})
         self.pool = BlockPool(num_blocks, block_size)
-        self.scheduler = Scheduler(self.config, self.pool)
+        self.limits = self.config.step_limits("cpu")
+        self.scheduler = Scheduler(self.config.max_running, self.limits, self.pool)
         self.states: list[RequestState] = []
         self.answers: dict[int, list[int]] = {}
         self.num_steps = 0
@@ -145,11 +146,11 @@ class World:
 
     def _check_amounts(self, chunks: list[Chunk], writing: list[RequestState]) -> None:
         assert len({chunk.state.number for chunk in chunks}) == len(chunks), "a request is twice in a step"
-        assert sum(chunk.length for chunk in chunks) <= self.config.max_step_tokens
+        assert sum(chunk.length for chunk in chunks) <= self.limits.max_tokens
         answers = [chunk for chunk in chunks if chunk.state in writing]
         assert all(chunk.length == 1 for chunk in answers)
         if answers:
-            assert sum(chunk.length for chunk in chunks) - len(answers) <= self.config.prefill_chunk
+            assert sum(chunk.length for chunk in chunks) - len(answers) <= self.limits.prefill_chunk
         for state in writing:
             assert any(chunk.state is state for chunk in answers) or not state.is_running, "an answer stood still"
 

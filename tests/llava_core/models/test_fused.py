@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from llava_core.checkpoints.layout import open_checkpoint
+from llava_core.kernels.layer_gpu import GpuKernels
 from llava_core.kernels.native import native_kernels
 from llava_core.kernels.packed import PackedLinear
 from llava_core.models.fused import FusedDecoder, Norm, ready_language
@@ -36,9 +37,9 @@ class Plain:
         groups = query.shape[1] // key.shape[1]
         key, value = (part.repeat_interleave(groups, 1) for part in (key, value))
         length = len(query)
-        seen = torch.ones(length, length, dtype=torch.bool).tril()
+        seen = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
         if window is not None:
-            seen &= ~torch.ones(length, length, dtype=torch.bool).tril(-window)
+            seen &= ~torch.ones_like(seen).tril(-window)
         scores = torch.einsum("qhd,khd->hqk", query, key) * scale
         return torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), value)
 
@@ -57,8 +58,8 @@ def build(folder: Path, dtype: torch.dtype = torch.float32, **text: object) -> L
 def hidden_states(side: LanguageSide, length: int) -> Tensor:
     model = side.decoder.model
     embeddings = torch.randn(1, length, side.config.hidden_size, generator=torch.Generator().manual_seed(1))
-    positions = torch.arange(3, 3 + length)[None]
-    embeddings = embeddings.to(side.decoder.dtype)
+    positions = torch.arange(3, 3 + length, device=side.device)[None]
+    embeddings = embeddings.to(side.device, side.decoder.dtype)
     if isinstance(model, FusedDecoder):
         return model(embeddings, positions, Plain()).last_hidden_state
     return model(inputs_embeds=embeddings, position_ids=positions, use_cache=False).last_hidden_state
@@ -77,6 +78,18 @@ def test_it_computes_what_transformers_computes(
     assert isinstance(fused.decoder.model, FusedDecoder)
     torch.testing.assert_close(hidden_states(fused, length), hidden_states(side, length), atol=1e-5, rtol=1e-5)
     assert torch.equal(fused.decoder.get_input_embeddings().weight, side.decoder.get_input_embeddings().weight)
+
+
+@pytest.mark.gpu
+@torch.inference_mode()
+@pytest.mark.parametrize("text", DECODERS.values(), ids=DECODERS)
+def test_a_gpus_kernels_compute_it_too(tiny_checkpoint: Path, text: dict[str, object]) -> None:
+    """In Triton's interpreter, where there is no GPU."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    side = build(tiny_checkpoint, **text).to(device)
+    expected = hidden_states(side, 7)
+    side.decoder.model = FusedDecoder(side.decoder.model, GpuKernels())
+    torch.testing.assert_close(hidden_states(side, 7), expected, atol=1e-5, rtol=1e-5)
 
 
 @torch.inference_mode()

@@ -9,6 +9,7 @@ import torch
 
 from llava_core.checkpoints.describe import read_preprocess_config
 from llava_core.checkpoints.layout import open_checkpoint
+from llava_core.kernels.layer_gpu import QuickGelu
 from llava_core.kernels.packed import PackedLinear
 from llava_core.vision.inference import call_before_layers, ready_tower
 from llava_core.vision.towers import VisionTower, build_tower
@@ -43,6 +44,18 @@ def test_features_stay_and_layers_behind_them_go(tiny_checkpoint: Path, layer: i
     torch.testing.assert_close(tower(pixels), before, atol=0, rtol=0)
     num_layers = tower.config.architecture["num_hidden_layers"]
     assert (sum(1 for _ in tower.parameters()) < num_parameters) == (layer not in (-1, num_layers))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@torch.inference_mode()
+@pytest.mark.parametrize("kind", ["CLIP", "SigLIP"])
+def test_a_gpus_kernels_give_the_features_too(tiny_checkpoint: Path, kind: str) -> None:
+    tower = tower_of(tiny_checkpoint, -2, kind).cuda()
+    before = tower(tiles().cuda())
+    ready_tower(tower)
+    assert any(isinstance(module, QuickGelu) for module in tower.modules())
+    torch.testing.assert_close(tower(tiles().cuda()), before, atol=1e-4, rtol=1e-4)
 
 
 @torch.inference_mode()
