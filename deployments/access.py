@@ -7,6 +7,8 @@ and not what the routes do.
 
 from __future__ import annotations
 
+import base64
+import binascii
 import logging
 import os
 import time
@@ -71,11 +73,12 @@ class KeyRing:
         self._refresh()
         self._check()
 
-    def find(self, headers: Headers) -> Caller:
-        """Whose `Authorization: Bearer` this is. Raises AuthenticationError, or KeysFileError."""
+    def find(self, headers: Headers, *, takes_passwords: bool = False) -> Caller:
+        """Whose `Authorization: Bearer` this is, or `Basic` with the key for a password, where that counts. Raises
+        AuthenticationError, or KeysFileError."""
         self._refresh()
         self._check()
-        key = _bearer(headers)
+        key = _given_key(headers, takes_passwords=takes_passwords)
         caller = self._callers.get(key_id_of(key) or "")
         if caller is None or not caller.key.is_hash_of(key):
             raise AuthenticationError("the API key is not known here")
@@ -117,15 +120,23 @@ class KeyRing:
 
 
 class Access:
-    """Middleware in front of `routes`. Sets `caller` in the scope's state."""
+    """Middleware in front of `routes`. Sets `caller` in the scope's state. On `password_routes` a key may also come as
+    the password of HTTP's basic authentication, for clients that know no other."""
 
     def __init__(
-        self, app: ASGIApp, *, keys: KeyRing, routes: Sequence[BaseRoute], open_routes: Collection[BaseRoute]
+        self,
+        app: ASGIApp,
+        *,
+        keys: KeyRing,
+        routes: Sequence[BaseRoute],
+        open_routes: Collection[BaseRoute],
+        password_routes: Collection[BaseRoute] = (),
     ) -> None:
         self._app = app
         self._keys = keys
         self._routes = routes
         self._open_routes = open_routes
+        self._password_routes = password_routes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Passes on what may pass, and answers everything else."""
@@ -138,7 +149,7 @@ class Access:
             await self._app(scope, receive, send)
             return
         try:
-            caller = self._keys.find(Headers(scope=scope))
+            caller = self._keys.find(Headers(scope=scope), takes_passwords=route in self._password_routes)
             caller.check_route(route)
             caller.quota.enter()
         except LlavaError as error:
@@ -167,6 +178,13 @@ def charged(items: AsyncGenerator[Item, None], request: Request) -> AsyncGenerat
     return items if caller is None else _charged(items, caller.quota)
 
 
+def charge(request: Request, num_tokens: int) -> None:
+    """Tokens that did not come as items, to whoever asked."""
+    caller: Caller | None = getattr(request.state, "caller", None)
+    if caller is not None:
+        caller.quota.charge(num_tokens)
+
+
 async def _charged(items: AsyncGenerator[Item, None], quota: Quota) -> AsyncGenerator[Item, None]:
     async with aclosing(items):
         async for item in items:
@@ -177,11 +195,20 @@ async def _charged(items: AsyncGenerator[Item, None], quota: Quota) -> AsyncGene
             yield item
 
 
-def _bearer(headers: Headers) -> str:
+def _given_key(headers: Headers, *, takes_passwords: bool) -> str:
     given = headers.getlist("authorization")
     if not given:
         raise AuthenticationError("an API key is needed: Authorization: Bearer <key>", code="missing_api_key")
     scheme, _, key = given[0].partition(" ")
+    if takes_passwords and len(given) == 1 and scheme.lower() == "basic":
+        return _password(key.strip())
     if len(given) > 1 or scheme.lower() != "bearer":
         raise AuthenticationError("the authorization must be one header: Authorization: Bearer <key>")
     return key.strip()
+
+
+def _password(credentials: str) -> str:
+    try:
+        return base64.b64decode(credentials, validate=True).decode().partition(":")[2]
+    except (binascii.Error, UnicodeDecodeError):
+        raise AuthenticationError("the basic authorization is no name and password in base64") from None

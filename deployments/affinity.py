@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Mapping
 
 from deployments.quarantine import pictures
-from llava_core.types import AnyRequest, CompletionRequest, TextPart
+from llava_core.types import AnyRequest, GenerationRequest, TextPart
 
 # Of each picture no more bytes are looked at, so that a large one does not hold up the event loop. Two pictures that
 # have all of these in common share a place, and nothing else.
@@ -36,7 +36,7 @@ def affinity_key(request: AnyRequest) -> str:
 
 
 def _beginning(request: AnyRequest) -> object:
-    if isinstance(request, CompletionRequest):
+    if not isinstance(request, GenerationRequest):
         return request.prompt[:_BEGINNING]
     parts = (part for message in request.messages[:1] for part in message.parts if isinstance(part, TextPart))
     return (request.system or "")[:_BEGINNING], "".join(part.text for part in parts)[:_BEGINNING]

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
+from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -16,7 +17,7 @@ from starlette.types import Receive, Scope, Send
 
 from deployments import sse
 from deployments.answer import Answer
-from deployments.heartbeats import Heartbeat
+from deployments.heartbeats import Heartbeat, comment
 from deployments.http_errors import HttpError, describe, error_body, error_response
 from deployments.messages import Item, Rejected, is_last
 from deployments.reply_form import ReplyForm
@@ -25,6 +26,7 @@ from llava_core.types import TokenDelta
 
 logger = logging.getLogger(__name__)
 _HEARTBEAT_S = 15.0
+Piece = TypeVar("Piece")
 
 
 async def respond(
@@ -32,15 +34,10 @@ async def respond(
 ) -> Response:
     """Nothing is sent before the first item: whatever is wrong by then gets a status of its own. Only a stream that
     waits for longer than `heartbeat_s` begins without one, and is told what is wrong as an event."""
-    items = _settled(items, request_id)
-    first = asyncio.ensure_future(anext(items))
-    try:
-        await asyncio.wait([first], timeout=heartbeat_s if answer.form.stream else None)
-    except asyncio.CancelledError:
-        await _abandon(first)
-        raise
+    items = settled(items, request_id)
+    first = await first_of(items, heartbeat_s if answer.form.stream else None)
     if answer.form.stream and not _is_refused(first):
-        return _EventStream(_events(answer, first, items, request_id), first, items, heartbeat_s)
+        return PieceStream(_events(answer, first, items, request_id), first, items, heartbeat_s)
     item = first.result()
     if isinstance(item, Rejected):
         await items.aclose()
@@ -48,11 +45,22 @@ async def respond(
     return await _in_one_piece(answer, item, items, request_id)
 
 
+async def first_of(pieces: AsyncGenerator[Piece, None], wait_s: float | None) -> asyncio.Future[Piece]:
+    """The first of them, waited for no longer than `wait_s`; with None until it is there."""
+    first = asyncio.ensure_future(anext(pieces))
+    try:
+        await asyncio.wait([first], timeout=wait_s)
+    except asyncio.CancelledError:
+        await _abandon(first)
+        raise
+    return first
+
+
 def _is_refused(first: asyncio.Future[Item]) -> bool:
     return first.done() and isinstance(first.result(), Rejected)
 
 
-async def _abandon(first: asyncio.Future[Item]) -> None:
+async def _abandon(first: asyncio.Future[Any]) -> None:
     """So that the generator it comes from can be closed."""
     first.cancel()
     await asyncio.wait([first])
@@ -63,7 +71,7 @@ def refusal(form: ReplyForm, rejected: Rejected, request_id: str) -> Response:
     return error_response(_describe_for(form, rejected), request_id)
 
 
-async def _settled(items: AsyncGenerator[Item, None], request_id: str) -> AsyncGenerator[Item, None]:
+async def settled(items: AsyncGenerator[Item, None], request_id: str) -> AsyncGenerator[Item, None]:
     """The items; whatever goes wrong becomes the last of them.
 
     Reads to the very end, because a stream that is dropped before is a cancellation to the stage that writes it.
@@ -120,22 +128,27 @@ def _describe_for(form: ReplyForm, rejected: Rejected) -> HttpError:
     return error.at(form.locate(error.param))
 
 
-class _EventStream(StreamingResponse):
-    """Closes its source however it ends, begun or not: a client that hangs up is noticed by the stages at once."""
+class PieceStream(StreamingResponse):
+    """Closes its source however it ends, begun or not: a client that hangs up is noticed by the stages at once. What
+    it sends when there is nothing to say is its `sign`."""
 
     def __init__(
         self,
-        events: AsyncGenerator[bytes, None],
-        first: asyncio.Future[Item],
-        source: AsyncGenerator[Item, None],
+        pieces: AsyncGenerator[bytes, None],
+        first: asyncio.Future[Any],
+        source: AsyncGenerator[Any, None],
         heartbeat_s: float,
+        *,
+        sign: Callable[[], bytes] = comment,
+        media_type: str = sse.MEDIA_TYPE,
+        headers: Mapping[str, str] = sse.HEADERS,
     ) -> None:
-        super().__init__(events, media_type=sse.MEDIA_TYPE, headers=sse.HEADERS)
-        self._events, self._first, self._source = events, first, source
-        self._heartbeat_s = heartbeat_s
+        super().__init__(pieces, media_type=media_type, headers=headers)
+        self._pieces, self._first, self._source = pieces, first, source
+        self._heartbeat_s, self._sign = heartbeat_s, sign
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        heartbeat = Heartbeat(send, self._heartbeat_s)
+        heartbeat = Heartbeat(send, self._heartbeat_s, self._sign)
         try:
             async with heartbeat.beating():
                 await super().__call__(scope, receive, heartbeat.send)
@@ -143,5 +156,5 @@ class _EventStream(StreamingResponse):
             logger.info("the client hung up")
         finally:
             await _abandon(self._first)
-            await self._events.aclose()
+            await self._pieces.aclose()
             await self._source.aclose()

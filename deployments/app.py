@@ -11,12 +11,14 @@ from ray.serve import Application, Deployment
 from ray.serve.config import AutoscalingConfig
 
 from deployments.handoff import Handoff, RayHandoff
+from deployments.llava_protocol.settings import LlavaProtocolArgs
 from deployments.preflight import FoundCheckpoint, check_checkpoints, share_towers
 from deployments.replicas import (
     GatewayReplica,
     GeneratorReplica,
     PreprocessorReplica,
     VisionEncoderReplica,
+    WorkerTableReplica,
     adopt_serve_logging,
 )
 from deployments.settings import AppArgs
@@ -42,7 +44,17 @@ def build_graph(
 ) -> Application:
     """Gateway → Preprocessor → VisionEncoder → Generator, as bound deployments."""
     gateway = _deploy(serve.ingress()(GatewayReplica), "Gateway", args.gateway)
-    return gateway.bind(args, *bind_stages(args, found, towers, handoff), handoff)
+    return gateway.bind(args, *bind_stages(args, found, towers, handoff), handoff, _bind_table(args.llava_protocol))
+
+
+def _bind_table(args: LlavaProtocolArgs) -> Application | None:
+    """Of the workers that register themselves: one for all gateways, and none where nobody may register. It waits for
+    nothing and needs no place among the CPUs."""
+    if not args.enabled or not args.workers.allowed_hosts:
+        return None
+    return _deploy(WorkerTableReplica, "WorkerTable", StageArgs(num_cpus=0, max_ongoing_requests=1000)).bind(
+        args.workers
+    )
 
 
 def bind_stages(

@@ -24,7 +24,7 @@ from deployments.reply_form import ReadRequest, ReplyForm
 from deployments.schema import parse_body
 from llava_core.errors import RequestError
 from llava_core.images.loading import ImageLimits, decode_data_url
-from llava_core.prepare import RequestLimits
+from llava_core.request_limits import RequestLimits
 from llava_core.types import GenerationRequest, ImagePart, ImageUrl, Message, TextPart
 from llava_core.views import DicomView
 

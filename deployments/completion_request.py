@@ -15,7 +15,7 @@ from deployments.reply_form import ReadRequest, ReplyForm
 from deployments.sampling_schema import SamplingBody, Token
 from deployments.schema import parse_body
 from llava_core.errors import RequestError
-from llava_core.prepare import RequestLimits
+from llava_core.request_limits import RequestLimits
 from llava_core.types import MAX_LOGPROBS, CompletionRequest
 
 _DEFAULT_MAX_TOKENS = 16

@@ -1,5 +1,5 @@
 """Errors of the service that the core does not know: bodies too large or slow, keys that are not good for what they are
-used for, content that kills, deadlines, stages lost or missing, a start refused.
+used for, content that kills, deadlines, stages lost or missing, workers of others that fail, a start refused.
 
 Plain exceptions on top of the core's tree, which every process can afford and pickle. Knows neither HTTP nor Ray.
 """
@@ -66,6 +66,19 @@ class StageUnavailableError(LlavaError):
 
 class StageLostError(LlavaError):
     """The replica that worked on the request, or what it made, is gone."""
+
+
+class WorkerFailedError(LlavaError):
+    """A registered worker (llava_protocol/) is not there, or does not keep to the protocol. `kind` is for metrics,
+    `reason` for the log."""
+
+    def __init__(self, kind: str, reason: str) -> None:
+        super().__init__(kind, reason)
+        self.kind = kind
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.reason}"
 
 
 class LaunchError(LlavaError):

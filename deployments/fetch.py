@@ -1,27 +1,22 @@
-"""Pictures that a request names by address become pictures that it holds: the only place that fetches anything.
+"""Pictures that a request names by address become pictures that it holds.
 
-Off unless hosts are allowed. A name is resolved once, what it leads to is judged, and the connection goes to the very
-address that was judged, so that no second answer of a name server counts; every redirect goes the same way. No proxy,
-cookie or credential takes part. Knows no formats of pictures.
+Where they may come from outgoing.py judges; every redirect goes the same way. Knows no formats of pictures.
 """
 
 from __future__ import annotations
 
 import asyncio
-import ipaddress
-import socket
 import ssl
-from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 
 import httpx
 
-from deployments.addresses import HostRule, may_connect, parse_address
+from deployments.addresses import parse_address
+from deployments.outgoing import NoAddressError, Outgoing, Resolve, resolve_host
 from deployments.settings import FetchArgs
 from llava_core.errors import ImageError
 from llava_core.types import GenerationRequest, ImagePart, ImageUrl, Message, TextPart
 
-Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
 _REDIRECTS = (301, 302, 303, 307, 308)
 # Some stores of files know no better than the last two; what it really is, its first bytes will tell.
 _MEDIA_TYPES = ("image/", "application/dicom", "application/octet-stream", "binary/octet-stream")
@@ -29,27 +24,12 @@ _MEDIA_TYPES = ("image/", "application/dicom", "application/octet-stream", "bina
 _HEADERS = {"accept": "image/*, application/dicom", "accept-encoding": "identity", "user-agent": "llava-serve"}
 
 
-async def resolve_host(host: str, port: int) -> list[str]:
-    """The addresses of a name, as this machine finds them. Raises OSError where there are none."""
-    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    return [str(address[0]) for *_, address in found]
-
-
 class Fetcher:
     """Fetches for any number of requests at once, keeping nothing between them."""
 
     def __init__(self, args: FetchArgs, *, resolve: Resolve = resolve_host, tls: ssl.SSLContext | None = None) -> None:
         self._args = args
-        self._rules = [HostRule.parse(host) for host in args.allowed_hosts]
-        self._networks = [ipaddress.ip_network(network) for network in args.allowed_networks]
-        self._resolve = resolve
-        # A transport and not a client, which would keep cookies of one request for another. Connections are not kept:
-        # they are found again by their address, and another host's name may lead to the same one.
-        self._transport = httpx.AsyncHTTPTransport(
-            verify=tls or ssl.create_default_context(),
-            trust_env=False,
-            limits=httpx.Limits(max_keepalive_connections=0),
-        )
+        self._outgoing = Outgoing(args, resolve=resolve, tls=tls)
 
     async def fetch_images(self, request: GenerationRequest) -> GenerationRequest:
         """The request with its pictures in place of their addresses. Raises ImageError for the first that fails, and
@@ -73,7 +53,7 @@ class Fetcher:
 
     async def fetch(self, address: str, param: str) -> bytes:
         """What lies at the address. Raises ImageError, which tells nothing about what is behind it."""
-        if not self._rules:
+        if self._outgoing.is_off:
             raise ImageError(
                 "this service fetches no addresses; send the picture itself, as a data: URL with base64",
                 param=param,
@@ -106,38 +86,18 @@ class Fetcher:
     async def _ask(self, url: httpx.URL, param: str) -> httpx.Response:
         """The head of the answer; the body is still to be read."""
         self._check(url, param)
-        error: Exception = _failed("its host has no address that may be asked", param)
-        for ip in await self._addresses(url):
-            request = httpx.Request(
-                "GET",
-                url.copy_with(host=ip),
-                headers={**_HEADERS, "host": url.netloc.decode("ascii")},
-                # Certificates are checked against the name, which is also what the server is told.
-                extensions={"sni_hostname": url.host},
-            )
-            try:
-                return await self._transport.handle_async_request(request)
-            except httpx.ConnectError as reason:
-                error = reason
-        raise error
+        try:
+            return await self._outgoing.send("GET", url, _HEADERS)
+        except NoAddressError as error:
+            raise _failed(str(error), param) from None
 
     def _check(self, url: httpx.URL, param: str) -> None:
-        is_allowed = any(rule.allows(url) for rule in self._rules)
-        if not is_allowed or (url.scheme == "http" and not self._args.allow_http):
+        if not self._outgoing.allows(url):
             raise ImageError(
                 "the image's address is not one that this service may fetch from: hosts, ports and schemes are limited",
                 param=param,
                 code="image_url_not_allowed",
             )
-
-    async def _addresses(self, url: httpx.URL) -> list[str]:
-        """All that the name leads to, or none where it leads to one that is not public: nobody means such a mixture."""
-        try:
-            found = await self._resolve(url.host, url.port or (443 if url.scheme == "https" else 80))
-        except (OSError, UnicodeError):
-            return []
-        is_allowed = all(may_connect(address, self._networks) for address in found)
-        return list(dict.fromkeys(found)) if is_allowed else []
 
     async def _read(self, response: httpx.Response, param: str) -> bytes:
         if response.status_code != httpx.codes.OK:

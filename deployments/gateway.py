@@ -7,11 +7,10 @@ neither torch nor Ray, and does not know what the stages do.
 
 from __future__ import annotations
 
-import asyncio
 import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -25,15 +24,20 @@ from starlette.types import ASGIApp
 from deployments.access import Access, KeyRing, charged
 from deployments.answer import Answer, model_body
 from deployments.answering import refusal, respond
-from deployments.bodies import BodyBudget, Lease, read_body
+from deployments.bodies import Lease
 from deployments.chat_request import read_chat_request
 from deployments.chat_response import ChatAnswer
 from deployments.completion_request import read_completion_request
 from deployments.completion_response import CompletionAnswer
-from deployments.deadlines import Deadline, read_deadline
 from deployments.errors import DeadlineError
 from deployments.http_errors import HttpError, describe, describe_http, error_response
 from deployments.in_flight import InFlight
+from deployments.intake import Intake, Reader
+from deployments.llava_protocol.registrar import Registrar
+from deployments.llava_protocol.routes import LlavaProtocol
+from deployments.llava_protocol.settings import LlavaProtocolArgs
+from deployments.llava_protocol.table import Workers, WorkerTable
+from deployments.llava_protocol.worker_client import WorkerClient
 from deployments.messages import Item, Rejected, StageHealth
 from deployments.metrics import Recorder, Unrecorded
 from deployments.openapi import describe_api
@@ -44,7 +48,6 @@ from deployments.settings import LimitArgs
 from deployments.side_by_side import side_by_side
 from deployments.tokenize_request import read_detokenize_request, read_tokenize_request, tokenized_body
 from llava_core.errors import LlavaError, OverloadedError, RequestError, UnknownNameError
-from llava_core.prepare import RequestLimits
 from llava_core.types import AnyRequest, Tokenized
 
 
@@ -64,14 +67,9 @@ class EngineClient(Protocol):
         ...
 
 
-Given = TypeVar("Given")
-# A body, an id for the request, and the limits.
-Reader = Callable[[bytes, str, RequestLimits], Given]
-
-
 class Gateway:
     """`app` is the ASGI application. `engines` come by the names of their models. `echo_request_id` is False where the
-    server puts the id on responses itself."""
+    server puts the id on responses itself. Where there are several gateways `workers` is the table that they share."""
 
     def __init__(
         self,
@@ -84,14 +82,16 @@ class Gateway:
         echo_request_id: bool = True,
         max_in_flight: int | None = None,
         recorder: Recorder | None = None,
+        llava: LlavaProtocolArgs | None = None,
+        workers: Workers | None = None,
     ) -> None:
         self._engines = engines
         self._check_stages = check_stages
-        self._limits = limits or LimitArgs()
-        self._bodies = BodyBudget(self._limits.max_bytes_in_flight)
+        self._intake = Intake(limits or LimitArgs())
         self._created = int(time.time())
         self._echo_request_id = echo_request_id
         self._recorder = recorder or Unrecorded()
+        protocol = self._llava_protocol(llava or LlavaProtocolArgs(), workers)
         health = Route("/health", self._health, name="health")
         self.routes = [
             Route("/v1/chat/completions", self._chat, methods=["POST"], name="chat_completions"),
@@ -102,17 +102,19 @@ class Gateway:
             Route("/v1/models/{name:path}", self._model, name="model"),
             Route("/openapi.json", self._openapi, name="openapi"),
             health,
+            *protocol.routes,
         ]
         self._description = describe_api(
-            self.routes, has_keys=keys is not None, max_timeout_seconds=self._limits.max_timeout_seconds
+            self.routes, has_keys=keys is not None, max_timeout_seconds=self._intake.limits.max_timeout_seconds
         )
         app = Starlette(
             routes=self.routes,
             middleware=[
                 Middleware(RequestIds, echo=echo_request_id),
+                *protocol.middleware,
                 *_cross_origin(origins),
-                *([] if keys is None else [Middleware(Access, keys=keys, routes=self.routes, open_routes=[health])]),
-                *([] if max_in_flight is None else [Middleware(InFlight, limit=max_in_flight)]),
+                *([] if keys is None else [self._access(keys, health, protocol)]),
+                *([] if max_in_flight is None else [_in_flight(max_in_flight, protocol)]),
             ],
             exception_handlers={
                 HTTPException: _on_http_exception,
@@ -122,6 +124,14 @@ class Gateway:
         )
         self.app: ASGIApp = RequestMetrics(app, self.routes, self._recorder)
 
+    def _llava_protocol(self, args: LlavaProtocolArgs, workers: Workers | None) -> LlavaProtocol:
+        table = WorkerTable(args.workers, recorder=self._recorder) if workers is None else workers
+        registrar = Registrar(table, WorkerClient(args.workers), self._engines, self._recorder)
+        return LlavaProtocol(self._engines, registrar, self._intake, args, self._recorder)
+
+    def _access(self, keys: KeyRing, health: Route, protocol: LlavaProtocol) -> Middleware:
+        return Middleware(Access, keys=keys, routes=self.routes, open_routes=[health], password_routes=protocol.routes)
+
     async def _chat(self, request: Request) -> Response:
         return await self._answer(request, read_chat_request, ChatAnswer)
 
@@ -130,12 +140,14 @@ class Gateway:
 
     async def _answer(self, request: Request, read: Reader[ReadRequest], kind: type[Answer]) -> Response:
         completion_id = f"{kind.id_prefix}{uuid.uuid4().hex}"
-        body = self._bodies.lease()
+        body = self._intake.lease()
         try:
-            deadline = self._deadline(request)
+            deadline = self._intake.deadline(request)
             async with deadline.around():
                 answer, items = await self._begin(request, body, read, kind, completion_id)
-            return await respond(answer, deadline.watch(items), _request_id(request), self._limits.heartbeat_seconds)
+            return await respond(
+                answer, deadline.watch(items), _request_id(request), self._intake.limits.heartbeat_seconds
+            )
         except (RequestError, OverloadedError, DeadlineError) as error:
             return error_response(describe(error), _request_id(request))
         finally:
@@ -145,7 +157,7 @@ class Gateway:
         self, request: Request, lease: Lease, read: Reader[ReadRequest], kind: type[Answer], completion_id: str
     ) -> tuple[Answer, AsyncGenerator[Item, None]]:
         """Body and pictures are gone from here when this returns; the stream lets go of them once they are sent."""
-        given = await self._read(request, lease, read, completion_id)
+        given = await self._intake.read(request, lease, read, completion_id)
         model = self._chosen(given.form.model)
         answer = kind(completion_id, model, given.form)
         # Of several prompts each lets go of all, which are texts, and small.
@@ -154,10 +166,10 @@ class Gateway:
         return answer, charged(metered(items, self._recorder, model), request)
 
     async def _tokenize(self, request: Request) -> Response:
-        body = self._bodies.lease()
+        body = self._intake.lease()
         try:
-            async with self._deadline(request).around():
-                given = await self._read(request, body, read_tokenize_request, uuid.uuid4().hex)
+            async with self._intake.deadline(request).around():
+                given = await self._intake.read(request, body, read_tokenize_request, uuid.uuid4().hex)
                 engine = self._engines[self._chosen(given.read.form.model)]
                 tokenized = await engine.tokenize(given.read.generation)
         except LlavaError as error:
@@ -169,10 +181,10 @@ class Gateway:
         return JSONResponse(tokenized_body(tokenized, with_texts=given.with_texts))
 
     async def _detokenize(self, request: Request) -> Response:
-        body = self._bodies.lease()
+        body = self._intake.lease()
         try:
-            async with self._deadline(request).around():
-                given = await self._read(request, body, read_detokenize_request, uuid.uuid4().hex)
+            async with self._intake.deadline(request).around():
+                given = await self._intake.read(request, body, read_detokenize_request, uuid.uuid4().hex)
                 text = await self._engines[self._chosen(given.model)].detokenize(given.ids)
         except LlavaError as error:
             return error_response(describe(error), _request_id(request))
@@ -181,16 +193,6 @@ class Gateway:
         if isinstance(text, Rejected):
             return error_response(describe(text.error), _request_id(request))
         return JSONResponse({"prompt": text})
-
-    async def _read(self, request: Request, lease: Lease, read: Reader[Given], request_id: str) -> Given:
-        body = await read_body(
-            request, lease, max_bytes=self._limits.max_body_bytes, max_seconds=self._limits.max_body_seconds
-        )
-        # Parsing JSON and base64 of several megabytes takes tens of milliseconds.
-        return await asyncio.to_thread(read, body, request_id, self._limits.request)
-
-    def _deadline(self, request: Request) -> Deadline:
-        return read_deadline(request.headers, max_seconds=self._limits.max_timeout_seconds)
 
     def _chosen(self, name: str | None) -> str:
         """The model to be asked: the one that is named, or the only one there is."""
@@ -233,6 +235,10 @@ class Gateway:
             # Starlette answers these outside of its middleware.
             response.headers[REQUEST_ID_HEADER] = _request_id(request)
         return response
+
+
+def _in_flight(limit: int, protocol: LlavaProtocol) -> Middleware:
+    return Middleware(InFlight, limit=limit, light_routes=protocol.light_routes)
 
 
 def _cross_origin(origins: Sequence[str]) -> list[Middleware]:

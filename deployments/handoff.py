@@ -14,7 +14,7 @@ import ray
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
 from deployments.ray_errors import ray_errors_as_ours
-from llava_core.types import AnyRequest, CompletionRequest, GenerationRequest
+from llava_core.types import AnyRequest
 
 
 class Handoff(Protocol):
@@ -63,7 +63,7 @@ class RayHandoff:
     async def kept(self, given: object) -> AnyRequest:
         """See Handoff."""
         request = await given if isinstance(given, ray.ObjectRef) else given
-        assert isinstance(request, GenerationRequest | CompletionRequest), type(request)
+        assert isinstance(request, AnyRequest), type(request)
         return request
 
     async def give(self, response: DeploymentResponse[Any]) -> object:
@@ -95,7 +95,7 @@ class LocalHandoff:
 
     async def kept(self, given: object) -> AnyRequest:
         """See Handoff."""
-        assert isinstance(given, GenerationRequest | CompletionRequest), type(given)
+        assert isinstance(given, AnyRequest), type(given)
         return given
 
     async def give(self, response: DeploymentResponse[Any]) -> object:

@@ -1,24 +1,30 @@
 """Signs of life of a stream that has nothing to say: comments, which clients skip and proxies take for traffic.
 
-Knows how an ASGI response is sent, and not what is in it.
+Where a protocol has no comments, its own sign. Knows how an ASGI response is sent, and not what is in it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 from starlette.types import Message, Send
 
 from deployments import sse
 
 
-class Heartbeat:
-    """Sends a comment after every `seconds` in which nothing else was sent, while the response is under way."""
+def comment() -> bytes:
+    """That of server-sent events."""
+    return sse.COMMENT
 
-    def __init__(self, send: Send, seconds: float) -> None:
+
+class Heartbeat:
+    """Sends a sign after every `seconds` in which nothing else was sent, while the response is under way."""
+
+    def __init__(self, send: Send, seconds: float, sign: Callable[[], bytes] = comment) -> None:
         self._send = send
+        self._sign = sign
         self._seconds = seconds
         self._sending = asyncio.Lock()
         self._sent_at = 0.0
@@ -50,7 +56,7 @@ class Heartbeat:
                 if not self._is_under_way or clock.time() < self._sent_at + self._seconds:
                     continue
                 try:
-                    await self._send({"type": "http.response.body", "body": sse.COMMENT, "more_body": True})
+                    await self._send({"type": "http.response.body", "body": self._sign(), "more_body": True})
                 except OSError:
                     # The client is gone, which whoever sends the answer finds out as well.
                     return

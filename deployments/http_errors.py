@@ -26,6 +26,7 @@ from deployments.errors import (
     RequestTooLargeError,
     StageLostError,
     StageUnavailableError,
+    WorkerFailedError,
 )
 from deployments.request_context import current_request
 from llava_core.errors import EngineError, LlavaError, OverloadedError, RequestError, UnknownNameError
@@ -56,6 +57,7 @@ class HttpError:
 
 _UNAVAILABLE = "a stage of the service is not available; try again"
 _NO_KEYS = "keys cannot be checked at the moment; try again later"
+_WORKER_FAILED = "the registered worker that has this model does not answer as it should; try again"
 _LOST = "the part of the service that worked on this request is gone; try again"
 # Said while the body may still be coming: 401, 403, 408 and 413.
 _BEFORE_THE_BODY = frozenset(
@@ -83,6 +85,7 @@ TABLE: tuple[tuple[type[BaseException], HttpError], ...] = (
     (KeysFileError, HttpError(503, "server_error", "keys_unavailable", _NO_KEYS, retry_after_s=5)),
     (StageUnavailableError, HttpError(503, "server_error", "unavailable", _UNAVAILABLE, retry_after_s=5)),
     (StageLostError, HttpError(503, "server_error", "replica_lost", _LOST, retry_after_s=1)),
+    (WorkerFailedError, HttpError(502, "server_error", "worker_failed", _WORKER_FAILED)),
     (DeadlineError, HttpError(504, "server_error", "deadline_exceeded", _TOO_LATE)),
     (EngineError, HttpError(500, "server_error", "engine_error", "the answer could not be generated")),
     (LlavaError, HttpError(500, "server_error", "internal_error", "the request failed inside the service")),
@@ -114,7 +117,7 @@ def error_body(error: HttpError, request_id: str) -> dict[str, Any]:
     request = current_request()
     request.error_code, request.limit = error.code, error.limit
     content = {"message": error.message, "type": error.type, "param": error.param, "code": error.code}
-    return {"error": content, "request_id": request_id}
+    return {**request.error_extras, "error": content, "request_id": request_id}
 
 
 def error_response(error: HttpError, request_id: str) -> JSONResponse:

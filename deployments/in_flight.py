@@ -6,6 +6,9 @@ the others. Knows no routes and no stages.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
+from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from deployments.http_errors import describe, error_response
@@ -13,16 +16,18 @@ from llava_core.errors import OverloadedError
 
 
 class InFlight:
-    """Middleware for what has a body. Questions about the service itself are answered however busy it is."""
+    """Middleware for what has a body. Questions about the service itself are answered however busy it is, and so are
+    `light_routes`."""
 
-    def __init__(self, app: ASGIApp, *, limit: int) -> None:
+    def __init__(self, app: ASGIApp, *, limit: int, light_routes: Collection[Route] = ()) -> None:
         self._app = app
         self._limit = limit
+        self._light_routes = light_routes
         self._count = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI. A request has its place until its answer is complete or its client is gone."""
-        if scope["type"] != "http" or scope["method"] != "POST":
+        if scope["type"] != "http" or scope["method"] != "POST" or self._is_light(scope):
             await self._app(scope, receive, send)
             return
         if self._count >= self._limit:
@@ -36,3 +41,6 @@ class InFlight:
             await self._app(scope, receive, send)
         finally:
             self._count -= 1
+
+    def _is_light(self, scope: Scope) -> bool:
+        return any(route.matches(scope)[0] is Match.FULL for route in self._light_routes)

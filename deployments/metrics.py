@@ -81,6 +81,12 @@ ROUTED = Counter(
     "Calls of a stage by the replica they went to: `preferred`, `fallback` or `keyless`.",
     ("target", "choice"),
 )
+REGISTERED_WORKERS = Gauge("llava_registered_workers", "Workers of LLaVA's protocol that requests are sent to.")
+WORKER_FAILURES = Counter(
+    "llava_worker_failures_total",
+    "Registered workers that failed: `unreachable`, `silent`, `garbage`, `cut_off` or `too_long`.",
+    ("kind",),
+)
 
 # The stages': `stage` is fetch, preprocess, encode, transfer, prefill or decode; those that queue are preprocess,
 # encode and generate.

@@ -19,6 +19,9 @@ from starlette.routing import Route
 from deployments.chat_schema import ChatBody
 from deployments.completion_request import CompletionBody
 from deployments.deadlines import TIMEOUT_HEADER
+from deployments.llava_protocol.generation import GenerationBody
+from deployments.llava_protocol.routes import AddressBody, HeartBeatBody, RegisterBody
+from deployments.llava_protocol.streaming import MEDIA_TYPE
 from deployments.request_ids import REQUEST_ID_HEADER, SOUND_ID
 from deployments.tokenize_request import DetokenizeBody, TokenizeBody
 
@@ -27,6 +30,7 @@ _REFERENCE = "#/components/schemas/{model}"
 _PARAMETER = re.compile(r"\{(\w+)(:\w+)?\}")
 _OF_KEYS = (401, 403, 429)
 _OF_BODIES = (400, 404, 408, 413, 429, 500)
+_OF_NOTES = (400, 408, 413, 429)
 # Of whatever stands in front of the gateway when that is gone, not there or silent; and of a route's own.
 _OF_THE_ENTRANCE = (502, 503, 504)
 
@@ -41,6 +45,7 @@ class Operation:
     chunk: str | None = None
     errors: tuple[int, ...] = ()
     is_open: bool = False
+    media_type: str = "application/json"
 
 
 # By the names of routes.
@@ -64,6 +69,25 @@ OPERATIONS: Mapping[str, Operation] = {
     "models": Operation("What is served.", "ModelList"),
     "model": Operation("One of the models that are served.", "Model", errors=(404,)),
     "openapi": Operation("This description.", "OpenApi"),
+    "llava_list_models": Operation("LLaVA's protocol: what is served.", "Models", errors=(400,)),
+    "llava_refresh_all_workers": Operation("LLaVA's protocol: ask all workers anew.", "Nothing", errors=(400,)),
+    "llava_get_worker_address": Operation(
+        "LLaVA's protocol: where a model is.", "Address", body=AddressBody, errors=_OF_NOTES
+    ),
+    "llava_worker_get_status": Operation("LLaVA's protocol: this service as a worker.", "Status", errors=(400,)),
+    "llava_register_worker": Operation(
+        "LLaVA's protocol: a worker is there.", "Nothing", body=RegisterBody, errors=(*_OF_NOTES, 403)
+    ),
+    "llava_receive_heart_beat": Operation(
+        "LLaVA's protocol: a worker is still there.", "Known", body=HeartBeatBody, errors=_OF_NOTES
+    ),
+    "llava_worker_generate_stream": Operation(
+        "LLaVA's protocol: an answer as JSON objects with a zero byte behind each.",
+        "Frames",
+        body=GenerationBody,
+        errors=(*_OF_BODIES, 422),
+        media_type=MEDIA_TYPE,
+    ),
     "health": Operation("Whether every stage can serve.", "Health", is_open=True),
 }
 
@@ -81,7 +105,7 @@ def describe_api(routes: Sequence[Route], *, has_keys: bool, max_timeout_seconds
             path = _PARAMETER.sub(r"{\1}", route.path)
             operation = OPERATIONS[route.name]
             described = _operation(route, operation, has_keys=has_keys)
-            described["parameters"] += [_REQUEST_ID] if operation.body is None else [_REQUEST_ID, timeout]
+            described["parameters"] += [_REQUEST_ID, timeout] if method == "POST" else [_REQUEST_ID]
             paths.setdefault(path, {})[method.lower()] = described
     bodies = [(each.body, "validation") for each in OPERATIONS.values() if each.body is not None]
     _, schemas = models_json_schema(bodies, ref_template=_REFERENCE)  # type: ignore[arg-type]
@@ -103,7 +127,7 @@ def describe_api(routes: Sequence[Route], *, has_keys: bool, max_timeout_seconds
 
 
 def _operation(route: Route, operation: Operation, *, has_keys: bool) -> Json:
-    content = {"application/json": {"schema": _ref(operation.answer)}}
+    content = {operation.media_type: {"schema": _ref(operation.answer)}}
     if operation.chunk is not None:
         content["text/event-stream"] = {"itemSchema": _object({"data": _event(operation.chunk)})}
     statuses = {*operation.errors, *_OF_THE_ENTRANCE, *(_OF_KEYS if has_keys and not operation.is_open else ())}
@@ -244,5 +268,11 @@ ANSWERS: Mapping[str, Json] = {
     "Health": _object(
         {"status": {"const": "ok"}, "stages": {"type": "object", "additionalProperties": {"const": "ok"}}}
     ),
+    "Models": _object({"models": _list(_TEXT)}),
+    "Address": _object({"address": _TEXT}),
+    "Status": _object({"model_names": _list(_TEXT), "speed": {"type": "number"}, "queue_length": _COUNT}),
+    "Known": _object({"exist": {"type": "boolean"}}),
+    "Nothing": {"type": "null"},
+    "Frames": _TEXT,
     "OpenApi": _object({"openapi": _TEXT, "info": {"type": "object"}, "paths": {"type": "object"}}),
 }

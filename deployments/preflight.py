@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from deployments.model_settings import ModelArgs
 from deployments.settings import AppArgs
-from llava_core.prepare import RequestLimits
+from llava_core.request_limits import RequestLimits
 
 if TYPE_CHECKING:
     from llava_core.checkpoints.layout import Checkpoint

@@ -20,7 +20,7 @@ from deployments.watchdog import Watchdog
 from llava_core.errors import LlavaError
 from llava_core.lru import LruCache
 from llava_core.prepare import Preparer
-from llava_core.types import AnyRequest, CompletionRequest, PreparedImage, Tokenized
+from llava_core.types import AnyRequest, GenerationRequest, PreparedImage, Tokenized
 
 Result = TypeVar("Result")
 
@@ -74,7 +74,7 @@ class Preprocessor:
 
     async def _fetched(self, request: AnyRequest, preparer: Preparer) -> AnyRequest | Rejected:
         """The request with every picture in it. Nothing is fetched for one that will be refused all the same."""
-        if isinstance(request, CompletionRequest) or not request.has_addresses:
+        if not isinstance(request, GenerationRequest) or not request.has_addresses:
             return request
         began = time.perf_counter()
         try:

@@ -18,7 +18,15 @@ from typing import TypeVar
 
 from deployments.errors import ContentRefusedError, StageLostError
 from deployments.metrics import QUARANTINED, RETRIES, Reading, Recorder, Unrecorded
-from llava_core.types import AnyRequest, CompletionRequest, ImagePart, ImageUrl, TextPart
+from llava_core.types import (
+    AnyRequest,
+    CompletionRequest,
+    GenerationRequest,
+    ImagePart,
+    ImageUrl,
+    RenderedRequest,
+    TextPart,
+)
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -113,13 +121,16 @@ def digests(request: AnyRequest) -> set[str]:
     if found:
         return found
     # `repr`, because a text may hold halves of characters, which have no bytes.
-    prompt = request.prompt if isinstance(request, CompletionRequest) else (request.system, request.messages)
+    prompt = (request.system, request.messages) if isinstance(request, GenerationRequest) else request.prompt
     return {hashlib.sha256(repr(prompt).encode()).hexdigest()}
 
 
 def pictures(request: AnyRequest) -> Iterator[bytes]:
     """The bytes of each picture, in order, or of its address where it is still to be fetched."""
     if isinstance(request, CompletionRequest):
+        return
+    if isinstance(request, RenderedRequest):
+        yield from (part.data for part in request.images)
         return
     for part in (part for message in request.messages for part in message.parts):
         if isinstance(part, ImagePart):

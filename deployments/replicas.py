@@ -25,6 +25,9 @@ from deployments.fetch import Fetcher
 from deployments.gateway import Gateway
 from deployments.generator import Generator
 from deployments.handoff import Handoff
+from deployments.llava_protocol.settings import WorkerArgs
+from deployments.llava_protocol.shared_table import SharedTable
+from deployments.llava_protocol.table import WorkerTable
 from deployments.metrics import RayRecorder, engine_readings
 from deployments.model_settings import ModelArgs
 from deployments.pipeline import Handle, Pipeline
@@ -69,8 +72,10 @@ class GatewayReplica:
         encoders: Mapping[str, Handle],
         generators: Mapping[str, Handle],
         handoff: Handoff,
+        table: Handle | None = None,
     ) -> None:
-        """Encoders and generators come by the names of the models that use them."""
+        """Encoders and generators come by the names of the models that use them, `table` where workers of others may
+        register."""
         adopt_serve_logging()
         for host in in_thread_of_its_own(_listening_hosts):
             check_exposure(host, args.auth)
@@ -93,10 +98,20 @@ class GatewayReplica:
             echo_request_id=False,
             max_in_flight=args.max_requests_in_flight,
             recorder=recorder,
+            llava=args.llava_protocol,
+            workers=None if table is None else SharedTable(table),
         )
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return self._gateway.app
+
+
+class WorkerTableReplica(WorkerTable):
+    """Starts empty."""
+
+    def __init__(self, args: WorkerArgs) -> None:
+        adopt_serve_logging()
+        super().__init__(args, recorder=RayRecorder().start())
 
 
 class PreprocessorReplica(Preprocessor):

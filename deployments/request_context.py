@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
@@ -19,6 +19,8 @@ class RequestContext:
 
     started: float = field(default_factory=time.perf_counter)
     key_id: str | None = None
+    # What clients of the route look for in an error, beside OpenAI's.
+    error_extras: Mapping[str, object] = field(default_factory=dict)
     # Of the error that the client was told.
     error_code: str | None = None
     # What there was too little of, where that was the error.

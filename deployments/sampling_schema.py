@@ -29,7 +29,7 @@ def text_or_list(value: Any) -> str | None:
     return "<text>" if isinstance(value, str) else "<list>" if isinstance(value, list) else None
 
 
-_Stop = Annotated[
+Stop = Annotated[
     Annotated[str, Tag("<text>")] | Annotated[list[str], Tag("<list>")],
     Discriminator(
         text_or_list, custom_error_type="stop_type", custom_error_message="must be a string or a list of strings"
@@ -86,7 +86,7 @@ class SamplingBody(Body):
     repetition_penalty: float | None = Field(default=None, ge=0.01, le=100)
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(default=None, max_length=_MAX_BIASES)
     seed: int | None = Field(default=None, ge=-_SEED_BOUND, lt=_SEED_BOUND)
-    stop: _Stop | None = None
+    stop: Stop | None = None
     stop_token_ids: list[Token] | None = Field(default=None, max_length=_MAX_STOP_TOKENS)
     ignore_eos: bool | None = None
 
@@ -114,7 +114,7 @@ class SamplingBody(Body):
             frequency_penalty=self.frequency_penalty or 0.0,
             logit_bias=_biases(self.logit_bias or {}),
             seed=self.seed,
-            stop=_stops(self.stop),
+            stop=read_stops(self.stop),
             stop_token_ids=tuple(self.stop_token_ids or ()),
             ignore_eos=bool(self.ignore_eos),
             min_tokens=min_tokens,
@@ -131,7 +131,8 @@ def _biases(given: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
     return tuple((int(name), bias) for name, bias in given.items())
 
 
-def _stops(stop: str | list[str] | None) -> tuple[str, ...]:
+def read_stops(stop: str | list[str] | None) -> tuple[str, ...]:
+    """Where the answer ends. Raises RequestError for too many, or for one that is empty or too long."""
     texts = () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
     if len(texts) > _MAX_STOPS:
         raise RequestError(f"stop holds {len(texts)} strings; at most {_MAX_STOPS} are allowed", param="stop")

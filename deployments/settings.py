@@ -4,14 +4,14 @@ Unknown keys are errors. Knows names and bounds, and neither Ray nor torch. How 
 gets can also be overridden by Serve's own `deployments:` section.
 """
 
-import ipaddress
 from collections import Counter
 from pathlib import Path
 from typing import Any, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from deployments.addresses import HostRule
+from deployments.host_settings import HostArgs
+from deployments.llava_protocol.settings import LlavaProtocolArgs
 from deployments.model_settings import ModelArgs, with_defaults
 from deployments.stage_settings import (
     EngineArgs,
@@ -22,7 +22,7 @@ from deployments.stage_settings import (
     VisionEncoderArgs,
 )
 from llava_core.images.loading import ImageLimits
-from llava_core.prepare import RequestLimits
+from llava_core.request_limits import RequestLimits
 
 
 class LimitArgs(Settings):
@@ -89,33 +89,12 @@ class CorsArgs(Settings):
     origins: tuple[str, ...] = ()
 
 
-class FetchArgs(Settings):
-    """Pictures by http(s) address. Of no host, unless it is in `allowed_hosts`: `name`, `*.name` or `*`, with `:port`
-    where it is not the scheme's own. Names must lead to public addresses or into `allowed_networks`.
+class FetchArgs(HostArgs):
+    """Pictures by http(s) address. `max_bytes` is of each picture, `timeout_s` of each with all its redirects."""
 
-    `max_bytes` is of each picture, `timeout_s` of each with all its redirects.
-    """
-
-    allowed_hosts: tuple[str, ...] = ()
-    allowed_networks: tuple[str, ...] = ()
-    allow_http: bool = False
     max_bytes: int = Field(default=20 * 1024 * 1024, ge=1)
     timeout_s: float = Field(default=10, gt=0)
     max_redirects: int = Field(default=3, ge=0)
-
-    @field_validator("allowed_hosts")
-    @classmethod
-    def _check_hosts(cls, hosts: tuple[str, ...]) -> tuple[str, ...]:
-        for host in hosts:
-            HostRule.parse(host)
-        return hosts
-
-    @field_validator("allowed_networks")
-    @classmethod
-    def _check_networks(cls, networks: tuple[str, ...]) -> tuple[str, ...]:
-        for network in networks:
-            ipaddress.ip_network(network)
-        return networks
 
 
 class AppArgs(Settings):
@@ -128,6 +107,7 @@ class AppArgs(Settings):
     cors: CorsArgs = CorsArgs()
     fetch: FetchArgs = FetchArgs()
     limits: LimitArgs = LimitArgs()
+    llava_protocol: LlavaProtocolArgs = LlavaProtocolArgs()
     engine: EngineArgs = EngineArgs()
     gateway: GatewayArgs = GatewayArgs()
     preprocessor: PreprocessorArgs = PreprocessorArgs()

@@ -23,7 +23,7 @@ from llava_core.engine.request import RequestFailure
 from llava_core.evaluation.task import Answer, Sample
 from llava_core.lru import LruCache
 from llava_core.models.fused import ready_language
-from llava_core.prepare import RequestLimits
+from llava_core.request_limits import RequestLimits
 from llava_core.types import (
     AnyRequest,
     EngineRequest,

@@ -20,39 +20,35 @@ from llava_core.config import ModelConfig
 from llava_core.errors import RequestError
 from llava_core.images.biovil import AnyPreprocessConfig, BioVilPreprocessConfig, preprocess_biovil
 from llava_core.images.geometry import num_image_tokens
-from llava_core.images.loading import ImageLimits, check_size, decode_image
+from llava_core.images.loading import check_size, decode_image
 from llava_core.images.preprocess import PreprocessConfig, preprocess
 from llava_core.lru import LruCache
 from llava_core.prompts.budget import token_budget
-from llava_core.prompts.conversation import IMAGE_PLACEHOLDER, Rendered, Turn, render, user_turns
+from llava_core.prompts.conversation import (
+    IMAGE_END,
+    IMAGE_PLACEHOLDER,
+    IMAGE_START,
+    Rendered,
+    Turn,
+    render,
+    user_turns,
+)
 from llava_core.prompts.templates import Template, get_template
 from llava_core.prompts.tokenize import IMAGE_TOKEN_ID, SEAM, Tokenizer, as_text, tokenize_prompt
+from llava_core.request_limits import RequestLimits, check_request
 from llava_core.types import (
     AnyRequest,
     CompletionRequest,
-    GenerationRequest,
     ImagePart,
     Message,
     PreparedImage,
     PreparedRequest,
+    RenderedRequest,
+    SamplingParams,
     Size,
     TextPart,
     Tokenized,
 )
-
-
-@dataclass(frozen=True)
-class RequestLimits:
-    """What one request may hold: pictures and characters in all messages, and answers that it asks for."""
-
-    max_images: int = 8
-    max_text: int = 200_000
-    max_n: int = 16
-    image: ImageLimits = field(default_factory=ImageLimits)
-
-    def __post_init__(self) -> None:
-        if self.max_images < 0 or self.max_text < 1 or self.max_n < 1:
-            raise ValueError(f"max_images must not be negative, max_text and max_n at least 1: {self}")
 
 
 class TextTokenizer(Tokenizer, Protocol):
@@ -93,9 +89,11 @@ class Preparer:
     def prepare(self, request: AnyRequest) -> PreparedRequest:
         """Raises RequestError (ImageError, PromptTooLongError, ...) naming field, cause and limit."""
         prepared = self._prepare(request)
+        is_a_wish = isinstance(request, RenderedRequest)
+        wanted = None if is_a_wish else request.sampling.max_tokens
         # The engine would refuse it as well, but only after the tower had run.
-        token_budget(len(prepared.prompt_ids), request.sampling.max_tokens, self.config.context_length)
-        return prepared
+        room = token_budget(len(prepared.prompt_ids), wanted, self.config.context_length)
+        return replace(prepared, sampling=self._fitted(request.sampling, room)) if is_a_wish else prepared
 
     def tokenize(self, request: AnyRequest) -> Tokenized:
         """The prompt's ids, however many. Raises what `prepare` does for anything but its length.
@@ -126,6 +124,8 @@ class Preparer:
         self.check(request)
         if isinstance(request, CompletionRequest):
             return self._prepare_text(request)
+        if isinstance(request, RenderedRequest):
+            return self._prepare_rendered(request)
         if request.has_addresses:
             raise RequestError("a request is prepared from pictures, not from their addresses", param="messages")
         images = tuple(
@@ -139,6 +139,11 @@ class Preparer:
         turns = [turn for index, message in enumerate(messages) for turn in self._turns(template, message, index)]
         system = None if request.system is None else self._as_text(request.system)
         rendered = render(template, [*turns, Turn("assistant", None)], system=system)
+        return self._with_images(request, rendered, images)
+
+    def _with_images(
+        self, request: AnyRequest, rendered: Rendered, images: tuple[PreparedImage, ...]
+    ) -> PreparedRequest:
         tokens = tuple(num_image_tokens(self.config, image.size) for image in images)
         ids = tokenize_prompt(rendered, self.tokenizer, tokens).ids
         return PreparedRequest(
@@ -160,6 +165,20 @@ class Preparer:
         ids = tokenize_prompt(Rendered(text, ()), self.tokenizer, ()).ids
         return PreparedRequest(request.request_id, ids, (), sampling, text.replace(SEAM, ""), goes_on=True)
 
+    def _prepare_rendered(self, request: RenderedRequest) -> PreparedRequest:
+        images = tuple(self._cached_image(part, f"images[{index}]") for index, part in enumerate(request.images))
+        image = f"{IMAGE_START}{IMAGE_PLACEHOLDER}{IMAGE_END}" if self.config.image_start_end else IMAGE_PLACEHOLDER
+        rendered = Rendered(request.prompt.replace(IMAGE_PLACEHOLDER, image), ())
+        return self._with_images(request, rendered, images)
+
+    def _fitted(self, sampling: SamplingParams, room: int) -> SamplingParams:
+        """No longer than there is room. A control token has no text by which an answer could be seen to end: it ends at
+        the token itself."""
+        controls = [self.tokenizer.encode(stop) for stop in sampling.stop if stop in self.reserved_texts]
+        tokens = tuple(found[0][0] for found in controls if len(found) == 1)
+        max_tokens = room if sampling.max_tokens is None else min(sampling.max_tokens, room)
+        return replace(sampling, max_tokens=max_tokens, stop_token_ids=(*sampling.stop_token_ids, *tokens))
+
     def check_size(self, size: Size) -> None:
         """Raise RequestError where a picture of so many pixels would be refused, whatever else is asked about it."""
         check_size(size, self.limits.image, "messages")
@@ -179,50 +198,10 @@ class Preparer:
 
     def check(self, request: AnyRequest) -> None:
         """Raise RequestError for what can be told without looking at a picture."""
-        if request.sampling.n > self.limits.max_n:
-            raise RequestError(f"n is {request.sampling.n}; at most {self.limits.max_n} are allowed", param="n")
-        if isinstance(request, GenerationRequest):
-            self._check_messages(request)
-        elif isinstance(request.prompt, str):
-            self._check_text(request.prompt, "prompt")
-            self._check_length(len(request.prompt), "prompt")
-        elif any(token < 0 for token in request.prompt):
-            raise RequestError("token ids are not negative", param="prompt")
-
-    def _check_messages(self, request: GenerationRequest) -> None:
-        if request.num_images > self.limits.max_images:
-            raise RequestError(
-                f"the request has {request.num_images} images; at most {self.limits.max_images} are allowed",
-                param="messages",
-                code="too_many_images",
-            )
-        check_roles(request.messages)
-        texts = [(f"messages[{i}].content", message_text(m)) for i, m in enumerate(request.messages)]
-        for param, text in [*texts, ("messages", request.system or "")]:
-            self._check_text(text, param)
-        self._check_length(sum(len(text) for _, text in texts) + len(request.system or ""), "messages")
-
-    def _check_length(self, length: int, param: str) -> None:
-        if length > self.limits.max_text:
-            what = "prompt has" if param == "prompt" else "messages have"
-            raise RequestError(
-                f"the {what} {length} characters; at most {self.limits.max_text} are allowed",
-                param=param,
-                code="text_too_long",
-            )
+        check_request(request, self.limits, self.reserved_texts)
 
     def _as_text(self, text: str) -> str:
         return as_text(text, self.reserved_texts)
-
-    def _check_text(self, text: str, param: str) -> None:
-        left = self._as_text(text)
-        for reserved in sorted(self.reserved_texts):
-            if reserved in left:
-                raise RequestError(
-                    f"the text contains {reserved!r}, which is a control token of this model; remove it",
-                    param=param,
-                    code="reserved_text",
-                )
 
     def _cached_image(self, part: ImagePart, param: str) -> PreparedImage:
         tiling = isinstance(self.preprocess, PreprocessConfig) and self.preprocess.aspect == "anyres"
@@ -254,26 +233,10 @@ class Preparer:
         return PreparedImage(tile_digest(tiles), size, tiles, transform)
 
 
-def check_roles(messages: Sequence[Message]) -> None:
-    """Raise RequestError unless the user speaks first and last."""
-    if messages and messages[0].role != "user":
-        raise RequestError(
-            f"the role is {messages[0].role!r}; the first message that is not the system's must be the user's",
-            param="messages[0].role",
-        )
-    if not messages or messages[-1].role != "user":
-        raise RequestError("the last message must be the user's", param="messages")
-
-
 def joined(messages: Sequence[Message]) -> list[Message]:
     """Messages of one role in a row as one: templates have user and assistant alternate."""
     runs = itertools.groupby(messages, key=lambda message: message.role)
     return [Message(role, tuple(part for message in run for part in message.parts)) for role, run in runs]
-
-
-def message_text(message: Message) -> str:
-    """The text parts of a message, one per line."""
-    return "\n".join(part.text for part in message.parts if isinstance(part, TextPart))
 
 
 def tile_digest(tiles: npt.NDArray[np.uint8]) -> str:

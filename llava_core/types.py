@@ -168,7 +168,23 @@ class CompletionRequest:
         return 0
 
 
-AnyRequest = GenerationRequest | CompletionRequest
+@dataclass(frozen=True)
+class RenderedRequest:
+    """A prompt whose client has rendered a template itself, `<image>` standing for each of the pictures. Control tokens
+    in it are control tokens. `max_tokens` is a wish: the answer has fewer where the context has no room for as many."""
+
+    request_id: str
+    prompt: str = field(repr=False)
+    images: tuple[ImagePart, ...]
+    sampling: SamplingParams
+
+    @property
+    def num_images(self) -> int:
+        """Pictures."""
+        return len(self.images)
+
+
+AnyRequest = GenerationRequest | CompletionRequest | RenderedRequest
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,8 @@ from llava_core.images.preprocess import (
     PreprocessConfig,
 )
 from llava_core.lru import LruCache
-from llava_core.prepare import Preparer, RequestLimits
+from llava_core.prepare import Preparer
+from llava_core.request_limits import RequestLimits
 from llava_core.types import PreparedImage, Size
 
 

@@ -122,12 +122,17 @@ def decode_data_url(url: str, limits: ImageLimits, param: str) -> bytes:
         raise ImageError(
             f"the image URL must begin with data:image/<type>;base64, or data:{_DICOM_TYPE};base64,", param=param
         )
+    return decode_base64(payload, limits, param)
+
+
+def decode_base64(payload: str, limits: ImageLimits, param: str) -> bytes:
+    """The bytes; ImageError for bad base64 or too many of them."""
     # Before decoding, so that an oversized upload costs nothing; exact but for the padding.
     _check_num_bytes(len(payload) // 4 * 3 - 2, limits, param)
     try:
         data = base64.b64decode(payload, validate=True)
     except (binascii.Error, ValueError):
-        raise ImageError("the image URL's data is not valid base64 (RFC 4648, padded)", param=param) from None
+        raise ImageError("the image's data is not valid base64 (RFC 4648, padded)", param=param) from None
     _check_num_bytes(len(data), limits, param)
     return data
 

@@ -169,7 +169,7 @@ def test_models_share_a_tower_where_it_is_the_same_and_have_the_rest_for_themsel
             ("three", other_tower, 3),
         )
     )
-    _, preprocessor, encoders, generators, _ = _graph(AppArgs(models=[one, two])).init_args
+    _, preprocessor, encoders, generators, *_ = _graph(AppArgs(models=[one, two])).init_args
     assert preprocessor._bound_deployment.name == "Preprocessor"
     assert _names(encoders) == {"one/1": "VisionEncoder", "two": "VisionEncoder"}
     assert encoders["one/1"] is encoders["two"]
@@ -197,7 +197,7 @@ def test_calls_of_stages_prefer_replicas_and_those_of_the_gateway_do_not(tiny_ch
         for name, running in (("a", 1), ("b", 2))
     ]
     gateway = _graph(AppArgs(models=models, engine={"max_waiting": 2}))
-    _, preprocessor, encoders, generators, _ = gateway.init_args
+    _, preprocessor, encoders, generators, *_ = gateway.init_args
     stages = [preprocessor, *encoders.values(), *generators.values()]
     deployments = [gateway, *(stage._bound_deployment for stage in stages)]
     routers = [each._deployment_config.request_router_config.get_request_router_class() for each in deployments]
@@ -215,7 +215,7 @@ def test_every_stage_gets_the_checkpoint_that_was_found_once(
     use_cache(monkeypatch, tmp_path / "cache")
     fill_cache(tmp_path / "cache", "owner/name", {OLD: tiny_checkpoint})
     gateway = build_app(AppArgs(models=[{"checkpoint": "owner/name"}], offline=True))._bound_deployment
-    args, preprocessor, encoders, generators, _ = gateway.init_args
+    args, preprocessor, encoders, generators, *_ = gateway.init_args
     expected = FoundCheckpoint("owner/name", None, {"owner/name": OLD}, offline=True)
     assert preprocessor._bound_deployment.init_args[1] == {"owner/name": expected}
     for stages in (encoders, generators):

@@ -8,7 +8,7 @@ import pytest
 from deployments.chat_request import read_chat_request
 from deployments.reply_form import ReadRequest
 from llava_core.errors import RequestError
-from llava_core.prepare import RequestLimits
+from llava_core.request_limits import RequestLimits
 from llava_core.types import GenerationRequest, ImagePart, ImageUrl, Message, SamplingParams, TextPart
 from llava_core.views import DicomView
 from tests.deployments.pictures import data_url, plain

@@ -8,7 +8,7 @@ import pytest
 from deployments.completion_request import read_completion_request
 from deployments.reply_form import ReadRequest
 from llava_core.errors import RequestError
-from llava_core.prepare import RequestLimits
+from llava_core.request_limits import RequestLimits
 from llava_core.types import CompletionRequest, SamplingParams
 
 

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from deployments.settings import AppArgs, AuthArgs, LimitArgs
 from deployments.stage_settings import StageArgs
-from llava_core.prepare import RequestLimits
+from llava_core.request_limits import RequestLimits
 
 
 def test_limits_that_nobody_sets_are_the_cores() -> None:

@@ -12,7 +12,7 @@ from deployments.tokenize_request import (
     tokenized_body,
 )
 from llava_core.errors import RequestError
-from llava_core.prepare import RequestLimits
+from llava_core.request_limits import RequestLimits
 from llava_core.types import CompletionRequest, GenerationRequest, Tokenized
 
 USER = {"role": "user", "content": "hi"}

@@ -14,9 +14,10 @@ from llava_core.errors import ImageError, PromptTooLongError, RequestError, Unkn
 from llava_core.images.loading import ImageLimits, decode_image
 from llava_core.images.preprocess import PreprocessConfig
 from llava_core.lru import LruCache
-from llava_core.prepare import Preparer, RequestLimits, message_text, tile_digest
+from llava_core.prepare import Preparer, tile_digest
 from llava_core.prompts.templates import get_template
 from llava_core.prompts.tokenize import IMAGE_TOKEN_ID
+from llava_core.request_limits import RequestLimits, message_text
 from llava_core.types import (
     AnyRequest,
     CompletionRequest,

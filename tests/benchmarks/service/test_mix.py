@@ -9,7 +9,7 @@ from benchmarks.service.mix import SHARES, Ask, Mix, bad_requests, judge
 from benchmarks.service.pictures import PictureMaker
 from deployments.chat_request import read_chat_request
 from llava_core.errors import RequestError
-from llava_core.prepare import RequestLimits
+from llava_core.request_limits import RequestLimits
 
 STREAM = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n"
 JSON = b"HTTP/1.1 %d X\r\ncontent-type: application/json\r\n\r\n"

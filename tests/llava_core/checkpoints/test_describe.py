@@ -11,7 +11,7 @@ from transformers import CLIPImageProcessorPil, LlavaProcessor
 from llava_core.checkpoints.describe import load_preparer, load_preprocess_config, read_preprocess_config
 from llava_core.checkpoints.layout import open_checkpoint
 from llava_core.errors import CheckpointError
-from llava_core.prepare import RequestLimits
+from llava_core.request_limits import RequestLimits
 from llava_core.types import GenerationRequest, Message, SamplingParams, TextPart
 from tests.tiny import IMAGE_SIZE, build_tokenizer, edit_json, write_json
 

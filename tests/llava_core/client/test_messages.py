@@ -13,7 +13,7 @@ from deployments.chat_request import read_chat_request
 from llava_core.client.messages import data_url, media_type, message_json, picture_part, user_message
 from llava_core.client.requests import chat_body
 from llava_core.errors import RequestError
-from llava_core.prepare import RequestLimits
+from llava_core.request_limits import RequestLimits
 from llava_core.types import ImagePart, ImageUrl, Message, TextPart
 from llava_core.views import DicomView
 from tests.deployments.pictures import encode, plain, unusual

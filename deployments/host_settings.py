@@ -1,0 +1,37 @@
+"""Which hosts this service may connect to of its own accord, as a section of the settings says it: of pictures that
+requests name by address, and of workers that register themselves.
+
+Knows names and networks, and connects to nothing.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+
+from pydantic import field_validator
+
+from deployments.addresses import HostRule
+from deployments.stage_settings import Settings
+
+
+class HostArgs(Settings):
+    """No host, unless it is in `allowed_hosts`: `name`, `*.name` or `*`, with `:port` where it is not the scheme's own.
+    Names must lead to public addresses or into `allowed_networks`."""
+
+    allowed_hosts: tuple[str, ...] = ()
+    allowed_networks: tuple[str, ...] = ()
+    allow_http: bool = False
+
+    @field_validator("allowed_hosts")
+    @classmethod
+    def _check_hosts(cls, hosts: tuple[str, ...]) -> tuple[str, ...]:
+        for host in hosts:
+            HostRule.parse(host)
+        return hosts
+
+    @field_validator("allowed_networks")
+    @classmethod
+    def _check_networks(cls, networks: tuple[str, ...]) -> tuple[str, ...]:
+        for network in networks:
+            ipaddress.ip_network(network)
+        return networks

@@ -1,0 +1,253 @@
+"""The endpoints of LLaVA's controller and of its workers, as clients of both find them under one address.
+
+What clients of the reference send and read is kept to the letter; keys, limits and deadlines are the gateway's. Imports
+neither torch nor Ray.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pydantic import Field
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Match, Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from deployments.access import charge, charged
+from deployments.answering import settled
+from deployments.bodies import BodyBudget, Lease, read_body
+from deployments.deadlines import Deadline
+from deployments.http_errors import describe, error_response
+from deployments.intake import Intake
+from deployments.llava_protocol.frames import SERVER_ERROR, ErrorCode, Frame, error_frame
+from deployments.llava_protocol.generation import Echo, LegacyRequest, read_generation
+from deployments.llava_protocol.registrar import Registrar
+from deployments.llava_protocol.settings import LlavaProtocolArgs
+from deployments.llava_protocol.streaming import REFUSALS, from_items, respond, told, too_long
+from deployments.llava_protocol.worker_client import FORWARDED_HEADER, WorkerStatus
+from deployments.metrics import Recorder
+from deployments.request_context import current_request
+from deployments.request_metrics import metered
+from deployments.schema import Body, parse_body
+from llava_core.errors import LlavaError, RequestError, UnknownNameError
+
+if TYPE_CHECKING:
+    from deployments.gateway import EngineClient
+
+# Of what workers tell about themselves.
+_MAX_NOTE_BYTES = 64 * 1024
+_MAX_NOTES_BYTES = 4 * 1024 * 1024
+AnyNote = TypeVar("AnyNote", bound=Body)
+
+
+class RegisterBody(Body):
+    """A worker tells that it is there, and what it has; else it is asked."""
+
+    worker_name: str
+    check_heart_beat: bool = True
+    worker_status: WorkerStatus | None = None
+
+
+class HeartBeatBody(Body):
+    """A worker tells that it is still there."""
+
+    worker_name: str
+    queue_length: int = Field(ge=0, lt=2**31)
+
+
+class AddressBody(Body):
+    """A client asks for a worker."""
+
+    model: str
+
+
+class LlavaProtocol:
+    """`routes` are for the gateway's application, and so is `middleware`. What is in `light_routes` says nothing of
+    models' work, and must be answered however much of it there is."""
+
+    def __init__(
+        self,
+        engines: Mapping[str, EngineClient],
+        registrar: Registrar,
+        intake: Intake,
+        args: LlavaProtocolArgs,
+        recorder: Recorder,
+    ) -> None:
+        self._engines = engines
+        self._registrar = registrar
+        self._intake = intake
+        self._args = args
+        self._recorder = recorder
+        self._notes = BodyBudget(_MAX_NOTES_BYTES)
+        self._num_running = 0
+        light = {
+            "list_models": self._list_models,
+            "refresh_all_workers": self._refresh,
+            "register_worker": self._register,
+            "receive_heart_beat": self._heart_beat,
+            "get_worker_address": self._address,
+            "worker_get_status": self._status,
+        }
+        generate = _route("worker_generate_stream", self._generate)
+        self.light_routes = [_route(name, answer) for name, answer in light.items()] if args.enabled else []
+        self.routes = [*self.light_routes, generate] if args.enabled else []
+        self.middleware = [Middleware(ReadableErrors, route=generate)] if args.enabled else []
+
+    async def _list_models(self, request: Request) -> Response:
+        async def listed(_: None) -> Any:
+            return {"models": await self._models()}
+
+        return await self._short(request, None, listed)
+
+    async def _refresh(self, request: Request) -> Response:
+        async def refreshed(_: None) -> Any:
+            await self._registrar.refresh()
+
+        return await self._short(request, None, refreshed)
+
+    async def _register(self, request: Request) -> Response:
+        async def registered(note: RegisterBody) -> Any:
+            await self._registrar.register(note.worker_name, note.worker_status, is_watched=note.check_heart_beat)
+
+        return await self._short(request, RegisterBody, registered)
+
+    async def _heart_beat(self, request: Request) -> Response:
+        async def heard(note: HeartBeatBody) -> Any:
+            return {"exist": await self._registrar.heart_beat(note.worker_name, note.queue_length)}
+
+        return await self._short(request, HeartBeatBody, heard)
+
+    async def _address(self, request: Request) -> Response:
+        async def found(note: AddressBody) -> Any:
+            """This service, for every model: its workers are not for clients, whose keys and limits are here."""
+            is_known = note.model in self._engines or note.model in await self._models()
+            return {"address": self._own_address(request) if is_known else ""}
+
+        return await self._short(request, AddressBody, found)
+
+    async def _status(self, request: Request) -> Response:
+        async def told_of(_: None) -> Any:
+            workers = await self._registrar.workers()
+            return {
+                "model_names": await self._models(),
+                "speed": len(self._engines) + sum(worker.speed for worker in workers),
+                "queue_length": self._num_running + sum(worker.queue_length for worker in workers),
+            }
+
+        return await self._short(request, None, told_of)
+
+    async def _models(self) -> list[str]:
+        workers = await self._registrar.workers()
+        return list(dict.fromkeys([*self._engines, *(model for worker in workers for model in worker.models)]))
+
+    def _own_address(self, request: Request) -> str:
+        return (self._args.address or str(request.base_url)).rstrip("/")
+
+    async def _short(
+        self, request: Request, kind: type[AnyNote] | None, answer: Callable[[Any], Awaitable[Any]]
+    ) -> Response:
+        """A question that is answered at once; of `kind` None no body is looked at."""
+        lease = self._notes.lease()
+        try:
+            async with self._intake.deadline(request).around():
+                return JSONResponse(await answer(None if kind is None else await self._note(request, kind, lease)))
+        except LlavaError as error:
+            return error_response(describe(error), _request_id(request))
+        finally:
+            lease.release()
+
+    async def _note(self, request: Request, kind: type[AnyNote], lease: Lease) -> AnyNote:
+        seconds = self._intake.limits.max_body_seconds
+        body = await read_body(request, lease, max_bytes=_MAX_NOTE_BYTES, max_seconds=seconds)
+        return parse_body(body, kind, max_text=_MAX_NOTE_BYTES)
+
+    async def _generate(self, request: Request) -> Response:
+        lease, request_id = self._intake.lease(), _request_id(request)
+        try:
+            echo, frames = await self._begin(request, lease)
+            return await respond(echo, frames, request_id, explains=self._args.explain_errors)
+        except LlavaError as error:
+            return error_response(describe(error), request_id)
+        finally:
+            lease.release()
+
+    async def _begin(self, request: Request, lease: Lease) -> tuple[Echo, AsyncGenerator[Frame, None]]:
+        """Pictures are gone from here when this returns. Raises RequestError for a header, and one of REFUSALS."""
+        deadline = self._intake.deadline(request)
+        try:
+            async with deadline.around():
+                given = await self._intake.read(request, lease, read_generation, uuid.uuid4().hex)
+            return given.echo, self._frames(request, given, lease, deadline)
+        except REFUSALS:
+            raise
+        except LlavaError as error:
+            return Echo(""), _one(error_frame(error))
+
+    def _frames(
+        self, request: Request, given: LegacyRequest, lease: Lease, deadline: Deadline
+    ) -> AsyncGenerator[Frame, None]:
+        """Raises UnknownNameError, or RequestError where no model is named and there are several."""
+        model = self._chosen(given.model)
+        if model not in self._engines:
+            if FORWARDED_HEADER in request.headers:
+                raise UnknownNameError("model", model, self._engines)
+            return told(deadline.watch(self._forwarded(request, model, given.forwarded)))
+        if given.generation is None:
+            return _one(too_long(given.echo))
+        items = self._engines[model].stream(given.generation, lease.release)
+        items = deadline.watch(charged(metered(items, self._recorder, model), request))
+        return self._counted(from_items(given.echo, settled(items, _request_id(request))))
+
+    def _chosen(self, name: str | None) -> str:
+        if name is None and len(self._engines) > 1:
+            raise RequestError("model is missing", param="model", code="missing_required_parameter")
+        return next(iter(self._engines)) if name is None else name
+
+    async def _forwarded(self, request: Request, model: str, body: Mapping[str, Any]) -> AsyncGenerator[Frame, None]:
+        """Of what a worker reads and writes no tokens are known: each frame, about a word, counts as one."""
+        async with aclosing(self._registrar.generate(model, body)) as frames:
+            async for frame in frames:
+                charge(request, 1)
+                yield frame
+
+    async def _counted(self, frames: AsyncGenerator[Frame, None]) -> AsyncGenerator[Frame, None]:
+        self._num_running += 1
+        try:
+            async with aclosing(frames):
+                async for frame in frames:
+                    yield frame
+        finally:
+            self._num_running -= 1
+
+
+class ReadableErrors:
+    """Whoever refuses a request of this route before the route itself sees it, says so in a body that its clients can
+    read: they look at no status."""
+
+    def __init__(self, app: ASGIApp, *, route: Route) -> None:
+        self._app = app
+        self._route = route
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        if scope["type"] == "http" and self._route.matches(scope)[0] is Match.FULL:
+            extras = {"text": SERVER_ERROR, "error_code": int(ErrorCode.WORKER_FAILED)}
+            current_request().error_extras = extras
+        await self._app(scope, receive, send)
+
+
+def _route(name: str, answer: Callable[[Request], Awaitable[Response]]) -> Route:
+    return Route(f"/{name}", answer, methods=["POST"], name=f"llava_{name}")
+
+
+async def _one(frame: Frame) -> AsyncGenerator[Frame, None]:
+    yield frame
+
+
+def _request_id(request: Request) -> str:
+    return str(request.state.request_id)

@@ -1,0 +1,69 @@
+"""The table that all gateways of an application share, as each of them calls it: a deployment of one replica.
+
+A gateway does not wait for a table that is away. Knows nothing of what is in it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+from ray.serve.handle import DeploymentHandle
+
+from deployments.errors import StageUnavailableError
+from deployments.llava_protocol.table import Worker
+from deployments.ray_errors import ray_errors_as_ours
+
+# Serve itself would wait for a replica for as long as there is none.
+_ANSWER_S = 2.0
+
+
+class SharedTable:
+    """Workers, see there."""
+
+    def __init__(self, handle: DeploymentHandle[Any]) -> None:
+        self._handle = handle
+
+    async def register(self, worker: Worker) -> bool:
+        """See Workers."""
+        return bool(await self._ask("register", worker))
+
+    async def heart_beat(self, name: str, queue_length: int) -> bool:
+        """See Workers."""
+        return bool(await self._ask("heart_beat", name, queue_length))
+
+    async def choose(self, model: str) -> str | None:
+        """See Workers."""
+        chosen: str | None = await self._ask("choose", model)
+        return chosen
+
+    async def release(self, name: str) -> None:
+        """See Workers."""
+        await self._ask("release", name)
+
+    async def fail(self, name: str) -> None:
+        """See Workers."""
+        await self._ask("fail", name)
+
+    async def remove(self, name: str) -> None:
+        """See Workers."""
+        await self._ask("remove", name)
+
+    async def workers(self) -> Sequence[Worker]:
+        """See Workers."""
+        workers: Sequence[Worker] = await self._ask("workers")
+        return workers
+
+    async def known(self) -> Sequence[Worker]:
+        """See Workers."""
+        known: Sequence[Worker] = await self._ask("known")
+        return known
+
+    async def _ask(self, method: str, *given: object) -> Any:
+        try:
+            async with asyncio.timeout(_ANSWER_S):
+                with ray_errors_as_ours():
+                    return await self._handle.options(method_name=method).remote(*given)
+        except TimeoutError:
+            raise StageUnavailableError("the table of registered workers does not answer") from None

@@ -1,0 +1,177 @@
+"""Which workers of others are there, and which of them gets the next request: the controller's table.
+
+One for all gateways of an application, so that a worker that has registered with one of them is known to all; the calls
+come one after the other on one event loop. It is in memory alone: after its loss workers are told that they are not
+known, and register again. Knows neither HTTP nor Ray, and connects to nobody.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from deployments.llava_protocol.settings import WorkerArgs
+from deployments.metrics import REGISTERED_WORKERS, Reading, Recorder, Unrecorded
+
+logger = logging.getLogger(__name__)
+# The reference's: with less speed in all, nobody is chosen.
+_LEAST_SPEED = 1e-4
+
+
+@dataclass(frozen=True)
+class Worker:
+    """By its address, which is its name. `is_watched` is one that has promised to send heartbeats."""
+
+    name: str
+    models: tuple[str, ...]
+    speed: float = 1.0
+    queue_length: int = 0
+    is_watched: bool = True
+
+
+class Workers(Protocol):
+    """The table as a gateway sees it. All may raise StageUnavailableError or StageLostError."""
+
+    async def register(self, worker: Worker) -> bool:
+        """Whether there was room; one of the same name is replaced."""
+        ...
+
+    async def heart_beat(self, name: str, queue_length: int) -> bool:
+        """Whether it is known; otherwise it has to register."""
+        ...
+
+    async def choose(self, model: str) -> str | None:
+        """The name of a worker for one more request, which ends with `release` or `fail`."""
+        ...
+
+    async def release(self, name: str) -> None:
+        """A request is over."""
+        ...
+
+    async def fail(self, name: str) -> None:
+        """Nothing is sent to it until it registers again or is found to be well."""
+        ...
+
+    async def remove(self, name: str) -> None:
+        """Forget it."""
+        ...
+
+    async def workers(self) -> Sequence[Worker]:
+        """Those that requests are sent to."""
+        ...
+
+    async def known(self) -> Sequence[Worker]:
+        """Those that have failed as well."""
+        ...
+
+
+@dataclass
+class _Entry:
+    worker: Worker
+    heard_at: float
+    has_failed: bool = False
+
+
+class WorkerTable:
+    """Workers, see there. `draw` is random.random."""
+
+    def __init__(
+        self,
+        args: WorkerArgs,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        draw: Callable[[], float] = random.random,
+        recorder: Recorder | None = None,
+    ) -> None:
+        self._args = args
+        self._clock = clock
+        self._draw = draw
+        self._entries: dict[str, _Entry] = {}
+        (recorder or Unrecorded()).watch(self._readings)
+
+    async def register(self, worker: Worker) -> bool:
+        """See Workers."""
+        self._expire()
+        if worker.name not in self._entries and len(self._entries) >= self._args.max_workers:
+            logger.warning("%s cannot register: there are %d workers already", worker.name, len(self._entries))
+            return False
+        logger.info("%s has registered with %s", worker.name, ", ".join(worker.models))
+        self._entries[worker.name] = _Entry(worker, self._clock())
+        return True
+
+    async def heart_beat(self, name: str, queue_length: int) -> bool:
+        """See Workers."""
+        self._expire()
+        entry = self._entries.get(name)
+        if entry is None or entry.has_failed:
+            return False
+        entry.worker = replace(entry.worker, queue_length=queue_length)
+        entry.heard_at = self._clock()
+        return True
+
+    async def choose(self, model: str) -> str | None:
+        """See Workers."""
+        able = [worker for worker in await self.workers() if model in worker.models and worker.speed > 0]
+        if sum(worker.speed for worker in able) < _LEAST_SPEED:
+            return None
+        chosen = self._by_lottery(able) if self._args.dispatch == "lottery" else _shortest_queue(able)
+        # Until it says itself how many it has.
+        self._count(chosen, 1)
+        return chosen.name
+
+    async def release(self, name: str) -> None:
+        """See Workers."""
+        entry = self._entries.get(name)
+        # The others' heartbeats tell.
+        if entry is not None and not entry.worker.is_watched:
+            self._count(entry.worker, -1)
+
+    async def fail(self, name: str) -> None:
+        """See Workers."""
+        if name in self._entries:
+            self._entries[name].has_failed = True
+
+    async def remove(self, name: str) -> None:
+        """See Workers."""
+        self._entries.pop(name, None)
+
+    async def workers(self) -> Sequence[Worker]:
+        """See Workers."""
+        self._expire()
+        return [entry.worker for entry in self._entries.values() if not entry.has_failed]
+
+    async def known(self) -> Sequence[Worker]:
+        """See Workers."""
+        self._expire()
+        return [entry.worker for entry in self._entries.values()]
+
+    def _by_lottery(self, workers: Sequence[Worker]) -> Worker:
+        drawn = self._draw() * sum(worker.speed for worker in workers)
+        for worker in workers:
+            drawn -= worker.speed
+            if drawn < 0:
+                return worker
+        return workers[-1]
+
+    def _count(self, worker: Worker, change: int) -> None:
+        length = max(0, worker.queue_length + change)
+        self._entries[worker.name].worker = replace(worker, queue_length=length)
+
+    def _expire(self) -> None:
+        oldest = self._clock() - self._args.heart_beat_expiration_s
+        for name in [name for name, each in self._entries.items() if each.worker.is_watched and each.heard_at < oldest]:
+            logger.warning("%s is forgotten: no heartbeat for %g s", name, self._args.heart_beat_expiration_s)
+            del self._entries[name]
+
+    def _readings(self) -> list[Reading]:
+        """From a thread of its own, so it only counts."""
+        return [(REGISTERED_WORKERS, sum(not entry.has_failed for entry in tuple(self._entries.values())), ())]
+
+
+def _shortest_queue(workers: Sequence[Worker]) -> Worker:
+    """The first of those whose queue is the shortest for their speed."""
+    return min(workers, key=lambda worker: worker.queue_length / worker.speed)

@@ -1,0 +1,147 @@
+"""Workers of others, asked over HTTP: what they say about themselves, and their answers, frame by frame.
+
+Nothing that a worker says is believed to have an end, to come in time or to keep to the protocol. Knows which hosts may
+be asked, and nothing of who else is there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx
+from pydantic import BaseModel, Field, ValidationError
+
+from deployments.addresses import parse_address
+from deployments.errors import PermissionDeniedError, WorkerFailedError
+from deployments.llava_protocol.frames import Frame, FrameReader
+from deployments.llava_protocol.settings import WorkerArgs
+from deployments.outgoing import NoAddressError, Outgoing, Resolve, resolve_host
+from llava_core.errors import ImageError, RequestError
+
+# Whoever gets this answers itself or not at all: two services that know each other's models would ask in a circle.
+FORWARDED_HEADER = "x-llava-forwarded"
+_HEADERS = {
+    "accept-encoding": "identity",
+    "content-type": "application/json",
+    "user-agent": "llava-serve",
+    FORWARDED_HEADER: "1",
+}
+_MAX_STATUS_BYTES = 64 * 1024
+_MOST_MODELS, _LONGEST_NAME = 64, 128
+
+
+class WorkerStatus(BaseModel):
+    """What a worker says about itself."""
+
+    model_names: list[str] = Field(min_length=1, max_length=_MOST_MODELS)
+    speed: float = Field(ge=0, le=1e6, allow_inf_nan=False)
+    queue_length: int = Field(ge=0, lt=2**31)
+
+    def names(self) -> tuple[str, ...]:
+        """Of the models, those that can be shown."""
+        return tuple(name for name in self.model_names if 0 < len(name) <= _LONGEST_NAME and name.isprintable())
+
+
+class WorkerClient:
+    """Asks workers of allowed hosts."""
+
+    def __init__(self, args: WorkerArgs, *, resolve: Resolve = resolve_host) -> None:
+        self._args = args
+        self._outgoing = Outgoing(args, resolve=resolve)
+
+    @property
+    def is_off(self) -> bool:
+        """Whether no worker may register."""
+        return self._outgoing.is_off
+
+    def check(self, name: str) -> str:
+        """The name of a worker that may be asked. Raises RequestError, or PermissionDeniedError."""
+        if self.is_off:
+            raise PermissionDeniedError(
+                "workers cannot register here; allow their hosts in llava_protocol.workers.allowed_hosts"
+            )
+        try:
+            url = parse_address(name, param="worker_name")
+        except ImageError:
+            url = None
+        if url is None or url.path not in ("", "/") or url.query:
+            raise RequestError("worker_name must be an address such as http://host:port", param="worker_name")
+        if not self._outgoing.allows(url):
+            raise PermissionDeniedError(
+                "workers of this host, port or scheme cannot register here; see llava_protocol.workers",
+                param="worker_name",
+            )
+        return name.rstrip("/")
+
+    async def status(self, name: str) -> WorkerStatus:
+        """What it says about itself now. Raises WorkerFailedError."""
+        content, seconds = b"", self._args.status_timeout_s
+        try:
+            # All of it, which may come in pieces.
+            async with asyncio.timeout(seconds), self._asking(name, "/worker_get_status", b"", seconds) as pieces:
+                async for piece in pieces:
+                    content += piece
+                    if len(content) > _MAX_STATUS_BYTES:
+                        raise WorkerFailedError("garbage", f"its status has more than {_MAX_STATUS_BYTES} bytes")
+        except TimeoutError:
+            raise WorkerFailedError("silent", f"its status did not come in {seconds:g} s") from None
+        try:
+            return WorkerStatus.model_validate_json(content)
+        except ValidationError:
+            raise WorkerFailedError("garbage", "its status has not model_names, speed and queue_length") from None
+
+    async def generate(self, name: str, body: Mapping[str, Any]) -> AsyncGenerator[Frame, None]:
+        """Its frames as they come. Raises WorkerFailedError. Closing it ends the request at the worker's."""
+        reader, has_begun = FrameReader(), False
+        content = json.dumps(body).encode()
+        async with self._asking(name, "/worker_generate_stream", content, self._args.silence_s) as pieces:
+            async for piece in pieces:
+                for frame in reader.feed(piece):
+                    has_begun = True
+                    yield frame
+        reader.finish()
+        if not has_begun:
+            raise WorkerFailedError("cut_off", "the stream ends before its first frame")
+
+    @asynccontextmanager
+    async def _asking(self, name: str, path: str, body: bytes, silence_s: float) -> AsyncIterator[AsyncIterator[bytes]]:
+        """The body of the answer. What goes wrong with it is a WorkerFailedError, whoever reads it."""
+        clock = asyncio.get_running_loop()
+        ends_at = clock.time() + self._args.answer_timeout_s
+        response: httpx.Response | None = None
+        try:
+            async with asyncio.timeout(silence_s):
+                response = await self._outgoing.send("POST", httpx.URL(name + path), _HEADERS, body)
+            if response.status_code != httpx.codes.OK:
+                raise WorkerFailedError("unreachable", f"it answers {response.status_code}")
+            if "content-encoding" in response.headers:
+                raise WorkerFailedError("garbage", "it compresses what it sends")
+            yield _in_time(response.aiter_raw(), silence_s, ends_at)
+        except TimeoutError:
+            raise WorkerFailedError("silent", f"nothing came for {silence_s:g} s") from None
+        except NoAddressError as error:
+            raise WorkerFailedError("unreachable", str(error)) from None
+        except httpx.HTTPError as error:
+            kind = "unreachable" if response is None else "cut_off"
+            raise WorkerFailedError(kind, type(error).__name__) from None
+        finally:
+            if response is not None:
+                await response.aclose()
+
+
+async def _in_time(pieces: AsyncIterator[bytes], silence_s: float, ends_at: float) -> AsyncIterator[bytes]:
+    """A limit for each piece, and one for all; not one around them all, which whoever reads them may do in several
+    tasks."""
+    clock = asyncio.get_running_loop()
+    while True:
+        if clock.time() >= ends_at:
+            raise WorkerFailedError("too_long", "the answer does not end")
+        async with asyncio.timeout(silence_s):
+            piece = await anext(pieces, None)
+        if piece is None:
+            return
+        yield piece
