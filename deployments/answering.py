@@ -148,6 +148,7 @@ class PieceStream(StreamingResponse):
         self._heartbeat_s, self._sign = heartbeat_s, sign
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
         heartbeat = Heartbeat(send, self._heartbeat_s, self._sign)
         try:
             async with heartbeat.beating():

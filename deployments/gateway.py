@@ -33,11 +33,7 @@ from deployments.errors import DeadlineError
 from deployments.http_errors import HttpError, describe, describe_http, error_response
 from deployments.in_flight import InFlight
 from deployments.intake import Intake, Reader
-from deployments.llava_protocol.registrar import Registrar
-from deployments.llava_protocol.routes import LlavaProtocol
-from deployments.llava_protocol.settings import LlavaProtocolArgs
-from deployments.llava_protocol.table import Workers, WorkerTable
-from deployments.llava_protocol.worker_client import WorkerClient
+from deployments.llava_protocol.routes import LlavaProtocol, ProtocolSetup
 from deployments.messages import Item, Rejected, StageHealth
 from deployments.metrics import Recorder, Unrecorded
 from deployments.openapi import describe_api
@@ -69,7 +65,7 @@ class EngineClient(Protocol):
 
 class Gateway:
     """`app` is the ASGI application. `engines` come by the names of their models. `echo_request_id` is False where the
-    server puts the id on responses itself. Where there are several gateways `workers` is the table that they share."""
+    server puts the id on responses itself."""
 
     def __init__(
         self,
@@ -80,10 +76,8 @@ class Gateway:
         keys: KeyRing | None = None,
         origins: Sequence[str] = (),
         echo_request_id: bool = True,
-        max_in_flight: int | None = None,
         recorder: Recorder | None = None,
-        llava: LlavaProtocolArgs | None = None,
-        workers: Workers | None = None,
+        llava: ProtocolSetup | None = None,
     ) -> None:
         self._engines = engines
         self._check_stages = check_stages
@@ -91,7 +85,7 @@ class Gateway:
         self._created = int(time.time())
         self._echo_request_id = echo_request_id
         self._recorder = recorder or Unrecorded()
-        protocol = self._llava_protocol(llava or LlavaProtocolArgs(), workers)
+        protocol = LlavaProtocol(engines, self._intake, llava or ProtocolSetup(), self._recorder)
         health = Route("/health", self._health, name="health")
         self.routes = [
             Route("/v1/chat/completions", self._chat, methods=["POST"], name="chat_completions"),
@@ -114,7 +108,7 @@ class Gateway:
                 *protocol.middleware,
                 *_cross_origin(origins),
                 *([] if keys is None else [self._access(keys, health, protocol)]),
-                *([] if max_in_flight is None else [_in_flight(max_in_flight, protocol)]),
+                *_in_flight(self._intake.limits.max_requests_in_flight, protocol),
             ],
             exception_handlers={
                 HTTPException: _on_http_exception,
@@ -123,11 +117,6 @@ class Gateway:
             },
         )
         self.app: ASGIApp = RequestMetrics(app, self.routes, self._recorder)
-
-    def _llava_protocol(self, args: LlavaProtocolArgs, workers: Workers | None) -> LlavaProtocol:
-        table = WorkerTable(args.workers, recorder=self._recorder) if workers is None else workers
-        registrar = Registrar(table, WorkerClient(args.workers), self._engines, self._recorder)
-        return LlavaProtocol(self._engines, registrar, self._intake, args, self._recorder)
 
     def _access(self, keys: KeyRing, health: Route, protocol: LlavaProtocol) -> Middleware:
         return Middleware(Access, keys=keys, routes=self.routes, open_routes=[health], password_routes=protocol.routes)
@@ -237,8 +226,8 @@ class Gateway:
         return response
 
 
-def _in_flight(limit: int, protocol: LlavaProtocol) -> Middleware:
-    return Middleware(InFlight, limit=limit, light_routes=protocol.light_routes)
+def _in_flight(limit: int | None, protocol: LlavaProtocol) -> list[Middleware]:
+    return [] if limit is None else [Middleware(InFlight, limit=limit, light_routes=protocol.light_routes)]
 
 
 def _cross_origin(origins: Sequence[str]) -> list[Middleware]:

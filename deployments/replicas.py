@@ -25,6 +25,7 @@ from deployments.fetch import Fetcher
 from deployments.gateway import Gateway
 from deployments.generator import Generator
 from deployments.handoff import Handoff
+from deployments.llava_protocol.routes import ProtocolSetup
 from deployments.llava_protocol.settings import WorkerArgs
 from deployments.llava_protocol.shared_table import SharedTable
 from deployments.llava_protocol.table import WorkerTable
@@ -92,14 +93,12 @@ class GatewayReplica:
         self._gateway = Gateway(
             pipelines,
             status,
-            limits=args.limits,
+            limits=args.limits.model_copy(update={"max_requests_in_flight": args.max_requests_in_flight}),
             keys=None if args.auth.keys_file is None else KeyRing(Path(args.auth.keys_file)),
             origins=args.cors.origins,
             echo_request_id=False,
-            max_in_flight=args.max_requests_in_flight,
             recorder=recorder,
-            llava=args.llava_protocol,
-            workers=None if table is None else SharedTable(table),
+            llava=ProtocolSetup(args.llava_protocol, None if table is None else SharedTable(table)),
         )
 
     def __serve_build_asgi_app__(self) -> ASGIApp:

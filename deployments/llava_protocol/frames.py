@@ -2,8 +2,8 @@
 
     {"text": "<the prompt as it came, and all of the answer so far>", "error_code": 0}
 
-The bytes are the reference's: its spaces, its order, its escapes. What went wrong stands beside that, in fields that its
-clients ignore. Knows no HTTP.
+The bytes are the reference's: its spaces, its order, its escapes. What went wrong stands beside that, in fields that
+its clients ignore. Knows no HTTP.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from typing import Any
 from deployments.errors import StageLostError, StageUnavailableError, WorkerFailedError
 from deployments.llava_protocol.frames import Frame
 from deployments.llava_protocol.table import Worker, Workers
-from deployments.llava_protocol.worker_client import WorkerClient, WorkerStatus
+from deployments.llava_protocol.worker_client import WorkerClient, WorkerStatus, canonical
 from deployments.metrics import TIME_TO_FIRST_TOKEN, WORKER_FAILURES, Recorder
 from deployments.request_context import current_request
 from llava_core.errors import UnknownNameError
@@ -56,7 +56,7 @@ class Registrar:
     async def heart_beat(self, name: str, queue_length: int) -> bool:
         """Whether the worker is known; otherwise it has to register."""
         try:
-            return not self._client.is_off and await self._workers.heart_beat(name.rstrip("/"), queue_length)
+            return not self._client.is_off and await self._workers.heart_beat(canonical(name), queue_length)
         except _AWAY as error:
             logger.warning("a heartbeat of a worker is lost: %s", error)
             return False

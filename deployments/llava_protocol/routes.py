@@ -9,6 +9,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import Field
@@ -29,7 +30,8 @@ from deployments.llava_protocol.generation import Echo, LegacyRequest, read_gene
 from deployments.llava_protocol.registrar import Registrar
 from deployments.llava_protocol.settings import LlavaProtocolArgs
 from deployments.llava_protocol.streaming import REFUSALS, from_items, respond, told, too_long
-from deployments.llava_protocol.worker_client import FORWARDED_HEADER, WorkerStatus
+from deployments.llava_protocol.table import Workers, WorkerTable
+from deployments.llava_protocol.worker_client import FORWARDED_HEADER, WorkerClient, WorkerStatus
 from deployments.metrics import Recorder
 from deployments.request_context import current_request
 from deployments.request_metrics import metered
@@ -66,6 +68,14 @@ class AddressBody(Body):
     model: str
 
 
+@dataclass(frozen=True)
+class ProtocolSetup:
+    """What a gateway is told. `workers` is the table that it shares with others; None: one of its own."""
+
+    args: LlavaProtocolArgs = field(default_factory=LlavaProtocolArgs)
+    workers: Workers | None = None
+
+
 class LlavaProtocol:
     """`routes` are for the gateway's application, and so is `middleware`. What is in `light_routes` says nothing of
     models' work, and must be answered however much of it there is."""
@@ -73,13 +83,14 @@ class LlavaProtocol:
     def __init__(
         self,
         engines: Mapping[str, EngineClient],
-        registrar: Registrar,
         intake: Intake,
-        args: LlavaProtocolArgs,
+        setup: ProtocolSetup,
         recorder: Recorder,
     ) -> None:
+        args = setup.args
+        table = WorkerTable(args.workers) if setup.workers is None else setup.workers
         self._engines = engines
-        self._registrar = registrar
+        self._registrar = Registrar(table, WorkerClient(args.workers), engines.keys(), recorder)
         self._intake = intake
         self._args = args
         self._recorder = recorder

@@ -64,18 +64,15 @@ class WorkerClient:
             raise PermissionDeniedError(
                 "workers cannot register here; allow their hosts in llava_protocol.workers.allowed_hosts"
             )
-        try:
-            url = parse_address(name, param="worker_name")
-        except ImageError:
-            url = None
-        if url is None or url.path not in ("", "/") or url.query:
+        url = _base(name)
+        if url is None:
             raise RequestError("worker_name must be an address such as http://host:port", param="worker_name")
         if not self._outgoing.allows(url):
             raise PermissionDeniedError(
                 "workers of this host, port or scheme cannot register here; see llava_protocol.workers",
                 param="worker_name",
             )
-        return name.rstrip("/")
+        return canonical(name)
 
     async def status(self, name: str) -> WorkerStatus:
         """What it says about itself now. Raises WorkerFailedError."""
@@ -145,3 +142,18 @@ async def _in_time(pieces: AsyncIterator[bytes], silence_s: float, ends_at: floa
         if piece is None:
             return
         yield piece
+
+
+def canonical(name: str) -> str:
+    """One spelling of a worker's address; what is no address stays as it is."""
+    url = _base(name)
+    return name if url is None else f"{url.scheme}://{url.netloc.decode('ascii')}"
+
+
+def _base(name: str) -> httpx.URL | None:
+    """A worker's address, to which paths can be added; None for any other."""
+    try:
+        url = parse_address(name, param="worker_name")
+    except ImageError:
+        return None
+    return url if url.path in ("", "/") and "?" not in name and "#" not in name else None

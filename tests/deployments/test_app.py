@@ -176,7 +176,7 @@ def test_models_share_a_tower_where_it_is_the_same_and_have_the_rest_for_themsel
     assert _names(generators) == {"one/1": "Generator-one-1", "two": "Generator-two"}
     cpus = [stage._bound_deployment.ray_actor_options["num_cpus"] for stage in generators.values()]
     assert cpus == [1, 2]
-    _, _, encoders, generators, _ = _graph(AppArgs(models=[three, one, two])).init_args
+    _, _, encoders, generators, *_ = _graph(AppArgs(models=[three, one, two])).init_args
     assert _names(encoders) == {
         "three": "VisionEncoder-three",
         "one/1": "VisionEncoder-one-1",
@@ -186,7 +186,7 @@ def test_models_share_a_tower_where_it_is_the_same_and_have_the_rest_for_themsel
     for name, folder in (("three", other_tower), ("one/1", tiny_checkpoint)):
         assert encoders[name]._bound_deployment.init_args[1].model == str(folder)
     assert generators["two"]._bound_deployment.init_args[1].model == str(checkpoint_copy)
-    _, _, encoders, generators, _ = _graph(AppArgs(models=[one])).init_args
+    _, _, encoders, generators, *_ = _graph(AppArgs(models=[one])).init_args
     assert (_names(encoders), _names(generators)) == ({"one/1": "VisionEncoder"}, {"one/1": "Generator"})
 
 
@@ -240,3 +240,16 @@ def test_what_the_builder_fetches_is_logged_where_serve_logs(
         use_cache(monkeypatch, tmp_path / "cache", hub.url)
         build_app(AppArgs(models=[{"checkpoint": "owner/name"}]))
     assert [line for line in lines if line.startswith("owner/name, the model: downloading")]
+
+
+def test_a_table_of_workers_is_there_where_they_may_register(tiny_checkpoint: Path) -> None:
+    models = [{"checkpoint": str(tiny_checkpoint)}]
+    allowed = {"workers": {"allowed_hosts": ["gpu1:21002"]}}
+    for protocol, is_there in (({}, False), (allowed, True), ({**allowed, "enabled": False}, False)):
+        *_, table = _graph(AppArgs.model_validate({"models": models, "llava_protocol": protocol})).init_args
+        assert (table is not None) == is_there
+        if table is not None:
+            deployment = table._bound_deployment
+            assert (deployment.name, deployment.num_replicas) == ("WorkerTable", 1)
+            # It takes no place of a stage's.
+            assert deployment.ray_actor_options["num_cpus"] == 0

@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from deployments.fetch import Fetcher, resolve_host
+from deployments.fetch import Fetcher
 from deployments.settings import FetchArgs
 from llava_core.errors import ImageError
 from llava_core.types import GenerationRequest, ImagePart, ImageUrl, Message, SamplingParams, TextPart
@@ -450,12 +450,6 @@ def test_the_first_that_fails_is_named_by_its_place_and_ends_the_others() -> Non
                 await asyncio.sleep(0.001)
 
     _run(test)
-
-
-def test_a_name_is_resolved_as_this_machine_does() -> None:
-    assert "127.0.0.1" in asyncio.run(resolve_host("localhost", 80))
-    # Which is why numbers are refused by their form: they would lead inside.
-    assert asyncio.run(resolve_host("2130706433", 80)) == ["127.0.0.1"]
 
 
 def test_one_address_in_two_views_is_two_pictures_and_dicom_is_a_pictures_type() -> None:

@@ -17,7 +17,7 @@ from llava_core.lru import LruCache
 from llava_core.prepare import Preparer, tile_digest
 from llava_core.prompts.templates import get_template
 from llava_core.prompts.tokenize import IMAGE_TOKEN_ID
-from llava_core.request_limits import RequestLimits, message_text
+from llava_core.request_limits import RequestLimits
 from llava_core.types import (
     AnyRequest,
     CompletionRequest,
@@ -26,6 +26,7 @@ from llava_core.types import (
     ImageUrl,
     Message,
     PreparedImage,
+    RenderedRequest,
     SamplingParams,
     Size,
     TextPart,
@@ -305,10 +306,6 @@ def test_a_prompt_that_does_not_fit_is_refused(tiny_checkpoint: Path) -> None:
         load_preparer(tiny_checkpoint).prepare(request(user("x" * 600)))
 
 
-def test_message_texts_keep_their_lines() -> None:
-    assert message_text(user("one", b"", "two")) == "one\ntwo"
-
-
 def test_the_prompt_and_its_counts_come_along(preparer: Preparer) -> None:
     prepared = preparer.prepare(request(user(png(), "one", "two"), assistant("A"), user(png(9, 9), "three")))
     assert prepared.prompt == f"{SYSTEM} USER: <image>\none\ntwo ASSISTANT: A</s>USER: <image>\nthree ASSISTANT:"
@@ -391,3 +388,50 @@ def test_ids_that_do_not_exist_have_no_text(preparer: Preparer, token: int) -> N
     with pytest.raises(RequestError, match=f"token {token} does not exist") as caught:
         preparer.detokenize([5, token])
     assert caught.value.param == "tokens"
+
+
+def rendered(prompt: str, *images: bytes, **sampling: Any) -> RenderedRequest:
+    return RenderedRequest("r1", prompt, tuple(map(ImagePart, images)), SamplingParams(**sampling))
+
+
+def test_a_prompt_that_its_client_has_rendered_is_what_we_would_have_rendered(preparer: Preparer) -> None:
+    """Control tokens of its template and places of pictures included: both ways lead to the same ids."""
+    ours = preparer.prepare(request(user(png(), "Q1"), assistant("A1"), user("Q2"), max_tokens=9))
+    theirs = preparer.prepare(
+        rendered(f"{SYSTEM} USER: <image>\nQ1 ASSISTANT: A1</s>USER: Q2 ASSISTANT:", png(), max_tokens=9)
+    )
+    # The template's end of an answer is one token.
+    assert 2 in theirs.prompt_ids
+    assert theirs == replace(ours, images=theirs.images)
+    assert theirs.images[0].digest == ours.images[0].digest
+    # In a text of ours it would stay the text that was typed.
+    assert 2 not in preparer.prepare(CompletionRequest("r1", "A1</s>", SamplingParams())).prompt_ids
+
+
+def test_start_and_end_stand_around_every_image_of_a_rendered_prompt(preparer: Preparer) -> None:
+    marked = replace(preparer, config=replace(preparer.config, image_start_end=True))
+    prepared = marked.prepare(rendered("<image>a<image>", png(), png()))
+    assert prepared.prompt == "<im_start><image><im_end>a<im_start><image><im_end>"
+
+
+def test_a_rendered_prompt_is_answered_within_the_room_that_is_left(preparer: Preparer) -> None:
+    prompt = "x" * 200
+    room = CONTEXT_LENGTH - 1 - len(prompt)
+    for wish, given in ((5, 5), (room, room), (room + 1, room), (1024, room), (None, room)):
+        assert preparer.prepare(rendered(prompt, max_tokens=wish)).sampling.max_tokens == given
+    wide = replace(preparer, limits=RequestLimits())
+    with pytest.raises(PromptTooLongError):
+        wide.prepare(rendered("x" * CONTEXT_LENGTH, max_tokens=5))
+
+
+def test_a_stop_that_is_a_control_token_ends_the_answer_at_the_token(preparer: Preparer) -> None:
+    """Its text is in no answer."""
+    sampling = preparer.prepare(rendered("hi", stop=("</s>", "###", "<unk>"))).sampling
+    assert sampling.stop == ("</s>", "###", "<unk>")
+    assert sampling.stop_token_ids == (2, 0)
+
+
+def test_bad_pictures_of_a_rendered_prompt_are_named(preparer: Preparer) -> None:
+    with pytest.raises(ImageError) as caught:
+        preparer.prepare(rendered("<image><image>", png(), b"no picture"))
+    assert caught.value.param == "images[1]"

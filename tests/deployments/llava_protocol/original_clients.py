@@ -123,7 +123,5 @@ def medrax_benchmark(controller: str, model: str, question: str, picture: bytes)
     }
     headers = {"User-Agent": "LLaVA-Med Client"}
     response = requests.post(f"{worker}/worker_generate_stream", headers=headers, json=body, stream=True, timeout=30)
-    last: dict[str, Any] = {}
-    for last in frames_of(response, 8192):
-        pass
+    *_, last = frames_of(response, 8192)
     return last["text"].split("[/INST]")[-1], last

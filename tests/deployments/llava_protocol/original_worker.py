@@ -7,7 +7,7 @@ import contextlib
 import http.server
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ import requests
 
 END = b"\0"
 # What it writes, after the status of its response: pieces of bytes, None being a wait for the end of the test.
-Script = Callable[[dict[str, Any]], list[bytes | None]]
+Script = Callable[[dict[str, Any]], Iterable[bytes | None]]
 
 
 def words(*given: str) -> Script:

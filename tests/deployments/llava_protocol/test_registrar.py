@@ -1,0 +1,185 @@
+"""What a gateway does about workers of others: whom it believes what, what it does about those that fail, and without
+its table."""
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from deployments.errors import PermissionDeniedError, StageUnavailableError, WorkerFailedError
+from deployments.llava_protocol.frames import Frame
+from deployments.llava_protocol.registrar import Registrar
+from deployments.llava_protocol.settings import WorkerArgs
+from deployments.llava_protocol.table import Worker, Workers, WorkerTable
+from deployments.llava_protocol.worker_client import WorkerClient, WorkerStatus
+from deployments.metrics import TIME_TO_FIRST_TOKEN, WORKER_FAILURES
+from llava_core.errors import UnknownNameError
+from tests.deployments.fakes import FakeRecorder
+from tests.deployments.llava_protocol.original_worker import OriginalWorker, original_worker
+
+BODY = {"prompt": "USER: hi"}
+STATUS = WorkerStatus(model_names=["llava-other"], speed=1, queue_length=0)
+
+
+class Setting:
+    """A registrar that allows these workers, over a table that can be looked at."""
+
+    def __init__(self, *workers: OriginalWorker, table: Workers | None = None) -> None:
+        hosts = [worker.url.removeprefix("http://") for worker in workers]
+        args = WorkerArgs(allowed_hosts=tuple(hosts), allowed_networks=("127.0.0.0/8",), allow_http=True)
+        self.recorder = FakeRecorder()
+        self.table = table or WorkerTable(args)
+        self.registrar = Registrar(self.table, WorkerClient(args), {"mine"}, self.recorder)
+
+    def models(self) -> list[tuple[str, ...]]:
+        return [worker.models for worker in asyncio.run(self.registrar.workers())]
+
+    def failures(self, kind: str) -> float:
+        return self.recorder.counted[WORKER_FAILURES, (kind,)]
+
+
+async def _frames(setting: Setting, model: str = "llava-other") -> list[Frame]:
+    return [frame async for frame in setting.registrar.generate(model, BODY)]
+
+
+def test_a_worker_is_believed_what_it_says_or_asked_where_it_says_nothing() -> None:
+    with original_worker() as worker:
+        setting = Setting(worker)
+        told = WorkerStatus(model_names=["told"], speed=2, queue_length=7)
+        asyncio.run(setting.registrar.register(worker.url, told, is_watched=False))
+        assert asyncio.run(setting.table.workers()) == [Worker(worker.url, ("told",), 2, 7, is_watched=False)]
+        assert worker.num_status == 0
+        asyncio.run(setting.registrar.register(worker.url, None, is_watched=True))
+        assert asyncio.run(setting.table.workers()) == [Worker(worker.url, ("llava-other",))]
+        assert worker.num_status == 1
+
+
+def test_no_worker_takes_over_a_model_of_this_service() -> None:
+    with original_worker() as worker:
+        setting = Setting(worker)
+        both = WorkerStatus(model_names=["mine", "other"], speed=1, queue_length=0)
+        asyncio.run(setting.registrar.register(worker.url, both, is_watched=True))
+        assert setting.models() == [("other",)]
+        asyncio.run(setting.table.remove(worker.url))
+        only = WorkerStatus(model_names=["mine"], speed=1, queue_length=0)
+        asyncio.run(setting.registrar.register(worker.url, only, is_watched=True))
+        assert setting.models() == []
+
+
+def test_a_stranger_cannot_register() -> None:
+    with original_worker() as worker, pytest.raises(PermissionDeniedError):
+        asyncio.run(Setting().registrar.register(worker.url, STATUS, is_watched=True))
+    assert worker.num_status == 0
+
+
+def test_a_worker_that_does_not_answer_is_not_registered(caplog: pytest.LogCaptureFixture) -> None:
+    with original_worker() as worker:
+        setting = Setting(worker)
+    asyncio.run(setting.registrar.register(worker.url, None, is_watched=True))
+    assert setting.models() == []
+    assert setting.failures("unreachable") == 1
+    assert worker.url in caplog.text
+
+
+def test_an_answer_is_sent_on_and_its_first_frame_measured() -> None:
+    with original_worker() as worker:
+        setting = Setting(worker)
+        asyncio.run(setting.registrar.register(worker.url, STATUS, is_watched=False))
+        assert [frame.text for frame in asyncio.run(_frames(setting))] == ["USER: hi Hel", "USER: hi Hello"]
+        assert worker.asked == [BODY]
+    assert len(setting.recorder.observed[TIME_TO_FIRST_TOKEN, ("registered",)]) == 1
+    [left] = asyncio.run(setting.table.workers())
+    assert left.queue_length == 0
+
+
+def test_a_model_that_no_worker_has_is_not_known() -> None:
+    with pytest.raises(UnknownNameError, match="known are: mine"):
+        asyncio.run(_frames(Setting(), "nothing"))
+
+
+def test_a_worker_that_fails_gets_nothing_more_until_it_registers_again() -> None:
+    with original_worker(lambda _: [b"garbage\0"]) as worker:
+        setting = Setting(worker)
+        asyncio.run(setting.registrar.register(worker.url, STATUS, is_watched=True))
+        with pytest.raises(WorkerFailedError):
+            asyncio.run(_frames(setting))
+        assert setting.failures("garbage") == 1
+        assert setting.models() == []
+        with pytest.raises(UnknownNameError):
+            asyncio.run(_frames(setting))
+        assert len(worker.asked) == 1
+        # Which its next heartbeat tells it to do.
+        assert not asyncio.run(setting.registrar.heart_beat(worker.url, 0))
+        asyncio.run(setting.registrar.register(worker.url, STATUS, is_watched=True))
+        assert setting.models() == [("llava-other",)]
+
+
+def test_heartbeats_are_known_by_any_spelling_of_the_address() -> None:
+    with original_worker() as worker:
+        setting = Setting(worker)
+        asyncio.run(setting.registrar.register(worker.url, STATUS, is_watched=True))
+        assert asyncio.run(setting.registrar.heart_beat(f"{worker.url}/", 4))
+        [found] = asyncio.run(setting.table.workers())
+        assert found.queue_length == 4
+        assert not asyncio.run(setting.registrar.heart_beat("no address", 0))
+
+
+def test_refreshing_asks_everybody_and_forgets_who_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    with original_worker() as well, original_worker() as failed:
+        with original_worker() as gone:
+            setting = Setting(well, failed, gone)
+            for worker in (well, failed, gone):
+                asyncio.run(setting.registrar.register(worker.url, STATUS, is_watched=True))
+        asyncio.run(setting.table.fail(failed.url))
+        well.status["model_names"] = ["new"]
+
+        async def twice() -> None:
+            await asyncio.gather(setting.registrar.refresh(), setting.registrar.refresh())
+
+        asyncio.run(twice())
+        assert setting.models() == [("new",), ("llava-other",)]
+        assert [worker.num_status for worker in (well, failed)] == [1, 1]
+    assert [worker.name for worker in asyncio.run(setting.table.known())] == [well.url, failed.url]
+
+
+class Away(WorkerTable):
+    """A table that cannot be reached."""
+
+    async def _away(self, *_: Any) -> Any:
+        raise StageUnavailableError("away")
+
+    register = heart_beat = choose = workers = known = fail = release = remove = _away  # type: ignore[assignment]
+
+
+def test_without_its_table_a_gateway_has_no_workers_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    with original_worker() as worker:
+        setting = Setting(worker, table=Away(WorkerArgs()))
+        with caplog.at_level(logging.WARNING):
+            asyncio.run(setting.registrar.register(worker.url, None, is_watched=True))
+            assert not asyncio.run(setting.registrar.heart_beat(worker.url, 0))
+            assert setting.models() == []
+            asyncio.run(setting.registrar.refresh())
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * 4
+    with pytest.raises(StageUnavailableError):
+        asyncio.run(_frames(setting))
+
+
+def test_an_answer_does_not_depend_on_what_the_table_is_told_afterwards() -> None:
+    class Forgetful(WorkerTable):
+        async def release(self, name: str) -> None:
+            raise StageUnavailableError("away")
+
+    with original_worker() as worker:
+        setting = Setting(worker, table=Forgetful(WorkerArgs()))
+        asyncio.run(setting.registrar.register(worker.url, STATUS, is_watched=True))
+        assert len(asyncio.run(_frames(setting))) == 2
+
+
+def test_who_may_not_register_is_not_asked_about() -> None:
+    class Asked(WorkerTable):
+        async def workers(self) -> Sequence[Worker]:
+            raise AssertionError("where nobody may register there is nothing to ask")
+
+    assert Setting(table=Asked(WorkerArgs())).models() == []
