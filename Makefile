@@ -40,7 +40,7 @@ test-fast: setup
 # LangChain and LiteLLM against the service. They bring packages that nothing else here needs.
 test-clients: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[clients]'
-	$(BIN)/pytest tests/deployments/test_clients.py
+	$(BIN)/pytest tests/deployments/test_clients.py tests/examples
 
 demo: setup
 	$(BIN)/llava demo --port $(PORT)
