@@ -9,9 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Collection, Sequence
 from contextlib import aclosing
-from typing import Any
 
 from deployments.errors import StageLostError, StageUnavailableError, WorkerFailedError
 from deployments.llava_protocol.frames import Frame
@@ -74,7 +73,7 @@ class Registrar:
             await asyncio.gather(*map(self._ask, await self._listed(is_well=False)))
             self._refreshed_at = time.monotonic()
 
-    async def generate(self, model: str, body: Mapping[str, Any]) -> AsyncGenerator[Frame, None]:
+    async def generate(self, model: str, body: bytes) -> AsyncGenerator[Frame, None]:
         """The frames of a worker that has the model. Raises UnknownNameError, WorkerFailedError, or that the table is
         away. Closing it ends the request at the worker's."""
         name = await self._workers.choose(model)

@@ -6,6 +6,8 @@ neither torch nor Ray.
 
 from __future__ import annotations
 
+import asyncio
+import json
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
@@ -96,81 +98,64 @@ class LlavaProtocol:
         self._recorder = recorder
         self._notes = BodyBudget(_MAX_NOTES_BYTES)
         self._num_running = 0
-        light = {
-            "list_models": self._list_models,
-            "refresh_all_workers": self._refresh,
-            "register_worker": self._register,
-            "receive_heart_beat": self._heart_beat,
-            "get_worker_address": self._address,
-            "worker_get_status": self._status,
-        }
+        light = [
+            self._light("list_models", None, self._list_models),
+            self._light("refresh_all_workers", None, self._refresh),
+            self._light("register_worker", RegisterBody, self._register),
+            self._light("receive_heart_beat", HeartBeatBody, self._heart_beat),
+            self._light("get_worker_address", AddressBody, self._address),
+            self._light("worker_get_status", None, self._status),
+        ]
         generate = _route("worker_generate_stream", self._generate)
-        self.light_routes = [_route(name, answer) for name, answer in light.items()] if args.enabled else []
-        self.routes = [*self.light_routes, generate] if args.enabled else []
+        self.light_routes = light if args.enabled else []
+        self.routes = [*light, generate] if args.enabled else []
         self.middleware = [Middleware(ReadableErrors, route=generate)] if args.enabled else []
 
-    async def _list_models(self, request: Request) -> Response:
-        async def listed(_: None) -> Any:
-            return {"models": await self._models()}
+    async def _list_models(self, _request: Request, _note: None) -> Any:
+        return {"models": await self._models()}
 
-        return await self._short(request, None, listed)
+    async def _refresh(self, _request: Request, _note: None) -> None:
+        await self._registrar.refresh()
 
-    async def _refresh(self, request: Request) -> Response:
-        async def refreshed(_: None) -> Any:
-            await self._registrar.refresh()
+    async def _register(self, _request: Request, note: RegisterBody) -> None:
+        await self._registrar.register(note.worker_name, note.worker_status, is_watched=note.check_heart_beat)
 
-        return await self._short(request, None, refreshed)
+    async def _heart_beat(self, _request: Request, note: HeartBeatBody) -> Any:
+        return {"exist": await self._registrar.heart_beat(note.worker_name, note.queue_length)}
 
-    async def _register(self, request: Request) -> Response:
-        async def registered(note: RegisterBody) -> Any:
-            await self._registrar.register(note.worker_name, note.worker_status, is_watched=note.check_heart_beat)
+    async def _address(self, request: Request, note: AddressBody) -> Any:
+        """This service, for every model: workers are not for clients, whose keys and limits are here."""
+        is_known = note.model in self._engines or note.model in await self._models()
+        own = (self._args.address or str(request.base_url)).rstrip("/")
+        return {"address": own if is_known else ""}
 
-        return await self._short(request, RegisterBody, registered)
-
-    async def _heart_beat(self, request: Request) -> Response:
-        async def heard(note: HeartBeatBody) -> Any:
-            return {"exist": await self._registrar.heart_beat(note.worker_name, note.queue_length)}
-
-        return await self._short(request, HeartBeatBody, heard)
-
-    async def _address(self, request: Request) -> Response:
-        async def found(note: AddressBody) -> Any:
-            """This service, for every model: its workers are not for clients, whose keys and limits are here."""
-            is_known = note.model in self._engines or note.model in await self._models()
-            return {"address": self._own_address(request) if is_known else ""}
-
-        return await self._short(request, AddressBody, found)
-
-    async def _status(self, request: Request) -> Response:
-        async def told_of(_: None) -> Any:
-            workers = await self._registrar.workers()
-            return {
-                "model_names": await self._models(),
-                "speed": len(self._engines) + sum(worker.speed for worker in workers),
-                "queue_length": self._num_running + sum(worker.queue_length for worker in workers),
-            }
-
-        return await self._short(request, None, told_of)
+    async def _status(self, _request: Request, _note: None) -> Any:
+        workers = await self._registrar.workers()
+        return {
+            "model_names": await self._models(),
+            "speed": len(self._engines) + sum(worker.speed for worker in workers),
+            "queue_length": self._num_running + sum(worker.queue_length for worker in workers),
+        }
 
     async def _models(self) -> list[str]:
         workers = await self._registrar.workers()
         return list(dict.fromkeys([*self._engines, *(model for worker in workers for model in worker.models)]))
 
-    def _own_address(self, request: Request) -> str:
-        return (self._args.address or str(request.base_url)).rstrip("/")
-
-    async def _short(
-        self, request: Request, kind: type[AnyNote] | None, answer: Callable[[Any], Awaitable[Any]]
-    ) -> Response:
+    def _light(self, name: str, kind: type[AnyNote] | None, answer: Callable[[Request, Any], Awaitable[Any]]) -> Route:
         """A question that is answered at once; of `kind` None no body is looked at."""
-        lease = self._notes.lease()
-        try:
-            async with self._intake.deadline(request).around():
-                return JSONResponse(await answer(None if kind is None else await self._note(request, kind, lease)))
-        except LlavaError as error:
-            return error_response(describe(error), _request_id(request))
-        finally:
-            lease.release()
+
+        async def endpoint(request: Request) -> Response:
+            lease = self._notes.lease()
+            try:
+                async with self._intake.deadline(request).around():
+                    note = None if kind is None else await self._note(request, kind, lease)
+                    return JSONResponse(await answer(request, note))
+            except LlavaError as error:
+                return error_response(describe(error), _request_id(request))
+            finally:
+                lease.release()
+
+        return _route(name, endpoint)
 
     async def _note(self, request: Request, kind: type[AnyNote], lease: Lease) -> AnyNote:
         seconds = self._intake.limits.max_body_seconds
@@ -207,7 +192,7 @@ class LlavaProtocol:
         if model not in self._engines:
             if FORWARDED_HEADER in request.headers:
                 raise UnknownNameError("model", model, self._engines)
-            return told(deadline.watch(self._forwarded(request, model, given.forwarded)))
+            return told(deadline.watch(self._forwarded(request, model, given.forwarded, lease)))
         if given.generation is None:
             return _one(too_long(given.echo))
         items = self._engines[model].stream(given.generation, lease.release)
@@ -219,12 +204,23 @@ class LlavaProtocol:
             raise RequestError("model is missing", param="model", code="missing_required_parameter")
         return next(iter(self._engines)) if name is None else name
 
-    async def _forwarded(self, request: Request, model: str, body: Mapping[str, Any]) -> AsyncGenerator[Frame, None]:
-        """Of what a worker reads and writes no tokens are known: each frame, about a word, counts as one."""
-        async with aclosing(self._registrar.generate(model, body)) as frames:
-            async for frame in frames:
-                charge(request, 1)
-                yield frame
+    async def _forwarded(
+        self, request: Request, model: str, body: Mapping[str, Any], lease: Lease
+    ) -> AsyncGenerator[Frame, None]:
+        """Of what a worker reads and writes no tokens are known: each frame, about a word, counts as one. What is sent
+        is held until the answer ends, and counts as long."""
+        content = await asyncio.to_thread(_as_json, body)
+        held = self._intake.lease()
+        # In place of the body it was made of.
+        lease.release()
+        try:
+            held.grow(len(content))
+            async with aclosing(self._registrar.generate(model, content)) as frames:
+                async for frame in frames:
+                    charge(request, 1)
+                    yield frame
+        finally:
+            held.release()
 
     async def _counted(self, frames: AsyncGenerator[Frame, None]) -> AsyncGenerator[Frame, None]:
         self._num_running += 1
@@ -254,6 +250,10 @@ class ReadableErrors:
 
 def _route(name: str, answer: Callable[[Request], Awaitable[Response]]) -> Route:
     return Route(f"/{name}", answer, methods=["POST"], name=f"llava_{name}")
+
+
+def _as_json(body: Mapping[str, Any]) -> bytes:
+    return json.dumps(body).encode()
 
 
 async def _one(frame: Frame) -> AsyncGenerator[Frame, None]:

@@ -7,10 +7,8 @@ be asked, and nothing of who else is there.
 from __future__ import annotations
 
 import asyncio
-import json
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
 
 import httpx
 from pydantic import BaseModel, Field, ValidationError
@@ -91,11 +89,10 @@ class WorkerClient:
         except ValidationError:
             raise WorkerFailedError("garbage", "its status has not model_names, speed and queue_length") from None
 
-    async def generate(self, name: str, body: Mapping[str, Any]) -> AsyncGenerator[Frame, None]:
+    async def generate(self, name: str, body: bytes) -> AsyncGenerator[Frame, None]:
         """Its frames as they come. Raises WorkerFailedError. Closing it ends the request at the worker's."""
         reader, has_begun = FrameReader(), False
-        content = json.dumps(body).encode()
-        async with self._asking(name, "/worker_generate_stream", content, self._args.silence_s) as pieces:
+        async with self._asking(name, "/worker_generate_stream", body, self._args.silence_s) as pieces:
             async for piece in pieces:
                 for frame in reader.feed(piece):
                     has_begun = True

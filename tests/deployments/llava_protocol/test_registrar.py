@@ -19,7 +19,7 @@ from llava_core.errors import UnknownNameError
 from tests.deployments.fakes import FakeRecorder
 from tests.deployments.llava_protocol.original_worker import OriginalWorker, original_worker
 
-BODY = {"prompt": "USER: hi"}
+BODY = b'{"prompt": "USER: hi"}'
 STATUS = WorkerStatus(model_names=["llava-other"], speed=1, queue_length=0)
 
 
@@ -88,7 +88,7 @@ def test_an_answer_is_sent_on_and_its_first_frame_measured() -> None:
         setting = Setting(worker)
         asyncio.run(setting.registrar.register(worker.url, STATUS, is_watched=False))
         assert [frame.text for frame in asyncio.run(_frames(setting))] == ["USER: hi Hel", "USER: hi Hello"]
-        assert worker.asked == [BODY]
+        assert worker.asked == [{"prompt": "USER: hi"}]
     assert len(setting.recorder.observed[TIME_TO_FIRST_TOKEN, ("registered",)]) == 1
     [left] = asyncio.run(setting.table.workers())
     assert left.queue_length == 0

@@ -303,6 +303,22 @@ def test_a_worker_that_lies_is_visible_and_contained(script: Any, kind: str, cap
             assert len(worker.asked) == 1
 
 
+def test_what_is_sent_to_workers_counts_among_the_bytes_in_flight_until_they_have_answered() -> None:
+    begun = b'{"text": "USER: hi x", "error_code": 0}\0'
+    limits = LimitArgs(max_body_bytes=2000, max_bytes_in_flight=3000)
+    with original_worker(lambda _: [begun, None]) as worker:
+        gateway = Gateway({"m": ScriptedEngine(answer("x"))}, all_ready, llava=setup(worker), limits=limits)
+        with serving_app(gateway.app) as url:
+            worker.register(url)
+            page = GradioPage(url)
+            holding = page.ask("llava-other", "USER: hi", [], "</s>", note="x" * 1500)
+            assert next(holding) == "x▌"
+            refused = list(page.ask("m", "USER: hi", [], "</s>", note="x" * 1500))
+            assert refused == [f"{SERVER_ERROR} (error_code: 1)"]
+            holding.close()
+            until(lambda: list(page.ask("m", "USER: hi", [], "</s>", note="x" * 1500)) == ["x▌"])
+
+
 def test_a_worker_that_is_gone_is_one_frame_and_not_two() -> None:
     with original_worker() as worker:
         setting = setup(worker)

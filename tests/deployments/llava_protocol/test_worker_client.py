@@ -16,7 +16,7 @@ from llava_core.errors import RequestError
 from tests.deployments.llava_protocol.original_worker import Script, original_worker, words
 from tests.sockets import chunked, scripted, whole
 
-BODY = {"prompt": "USER: hi", "stop": "</s>"}
+BODY = b'{"prompt": "USER: hi", "stop": "</s>"}'
 GOOD = b'{"text": "USER: hi Hel", "error_code": 0}\0'
 
 
@@ -43,7 +43,7 @@ def failure(doing: Any) -> WorkerFailedError:
 def test_frames_come_as_the_worker_sends_them() -> None:
     with original_worker(words(" Hel", "lo")) as worker:
         got = asyncio.run(frames(client(), worker.url))
-        assert worker.asked == [BODY]
+        assert worker.asked == [json.loads(BODY)]
     assert got == [Frame("USER: hi Hel"), Frame("USER: hi Hello")]
 
 
