@@ -1,8 +1,11 @@
 """What the documents tell a user to type exists: every command line, option and template that they name."""
 
 import ast
+import json
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import click
@@ -17,22 +20,37 @@ CODE = re.compile(r"^```\w*\n(.*?)^```|`([^`\n]+)`", re.DOTALL | re.MULTILINE)
 
 
 def commands(document: Path) -> list[str]:
-    """Every command line of `llava` in blocks and spans of code, whole ones alone."""
+    """Every command line of `llava` in blocks and spans of code, also behind a pipe."""
     found = []
     for block, span in CODE.findall(document.read_text(encoding="utf-8")):
-        for line in (block or span).splitlines():
+        for line in re.split(r"\n|\\?\|", block or span):
             line = line.partition("#")[0].partition(" > ")[0].strip()
             words = line.removeprefix(".venv/bin/")
-            if words.startswith("llava ") and len(words.split()) > 2 and "`" not in words:
+            if words.startswith("llava ") and "`" not in words:
                 found.append(words)
     return found
 
 
+def named_options(document: Path) -> set[str]:
+    """The options in spans of code that begin with one: of `llava`, as other programs are named before theirs."""
+    text = document.read_text(encoding="utf-8")
+    if document.name == "migrating.md":
+        # The left columns are those of other programs.
+        text = re.sub(r"^\|[^|]*", "", text, flags=re.MULTILINE)
+    spans = [span for _, span in CODE.findall(text) if span.startswith("--")]
+    return {option for span in spans for option in re.findall(r"(?<![\w-])--[a-z][\w-]+", span)}
+
+
 def options(command: click.Command) -> set[str]:
-    """The long options of a command, or of all commands of a group."""
-    inner = command.commands.values() if isinstance(command, click.Group) else ()
-    own = {name for parameter in command.params for name in parameter.opts if name.startswith("--")}
-    return own.union(*map(options, inner))
+    """The long options of a command, or of all commands of a group, those of other packages among them."""
+    found = {name for parameter in command.params for name in parameter.opts if name.startswith("--")}
+    if isinstance(command, click.Group):
+        context = click.Context(command)
+        for name in command.list_commands(context):
+            inner = command.get_command(context, name)
+            assert inner is not None, name
+            found |= options(inner)
+    return found
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
@@ -42,9 +60,12 @@ def test_every_command_line_is_understood(document: Path) -> None:
         words = shlex.split(line.replace("[", " ").replace("]", " "))[1:]
         command: click.Command | None = main
         context = click.Context(main)
-        while isinstance(command, click.Group):
+        while isinstance(command, click.Group) and words:
             command = command.get_command(context, words.pop(0))
         assert command is not None, line
+        if not words:
+            # Only its name.
+            continue
         # Parses and checks every value; runs nothing.
         made = command.make_context("llava", words)
         assert made.params.get("template") in (None, *TEMPLATES), line
@@ -69,9 +90,36 @@ def test_every_checkpoint_of_the_table_has_a_command() -> None:
     assert len([line for line in table if line.startswith("| ")]) >= 18
 
 
-def test_every_option_is_one() -> None:
-    known = options(main) | {"--version", "--help"}
-    text = (ROOT / "docs/checkpoints.md").read_text(encoding="utf-8")
-    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text))
-    assert named
-    assert named <= known
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_option_is_one(document: Path) -> None:
+    assert named_options(document) <= options(main) | {"--version", "--help"}
+
+
+def test_options_are_found_among_the_words() -> None:
+    assert {"--template", "--base", "--padding-jitter"} <= named_options(ROOT / "docs/checkpoints.md")
+    migrating = named_options(ROOT / "docs/migrating.md")
+    assert "--quantization" in migrating
+    assert "--conv-mode" not in migrating
+
+
+def test_answers_are_rewritten_as_the_originals_have_them(tmp_path: Path) -> None:
+    program = re.search(r"^```python\n(.*?)^```", (ROOT / "docs/migrating.md").read_text(), re.DOTALL | re.MULTILINE)
+    assert program is not None
+    files = {
+        "questions.jsonl": {"question_id": 7, "image": "x.png", "text": "Is it red?"},
+        "answers.jsonl": {"question_id": 7, "prompt": "USER: <image>\nIs it red? ASSISTANT:", "text": " Yes\n"},
+    }
+    for name, row in files.items():
+        (tmp_path / name).write_text(json.dumps(row) + "\n")
+    done = subprocess.run(
+        [sys.executable, "-c", program.group(1), *files], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {
+        "question_id": 7,
+        "prompt": "Is it red?",
+        "text": "Yes",
+        "answer_id": "7",
+        "model_id": "llava",
+        "metadata": {},
+    }
