@@ -40,8 +40,7 @@ class AskOptions(ModelOptions):
     max_tokens: int | None
     seed: int | None
     output: str
-    frame: int | None = None
-    window: tuple[float, float] | int | None = None
+    view: DicomView | None = None
 
 
 @dataclass(frozen=True)
@@ -130,9 +129,8 @@ def _read_question(line: str, where: str, folder: Path) -> Question:
 def _prepare(preparer: Preparer, options: AskOptions, question: Question) -> _Prepared:
     """Read pictures and prepare the request. Raises RequestError, which names the file where a picture is at fault."""
     sampling = SamplingParams(max_tokens=options.max_tokens, temperature=options.temperature, seed=options.seed)
-    is_chosen = options.frame is not None or options.window is not None
-    view = DicomView(options.frame or 1, options.window) if is_chosen else None
-    message = user_message(question.text, [ImagePart(read_picture(path), dicom=view) for path in question.images])
+    pictures = [ImagePart(read_picture(path), dicom=options.view) for path in question.images]
+    message = user_message(question.text, pictures)
     started = time.perf_counter()
     try:
         request = preparer.prepare(GenerationRequest(uuid.uuid4().hex, (message,), sampling))

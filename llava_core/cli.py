@@ -18,7 +18,7 @@ from click.core import ParameterSource
 
 from llava_core.checkpoints.tools.cli import TOOLS
 from llava_core.errors import LlavaError
-from llava_core.views import DicomView
+from llava_core.views import DicomView, read_window
 
 COMMAND_GROUP = "llava.commands"
 OWN_PACKAGES = ("llava_core", "deployments", "cluster")
@@ -110,27 +110,31 @@ def _model_options(function: Callable[..., None]) -> Callable[..., None]:
     return function
 
 
-def _read_window(_ctx: click.Context, _param: click.Parameter, value: str | None) -> tuple[float, float] | int | None:
-    """Centre and width, or the number of one of the file's own windows."""
-    if value is None:
-        return None
+def _check_window(_ctx: click.Context, _param: click.Parameter, value: str | None) -> tuple[float, float] | int | None:
     try:
-        centre, comma, width = value.partition(",")
-        window = (float(centre), float(width)) if comma else int(centre)
-        DicomView(window=window)
-    except ValueError:
-        raise click.BadParameter(
-            "give CENTRE,WIDTH such as 40,400, with a width above 0, or a number counted from 1"
-        ) from None
-    return window
+        return None if value is None else read_window(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+
+
+_FRAME = click.option("--frame", type=click.IntRange(1), help="Of DICOM files, counted from 1.")
+_WINDOW = click.option(
+    "--window", callback=_check_window, help="Of DICOM files: CENTRE,WIDTH, or the number of one of its own."
+)
+
+
+def _view(given: dict[str, Any]) -> DicomView | None:
+    """What the two options, taken out of those given, choose; None where neither is there."""
+    frame, window = given.pop("frame"), given.pop("window")
+    return None if frame is None and window is None else DicomView(frame or 1, window)
 
 
 @main.command()
 @click.argument("question", required=False)
 @_model_options
 @click.option("--image", "images", multiple=True, type=click.Path(path_type=Path), help="Picture file; repeatable.")
-@click.option("--frame", type=click.IntRange(1), help="Of DICOM files, counted from 1.")
-@click.option("--window", callback=_read_window, help="Of DICOM files: CENTRE,WIDTH, or the number of one of its own.")
+@_FRAME
+@_WINDOW
 @click.option("--questions", type=click.Path(path_type=Path), help="Many questions, one JSON object a line.")
 @click.option("--temperature", type=click.FloatRange(0, 2), default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--max-tokens", type=click.IntRange(1), default=None, help="Longest answer (default: the context).")
@@ -144,7 +148,7 @@ def ask(question: str | None, **given: Any) -> None:
     """
     from llava_core.asking import AskOptions, ask_all, ask_one
 
-    options = AskOptions(**given)
+    options = AskOptions(view=_view(given), **given)
     if (question is None) == (options.questions is None):
         raise click.UsageError("give either a QUESTION or --questions FILE")
     if options.questions is not None:
@@ -166,6 +170,8 @@ def ask(question: str | None, **given: Any) -> None:
 @click.option("--max-tokens", type=click.IntRange(1), help="Longest answer (default: the context).")
 @click.option("--seed", type=int, help="Makes sampled answers repeatable.")
 @click.option("--system", help="Replaces the template's system text.")
+@_FRAME
+@_WINDOW
 @click.option("--load", type=click.Path(path_type=Path), help="Go on with a conversation that /save has written.")
 @click.option("--no-history", is_flag=True, help="Neither read nor keep the lines typed.")
 @click.pass_context
@@ -186,4 +192,5 @@ def chat(context: click.Context, /, **given: Any) -> None:
             raise click.UsageError(f"{', '.join(unfit)} is for a model that is loaded here, not for --url")
     sampling = {name: given.pop(name) for name in SAMPLING}
     known = {name: value for name, value in sampling.items() if value is not None}
-    run(ChatOptions(model=model, sampling=known, keeps_history=not given.pop("no_history"), **given))
+    given["keeps_history"] = not given.pop("no_history")
+    run(ChatOptions(model=model, sampling=known, view=_view(given), **given))

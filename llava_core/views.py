@@ -1,6 +1,6 @@
 """How a picture's stored values are looked at: what a caller chooses of a DICOM file, and what was done in the end.
 
-Values without behaviour of their own, like those of types.py. Standard library only.
+Values without behaviour of their own, like those of types.py, and how a window is written. Standard library only.
 """
 
 from __future__ import annotations
@@ -28,6 +28,17 @@ class DicomView:
                 raise ValueError(f"windows are counted from 1, not {self.window}")
         elif self.window is not None and not (math.isfinite(self.window[0]) and 0 < self.window[1] < math.inf):
             raise ValueError(f"a window is a centre and a width above 0, not {self.window}")
+
+
+def read_window(text: str) -> tuple[float, float] | int:
+    """`CENTRE,WIDTH`, or the number of one of the file's own windows. Raises ValueError that says what to write."""
+    try:
+        centre, comma, width = text.partition(",")
+        window = (float(centre), float(width)) if comma else int(centre)
+        DicomView(window=window)
+    except ValueError:
+        raise ValueError("give CENTRE,WIDTH such as 40,400, with a width above 0, or a number counted from 1") from None
+    return window
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from llava_core.chat.terminal import Terminal, default_history
 from llava_core.client import Client
 from llava_core.errors import LlavaError
 from llava_core.opening import ModelOptions, load_model, open_model
+from llava_core.views import DicomView
 
 # Of SamplingParams, what a chat may be told.
 SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty", "max_tokens", "seed")
@@ -21,7 +22,8 @@ SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty", "max_tokens",
 
 @dataclass(frozen=True)
 class ChatOptions:
-    """What `llava chat` was told. `sampling` holds what was given of SamplingParams' fields."""
+    """What `llava chat` was told. `sampling` holds what was given of SamplingParams' fields; `view` is how DICOM files
+    are seen."""
 
     model: ModelOptions
     url: str | None
@@ -30,13 +32,14 @@ class ChatOptions:
     system: str | None
     load: Path | None
     keeps_history: bool
+    view: DicomView | None = None
 
 
 def chat(options: ChatOptions) -> None:
     """Until the input ends. Raises LlavaError where a script's question got no answer."""
     terminal = Terminal(default_history() if options.keeps_history else None)
     with _backend(options, terminal) as backend, terminal.remembering():
-        session = Session(backend, terminal)
+        session = Session(backend, terminal, view=options.view)
         if options.load is not None:
             session.load(options.load)
         session.system = options.system or session.system

@@ -8,20 +8,24 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from llava_core.chat.backends import Backend
 from llava_core.chat.pictures import read_path, take_pictures
 from llava_core.chat.terminal import FENCE, Terminal
 from llava_core.chat.transcript import Transcript, load_transcript, pictures_of
-from llava_core.client.messages import is_address, media_type, picture_part
+from llava_core.client.messages import DICOM, is_address, media_type, picture_part
 from llava_core.errors import LlavaError, RequestError
 from llava_core.types import ImagePart, ImageUrl, Message, TextPart
+from llava_core.views import DicomView, read_window
 
 PROMPT = ">>> "
 HELP = f"""\
 /image PATH    a picture for the next question; a file dropped onto the terminal is one as well
+/window C,W    see DICOM files from here on through this centre and width, or through the window of theirs with this
+               number; without either, through their first
+/frame N       see this frame of DICOM files from here on; without N, the first
 /system TEXT   replace the system text; without TEXT, the model's own again
 /clear         forget what was said and shown
 /save FILE     write the conversation to FILE
@@ -33,11 +37,12 @@ HELP = f"""\
 
 @dataclass
 class Session:
-    """`num_failed` counts questions that got no answer."""
+    """`view` is how DICOM files are seen that are still to come. `num_failed` counts questions that got no answer."""
 
     backend: Backend
     terminal: Terminal
     system: str | None = None
+    view: DicomView | None = None
     messages: list[Message] = field(default_factory=list)
     num_failed: int = 0
     _pending: list[ImagePart | ImageUrl] = field(default_factory=list)
@@ -123,8 +128,12 @@ class Session:
 
     def _attach(self, picture: str | Path) -> None:
         part = picture_part(picture)
-        if isinstance(part, ImagePart) and media_type(part.data) is None:
+        kind = media_type(part.data) if isinstance(part, ImagePart) else DICOM
+        if kind is None:
             raise RequestError(f"{picture} is not a picture of a known kind")
+        # What is at an address nobody knows yet: it is what somebody says who chooses a frame or a window.
+        if kind == DICOM:
+            part = replace(part, dicom=self.view)
         self._check(part)
         self._pending.append(part)
         self.terminal.note(f"picture {len(pictures_of(self.messages)) + len(self._pending)}: {picture}")
@@ -132,6 +141,23 @@ class Session:
     def _check(self, *pictures: ImagePart | ImageUrl) -> None:
         if not self.backend.takes_addresses and any(isinstance(picture, ImageUrl) for picture in pictures):
             raise RequestError("pictures by address are for a service to fetch (--url); give a file")
+
+    def _window(self, argument: str) -> None:
+        try:
+            window = read_window(argument) if argument else None
+        except ValueError as error:
+            raise RequestError(str(error)) from None
+        self._look(replace(self.view or DicomView(), window=window))
+
+    def _frame(self, argument: str) -> None:
+        if argument and not (argument.isdecimal() and int(argument)):
+            raise RequestError("it is: /frame N, counted from 1")
+        self._look(replace(self.view or DicomView(), frame=int(argument or 1)))
+
+    def _look(self, view: DicomView) -> None:
+        self.view = None if view == DicomView() else view
+        window = "as the file says" if view.window is None else f"window {view.window}"
+        self.terminal.note(f"DICOM files from here on: frame {view.frame}, {window}")
 
     def _system(self, argument: str) -> None:
         self.system = argument or None
@@ -177,6 +203,8 @@ def _need(argument: str, usage: str) -> None:
 _REMARKS = {"interrupt": "(stopped)", "length": "(cut off at the limit of tokens)"}
 _COMMANDS: dict[str, Callable[[Session, str], None]] = {
     "/image": Session._image,
+    "/window": Session._window,
+    "/frame": Session._frame,
     "/system": Session._system,
     "/clear": Session._clear,
     "/save": Session._save,

@@ -5,13 +5,14 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from llava_core.client.messages import data_url, is_address
 from llava_core.errors import RequestError
 from llava_core.types import ImagePart, ImageUrl, Message, TextPart
+from llava_core.views import DicomView
 
 FORMAT = "llava-chat-1"
 Part = TextPart | ImagePart | ImageUrl
@@ -69,7 +70,8 @@ def _part_json(part: Part, numbers: dict[str, int]) -> dict[str, Any]:
     if isinstance(part, TextPart):
         return {"text": part.text}
     url = part.url if isinstance(part, ImageUrl) else data_url(part.data)
-    return {"image": numbers.setdefault(url, len(numbers) + 1)}
+    image: dict[str, Any] = {"image": numbers.setdefault(url, len(numbers) + 1)}
+    return image if part.dicom is None else image | {"dicom": asdict(part.dicom)}
 
 
 def _read_message(message: Any, images: dict[str, ImagePart | ImageUrl]) -> Message:
@@ -80,7 +82,16 @@ def _read_message(message: Any, images: dict[str, ImagePart | ImageUrl]) -> Mess
 
 
 def _read_part(part: Any, images: dict[str, ImagePart | ImageUrl]) -> Part:
-    return TextPart(_text(part["text"])) if "text" in part else images[str(part["image"])]
+    if "text" in part:
+        return TextPart(_text(part["text"]))
+    image, view = images[str(part["image"])], part.get("dicom")
+    return image if view is None else replace(image, dicom=_read_view(**view))
+
+
+def _read_view(*, frame: Any, window: Any) -> DicomView:
+    if not isinstance(frame, int):
+        raise TypeError(f"a frame is a number, not {type(frame).__name__}")
+    return DicomView(frame, (window[0], window[1]) if isinstance(window, list) else window)
 
 
 def _read_image(url: Any) -> ImagePart | ImageUrl:

@@ -26,6 +26,7 @@ else:
 
 Json = dict[str, Any]
 
+DICOM = "application/dicom"
 # Where in the file, what stands there, and what it is called.
 _SIGNATURES = (
     (0, b"\x89PNG\r\n\x1a\n", "image/png"),
@@ -37,7 +38,7 @@ _SIGNATURES = (
     (0, b"MM\0*", "image/tiff"),
     (0, b"II+\0", "image/tiff"),
     (0, b"MM\0+", "image/tiff"),
-    (128, b"DICM", "application/dicom"),
+    (128, b"DICM", DICOM),
 )
 # As many bytes as `media_type` looks at.
 HEAD_BYTES = 132

@@ -2,7 +2,7 @@
 
 import pytest
 
-from llava_core.views import DicomView
+from llava_core.views import DicomView, read_window
 
 
 @pytest.mark.parametrize(
@@ -24,3 +24,14 @@ def test_frames_and_windows_that_cannot_be_are_refused(given: dict) -> None:
 def test_two_views_are_equal_only_where_all_of_them_is() -> None:
     assert DicomView(2, (40.0, 400.0)) == DicomView(2, (40.0, 400.0))
     assert len({DicomView(), DicomView(2), DicomView(window=1), DicomView(window=(1.0, 2.0))}) == 4
+
+
+@pytest.mark.parametrize(("text", "window"), [("2", 2), ("40,400", (40.0, 400.0)), ("-600.5 , 1500", (-600.5, 1500.0))])
+def test_a_window_is_written_as_centre_and_width_or_a_number(text: str, window: object) -> None:
+    assert read_window(text) == window
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1", "1.5", "x", "40,", "40,0", "40,-3", "1,2,3", "nan,1", "1,inf"])
+def test_what_is_no_window_is_told_what_one_is(text: str) -> None:
+    with pytest.raises(ValueError, match="give CENTRE,WIDTH such as 40,400"):
+        read_window(text)

@@ -18,9 +18,11 @@ from llava_core.chat.transcript import load_transcript
 from llava_core.cli import main
 from llava_core.errors import EngineError
 from llava_core.types import GenerationRequest, ImagePart, Message, TextPart
+from llava_core.views import DicomView
 from tests.deployments.fakes import ScriptedEngine, answer
 from tests.deployments.pictures import plain
 from tests.deployments.service import until
+from tests.dicom_files import dicom, radiograph
 from tests.pseudo_terminals import PROGRAM, PseudoTerminal, llava_at_a_terminal
 from tests.sockets import SSE_HEAD, chunked, scripted, serving_engine, whole
 
@@ -314,6 +316,25 @@ def test_options_reach_the_service(engine: ScriptedEngine, tmp_path: Path) -> No
     assert request.system == "Be brief."
     assert (unfit.exit_code, "--dtype is for a model that is loaded here" in unfit.stderr) == (2, True)
     assert (other.exit_code, "unknown model 'other'" in other.stderr) == (1, True)
+
+
+def test_dicom_files_are_seen_as_the_options_say_until_a_line_says_otherwise(
+    engine: ScriptedEngine, tmp_path: Path
+) -> None:
+    scan = dicom(radiograph())
+    (tmp_path / "scan.dcm").write_bytes(scan)
+    (tmp_path / "red.png").write_bytes(RED)
+    lines = f"{tmp_path}/red.png One?\n{tmp_path}/scan.dcm Two?\n/window 40,400\n{tmp_path}/scan.dcm Three?\n"
+    with serving_engine(engine) as url:
+        result = CliRunner().invoke(main, ["chat", "--url", url, "--window", "1"], input=lines)
+    assert (result.exit_code, result.stdout) == (0, "Hello\n" * 3)
+    assert [part for message in asked(engine) for part in message.parts if not isinstance(part, TextPart)] == [
+        ImagePart(RED),
+        ImagePart(scan, dicom=DicomView(window=1)),
+        ImagePart(scan, dicom=DicomView(window=(40, 400))),
+    ]
+    wrong = CliRunner().invoke(main, ["chat", "--window", "40,0"])
+    assert (wrong.exit_code, "CENTRE,WIDTH" in wrong.stderr) == (2, True)
 
 
 def test_a_service_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

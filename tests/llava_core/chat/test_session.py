@@ -1,6 +1,7 @@
 """What lines do to a conversation, without a terminal and with whoever answers made up; test_program.py has both."""
 
 from collections.abc import Generator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from llava_core.chat.session import Session
 from llava_core.chat.transcript import load_transcript
 from llava_core.errors import EngineError
 from llava_core.types import ImagePart, ImageUrl, Message, TextPart, TokenDelta
+from llava_core.views import DicomView
 from tests.deployments.pictures import plain
 
 RED = plain()
@@ -109,6 +111,34 @@ def test_addresses_are_refused_where_nobody_fetches_them(tmp_path: Path) -> None
     session, shown = run(backend, "/image https://example.com/a.png", "Alone?", f"/load {tmp_path}/talk.json")
     assert shown.count("pictures by address are for a service") == 2
     assert session.messages == [user("Alone?"), HELLO]
+
+
+def test_dicom_files_are_seen_as_was_said_last(tmp_path: Path) -> None:
+    scan = b"\0" * 128 + b"DICM"
+    (tmp_path / "red.png").write_bytes(RED)
+    (tmp_path / "ct.dcm").write_bytes(scan)
+    address = ImageUrl("https://example.com/ct")
+    backend = Answering()
+    file, url = f"/image {tmp_path}/ct.dcm", f"/image {address.url}"
+    lines = (file, url, "/window 40,400", "/frame 3", file, url, f"{tmp_path}/red.png", "/window 2", file)
+    session, shown = run(backend, *lines, "/window", "/frame", file, url, "What?")
+    soft, second = DicomView(3, (40, 400)), DicomView(3, 2)
+    pictures = (
+        *(ImagePart(scan), address, ImagePart(scan, dicom=soft), replace(address, dicom=soft)),
+        *(ImagePart(RED), ImagePart(scan, dicom=second), ImagePart(scan), address),
+    )
+    assert backend.asked[-1][0] == (user("What?", *pictures),)
+    assert "frame 3, window (40.0, 400.0)" in shown
+    assert "frame 1, as the file says" in shown
+    assert session.num_failed == 0
+
+
+def test_windows_and_frames_that_are_none_change_nothing() -> None:
+    wrong = ("/window 40,0", "/window x", "/frame 0", "/frame -1")
+    session, shown = run(Answering(), "/frame 3", "/window 40,400", *wrong)
+    assert session.view == DicomView(3, (40, 400))
+    assert shown.count("give CENTRE,WIDTH") == 2
+    assert shown.count("it is: /frame N, counted from 1") == 2
 
 
 def test_a_system_text_is_set_and_taken_back() -> None:

@@ -9,6 +9,7 @@ import pytest
 from llava_core.chat.transcript import FORMAT, Transcript, load_transcript
 from llava_core.errors import RequestError
 from llava_core.types import ImagePart, ImageUrl, Message, TextPart
+from llava_core.views import DicomView
 from tests.deployments.pictures import encode, plain
 
 RED = plain()
@@ -43,6 +44,13 @@ def test_a_picture_of_any_kind_comes_back_to_the_byte(tmp_path: Path) -> None:
         assert load_transcript(save(tmp_path, talk.dump())) == talk
 
 
+def test_how_a_picture_was_looked_at_comes_back(tmp_path: Path) -> None:
+    views = (None, DicomView(2), DicomView(window=3), DicomView(4, (-600.5, 1500)))
+    pictures = tuple(ImagePart(b"\0" * 128 + b"DICM", dicom=view) for view in views)
+    talk = Transcript("m", None, (Message("user", pictures),))
+    assert load_transcript(save(tmp_path, talk.dump())) == talk
+
+
 def test_people_can_read_it() -> None:
     text, pictures = TALK.dump().split('"images": {')
     assert "base64" not in text
@@ -64,6 +72,18 @@ GOOD: dict[str, Any] = json.loads(TALK.dump())
         ({"messages": [{"role": "user", "content": [{"image": 9}]}]}, "KeyError: '9'"),
         ({"messages": [{"role": "user", "content": [{"text": 3}]}]}, "text is wanted, not int"),
         ({"messages": [{"role": "user"}]}, "damaged"),
+        *(
+            ({"messages": [{"role": "user", "content": [{"image": 1, "dicom": view}]}]}, named)
+            for view, named in [
+                (3, "damaged"),
+                ({"frame": 1}, "window"),
+                ({"frame": "1", "window": None}, "a frame is a number, not str"),
+                ({"frame": 0, "window": None}, "counted from 1"),
+                ({"frame": 1, "window": [40, 0]}, "width above 0"),
+                ({"frame": 1, "window": [40]}, "IndexError"),
+                ({"frame": 1, "window": ["a", 1]}, "damaged"),
+            ]
+        ),
         ({"images": {"1": "data:image/png;base64,§"}}, "no base64"),
         ({"images": {"1": "/etc/passwd"}}, "no address of a picture"),
         ({"images": []}, "damaged"),
