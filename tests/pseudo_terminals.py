@@ -12,6 +12,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
+
 PROGRAM = "import sys; from llava_core.cli import main; main(sys.argv[1:])"
 # Colours, and readline's switching of modes.
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
@@ -46,7 +48,10 @@ class PseudoTerminal:
         self.type(f"{text}\r")
 
     def interrupt(self) -> None:
-        """Ctrl-C."""
+        """Ctrl-C, once the program waits: `input` overlooks a signal between a key and its next wait, until another."""
+        deadline = time.monotonic() + _DEADLINE_S
+        while psutil.Process(self.process.pid).status() != psutil.STATUS_SLEEPING:
+            assert time.monotonic() < deadline, "it waits for nothing"
         self.type("\x03")
 
     def end(self) -> int:

@@ -83,19 +83,18 @@ def test_the_demos_picture_comes_with_the_package_and_stands_in_the_examples_onc
         assert picture.size >= (128, 128)
 
 
-@pytest.mark.parametrize("command", ["serve", "demo"])
 def test_a_download_is_announced_before_it_begins_and_offline_there_is_none(
-    command: str, tiny_checkpoint: Path, tmp_path: Path
+    tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     """The checkpoint has a fault, which ends the start after it was fetched."""
     broken = Path(shutil.copytree(tiny_checkpoint, tmp_path / "broken"))
     (broken / "tokenizer.json").unlink()
     with hub_of({"owner/name": {OLD: broken}}) as hub:
         client = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
-        result = _run(command, "--model", "owner/name", "--offline", **client)
+        result = _run("serve", "--model", "owner/name", "--offline", **client)
         assert (result.returncode, result.stdout, hub.asked) == (1, "", [])
         assert result.stderr.startswith("Error: owner/name, the model, is neither a folder here nor in the hub's local")
-        result = _run(command, "--model", "owner/name", **client)
+        result = _run("serve", "--model", "owner/name", **client)
         assert "model.safetensors" in hub.sent
     assert result.stderr.startswith("owner/name, the model: downloading")
     assert "tokenizer.json is missing" in result.stderr

@@ -2,7 +2,8 @@
 
 import json
 import shutil
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,71 +40,30 @@ TINY = Recipe(
 pytestmark = pytest.mark.timeout(180)
 
 
-@pytest.fixture(autouse=True)
-def _without_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
+@dataclass
+class Built:
+    """`given` has the arguments of each stage's trainer, and whether an optimizer of its own was handed over."""
+
+    work: Path
+    out: Path
+    given: dict[str, tuple[TrainingArguments, bool]]
+
+    def work_again(self, folder: Path) -> Path:
+        """A copy of what the stages left, to change."""
+        return Path(shutil.copytree(self.work, folder / "work"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _without_compiling() -> Iterator[None]:
     """Compiling takes longer than the rest."""
-    monkeypatch.setattr(nn.Module, "compile", lambda *_, **__: None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn.Module, "compile", lambda *_, **__: None)
+        yield
 
 
-def test_the_recipe_builds_a_checkpoint_that_answers(tmp_path: Path) -> None:
-    work, out = tmp_path / "work", tmp_path / "model"
-    build(TINY, work, out)
-    for stage in STAGES:
-        assert json.loads((work / stage / "curve.json").read_text())
-    assert (work / "loss.png").exists()
-    model = LocalModel(out, options=LoadOptions(dtype="float32"))
-    assert model.preparer.template.name == "vicuna_v1"
-    (sample,) = make_samples(1)
-    parts = (ImagePart(sample.image), TextPart(sample.question))
-    request = GenerationRequest("r", (Message("user", parts),), SamplingParams(max_tokens=4))
-    assert list(model.stream(request))[-1].usage is not None
-    assert LlavaForConditionalGeneration.from_pretrained(out).config.image_token_index is not None
-
-
-def test_finished_stages_are_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    build(TINY, tmp_path / "work", tmp_path / "one")
-    (tmp_path / "work" / "sharpen" / "weights.pt").unlink()
-    ran: list[str] = []
-    train = recipe_module.train
-
-    def record(*arguments: object, **options: object) -> object:
-        ran.append("trained")
-        return train(*arguments, **options)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(recipe_module, "train", record)
-    monkeypatch.setattr(recipe_module, "Trainer", lambda *_, **__: pytest.fail("the tower was trained again"))
-    build(TINY, tmp_path / "work", tmp_path / "two")
-    assert ran == ["trained"]
-    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two")]
-    assert weights[0] == weights[1]
-
-
-def test_a_stage_made_otherwise_is_not_taken_for_this_one(tmp_path: Path) -> None:
-    build(TINY, tmp_path / "work", tmp_path / "one")
-    other = replace(TINY, align=replace(SMALL, learning_rate=2e-3))
-    with pytest.raises(LlavaError, match=r"work/align was made by another recipe"):
-        build(other, tmp_path / "work", tmp_path / "two")
-    for sizes in ({"hidden_size": 128}, {"num_layers": 2}):
-        with pytest.raises(LlavaError, match=r"work/language was made by another recipe"):
-            build(replace(TINY, **sizes), tmp_path / "work", tmp_path / "two")
-    sharper = replace(TINY, sharp_size=64)
-    with pytest.raises(LlavaError, match=r"work/sharp_pictures was made by another recipe"):
-        build(sharper, tmp_path / "work", tmp_path / "two")
-    shutil.rmtree(tmp_path / "work" / "sharp_pictures")
-    with pytest.raises(LlavaError, match=r"work/sharpen was made by another recipe"):
-        build(sharper, tmp_path / "work", tmp_path / "two")
-    tokenizer = tmp_path / "work" / "tokenizer" / "files" / "tokenizer.json"
-    edit_json(tokenizer, lambda content: content["model"]["merges"].pop())
-    with pytest.raises(LlavaError, match=r"work/language was made .* from something that has changed"):
-        build(TINY, tmp_path / "work", tmp_path / "two")
-    weights = tmp_path / "work" / "tower" / "weights.pt"
-    state = torch.load(weights, weights_only=True)
-    torch.save({name: value + 1 for name, value in state.items()}, weights)
-    with pytest.raises(LlavaError, match=r"work/features was made .* from something that has changed"):
-        build(TINY, tmp_path / "work", tmp_path / "two")
-
-
-def test_adamw_is_set_up_for_the_stage_that_uses_it_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module")
+def built(_without_compiling: None, tmp_path_factory: pytest.TempPathFactory) -> Built:
+    """All stages, once."""
     given: dict[str, tuple[TrainingArguments, bool]] = {}
     trainer, train = recipe_module.Trainer, recipe_module.train
 
@@ -115,15 +75,77 @@ def test_adamw_is_set_up_for_the_stage_that_uses_it_alone(tmp_path: Path, monkey
         given[dataset.spec.purpose] = (arguments, options["optimizer"] is not None)
         return train(language, dataset, arguments, **options)
 
-    monkeypatch.setattr(recipe_module, "Trainer", record)
-    monkeypatch.setattr(recipe_module, "train", record_too)
-    build(TINY, tmp_path / "work", tmp_path / "out")
-    assert tuple(given) == STAGES
+    folder = tmp_path_factory.mktemp("recipe")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recipe_module, "Trainer", record)
+        patch.setattr(recipe_module, "train", record_too)
+        build(TINY, folder / "work", folder / "model")
+    return Built(folder / "work", folder / "model", given)
+
+
+def test_the_recipe_builds_a_checkpoint_that_answers(built: Built) -> None:
+    for stage in STAGES:
+        assert json.loads((built.work / stage / "curve.json").read_text())
+    assert (built.work / "loss.png").exists()
+    model = LocalModel(built.out, options=LoadOptions(dtype="float32"))
+    assert model.preparer.template.name == "vicuna_v1"
+    (sample,) = make_samples(1)
+    parts = (ImagePart(sample.image), TextPart(sample.question))
+    request = GenerationRequest("r", (Message("user", parts),), SamplingParams(max_tokens=4))
+    assert list(model.stream(request))[-1].usage is not None
+    assert LlavaForConditionalGeneration.from_pretrained(built.out).config.image_token_index is not None
+
+
+def test_adamw_is_set_up_for_the_stage_that_uses_it_alone(built: Built, tmp_path: Path) -> None:
+    assert tuple(built.given) == STAGES
     default = TrainingArguments(output_dir=str(tmp_path))
-    for arguments, has_its_own in given.values():
+    for arguments, has_its_own in built.given.values():
         for name in ("learning_rate", "weight_decay", "adam_beta2"):
             assert (getattr(arguments, name) == getattr(default, name)) == has_its_own
-    assert given["tower"][0].learning_rate == SMALL.learning_rate
+    assert built.given["tower"][0].learning_rate == SMALL.learning_rate
+
+
+def test_finished_stages_are_not_run_again(built: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    work = built.work_again(tmp_path)
+    (work / "sharpen" / "weights.pt").unlink()
+    ran: list[str] = []
+    train = recipe_module.train
+
+    def record(*arguments: object, **options: object) -> object:
+        ran.append("trained")
+        return train(*arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(recipe_module, "train", record)
+    monkeypatch.setattr(recipe_module, "Trainer", lambda *_, **__: pytest.fail("the tower was trained again"))
+    build(TINY, work, tmp_path / "again")
+    assert ran == ["trained"]
+    weights = [(folder / "model.safetensors").read_bytes() for folder in (built.out, tmp_path / "again")]
+    assert weights[0] == weights[1]
+
+
+def test_a_stage_made_otherwise_is_not_taken_for_this_one(built: Built, tmp_path: Path) -> None:
+    work = built.work_again(tmp_path)
+    other = replace(TINY, align=replace(SMALL, learning_rate=2e-3))
+    with pytest.raises(LlavaError, match=r"work/align was made by another recipe"):
+        build(other, work, tmp_path / "other")
+    for sizes in ({"hidden_size": 128}, {"num_layers": 2}):
+        with pytest.raises(LlavaError, match=r"work/language was made by another recipe"):
+            build(replace(TINY, **sizes), work, tmp_path / "other")
+    sharper = replace(TINY, sharp_size=64)
+    with pytest.raises(LlavaError, match=r"work/sharp_pictures was made by another recipe"):
+        build(sharper, work, tmp_path / "other")
+    shutil.rmtree(work / "sharp_pictures")
+    with pytest.raises(LlavaError, match=r"work/sharpen was made by another recipe"):
+        build(sharper, work, tmp_path / "other")
+    tokenizer = work / "tokenizer" / "files" / "tokenizer.json"
+    edit_json(tokenizer, lambda content: content["model"]["merges"].pop())
+    with pytest.raises(LlavaError, match=r"work/language was made .* from something that has changed"):
+        build(TINY, work, tmp_path / "other")
+    weights = work / "tower" / "weights.pt"
+    state = torch.load(weights, weights_only=True)
+    torch.save({name: value + 1 for name, value in state.items()}, weights)
+    with pytest.raises(LlavaError, match=r"work/features was made .* from something that has changed"):
+        build(TINY, work, tmp_path / "other")
 
 
 def test_a_result_that_exists_is_refused_before_any_work(tmp_path: Path) -> None:
