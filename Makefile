@@ -31,11 +31,12 @@ format: setup
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-test: setup
-	$(BIN)/pytest
+test: test-fast
+	$(BIN)/pytest -m "ray or browser"
 
+# Beside each other on all cores, which those that start a service or a browser need for themselves.
 test-fast: setup
-	$(BIN)/pytest -m "not ray and not browser"
+	$(BIN)/pytest -m "not ray and not browser" --numprocesses logical --maxprocesses 8 --dist worksteal
 
 # LangChain and LiteLLM against the service. They bring packages that nothing else here needs.
 test-clients: setup

@@ -189,16 +189,3 @@ def test_the_readmes_make_targets_exist(command: str) -> None:
     target = shlex.split(command)[1]
     planned = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, timeout=30)
     assert planned.returncode == 0, planned.stderr
-
-
-@pytest.mark.ray
-def test_the_demo_answers_and_leaves_nothing_behind() -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shown = subprocess.run(
-        [str(LLAVA), "demo", "--port", str(port)], cwd=ROOT, capture_output=True, text=True, timeout=110
-    )
-    assert shown.returncode == 0, shown.stdout + shown.stderr
-    assert "Where the time went" in shown.stdout
-    assert f"curl -sN http://127.0.0.1:{port}/v1/chat/completions" in shown.stdout

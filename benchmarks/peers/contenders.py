@@ -26,7 +26,8 @@ from deployments.processes import descendants, end
 ROOT = Path(__file__).parents[2]
 OURS, VLLM, TRANSFORMERS = "llava-serve", "vLLM", "transformers serve"
 _PARTS = ("Gateway", "Preprocessor", "VisionEncoder", "Generator", "haproxy")
-_START_S, _STOP_S = 600.0, 60.0
+# Until it is ready; until its first process has ended; and until those that it began have followed.
+_START_S, _STOP_S, _PATIENCE_S = 600.0, 60.0, 5.0
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
@@ -177,7 +178,7 @@ def stop(process: subprocess.Popen[bytes]) -> None:
         process.wait(_STOP_S)
     process.kill()
     process.wait()
-    end(began, patience_s=5.0)
+    end(began, patience_s=_PATIENCE_S)
 
 
 def own_threads() -> dict[str, str]:

@@ -51,37 +51,6 @@ def _stream(url: str, *, max_tokens: int) -> Iterator[Iterator[Any]]:
         yield seen
 
 
-@pytest.mark.parametrize("is_alone", [True, False], ids=["gateways", "proxy"])
-def test_running_streams_end_and_new_requests_are_refused_before_it_stops(
-    tiny_checkpoint: Path, tmp_path: Path, *, is_alone: bool
-) -> None:
-    config = write_config(long_checkpoint(tiny_checkpoint, tmp_path), tmp_path, **STAGES)
-    if not is_alone:
-        described = yaml.safe_load(config.read_text())
-        other = {"name": "other", "route_prefix": "/other", "import_path": "tests.deployments.other_application:app"}
-        described["applications"].append(other)
-        config.write_text(yaml.safe_dump(described))
-    port = free_port()
-    url = f"http://127.0.0.1:{port}"
-    with started(_serve(config, port)) as (process, _):
-        read_until(process, "  logs ")
-        if not is_alone:
-            assert httpx.get(f"{url}/other", timeout=60).text == "other"
-        with _stream(url, max_tokens=1000) as seen:
-            # To every process of the terminal, as Ctrl-C does.
-            os.killpg(process.pid, signal.SIGINT)
-            read_until(process, "Letting requests end")
-            until(lambda: httpx.get(f"{url}/health", timeout=10).status_code == 503)
-            refused = httpx.post(f"{url}/v1/chat/completions", json={"messages": messages("hi")}, timeout=10)
-            assert refused.status_code == 503
-            assert int(refused.headers["retry-after"]) >= 1
-            assert refused.json()["error"]["code"] == "unavailable"
-            *_, last, done = seen
-        assert last["choices"][0]["finish_reason"] == "length"
-        assert done == "[DONE]"
-        assert process.wait(60) == 0
-
-
 class _Asking:
     """Asks one question after the other, every other one about a new picture, until the block ends."""
 
@@ -119,13 +88,23 @@ def _tell(process: subprocess.Popen[bytes], config: Path, limits: dict[str, Any]
     process.send_signal(signal.SIGHUP)
 
 
-@pytest.mark.parametrize("direct", ["1", "0"], ids=["gateways", "proxy"])
-def test_a_new_configuration_takes_over_while_streams_end_and_nobody_is_refused(
-    direct: str, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def _beside_another(config: Path) -> None:
+    """Two applications have Serve's proxy in front of them, in place of gateways that listen themselves."""
+    described = yaml.safe_load(config.read_text())
+    other = {"name": "other", "route_prefix": "/other", "import_path": "tests.deployments.other_application:app"}
+    described["applications"].append(other)
+    config.write_text(yaml.safe_dump(described))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["gateways, Ctrl-C", "proxy, SIGTERM"])
+def test_streams_end_under_a_new_configuration_and_before_it_stops(
+    number: signal.Signals, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("RAY_SERVE_ENABLE_DIRECT_INGRESS", direct)
     checkpoint = long_checkpoint(tiny_checkpoint, tmp_path, num_tokens=20_000)
     config = write_config(checkpoint, tmp_path, engine={"cache_tokens": 40_000}, **STAGES)
+    is_alone = number == signal.SIGINT
+    if not is_alone:
+        _beside_another(config)
     port = free_port()
     url = f"http://127.0.0.1:{port}"
 
@@ -146,12 +125,35 @@ def test_a_new_configuration_takes_over_while_streams_end_and_nobody_is_refused(
             read_until(process, "Serving long-llava anew")
             until(lambda: not is_taken())
             assert next(seen)["choices"][0]["finish_reason"] is None, "it has ended too soon to tell anything"
-            *_, last, done = seen
-        assert last["choices"][0]["finish_reason"] == "length"
-        assert done == "[DONE]"
+            _assert_ends_well(seen)
+        # Nobody was refused meanwhile.
         assert set(asking.statuses) == {200}, asking.unexpected
-        process.send_signal(signal.SIGTERM)
+        if not is_alone:
+            assert httpx.get(f"{url}/other", timeout=60).text == "other"
+        with _stream(url, max_tokens=1000) as seen:
+            _stop(process, number)
+            read_until(process, "Letting requests end")
+            until(lambda: httpx.get(f"{url}/health", timeout=10).status_code == 503)
+            refused = httpx.post(f"{url}/v1/chat/completions", json={"messages": messages("hi")}, timeout=10)
+            assert refused.status_code == 503
+            assert int(refused.headers["retry-after"]) >= 1
+            assert refused.json()["error"]["code"] == "unavailable"
+            _assert_ends_well(seen)
         assert process.wait(60) == 0
+
+
+def _stop(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    if number == signal.SIGINT:
+        # To every process of the terminal, as Ctrl-C does.
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
+
+
+def _assert_ends_well(seen: Iterator[Any]) -> None:
+    *_, last, done = seen
+    assert last["choices"][0]["finish_reason"] == "length"
+    assert done == "[DONE]"
 
 
 def test_killed_outright_it_leaves_nothing_that_serves_or_computes(tiny_checkpoint: Path, tmp_path: Path) -> None:

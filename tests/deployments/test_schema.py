@@ -74,9 +74,9 @@ def test_what_was_sent_is_not_repeated_in_the_error() -> None:
 @pytest.mark.parametrize("filling", [b"[],", b"{},", b"1,"])
 def test_small_values_in_great_numbers_are_refused_before_they_are_read(filling: bytes) -> None:
     body = b'{"messages": [{"role": "user", "content": "hi"}], "metadata": [%s1]}' % (filling * 1_000_000)
-    started = time.monotonic()
+    started = time.process_time()
     assert _refusal(body).code == "request_too_complex"
-    assert time.monotonic() - started < 1
+    assert time.process_time() - started < 1
 
 
 def test_a_text_of_brackets_and_a_large_picture_are_no_great_number_of_values() -> None:

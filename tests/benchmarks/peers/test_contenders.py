@@ -12,6 +12,7 @@ import pytest
 
 from benchmarks.peers.contenders import OURS, TRANSFORMERS, VLLM, Contender, make_contenders, running
 from benchmarks.peers.vllm_setup import VERSION
+from tests.deployments.service import until
 
 # Healthy at once; its child keeps a core busy and does not end when asked kindly.
 BUSY = """
@@ -25,6 +26,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
 print("about", child.pid, sys.argv[2:], flush=True)
 http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
 """
+
+
+@pytest.fixture(autouse=True)
+def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What does not follow its parent is ended by force sooner than a real server's processes are."""
+    monkeypatch.setattr("benchmarks.peers.contenders._PATIENCE_S", 0.2)
 
 
 def contender(code: str) -> Contender:
@@ -56,17 +63,17 @@ def test_a_server_and_its_children_are_gone_after_the_block(tmp_path: Path, *, i
 def test_a_paused_server_takes_no_processor_time(tmp_path: Path) -> None:
     with running(contender(BUSY), tmp_path, tmp_path) as server:
         begun = server.cpu_s()
-        time.sleep(0.3)
-        assert server.cpu_s() > begun
+        until(lambda: server.cpu_s() > begun)
         assert server.memory_mib() > 5
         server.pause()
-        time.sleep(0.05)
-        begun = server.cpu_s()
-        time.sleep(0.3)
-        assert server.cpu_s() == begun
+        both = [psutil.Process(server.process.pid), psutil.Process(int(printed(tmp_path).split()[1]))]
+        until(lambda: {each.status() for each in both} == {psutil.STATUS_STOPPED})
+        paused = server.cpu_s()
+        # Ten ticks of the clock by which processor time is counted, and some.
+        time.sleep(0.15)
+        assert server.cpu_s() == paused
         server.resume()
-        time.sleep(0.3)
-        assert server.cpu_s() > begun
+        until(lambda: server.cpu_s() > paused)
 
 
 def test_our_own_processes_are_told_apart(tmp_path: Path) -> None:
@@ -75,9 +82,7 @@ def test_our_own_processes_are_told_apart(tmp_path: Path) -> None:
         server.contender = replace(server.contender, name=OURS)
         begun = server.cpu_of_parts_s()
         assert begun.keys() == {"Ray"}
-        deadline = time.monotonic() + 20
-        while server.cpu_of_parts_s()["Ray"] <= begun["Ray"]:
-            assert time.monotonic() < deadline
+        until(lambda: server.cpu_of_parts_s()["Ray"] > begun["Ray"])
     named = Contender("a server", Path(sys.executable), ("-c", BUSY, "PORT", "Generator"), "1")
     with running(replace(named, name="b"), tmp_path, tmp_path) as server:
         server.contender = replace(server.contender, name=OURS)

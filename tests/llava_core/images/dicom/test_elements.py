@@ -134,9 +134,9 @@ def test_elements_without_number_are_refused_in_time() -> None:
     data = a_file()
     at = data.index(struct.pack("<HH", 0x0010, 0x0010))
     empty = struct.pack("<HH2sH", 0x0009, 0x0001, b"LO", 0)
-    started = time.perf_counter()
+    started = time.process_time()
     assert "more than 500000 elements" in refusal(data[:at] + empty * 2_000_000 + data[at:]).message
-    assert time.perf_counter() - started < 20
+    assert time.process_time() - started < 20
 
 
 @pytest.mark.parametrize(

@@ -155,9 +155,9 @@ def test_jpegs_of_another_size_are_refused_too() -> None:
 def test_runs_that_would_fill_the_memory_end_where_the_frame_does() -> None:
     runs = b"\x81\x00" * 5_000_000
     bomb = struct.pack("<16L", 2, 64, 64 + len(runs) // 2, *[0] * 13) + runs
-    started = time.perf_counter()
+    started = time.process_time()
     assert (frame(with_frames(data_set(np.zeros((4, 4), np.uint16)), [bomb], RLELossless)) == 0).all()
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 5
 
 
 @pytest.mark.parametrize(
