@@ -13,6 +13,7 @@ time, two minutes at most.
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import time
 from collections import Counter, defaultdict
@@ -36,8 +37,9 @@ from deployments.top import ONGOING, QUEUED, Page
 FREED_S = 1.0
 _BUSY = 0.7
 _SAMPLE_S, _FIRST_THINK_S, _MOST_THINK_S = 5.0, 0.5, 5.0
-# What processes counted is told within 11 seconds.
-_TOLD_S = 12.0
+# Ray's processes tell what they counted that often, by default every 10 s; stages hand it to them every second.
+_TOLD_EVERY_MS = "RAY_metrics_report_interval_ms"
+_TOLD_S = float(os.environ.get(_TOLD_EVERY_MS, "10000")) / 1e3 + 2.0
 # Many times what an answer takes.
 _PATIENCE_S = 120.0
 _CACHE_BYTES = 8 * 2**20

@@ -27,6 +27,8 @@ from tests.tiny import edit_json
 
 PROGRAM = "import sys; from llava_core.cli import main; main(sys.argv[1:])"
 START_S = 180.0
+# No test need wait for what processes tell of their numbers every 10 s.
+TOLD_SOON = {"RAY_metrics_report_interval_ms": "1000"}
 
 
 def until(condition: Callable[[], bool], *, deadline_s: float = 30.0) -> None:
@@ -96,6 +98,7 @@ def started(command: list[str]) -> Iterator[tuple[subprocess.Popen[bytes], Path]
         # A proxy that is not there: nothing on this machine may be asked through one.
         environment = {**os.environ, "RAY_TMPDIR": str(files), "PYTHONPATH": os.pathsep.join(sys.path)}
         environment |= {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
+        environment |= TOLD_SOON
         with subprocess.Popen(
             command,
             stdout=subprocess.PIPE,

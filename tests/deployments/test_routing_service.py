@@ -34,11 +34,8 @@ def service(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     stage = {"num_cpus": 0.05, "min_replicas": 2, "max_replicas": 2}
     compute = {**stage, "dtype": "float32", "threads": 1}
     folder = tmp_path_factory.mktemp("routing")
-    with pytest.MonkeyPatch.context() as patch:
-        # The test need not wait for what a scrape every 15 s would find soon enough.
-        patch.setenv("RAY_metrics_report_interval_ms", "1000")
-        with serving(tiny_checkpoint, folder, preprocessor=stage, vision_encoder=compute, generator=compute) as running:
-            yield running
+    with serving(tiny_checkpoint, folder, preprocessor=stage, vision_encoder=compute, generator=compute) as running:
+        yield running
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,5 @@
-"""The service as users run it: `llava serve` and `llava demo`, a real local Ray, real HTTP, two replicas per stage."""
+"""The service as users run it: `llava serve` and `llava demo`, a real local Ray, real HTTP, two gateways and two
+generators; test_routing_service.py has two replicas of the other stages."""
 
 import concurrent.futures
 import contextlib
@@ -52,18 +53,19 @@ def checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture(scope="module")
 def service(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    stage = {"num_cpus": 0.05, "min_replicas": 2, "max_replicas": 2}
+    stage = {"num_cpus": 0.05}
     compute = {**stage, "dtype": "float32", "device": "auto", "threads": 1}
+    two = {"min_replicas": 2, "max_replicas": 2}
     with serving(
         checkpoint,
         tmp_path_factory.mktemp("service"),
         route_prefix="/vision",
         limits={"max_image_pixels": 4_000_000},
         engine={"max_running": 1, "max_waiting": 8},
-        gateway={**stage, "max_ongoing_requests": 100},
+        gateway={**stage, **two, "max_ongoing_requests": 100},
         preprocessor=stage,
         vision_encoder=compute,
-        generator={**compute, "max_ongoing_requests": 50},
+        generator={**compute, **two, "max_ongoing_requests": 50},
     ) as running:
         yield running
 
@@ -78,12 +80,12 @@ def _expected(model: LocalModel, *parts: TextPart | ImagePart, max_tokens: int =
     return "".join(delta.text for delta in model.stream(request))
 
 
-def test_two_replicas_of_every_stage_are_up(service: Running) -> None:
+def test_every_stage_is_up_with_its_replicas(service: Running) -> None:
     health = httpx.get(f"{service.url}/health", timeout=10)
     assert health.status_code == 200
     assert set(health.json()["stages"]) == {"preprocessor", "vision_encoder", "generator"}
-    for stage in ("Gateway", "Preprocessor", "VisionEncoder", "Generator"):
-        assert len(list(service.logs.rglob(f"session_2*/logs/serve/replica_llava_{stage}_*.log"))) == 2
+    for stage, num_replicas in (("Gateway", 2), ("Preprocessor", 1), ("VisionEncoder", 1), ("Generator", 2)):
+        assert len(list(service.logs.rglob(f"session_2*/logs/serve/replica_llava_{stage}_*.log"))) == num_replicas
 
 
 def test_every_process_calls_the_others_with_a_token(service: Running) -> None:
@@ -243,8 +245,8 @@ def _status(service: Running) -> int | None:
     """Of a short request; None if it is not answered soon, because it waits behind others."""
     body = {"messages": messages("hi"), "max_tokens": 1}
     try:
-        response = httpx.post(f"{service.url}/v1/chat/completions", json=body, timeout=10)
-    except httpx.ReadTimeout:
+        response = httpx.post(f"{service.url}/v1/chat/completions", json=body, timeout=2)
+    except httpx.TimeoutException:
         return None
     assert response.status_code != 429 or int(response.headers["retry-after"]) >= 1
     return response.status_code
@@ -274,8 +276,8 @@ def test_a_full_service_says_so_and_clients_that_hang_up_make_room(service: Runn
 
         until(fill_up, deadline_s=120)
         # Full is not ill, and who asks does not wait behind those who fill it.
-        assert httpx.get(f"{service.url}/health", timeout=5).status_code == 200
-    until(lambda: _status(service) == 200, deadline_s=20)
+        assert httpx.get(f"{service.url}/health", timeout=30).status_code == 200
+    until(lambda: _status(service) == 200)
 
 
 def test_clients_mistakes_are_4xx_in_openais_shape_and_leave_no_traceback(service: Running) -> None:

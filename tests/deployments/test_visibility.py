@@ -53,8 +53,6 @@ def service(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     compute = {**stage, "dtype": "float32", "threads": 1}
     checkpoint = long_checkpoint(tiny_checkpoint, tmp_path_factory.mktemp("long"))
     with pytest.MonkeyPatch.context() as patch:
-        # The test need not wait for what a scrape every 15 s would find soon enough.
-        patch.setenv("RAY_metrics_report_interval_ms", "1000")
         # Each record is written at once.
         patch.setenv("RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE", "1")
         with serving(
