@@ -7,7 +7,6 @@ import io
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -24,6 +23,10 @@ from PIL import Image, ImageDraw, ImageFont
 from llava_core.evaluation.task import normalise
 from llava_core.inference import DEFAULT_MODEL, LocalModel
 from llava_core.types import GenerationRequest, ImagePart, Message, SamplingParams, TextPart
+from tests.deployments.service import START_S, free_port
+
+# The first test that asks the service waits for it to start.
+pytestmark = pytest.mark.timeout(300)
 
 ROOT = Path(__file__).parents[1]
 LLAVA = Path(sys.executable).parent / "llava"
@@ -106,13 +109,12 @@ def test_the_checkpoint_is_small_and_has_a_model_card() -> None:
 @pytest.fixture(scope="module")
 def service_url() -> Iterator[str]:
     """`llava serve` as the README starts it, on a free port."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{probe.getsockname()[1]}"
-    command = [str(LLAVA), "serve", "--port", url.rpartition(":")[2]]
+    port = str(free_port())
+    url = f"http://127.0.0.1:{port}"
+    command = [str(LLAVA), "serve", "--port", port]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as service:
         try:
-            deadline = time.monotonic() + 100
+            deadline = time.monotonic() + START_S
             while not is_healthy(url):
                 assert service.poll() is None, service.communicate()[0]
                 assert time.monotonic() < deadline, "the service did not become ready in time"
