@@ -53,6 +53,9 @@ defaults
     option http-no-delay
     # Who hangs up is told to the replica.
     option abortonclose
+    # Connections to replicas end with their answers, by the replica. HAProxy resets those it has no use for, which are
+    # most, and Serve's HTTP server then keeps what it knows of each for a minute and a half more.
+    option http-server-close
     # What a replica has not taken is tried once a second with another one, until a new one is there.
     retries 20
     retry-on conn-failure

@@ -119,6 +119,33 @@ def test_another_applications_replicas_are_left_alone() -> None:
         wait_until(lambda: ask(balancer)[0] == 503)
 
 
+class Lasting(Handler):
+    """Keeps connections open for as long as it may."""
+
+    protocol_version = "HTTP/1.1"
+    asked: ClassVar[list[str | None]] = []
+
+    def do_GET(self) -> None:
+        if self.path == "/":
+            self.asked.append(self.headers.get("connection"))
+        super().do_GET()
+
+
+def test_a_replica_ends_each_connection_itself_and_clients_keep_theirs() -> None:
+    with balancing(1) as balancer, replica(balancer.host, balancer.ports[0], Lasting):
+        wait_until(lambda: ask(balancer)[0] == 200)
+        Lasting.asked.clear()
+        connection = http.client.HTTPConnection(*balancer.address, timeout=PATIENCE_S)
+        with contextlib.closing(connection):
+            connection.connect()
+            first = connection.sock
+            for _ in range(3):
+                connection.request("GET", "/")
+                assert connection.getresponse().read()
+            assert connection.sock is first
+        assert Lasting.asked == ["close"] * 3
+
+
 class Proxy(Handler):
     """Tells of all applications, as Serve's does."""
 
