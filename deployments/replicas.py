@@ -18,6 +18,7 @@ import ray
 from ray.serve.context import _get_global_client
 
 from deployments.access import KeyRing
+from deployments.allocator import give_back_large_buffers
 from deployments.cores import usable_cores
 from deployments.environment import TORCH_ENVIRONMENT
 from deployments.exposure import ENTRANCE_VARIABLE, check_exposure
@@ -78,6 +79,7 @@ class GatewayReplica:
         """Encoders and generators come by the names of the models that use them, `table` where workers of others may
         register."""
         adopt_serve_logging()
+        give_back_large_buffers()
         for host in in_thread_of_its_own(_listening_hosts):
             check_exposure(host, args.auth)
         recorder = RayRecorder().start()
@@ -118,6 +120,7 @@ class PreprocessorReplica(Preprocessor):
 
     def __init__(self, args: AppArgs, found: Mapping[str, FoundCheckpoint]) -> None:
         adopt_serve_logging()
+        give_back_large_buffers()
         from llava_core.checkpoints.describe import load_preparer
 
         stage, limits = args.preprocessor, args.limits.request
