@@ -6,6 +6,7 @@ Knows glibc, and nothing of what is in the buffers.
 from __future__ import annotations
 
 import ctypes
+import platform
 
 # Of <malloc.h>.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -20,6 +21,9 @@ def give_back_large_buffers() -> None:
     from the heaps of its threads, and lets the end of each of them lie idle up to twice as long. So a process in which
     several threads take turns grows for many minutes, by the largest request that each thread will have met.
     """
+    if platform.libc_ver()[0] != "glibc":
+        # Others do not have this to set.
+        return
     libc = ctypes.CDLL(None)
     # Setting one also ends that both grow by themselves.
     libc.mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
