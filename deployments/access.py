@@ -190,7 +190,7 @@ async def _charged(items: AsyncGenerator[Item, None], quota: Quota) -> AsyncGene
             if not isinstance(item, Rejected):
                 # The last of them tells of the prompt, which several answers have read once.
                 num_read = 0 if item.usage is None else item.usage.prompt_tokens
-                quota.charge(len(item.token_ids) + num_read)
+                quota.charge(item.num_tokens + num_read)
             yield item
 
 

@@ -52,7 +52,7 @@ class Answer(ABC):
         body = self._head(self.kind)
         body["choices"] = [self.choice(_in_one(by_index[index])) for index in sorted(by_index)]
         body["usage"] = usage_body(_usage(deltas[-1]))
-        return body | self._extensions(deltas[-1])
+        return body | extensions(self.form, deltas[-1], self.started)
 
     def chunks(self, delta: TokenDelta) -> Iterator[Json]:
         """What one delta adds to the stream; after the last one, also what it cost."""
@@ -62,11 +62,11 @@ class Answer(ABC):
         *others, last = self.grown(delta)
         yield from others
         if not self.form.include_usage:
-            yield last | self._extensions(delta)
+            yield last | extensions(self.form, delta, self.started)
             return
         yield last
         total = self._head(self.chunk_kind) | {"choices": [], "usage": usage_body(delta.usage)}
-        yield total | self._extensions(delta)
+        yield total | extensions(self.form, delta, self.started)
 
     def chunk(self, choice: Json) -> Json:
         """A chunk with one choice."""
@@ -82,16 +82,17 @@ class Answer(ABC):
             "system_fingerprint": None,
         }
 
-    def _extensions(self, last: TokenDelta) -> Json:
-        """What OpenAI's answers do not have, where it was asked for."""
-        extensions: Json = {}
-        if self.form.timings:
-            # `total` is what the gateway saw, and holds what no stage counts as its own.
-            times: StageTimes = last.stage_ms | {"total": (time.perf_counter() - self.started) * 1e3}
-            extensions["timings"] = {stage: round(value, 3) for stage, value in times.items()}
-        if self.form.image_transforms:
-            extensions["image_transforms"] = [each and asdict(each) for each in last.transforms]
-        return extensions
+
+def extensions(form: ReplyForm, last: TokenDelta, started: float) -> Json:
+    """What OpenAI's answers do not have, where it was asked for."""
+    asked: Json = {}
+    if form.timings:
+        # `total` is what the gateway saw, and holds what no stage counts as its own.
+        times: StageTimes = last.stage_ms | {"total": (time.perf_counter() - started) * 1e3}
+        asked["timings"] = {stage: round(value, 3) for stage, value in times.items()}
+    if form.image_transforms:
+        asked["image_transforms"] = [each and asdict(each) for each in last.transforms]
+    return asked
 
 
 def usage_body(usage: Usage) -> Json:

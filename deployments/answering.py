@@ -1,22 +1,22 @@
 """From a request's items to its response: in one piece or as events, errors told in the client's own terms.
 
-Imports neither torch nor Ray, and does not know what was asked: an Answer knows how its parts look.
+Imports neither torch nor Ray, and does not know what was asked: a Reply knows how its parts look.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from deployments import sse
-from deployments.answer import Answer
+from deployments.answer import Json
 from deployments.heartbeats import Heartbeat, comment
 from deployments.http_errors import HttpError, describe, error_body, error_response
 from deployments.messages import Item, Rejected, is_last
@@ -29,8 +29,29 @@ _HEARTBEAT_S = 15.0
 Piece = TypeVar("Piece")
 
 
+class Reply(Protocol):
+    """How the items of an answer look to its client: answer.py's, and what another server has written."""
+
+    @property
+    def form(self) -> ReplyForm:
+        """What was asked for."""
+        ...
+
+    def first_chunks(self) -> Iterator[Json]:
+        """What a stream begins with."""
+        ...
+
+    def chunks(self, delta: TokenDelta) -> Iterator[Json]:
+        """What one delta adds to the stream."""
+        ...
+
+    def completion(self, deltas: Sequence[TokenDelta]) -> Json:
+        """The whole reply."""
+        ...
+
+
 async def respond(
-    answer: Answer, items: AsyncGenerator[Item, None], request_id: str, heartbeat_s: float = _HEARTBEAT_S
+    answer: Reply, items: AsyncGenerator[Item, None], request_id: str, heartbeat_s: float = _HEARTBEAT_S
 ) -> Response:
     """Nothing is sent before the first item: whatever is wrong by then gets a status of its own. Only a stream that
     waits for longer than `heartbeat_s` begins without one, and is told what is wrong as an event."""
@@ -93,7 +114,7 @@ async def settled(items: AsyncGenerator[Item, None], request_id: str) -> AsyncGe
 
 
 async def _in_one_piece(
-    answer: Answer, first: TokenDelta, items: AsyncGenerator[Item, None], request_id: str
+    answer: Reply, first: TokenDelta, items: AsyncGenerator[Item, None], request_id: str
 ) -> Response:
     deltas = [first]
     async with aclosing(items):
@@ -105,7 +126,7 @@ async def _in_one_piece(
 
 
 async def _events(
-    answer: Answer, first: asyncio.Future[Item], items: AsyncGenerator[Item, None], request_id: str
+    answer: Reply, first: asyncio.Future[Item], items: AsyncGenerator[Item, None], request_id: str
 ) -> AsyncGenerator[bytes, None]:
     """Several events that are due together go out as one piece: every piece costs the graph a hop."""
     piece = _piece(answer, await first, request_id)
@@ -116,7 +137,7 @@ async def _events(
             yield piece
 
 
-def _piece(answer: Answer, item: Item, request_id: str) -> bytes:
+def _piece(answer: Reply, item: Item, request_id: str) -> bytes:
     if isinstance(item, Rejected):
         return sse.event(error_body(_describe_for(answer.form, item), request_id))
     return b"".join(map(sse.event, answer.chunks(item))) + (sse.DONE if is_last(item) else b"")

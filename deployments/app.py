@@ -60,7 +60,8 @@ def _bind_table(args: LlavaProtocolArgs) -> Application | None:
 def bind_stages(
     args: AppArgs, found: Mapping[str, FoundCheckpoint], towers: Mapping[str, str], handoff: Handoff
 ) -> tuple[Application, dict[str, Application], dict[str, Application]]:
-    """The stages behind the gateway: the preprocessor of all models, and encoder and generator of each by its name.
+    """The stages behind the gateway: the preprocessor of all models, and encoder and generator of each by its name,
+    where it has no upstream.
 
     `towers` names the model whose tower each model uses. What there are several of is called after its model.
     """
@@ -68,7 +69,7 @@ def bind_stages(
     encoders: dict[str, Application] = {}
     generators: dict[str, Application] = {}
     are_towers_several = len(set(towers.values())) > 1
-    for model in args.models:
+    for model in args.own_models:
         name, owner = model.served_name, towers[model.served_name]
         checkpoint = found[name]
         if owner == name:
@@ -77,7 +78,7 @@ def bind_stages(
             encoders[name] = deployed.bind(model.vision_encoder, checkpoint, handoff)
         # Who shares comes after its owner.
         encoders[name] = encoders[owner]
-        generator = f"Generator-{model.label}" if len(args.models) > 1 else "Generator"
+        generator = f"Generator-{model.label}" if len(args.own_models) > 1 else "Generator"
         deployed = _stage(GeneratorReplica, generator, model.generator, capacity=model.engine.config.max_requests)
         generators[name] = deployed.bind(model, checkpoint, handoff)
     return preprocessor, encoders, generators

@@ -60,7 +60,7 @@ def read_chat_request(body: bytes, request_id: str, limits: RequestLimits) -> Re
 
 def read_conversation(messages: Sequence[ChatMessage], limits: RequestLimits) -> Conversation:
     """Raises RequestError naming the message."""
-    _check_text(messages, limits.max_text)
+    check_text(messages, limits.max_text)
     leading = list(takewhile(lambda message: message.role in _SYSTEM_ROLES, messages))
     texts = ["\n".join(_texts_only(message, index)) for index, message in enumerate(leading)]
     turns = tuple(
@@ -69,7 +69,7 @@ def read_conversation(messages: Sequence[ChatMessage], limits: RequestLimits) ->
     return Conversation(turns, "\n\n".join(texts) if texts else None, len(leading))
 
 
-def _check_text(messages: Sequence[ChatMessage], max_text: int) -> None:
+def check_text(messages: Sequence[ChatMessage], max_text: int) -> None:
     """The preprocessor counts as well; here nothing that is too long crosses the graph."""
     total = sum(len(text) for message in messages for text in _texts(message))
     if total > max_text:
@@ -108,12 +108,13 @@ def _turn(message: ChatMessage, index: int, limits: ImageLimits) -> Message:
     if isinstance(message.content, str):
         return Message("user", (TextPart(message.content),))
     where = f"messages[{index}].content"
-    return Message("user", tuple(_part(part, f"{where}[{i}]", limits) for i, part in enumerate(message.content)))
+    return Message("user", tuple(read_part(part, f"{where}[{i}]", limits) for i, part in enumerate(message.content)))
 
 
-def _part(
+def read_part(
     part: TextContent | ImageContent | RefusalContent, where: str, limits: ImageLimits
 ) -> TextPart | ImagePart | ImageUrl:
+    """A part of an asker's message as the stages know it. Raises RequestError naming the field."""
     if isinstance(part, TextContent):
         return TextPart(part.text)
     if isinstance(part, RefusalContent):

@@ -1,5 +1,5 @@
 """Errors of the service that the core does not know: bodies too large or slow, keys that are not good for what they are
-used for, content that kills, deadlines, stages lost or missing, workers of others that fail, a start refused.
+used for, content that kills, deadlines, stages lost or missing, workers and servers of others that fail, a start refused.
 
 Plain exceptions on top of the core's tree, which every process can afford and pickle. Knows neither HTTP nor Ray.
 """
@@ -79,6 +79,30 @@ class WorkerFailedError(LlavaError):
 
     def __str__(self) -> str:
         return f"{self.kind}: {self.reason}"
+
+
+class UpstreamError(LlavaError):
+    """The server that answers for a model has failed. The message names model and cause, and no address."""
+
+    def __init__(self, message: str, *, code: str, retry_after_s: int | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.code = code
+        self.retry_after_s = retry_after_s
+
+
+class UpstreamTimeoutError(UpstreamError):
+    """It has not answered in time."""
+
+    def __init__(self, message: str, *, code: str = "upstream_timeout", retry_after_s: int | None = None) -> None:
+        super().__init__(message, code=code, retry_after_s=retry_after_s)
+
+
+class UpstreamRefusedError(RequestError):
+    """It finds fault with the request, in words of its own; `status` is of its answer, and `kind` the error's type."""
+
+    status: int = 400
+    kind: str = "invalid_request_error"
 
 
 class LaunchError(LlavaError):

@@ -1,8 +1,8 @@
 """The HTTP surface: routes, models by name, request ids, who may ask, body limits, and an OpenAI-shaped body for every
 error.
 
-A Starlette app around anything that streams items for a request (pipeline.py), one such thing for each model. Imports
-neither torch nor Ray, and does not know what the stages do.
+A Starlette app around anything that streams items for a request (pipeline.py, upstream.py), one such thing for each
+model. Imports neither torch nor Ray, and does not know what the stages do.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
-from typing import Protocol
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -23,7 +22,7 @@ from starlette.types import ASGIApp
 
 from deployments.access import Access, KeyRing, charged
 from deployments.answer import Answer, model_body
-from deployments.answering import refusal, respond
+from deployments.answering import Reply, refusal, respond
 from deployments.bodies import Lease
 from deployments.chat_request import read_chat_request
 from deployments.chat_response import ChatAnswer
@@ -40,36 +39,21 @@ from deployments.openapi import describe_api
 from deployments.reply_form import ReadRequest
 from deployments.request_ids import REQUEST_ID_HEADER, RequestIds
 from deployments.request_metrics import CLIENT_CLOSED_REQUEST, RequestMetrics, metered
+from deployments.served_models import EngineClient, ServedModels
 from deployments.settings import LimitArgs
 from deployments.side_by_side import side_by_side
 from deployments.tokenize_request import read_detokenize_request, read_tokenize_request, tokenized_body
+from deployments.upstream import Forwarding, Upstream
 from llava_core.errors import LlavaError, OverloadedError, RequestError, UnknownNameError
-from llava_core.types import AnyRequest, Tokenized
-
-
-class EngineClient(Protocol):
-    """What the gateway needs of the graph, for one model."""
-
-    def stream(self, request: AnyRequest, on_sent: Callable[[], None]) -> AsyncGenerator[Item, None]:
-        """Items up to the last one; closing it before that ends the request. Calls `on_sent` when it lets go of it."""
-        ...
-
-    async def tokenize(self, request: AnyRequest) -> Tokenized | Rejected:
-        """What the request's prompt is to the model, or what is wrong with it."""
-        ...
-
-    async def detokenize(self, ids: Sequence[int]) -> str | Rejected:
-        """The text of these ids."""
-        ...
 
 
 class Gateway:
-    """`app` is the ASGI application. `engines` come by the names of their models. `echo_request_id` is False where the
-    server puts the id on responses itself."""
+    """`app` is the ASGI application. `models` has who answers for each, by its name. `echo_request_id` is False where
+    the server puts the id on responses itself."""
 
     def __init__(
         self,
-        engines: Mapping[str, EngineClient],
+        models: Mapping[str, EngineClient | Upstream],
         check_stages: Callable[[], Awaitable[Sequence[StageHealth]]],
         *,
         limits: LimitArgs | None = None,
@@ -79,13 +63,13 @@ class Gateway:
         recorder: Recorder | None = None,
         llava: ProtocolSetup | None = None,
     ) -> None:
-        self._engines = engines
+        self._served = ServedModels(models)
         self._check_stages = check_stages
         self._intake = Intake(limits or LimitArgs())
         self._created = int(time.time())
         self._echo_request_id = echo_request_id
         self._recorder = recorder or Unrecorded()
-        protocol = LlavaProtocol(engines, self._intake, llava or ProtocolSetup(), self._recorder)
+        protocol = LlavaProtocol(self._served.engines, self._intake, llava or ProtocolSetup(), self._recorder)
         health = Route("/health", self._health, name="health")
         self.routes = [
             Route("/v1/chat/completions", self._chat, methods=["POST"], name="chat_completions"),
@@ -144,14 +128,19 @@ class Gateway:
 
     async def _begin(
         self, request: Request, lease: Lease, read: Reader[ReadRequest], kind: type[Answer], completion_id: str
-    ) -> tuple[Answer, AsyncGenerator[Item, None]]:
+    ) -> tuple[Reply, AsyncGenerator[Item, None]]:
         """Body and pictures are gone from here when this returns; the stream lets go of them once they are sent."""
-        given = await self._intake.read(request, lease, read, completion_id)
-        model = self._chosen(given.form.model)
-        answer = kind(completion_id, model, given.form)
-        # Of several prompts each lets go of all, which are texts, and small.
-        streams = [self._engines[model].stream(each, lease.release) for each in (given.generation, *given.others)]
-        items = streams[0] if len(streams) == 1 else side_by_side(streams, given.generation.sampling.n)
+        given = await self._intake.read(request, lease, self._served.reader(read, kind), completion_id)
+        model = self._served.chosen(given.form.model)
+        answer: Reply
+        items: AsyncGenerator[Item, None]
+        if isinstance(given, Forwarding):
+            answer, items = given.answer, given.stream(lease, _request_id(request))
+        else:
+            engine, answer = self._served.engine(model), kind(completion_id, model, given.form)
+            # Of several prompts each lets go of all, which are texts, and small.
+            streams = [engine.stream(each, lease.release) for each in (given.generation, *given.others)]
+            items = streams[0] if len(streams) == 1 else side_by_side(streams, given.generation.sampling.n)
         return answer, charged(metered(items, self._recorder, model), request)
 
     async def _tokenize(self, request: Request) -> Response:
@@ -159,7 +148,7 @@ class Gateway:
         try:
             async with self._intake.deadline(request).around():
                 given = await self._intake.read(request, body, read_tokenize_request, uuid.uuid4().hex)
-                engine = self._engines[self._chosen(given.read.form.model)]
+                engine = self._served.engine(given.read.form.model)
                 tokenized = await engine.tokenize(given.read.generation)
         except LlavaError as error:
             return error_response(describe(error), _request_id(request))
@@ -174,7 +163,7 @@ class Gateway:
         try:
             async with self._intake.deadline(request).around():
                 given = await self._intake.read(request, body, read_detokenize_request, uuid.uuid4().hex)
-                text = await self._engines[self._chosen(given.model)].detokenize(given.ids)
+                text = await self._served.engine(given.model).detokenize(given.ids)
         except LlavaError as error:
             return error_response(describe(error), _request_id(request))
         finally:
@@ -183,25 +172,15 @@ class Gateway:
             return error_response(describe(text.error), _request_id(request))
         return JSONResponse({"prompt": text})
 
-    def _chosen(self, name: str | None) -> str:
-        """The model to be asked: the one that is named, or the only one there is."""
-        if name is None and len(self._engines) == 1:
-            return next(iter(self._engines))
-        if name is None:
-            known = ", ".join(sorted(self._engines))
-            raise RequestError(
-                f"model is missing; it must be one of: {known}", param="model", code="missing_required_parameter"
-            )
-        if name not in self._engines:
-            raise UnknownNameError("model", name, self._engines)
-        return name
 
     async def _models(self, _request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [model_body(name, self._created) for name in self._engines]})
+        return JSONResponse(
+            {"object": "list", "data": [model_body(name, self._created) for name in self._served.names]}
+        )
 
     async def _model(self, request: Request) -> Response:
         try:
-            name = self._chosen(request.path_params["name"])
+            name = self._served.chosen(request.path_params["name"])
         except UnknownNameError as error:
             return error_response(describe(error), _request_id(request))
         return JSONResponse(model_body(name, self._created))
@@ -213,7 +192,10 @@ class Gateway:
             message = f"not ready: {', '.join(missing)}"
             error = HttpError(503, "server_error", "not_ready", message, retry_after_s=1)
             return error_response(error, _request_id(request))
-        return JSONResponse({"status": "ok", "stages": {stage.name: "ok" for stage in stages}})
+        # Whatever is wrong with these, other models can be asked.
+        others = self._served.upstream_states
+        ready = {"status": "ok", "stages": {stage.name: "ok" for stage in stages}}
+        return JSONResponse(ready | ({"upstreams": others} if others else {}))
 
     async def _openapi(self, _request: Request) -> Response:
         return JSONResponse(self._description)

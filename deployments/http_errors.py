@@ -26,6 +26,9 @@ from deployments.errors import (
     RequestTooLargeError,
     StageLostError,
     StageUnavailableError,
+    UpstreamError,
+    UpstreamRefusedError,
+    UpstreamTimeoutError,
     WorkerFailedError,
 )
 from deployments.request_context import current_request
@@ -87,6 +90,8 @@ TABLE: tuple[tuple[type[BaseException], HttpError], ...] = (
     (StageLostError, HttpError(503, "server_error", "replica_lost", _LOST, retry_after_s=1)),
     (WorkerFailedError, HttpError(502, "server_error", "worker_failed", _WORKER_FAILED)),
     (DeadlineError, HttpError(504, "server_error", "deadline_exceeded", _TOO_LATE)),
+    (UpstreamTimeoutError, HttpError(504, "server_error", "upstream_timeout")),
+    (UpstreamError, HttpError(502, "server_error", "upstream_failed")),
     (EngineError, HttpError(500, "server_error", "engine_error", "the answer could not be generated")),
     (LlavaError, HttpError(500, "server_error", "internal_error", "the request failed inside the service")),
     (Exception, HttpError(500, "server_error", "internal_error", "the request failed inside the service")),
@@ -96,6 +101,11 @@ TABLE: tuple[tuple[type[BaseException], HttpError], ...] = (
 def describe(error: BaseException) -> HttpError:
     """The table's answer, with the error's own message, code and hints where it has a say."""
     row = next(row for kind, row in TABLE if isinstance(error, kind))
+    if isinstance(error, UpstreamError):
+        # Written for clients, unlike other messages of what is not their fault.
+        return replace(row, message=error.message, code=error.code, retry_after_s=error.retry_after_s)
+    if isinstance(error, UpstreamRefusedError):
+        row = replace(row, status=error.status, type=error.kind)
     if isinstance(error, RequestError):
         return replace(row, message=error.message, param=error.param, code=error.code)
     if isinstance(error, RateLimitError):

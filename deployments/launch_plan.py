@@ -20,6 +20,7 @@ from deployments.model_settings import ModelArgs
 from deployments.ports import check_port, choose_metrics_port
 from deployments.preflight import FoundCheckpoint, check_checkpoints
 from deployments.settings import AppArgs
+from deployments.upstream_settings import read_key, trusted
 
 # Where Serve's own section may say anything, HAProxy looks for so many.
 _MANY_GATEWAYS = 64
@@ -62,13 +63,13 @@ class LaunchPlan:
 
     @property
     def models(self) -> list[tuple[str, str, str | None, int]]:
-        """Names, checkpoints and bases, and the first model with the same settings of its tower: the names of stages
-        follow from these (app.py). A request that is under way was prepared for one of them, and would wait in vain for
-        a stage whose name is gone."""
-        settings = [model.vision_encoder for model in self.args.models]
+        """Of those that have their weights here: names, checkpoints, bases, and the first model with the same settings
+        of its tower. The names of stages follow from these (app.py). A request that is under way was prepared for one
+        of them, and would wait in vain for a stage whose name is gone."""
+        own = self.args.own_models
+        settings = [model.vision_encoder for model in own]
         return [
-            (model.served_name, model.source, model.base_source, settings.index(model.vision_encoder))
-            for model in self.args.models
+            (model.served_name, model.source, model.base_source, settings.index(model.vision_encoder)) for model in own
         ]
 
 
@@ -108,10 +109,13 @@ def plan_launch(
     prefix = application.get("route_prefix", "/")
     if not prefix:
         raise LaunchError("the application has no route_prefix, so that nobody could reach it")
+    for upstream in args.upstreams.values():
+        read_key(upstream)
+        trusted(upstream)
     found = check_checkpoints(args)
     # Its replicas are on this machine, where all of it is by now.
     given |= {"auth": args.auth.model_dump()} if args.auth.keys_file else {}
-    models = [_pinned(model, found[model.served_name]) for model in args.models]
+    models = [_pinned(model, found.get(model.served_name)) for model in args.models]
     application["args"] = {**given, "models": models, "offline": True}
     content["http_options"] = {**http, "host": address[0], "port": address[1]}
     plan = LaunchPlan(content, args, found, *address, prefix, metrics_port)
@@ -128,8 +132,10 @@ def _over(base: str, models: Sequence[ModelArgs]) -> dict[str, Any]:
     return models[0].model_dump(exclude_unset=True) | {"base": base}
 
 
-def _pinned(model: ModelArgs, found: FoundCheckpoint) -> dict[str, Any]:
-    """The entry with all that was found out, so that its replicas need not."""
+def _pinned(model: ModelArgs, found: FoundCheckpoint | None) -> dict[str, Any]:
+    """The entry with all that was found out, so that its replicas need not; of an upstream, as it is."""
+    if found is None:
+        return model.model_dump(mode="json", exclude_unset=True)
     named = {"name": model.served_name, "checkpoint": found.model, "base": found.base}
     return model.model_dump(exclude_unset=True) | named | {"revisions": dict(found.revisions)}
 
@@ -139,14 +145,14 @@ def check_resources(args: AppArgs, towers: Callable[[], Mapping[str, str]], avai
 
     `towers` tells which models share one (preflight.py). It takes a while, and is called only where that matters.
     """
-    own = {model.served_name: model.served_name for model in args.models}
+    own = {model.served_name: model.served_name for model in args.own_models}
     if _lacking(args, own, available) is not None and (problem := _lacking(args, towers(), available)):
         raise LaunchError(problem)
 
 
 def _lacking(args: AppArgs, towers: Mapping[str, str], available: Mapping[str, float]) -> str | None:
-    encoders = [model.vision_encoder for model in args.models if model.served_name in towers.values()]
-    stages = [args.gateway, args.preprocessor, *encoders, *(model.generator for model in args.models)]
+    encoders = [model.vision_encoder for model in args.own_models if model.served_name in towers.values()]
+    stages = [args.gateway, args.preprocessor, *encoders, *(model.generator for model in args.own_models)]
     wanted = {
         "CPU": sum(stage.min_replicas * stage.num_cpus for stage in stages),
         "GPU": sum(stage.min_replicas * stage.num_gpus for stage in stages),

@@ -64,8 +64,8 @@ HTTP_DURATION = Histogram("llava_http_request_duration_seconds", "From head to l
 ERRORS = Counter("llava_errors_total", "Errors that clients were told, by the code in the body.", ("code",))
 REFUSALS = Counter(
     "llava_refusals_total",
-    "Requests refused with 429, by what had run out: `bodies`, `queue` or `engine`, or a key's `requests`, `tokens` or "
-    "`concurrent_requests`.",
+    "Requests refused with 429, by what had run out: `bodies`, `queue`, `engine` or `upstream`, or a key's `requests`, "
+    "`tokens` or `concurrent_requests`.",
     ("limit",),
 )
 RETRIES = Counter("llava_retries_total", "Requests done again because a replica died.")
@@ -87,6 +87,14 @@ WORKER_FAILURES = Counter(
     "Registered workers that failed: `unreachable`, `silent`, `garbage`, `cut_off` or `too_long`.",
     ("kind",),
 )
+
+# Of models that other servers answer for. `outcome`: `answered`, `cancelled`, or the code of the error.
+UPSTREAM_REQUESTS = Counter(
+    "llava_upstream_requests_total", "Requests to a model's own server by how they ended.", ("model", "outcome")
+)
+UPSTREAM_TOKENS = Counter("llava_upstream_tokens_total", "Tokens of `prompt` and `completion`.", ("model", "kind"))
+UPSTREAM_RUNNING = Gauge("llava_upstream_requests_running", "Requests that are under way there.", ("model",))
+UPSTREAM_UP = Gauge("llava_upstream_up", "1 where the server can be reached and has the model.", ("model",))
 
 # The stages': `stage` is fetch, preprocess, encode, transfer, prefill or decode; those that queue are preprocess,
 # encode and generate.

@@ -11,12 +11,14 @@ from typing import Any, Self
 from pydantic import BaseModel, Field, model_validator
 
 from deployments.stage_settings import EngineArgs, GeneratorArgs, Settings, VisionEncoderArgs
+from deployments.upstream_settings import UpstreamArgs
 from llava_core.checkpoints.files import DEFAULT_MODEL
 
 DEFAULT_MODEL_NAME = "scenes-llava"
 # Names of deployments are also those of log files and processes.
 _NO_LABEL = re.compile(r"[^A-Za-z0-9._-]+")
 _OWN_STAGES = ("engine", "vision_encoder", "generator")
+_OF_WEIGHTS = frozenset({"checkpoint", "base", "revisions", "template", *_OWN_STAGES})
 
 
 class ModelArgs(Settings):
@@ -25,6 +27,8 @@ class ModelArgs(Settings):
 
     `revisions` has the revision of every hub id that is used, those of base and tower among them; None is what is the
     newest of each when the application is built.
+
+    With `upstream` another server answers for the model, which has a `name` then and nothing of its own here.
     """
 
     name: str | None = Field(default=None, min_length=1, max_length=128)
@@ -35,6 +39,7 @@ class ModelArgs(Settings):
     engine: EngineArgs = EngineArgs()
     vision_encoder: VisionEncoderArgs = VisionEncoderArgs()
     generator: GeneratorArgs = GeneratorArgs()
+    upstream: UpstreamArgs | None = None
 
     @property
     def source(self) -> str:
@@ -62,6 +67,16 @@ class ModelArgs(Settings):
         return _NO_LABEL.sub("-", self.served_name)
 
     @model_validator(mode="after")
+    def _check_upstream(self) -> Self:
+        if self.upstream is None:
+            return self
+        if self.name is None:
+            raise ValueError("a model with an upstream needs a name")
+        if own := sorted(_OF_WEIGHTS & self.model_fields_set):
+            raise ValueError(f"{self.name!r} has an upstream, whose matter {', '.join(own)} would be; leave out either")
+        return self
+
+    @model_validator(mode="after")
     def _check_name(self) -> Self:
         name = self.served_name
         if not name.isprintable() or name != name.strip():
@@ -81,7 +96,7 @@ def with_defaults(given: Any) -> Any:
 
 def _completed(model: Any, given: Mapping[str, Any]) -> Any:
     own = _plain(model)
-    if not isinstance(own, dict):
+    if not isinstance(own, dict) or own.get("upstream") is not None:
         return own
     stages = {stage: (_plain(given.get(stage, {})), _plain(own.get(stage, {}))) for stage in _OWN_STAGES}
     return own | {

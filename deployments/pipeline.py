@@ -18,7 +18,8 @@ from deployments.handoff import Handoff
 from deployments.messages import Item, Rejected, is_last
 from deployments.quarantine import Quarantine
 from deployments.ray_errors import ray_errors_as_ours
-from llava_core.types import AnyRequest, Tokenized
+from deployments.upstream_pictures import PortableImage
+from llava_core.types import AnyRequest, GenerationRequest, Tokenized
 
 Handle = DeploymentHandle[Any]
 
@@ -95,18 +96,35 @@ class Pipeline:
     async def tokenize(self, request: AnyRequest) -> Tokenized | Rejected:
         """What the first stage makes of a prompt, or its rejection. Raises errors of ours as `stream` does."""
         stage = _towards(self._tokenize, affinity_key(request) if request.num_images else "")
-        tokenized: Tokenized | Rejected = await self._asked(stage, request)
+        tokenized: Tokenized | Rejected = await _asked(stage, request, self._handoff, self._quarantine, self._model)
         return tokenized
-
-    async def _asked(self, stage: Handle, request: AnyRequest) -> Any:
-        await self._quarantine.check(request)
-        kept = self._handoff.keep(request)
-        return await self._quarantine.run(partial(_ask, stage, kept, self._model), partial(self._handoff.kept, kept))
 
     async def detokenize(self, ids: Sequence[int]) -> str | Rejected:
         """The text of these ids. Raises errors of ours as `stream` does."""
         text: str | Rejected = await _ask(self._detokenize, ids, self._model)
         return text
+
+
+class PictureStage:
+    """The first stage, as far as it is asked about pictures that a server of others will read."""
+
+    def __init__(self, preprocessor: Handle, handoff: Handoff, quarantine: Quarantine) -> None:
+        self._stage = handoff.calling(preprocessor, "portable_images")
+        self._handoff = handoff
+        self._quarantine = quarantine
+
+    async def __call__(self, request: GenerationRequest) -> tuple[PortableImage, ...] | Rejected:
+        """The pictures, or what is wrong with one. Raises errors of ours as `Pipeline.stream` does."""
+        stage = _towards(self._stage, affinity_key(request))
+        pictures: tuple[PortableImage, ...] | Rejected = await _asked(stage, request, self._handoff, self._quarantine)
+        return pictures
+
+
+async def _asked(stage: Handle, request: AnyRequest, handoff: Handoff, quarantine: Quarantine, *more: object) -> Any:
+    """One call about a request, done again once where it loses its replica."""
+    await quarantine.check(request)
+    kept = handoff.keep(request)
+    return await quarantine.run(partial(_ask, stage, kept, *more), partial(handoff.kept, kept))
 
 
 def _towards(stage: Handle, key: str) -> Handle:

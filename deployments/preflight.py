@@ -44,11 +44,11 @@ class FoundCheckpoint:
 
 
 def check_checkpoints(args: AppArgs) -> dict[str, FoundCheckpoint]:
-    """The checkpoint of each model by the model's name, with base and tower, fetched if need be.
+    """The checkpoint of each model that has one, by the model's name, with base and tower, fetched if need be.
 
     Raises CheckpointError naming file and fix.
     """
-    return {model.served_name: _check(model, args.limits.request, offline=args.offline) for model in args.models}
+    return {model.served_name: _check(model, args.limits.request, offline=args.offline) for model in args.own_models}
 
 
 def _check(model: ModelArgs, limits: RequestLimits, *, offline: bool) -> FoundCheckpoint:
@@ -75,10 +75,10 @@ def share_towers(args: AppArgs, found: Mapping[str, FoundCheckpoint]) -> dict[st
     """
     by_settings: defaultdict[Hashable, list[str]] = defaultdict(list)
     # One tower is like no other's.
-    for model in args.models if len(args.models) > 1 else ():
+    for model in args.own_models if len(args.own_models) > 1 else ():
         settings = model.vision_encoder.model_dump_json()
         by_settings[settings, _tower_settings(found[model.served_name])].append(model.served_name)
-    shared = {model.served_name: model.served_name for model in args.models}
+    shared = {model.served_name: model.served_name for model in args.own_models}
     for names in by_settings.values():
         if len(names) > 1:
             shared |= _alike(names, found)

@@ -16,8 +16,10 @@ from deployments.fetch import Fetcher
 from deployments.messages import Elapsed, Prepared, Rejected
 from deployments.metrics import QUEUE_WAIT, STAGE_DURATION, Recorder, Unrecorded, cache_readings
 from deployments.settings import FetchArgs
+from deployments.upstream_pictures import PortableImage, portable_images
 from deployments.watchdog import Watchdog
 from llava_core.errors import LlavaError
+from llava_core.images.loading import ImageLimits
 from llava_core.lru import LruCache
 from llava_core.prepare import Preparer
 from llava_core.types import AnyRequest, GenerationRequest, PreparedImage, Tokenized
@@ -34,11 +36,14 @@ class Preprocessor:
         *,
         cache: LruCache[PreparedImage],
         num_threads: int = 4,
+        image_limits: ImageLimits | None = None,
         fetcher: Fetcher | None = None,
         recorder: Recorder | None = None,
     ) -> None:
-        """Preparers come by the names of their models, and keep tiles in `cache`."""
+        """Preparers come by the names of their models, and keep tiles in `cache`. `image_limits` are for pictures that
+        other servers will read."""
         self._preparers = preparers
+        self._image_limits = image_limits or ImageLimits()
         self._fetcher = fetcher or Fetcher(FetchArgs())
         self._threads = ThreadPoolExecutor(num_threads, "prepare")
         self._watchdog = Watchdog("preprocessor")
@@ -68,17 +73,26 @@ class Preprocessor:
         """The text of these ids, or that some do not exist."""
         return await self._in_thread(lambda: self._preparers[model].detokenize(ids))
 
+    async def portable_images(self, request: GenerationRequest) -> tuple[PortableImage, ...] | Rejected:
+        """The request's pictures for a server that is not ours, or what is wrong with one of them."""
+        fetched = await self._fetched(request)
+        if isinstance(fetched, Rejected):
+            return fetched
+        assert isinstance(fetched, GenerationRequest)
+        return await self._in_thread(lambda: portable_images(fetched, self._image_limits))
+
     async def check_health(self) -> None:
         """For Serve, which replaces a replica that raises here."""
         self._watchdog.check()
 
-    async def _fetched(self, request: AnyRequest, preparer: Preparer) -> AnyRequest | Rejected:
+    async def _fetched(self, request: AnyRequest, preparer: Preparer | None = None) -> AnyRequest | Rejected:
         """The request with every picture in it. Nothing is fetched for one that will be refused all the same."""
         if not isinstance(request, GenerationRequest) or not request.has_addresses:
             return request
         began = time.perf_counter()
         try:
-            preparer.check(request)
+            if preparer is not None:
+                preparer.check(request)
             fetched = await self._fetcher.fetch_images(request)
         except LlavaError as error:
             return Rejected(error)

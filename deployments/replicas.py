@@ -6,6 +6,7 @@ without one never import torch. Knows how replicas log, and nothing about how ma
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 from collections.abc import Callable, Mapping
@@ -32,7 +33,7 @@ from deployments.llava_protocol.shared_table import SharedTable
 from deployments.llava_protocol.table import WorkerTable
 from deployments.metrics import RayRecorder, engine_readings
 from deployments.model_settings import ModelArgs
-from deployments.pipeline import Handle, Pipeline
+from deployments.pipeline import Handle, PictureStage, Pipeline
 from deployments.preflight import FoundCheckpoint
 from deployments.preprocessor import Preprocessor
 from deployments.quarantine import Quarantine
@@ -40,6 +41,8 @@ from deployments.settings import AppArgs
 from deployments.shared_cores import Cores, OwnCores, SharedCores, shared_folder
 from deployments.stage_settings import ComputeArgs, VisionEncoderArgs
 from deployments.stage_status import StageStatus, name_for_clients
+from deployments.upstream import Upstream
+from deployments.upstream_settings import read_key, trusted
 from deployments.vision_encoder import VisionEncoder
 from llava_core.errors import LlavaError
 from llava_core.lru import LruCache
@@ -77,7 +80,7 @@ class GatewayReplica:
         table: Handle | None = None,
     ) -> None:
         """Encoders and generators come by the names of the models that use them, `table` where workers of others may
-        register."""
+        register. Must be constructed on the event loop that will serve, as Serve does, where there are upstreams."""
         adopt_serve_logging()
         give_back_large_buffers()
         for host in in_thread_of_its_own(_listening_hosts):
@@ -89,11 +92,19 @@ class GatewayReplica:
             name: Pipeline(preprocessor, encoders[name], generator, handoff, quarantine, model=name)
             for name, generator in generators.items()
         }
+        pictures = PictureStage(preprocessor, handoff, quarantine)
+        upstreams = {
+            name: Upstream(name, each, pictures, key=read_key(each), tls=trusted(each), recorder=recorder)
+            for name, each in args.upstreams.items()
+        }
+        # As they are named in the settings.
+        models = {model.served_name: (pipelines | upstreams)[model.served_name] for model in args.models}
+        self._watches = [asyncio.get_running_loop().create_task(each.watch()) for each in upstreams.values()]
         stages = [handle.deployment_name for handle in (preprocessor, *encoders.values(), *generators.values())]
         status = StageStatus(preprocessor.app_name, {name_for_clients(stage): stage for stage in stages})
         # Serve's HTTP server puts the request id on every response itself.
         self._gateway = Gateway(
-            pipelines,
+            models,
             status,
             limits=args.limits.model_copy(update={"max_requests_in_flight": args.max_requests_in_flight}),
             keys=None if args.auth.keys_file is None else KeyRing(Path(args.auth.keys_file)),
@@ -129,12 +140,13 @@ class PreprocessorReplica(Preprocessor):
             model.served_name: load_preparer(
                 found[model.served_name].open(), template=model.template, limits=limits, cache=cache
             )
-            for model in args.models
+            for model in args.own_models
         }
         super().__init__(
             preparers,
             cache=cache,
             num_threads=stage.max_ongoing_requests,
+            image_limits=limits.image,
             fetcher=Fetcher(args.fetch),
             recorder=RayRecorder().start(),
         )

@@ -40,7 +40,9 @@ WHOLE_BOUND = 2**31
 Token = Annotated[int, Field(ge=0, lt=WHOLE_BOUND)]
 
 
-class _StreamOptions(Part):
+class StreamOptions(Part):
+    """What a stream is to hold beside the answer."""
+
     include_usage: bool = False
 
 
@@ -72,7 +74,7 @@ class SamplingBody(Body):
 
     model: str | None = None
     stream: bool | None = None
-    stream_options: _StreamOptions | None = None
+    stream_options: StreamOptions | None = None
     timings: bool | None = None
     n: int | None = Field(default=None, ge=1, lt=WHOLE_BOUND)
     max_tokens: int | None = Field(default=None, ge=1, lt=WHOLE_BOUND)

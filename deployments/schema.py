@@ -81,13 +81,14 @@ def _path(location: Sequence[int | str]) -> str:
 
 def _refuse_unsupported(extra: Mapping[str, Any], neutral: Mapping[str, Sequence[object]]) -> None:
     for name, value in extra.items():
-        if name in neutral and value is not None and not _asks_for_nothing(value, neutral[name]):
+        if name in neutral and value is not None and not asks_for_nothing(value, neutral[name]):
             raise RequestError(
                 f"{name} is not supported by this service; leave it out", param=name, code="unsupported_parameter"
             )
 
 
-def _asks_for_nothing(value: Any, neutral: Sequence[object]) -> bool:
+def asks_for_nothing(value: Any, neutral: Sequence[object]) -> bool:
+    """Whether a field's value is one of those that change no answer."""
     # Where a type says what is asked for, the rest of the object does not matter.
     is_typed = isinstance(value, dict) and "type" in value
     return value in neutral or (is_typed and {"type": value["type"]} in neutral)

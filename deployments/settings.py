@@ -21,6 +21,7 @@ from deployments.stage_settings import (
     Settings,
     VisionEncoderArgs,
 )
+from deployments.upstream_settings import UpstreamArgs
 from llava_core.images.loading import ImageLimits
 from llava_core.request_limits import RequestLimits
 
@@ -117,11 +118,23 @@ class AppArgs(Settings):
     models: tuple[ModelArgs, ...] = Field(default=(ModelArgs(),), min_length=1)
 
     @property
+    def own_models(self) -> tuple[ModelArgs, ...]:
+        """Those that have their weights here."""
+        return tuple(model for model in self.models if model.upstream is None)
+
+    @property
+    def upstreams(self) -> dict[str, UpstreamArgs]:
+        """The servers that answer for the others, by the models' names."""
+        return {model.served_name: model.upstream for model in self.models if model.upstream is not None}
+
+    @property
     def max_requests_in_flight(self) -> int:
-        """Of each gateway replica: as told, else what the engines of all replicas that there may be can take."""
+        """Of each gateway replica: as told, else what the engines of all replicas that there may be can take, and all
+        upstreams."""
         if self.limits.max_requests_in_flight is not None:
             return self.limits.max_requests_in_flight
-        return sum(each.engine.config.max_requests * each.generator.max_replicas for each in self.models)
+        engines = sum(each.engine.config.max_requests * each.generator.max_replicas for each in self.own_models)
+        return engines + sum(upstream.max_requests for upstream in self.upstreams.values())
 
     @model_validator(mode="before")
     @classmethod
@@ -134,8 +147,8 @@ class AppArgs(Settings):
         for name, count in Counter(names).items():
             if count > 1:
                 raise ValueError(f"{count} models are called {name!r}; give each entry of models a name of its own")
-        labels = Counter(model.label for model in self.models)
-        alike = [model.served_name for model in self.models if labels[model.label] > 1]
+        labels = Counter(model.label for model in self.own_models)
+        alike = [model.served_name for model in self.own_models if labels[model.label] > 1]
         if alike:
             raise ValueError(
                 f"{', '.join(map(repr, alike))} differ only in what cannot be part of a deployment's name, which has "

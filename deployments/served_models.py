@@ -1,0 +1,89 @@
+"""The models of a gateway by their names: those with engines of this service, and those that other servers answer for.
+
+Knows what can be asked of either, and neither HTTP nor how requests are answered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from typing import Protocol
+
+from deployments.answer import Answer
+from deployments.messages import Item, Rejected
+from deployments.reply_form import ReadRequest
+from deployments.schema import parse_body
+from deployments.upstream import Forwarding, Upstream
+from deployments.upstream_request import ModelName
+from llava_core.errors import RequestError, UnknownNameError
+from llava_core.request_limits import RequestLimits
+from llava_core.types import AnyRequest, Tokenized
+
+Reader = Callable[[bytes, str, RequestLimits], ReadRequest]
+
+
+class EngineClient(Protocol):
+    """What the gateway needs of the graph, for one model."""
+
+    def stream(self, request: AnyRequest, on_sent: Callable[[], None]) -> AsyncGenerator[Item, None]:
+        """Items up to the last one; closing it before that ends the request. Calls `on_sent` when it lets go of it."""
+        ...
+
+    async def tokenize(self, request: AnyRequest) -> Tokenized | Rejected:
+        """What the request's prompt is to the model, or what is wrong with it."""
+        ...
+
+    async def detokenize(self, ids: Sequence[int]) -> str | Rejected:
+        """The text of these ids."""
+        ...
+
+
+class ServedModels:
+    """Who answers, by the names of the models. `engines` are this service's own."""
+
+    def __init__(self, models: Mapping[str, EngineClient | Upstream]) -> None:
+        self.names = tuple(models)
+        self.engines = {name: each for name, each in models.items() if not isinstance(each, Upstream)}
+        self._upstreams = {name: each for name, each in models.items() if isinstance(each, Upstream)}
+
+    def chosen(self, name: str | None) -> str:
+        """The model to be asked: the one that is named, or the only one there is. Raises RequestError."""
+        if name is None and len(self.names) == 1:
+            return self.names[0]
+        if name is None:
+            known = ", ".join(sorted(self.names))
+            raise RequestError(
+                f"model is missing; it must be one of: {known}", param="model", code="missing_required_parameter"
+            )
+        if name not in self.names:
+            raise UnknownNameError("model", name, self.names)
+        return name
+
+    def engine(self, name: str | None) -> EngineClient:
+        """The engine of the chosen model. Raises RequestError where another server answers for that."""
+        chosen = self.chosen(name)
+        if chosen in self._upstreams:
+            raise RequestError(
+                f"another server answers for {chosen!r}, which is asked for chats and completions alone",
+                param="model",
+                code="model_not_here",
+            )
+        return self.engines[chosen]
+
+    def reader(self, read: Reader, kind: type[Answer]) -> Callable[..., ReadRequest | Forwarding]:
+        """Reads bodies as the server behind their model takes them, or as `read` does where that is one of ours."""
+        if not self._upstreams:
+            return read
+
+        def read_either(body: bytes, completion_id: str, limits: RequestLimits) -> ReadRequest | Forwarding:
+            named = parse_body(body, ModelName, max_text=limits.max_text)
+            upstream = self._upstreams.get(self.chosen(named.model))
+            if upstream is not None:
+                return upstream.read(body, kind, completion_id, limits)
+            return read(body, completion_id, limits)
+
+        return read_either
+
+    @property
+    def upstream_states(self) -> dict[str, str]:
+        """How the other servers are, by the names of their models."""
+        return {name: upstream.state for name, upstream in self._upstreams.items()}
