@@ -126,11 +126,14 @@ class Upstream:
 
         `lease` is of the client's body, and let go of when that has been sent on. Raises what the client is told.
         """
-        outcome = "cancelled"
+        outcome = "failed"
         self._num_running += 1
         try:
             self._check_room()
-            async with aclosing(self._items(request, lease, request_id)) as items:
+            answering = self._items(request, lease, request_id)
+            # Megabytes of pictures.
+            del request
+            async with aclosing(answering) as items:
                 async for item in items:
                     self._recorder.count(UPSTREAM_TOKENS, self.name, "completion", by=item.num_tokens)
                     if item.usage is not None:
@@ -138,7 +141,10 @@ class Upstream:
                         outcome = "answered"
                     yield item
         except LlavaError as error:
-            outcome = describe(error).code or "failed"
+            outcome = describe(error).code or outcome
+            raise
+        except (asyncio.CancelledError, GeneratorExit):
+            outcome = "cancelled"
             raise
         finally:
             lease.release()
@@ -151,6 +157,10 @@ class Upstream:
             self._note(await self._look())
             await asyncio.sleep(self._args.check_seconds)
 
+    async def close(self) -> None:
+        """Connections end, on the event loop that they were made on."""
+        await self._exchange.close()
+
     def _check_room(self) -> None:
         if self._num_running > self._args.max_requests:
             raise OverloadedError(
@@ -160,28 +170,29 @@ class Upstream:
             )
 
     async def _items(self, request: Forwarding, lease: Lease, request_id: str) -> AsyncGenerator[UpstreamDelta, None]:
-        asked, is_stream = request.asked, request.asked.form.stream
+        asked, route, is_stream = request.asked, request.route, request.form.stream
+        reader = AnswerReader(request.answer, route.piece if is_stream else route.whole)
+        del request
         pictures = await self._pictures(asked)
         content = await asyncio.to_thread(asked.encoded, pictures)
         # Beside the body that came, until it has been sent.
         lease.grow(len(content))
         transforms = tuple(picture.transform for picture in pictures)
-        del pictures
+        del pictures, asked
         began = time.perf_counter()
 
         def known() -> Json:
             return {"stage_ms": {"upstream": (time.perf_counter() - began) * 1e3}, "transforms": transforms}
 
-        reader = AnswerReader(request.answer, request.route.piece if is_stream else request.route.whole)
         within_s = self._args.silence_seconds if is_stream else self._args.answer_seconds
-        async with self._exchange.post(request.route.path, content, request_id, within_s=within_s) as response:
+        async with self._exchange.post(route.path, content, request_id, within_s=within_s) as response:
             del content
             lease.release()
             self._note(OK)
             try:
                 if not is_stream:
                     whole = await self._exchange.whole(response, within_s=within_s)
-                    yield reader.whole(self._object(whole), **known())
+                    yield reader.whole(await asyncio.to_thread(self._object, whole), **known())
                     return
                 async with aclosing(self._exchange.events(response)) as events:
                     async for data in events:

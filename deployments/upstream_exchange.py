@@ -39,6 +39,14 @@ _THE_CLIENTS_FAULT = {
     HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
     HTTPStatus.UNPROCESSABLE_ENTITY,
 }
+# What a server may call that: codes that clients know, and few, because they are counted by code.
+_CODES = frozenset(
+    """
+    content_policy_violation content_refused context_length_exceeded image_too_large invalid_image invalid_json
+    invalid_prompt invalid_value missing_required_parameter string_above_max_length text_too_long too_many_images
+    unsupported_parameter unsupported_value
+    """.split()
+)
 _SOUND_ID = re.compile(SOUND_ID)
 
 
@@ -49,7 +57,9 @@ class Exchange:
         self.name = name
         self._args = args
         self._key = key
-        self._host = httpx.URL(args.url).host
+        url = httpx.URL(args.url)
+        # What is between this service and the server, and what clients know it as.
+        self._words = [(url.netloc.decode("ascii"), "the server"), (url.host, "the server"), (args.model, name)]
         # A transport and not a client, which would follow redirects and keep one caller's cookies for another.
         self._transport = httpx.AsyncHTTPTransport(
             verify=tls,
@@ -58,6 +68,10 @@ class Exchange:
             # One more, for the question how the server is.
             limits=httpx.Limits(max_connections=args.max_requests + 1, keepalive_expiry=_KEEPALIVE_S),
         )
+
+    async def close(self) -> None:
+        """No connection is left."""
+        await self._transport.aclose()
 
     @contextlib.asynccontextmanager
     async def post(
@@ -173,9 +187,8 @@ class Exchange:
                 f"{who} takes no more requests now; try again later", limit="upstream", retry_after_s=wait_s or 1
             )
         if status in _THE_CLIENTS_FAULT:
-            error = UpstreamRefusedError(
-                str(said["message"]), param=said["param"], code=said["code"] or "invalid_value"
-            )
+            code = said["code"] if said["code"] in _CODES else "upstream_refused"
+            error = UpstreamRefusedError(str(said["message"]), param=said["param"], code=str(code))
             error.status = status
             return error
         if status in (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.GATEWAY_TIMEOUT):
@@ -192,9 +205,11 @@ class Exchange:
         return {name: details[name] and self._clean(details[name]) for name in ("message", "param", "code")}
 
     def _clean(self, text: str) -> str:
-        for secret, shown in ((self._key, "***"), (self._host, "the server"), (self._args.model, self.name)):
-            if secret:
-                text = text.replace(secret, shown)
+        if self._key is not None:
+            text = text.replace(self._key, "***")
+        for word, shown in self._words:
+            # As a word of its own: a name may be as short as a letter.
+            text = re.sub(rf"(?<![\w./-]){re.escape(word)}(?![\w/-])", lambda _, shown=shown: shown, text)
         return text[:_MAX_MESSAGE]
 
     def _failed(self, what: str, code: str, cause: Exception | None = None) -> UpstreamError:

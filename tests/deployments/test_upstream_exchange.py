@@ -1,0 +1,213 @@
+"""HTTP with another server: connections that are kept, made anew or refused, TLS, and what its words must not tell."""
+
+import asyncio
+import http.server
+import json
+import socket
+import ssl
+import threading
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from deployments.errors import UpstreamError, UpstreamRefusedError, UpstreamTimeoutError
+from deployments.upstream_exchange import Exchange
+from deployments.upstream_settings import UpstreamArgs
+from llava_core.errors import OverloadedError
+from tests.sockets import scripted, whole
+
+KEY = "sk-of-the-upstream"
+
+
+def _exchange(url: str = "http://gpu-1:30000/v1", *, name: str = "big", **args: Any) -> Exchange:
+    settings = UpstreamArgs.model_validate({"url": url, "model": "m", **args})
+    return Exchange(name, settings, key=KEY, tls=ssl.create_default_context())
+
+
+async def _posted(exchange: Exchange, *, within_s: float = 20) -> bytes:
+    async with exchange.post("/chat/completions", b"{}", "id", within_s=within_s) as response:
+        return await exchange.whole(response, within_s=within_s)
+
+
+def _run(exchange: Exchange, work: Callable[[Exchange], Awaitable[Any]]) -> Any:
+    async def closing() -> Any:
+        try:
+            return await work(exchange)
+        finally:
+            await exchange.close()
+
+    return asyncio.run(closing())
+
+
+def test_a_request_goes_behind_the_configured_path_and_only_its_status_counts() -> None:
+    with scripted(whole("200 OK", b"body", "content-type: text/html")) as script:
+        assert _run(_exchange(f"{script.url}/proxied/v1/"), _posted) == b"body"
+    [(head, body)] = script.requests
+    assert head.startswith("POST /proxied/v1/chat/completions HTTP/1.1\r\n")
+    assert body == b"{}"
+
+
+def test_no_proxy_of_the_environment_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    with scripted(whole("200 OK", b"x")) as script:
+        assert _run(_exchange(script.url), _posted) == b"x"
+
+
+def test_connections_are_kept_and_bounded() -> None:
+    """A server that waits until as many ask at once as may, and counts connections."""
+    connections: set[int] = set()
+    together = threading.Barrier(3)
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self) -> None:
+            connections.add(self.client_address[1])
+            self.rfile.read(int(self.headers["content-length"]))
+            together.wait(20)
+            self.send_response(200)
+            self.send_header("content-length", "1")
+            self.end_headers()
+            self.wfile.write(b"x")
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    async def six(exchange: Exchange) -> None:
+        for _ in range(2):
+            assert await asyncio.gather(*(_posted(exchange) for _ in range(3))) == [b"x"] * 3
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.daemon_threads = True
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        _run(_exchange(f"http://127.0.0.1:{server.server_port}", max_requests=2), six)
+        server.shutdown()
+        thread.join(10)
+    assert len(connections) == 3
+
+
+def test_only_a_connection_that_was_not_made_is_tried_again() -> None:
+    """httpx tries once more; what was sent is never sent twice."""
+    with scripted(b"", whole("200 OK", b"x")) as script:
+        with pytest.raises(UpstreamError, match="broke the connection") as raised:
+            _run(_exchange(script.url), _posted)
+        assert raised.value.code == "upstream_cut"
+        assert len(script.requests) == 1
+
+
+def test_a_connection_that_fails_at_first_is_made_at_the_second_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
+    attempts = []
+    with scripted(whole("200 OK", b"x")) as script:
+        exchange = _exchange(script.url)
+        backend: Any = exchange._transport._pool._network_backend
+        connect = backend.connect_tcp
+
+        async def failing_once(*args: Any, **options: Any) -> Any:
+            import httpcore
+
+            attempts.append(args)
+            if len(attempts) == 1:
+                raise httpcore.ConnectError("refused")
+            return await connect(*args, **options)
+
+        monkeypatch.setattr(backend, "connect_tcp", failing_once)
+        assert _run(exchange, _posted) == b"x"
+    assert len(attempts) == 2
+
+
+def test_a_host_that_does_not_take_connections_is_unreachable_in_time() -> None:
+    # Nobody accepts, and the kernel has room for no more.
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as listening:
+        address = listening.getsockname()
+        fillers = [socket.socket() for _ in range(4)]
+        for filler in fillers:
+            filler.setblocking(False)
+            filler.connect_ex(address)
+        with pytest.raises(UpstreamError) as raised:
+            _run(_exchange(f"http://127.0.0.1:{address[1]}", connect_seconds=0.2), _posted)
+        for filler in fillers:
+            filler.close()
+    assert raised.value.code == "upstream_unreachable"
+
+
+def test_a_certificate_that_nobody_vouches_for_is_unreachable() -> None:
+    with scripted(b"no TLS at all") as script, pytest.raises(UpstreamError) as raised:
+        _run(_exchange(script.url.replace("http:", "https:")), _posted)
+    assert raised.value.code == "upstream_unreachable"
+
+
+def test_an_answer_in_one_piece_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deployments.upstream_exchange.MAX_ANSWER_BYTES", 100)
+    with scripted(whole("200 OK", b"x" * 101)) as script:
+        with pytest.raises(UpstreamError, match="more than 100 bytes") as raised:
+            _run(_exchange(script.url), _posted)
+    assert raised.value.code == "upstream_invalid"
+
+
+def _said(exchange: Exchange, status: int, message: str, **more: Any) -> Any:
+    body = json.dumps({"error": {"message": message, **more}}).encode()
+    return exchange.refusal(status, body)
+
+
+def test_words_of_the_server_tell_neither_key_nor_address_nor_its_own_name_of_the_model() -> None:
+    exchange = _exchange("http://gpu-1.internal:30000/v1")
+    said = f"model m at gpu-1.internal:30000 (gpu-1.internal) with {KEY}: some max_tokens of `m`. m"
+    error = _said(exchange, 400, said, param="m", code="invalid_value")
+    assert isinstance(error, UpstreamRefusedError)
+    assert error.message == "model big at the server (the server) with ***: some max_tokens of `big`. big"
+    assert (error.param, error.code) == ("big", "invalid_value")
+
+
+def test_long_words_are_cut() -> None:
+    assert len(_said(_exchange(), 400, "x" * 10_000).message) == 1000
+
+
+@pytest.mark.parametrize(
+    ("retry_after", "seconds"), [(None, None), ("7", 7), ("0", 1), ("999999", 3600), ("soon", None), ("-5", None)]
+)
+def test_when_to_come_again_is_passed_on_within_bounds(retry_after: str | None, seconds: int | None) -> None:
+    full = _exchange().refusal(429, b"", retry_after)
+    assert isinstance(full, OverloadedError)
+    assert full.retry_after_s == (seconds or 1)
+    broken = _exchange().refusal(503, b"", retry_after)
+    assert isinstance(broken, UpstreamError)
+    assert broken.retry_after_s == seconds
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "code"),
+    [
+        (400, UpstreamRefusedError, "upstream_refused"),
+        (409, UpstreamRefusedError, "upstream_refused"),
+        (413, UpstreamRefusedError, "upstream_refused"),
+        (422, UpstreamRefusedError, "upstream_refused"),
+        (204, UpstreamError, "upstream_failed"),
+        (302, UpstreamError, "upstream_failed"),
+        (401, UpstreamError, "upstream_key_refused"),
+        (403, UpstreamError, "upstream_key_refused"),
+        (404, UpstreamError, "upstream_failed"),
+        (405, UpstreamError, "upstream_failed"),
+        (408, UpstreamTimeoutError, "upstream_timeout"),
+        (418, UpstreamError, "upstream_failed"),
+        (500, UpstreamError, "upstream_failed"),
+        (504, UpstreamTimeoutError, "upstream_timeout"),
+        (999, UpstreamError, "upstream_failed"),
+    ],
+)
+def test_only_what_the_client_has_got_wrong_is_told_as_its_fault(status: int, kind: type, code: str) -> None:
+    error = _said(_exchange(), status, "why", code="their_own")
+    assert type(error) is kind
+    assert error.code == code
+    assert getattr(error, "status", status) == status
+
+
+def test_a_body_is_read_up_to_a_limit() -> None:
+    async def read(exchange: Exchange) -> tuple[int, bytes | None]:
+        return await exchange.get("/models", within_s=20, max_bytes=3)
+
+    with scripted(whole("200 OK", b"abc"), whole("404 No", b"abcd")) as script:
+        assert _run(_exchange(script.url), read) == (200, b"abc")
+        assert _run(_exchange(script.url), read) == (404, None)

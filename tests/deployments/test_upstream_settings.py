@@ -1,0 +1,79 @@
+"""What may be said about another server, and where its key comes from."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from deployments.errors import LaunchError
+from deployments.upstream_settings import UpstreamArgs, read_key, trusted
+
+
+def _args(**fields: Any) -> UpstreamArgs:
+    return UpstreamArgs.model_validate({"url": "http://gpu-1:8000/v1", "model": "big", **fields})
+
+
+def test_an_address_is_taken_with_or_without_a_slash_at_its_end() -> None:
+    assert _args(url="https://gpu-1/v1/").url == _args(url="https://gpu-1/v1").url == "https://gpu-1/v1"
+
+
+@pytest.mark.parametrize(
+    ("url", "why"),
+    [
+        ("gpu-1:8000/v1", "must be an address"),
+        ("ftp://gpu-1/v1", "must be an address"),
+        ("http:///v1", "must be an address"),
+        ("http://gpu-1:notaport/v1", "no address"),
+        ("http://user:secret@gpu-1/v1", "credentials"),
+        ("http://gpu-1/v1?key=secret", "must end with the path"),
+        ("http://gpu-1/v1#part", "must end with the path"),
+    ],
+)
+def test_what_is_no_address_of_a_server_is_refused(url: str, why: str) -> None:
+    with pytest.raises(ValidationError, match=why):
+        _args(url=url)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"model": ""},
+        {"api_key_env": "not a name"},
+        {"connect_seconds": 0},
+        {"silence_seconds": -1},
+        {"max_requests": 0},
+        {"api_key": "secret"},
+    ],
+)
+def test_what_is_out_of_bounds_or_unknown_is_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match=next(iter(fields))):
+        _args(**fields)
+
+
+def test_a_key_is_read_from_the_environment_when_a_gateway_starts_and_is_in_no_setting() -> None:
+    args = _args(api_key_env="BIG_KEY")
+    assert read_key(args, {"BIG_KEY": " sk-secret\n"}) == "sk-secret"
+    assert read_key(_args(), {"BIG_KEY": "sk-secret"}) is None
+    assert "secret" not in repr(args)
+
+
+@pytest.mark.parametrize(
+    ("value", "why"), [(None, "is not set"), (" ", "is not set"), ("sk\r\nx: y", "no key that can")]
+)
+def test_a_key_that_is_not_there_or_cannot_be_sent_ends_the_start(value: str | None, why: str) -> None:
+    with pytest.raises(LaunchError, match=f"BIG_KEY.* {why}") as raised:
+        read_key(_args(api_key_env="BIG_KEY"), {} if value is None else {"BIG_KEY": value})
+    assert "x: y" not in str(raised.value)
+
+
+def test_certificates_come_from_a_file_where_one_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    args = _args(ca_file="ca.pem")
+    # Replicas work elsewhere.
+    assert args.ca_file == str(tmp_path / "ca.pem")
+    with pytest.raises(LaunchError, match="ca.pem holds no certificates"):
+        trusted(args)
+    (tmp_path / "ca.pem").write_text("nothing of the kind")
+    with pytest.raises(LaunchError, match="ca.pem holds no certificates"):
+        trusted(args)
