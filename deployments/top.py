@@ -35,6 +35,10 @@ from deployments.metrics import (
     STAGE_DURATION,
     STEPS,
     TIME_TO_FIRST_TOKEN,
+    UPSTREAM_REQUESTS,
+    UPSTREAM_RUNNING,
+    UPSTREAM_TOKENS,
+    UPSTREAM_UP,
     WAITING,
     Counter,
     Gauge,
@@ -138,6 +142,7 @@ def screen(change: Change) -> Iterator[str]:
         num_replicas = len(now.values(ONGOING, "replica", deployment=name))
         ongoing, queued = (now.total(gauge, deployment=name) for gauge in (ONGOING, QUEUED))
         yield f"{name:{width}}{num_replicas:9}{ongoing:9.0f}{queued:9.0f}"
+    yield from _upstreams(change)
     yield ""
     yield (
         f"requests/s {change.rate(HTTP_REQUESTS):.1f}   tokens/s {change.rate(GENERATED_TOKENS):.1f}   "
@@ -156,6 +161,25 @@ def screen(change: Change) -> Iterator[str]:
     yield f"since the start: {now.total(HTTP_REQUESTS):.0f} requests, {now.total(GENERATED_TOKENS):.0f} tokens, " + (
         f"{now.total(CANCELLATIONS):.0f} hung up, errors: {codes or 'none'}"
     )
+
+
+def _upstreams(change: Change) -> Iterator[str]:
+    """A line for each model that another server answers for, which is up when all gateways say so."""
+    now = change.now
+    models = now.values(UPSTREAM_UP, "model")
+    if not models:
+        return
+    width = max(15, *map(len, models)) + 1
+    yield ""
+    yield f"{'other server':{width}}{'state':>9}{'at work':>9}{'req/s':>9}{'tokens/s':>9}"
+    for model in models:
+        is_up = now.total(UPSTREAM_UP, model=model) == len(now.values(UPSTREAM_UP, "replica", model=model))
+        rates = (
+            change.rate(UPSTREAM_REQUESTS, model=model),
+            change.rate(UPSTREAM_TOKENS, model=model, kind="completion"),
+        )
+        running = now.total(UPSTREAM_RUNNING, model=model)
+        yield f"{model:{width}}{'up' if is_up else 'down':>9}{running:9.0f}{rates[0]:9.1f}{rates[1]:9.1f}"
 
 
 def _batch(change: Change) -> str:

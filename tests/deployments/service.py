@@ -133,9 +133,15 @@ def write_config(
 
 @contextlib.contextmanager
 def serving(
-    checkpoint: Path, folder: Path, *, route_prefix: str = "/", options: dict[str, Any] | None = None, **args: Any
+    checkpoint: Path,
+    folder: Path,
+    *,
+    route_prefix: str = "/",
+    options: dict[str, Any] | None = None,
+    is_killed: bool = False,
+    **args: Any,
 ) -> Iterator[Running]:
-    """A service of this checkpoint with these settings, until the block ends as Ctrl-C ends it."""
+    """A service of this checkpoint with these settings, until the block ends as Ctrl-C ends it, or kills it itself."""
     config = write_config(checkpoint, folder, route_prefix=route_prefix, options=options, **args)
     port = free_port()
     with started(llava("serve", "--config", str(config), "--port", str(port))) as (process, files):
@@ -150,7 +156,8 @@ def serving(
         url = f"http://127.0.0.1:{port}{route_prefix.rstrip('/')}"
         with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60) as client:
             yield Running(url, checkpoint.name, files / "ray", client, process.pid, metrics)
-        interrupt(process)
+        if not is_killed:
+            interrupt(process)
 
 
 def interrupt(process: subprocess.Popen[bytes]) -> None:

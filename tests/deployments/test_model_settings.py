@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from deployments.model_settings import ModelArgs
 from deployments.settings import AppArgs
@@ -53,3 +54,24 @@ def test_settings_made_in_python_mean_what_they_say() -> None:
     args = AppArgs(generator=GeneratorArgs(threads=3), models=(ModelArgs(generator=GeneratorArgs(num_gpus=1)),))
     assert args.models[0].generator == GeneratorArgs(threads=3, num_gpus=1)
     assert AppArgs.model_validate(args.model_dump()) == args
+
+
+UPSTREAM = {"url": "http://gpu-1/v1", "model": "m", "max_requests": 7}
+
+
+def test_a_model_with_an_upstream_has_nothing_of_its_own_here() -> None:
+    own, other = _models(models=[{"name": "a"}, {"name": "big", "upstream": UPSTREAM}], engine={"max_running": 3})
+    assert (own.engine.max_running, own.upstream) == (3, None)
+    assert other.upstream is not None
+    assert other.model_fields_set == {"name", "upstream"}
+    args = AppArgs.model_validate({"models": [{"name": "big", "upstream": UPSTREAM}]})
+    assert args.own_models == ()
+    assert list(args.upstreams) == ["big"]
+    assert args.max_requests_in_flight == 7
+    for wrong, why in (
+        ({"upstream": UPSTREAM}, "needs a name"),
+        ({"name": "a", "upstream": UPSTREAM, "checkpoint": "b", "generator": {}}, "checkpoint, generator"),
+        ({"name": "a", "upstream": {"url": "http://gpu-1/v1"}}, "model"),
+    ):
+        with pytest.raises(ValidationError, match=why):
+            _models(models=[wrong])

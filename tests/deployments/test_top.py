@@ -60,6 +60,28 @@ def _page(requests: int, tokens: int, hits: int, errors: int, first_tokens: dict
     )
 
 
+UPSTREAMS = """ray_llava_upstream_up{model="big",replica="a"} 1.0
+ray_llava_upstream_up{model="big",replica="b"} 1.0
+ray_llava_upstream_up{model="far",replica="a"} 1.0
+ray_llava_upstream_up{model="far",replica="b"} 0.0
+ray_llava_upstream_requests_running{model="big",replica="a"} 2.0
+ray_llava_upstream_requests_running{model="big",replica="b"} 1.0
+"""
+TOKENS = """ray_llava_upstream_requests_total{model="big",outcome="answered",replica="a"} 20.0
+ray_llava_upstream_tokens_total{model="big",kind="completion",replica="a"} 300.0
+ray_llava_upstream_tokens_total{model="big",kind="prompt",replica="a"} 900.0
+"""
+
+
+def test_servers_of_others_have_a_line_each_where_there_are_any() -> None:
+    lines = list(screen(Change(Page.parse(UPSTREAMS, 0.0), Page.parse(UPSTREAMS + TOKENS, 10.0))))
+    assert [line.split() for line in lines if line.startswith(("big", "far"))] == [
+        ["big", "up", "3", "2.0", "30.0"],
+        ["far", "down", "0", "0.0", "0.0"],
+    ]
+    assert not any("other server" in line for line in screen(Change(Page.parse(OTHERS, 0.0), Page.parse(OTHERS, 1.0))))
+
+
 BEFORE = _page(10, 100, 0, 0, {0.1: 8})
 NOW = _page(30, 400, 20, 3, {0.1: 18, 0.2: 9, 0.5: 1})
 

@@ -15,6 +15,7 @@ from deployments.errors import UpstreamError, UpstreamRefusedError, UpstreamTime
 from deployments.upstream_exchange import Exchange
 from deployments.upstream_settings import UpstreamArgs
 from llava_core.errors import OverloadedError
+from tests.deployments.test_fetch import _tls, serving
 from tests.sockets import scripted, whole
 
 KEY = "sk-of-the-upstream"
@@ -133,9 +134,22 @@ def test_a_host_that_does_not_take_connections_is_unreachable_in_time() -> None:
     assert raised.value.code == "upstream_unreachable"
 
 
-def test_a_certificate_that_nobody_vouches_for_is_unreachable() -> None:
-    with scripted(b"no TLS at all") as script, pytest.raises(UpstreamError) as raised:
-        _run(_exchange(script.url.replace("http:", "https:")), _posted)
+def test_a_certificate_counts_where_it_is_trusted_and_nowhere_else() -> None:
+    served, trusting = _tls("localhost")
+    reply = b"HTTP/1.1 200 OK\r\ncontent-length: 1\r\n\r\nx"
+
+    async def ask(tls: ssl.SSLContext) -> bytes:
+        async with serving({"/v1/chat/completions": reply}, served) as server:
+            settings = UpstreamArgs(url=f"https://localhost:{server.port}/v1", model="m")
+            exchange = Exchange("big", settings, tls=tls)
+            try:
+                return await _posted(exchange)
+            finally:
+                await exchange.close()
+
+    assert asyncio.run(ask(trusting)) == b"x"
+    with pytest.raises(UpstreamError) as raised:
+        asyncio.run(ask(ssl.create_default_context()))
     assert raised.value.code == "upstream_unreachable"
 
 

@@ -72,8 +72,8 @@ def test_certificates_come_from_a_file_where_one_is_named(tmp_path: Path, monkey
     args = _args(ca_file="ca.pem")
     # Replicas work elsewhere.
     assert args.ca_file == str(tmp_path / "ca.pem")
-    with pytest.raises(LaunchError, match="ca.pem holds no certificates"):
+    with pytest.raises(LaunchError, match=r"ca\.pem holds no certificates"):
         trusted(args)
     (tmp_path / "ca.pem").write_text("nothing of the kind")
-    with pytest.raises(LaunchError, match="ca.pem holds no certificates"):
+    with pytest.raises(LaunchError, match=r"ca\.pem holds no certificates"):
         trusted(args)

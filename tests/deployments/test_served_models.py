@@ -1,0 +1,61 @@
+"""Which model is asked, and who answers for it."""
+
+import json
+from typing import Any
+
+import pytest
+
+from deployments.chat_request import read_chat_request
+from deployments.chat_response import ChatAnswer
+from deployments.served_models import ServedModels
+from deployments.upstream import Forwarding, Upstream
+from deployments.upstream_settings import UpstreamArgs
+from llava_core.errors import RequestError, UnknownNameError
+from llava_core.prepare import RequestLimits
+from tests.deployments.fakes import ScriptedEngine
+
+
+async def _no_pictures(_request: object) -> Any:
+    raise AssertionError("there are none")
+
+
+def _upstream(name: str) -> Upstream:
+    return Upstream(name, UpstreamArgs(url="http://gpu-1/v1", model="theirs"), _no_pictures)
+
+
+def test_names_keep_their_order_and_the_only_one_need_not_be_named() -> None:
+    served = ServedModels({"b": _upstream("b"), "a": ScriptedEngine()})
+    assert served.names == ("b", "a")
+    assert list(served.engines) == ["a"]
+    assert served.upstream_states == {"b": "not asked yet"}
+    with pytest.raises(RequestError, match="must be one of: a, b"):
+        served.chosen(None)
+    with pytest.raises(UnknownNameError, match="known are: a, b"):
+        served.chosen("c")
+    assert ServedModels({"b": _upstream("b")}).chosen(None) == "b"
+
+
+def test_what_an_engine_alone_can_do_is_refused_of_others() -> None:
+    engine = ScriptedEngine()
+    served = ServedModels({"a": engine, "b": _upstream("b")})
+    assert served.engine("a") is engine
+    with pytest.raises(RequestError) as raised:
+        served.engine("b")
+    assert (raised.value.param, raised.value.code) == ("model", "model_not_here")
+
+
+def test_a_body_is_read_as_whoever_answers_takes_it() -> None:
+    def body(model: str) -> bytes:
+        said = [{"role": "user", "content": "hi"}]
+        return json.dumps({"model": model, "messages": said, "tool_choice": "required"}).encode()
+
+    read = ServedModels({"a": ScriptedEngine(), "b": _upstream("b")}).reader(read_chat_request, ChatAnswer)
+    forwarding = read(body("b"), "id", RequestLimits())
+    assert isinstance(forwarding, Forwarding)
+    assert json.loads(forwarding.asked.encoded())["tool_choice"] == "required"
+    # Our own models have no tools.
+    with pytest.raises(RequestError, match="tool_choice is not supported"):
+        read(body("a"), "id", RequestLimits())
+    with pytest.raises(UnknownNameError):
+        read(body("c"), "id", RequestLimits())
+    assert ServedModels({"a": ScriptedEngine()}).reader(read_chat_request, ChatAnswer) is read_chat_request
