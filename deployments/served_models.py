@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import Protocol
 
 from deployments.answer import Answer
+from deployments.intake import Reader
 from deployments.messages import Item, Rejected
 from deployments.reply_form import ReadRequest
 from deployments.schema import parse_body
@@ -17,8 +18,6 @@ from deployments.upstream_request import ModelName
 from llava_core.errors import RequestError, UnknownNameError
 from llava_core.request_limits import RequestLimits
 from llava_core.types import AnyRequest, Tokenized
-
-Reader = Callable[[bytes, str, RequestLimits], ReadRequest]
 
 
 class EngineClient(Protocol):
@@ -69,7 +68,7 @@ class ServedModels:
             )
         return self.engines[chosen]
 
-    def reader(self, read: Reader, kind: type[Answer]) -> Callable[..., ReadRequest | Forwarding]:
+    def reader(self, read: Reader[ReadRequest], kind: type[Answer]) -> Callable[..., ReadRequest | Forwarding]:
         """Reads bodies as the server behind their model takes them, or as `read` does where that is one of ours."""
         if not self._upstreams:
             return read

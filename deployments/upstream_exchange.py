@@ -208,8 +208,8 @@ class Exchange:
         if self._key is not None:
             text = text.replace(self._key, "***")
         for word, shown in self._words:
-            # As a word of its own: a name may be as short as a letter.
-            text = re.sub(rf"(?<![\w./-]){re.escape(word)}(?![\w/-])", lambda _, shown=shown: shown, text)
+            # As a word of its own: a name may be as short as a letter. Nothing in `shown` is a reference to a group.
+            text = re.sub(rf"(?<![\w./-]){re.escape(word)}(?![\w/-])", shown.replace("\\", r"\\"), text)
         return text[:_MAX_MESSAGE]
 
     def _failed(self, what: str, code: str, cause: Exception | None = None) -> UpstreamError:

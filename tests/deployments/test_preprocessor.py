@@ -13,8 +13,10 @@ from deployments.messages import Prepared, Rejected
 from deployments.metrics import CACHE_BYTES, CACHE_HITS, CACHE_MISSES, QUEUE_WAIT, STAGE_DURATION
 from deployments.preprocessor import Preprocessor
 from deployments.settings import FetchArgs
+from deployments.upstream_pictures import PortableImage
 from llava_core.checkpoints.describe import load_preparer
 from llava_core.errors import EngineError, ImageError, RequestError
+from llava_core.images.loading import ImageLimits
 from llava_core.lru import LruCache
 from llava_core.types import (
     CompletionRequest,
@@ -94,6 +96,22 @@ def test_a_picture_by_address_has_its_tokens_when_they_are_asked_for(tiny_checkp
     )
     assert isinstance(by_address, Tokenized)
     assert by_address == asyncio.run(preprocessor.tokenize(_request(ImagePart(plain()), TextPart("hi")), "m"))
+
+
+def test_pictures_for_other_servers_are_fetched_and_looked_at_without_a_model_of_ours() -> None:
+    limits = ImageLimits(max_pixels=2400)
+    preprocessor = Preprocessor({}, cache=LruCache(0), fetcher=_Pictures(), image_limits=limits)
+    request = _request(TextPart(""), ImageUrl("https://example.com/a.png"), ImagePart(plain("blue")))
+    found = asyncio.run(preprocessor.portable_images(request))
+    assert found == (PortableImage("image/png", plain()), PortableImage("image/png", plain("blue")))
+    rejected = asyncio.run(preprocessor.portable_images(_request(ImagePart(plain(size=(60, 41))))))
+    assert isinstance(rejected, Rejected)
+    assert isinstance(rejected.error, ImageError)
+    assert (rejected.error.code, rejected.error.param) == ("image_too_large", "messages[0].content[0].image_url")
+    unfetched = asyncio.run(Preprocessor({}, cache=LruCache(0)).portable_images(request))
+    assert isinstance(unfetched, Rejected)
+    assert isinstance(unfetched.error, ImageError)
+    assert unfetched.error.code == "image_url_not_allowed"
 
 
 def test_nothing_is_fetched_for_a_request_that_is_refused_all_the_same(tiny_checkpoint: Path) -> None:

@@ -155,9 +155,11 @@ def test_a_certificate_counts_where_it_is_trusted_and_nowhere_else() -> None:
 
 def test_an_answer_in_one_piece_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("deployments.upstream_exchange.MAX_ANSWER_BYTES", 100)
-    with scripted(whole("200 OK", b"x" * 101)) as script:
-        with pytest.raises(UpstreamError, match="more than 100 bytes") as raised:
-            _run(_exchange(script.url), _posted)
+    with (
+        scripted(whole("200 OK", b"x" * 101)) as script,
+        pytest.raises(UpstreamError, match="more than 100 bytes") as raised,
+    ):
+        _run(_exchange(script.url), _posted)
     assert raised.value.code == "upstream_invalid"
 
 
