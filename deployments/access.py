@@ -24,7 +24,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from deployments.api_keys import ApiKey, key_id_of, read_keys
 from deployments.errors import AuthenticationError, KeysFileError, PermissionDeniedError
 from deployments.http_errors import describe, error_response
-from deployments.messages import Item, Rejected
+from deployments.messages import Item, Rejected, num_tokens
 from deployments.quotas import Quota
 from deployments.request_context import current_request
 from llava_core.errors import LlavaError
@@ -190,7 +190,7 @@ async def _charged(items: AsyncGenerator[Item, None], quota: Quota) -> AsyncGene
             if not isinstance(item, Rejected):
                 # The last of them tells of the prompt, which several answers have read once.
                 num_read = 0 if item.usage is None else item.usage.prompt_tokens
-                quota.charge(item.num_tokens + num_read)
+                quota.charge(num_tokens(item) + num_read)
             yield item
 
 

@@ -1,5 +1,5 @@
 """Errors of the service that the core does not know: bodies too large or slow, keys that are not good for what they are
-used for, content that kills, deadlines, stages lost or missing, workers and servers of others that fail, a start refused.
+used for, content that kills, deadlines, stages lost or missing, workers or servers of others that fail, no start.
 
 Plain exceptions on top of the core's tree, which every process can afford and pickle. Knows neither HTTP nor Ray.
 """

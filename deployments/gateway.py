@@ -172,7 +172,6 @@ class Gateway:
             return error_response(describe(text.error), _request_id(request))
         return JSONResponse({"prompt": text})
 
-
     async def _models(self, _request: Request) -> Response:
         return JSONResponse(
             {"object": "list", "data": [model_body(name, self._created) for name in self._served.names]}

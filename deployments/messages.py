@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -86,6 +86,22 @@ Item = TokenDelta | Rejected
 def is_last(item: Item) -> bool:
     """Whether nothing follows this one."""
     return isinstance(item, Rejected) or item.usage is not None
+
+
+@dataclass(frozen=True)
+class UpstreamDelta(TokenDelta):
+    """An item of another server's answer: `body` as the client gets it, None where there is nothing for it.
+
+    How many tokens it has is known at the end. Before, each piece of each choice counts as one: at least so many it is.
+    """
+
+    body: dict[str, Any] | None = None
+    num_tokens: int = 0
+
+
+def num_tokens(delta: TokenDelta) -> int:
+    """How many tokens an item has brought, as far as that is known by then."""
+    return delta.num_tokens if isinstance(delta, UpstreamDelta) else len(delta.token_ids)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ import httpx
 from deployments.answer import Answer, Json
 from deployments.bodies import Lease
 from deployments.http_errors import describe
-from deployments.messages import Rejected
+from deployments.messages import Rejected, UpstreamDelta
 from deployments.metrics import (
     UPSTREAM_REQUESTS,
     UPSTREAM_RUNNING,
@@ -32,7 +32,7 @@ from deployments.metrics import (
     Unrecorded,
 )
 from deployments.reply_form import ReplyForm
-from deployments.upstream_answer import AnswerReader, NoAnswerError, UpstreamAnswer, UpstreamDelta, read_object
+from deployments.upstream_answer import AnswerReader, NoAnswerError, UpstreamAnswer, read_object
 from deployments.upstream_exchange import Exchange
 from deployments.upstream_pictures import PortableImage
 from deployments.upstream_request import ForwardedRequest, read_forwarded_chat, read_forwarded_completion

@@ -15,6 +15,7 @@ from pydantic import Field, ValidationError
 from pydantic_core import from_json
 
 from deployments.answer import Json, extensions
+from deployments.messages import UpstreamDelta
 from deployments.reply_form import ReplyForm
 from deployments.sampling_schema import WHOLE_BOUND
 from deployments.schema import Part
@@ -49,17 +50,6 @@ class _Choice(Part):
 class _Content(Part):
     choices: list[_Choice]
     usage: _Usage | None = None
-
-
-@dataclass(frozen=True)
-class UpstreamDelta(TokenDelta):
-    """An item of another server's answer: `body` as the client gets it, None where there is nothing for it.
-
-    How many tokens it has is known at the end. Before, each piece of each choice counts as one: at least so many it is.
-    """
-
-    body: Json | None = None
-    num_tokens: int = 0
 
 
 @dataclass(frozen=True)

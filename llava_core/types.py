@@ -296,8 +296,3 @@ class TokenDelta:
     logprobs: tuple[TokenLogprob, ...] = ()
     token_bytes: Mapping[int, bytes] = field(default_factory=dict)
     transforms: tuple[ImageTransform | None, ...] = ()
-
-    @property
-    def num_tokens(self) -> int:
-        """How many tokens were written."""
-        return len(self.token_ids)

@@ -41,7 +41,7 @@ from deployments.schema import Body, parse_body
 from llava_core.errors import LlavaError, RequestError, UnknownNameError
 
 if TYPE_CHECKING:
-    from deployments.gateway import EngineClient
+    from deployments.served_models import EngineClient
 
 # Of what workers tell about themselves.
 _MAX_NOTE_BYTES = 64 * 1024

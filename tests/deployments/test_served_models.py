@@ -11,7 +11,7 @@ from deployments.served_models import ServedModels
 from deployments.upstream import Forwarding, Upstream
 from deployments.upstream_settings import UpstreamArgs
 from llava_core.errors import RequestError, UnknownNameError
-from llava_core.prepare import RequestLimits
+from llava_core.request_limits import RequestLimits
 from tests.deployments.fakes import ScriptedEngine
 
 

@@ -503,7 +503,7 @@ def test_bodies_are_bounded_with_the_pictures_that_were_fetched() -> None:
             for _ in range(2):
                 response = client.post(CHAT, json=_with_picture("https://example.com/a.png"))
                 assert (response.status_code, response.json()["error"]["code"]) == (429, "overloaded")
-        assert gateway._bodies.num_bytes == 0
+        assert gateway._intake._bodies.num_bytes == 0
         assert script.requests == []
 
 

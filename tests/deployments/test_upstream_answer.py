@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 
+from deployments.messages import UpstreamDelta
 from deployments.reply_form import ReplyForm
-from deployments.upstream_answer import AnswerReader, NoAnswerError, UpstreamAnswer, UpstreamDelta, read_object
+from deployments.upstream_answer import AnswerReader, NoAnswerError, UpstreamAnswer, read_object
 from llava_core.types import Usage
 from llava_core.views import ImageTransform
 

@@ -9,7 +9,7 @@ import pytest
 from deployments.upstream_pictures import PortableImage
 from deployments.upstream_request import ForwardedRequest, read_forwarded_chat, read_forwarded_completion
 from llava_core.errors import RequestError
-from llava_core.prepare import RequestLimits
+from llava_core.request_limits import RequestLimits
 from llava_core.types import ImagePart, ImageUrl, TextPart
 from tests.deployments.pictures import data_url, plain
 
