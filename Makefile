@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup check format test test-fast test-clients serve demo bench default-model evaluate clean
+.PHONY: setup check format test test-fast test-browser test-clients serve demo bench default-model evaluate clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -18,7 +18,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed, $(PYTHON) is $$($(PYTHON) --version); set PYTHON=..." >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[serve,dicom,quantization,train,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[serve,page,dicom,quantization,train,dev]'
 	@touch $@
 
 check: setup
@@ -37,6 +37,10 @@ test: test-fast
 # Beside each other on all cores, which those that start a service or a browser need for themselves.
 test-fast: setup
 	$(BIN)/pytest -m "not ray and not browser" --numprocesses logical --maxprocesses 8 --dist worksteal
+
+# The web page in Chromium: apt-get install chromium chromium-driver. Skipped where these are missing.
+test-browser: setup
+	$(BIN)/pytest -m browser
 
 # LangChain and LiteLLM against the service. They bring packages that nothing else here needs.
 test-clients: setup

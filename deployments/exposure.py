@@ -5,11 +5,11 @@ Knows hosts as configurations write them, and not who starts what.
 
 from __future__ import annotations
 
-import ipaddress
 from pathlib import Path
 
 from deployments.api_keys import read_keys
 from deployments.settings import AuthArgs
+from llava_core.client.exchange import is_loopback
 from llava_core.errors import LlavaError
 
 # Set by whoever starts a Ray with an entrance of its own, for all replicas of that Ray: the host it listens on. Where
@@ -19,16 +19,6 @@ ENTRANCE_VARIABLE = "LLAVA_SERVE_ENTRANCE_HOST"
 
 class ExposureError(LlavaError):
     """The service would answer strangers."""
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach what listens there. A name other than localhost may lead anywhere."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def check_exposure(host: str, auth: AuthArgs) -> None:

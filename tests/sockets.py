@@ -17,9 +17,9 @@ SSE_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-enco
 
 
 @contextlib.contextmanager
-def serving_app(app: Any) -> Iterator[str]:
+def serving_app(app: Any, *, port: int = 0) -> Iterator[str]:
     """The address of an app that a real server runs, in a thread."""
-    listening = socket.create_server(("127.0.0.1", 0))
+    listening = socket.create_server(("127.0.0.1", port))
     server = uvicorn.Server(uvicorn.Config(app, lifespan="off", log_level="critical"))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve([listening])), daemon=True)
     thread.start()
@@ -33,9 +33,9 @@ def serving_app(app: Any) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def serving_engine(engine: ScriptedEngine, **options: Any) -> Iterator[str]:
+def serving_engine(engine: ScriptedEngine, *, port: int = 0, **options: Any) -> Iterator[str]:
     """The address of the real gateway in front of scripted answers."""
-    with serving_app(Gateway({"m": engine}, **{"check_stages": all_ready, **options}).app) as url:
+    with serving_app(Gateway({"m": engine}, **{"check_stages": all_ready, **options}).app, port=port) as url:
         yield url
 
 

@@ -51,13 +51,14 @@ class Service:
             "base_url": url.copy_with(path=url.path.rstrip("/").removesuffix("/v1")),
             "headers": {} if not key else {"authorization": f"Bearer {key}"},
             # The proxy that an environment names could not reach this machine's own addresses.
-            "trust_env": not _is_loopback(url.host),
+            "trust_env": not is_loopback(url.host),
             # How many requests run at once is the caller's choice.
             "limits": httpx.Limits(max_connections=None, max_keepalive_connections=64),
         }
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach what listens there. A name other than localhost may lead anywhere."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

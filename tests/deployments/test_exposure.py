@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from deployments.errors import KeysFileError
-from deployments.exposure import ExposureError, check_exposure, is_loopback
+from deployments.exposure import ExposureError, check_exposure
 from deployments.settings import AuthArgs
+from llava_core.client.exchange import is_loopback
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "::1", "localhost"])

@@ -1,0 +1,161 @@
+"""What happens when somebody touches the page, as functions of Gradio's values. What is on the page is layout.py's.
+
+Whatever comes from a browser is checked here: it may name turns and examples that there are not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import html
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import gradio as gr
+
+from deployments.page.answering import Asker
+from deployments.page.examples import EXAMPLES
+from deployments.page.log import Vote
+from deployments.page.rendering import render, turn_of
+from deployments.page.talk import Choices, Talk, Turn
+from deployments.page.words import in_words
+from llava_core.client import AuthenticationError
+from llava_core.errors import LlavaError
+
+# As Gradio's chatbot calls them.
+FEEDBACK = ("Like", "Dislike", "Flag")
+_VOTES: dict[bool | str, Vote] = {True: "upvote", False: "downvote", "Flag": "flag"}
+# Of the box for questions. With None it would take no more pictures.
+_EMPTY: dict[str, Any] = {"text": "", "files": []}
+# Of the box for questions, the conversation, and what is remembered of it.
+Shown = tuple[Any, Any, Any]
+_UNCHANGED: Shown = (gr.skip(), gr.skip(), gr.skip())
+
+
+@dataclass(frozen=True)
+class Handlers:
+    """Of one page, for all its visitors."""
+
+    asker: Asker
+
+    async def look(self, key: str, model: str | None, request: gr.Request) -> tuple[Any, Any, Any]:
+        """The state of the service, the models to choose from, and whether to look again in a moment."""
+        try:
+            names = await self.asker.models(key or None)
+        except LlavaError as error:
+            # Without the right key there is no use in asking again.
+            again = not isinstance(error, AuthenticationError)
+            return _status("waiting", in_words(error)), gr.skip(), gr.Timer(active=again)
+        wanted = model or request.query_params.get("model")
+        chosen = wanted if wanted in names else next(iter(names), None)
+        return (
+            _status("ready", f"{chosen} is ready" if chosen else "No model is served"),
+            gr.Dropdown(names, value=chosen),
+            gr.Timer(active=False),
+        )
+
+    def ask(self, asked: dict[str, Any], talk: Talk) -> Shown:
+        """A question from the box."""
+        turn = Turn((asked.get("text") or "").strip(), tuple(asked.get("files") or ()))
+        return _begun(talk, turn) if turn.question or turn.pictures else _UNCHANGED
+
+    def ask_example(self, event: gr.SelectData, talk: Talk) -> Shown:
+        """One of those that an empty conversation shows."""
+        if not isinstance(event.index, int) or not 0 <= event.index < len(EXAMPLES):
+            return _UNCHANGED
+        example = EXAMPLES[event.index]
+        return _begun(talk, Turn(example.question, tuple(map(str, example.pictures))))
+
+    def regenerate(self, event: gr.RetryData, talk: Talk) -> Shown:
+        """A question again; what came after it goes."""
+        at = turn_of(event.index, talk)
+        return _UNCHANGED if at is None else _begun(talk[:at], talk[at])
+
+    def edit(self, event: gr.EditData, talk: Talk) -> Shown:
+        """Another question in its place, about the same pictures; what came after it goes."""
+        at = turn_of(event.index, talk)
+        if at is None:
+            return _UNCHANGED
+        return _begun(talk[:at], replace(talk[at], question=str(event.value).strip()))
+
+    async def answer(self, talk: Talk, *chosen: Any) -> AsyncGenerator[tuple[Any, Any], None]:
+        """The last question, where it was begun, again and again as its answer grows. Closing this ends the request."""
+        if not talk or not talk[-1].is_open:
+            return
+        *before, turn = talk
+        choices, key, agreed = _choices(*chosen)
+        answering = self.asker.answer(tuple(before), turn, choices, key=key, keep=agreed)
+        async with contextlib.aclosing(answering) as states:
+            async for state in states:
+                talk = (*before, state)
+                yield render(talk), talk
+
+    def settle(self, talk: Talk) -> tuple[Any, Any, Any, Any]:
+        """After an answer, however it ended: the box takes questions again, and what was stopped says so. The last
+        value is whether to look for the service again."""
+        if talk and talk[-1].is_open:
+            talk = (*talk[:-1], replace(talk[-1], figures="stopped", is_open=False))
+        has_failed = bool(talk and talk[-1].problem)
+        return gr.MultimodalTextbox(submit_btn=True, stop_btn=False), render(talk), talk, gr.Timer(active=has_failed)
+
+    def clear(self) -> Shown:
+        """All of it."""
+        return gr.MultimodalTextbox(_EMPTY), [], ()
+
+    def vote(self, event: gr.LikeData, talk: Talk, *chosen: Any) -> Talk:
+        """What a visitor thinks of an answer, kept where they agreed to it."""
+        at, kind = turn_of(event.index, talk), _VOTES.get(event.liked)
+        # Gradio tells some votes twice.
+        if self.asker.log is None or at is None or kind is None or talk[at].vote == kind:
+            return talk
+        choices, _, agreed = _choices(*chosen)
+        if not agreed:
+            gr.Info("Votes are kept only with the conversation. Tick the box below it first.")
+            return talk
+        self.asker.log.vote(kind, talk[: at + 1], choices)
+        gr.Info("Thank you.")
+        return (*talk[:at], replace(talk[at], vote=kind), *talk[at + 1 :])
+
+
+def _begun(before: Talk, turn: Turn) -> Shown:
+    """A conversation that ends with a question to be answered, and the box that can stop it."""
+    talk = (*before, turn.begun())
+    return gr.MultimodalTextbox(_EMPTY, submit_btn=False, stop_btn=True), render(talk), talk
+
+
+def _choices(  # noqa: PLR0913 - as many as there are settings
+    model: str | None,
+    template: str | None,
+    system: str,
+    temperature: float,
+    top_p: float,
+    max_tokens: float,
+    seed: str,
+    key: str,
+    agreed: bool,  # noqa: FBT001 - as Gradio gives it
+) -> tuple[Choices, str | None, bool]:
+    """What was chosen about the answer, the key, and whether it may be kept: the inputs in the order of the layout."""
+    return (
+        Choices(
+            model or "",
+            template or None,
+            system.strip(),
+            temperature,
+            top_p,
+            int(max_tokens),
+            _whole(seed),
+        ),
+        key.strip() or None,
+        agreed,
+    )
+
+
+def _whole(text: str) -> int | None:
+    try:
+        return int(text) if text.strip() else None
+    except ValueError:
+        raise gr.Error("The seed is a whole number, or nothing.", print_exception=False) from None
+
+
+def _status(kind: str, text: str) -> str:
+    return f'<span class="status {kind}" role="status">{html.escape(text)}</span>'

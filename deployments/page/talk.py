@@ -1,0 +1,88 @@
+"""What one visitor has asked and was answered, as values. Knows neither Gradio nor HTTP.
+
+A visitor's talk is a tuple of turns. It is never changed: who goes on with it makes another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from llava_core.client.messages import read_picture
+from llava_core.client.requests import Options
+from llava_core.errors import RequestError
+from llava_core.types import ImagePart, Message, TextPart
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What a visitor can choose about an answer. `template` and `seed` may be left to the service."""
+
+    model: str = ""
+    template: str | None = None
+    system: str = ""
+    temperature: float = 0.0
+    top_p: float = 1.0
+    max_tokens: int = 512
+    seed: int | None = None
+
+    def options(self) -> Options:
+        """For the client."""
+        options = Options(
+            temperature=self.temperature, top_p=self.top_p, max_tokens=self.max_tokens, image_transforms=True
+        )
+        if self.model:
+            options["model"] = self.model
+        if self.seed is not None:
+            options["seed"] = self.seed
+        if self.template is not None:
+            options["extra"] = {"template": self.template}
+        return options
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A question, with pictures by their paths, and what became of it.
+
+    `figures` tell what the answer cost; `problem` why there is no answer, or not all of it. `is_open` while it is being
+    written. `vote` is what the visitor thinks of it.
+    """
+
+    question: str = field(repr=False)
+    pictures: tuple[str, ...] = field(default=(), repr=False)
+    answer: str = field(default="", repr=False)
+    figures: str = ""
+    problem: str = ""
+    is_open: bool = False
+    vote: str = ""
+
+    @property
+    def asked(self) -> Message:
+        """The question as it is sent. Raises RequestError where a picture is no longer there."""
+        return Message("user", (*map(_picture, self.pictures), TextPart(self.question)))
+
+    def begun(self) -> Turn:
+        """The same, to be answered."""
+        return Turn(self.question, self.pictures, is_open=True)
+
+
+Talk = tuple[Turn, ...]
+
+
+def history(talk: Sequence[Turn]) -> list[Message]:
+    """What was said, for the next question. What was not answered was not said. Raises RequestError as `asked` does."""
+    said: list[Message] = []
+    for turn in talk:
+        if turn.answer:
+            said += [turn.asked, Message("assistant", (TextPart(turn.answer),))]
+    return said
+
+
+def _picture(path: str) -> ImagePart:
+    try:
+        return ImagePart(read_picture(Path(path)))
+    except RequestError as error:
+        # Its path means nothing to a visitor.
+        message = "a picture of this conversation is no longer kept here; clear the conversation and upload it again"
+        raise RequestError(message, param="image") from error

@@ -1,0 +1,159 @@
+"""A page in a real browser: Debian's Chromium without a window, and the page as a program of its own."""
+
+import contextlib
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import pytest
+from selenium import webdriver
+from selenium.common.exceptions import StaleElementReferenceException
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.remote.webelement import WebElement
+from selenium.webdriver.support.ui import WebDriverWait
+
+from tests.deployments.service import free_port, interrupt, llava, read_until, started, until
+
+WAIT_S = 30.0
+DESKTOP, PHONE = (1280, 860), (390, 844)
+
+
+@contextlib.contextmanager
+def serving_page(service: str, *options: str) -> Iterator[str]:
+    """The address of a page that `llava page` serves until the block ends as Ctrl-C ends it."""
+    port = free_port()
+    with started(llava("page", "--url", service, "--port", str(port), *options)) as (process, _):
+        read_until(process, f"http://127.0.0.1:{port}/")
+        url = f"http://127.0.0.1:{port}"
+        until(lambda: _answers(url))
+        yield url
+        interrupt(process)
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx.get(url).status_code == httpx.codes.OK
+    except httpx.ConnectError:
+        return False
+
+
+@dataclass
+class Browser:
+    """One window, and what a visitor does in it. Waits for what is to come, and never for a time."""
+
+    driver: webdriver.Chrome
+
+    def open(self, url: str) -> None:
+        self.driver.get(url)
+        self.until(lambda: self.all("#box textarea"))
+
+    def look(self, size: tuple[int, int], *, dark: bool = False) -> None:
+        """A window of this size, as a phone's below 600 pixels; takes effect for what is opened next."""
+        self.command(
+            "Emulation.setDeviceMetricsOverride",
+            width=size[0],
+            height=size[1],
+            deviceScaleFactor=1,
+            mobile=size[0] < 600,
+        )
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self.command("Emulation.setEmulatedMedia", features=[scheme])
+
+    def command(self, name: str, **arguments: Any) -> Any:
+        return self.driver.execute_cdp_cmd(name, arguments)
+
+    def all(self, selector: str) -> list[WebElement]:
+        return self.driver.find_elements(By.CSS_SELECTOR, selector)
+
+    def one(self, selector: str) -> WebElement:
+        self.until(lambda: self.all(selector))
+        return self.all(selector)[0]
+
+    def until(self, condition: Callable[[], object]) -> None:
+        waiting = WebDriverWait(
+            self.driver, WAIT_S, poll_frequency=0.05, ignored_exceptions=[StaleElementReferenceException]
+        )
+        waiting.until(lambda _: condition())
+
+    def until_ready(self) -> None:
+        self.one(".status.ready")
+
+    def text(self, selector: str) -> str:
+        """Of all of them; nothing where they have just changed."""
+        try:
+            return "\n".join(element.text for element in self.all(selector))
+        except StaleElementReferenceException:
+            return ""
+
+    def until_said(self, text: str, selector: str = "#talk .bot") -> None:
+        self.until(lambda: text in self.text(selector))
+
+    def until_idle(self) -> None:
+        """The box takes questions."""
+        self.one("#box .submit-button")
+
+    def type(self, text: str) -> None:
+        """Into the box, with the keys of a keyboard; a line feed is the key that sends."""
+        self.one("#box textarea").send_keys(text.replace("\n", Keys.ENTER))
+
+    def upload(self, *paths: Any) -> None:
+        field = self.one("#box input[type=file]")
+        # The driver would choose the files of last time as well.
+        self.driver.execute_script("arguments[0].value = ''", field)
+        field.send_keys("\n".join(map(str, paths)))
+        self.until(lambda: len(self.all("#box .thumbnail-item")) == len(paths))
+
+    def press(self, label: str) -> None:
+        """The last button of this name in the conversation."""
+        self.one(f'#talk button[aria-label="{label}"]')
+        self.all(f'#talk button[aria-label="{label}"]')[-1].click()
+
+    def setting(self, label: str) -> WebElement:
+        """A field of the settings by what stands above it."""
+        found: list[WebElement] = []
+
+        def find() -> list[WebElement]:
+            fields = self.all("#settings label:has(textarea), #settings label:has(input)")
+            found[:] = [field for field in fields if field.text.startswith(label)]
+            return found
+
+        self.until(find)
+        return found[0].find_element(By.CSS_SELECTOR, "textarea, input")
+
+    def requested(self) -> list[str]:
+        """The addresses that the browser has asked for since this was last called."""
+        messages = (json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance"))  # type: ignore[no-untyped-call]
+        sent = (message for message in messages if message["method"] == "Network.requestWillBeSent")
+        return [str(message["params"]["request"]["url"]) for message in sent]
+
+    def complaints(self) -> list[str]:
+        """What the browser finds wrong since this was last called."""
+        entries = self.driver.get_log("browser")  # type: ignore[no-untyped-call]
+        return [entry["message"] for entry in entries if entry["level"] == "SEVERE"]
+
+
+@contextlib.contextmanager
+def browsing() -> Iterator[Browser]:
+    """A browser of its own. Skips the test where there is none."""
+    program, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if program is None or driver is None:
+        pytest.skip("no chromium with chromedriver (apt-get install chromium chromium-driver)")
+    options = webdriver.ChromeOptions()
+    options.binary_location = program
+    # As root, in a container with little shared memory, without calls of its own.
+    for argument in ("headless=new", "no-sandbox", "disable-dev-shm-usage", "disable-gpu", "hide-scrollbars"):
+        options.add_argument(f"--{argument}")
+    for argument in ("disable-background-networking", "disable-component-update", "no-first-run"):
+        options.add_argument(f"--{argument}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    window = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    try:
+        browser = Browser(window)
+        browser.look(DESKTOP)
+        yield browser
+    finally:
+        window.quit()

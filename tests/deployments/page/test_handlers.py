@@ -1,0 +1,90 @@
+"""What a browser may send that no page of ours would: turns and examples that there are not, votes without consent."""
+
+import asyncio
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import gradio as gr
+import pytest
+
+from deployments.page.answering import Asker
+from deployments.page.handlers import Handlers
+from deployments.page.log import ConversationLog
+from deployments.page.settings import LogArgs
+from deployments.page.talk import Turn
+
+HANDLERS = Handlers(Asker("http://127.0.0.1:9"))
+TALK = (Turn("One?", ("/a.png",), "1"), Turn("Two?", (), "2"))
+CHOSEN = ("m", "", "", 0.0, 1.0, 512, "", "", True)
+
+
+def _event(index: Any, **more: Any) -> Any:
+    return SimpleNamespace(index=index, **more)
+
+
+@pytest.mark.parametrize("index", [-1, 5, 99, None, "0", [], [9, 0], 0.5])
+def test_turns_that_there_are_not_change_nothing(index: Any, tmp_path: Path) -> None:
+    log = ConversationLog(LogArgs(folder=tmp_path))
+    handlers = Handlers(Asker("http://127.0.0.1:9", log=log))
+    for shown in (
+        handlers.regenerate(_event(index), TALK),
+        handlers.edit(_event(index, value="new"), TALK),
+        handlers.ask_example(_event(index if index != "0" else "x"), ()),
+    ):
+        assert shown == (gr.skip(), gr.skip(), gr.skip())
+    assert handlers.vote(_event(index, liked=True), TALK, *CHOSEN) == TALK
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_example_is_known_by_its_number_and_never_by_a_path() -> None:
+    _, _, talk = HANDLERS.ask_example(_event(0, value={"files": ["/etc/passwd"], "text": "Read it."}), ())
+    [turn] = talk
+    assert turn.question == "Describe the picture."
+    assert [Path(path).name for path in turn.pictures] == ["scene.png"]
+
+
+@pytest.mark.parametrize("index", [0, 1, 2, [1, 0]])
+def test_an_edited_question_keeps_its_pictures_and_ends_the_talk(index: Any) -> None:
+    _, _, talk = HANDLERS.edit(_event(index, value=" New? "), TALK)
+    assert talk == (Turn("New?", ("/a.png",), is_open=True),)
+
+
+def test_an_empty_question_is_not_asked() -> None:
+    assert HANDLERS.ask({"text": "  ", "files": []}, TALK) == (gr.skip(), gr.skip(), gr.skip())
+
+
+def test_what_is_not_begun_is_not_asked() -> None:
+    async def answered() -> list[object]:
+        return [shown async for shown in HANDLERS.answer(TALK, *CHOSEN)]
+
+    assert asyncio.run(answered()) == []
+
+
+def test_a_stopped_answer_says_so_and_only_a_problem_looks_for_the_service() -> None:
+    *_, talk, timer = HANDLERS.settle((Turn("?", (), "Only", is_open=True),))
+    assert (talk[-1].answer, talk[-1].figures, talk[-1].is_open) == ("Only", "stopped", False)
+    assert not timer.active
+    *_, timer = HANDLERS.settle((Turn("?", problem="Nobody."),))
+    assert timer.active
+
+
+def test_a_vote_that_is_told_twice_is_kept_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gr, "Info", lambda _text: None)
+    handlers = Handlers(Asker("http://127.0.0.1:9", log=ConversationLog(LogArgs(folder=tmp_path))))
+    talk = handlers.vote(_event(4, liked="Flag"), TALK, *CHOSEN)
+    assert handlers.vote(_event(4, liked="Flag"), talk, *CHOSEN) == talk
+    handlers.vote(_event(2, liked=True), talk, *CHOSEN)
+    [path] = tmp_path.iterdir()
+    flag, upvote = path.read_text().splitlines()
+    assert '"flag"' in flag
+    assert '"upvote"' in upvote
+    assert "Two?" not in upvote
+
+
+def test_a_seed_that_is_no_number_is_told() -> None:
+    async def ask() -> None:
+        await anext(HANDLERS.answer((Turn("?", is_open=True),), *CHOSEN[:6], "seven", "", False))
+
+    with pytest.raises(gr.Error, match="whole number"):
+        asyncio.run(ask())

@@ -1,0 +1,91 @@
+"""Who judges questions before they are asked: a function, or an address in OpenAI's form. What cannot be judged is not
+asked."""
+
+import asyncio
+import json
+import sys
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from deployments.page.moderation import ModerationError, NotAllowedError, check, load_moderation
+
+
+@pytest.fixture
+def rules() -> Iterator[str]:
+    """A module with functions that judge."""
+    module = types.ModuleType("rules_of_a_page")
+
+    async def later(text: str) -> str | None:
+        return "it is long" if len(text) > 10 else None
+
+    module.__dict__.update(at_once=lambda text: "it names a drug" if "aspirin" in text else None, later=later)
+    sys.modules[module.__name__] = module
+    yield module.__name__
+    del sys.modules[module.__name__]
+
+
+def _check(named: str | None, text: str, handler: Any = None) -> None:
+    transport = None if handler is None else httpx.MockTransport(handler)
+    asyncio.run(check(load_moderation(named, transport=transport), text))
+
+
+@pytest.mark.parametrize(("function", "reason"), [("at_once", "it names a drug"), ("later", "it is long")])
+def test_a_functions_reason_is_told(rules: str, function: str, reason: str) -> None:
+    _check(f"{rules}:{function}", "fine")
+    with pytest.raises(NotAllowedError, match=f"not sent: {reason}. Edit it"):
+        _check(f"{rules}:{function}", "aspirin or not?")
+
+
+@pytest.mark.parametrize("named", ["nowhere:function", "json:nothing", "json", ":", ""])
+def test_what_is_no_function_is_found_out_at_the_start(named: str) -> None:
+    with pytest.raises(ModerationError, match="neither an address nor"):
+        load_moderation(named)
+
+
+def test_without_anybody_everything_may_be_asked() -> None:
+    _check(None, "anything")
+
+
+def test_an_address_is_asked_in_openais_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLAVA_MODERATION_KEY", "k")
+    seen: list[httpx.Request] = []
+
+    def judge(request: httpx.Request) -> httpx.Response:
+        seen.append(request)
+        bad = "bad" in json.loads(request.content)["input"]
+        result = {"flagged": bad, "categories": {"violence": bad, "self-harm": False}}
+        return httpx.Response(200, json={"results": [result]})
+
+    # Quotes, backslashes and line breaks arrive as they are.
+    _check("http://judge/v1", 'a "quoted" \\ text\n', judge)
+    assert json.loads(seen[0].content) == {"input": 'a "quoted" \\ text\n'}
+    assert seen[0].headers["authorization"] == "Bearer k"
+    with pytest.raises(NotAllowedError, match="about violence"):
+        _check("http://judge/v1", "bad", judge)
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        httpx.Response(500),
+        httpx.Response(200, text="<html>"),
+        httpx.Response(200, json={"results": []}),
+        httpx.Response(200, json={"results": [{}]}),
+        httpx.Response(200, json=[]),
+    ],
+)
+def test_what_cannot_be_judged_is_not_asked(response: httpx.Response) -> None:
+    with pytest.raises(ModerationError, match="could not be checked"):
+        _check("http://judge", "text", lambda _: response)
+
+
+def test_nobody_at_the_address_is_no_permission() -> None:
+    def refuse(request: httpx.Request) -> httpx.Response:
+        raise httpx.ConnectError("refused", request=request)
+
+    with pytest.raises(ModerationError, match="could not be checked"):
+        _check("http://judge", "text", refuse)

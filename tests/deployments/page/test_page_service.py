@@ -1,0 +1,72 @@
+"""`llava page` in front of `llava serve`, end to end: the default model's answer in a real browser, and a browser
+that is closed while a model writes."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from deployments.metrics import CANCELLATIONS
+from deployments.page.examples import EXAMPLES
+from deployments.top import read_page
+from tests.deployments.page.browsing import browsing, serving_page
+from tests.deployments.service import free_port, interrupt, llava, long_checkpoint, read_until, started, until
+
+pytestmark = [pytest.mark.ray, pytest.mark.browser, pytest.mark.timeout(400)]
+
+
+@pytest.fixture(scope="module")
+def service(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
+    """Where the page is, and the metrics."""
+    folder, port = tmp_path_factory.mktemp("service"), free_port()
+    endless = long_checkpoint(tiny_checkpoint, folder)
+    stages = {stage: {"num_cpus": 0.05} for stage in ("gateway", "preprocessor", "vision_encoder", "generator")}
+    models = [{"name": "scenes-llava"}, {"name": "endless", "checkpoint": str(endless)}]
+    application = {"name": "llava", "route_prefix": "/", "import_path": "deployments.app:build_app"}
+    config = folder / "config.yaml"
+    config.write_text(yaml.safe_dump({"applications": [{**application, "args": {"models": models, **stages}}]}))
+    with started(llava("serve", "--config", str(config), "--port", str(port))) as (process, _):
+        printed = read_until(process, "  logs ")
+        metrics = next(line.split()[-1] for line in printed.splitlines() if line.startswith("  metrics "))
+        with serving_page(f"http://127.0.0.1:{port}") as page:
+            yield page, metrics
+        interrupt(process)
+
+
+def test_the_default_model_answers_about_an_example(service: tuple[str, str]) -> None:
+    url, _ = service
+    with browsing() as browser:
+        browser.open(url)
+        browser.until_ready()
+        assert browser.text(".status") == "scenes-llava is ready"
+        browser.one("#talk .example").click()
+        browser.until_said("tokens/s")
+        said = browser.text("#talk .bot")
+        assert "green circle" in said
+        assert "PAN" in said
+        for stage in ("preprocess", "encode", "prefill", "decode"):
+            assert f"{stage} " in said
+        # The default model knows one picture at a time.
+        browser.until_idle()
+        browser.press("Clear")
+        browser.one("#talk .example")
+        browser.upload(EXAMPLES[2].pictures[0])
+        browser.type("What does the text say?\n")
+        browser.until_said("CUP")
+
+
+def test_a_browser_that_is_closed_cancels_its_request_at_the_gateway(service: tuple[str, str]) -> None:
+    url, metrics = service
+    assert read_page(metrics).total(CANCELLATIONS) == 0
+    with browsing() as browser:
+        browser.open(f"{url}/?model=endless")
+        browser.until_said("endless is ready", ".status")
+        browser.one("#settings .toggle-button").click()
+        most = browser.one('#settings input[aria-label="number input for Most tokens of an answer"]')
+        browser.until(most.is_displayed)
+        most.clear()
+        most.send_keys("4096\t")
+        browser.type("Go on.\n")
+        browser.one("#talk .bot")
+    until(lambda: read_page(metrics).total(CANCELLATIONS) == 1, deadline_s=60)

@@ -1,0 +1,47 @@
+"""What a visitor's turns become when they are sent."""
+
+from pathlib import Path
+
+import pytest
+
+from deployments.page.talk import Choices, Turn, history
+from llava_core.errors import RequestError
+from llava_core.types import ImagePart, Message, TextPart
+from tests.deployments.pictures import plain
+
+
+def test_pictures_of_any_turn_are_sent_with_it_and_what_was_not_answered_is_not_sent(tmp_path: Path) -> None:
+    red, blue = tmp_path / "red.png", tmp_path / "blue.png"
+    red.write_bytes(plain("red"))
+    blue.write_bytes(plain("blue"))
+    talk = (
+        Turn("One?", (str(red),), "1"),
+        Turn("Lost?", (str(red),), "", problem="The service is busy."),
+        Turn("Two?", (str(red), str(blue)), "2"),
+    )
+    assert history(talk) == [
+        Message("user", (ImagePart(plain("red")), TextPart("One?"))),
+        Message("assistant", (TextPart("1"),)),
+        Message("user", (ImagePart(plain("red")), ImagePart(plain("blue")), TextPart("Two?"))),
+        Message("assistant", (TextPart("2"),)),
+    ]
+
+
+def test_a_picture_that_is_gone_is_told_without_its_path(tmp_path: Path) -> None:
+    turn = Turn("What?", (str(tmp_path / "gone.png"),), "answer")
+    with pytest.raises(RequestError, match="no longer kept") as caught:
+        history([turn])
+    assert str(tmp_path) not in str(caught.value)
+
+
+def test_only_what_was_chosen_is_sent() -> None:
+    default = {"temperature": 0.0, "top_p": 1.0, "max_tokens": 512, "image_transforms": True}
+    assert Choices().options() == default
+    chosen = Choices("m", "llava_v1", "", 0.5, 0.9, 64, 7).options()
+    assert (chosen["model"], chosen["seed"], chosen["extra"]) == ("m", 7, {"template": "llava_v1"})
+
+
+def test_what_a_visitor_said_is_in_no_repr(tmp_path: Path) -> None:
+    shown = repr(Turn("secret question", (str(tmp_path),), "secret answer"))
+    assert "secret" not in shown
+    assert str(tmp_path) not in shown

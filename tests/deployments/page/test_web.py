@@ -1,0 +1,33 @@
+"""Who can reach the page, and what its browser is told about everybody else."""
+
+import httpx
+import pytest
+
+from deployments.page.settings import PageArgs
+from deployments.page.web import ExposedPageError, address, check_reach
+from tests.deployments.page.browsing import serving_page
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "page.example.com"])
+def test_strangers_are_let_in_only_where_that_is_said(host: str) -> None:
+    with pytest.raises(ExposedPageError, match="--allow-anyone"):
+        check_reach(host, PageArgs())
+    check_reach(host, PageArgs(allow_anyone=True))
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost"])
+def test_this_machine_may_always_come(host: str) -> None:
+    check_reach(host, PageArgs())
+
+
+def test_addresses_are_for_people() -> None:
+    assert address("127.0.0.1", 7860) == "http://127.0.0.1:7860/"
+    assert address("::1", 80) == "http://[::1]:80/"
+
+
+def test_a_browser_is_told_to_ask_nobody_else_and_no_file_but_uploads_is_given_out() -> None:
+    with serving_page("http://127.0.0.1:9") as url:
+        response = httpx.get(url)
+        assert "default-src 'self'" in response.headers["content-security-policy"]
+        assert response.headers["referrer-policy"] == "no-referrer"
+        assert httpx.get(f"{url}/gradio_api/file=/etc/passwd").status_code == httpx.codes.FORBIDDEN
