@@ -82,6 +82,9 @@ class _Connection(asyncio.Protocol):
         transport.write(self._message)
 
     def data_received(self, data: bytes) -> None:
+        if self.closed.done():
+            # More may come before whoever hangs up has heard that it is time.
+            return
         self.pieces.append((time.perf_counter(), data))
         if self._missing is None:
             self._missing = _announced(data) - len(data)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.exchange import exchange, post, post_json, read_response
+from benchmarks.exchange import _Connection, exchange, post, post_json, read_response
 
 PLAIN = b"HTTP/1.1 429 Too Many Requests\r\nContent-Length: 4\r\nRetry-After: 3\r\n\r\nbusy"
 CHUNKED = (
@@ -69,6 +69,17 @@ def test_a_response_is_whole_when_its_length_has_come_though_the_server_keeps_th
         runner.run(asyncio.wait_for(left.wait(), 10))
     assert read_response(got).body == b"busy"
     assert b"content-length: 1000\r\n" in heard[0]
+
+
+def test_what_comes_before_a_hang_up_is_done_is_not_noted() -> None:
+    async def receive() -> list[bytes]:
+        connection = _Connection(b"", 2)
+        # Nobody has had a turn to leave in between.
+        for piece in (CHUNKED[:60], CHUNKED[60:70], CHUNKED[70:]):
+            connection.data_received(piece)
+        return [data for _, data in connection.pieces]
+
+    assert asyncio.run(receive()) == [CHUNKED[:60], CHUNKED[60:70]]
 
 
 def test_who_has_enough_pieces_hangs_up() -> None:
