@@ -10,8 +10,8 @@ import platform
 
 # Of <malloc.h>.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-# Well above the pieces in which bodies arrive, well below most pictures.
-_LARGE_BYTES = 1024**2
+# As much as bodies arrive in at once; most pictures are larger.
+_LARGE_BYTES = 256 * 1024
 
 
 def give_back_large_buffers() -> None:
@@ -27,4 +27,4 @@ def give_back_large_buffers() -> None:
     libc = ctypes.CDLL(None)
     # Setting one also ends that both grow by themselves.
     libc.mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
-    libc.mallopt(_M_TRIM_THRESHOLD, 2 * _LARGE_BYTES)
+    libc.mallopt(_M_TRIM_THRESHOLD, _LARGE_BYTES)
