@@ -5,14 +5,18 @@ Found by `llava` through the entry-point group `llava.commands`, and imported on
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TextIO
 
 import click
 
 from deployments.page.settings import LogArgs, PageArgs
-from deployments.page.web import address, serve_page
 from llava_core.client.exchange import DEFAULT_URL
+
+# Only looked for: it takes seconds to import, which `llava --help` would wait for.
+if find_spec("gradio") is None:
+    raise ModuleNotFoundError("No module named 'gradio'", name="gradio")
 
 
 @click.command()
@@ -43,6 +47,8 @@ def page(host: str, port: int, **options: Any) -> None:
 
     The API key in LLAVA_API_KEY is used for all visitors; without one, each may enter their own.
     """
+    from deployments.page.web import address, serve_page
+
     args = _settings(**options)
     click.echo(f"The page is on {address(host, port)} and asks {args.url}. Ctrl-C stops it.")
     serve_page(args, host, port)

@@ -6,14 +6,14 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from deployments.page import cli
+from deployments.page import web
 from deployments.page.settings import LogArgs, PageArgs
 from llava_core.cli import main
 
 
 def test_options_become_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     served: list[Any] = []
-    monkeypatch.setattr(cli, "serve_page", lambda *given: served.append(given))
+    monkeypatch.setattr(web, "serve_page", lambda *given: served.append(given))
     words = tmp_path / "consent.txt"
     words.write_text("Our words.")
     options = ["--log", str(tmp_path / "log"), "--log-days", "7", "--log-pictures", "--consent", str(words)]
