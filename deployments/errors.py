@@ -99,10 +99,11 @@ class UpstreamTimeoutError(UpstreamError):
 
 
 class UpstreamRefusedError(RequestError):
-    """It finds fault with the request, in words of its own; `status` is of its answer, and `kind` the error's type."""
+    """It finds fault with the request, in words of its own; `status` is of its answer."""
 
-    status: int = 400
-    kind: str = "invalid_request_error"
+    def __init__(self, message: str, *, status: int, param: str | None, code: str) -> None:
+        super().__init__(message, param=param, code=code)
+        self.status = status
 
 
 class LaunchError(LlavaError):

@@ -105,7 +105,7 @@ def describe(error: BaseException) -> HttpError:
         # Written for clients, unlike other messages of what is not their fault.
         return replace(row, message=error.message, code=error.code, retry_after_s=error.retry_after_s)
     if isinstance(error, UpstreamRefusedError):
-        row = replace(row, status=error.status, type=error.kind)
+        row = replace(row, status=error.status)
     if isinstance(error, RequestError):
         return replace(row, message=error.message, param=error.param, code=error.code)
     if isinstance(error, RateLimitError):

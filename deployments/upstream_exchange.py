@@ -188,9 +188,7 @@ class Exchange:
             )
         if status in _THE_CLIENTS_FAULT:
             code = said["code"] if said["code"] in _CODES else "upstream_refused"
-            error = UpstreamRefusedError(str(said["message"]), param=said["param"], code=str(code))
-            error.status = status
-            return error
+            return UpstreamRefusedError(str(said["message"]), status=status, param=said["param"], code=str(code))
         if status in (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.GATEWAY_TIMEOUT):
             return UpstreamTimeoutError(f"{who} has not answered in time")
         if status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):

@@ -12,6 +12,8 @@
 Standard library only. Messages may be shown to a client: they never hold prompts, pictures or keys.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable
 
 # Characters of a caller's own text that a message repeats.
@@ -20,6 +22,16 @@ MAX_REPEATED = 100
 
 class LlavaError(Exception):
     """Base of every deliberate error."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Ray pickles exceptions; the default would call the class with the message alone.
+        return _rebuild, (type(self), self.args, vars(self))
+
+
+def _rebuild(cls: type[LlavaError], args: tuple[object, ...], fields: dict[str, object]) -> LlavaError:
+    error = cls.__new__(cls, *args)
+    vars(error).update(fields)
+    return error
 
 
 class RequestError(LlavaError):
@@ -30,16 +42,6 @@ class RequestError(LlavaError):
         self.message = message
         self.param = param
         self.code = code
-
-    def __reduce__(self) -> tuple[object, ...]:
-        # Ray pickles exceptions; the default would drop the keyword-only fields.
-        return _rebuild, (type(self), self.message, self.param, self.code)
-
-
-def _rebuild(cls: type[RequestError], message: str, param: str | None, code: str) -> RequestError:
-    error = cls.__new__(cls)
-    RequestError.__init__(error, message, param=param, code=code)
-    return error
 
 
 class ImageError(RequestError):
@@ -76,13 +78,6 @@ class OverloadedError(LlavaError):
         self.message = message
         self.limit = limit
         self.retry_after_s = retry_after_s
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return _rebuild_overloaded, (type(self), self.message, self.limit, self.retry_after_s)
-
-
-def _rebuild_overloaded(cls: type[OverloadedError], message: str, limit: str, retry_after_s: int) -> OverloadedError:
-    return cls(message, limit=limit, retry_after_s=retry_after_s)
 
 
 class EngineError(LlavaError):

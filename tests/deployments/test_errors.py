@@ -13,6 +13,10 @@ from deployments.errors import (
     RequestTooLargeError,
     StageLostError,
     StageUnavailableError,
+    UpstreamError,
+    UpstreamRefusedError,
+    UpstreamTimeoutError,
+    WorkerFailedError,
 )
 
 
@@ -27,6 +31,10 @@ from deployments.errors import (
         KeysFileError("m"),
         StageUnavailableError("m"),
         StageLostError("m"),
+        WorkerFailedError("kind", "reason"),
+        UpstreamError("m", code="c", retry_after_s=3),
+        UpstreamTimeoutError("m"),
+        UpstreamRefusedError("m", status=422, param="p", code="c"),
     ],
 )
 def test_pickling_keeps_class_message_and_fields(error: Exception) -> None:
