@@ -9,17 +9,13 @@ from __future__ import annotations
 import io
 from dataclasses import dataclass, field
 
+from llava_core.client.messages import media_type
 from llava_core.images.loading import ImageLimits, decode_image
 from llava_core.types import GenerationRequest, ImagePart
 from llava_core.views import ImageTransform
 
-# What every engine reads, by how it begins.
-_READ_EVERYWHERE = {
-    b"\x89PNG\r\n\x1a\n": "image/png",
-    b"\xff\xd8\xff": "image/jpeg",
-    b"RIFF": "image/webp",
-    b"GIF8": "image/gif",
-}
+# Of what is decoded here, what every engine reads.
+_READ_EVERYWHERE = {"image/png", "image/jpeg", "image/webp", "image/gif"}
 
 
 @dataclass(frozen=True)
@@ -43,10 +39,10 @@ def portable_images(request: GenerationRequest, limits: ImageLimits) -> tuple[Po
 
 def _portable(part: ImagePart, limits: ImageLimits, param: str) -> PortableImage:
     image, transform = decode_image(part.data, limits, param=param, dicom=part.dicom)
-    media_type = next((kind for begin, kind in _READ_EVERYWHERE.items() if part.data.startswith(begin)), None)
-    if media_type is not None and transform is None:
+    kind = media_type(part.data)
+    if kind in _READ_EVERYWHERE and transform is None:
         # As it came: another encoding would be larger, or lose something.
-        return PortableImage(media_type, part.data)
+        return PortableImage(kind, part.data)
     encoded = io.BytesIO()
     image.save(encoded, "PNG", compress_level=1)
     return PortableImage("image/png", encoded.getvalue(), transform)

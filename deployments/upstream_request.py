@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from deployments.answer import Json
 from deployments.chat_request import check_text, read_part
@@ -24,7 +24,7 @@ from deployments.schema import Body, asks_for_nothing, parse_body
 from deployments.upstream_pictures import PortableImage
 from llava_core.errors import RequestError
 from llava_core.images.loading import ImageLimits
-from llava_core.request_limits import RequestLimits
+from llava_core.request_limits import RequestLimits, check_num_images
 from llava_core.types import GenerationRequest, ImagePart, ImageUrl, Message, SamplingParams, TextPart
 
 # Of OpenAI's: how an answer is drawn, whose it is and where it ends.
@@ -47,6 +47,9 @@ _ENGINES_CHAT = ["add_generation_prompt", "continue_final_message"]
 
 class ModelName(Body):
     """The one field that tells who is asked."""
+
+    # Read before the rest, which may be megabytes of pictures, is made into objects.
+    model_config = ConfigDict(extra="ignore")
 
     model: str | None = None
 
@@ -117,12 +120,7 @@ def read_forwarded_chat(
         content, parts = _content(message, f"messages[{index}].content", limits.image, places)
         payload["messages"].append(sent | content)
         found.append(Message("user", parts))
-    if len(places) > limits.max_images:
-        raise RequestError(
-            f"the request has {len(places)} images; at most {limits.max_images} are allowed",
-            param="messages",
-            code="too_many_images",
-        )
+    check_num_images(len(places), "messages", limits)
     form = _form(parsed, num_answers=parsed.n or 1, image_transforms=bool(parsed.image_transforms))
     pictures = GenerationRequest(request_id, tuple(found), SamplingParams()) if places else None
     return ForwardedRequest(payload, form, pictures, tuple(places))

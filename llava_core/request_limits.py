@@ -46,7 +46,7 @@ def check_request(request: AnyRequest, limits: RequestLimits, reserved_texts: Se
 
 def check_rendered(prompt: str, num_images: int, limits: RequestLimits) -> None:
     """The same of a prompt that its client has rendered, and of how many pictures come with it."""
-    _check_num_images(num_images, "images", limits)
+    check_num_images(num_images, "images", limits)
     _check_length(len(prompt), "prompt", limits)
     if prompt.count(IMAGE_PLACEHOLDER) != num_images:
         # LLaVA's own words.
@@ -56,7 +56,7 @@ def check_rendered(prompt: str, num_images: int, limits: RequestLimits) -> None:
 
 
 def _check_messages(request: GenerationRequest, limits: RequestLimits, reserved_texts: Set[str]) -> None:
-    _check_num_images(request.num_images, "messages", limits)
+    check_num_images(request.num_images, "messages", limits)
     check_roles(request.messages)
     texts = [(f"messages[{i}].content", message_text(m)) for i, m in enumerate(request.messages)]
     for param, text in [*texts, ("messages", request.system or "")]:
@@ -64,7 +64,8 @@ def _check_messages(request: GenerationRequest, limits: RequestLimits, reserved_
     _check_length(sum(len(text) for _, text in texts) + len(request.system or ""), "messages", limits)
 
 
-def _check_num_images(num_images: int, param: str, limits: RequestLimits) -> None:
+def check_num_images(num_images: int, param: str, limits: RequestLimits) -> None:
+    """Raise RequestError where there are too many pictures."""
     if num_images > limits.max_images:
         raise RequestError(
             f"the request has {num_images} images; at most {limits.max_images} are allowed",
