@@ -173,15 +173,21 @@ def charged(items: AsyncGenerator[Item, None], request: Request) -> AsyncGenerat
     What is written counts as it is written, what was read once the answer is complete: an answer that is given up pays
     for no prompt, but is a request like any other.
     """
-    caller: Caller | None = getattr(request.state, "caller", None)
+    caller = _caller(request)
     return items if caller is None else _charged(items, caller.quota)
 
 
 def charge(request: Request, num_tokens: int) -> None:
     """Tokens that did not come as items, to whoever asked."""
-    caller: Caller | None = getattr(request.state, "caller", None)
+    caller = _caller(request)
     if caller is not None:
         caller.quota.charge(num_tokens)
+
+
+def _caller(request: Request) -> Caller | None:
+    """Who asks, where keys are needed."""
+    caller: Caller | None = getattr(request.state, "caller", None)
+    return caller
 
 
 async def _charged(items: AsyncGenerator[Item, None], quota: Quota) -> AsyncGenerator[Item, None]:
