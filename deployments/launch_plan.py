@@ -17,7 +17,7 @@ from deployments.config_file import find_application, read_config
 from deployments.errors import LaunchError
 from deployments.exposure import check_exposure
 from deployments.model_settings import ModelArgs
-from deployments.ports import check_port, choose_metrics_port
+from deployments.ports import check_port, choose_metrics_port, host_and_port
 from deployments.preflight import FoundCheckpoint, check_checkpoints
 from deployments.settings import AppArgs
 from deployments.upstream_settings import read_key, trusted
@@ -43,8 +43,7 @@ class LaunchPlan:
     def url(self) -> str:
         """Where clients on this machine reach the service, its route prefix included."""
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
-        host = f"[{host}]" if ":" in host else host
-        return f"http://{host}:{self.port}{self.route_prefix.rstrip('/')}"
+        return f"http://{host_and_port(host, self.port)}{self.route_prefix.rstrip('/')}"
 
     @property
     def application(self) -> str:

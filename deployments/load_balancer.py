@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
+from deployments.ports import host_and_port
 from deployments.scratch import Scratch
 from llava_core.errors import LlavaError
 
@@ -108,9 +109,8 @@ class LoadBalancer:
         # Not before a service starts: it needs an HTTP framework, which `llava --help` does not.
         from deployments.request_ids import SOUND_ID
 
-        host, port = self.address
         return _CONFIGURATION.format(
-            address=f"[{host}]:{port}" if ":" in host else f"{host}:{port}",
+            address=host_and_port(*self.address),
             client_s=_CLIENT_S,
             sound_id=SOUND_ID,
             errors="\n".join(_http_errors()),

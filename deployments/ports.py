@@ -1,4 +1,5 @@
-"""Ports of this machine: whether one can be listened on, and which one the metrics get. Standard library only."""
+"""Ports of this machine: how they are written, whether one can be listened on, and which one the metrics get. Standard
+library only."""
 
 from __future__ import annotations
 
@@ -9,6 +10,11 @@ import socket
 from deployments.errors import LaunchError
 
 _LAST_PORT = 65535
+
+
+def host_and_port(host: str, port: int) -> str:
+    """As addresses of the web have them: an address of IPv6 in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def check_port(host: str, port: int, option: str = "--port") -> None:

@@ -12,6 +12,7 @@ from typing import Any, TextIO
 import click
 
 from deployments.page.settings import LogArgs, PageArgs
+from deployments.ports import host_and_port
 from llava_core.client.exchange import DEFAULT_URL
 
 # Only looked for: it takes seconds to import, which `llava --help` would wait for.
@@ -47,10 +48,10 @@ def page(host: str, port: int, **options: Any) -> None:
 
     The API key in LLAVA_API_KEY is used for all visitors; without one, each may enter their own.
     """
-    from deployments.page.web import address, serve_page
+    from deployments.page.web import serve_page
 
     args = _settings(**options)
-    click.echo(f"The page is on {address(host, port)} and asks {args.url}. Ctrl-C stops it.")
+    click.echo(f"The page is on http://{host_and_port(host, port)}/ and asks {args.url}. Ctrl-C stops it.")
     serve_page(args, host, port)
 
 

@@ -104,11 +104,6 @@ def page_app(args: PageArgs) -> Starlette:
     return app
 
 
-def address(host: str, port: int) -> str:
-    """Of the page, for people."""
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}/"
-
-
 def serve_page(args: PageArgs, host: str, port: int) -> None:
     """Until Ctrl-C. Raises LlavaError where it may not be there."""
     check_reach(host, args)

@@ -5,7 +5,7 @@ import socket
 import pytest
 
 from deployments.errors import LaunchError
-from deployments.ports import check_port, choose_metrics_port
+from deployments.ports import check_port, choose_metrics_port, host_and_port
 
 
 def test_an_address_of_another_machine_cannot_be_used() -> None:
@@ -33,3 +33,8 @@ def test_metrics_get_the_next_port_or_any_but_never_the_services() -> None:
     assert choose_metrics_port(port, 0) == 0
     with pytest.raises(LaunchError, match="choose another"):
         choose_metrics_port(port, port)
+
+
+def test_addresses_are_written_as_in_the_web() -> None:
+    assert host_and_port("127.0.0.1", 7860) == "127.0.0.1:7860"
+    assert host_and_port("::1", 7860) == "[::1]:7860"

@@ -4,7 +4,7 @@ import httpx
 import pytest
 
 from deployments.page.settings import PageArgs
-from deployments.page.web import ExposedPageError, address, check_reach
+from deployments.page.web import ExposedPageError, check_reach
 from tests.deployments.page.browsing import serving_page
 
 
@@ -18,11 +18,6 @@ def test_strangers_are_let_in_only_where_that_is_said(host: str) -> None:
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost"])
 def test_this_machine_may_always_come(host: str) -> None:
     check_reach(host, PageArgs())
-
-
-def test_addresses_are_for_people() -> None:
-    assert address("127.0.0.1", 7860) == "http://127.0.0.1:7860/"
-    assert address("::1", 80) == "http://[::1]:80/"
 
 
 def test_a_browser_is_told_to_ask_nobody_else_and_no_file_but_uploads_is_given_out() -> None:
