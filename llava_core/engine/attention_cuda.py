@@ -6,7 +6,7 @@ Knows neither requests nor models.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -19,16 +19,12 @@ from llava_core.engine.attention import PagedCache, Span, slots_of, slots_on_dev
 
 @dataclass(frozen=True)
 class _Prompt:
-    """A request with several tokens in the batch, at `rows`, which has all of its tokens at `slots`."""
+    """A request with several tokens in the batch, at `rows`, which has all of its tokens at `slots`; None where the
+    batch itself has all of them."""
 
     rows: slice
     span: Span
-    slots: Tensor
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether all of its tokens are in the batch."""
-        return self.span.num_queries == self.span.length
+    slots: Tensor | None
 
 
 class CudaBackend:
@@ -128,12 +124,17 @@ class MixedBatch:
             if span.num_queries == 1:
                 writing[first] = span
             else:
-                slots = slots_of([Span(span.length, span.length, span.blocks)], cache.shape.block_size)
                 rows = slice(first, first + span.num_queries)
-                self._prompts.append(_Prompt(rows, span, torch.tensor(slots, device=device)))
+                self._prompts.append(_Prompt(rows, span, self._slots_to_read(span)))
             first += span.num_queries
         self._rows = torch.tensor(list(writing), device=device)
         self._answers = _decode_batch(cache, list(writing.values())) if writing else None
+
+    def _slots_to_read(self, span: Span) -> Tensor | None:
+        if span.num_queries == span.length:
+            return None
+        slots = slots_of([replace(span, num_queries=span.length)], self._cache.shape.block_size)
+        return torch.tensor(slots, device=self._slots.device)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
         """As Batch.attend."""
@@ -142,7 +143,8 @@ class MixedBatch:
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
         for prompt in self._prompts:
             rows, mask = prompt.rows, self._mask(prompt, window)
-            known = (key[rows], value[rows]) if prompt.is_whole else (keys[prompt.slots], values[prompt.slots])
+            slots = prompt.slots
+            known = (key[rows], value[rows]) if slots is None else (keys[slots], values[slots])
             out[rows] = _read(query[rows], *known, mask, scale)
         if self._answers is not None:
             out[self._rows] = self._answers.see(layer, query[self._rows], scale, window)
@@ -151,11 +153,11 @@ class MixedBatch:
     def _mask(self, prompt: _Prompt, window: int | None) -> Tensor | None:
         """Who sees whom; None where every token sees those before it, which needs no mask."""
         num_queries, length = prompt.span.num_queries, prompt.span.length
-        if prompt.is_whole and (window is None or window >= length):
+        if prompt.slots is None and (window is None or window >= length):
             return None
         key = prompt.rows.start, window
         if key not in self._masks:
-            self._masks[key] = visible(num_queries, length, window, prompt.slots.device)
+            self._masks[key] = visible(num_queries, length, window, self._slots.device)
         return self._masks[key]
 
 
