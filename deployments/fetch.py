@@ -12,6 +12,7 @@ from dataclasses import replace
 import httpx
 
 from deployments.addresses import parse_address
+from deployments.bounded import read_up_to
 from deployments.outgoing import NoAddressError, Outgoing, Resolve, resolve_host
 from deployments.settings import FetchArgs
 from llava_core.errors import ImageError
@@ -108,18 +109,12 @@ class Fetcher:
         most = self._args.max_bytes
         announced = response.headers.get("content-length", "")
         is_too_large = announced.isdigit() and int(announced) > most
-        pieces, size = [], 0
-        if not is_too_large:
-            async for piece in response.aiter_raw():
-                size += len(piece)
-                if is_too_large := size > most:
-                    break
-                pieces.append(piece)
-        if is_too_large:
+        picture = None if is_too_large else await read_up_to(response.aiter_raw(), most)
+        if picture is None:
             raise ImageError(
                 f"the image has more than {most} bytes, which is the limit", param=param, code="image_too_large"
             )
-        return b"".join(pieces)
+        return picture
 
 
 def _failed(why: str, param: str) -> ImageError:

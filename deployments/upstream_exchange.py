@@ -19,6 +19,7 @@ from http import HTTPStatus
 import httpx
 
 from deployments import sse
+from deployments.bounded import read_up_to
 from deployments.errors import UpstreamError, UpstreamRefusedError, UpstreamTimeoutError
 from deployments.request_ids import REQUEST_ID_HEADER, SOUND_ID
 from deployments.upstream_settings import UpstreamArgs
@@ -90,7 +91,7 @@ class Exchange:
             try:
                 if response.status_code != HTTPStatus.OK:
                     async with asyncio.timeout(within_s):
-                        body = await read_up_to(response, _MAX_ERROR_BYTES)
+                        body = await read_up_to(response.aiter_raw(), _MAX_ERROR_BYTES)
                     raise self.refusal(response.status_code, body or b"", response.headers.get("retry-after"))
                 if "content-encoding" in response.headers:
                     raise self.garbage("compressed data, which it was not asked for")
@@ -103,7 +104,7 @@ class Exchange:
         async with asyncio.timeout(within_s):
             response = await self._send("GET", path, {"accept": "application/json"})
             try:
-                return response.status_code, await read_up_to(response, max_bytes)
+                return response.status_code, await read_up_to(response.aiter_raw(), max_bytes)
             finally:
                 await response.aclose()
 
@@ -124,7 +125,7 @@ class Exchange:
         """The body. Raises UpstreamError where it is too long or too late."""
         with self.errors_as_ours():
             async with asyncio.timeout(within_s):
-                body = await read_up_to(response, MAX_ANSWER_BYTES)
+                body = await read_up_to(response.aiter_raw(), MAX_ANSWER_BYTES)
         if body is None:
             raise self.garbage(f"more than {MAX_ANSWER_BYTES} bytes")
         return body
@@ -213,14 +214,3 @@ class Exchange:
     def _failed(self, what: str, code: str, cause: Exception | None = None) -> UpstreamError:
         logger.warning("model %s: its server %s: %r", self.name, what, cause)
         return UpstreamError(f"the server behind model {self.name!r} {what}", code=code)
-
-
-async def read_up_to(response: httpx.Response, max_bytes: int) -> bytes | None:
-    """The body, None where it is longer."""
-    pieces, size = [], 0
-    async for piece in response.aiter_raw():
-        size += len(piece)
-        if size > max_bytes:
-            return None
-        pieces.append(piece)
-    return b"".join(pieces)

@@ -14,6 +14,7 @@ import httpx
 from pydantic import BaseModel, Field, ValidationError
 
 from deployments.addresses import parse_address
+from deployments.bounded import read_up_to
 from deployments.errors import PermissionDeniedError, WorkerFailedError
 from deployments.llava_protocol.frames import Frame, FrameReader
 from deployments.llava_protocol.settings import WorkerArgs
@@ -74,16 +75,15 @@ class WorkerClient:
 
     async def status(self, name: str) -> WorkerStatus:
         """What it says about itself now. Raises WorkerFailedError."""
-        content, seconds = b"", self._args.status_timeout_s
+        seconds = self._args.status_timeout_s
         try:
             # All of it, which may come in pieces.
             async with asyncio.timeout(seconds), self._asking(name, "/worker_get_status", b"", seconds) as pieces:
-                async for piece in pieces:
-                    content += piece
-                    if len(content) > _MAX_STATUS_BYTES:
-                        raise WorkerFailedError("garbage", f"its status has more than {_MAX_STATUS_BYTES} bytes")
+                content = await read_up_to(pieces, _MAX_STATUS_BYTES)
         except TimeoutError:
             raise WorkerFailedError("silent", f"its status did not come in {seconds:g} s") from None
+        if content is None:
+            raise WorkerFailedError("garbage", f"its status has more than {_MAX_STATUS_BYTES} bytes")
         try:
             return WorkerStatus.model_validate_json(content)
         except ValidationError:
