@@ -16,6 +16,7 @@ from deployments.preflight import check_checkpoints, share_towers
 from deployments.settings import AppArgs, LimitArgs
 from deployments.stage_settings import GeneratorArgs, VisionEncoderArgs
 from tests.deployments.fakes import all_ready
+from tests.deployments.service import long_checkpoint
 
 LIMITS = LimitArgs(max_body_bytes=2_000_000, max_images=3, max_image_bytes=200_000, max_image_pixels=400_000)
 
@@ -29,6 +30,12 @@ class _Handles:
 
     def get(self) -> tuple[Any, ...]:
         return self._handles
+
+
+@pytest.fixture(scope="session")
+def long_context(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny checkpoint with room for long answers; read only."""
+    return long_checkpoint(tiny_checkpoint, tmp_path_factory.mktemp("long"))
 
 
 @pytest.fixture(scope="session")

@@ -32,7 +32,6 @@ from tests.deployments.service import (
     content,
     free_port,
     llava,
-    long_checkpoint,
     messages,
     read_until,
     serving,
@@ -47,17 +46,12 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return long_checkpoint(tiny_checkpoint, tmp_path_factory.mktemp("long"))
-
-
-@pytest.fixture(scope="module")
-def service(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+def service(long_context: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     stage = {"num_cpus": 0.05}
     compute = {**stage, "dtype": "float32", "device": "auto", "threads": 1}
     two = {"min_replicas": 2, "max_replicas": 2}
     with serving(
-        checkpoint,
+        long_context,
         tmp_path_factory.mktemp("service"),
         route_prefix="/vision",
         limits={"max_image_pixels": 4_000_000},
@@ -71,8 +65,8 @@ def service(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 
 @pytest.fixture(scope="module")
-def in_process(checkpoint: Path) -> LocalModel:
-    return LocalModel(checkpoint, options=LoadOptions(dtype="float32"))
+def in_process(long_context: Path) -> LocalModel:
+    return LocalModel(long_context, options=LoadOptions(dtype="float32"))
 
 
 def _expected(model: LocalModel, *parts: TextPart | ImagePart, max_tokens: int = 12) -> str:

@@ -30,7 +30,7 @@ from deployments.metrics import (
 )
 from deployments.top import Page, top
 from tests.deployments.pictures import plain, unusable
-from tests.deployments.service import Running, content, events, long_checkpoint, messages, serving, until
+from tests.deployments.service import Running, content, events, messages, serving, until
 from tests.tiny import IMAGE_TOKENS as TOKENS_OF_A_PICTURE
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
@@ -44,19 +44,18 @@ COLOURS = ("red", "red", "blue")
 
 
 @pytest.fixture(scope="module")
-def service(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+def service(long_context: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     options = {
         "logging_config": {"encoding": "JSON"},
         "tracing_config": {"enabled": True, "sampling_ratio": 1.0},
     }
     stage = {"num_cpus": 0.05}
     compute = {**stage, "dtype": "float32", "threads": 1}
-    checkpoint = long_checkpoint(tiny_checkpoint, tmp_path_factory.mktemp("long"))
     with pytest.MonkeyPatch.context() as patch:
         # Each record is written at once.
         patch.setenv("RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE", "1")
         with serving(
-            checkpoint,
+            long_context,
             tmp_path_factory.mktemp("service"),
             options=options,
             gateway=stage,

@@ -25,14 +25,9 @@ from tests.deployments.llava_protocol.original_clients import (
 )
 from tests.deployments.llava_protocol.original_worker import OriginalWorker, original_worker
 from tests.deployments.pictures import plain
-from tests.deployments.service import Running, long_checkpoint, serving, until
+from tests.deployments.service import Running, serving, until
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return long_checkpoint(tiny_checkpoint, tmp_path_factory.mktemp("long"))
 
 
 @pytest.fixture(scope="module")
@@ -42,12 +37,12 @@ def worker() -> Iterator[OriginalWorker]:
 
 
 @pytest.fixture(scope="module")
-def service(checkpoint: Path, worker: OriginalWorker, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+def service(long_context: Path, worker: OriginalWorker, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     stage = {"num_cpus": 0.05}
     compute = {**stage, "dtype": "float32", "device": "cpu", "threads": 1}
     workers = {"allowed_hosts": [worker.url.removeprefix("http://")], "allowed_networks": ["127.0.0.0/8"]}
     with serving(
-        checkpoint,
+        long_context,
         tmp_path_factory.mktemp("service"),
         route_prefix="/vision",
         gateway={**stage, "min_replicas": 2, "max_replicas": 2},
@@ -62,8 +57,8 @@ def service(checkpoint: Path, worker: OriginalWorker, tmp_path_factory: pytest.T
 
 
 @pytest.fixture(scope="module")
-def in_process(checkpoint: Path) -> LocalModel:
-    return LocalModel(checkpoint, options=LoadOptions(dtype="float32"))
+def in_process(long_context: Path) -> LocalModel:
+    return LocalModel(long_context, options=LoadOptions(dtype="float32"))
 
 
 def _expected(model: LocalModel, prompt: str, *images: bytes, **sampling: Any) -> str:
