@@ -23,6 +23,7 @@ from PIL import Image, ImageDraw, ImageFont
 from llava_core.evaluation.task import normalise
 from llava_core.inference import DEFAULT_MODEL, LocalModel
 from llava_core.types import GenerationRequest, ImagePart, Message, SamplingParams, TextPart
+from tests.deployments.page.browsing import serving_page
 from tests.deployments.service import START_S, free_port
 
 # The first test that asks the service waits for it to start.
@@ -171,8 +172,22 @@ def commands() -> list[str]:
     return [line for line in lines if line]
 
 
+def is_page(command: str) -> bool:
+    return command.startswith(".venv/bin/llava page")
+
+
 @pytest.mark.ray
-@pytest.mark.parametrize("command", [line for line in commands() if line.startswith(".venv/bin/llava")])
+def test_the_readmes_page_is_there_until_ctrl_c(service_url: str) -> None:
+    [command] = filter(is_page, commands())
+    assert shlex.split(command.replace("http://127.0.0.1:8000", service_url))[2:] == ["--url", service_url]
+    with serving_page(service_url) as url, urllib.request.urlopen(url) as page:
+        assert b"gradio-app" in page.read()
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    "command", [line for line in commands() if line.startswith(".venv/bin/llava") and not is_page(line)]
+)
 def test_the_readmes_commands_run(service_url: str, command: str, tmp_path: Path) -> None:
     arguments = shlex.split(command.replace("http://127.0.0.1:8000", service_url))[1:]
     if "evaluate" in arguments:

@@ -46,6 +46,10 @@ class GradioPage:
         """What the page's list of models shows."""
         response = requests.post(f"{self.controller}/refresh_all_workers", timeout=60, **self.options)
         assert response.status_code == 200
+        return self.models()
+
+    def models(self) -> list[str]:
+        """The same, without asking the workers: to answer is a sign of life, too."""
         models = requests.post(f"{self.controller}/list_models", timeout=60, **self.options).json()["models"]
         priority = {"vicuna-13b": "aaaaaaa", "koala-13b": "aaaaaab"}
         return sorted(models, key=lambda name: priority.get(name, name))

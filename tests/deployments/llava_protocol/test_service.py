@@ -143,7 +143,7 @@ def test_a_worker_that_one_gateway_was_told_of_is_known_to_all(service: Running,
         assert list(page.ask("llava-other", "USER: hi", [], "</s>"))[-1] == "Hello▌"
     until(lambda: service.metrics().total(REGISTERED_WORKERS) == 1)
     # It stops sending heartbeats.
-    until(lambda: page.load() == [service.model])
+    until(lambda: page.models() == [service.model])
     assert not worker.heart_beat(service.url)
 
 
