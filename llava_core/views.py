@@ -1,6 +1,6 @@
 """How a picture's stored values are looked at: what a caller chooses of a DICOM file, and what was done in the end.
 
-Values without behaviour of their own, like those of types.py, and how a window is written. Standard library only.
+Values without behaviour of their own, like those of types.py, and how they are written. Standard library only.
 """
 
 from __future__ import annotations
@@ -39,6 +39,13 @@ def read_window(text: str) -> tuple[float, float] | int:
     except ValueError:
         raise ValueError("give CENTRE,WIDTH such as 40,400, with a width above 0, or a number counted from 1") from None
     return window
+
+
+def read_frame(text: str) -> int:
+    """The number of a frame. Raises ValueError that says what to write."""
+    if not (text.isdecimal() and int(text)):
+        raise ValueError("give the number of a frame, counted from 1")
+    return int(text)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from deployments.page.talk import Choices, Talk, Turn
 from deployments.page.words import in_words
 from llava_core.client import AuthenticationError
 from llava_core.errors import LlavaError
+from llava_core.views import DicomView, read_frame, read_window
 
 # As Gradio's chatbot calls them.
 FEEDBACK = ("Like", "Dislike", "Flag")
@@ -54,9 +55,10 @@ class Handlers:
             gr.Timer(active=False),
         )
 
-    def ask(self, asked: dict[str, Any], talk: Talk) -> Shown:
-        """A question from the box."""
-        turn = Turn((asked.get("text") or "").strip(), tuple(asked.get("files") or ()))
+    def ask(self, asked: dict[str, Any], talk: Talk, frame: str, window: str) -> Shown:
+        """A question from the box. `frame` and `window`, here and below, are of DICOM files, as they were written."""
+        pictures = tuple(asked.get("files") or ())
+        turn = Turn((asked.get("text") or "").strip(), pictures, view=_view(frame, window))
         return _begun(talk, turn) if turn.question or turn.pictures else _UNCHANGED
 
     def ask_example(self, event: gr.SelectData, talk: Talk) -> Shown:
@@ -66,17 +68,17 @@ class Handlers:
         example = EXAMPLES[event.index]
         return _begun(talk, Turn(example.question, tuple(map(str, example.pictures))))
 
-    def regenerate(self, event: gr.RetryData, talk: Talk) -> Shown:
-        """A question again; what came after it goes."""
+    def regenerate(self, event: gr.RetryData, talk: Talk, frame: str, window: str) -> Shown:
+        """A question again, its pictures as they are to be seen now; what came after it goes."""
         at = turn_of(event.index, talk)
-        return _UNCHANGED if at is None else _begun(talk[:at], talk[at])
+        return _UNCHANGED if at is None else _begun(talk[:at], replace(talk[at], view=_view(frame, window)))
 
-    def edit(self, event: gr.EditData, talk: Talk) -> Shown:
+    def edit(self, event: gr.EditData, talk: Talk, frame: str, window: str) -> Shown:
         """Another question in its place, about the same pictures; what came after it goes."""
         at = turn_of(event.index, talk)
         if at is None:
             return _UNCHANGED
-        return _begun(talk[:at], replace(talk[at], question=str(event.value).strip()))
+        return _begun(talk[:at], replace(talk[at], question=str(event.value).strip(), view=_view(frame, window)))
 
     async def answer(self, talk: Talk, *chosen: Any) -> AsyncGenerator[tuple[Any, Any], None]:
         """The last question, where it was begun, again and again as its answer grows. Closing this ends the request."""
@@ -148,6 +150,17 @@ def _choices(  # noqa: PLR0913 - as many as there are settings
         key.strip() or None,
         agreed,
     )
+
+
+def _view(frame: str, window: str) -> DicomView | None:
+    """How DICOM files are to be seen; None: as they say themselves."""
+    try:
+        view = DicomView(
+            read_frame(frame.strip()) if frame.strip() else 1, read_window(window.strip()) if window.strip() else None
+        )
+    except ValueError as error:
+        raise gr.Error(f"DICOM, in the settings: {error}.", print_exception=False) from None
+    return None if view == DicomView() else view
 
 
 def _whole(text: str) -> int | None:

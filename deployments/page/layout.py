@@ -30,7 +30,7 @@ def build_blocks(args: PageArgs, handlers: Handlers, *, has_own_key: bool) -> gr
         with gr.Row(elem_id="head"):
             gr.Markdown(f"# {args.title}", elem_id="title")
             status = gr.HTML(elem_id="status")
-        chosen = _settings(has_own_key=has_own_key)
+        chosen, view = _settings(has_own_key=has_own_key)
         model, key = chosen[0], chosen[-1]
         chatbot = _chatbot(args)
         box = gr.MultimodalTextbox(
@@ -48,10 +48,10 @@ def build_blocks(args: PageArgs, handlers: Handlers, *, has_own_key: bool) -> gr
 
         shown = [box, chatbot, talk]
         begun = [
-            box.submit(handlers.ask, [box, talk], shown),
+            box.submit(handlers.ask, [box, talk, *view], shown),
             chatbot.example_select(handlers.ask_example, [talk], shown),
-            chatbot.retry(handlers.regenerate, [talk], shown),
-            chatbot.edit(handlers.edit, [talk], shown),
+            chatbot.retry(handlers.regenerate, [talk, *view], shown),
+            chatbot.edit(handlers.edit, [talk, *view], shown),
         ]
         answered = [
             event.then(
@@ -80,8 +80,8 @@ def build_blocks(args: PageArgs, handlers: Handlers, *, has_own_key: bool) -> gr
     return blocks
 
 
-def _settings(*, has_own_key: bool) -> list[Any]:
-    """What a visitor can choose, in the order that handlers take it."""
+def _settings(*, has_own_key: bool) -> tuple[list[Any], list[Any]]:
+    """What a visitor can choose about answers, and about how pictures are seen, in the order that handlers take it."""
     defaults = Choices()
     with gr.Sidebar(label="Settings", position="right", open=False, elem_id="settings"):
         gr.Markdown("### Settings")
@@ -107,13 +107,20 @@ def _settings(*, has_own_key: bool) -> list[Any]:
             label="Template",
             info="How the conversation is written for the model.",
         )
+        frame = gr.Textbox(label="DICOM frame", placeholder="1", max_length=6)
+        window = gr.Textbox(
+            label="DICOM window",
+            placeholder="The file's own",
+            max_length=40,
+            info="Centre and width such as 40,400, or the number of one of the file's own.",
+        )
         key = gr.Textbox(
             label="API key",
             type="password",
             visible=not has_own_key,
             info="Sent with your questions, and kept nowhere.",
         )
-    return [model, template, system, temperature, top_p, max_tokens, seed, key]
+    return [model, template, system, temperature, top_p, max_tokens, seed, key], [frame, window]
 
 
 def _chatbot(args: PageArgs) -> gr.Chatbot:

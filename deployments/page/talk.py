@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from llava_core.client.messages import read_picture
+from llava_core.client.messages import DICOM, media_type, read_picture
 from llava_core.client.requests import Options
 from llava_core.errors import RequestError
 from llava_core.types import ImagePart, Message, TextPart
+from llava_core.views import DicomView
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class Choices:
 
 @dataclass(frozen=True)
 class Turn:
-    """A question, with pictures by their paths, and what became of it.
+    """A question, with pictures by their paths, and what became of it. DICOM files among them are seen by `view`, or as
+    they say themselves.
 
     `figures` tell what the answer cost; `problem` why there is no answer, or not all of it. `is_open` while it is being
     written. `vote` is what the visitor thinks of it.
@@ -56,15 +58,16 @@ class Turn:
     problem: str = ""
     is_open: bool = False
     vote: str = ""
+    view: DicomView | None = None
 
     @property
     def asked(self) -> Message:
         """The question as it is sent. Raises RequestError where a picture is no longer there."""
-        return Message("user", (*map(_picture, self.pictures), TextPart(self.question)))
+        return Message("user", (*(_picture(path, self.view) for path in self.pictures), TextPart(self.question)))
 
     def begun(self) -> Turn:
         """The same, to be answered."""
-        return Turn(self.question, self.pictures, is_open=True)
+        return Turn(self.question, self.pictures, is_open=True, view=self.view)
 
 
 Talk = tuple[Turn, ...]
@@ -79,9 +82,10 @@ def history(talk: Sequence[Turn]) -> list[Message]:
     return said
 
 
-def _picture(path: str) -> ImagePart:
+def _picture(path: str, view: DicomView | None) -> ImagePart:
     try:
-        return ImagePart(read_picture(Path(path)))
+        data = read_picture(Path(path))
+        return ImagePart(data, dicom=view if media_type(data) == DICOM else None)
     except RequestError as error:
         # Its path means nothing to a visitor.
         message = "a picture of this conversation is no longer kept here; clear the conversation and upload it again"

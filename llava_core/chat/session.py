@@ -18,7 +18,7 @@ from llava_core.chat.transcript import Transcript, load_transcript, pictures_of
 from llava_core.client.messages import DICOM, is_address, media_type, picture_part
 from llava_core.errors import LlavaError, RequestError
 from llava_core.types import ImagePart, ImageUrl, Message, TextPart
-from llava_core.views import DicomView, read_window
+from llava_core.views import DicomView, read_frame, read_window
 
 PROMPT = ">>> "
 HELP = f"""\
@@ -150,9 +150,11 @@ class Session:
         self._look(replace(self.view or DicomView(), window=window))
 
     def _frame(self, argument: str) -> None:
-        if argument and not (argument.isdecimal() and int(argument)):
-            raise RequestError("it is: /frame N, counted from 1")
-        self._look(replace(self.view or DicomView(), frame=int(argument or 1)))
+        try:
+            frame = read_frame(argument) if argument else 1
+        except ValueError as error:
+            raise RequestError(str(error)) from None
+        self._look(replace(self.view or DicomView(), frame=frame))
 
     def _look(self, view: DicomView) -> None:
         self.view = None if view == DicomView() else view

@@ -2,7 +2,7 @@
 
 import pytest
 
-from llava_core.views import DicomView, read_window
+from llava_core.views import DicomView, read_frame, read_window
 
 
 @pytest.mark.parametrize(
@@ -35,3 +35,13 @@ def test_a_window_is_written_as_centre_and_width_or_a_number(text: str, window: 
 def test_what_is_no_window_is_told_what_one_is(text: str) -> None:
     with pytest.raises(ValueError, match="give CENTRE,WIDTH such as 40,400"):
         read_window(text)
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1", "1.5", "one", "+2"])
+def test_what_is_no_frame_is_told(text: str) -> None:
+    with pytest.raises(ValueError, match="counted from 1"):
+        read_frame(text)
+
+
+def test_a_frame_is_read() -> None:
+    assert read_frame("12") == 12

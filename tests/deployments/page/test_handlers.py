@@ -13,6 +13,7 @@ from deployments.page.handlers import Handlers
 from deployments.page.log import ConversationLog
 from deployments.page.settings import LogArgs
 from deployments.page.talk import Turn
+from llava_core.views import DicomView
 
 HANDLERS = Handlers(Asker("http://127.0.0.1:9"))
 TALK = (Turn("One?", ("/a.png",), "1"), Turn("Two?", (), "2"))
@@ -28,8 +29,8 @@ def test_turns_that_there_are_not_change_nothing(index: Any, tmp_path: Path) -> 
     log = ConversationLog(LogArgs(folder=tmp_path))
     handlers = Handlers(Asker("http://127.0.0.1:9", log=log))
     for shown in (
-        handlers.regenerate(_event(index), TALK),
-        handlers.edit(_event(index, value="new"), TALK),
+        handlers.regenerate(_event(index), TALK, "", ""),
+        handlers.edit(_event(index, value="new"), TALK, "", ""),
         handlers.ask_example(_event(index if index != "0" else "x"), ()),
     ):
         assert shown == (gr.skip(), gr.skip(), gr.skip())
@@ -46,12 +47,37 @@ def test_an_example_is_known_by_its_number_and_never_by_a_path() -> None:
 
 @pytest.mark.parametrize("index", [0, 1, 2, [1, 0]])
 def test_an_edited_question_keeps_its_pictures_and_ends_the_talk(index: Any) -> None:
-    _, _, talk = HANDLERS.edit(_event(index, value=" New? "), TALK)
+    _, _, talk = HANDLERS.edit(_event(index, value=" New? "), TALK, "", "")
     assert talk == (Turn("New?", ("/a.png",), is_open=True),)
 
 
+@pytest.mark.parametrize(
+    ("written", "view"),
+    [
+        (("", ""), None),
+        ((" 1 ", ""), None),
+        (("3", ""), DicomView(3)),
+        (("", "40,400"), DicomView(window=(40.0, 400.0))),
+        (("2", "1"), DicomView(2, 1)),
+    ],
+)
+def test_pictures_are_seen_as_the_settings_say_when_they_are_asked_about(
+    written: tuple[str, str], view: DicomView | None
+) -> None:
+    _, _, asked = HANDLERS.ask({"text": "What?", "files": ["/a.dcm"]}, (), *written)
+    _, _, again = HANDLERS.regenerate(_event(0), TALK, *written)
+    _, _, edited = HANDLERS.edit(_event(0, value="New?"), TALK, *written)
+    assert [asked[-1].view, again[-1].view, edited[-1].view] == [view] * 3
+
+
+@pytest.mark.parametrize("written", [("0", ""), ("x", ""), ("", "40,0"), ("", "wide")])
+def test_what_is_no_view_is_told(written: tuple[str, str]) -> None:
+    with pytest.raises(gr.Error, match="DICOM, in the settings: give"):
+        HANDLERS.ask({"text": "What?", "files": []}, (), *written)
+
+
 def test_an_empty_question_is_not_asked() -> None:
-    assert HANDLERS.ask({"text": "  ", "files": []}, TALK) == (gr.skip(), gr.skip(), gr.skip())
+    assert HANDLERS.ask({"text": "  ", "files": []}, TALK, "", "") == (gr.skip(), gr.skip(), gr.skip())
 
 
 def test_what_is_not_begun_is_not_asked() -> None:

@@ -13,6 +13,7 @@ from selenium.webdriver.common.keys import Keys
 from deployments.messages import Rejected
 from llava_core.errors import ImageError, OverloadedError
 from llava_core.types import GenerationRequest, ImagePart, TextPart
+from llava_core.views import DicomView
 from tests.deployments.fakes import ScriptedEngine, answer
 from tests.deployments.page.browsing import DESKTOP, PHONE, Browser, browsing, serving_page
 from tests.deployments.pictures import plain
@@ -70,6 +71,10 @@ def pictures(request: GenerationRequest) -> list[list[bytes]]:
     return [[part.data for part in message.parts if isinstance(part, ImagePart)] for message in request.messages]
 
 
+def views(request: GenerationRequest) -> list[DicomView | None]:
+    return [part.dicom for message in request.messages for part in message.parts if isinstance(part, ImagePart)]
+
+
 def texts(request: GenerationRequest) -> list[str]:
     return [part.text for message in request.messages for part in message.parts if isinstance(part, TextPart)]
 
@@ -111,7 +116,9 @@ def test_a_picture_is_pasted(browser: Browser, engine: ScriptedEngine) -> None:
     assert pictures(last(engine)) == [[plain("pink")]]
 
 
-def test_a_dicom_file_is_sent_as_it_is(browser: Browser, engine: ScriptedEngine, tmp_path: Path) -> None:
+def test_a_dicom_file_is_sent_as_it_is_with_the_window_that_is_chosen(
+    browser: Browser, engine: ScriptedEngine, tmp_path: Path
+) -> None:
     file = dicom(radiograph())
     for name in ("study.dcm", "IM-0001"):
         (tmp_path / name).write_bytes(file)
@@ -119,6 +126,13 @@ def test_a_dicom_file_is_sent_as_it_is(browser: Browser, engine: ScriptedEngine,
     browser.type("What is seen?\n")
     browser.until_said("A red circle.")
     assert pictures(last(engine)) == [[file, file]]
+    assert views(last(engine)) == [None, None]
+    browser.until_idle()
+    browser.one("#settings .toggle-button").click()
+    browser.setting("DICOM window").send_keys("2048,1024")
+    browser.press("Retry")
+    browser.until(lambda: len(engine.requests) == 2)
+    assert views(last(engine)) == [DicomView(window=(2048.0, 1024.0))] * 2
 
 
 def test_an_example_is_asked_with_its_picture(browser: Browser, engine: ScriptedEngine) -> None:

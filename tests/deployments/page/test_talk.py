@@ -7,7 +7,9 @@ import pytest
 from deployments.page.talk import Choices, Turn, history
 from llava_core.errors import RequestError
 from llava_core.types import ImagePart, Message, TextPart
+from llava_core.views import DicomView
 from tests.deployments.pictures import plain
+from tests.dicom_files import dicom, radiograph
 
 
 def test_pictures_of_any_turn_are_sent_with_it_and_what_was_not_answered_is_not_sent(tmp_path: Path) -> None:
@@ -32,6 +34,16 @@ def test_a_picture_that_is_gone_is_told_without_its_path(tmp_path: Path) -> None
     with pytest.raises(RequestError, match="no longer kept") as caught:
         history([turn])
     assert str(tmp_path) not in str(caught.value)
+
+
+def test_a_view_is_of_dicom_files_alone(tmp_path: Path) -> None:
+    png, file = tmp_path / "red.png", tmp_path / "study.dcm"
+    png.write_bytes(plain("red"))
+    file.write_bytes(dicom(radiograph()))
+    view = DicomView(2, (40.0, 400.0))
+    turn = Turn("What?", (str(png), str(file)), view=view)
+    asked = Message("user", (ImagePart(plain("red")), ImagePart(file.read_bytes(), dicom=view), TextPart("What?")))
+    assert turn.asked == turn.begun().asked == asked
 
 
 def test_only_what_was_chosen_is_sent() -> None:

@@ -138,7 +138,7 @@ def test_windows_and_frames_that_are_none_change_nothing() -> None:
     session, shown = run(Answering(), "/frame 3", "/window 40,400", *wrong)
     assert session.view == DicomView(3, (40, 400))
     assert shown.count("give CENTRE,WIDTH") == 2
-    assert shown.count("it is: /frame N, counted from 1") == 2
+    assert shown.count("give the number of a frame, counted from 1") == 2
 
 
 def test_a_system_text_is_set_and_taken_back() -> None:
