@@ -65,7 +65,15 @@ class StageUnavailableError(LlavaError):
 
 
 class StageLostError(LlavaError):
-    """The replica that worked on the request, or what it made, is gone."""
+    """The replica that worked on the request, or what it made, is gone; `stage` is for metrics."""
+
+    def __init__(self, message: str, stage: str = "earlier") -> None:
+        super().__init__(message, stage)
+        self.message = message
+        self.stage = stage
+
+    def __str__(self) -> str:
+        return self.message
 
 
 class WorkerFailedError(LlavaError):

@@ -6,9 +6,10 @@ A request that was rejected on the way is answered with its rejection. Knows no 
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
+from itertools import count
 from typing import TYPE_CHECKING
 
 from deployments.handoff import Handoff
@@ -24,7 +25,7 @@ from deployments.metrics import (
 )
 from deployments.watchdog import Watchdog
 from llava_core.errors import EngineError, LlavaError
-from llava_core.types import EngineRequest, PreparedRequest, TokenDelta, Usage
+from llava_core.types import BegunAnswer, EngineRequest, PreparedRequest, TokenDelta, Usage
 
 if TYPE_CHECKING:
     from llava_core.engine.async_engine import AsyncEngine
@@ -50,9 +51,12 @@ class Generator:
         self._recorder = recorder or Unrecorded()
         # How long a step may take is the engine's own concern.
         self._watchdog = Watchdog("generator")
+        self._numbers = count()
 
-    async def generate(self, given: object) -> AsyncGenerator[Item, None]:
-        """Deltas up to one with `usage`; or, first or last, a rejection. Leaving early aborts the request."""
+    async def generate(self, given: object, begun: Sequence[BegunAnswer] = ()) -> AsyncGenerator[Item, None]:
+        """Deltas up to one with `usage`; or, first or last, a rejection. Leaving early aborts the request.
+
+        Answers that another replica has `begun` go on where they are; `usage` is then still of all of them."""
         try:
             handed = await self._handoff.take(given)
         except LlavaError as error:
@@ -63,7 +67,7 @@ class Generator:
         assert isinstance(handed, Prepared | Encoded), type(handed)
         elapsed = handed.elapsed.arrived()
         self._recorder.observe(STAGE_DURATION, elapsed.transfer_s(handed.elapsed), "transfer")
-        request = _to_engine(handed)
+        request = self._to_engine(handed, begun)
         ended: list[Usage] = []
         try:
             async with aclosing(self._engine.generate(request)) as deltas:
@@ -71,7 +75,7 @@ class Generator:
                     if delta.finish_reason is not None:
                         self._watchdog.succeeded()
                         self._record(delta)
-                        delta = _ended(delta, ended, handed.request, elapsed)
+                        delta = _ended(delta, ended, request.begun, handed.request, elapsed)
                     yield self._spelled(delta) if delta.logprobs else delta
         except LlavaError as error:
             if isinstance(error, EngineError):
@@ -83,6 +87,12 @@ class Generator:
         """For Serve, which replaces a replica that raises here."""
         self._engine.check_health()
         self._watchdog.check()
+
+    def _to_engine(self, handed: Prepared | Encoded, begun: Sequence[BegunAnswer]) -> EngineRequest:
+        features = handed.features if isinstance(handed, Encoded) else ()
+        request = engine_request(handed.request, features, begun)
+        # What is asked for again may still be at work here, where only the connection broke.
+        return replace(request, request_id=f"{request.request_id}/{next(self._numbers)}")
 
     def _spelled(self, delta: TokenDelta) -> TokenDelta:
         """With the bytes of every token that it names, for those who have no tokenizer."""
@@ -100,25 +110,29 @@ class Generator:
             self._recorder.count(PREFIX_HIT_TOKENS, by=last.usage.cached_tokens)
 
 
-def _to_engine(handed: Prepared | Encoded) -> EngineRequest:
-    return engine_request(handed.request, handed.features if isinstance(handed, Encoded) else ())
-
-
-def _ended(delta: TokenDelta, ended: list[Usage], request: PreparedRequest, elapsed: Elapsed) -> TokenDelta:
+def _ended(
+    delta: TokenDelta,
+    ended: list[Usage],
+    begun: Sequence[BegunAnswer],
+    request: PreparedRequest,
+    elapsed: Elapsed,
+) -> TokenDelta:
     """The end of an answer; that of the request's last one tells what all of them cost, where the time went, and how
     the pictures were seen."""
     assert delta.usage is not None, "an engine's last delta carries its usage"
     ended.append(delta.usage)
-    if len(ended) < request.sampling.n:
+    over = [len(answer.token_ids) for answer in begun if answer.is_over]
+    if len(ended) + len(over) < request.sampling.n:
         return replace(delta, usage=None, stage_ms={})
     stage_ms = {**elapsed.stage_ms, **delta.stage_ms}
-    return replace(delta, usage=_together(ended), stage_ms=stage_ms, transforms=request.transforms)
+    return replace(delta, usage=_together(ended, sum(over)), stage_ms=stage_ms, transforms=request.transforms)
 
 
-def _together(usages: list[Usage]) -> Usage:
-    """The prompt is read once; what was cached of it is what the first to read it has found."""
+def _together(usages: list[Usage], elsewhere: int) -> Usage:
+    """The prompt is read once; what was cached of it is what the first to read it has found. `elsewhere` is how many
+    tokens the answers have that were over before they came here."""
     return replace(
         usages[0],
-        completion_tokens=sum(usage.completion_tokens for usage in usages),
+        completion_tokens=elsewhere + sum(usage.completion_tokens for usage in usages),
         cached_tokens=min(usage.cached_tokens for usage in usages),
     )

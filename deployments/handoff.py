@@ -73,7 +73,7 @@ class RayHandoff:
     async def take(self, given: object) -> object:
         """Waits for the result; raises what the stage that makes it has raised, StageLostError if it is gone."""
         if isinstance(given, Reference):
-            with ray_errors_as_ours():
+            with ray_errors_as_ours("earlier"):
                 return await given.ref
         return given
 

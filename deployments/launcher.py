@@ -27,6 +27,8 @@ from llava_core.client import Client
 _VITAL = ("gcs_server", "raylet")
 _OBJECT_STORE_BYTES = 1024**3
 _POLL_S, _HTTP_DEADLINE_S, _STOP_PATIENCE_S = 0.1, 60.0, 5.0
+# What ends sooner than this is not ended by chance.
+_BALANCED_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,8 @@ class LocalService:
     _before: set[Process] | None = None
     _own: set[Process] = field(default_factory=set)
     _vital: set[Process] = field(default_factory=set)
+    # When HAProxy was last started.
+    _balanced_at: float = field(default_factory=time.monotonic)
 
     def start(self, report: Callable[[Progress], None]) -> None:
         """Returns when the service answers. Raises LaunchError when a stage cannot start."""
@@ -96,6 +100,7 @@ class LocalService:
         for stage in watch(self.plan.application):
             report(self._progress(stage))
         self.balancer.start()
+        self._balanced_at = time.monotonic()
         self._wait_for_http()
         report(self._progress("HTTP"))
 
@@ -111,11 +116,17 @@ class LocalService:
         self._wait_for_http()
 
     def check(self) -> None:
-        """Raise LaunchError when a process has ended without which there is no service."""
+        """Raise LaunchError when a process has ended without which there is no service. HAProxy is started again, the
+        first time within a while."""
         if self._vital - descendants(os.getpid()):
             raise LaunchError(f"Ray has ended; its logs are in {self.logs}")
-        if self.balancer is not None and not self.balancer.is_running:
+        if self.balancer is None or self.balancer.is_running:
+            return
+        if time.monotonic() < self._balanced_at + _BALANCED_S:
             raise LaunchError("HAProxy has ended, so that nobody can reach the service")
+        self.balancer.stop()
+        self.balancer.start()
+        self._balanced_at = time.monotonic()
 
     def stop(self) -> None:
         """Requests that are still being answered are cut off. Returns when the last process is gone."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from llava_core.types import EngineRequest, ImageFeatures, PreparedRequest, Size, StageTimes, TokenDelta
+from llava_core.types import BegunAnswer, EngineRequest, ImageFeatures, PreparedRequest, Size, StageTimes, TokenDelta
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -137,7 +137,16 @@ def without_tiles(request: PreparedRequest) -> PreparedRequest:
     return replace(request, images=())
 
 
-def engine_request(request: PreparedRequest, features: Sequence[PackedFeatures]) -> EngineRequest:
-    """What the engine runs."""
-    unpacked = [unpack(each) for each in features]
-    return EngineRequest(request.request_id, request.prompt_ids, unpacked, request.sampling, goes_on=request.goes_on)
+def engine_request(
+    request: PreparedRequest, features: Sequence[PackedFeatures], begun: Sequence[BegunAnswer] = ()
+) -> EngineRequest:
+    """What the engine runs. Answers that were begun elsewhere come first: their readers wait in mid-sentence."""
+    return EngineRequest(
+        request.request_id,
+        request.prompt_ids,
+        [unpack(each) for each in features],
+        request.sampling,
+        priority=-1 if begun else 0,
+        begun=begun,
+        goes_on=request.goes_on,
+    )

@@ -68,7 +68,12 @@ REFUSALS = Counter(
     "`tokens` or `concurrent_requests`.",
     ("limit",),
 )
-RETRIES = Counter("llava_retries_total", "Requests done again because a replica died.")
+# `stage` is generator, preprocessor (of what it alone is asked for), or earlier: it or the encoder.
+RETRIES = Counter(
+    "llava_retries_total",
+    "Requests that went on with another replica because theirs died, `waiting` or `streaming`.",
+    ("stage", "phase"),
+)
 QUARANTINED = Gauge("llava_quarantined_contents", "Pictures and prompts that are refused, having killed replicas.")
 CANCELLATIONS = Counter("llava_cancellations_total", "Clients that hung up, `waiting` or `streaming`.", ("phase",))
 TIME_TO_FIRST_TOKEN = Histogram(

@@ -30,8 +30,8 @@ _LOST = (ReplicaUnavailableError, RayActorError, ObjectLostError, OutOfMemoryErr
 
 
 @contextmanager
-def ray_errors_as_ours() -> Iterator[None]:
-    """For a block that calls a stage or reads what it answers."""
+def ray_errors_as_ours(stage: str) -> Iterator[None]:
+    """For a block that calls this stage or reads what it answers."""
     try:
         yield
     except BackPressureError as error:
@@ -45,5 +45,5 @@ def ray_errors_as_ours() -> Iterator[None]:
         # A stage that waits for what another one makes is told of its loss in a general error, by what caused it.
         if not isinstance(error, _LOST) and not isinstance(error.__cause__, _LOST):
             raise
-        logger.warning("a call to a stage failed: %s: %s", type(error).__name__, error)
-        raise StageLostError("the part of the service that worked on this request is gone") from error
+        logger.warning("a call to a stage (%s) failed: %s: %s", stage, type(error).__name__, error)
+        raise StageLostError("the part of the service that worked on this request is gone", stage) from error

@@ -33,7 +33,8 @@ from deployments.llava_protocol.shared_table import SharedTable
 from deployments.llava_protocol.table import WorkerTable
 from deployments.metrics import RayRecorder, engine_readings
 from deployments.model_settings import ModelArgs
-from deployments.pipeline import Handle, PictureStage, Pipeline
+from deployments.passage import Handle
+from deployments.pipeline import PictureStage, Pipeline
 from deployments.preflight import FoundCheckpoint
 from deployments.preprocessor import Preprocessor
 from deployments.quarantine import Quarantine

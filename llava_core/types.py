@@ -240,12 +240,20 @@ class ImageFeatures:
 
 
 @dataclass(frozen=True)
+class BegunAnswer:
+    """What was written of an answer before an interruption, and whether that is all of it."""
+
+    token_ids: Sequence[int] = field(default=(), repr=False)
+    is_over: bool = False
+
+
+@dataclass(frozen=True)
 class EngineRequest:
     """A prompt the engine can run: ids with sentinels, and the features that replace them, in order.
 
-    The lower `priority`, the sooner. `output_ids` are tokens that were written before an interruption: the answer goes
-    on after them. With `score_from` nothing is written: the log-probabilities of the prompt's tokens from there on are
-    the answer.
+    The lower `priority`, the sooner. `begun` has each of the answers where they were interrupted: those that are not
+    over go on after their tokens, as if nothing had been. With `score_from` nothing is written: the log-probabilities
+    of the prompt's tokens from there on are the answer.
     """
 
     request_id: str
@@ -253,7 +261,7 @@ class EngineRequest:
     features: Sequence[ImageFeatures]
     sampling: SamplingParams
     priority: int = 0
-    output_ids: Sequence[int] = field(default=(), repr=False)
+    begun: Sequence[BegunAnswer] = ()
     score_from: int | None = None
     goes_on: bool = False
 

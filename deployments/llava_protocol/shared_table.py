@@ -63,7 +63,7 @@ class SharedTable:
     async def _ask(self, method: str, *given: object) -> Any:
         try:
             async with asyncio.timeout(_ANSWER_S):
-                with ray_errors_as_ours():
+                with ray_errors_as_ours("worker_table"):
                     return await self._handle.options(method_name=method).remote(*given)
         except TimeoutError:
             raise StageUnavailableError("the table of registered workers does not answer") from None

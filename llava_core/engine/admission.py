@@ -19,7 +19,7 @@ from llava_core.errors import EngineError, PromptTooLongError, RequestError
 from llava_core.models.language import LanguageSide
 from llava_core.prompts.budget import token_budget
 from llava_core.prompts.tokenize import IMAGE_TOKEN_ID
-from llava_core.types import EngineRequest
+from llava_core.types import BegunAnswer, EngineRequest
 
 
 @dataclass
@@ -35,7 +35,7 @@ class Admission:
         self._numbers = count()
 
     def admit(self, request: EngineRequest) -> list[RequestState]:
-        """A state for each answer, numbered in the order they came.
+        """A state for each answer that is not over, numbered in the order they came.
 
         Raises PromptTooLongError when it cannot fit, RequestError for tokens that do not exist, EngineError for
         features that do not belong to the prompt or are no numbers.
@@ -44,6 +44,7 @@ class Admission:
         self._check_tokens(request)
         images = image_spans(request, self._count_rows(request))
         seed = secrets.randbits(63) if request.sampling.seed is None else request.sampling.seed
+        answers = request.begun or [BegunAnswer()] * request.sampling.n
         return [
             RequestState(
                 request=request,
@@ -53,9 +54,10 @@ class Admission:
                 seed=seed,
                 images=images,
                 detokenizer=IncrementalDetokenizer(self.decoder, request.sampling.stop, _before(request)),
-                tokens=[*request.prompt_ids, *request.output_ids],
+                tokens=[*request.prompt_ids, *answer.token_ids],
             )
-            for index in range(request.sampling.n)
+            for index, answer in enumerate(answers)
+            if not answer.is_over
         ]
 
     def _max_tokens(self, request: EngineRequest) -> int:
@@ -84,11 +86,16 @@ class Admission:
 
     def _check_tokens(self, request: EngineRequest) -> None:
         sampling, scored = request.sampling, request.score_from
-        self._check_known({*request.prompt_ids} - {IMAGE_TOKEN_ID} | {*request.output_ids}, "messages")
+        written = {token for answer in request.begun for token in answer.token_ids}
+        self._check_known({*request.prompt_ids} - {IMAGE_TOKEN_ID} | written, "messages")
         self._check_known(sampling.stop_token_ids, "stop_token_ids")
         self._check_known([token for token, _ in sampling.logit_bias], "logit_bias")
-        if len(request.output_ids) and (sampling.n > 1 or scored is not None):
-            raise RequestError("only a single answer can be continued", param="n")
+        if request.begun and (len(request.begun) != sampling.n or scored is not None):
+            raise RequestError(
+                f"{len(request.begun)} answers were begun, and {sampling.n} are to be written", param="n"
+            )
+        if request.begun and all(answer.is_over for answer in request.begun):
+            raise RequestError("every answer is over, so that there is nothing left to write", param="n")
         if scored is None:
             return
         if not 1 <= scored < len(request.prompt_ids):

@@ -112,15 +112,15 @@ class Engine:
         room = self.config.max_requests
         if len(states) > room:
             raise RequestError(f"n is {len(states)}, but the engine takes {room} answers at once", param="n")
-        if self.num_waiting + self.num_running + len(states) > room:
+        # What was begun has been accepted once, elsewhere.
+        if not request.begun and self.num_waiting + self.num_running + len(states) > room:
             raise OverloadedError(f"{self.num_waiting} requests are waiting already; try again later", limit="engine")
-        if request.output_ids and self._is_over(states[0]):
-            states[0].skipped()
-            self._ready.append(self._last(states[0], TokenDelta(request.request_id, "")))
-            return
         self._states[request.request_id] = states
-        for state in states:
+        for state in tuple(states):
             self._scheduler.add(state)
+            if request.begun and self._is_over(state):
+                state.skipped()
+                self._ready.append(self._finish(state, TokenDelta(state.request_id, "", index=state.index)))
 
     def abort(self, request_id: str) -> None:
         """Drop a request wherever it is; unknown ids are ignored, because it may just have finished."""

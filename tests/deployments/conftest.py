@@ -61,14 +61,20 @@ def local_args(tiny_checkpoint: Path) -> AppArgs:
 
 
 @pytest.fixture(scope="session")
-def local_pipeline(local_args: AppArgs) -> Pipeline:
-    """All three stages on the tiny checkpoint."""
+def local_stages(local_args: AppArgs) -> tuple[Any, ...]:
+    """Handles of all three on the tiny checkpoint."""
     [name] = found = check_checkpoints(local_args)
     stages = bind_stages(local_args, found, share_towers(local_args, found), LocalHandoff())
     preprocessor, encoders, generators = (
         serve.run(_Handles.bind(*stages), _local_testing_mode=True).get.remote().result()
     )
-    return Pipeline(preprocessor, encoders[name], generators[name], LocalHandoff(), model=name)
+    return preprocessor, encoders[name], generators[name]
+
+
+@pytest.fixture(scope="session")
+def local_pipeline(local_stages: tuple[Any, ...], local_args: AppArgs) -> Pipeline:
+    """All three stages as one."""
+    return Pipeline(*local_stages, LocalHandoff(), model=local_args.models[0].served_name)
 
 
 @pytest.fixture(scope="session")

@@ -41,9 +41,29 @@ def test_it_is_said_when_ray_or_the_balancer_has_ended(tiny_checkpoint: Path) ->
     with pytest.raises(LaunchError, match="Ray has ended"):
         service.check()
     service._vital = set()
+    # Which has ended as soon as it had begun.
     service.balancer = LoadBalancer(("127.0.0.1", 1), "127.0.0.1", [], "llava")
     with pytest.raises(LaunchError, match="HAProxy has ended"):
         service.check()
+
+
+def test_a_balancer_that_has_run_for_some_time_is_started_again(tiny_checkpoint: Path) -> None:
+    service = LocalService(_plan(model=str(tiny_checkpoint)))
+    service.balancer = LoadBalancer(("127.0.0.1", free_port()), "127.0.0.1", [free_port()], "llava")
+    service._balanced_at -= 60
+    try:
+        service.check()
+        assert service.balancer.is_running
+        running = service.balancer._process
+        service.check()
+        assert running is service.balancer._process is not None
+        # Again, and this time at once.
+        running.kill()
+        running.wait()
+        with pytest.raises(LaunchError, match="HAProxy has ended"):
+            service.check()
+    finally:
+        service.balancer.stop()
 
 
 def test_several_applications_stand_behind_serves_proxy(

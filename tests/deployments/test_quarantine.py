@@ -1,6 +1,7 @@
 """What is done again, what is refused and for how long, and that lost requests are done again one at a time."""
 
 import asyncio
+import contextlib
 import hashlib
 from collections.abc import Awaitable, Callable
 
@@ -54,14 +55,14 @@ class _Attempts:
 
 async def _kill_twice(quarantine: Quarantine, request: AnyRequest) -> None:
     with pytest.raises(ContentRefusedError) as caught:
-        await quarantine.run(_Attempts(StageLostError("1"), StageLostError("2")), _given(request))
+        await quarantine.case(_given(request)).run(_Attempts(StageLostError("1"), StageLostError("2")))
     assert isinstance(caught.value.__cause__, StageLostError)
 
 
 def test_what_is_lost_once_is_done_again_and_nothing_is_held_against_it() -> None:
     async def run() -> None:
         quarantine, attempts = Quarantine(60), _Attempts(StageLostError("gone"), "done")
-        assert await quarantine.run(attempts, _given(POISON)) == "done"
+        assert await quarantine.case(_given(POISON)).run(attempts) == "done"
         assert attempts.num_made == 2
         await quarantine.check(POISON)
 
@@ -73,18 +74,18 @@ def test_what_is_done_again_and_what_is_refused_is_counted() -> None:
 
     async def run() -> None:
         quarantine = Quarantine(60, clock=lambda: now[0], recorder=recorder)
-        assert await quarantine.run(_Attempts("done"), _given(POISON)) == "done"
+        assert await quarantine.case(_given(POISON)).run(_Attempts("done")) == "done"
         assert not recorder.counted
-        await quarantine.run(_Attempts(StageLostError("gone"), "done"), _given(POISON))
-        assert recorder.counted[RETRIES, ()] == 1
+        await quarantine.case(_given(POISON)).run(_Attempts(StageLostError("gone"), "done"))
+        assert recorder.counted[RETRIES, ("earlier", "waiting")] == 1
         assert recorder.readings() == {(QUARANTINED, ()): 0}
         await _kill_twice(quarantine, _request(ImagePart(b"a"), ImagePart(b"b")))
         # Known before it is tried again.
         with pytest.raises(ContentRefusedError):
-            await quarantine.run(_Attempts(StageLostError("gone")), _given(_request(ImagePart(b"a"))))
+            await quarantine.case(_given(_request(ImagePart(b"a")))).run(_Attempts(StageLostError("gone")))
 
     asyncio.run(run())
-    assert recorder.counted[RETRIES, ()] == 2
+    assert recorder.counted[RETRIES, ("earlier", "waiting")] == 2
     assert recorder.readings() == {(QUARANTINED, ()): 2}
     now[0] = 60.0
     assert recorder.readings() == {(QUARANTINED, ()): 0}
@@ -94,7 +95,7 @@ def test_what_is_done_again_and_what_is_refused_is_counted() -> None:
 def test_what_fails_without_a_loss_is_not_done_again(error: Exception) -> None:
     attempts = _Attempts(error)
     with pytest.raises(type(error)):
-        asyncio.run(Quarantine(60).run(attempts, _given(POISON)))
+        asyncio.run(Quarantine(60).case(_given(POISON)).run(attempts))
     assert attempts.num_made == 1
 
 
@@ -149,7 +150,7 @@ def test_lost_requests_are_done_again_one_at_a_time_and_copies_of_a_poisonous_on
                 raise StageLostError("gone again")
             return name
 
-        return quarantine.run(attempt, _given(request))
+        return quarantine.case(_given(request)).run(attempt)
 
     async def run() -> list[str | BaseException]:
         quarantine = Quarantine(60)
@@ -166,6 +167,103 @@ def test_lost_requests_are_done_again_one_at_a_time_and_copies_of_a_poisonous_on
     assert kills == 1
 
 
+LOST = StageLostError("gone", "generator")
+
+
+def test_answers_that_had_begun_go_on_at_once_and_beside_each_other() -> None:
+    recorder = FakeRecorder()
+
+    async def run() -> None:
+        quarantine = Quarantine(60, max_waiting=0, recorder=recorder)
+        together = asyncio.Barrier(8)
+
+        async def attempt() -> str:
+            await together.wait()
+            return "done"
+
+        cases = [quarantine.case(_given(POISON)) for _ in range(8)]
+        found = await asyncio.gather(*(case.again(attempt, LOST, phase="streaming") for case in cases))
+        assert found == ["done"] * 8
+
+    asyncio.run(run())
+    assert recorder.counted == {(RETRIES, ("generator", "streaming")): 8}
+
+
+def test_an_answer_that_is_lost_again_waits_for_its_turn_like_one_that_had_not_begun() -> None:
+    async def run() -> None:
+        quarantine = Quarantine(60)
+        first, second = (quarantine.case(_given(POISON)) for _ in range(2))
+        hangs, is_in_turn = asyncio.Event(), asyncio.Event()
+
+        async def attempt() -> str:
+            is_in_turn.set()
+            await hangs.wait()
+            return "done"
+
+        waiting = asyncio.create_task(first.again(attempt, LOST, phase="waiting"))
+        await is_in_turn.wait()
+        made = _Attempts(LOST, "done")
+        again = asyncio.create_task(second.again(made, LOST, phase="streaming"))
+        while not made.num_made:
+            await asyncio.sleep(0)
+        # At once beside the other, and then behind it.
+        done, _ = await asyncio.wait([again], timeout=0.05)
+        assert not done
+        assert made.num_made == 1
+        hangs.set()
+        assert [await waiting, await again] == ["done", "done"]
+
+    asyncio.run(run())
+
+
+def test_who_is_lost_beside_an_answer_that_goes_on_is_not_blamed_for_it() -> None:
+    """An answer may kill wherever it is taken on; what was alone until then is innocent."""
+
+    async def run() -> None:
+        quarantine = Quarantine(60)
+        is_on_its_way, is_beside = asyncio.Event(), asyncio.Event()
+        innocent = _request(ImagePart(b"harmless"))
+
+        async def attempt() -> str:
+            if is_beside.is_set():
+                return "done"
+            is_on_its_way.set()
+            await is_beside.wait()
+            raise LOST
+
+        case = quarantine.case(_given(innocent))
+        waiting = asyncio.create_task(case.again(attempt, LOST, phase="waiting"))
+        await is_on_its_way.wait()
+
+        async def kill() -> str:
+            is_beside.set()
+            raise LOST
+
+        with pytest.raises(ContentRefusedError):
+            await quarantine.case(_given(POISON)).again(kill, LOST, phase="streaming")
+        assert await waiting == "done"
+        await quarantine.check(innocent)
+
+    asyncio.run(run())
+
+
+def test_what_kills_however_far_it_comes_is_refused_in_the_end() -> None:
+    async def run() -> int:
+        quarantine, num_killed = Quarantine(60), 0
+        case = quarantine.case(_given(POISON))
+        attempts = _Attempts(*["a piece"] * 9)
+        await case.run(attempts)
+        with contextlib.suppress(ContentRefusedError):
+            while num_killed < 9:
+                num_killed += 1
+                await case.again(attempts, LOST, phase="streaming")
+        with pytest.raises(ContentRefusedError):
+            await quarantine.check(POISON)
+        return num_killed
+
+    assert asyncio.run(run()) == 4
+
+
 def test_of_too_many_lost_requests_the_rest_is_told_at_once() -> None:
     async def run() -> None:
         quarantine = Quarantine(60, max_waiting=1)
@@ -177,15 +275,15 @@ def test_of_too_many_lost_requests_the_rest_is_told_at_once() -> None:
                 raise StageLostError("gone")
             return await asyncio.Event().wait() and ""
 
-        first = asyncio.create_task(quarantine.run(hang, _given(POISON)))
+        first = asyncio.create_task(quarantine.case(_given(POISON)).run(hang))
         await begun.wait()
         attempts = _Attempts(StageLostError("gone"))
         with pytest.raises(StageLostError):
-            await quarantine.run(attempts, _given(POISON))
+            await quarantine.case(_given(POISON)).run(attempts)
         # Whoever waits for it leaves: its place is free again.
         first.cancel()
         await asyncio.wait([first])
-        assert await quarantine.run(_Attempts(StageLostError("gone"), "done"), _given(POISON)) == "done"
+        assert await quarantine.case(_given(POISON)).run(_Attempts(StageLostError("gone"), "done")) == "done"
 
     asyncio.run(run())
 

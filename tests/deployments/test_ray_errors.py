@@ -1,5 +1,7 @@
 """What calls between stages raise becomes an error of ours; what a stage has raised stays as it is."""
 
+import pickle
+
 import pytest
 from grpc import StatusCode
 from grpc.aio import AioRpcError, Metadata
@@ -19,7 +21,7 @@ from llava_core.errors import LlavaError, OverloadedError, RequestError
 
 def _raised(error: Exception) -> Exception:
     try:
-        with ray_errors_as_ours():
+        with ray_errors_as_ours("generator"):
             raise error
     except (LlavaError, ArithmeticError) as ours:
         return ours
@@ -45,6 +47,9 @@ def test_each_kind_has_an_error_of_ours(error: Exception, expected: type[Excepti
     ours = _raised(error)
     assert type(ours) is expected
     assert ours.__cause__ is error
+    if isinstance(ours, StageLostError):
+        assert (ours.stage, pickle.loads(pickle.dumps(ours)).stage) == ("generator", "generator")
+        assert str(ours) == "the part of the service that worked on this request is gone"
 
 
 def test_the_loss_of_a_stage_further_up_is_a_loss() -> None:
@@ -52,7 +57,7 @@ def test_the_loss_of_a_stage_further_up_is_a_loss() -> None:
     error = RayServeException("an upstream actor died")
     error.__cause__ = ActorDiedError()
     assert type(_raised(error)) is StageLostError
-    with pytest.raises(RayServeException), ray_errors_as_ours():
+    with pytest.raises(RayServeException), ray_errors_as_ours("generator"):
         raise RayServeException("something else")
 
 

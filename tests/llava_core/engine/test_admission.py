@@ -19,7 +19,7 @@ from llava_core.engine.prefix import ImageSpan
 from llava_core.errors import EngineError, LlavaError, PromptTooLongError, RequestError
 from llava_core.models.language import LanguageSide
 from llava_core.prompts.tokenize import IMAGE_TOKEN_ID
-from llava_core.types import EngineRequest, ImageFeatures, SamplingParams, Size
+from llava_core.types import BegunAnswer, EngineRequest, ImageFeatures, SamplingParams, Size
 from tests.tiny import CONTEXT_LENGTH, VISION_HIDDEN
 
 CAPACITY = 64
@@ -41,11 +41,11 @@ def ask(
     prompt: Sequence[int] = WORDS,
     *features: ImageFeatures,
     score_from: int | None = None,
-    output_ids: Sequence[int] = (),
+    begun: Sequence[BegunAnswer] = (),
     **sampling: Any,
 ) -> EngineRequest:
     params = SamplingParams(**{"max_tokens": 3, **sampling})
-    return EngineRequest("a", prompt, features, params, output_ids=output_ids, score_from=score_from)
+    return EngineRequest("a", prompt, features, params, begun=begun, score_from=score_from)
 
 
 def images(*counts: int) -> list[int]:
@@ -139,7 +139,7 @@ def test_tokens_that_do_not_exist_are_refused_wherever_they_are(
     wrong = vocab_size if isinstance(token, str) else token
     request = {
         "prompt": ask([*WORDS, wrong]),
-        "output": ask(output_ids=[wrong]),
+        "output": ask(begun=[BegunAnswer([wrong])]),
         "stop_token_ids": ask(stop_token_ids=(5, wrong)),
         "logit_bias": ask(logit_bias=((5, 1.0), (wrong, 1.0))),
     }[place]
@@ -157,7 +157,9 @@ def test_the_placeholder_of_pictures_is_no_token_of_an_answer(admission: Admissi
 
 def test_the_first_and_the_last_token_exist(admission: Admission, vocab_size: int) -> None:
     ends = (0, vocab_size - 1)
-    assert admission.admit(ask(ends, output_ids=ends, stop_token_ids=ends, logit_bias=((0, 1.0), (ends[1], 1.0))))
+    assert admission.admit(
+        ask(ends, begun=[BegunAnswer(ends)], stop_token_ids=ends, logit_bias=((0, 1.0), (ends[1], 1.0)))
+    )
 
 
 def with_rows(features: Tensor) -> EngineRequest:
@@ -254,9 +256,19 @@ def test_the_first_token_behind_a_picture_can_be_scored(admission: Admission) ->
     assert (state.max_tokens, state.num_pending) == (0, 6)
 
 
-@pytest.mark.parametrize("options", [{"n": 2}, {"score_from": 1}])
-def test_only_a_single_answer_can_be_continued(admission: Admission, options: dict[str, Any]) -> None:
-    error = refusal(admission, ask(output_ids=[8], **options))
+@pytest.mark.parametrize(
+    ("begun", "options"),
+    [
+        ([BegunAnswer([8])], {"n": 2}),
+        ([BegunAnswer([8])] * 2, {}),
+        ([BegunAnswer([8])], {"score_from": 1}),
+        ([BegunAnswer([8], is_over=True)] * 2, {"n": 2}),
+    ],
+)
+def test_what_goes_on_must_be_all_answers_of_which_one_is_open(
+    admission: Admission, begun: list[BegunAnswer], options: dict[str, Any]
+) -> None:
+    error = refusal(admission, ask(begun=begun, **options))
     assert isinstance(error, RequestError)
     assert error.param == "n"
 
@@ -277,9 +289,15 @@ def test_answers_share_a_seed_and_requests_without_one_do_not(admission: Admissi
 
 
 def test_an_answer_that_was_begun_goes_on_after_its_tokens(admission: Admission) -> None:
-    (state,) = admission.admit(ask(output_ids=(8, 9)))
+    (state,) = admission.admit(ask(begun=[BegunAnswer((8, 9))]))
     assert (state.tokens, state.output_ids, state.num_computed) == ([*WORDS, 8, 9], [8, 9], 0)
     assert state.max_length == len(WORDS) + 3
+
+
+def test_of_several_answers_those_that_are_over_are_left_out(admission: Admission) -> None:
+    begun = [BegunAnswer((8,)), BegunAnswer((8, 9), is_over=True), BegunAnswer()]
+    states = admission.admit(ask(begun=begun, n=3, seed=4))
+    assert [(state.index, state.output_ids, state.seed) for state in states] == [(0, [8], 4), (2, [], 4)]
 
 
 @st.composite
@@ -314,7 +332,9 @@ def test_a_picture_without_rows_is_refused(build_engine: BuildEngine) -> None:
 
 def test_placeholders_in_an_answer_are_refused(build_engine: BuildEngine) -> None:
     with pytest.raises(RequestError):
-        build_engine().add_request(EngineRequest("a", [1, 5], (), SamplingParams(max_tokens=3), output_ids=[-200]))
+        build_engine().add_request(
+            EngineRequest("a", [1, 5], (), SamplingParams(max_tokens=3), begun=[BegunAnswer([-200])])
+        )
 
 
 def test_the_message_names_the_prompts_length(build_engine: BuildEngine) -> None:

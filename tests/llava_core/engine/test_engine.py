@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from llava_core.engine.request import RequestFailure
 from llava_core.engine.scheduler import Chunk
 from llava_core.errors import EngineError, OverloadedError, PromptTooLongError, RequestError
 from llava_core.models.language import LanguageSide
-from llava_core.types import EngineRequest, SamplingParams, TokenDelta
+from llava_core.types import BegunAnswer, EngineRequest, SamplingParams, TokenDelta
 from tests.llava_core.engine.conftest import make_request
 from tests.tiny import CONTEXT_LENGTH
 
@@ -278,20 +279,92 @@ def test_the_lower_priority_number_is_served_first(build_engine: BuildEngine) ->
     assert ended == ["r3", "r2", "r1", "r0"]
 
 
-@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 3, "frequency_penalty": 0.5}])
-@pytest.mark.parametrize("cut", [1, 5, 11, 12])
-def test_an_interrupted_answer_goes_on_as_if_nothing_had_been(
-    build_engine: BuildEngine, sampling: dict[str, float], cut: int
+def deltas_of(outputs: list[StepOutput], index: int = 0) -> list[TokenDelta]:
+    return [output for output in outputs if isinstance(output, TokenDelta) and output.index == index]
+
+
+def begun_by(outputs: list[StepOutput], num_answers: int) -> list[BegunAnswer]:
+    """What whoever has got these outputs knows of each answer."""
+    answers = [deltas_of(outputs, index) for index in range(num_answers)]
+    return [
+        BegunAnswer(
+            [token for delta in deltas for token in delta.token_ids],
+            is_over=any(delta.finish_reason is not None for delta in deltas),
+        )
+        for deltas in answers
+    ]
+
+
+SAMPLINGS: list[dict[str, Any]] = [
+    {},
+    {"temperature": 1.0, "seed": 3, "frequency_penalty": 0.5, "presence_penalty": 0.2},
+    {"temperature": 1.0, "seed": 4, "repetition_penalty": 1.3, "top_p": 0.9, "min_p": 0.01},
+    {"temperature": 0.8, "seed": 5, "n": 3},
+    {"min_tokens": 9, "stop_token_ids": tuple(range(5, 60))},
+    {"temperature": 1.5, "seed": 6, "stop_token_ids": tuple(range(5, 30)), "n": 4},
+]
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize("num_images", [0, 1])
+def test_an_answer_interrupted_anywhere_goes_on_as_if_nothing_had_been(
+    build_engine: BuildEngine, sampling: dict[str, Any], num_images: int
 ) -> None:
-    plain = make_request("a")
+    plain = make_request("a", num_images=num_images, logprobs=2)
     request = replace(plain, sampling=replace(plain.sampling, **sampling))
+    n = request.sampling.n
     whole = collect(build_engine(), request)
-    tokens, text = tokens_of(whole, "a"), "".join(delta.text for delta in whole)
-    rest = collect(build_engine(), replace(request, output_ids=tokens[:cut]))
-    assert tokens_of(rest, "a") == tokens[cut:]
-    assert text.endswith("".join(delta.text for delta in rest))
-    assert last_of(rest).usage == last_of(whole).usage
-    assert last_of(rest).finish_reason == "length"
+    *_, last = [place for place, delta in enumerate(whole) if isinstance(delta, TokenDelta) and delta.finish_reason]
+    for cut in range(1, last + 1):
+        sent = whole[:cut]
+        rest = collect(build_engine(), replace(request, begun=begun_by(sent, n)))
+        for index in range(n):
+            before, again, expected = deltas_of(sent, index), deltas_of(rest, index), deltas_of(whole, index)
+            both = before + again
+            assert [token for delta in both for token in delta.token_ids] == tokens_of(whole, "a", index)
+            assert "".join(delta.text for delta in both) == "".join(delta.text for delta in expected)
+            assert [delta.finish_reason for delta in both if delta.finish_reason] == [expected[-1].finish_reason]
+            # What the others have left in the cache is no part of the answer.
+            usages = [replace(delta.usage, cached_tokens=0) for delta in (both[-1], expected[-1]) if delta.usage]
+            assert len(usages) == 2
+            assert usages[0] == usages[1]
+            found = [each for delta in both for each in delta.logprobs]
+            logprobs = [each for delta in expected for each in delta.logprobs]
+            assert [each.token for each in found] == [each.token for each in logprobs]
+            assert [each.logprob for each in found] == pytest.approx([each.logprob for each in logprobs], abs=1e-4)
+
+
+def test_text_that_was_held_back_is_sent_by_whoever_goes_on(build_engine: BuildEngine) -> None:
+    """A stop string that straddles the cut is met, and the beginning of one that is none is not lost."""
+    plain = make_request("a", max_tokens=20)
+    text = "".join(delta.text for delta in deltas_of(collect(build_engine(), plain)))
+    for stop in (text[6:14], f"{text[4:12]}\0", f"{text[-4:]}\0"):
+        request = replace(plain, sampling=replace(plain.sampling, stop=(stop,)))
+        whole = deltas_of(collect(build_engine(), request))
+        expected = "".join(delta.text for delta in whole)
+        assert expected == text.partition(stop)[0]
+        for cut in range(1, len(whole)):
+            rest = deltas_of(collect(build_engine(), replace(request, begun=begun_by([*whole[:cut]], 1))))
+            assert "".join(delta.text for delta in (*whole[:cut], *rest)) == expected
+            assert rest[-1].finish_reason == whole[-1].finish_reason
+            assert rest[-1].usage == whole[-1].usage
+
+
+def test_what_was_over_without_its_end_having_been_told_ends_at_once(build_engine: BuildEngine) -> None:
+    request = make_request("a")
+    whole = collect(build_engine(), request)
+    [end] = deltas_of(collect(build_engine(), replace(request, begun=[BegunAnswer(tokens_of(whole, "a"))])))
+    assert (end.token_ids, end.finish_reason, end.usage) == ((), "length", last_of(whole).usage)
+
+
+def test_what_has_begun_elsewhere_is_taken_though_the_queue_is_full(build_engine: BuildEngine) -> None:
+    engine = build_engine(max_running=1, max_waiting=0)
+    request = make_request("a")
+    engine.add_request(request)
+    with pytest.raises(OverloadedError):
+        engine.add_request(replace(request, request_id="b"))
+    engine.add_request(replace(request, request_id="c", begun=[BegunAnswer([8])]))
+    assert len(tokens_of(collect(engine), "c")) == request.sampling.max_tokens - 1  # type: ignore[operator]
 
 
 def test_several_answers_share_the_reading_and_are_those_of_their_seed(build_engine: BuildEngine) -> None:
@@ -371,7 +444,7 @@ def test_cached_tokens_are_part_of_the_prompts(build_engine: BuildEngine) -> Non
     outputs = [output for _ in range(25) for output in engine.step()]
     engine.abort("a")
     written = [token for output in outputs for token in output.token_ids]
-    engine.add_request(replace(request, output_ids=written))
+    engine.add_request(replace(request, begun=[BegunAnswer(written)]))
     usage = last_of(collect(engine)).usage
     assert usage.cached_tokens <= usage.prompt_tokens, usage
 
