@@ -69,8 +69,11 @@ class Running:
 
     def replicas(self, stage: str) -> list[int]:
         """The processes of a stage's replicas."""
-        name = f"ServeReplica:llava:{stage}".encode()
-        return [each.pid for each in descendants(self.pid) if name in _command(each.pid)]
+        return self.processes(f"ServeReplica:llava:{stage}")
+
+    def processes(self, name: str) -> list[int]:
+        """Those of its processes that are called so."""
+        return [each.pid for each in descendants(self.pid) if name.encode() in _command(each.pid)]
 
 
 def _command(pid: int) -> bytes:

@@ -1,8 +1,9 @@
-"""Replicas that are killed: clients are told, health says so, and the service recovers. A real Ray."""
+"""Processes that are killed under load: answers go on, health tells, the service recovers. A real Ray."""
 
 import concurrent.futures
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,8 @@ import httpx
 import psutil
 import pytest
 
+from deployments.metrics import RETRIES
+from llava_core.client import Client
 from tests.deployments.pictures import plain
 from tests.deployments.service import Running, content, events, long_checkpoint, messages, serving, until
 
@@ -24,8 +27,9 @@ ENDLESS = {"max_tokens": 7_000, "ignore_eos": True}
 def service(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     folder = tmp_path_factory.mktemp("faults")
     compute = {"num_cpus": 0.05, "dtype": "float32", "threads": 1}
+    several = {**compute, "min_replicas": 2, "max_replicas": 2}
     with serving(
-        long_checkpoint(tiny_checkpoint, folder), folder, vision_encoder=compute, generator=compute
+        long_checkpoint(tiny_checkpoint, folder), folder, vision_encoder=compute, generator=several
     ) as running:
         yield running
 
@@ -34,55 +38,195 @@ def _health(service: Running) -> int:
     return httpx.get(f"{service.url}/health", timeout=10).status_code
 
 
-def _kill(service: Running, stage: str) -> None:
-    pids = service.replicas(stage)
-    assert len(pids) == 1
-    os.kill(pids[0], signal.SIGKILL)
-
-
 def _cpu_seconds(pid: int) -> float:
     times = psutil.Process(pid).cpu_times()
     return float(times.user + times.system)
 
 
-def _assert_recovers(service: Running) -> None:
-    """Health notices the loss, and once it has forgotten it the service answers."""
-    until(lambda: _health(service) == 503)
-    until(lambda: _health(service) == 200, deadline_s=120)
+def _await_whole(service: Running) -> None:
+    """Every stage has its replicas, and nobody still counts on one that is gone."""
+
+    def is_whole() -> bool:
+        return _health(service) == 200 and len(service.replicas("Generator")) == 2
+
+    until(is_whole, deadline_s=120)
     assert service.post(messages=messages(content(plain(), "What?")), max_tokens=3).status_code == 200
 
 
-def _assert_is_loss(body: Any) -> None:
-    assert set(body) == {"error", "request_id"}
-    assert (body["error"]["type"], body["error"]["code"]) == ("server_error", "replica_lost")
+def _retries(service: Running, phase: str) -> float:
+    return service.metrics().total(RETRIES, stage="generator", phase=phase)
 
 
-def test_a_generator_that_is_killed_ends_its_stream_with_an_error(service: Running) -> None:
-    body = {"messages": messages(content(plain(), "What?")), "stream": True, **ENDLESS}
-    with httpx.stream("POST", f"{service.url}/v1/chat/completions", json=body, timeout=60) as response:
-        seen = events(response)
-        for _ in range(3):
-            assert "choices" in next(seen)
-        _kill(service, "Generator")
-        *_, last = seen
-    _assert_is_loss(last)
-    _assert_recovers(service)
+LONG = {"max_tokens": 1500, "ignore_eos": True}
+ASKED: list[dict[str, Any]] = [
+    {"messages": messages("hi"), **LONG},
+    {"messages": messages("What else?"), "temperature": 1.0, "seed": 5, **LONG},
+    {"messages": messages(content(plain("teal"), "What?")), "logprobs": True, "top_logprobs": 2, **LONG},
+    {
+        "messages": messages(content(plain("navy"), "?")),
+        "temperature": 1.0,
+        "seed": 6,
+        "n": 2,
+        "logprobs": True,
+        **LONG,
+    },
+    {"messages": messages(content(plain("pink"), "Why?")), "temperature": 0.7, "seed": 7, "top_p": 0.9, **LONG},
+    {"messages": messages("Who?"), "temperature": 1.0, "seed": 8, "frequency_penalty": 0.5, **LONG},
+]
 
 
-def test_a_generator_that_is_killed_fails_an_answer_in_one_piece(service: Running) -> None:
+class _Stream:
+    """Reads a stream in a thread, and knows how far it has come."""
+
+    def __init__(self, service: Running, body: dict[str, Any]) -> None:
+        self.num_events = 0
+        self.error: Exception | None = None
+        self.last: Any = None
+        self.choices: dict[int, dict[str, Any]] = {}
+        self._url = f"{service.url}/v1/chat/completions"
+        self._body = {**body, "stream": True, "stream_options": {"include_usage": True}}
+        self._thread = threading.Thread(target=self._read)
+        self._thread.start()
+
+    def whole(self) -> dict[str, Any]:
+        """All that has come, once it has; the numbers of log-probabilities apart, of which the last bits may differ."""
+        self._thread.join(120)
+        assert self.error is None, self.error
+        assert self.last == "[DONE]", self.last
+        return {"choices": self.choices, "usage": self._usage}
+
+    def wait(self) -> None:
+        self._thread.join(120)
+
+    def _read(self) -> None:
+        try:
+            with httpx.stream("POST", self._url, json=self._body, timeout=120) as response:
+                for self.last in events(response):
+                    self._take(self.last)
+                    self.num_events += 1
+        except httpx.HTTPError as error:
+            self.error = error
+
+    def _take(self, event: Any) -> None:
+        if event == "[DONE]" or "error" in event:
+            return
+        if event["usage"] is not None:
+            self._usage = event["usage"]["completion_tokens"], event["usage"]["prompt_tokens"]
+        for choice in event["choices"]:
+            known = self.choices.setdefault(choice["index"], {"text": "", "tokens": [], "ends": []})
+            known["text"] += choice["delta"].get("content") or ""
+            given = (choice.get("logprobs") or {}).get("content") or []
+            known["tokens"] += [(each["token"], [top["token"] for top in each["top_logprobs"]]) for each in given]
+            known["ends"] += [choice["finish_reason"]] if choice["finish_reason"] else []
+
+
+def _begun_streams(service: Running) -> list[_Stream]:
+    """All of them, none of which is over."""
+    streams = [_Stream(service, body) for body in ASKED]
+    until(lambda: all(stream.num_events > 3 for stream in streams))
+    return streams
+
+
+@pytest.fixture(scope="module")
+def expected(service: Running) -> list[dict[str, Any]]:
+    """What these streams are when nothing happens."""
+    whole = [stream.whole() for stream in _begun_streams(service)]
+    assert all(choice["ends"] == ["length"] for each in whole for choice in each["choices"].values())
+    assert [each["usage"][0] for each in whole] == [1500, 1500, 1500, 3000, 1500, 1500]
+    return whole
+
+
+def test_streams_of_a_generator_that_is_killed_go_on_as_if_nothing_had_been(
+    service: Running, expected: list[dict[str, Any]]
+) -> None:
+    _await_whole(service)
+    before = _retries(service, "streaming")
+    streams = _begun_streams(service)
+    os.kill(service.replicas("Generator")[0], signal.SIGKILL)
+    assert [stream.whole() for stream in streams] == expected
+    until(lambda: _retries(service, "streaming") > before)
+
+
+def test_streams_go_on_where_no_generator_is_left_for_a_while(service: Running, expected: list[dict[str, Any]]) -> None:
+    _await_whole(service)
+    streams = _begun_streams(service)
+    for pid in service.replicas("Generator"):
+        os.kill(pid, signal.SIGKILL)
+    assert [stream.whole() for stream in streams] == expected
+
+
+def test_an_answer_in_one_piece_goes_on_too(service: Running) -> None:
+    _await_whole(service)
+    ask = {"messages": messages("hi"), "temperature": 1.0, "seed": 3, **ENDLESS}
+    undisturbed = service.post(**ask).json()
+    pids = service.replicas("Generator")
     with concurrent.futures.ThreadPoolExecutor(1) as client:
-        answer = client.submit(service.post, messages=messages("hi"), **ENDLESS)
-        # An answer in one piece says nothing before it ends, but writing it is work, and idle replicas do none.
-        (pid,) = service.replicas("Generator")
-        begun = _cpu_seconds(pid)
-        until(lambda: _cpu_seconds(pid) > begun + 1.0, deadline_s=60)
+        begun = {pid: _cpu_seconds(pid) for pid in pids}
+        answer = client.submit(service.post, **ask)
+        # It says nothing before it ends, but writing it is work, and idle replicas do none.
+        until(lambda: any(_cpu_seconds(pid) > begun[pid] + 1.0 for pid in pids), deadline_s=60)
         assert not answer.done()
-        _kill(service, "Generator")
-        response = answer.result(60)
-    assert response.status_code == 503
-    assert int(response.headers["retry-after"]) >= 1
-    _assert_is_loss(response.json())
-    _assert_recovers(service)
+        os.kill(max(pids, key=lambda pid: _cpu_seconds(pid) - begun[pid]), signal.SIGKILL)
+        response = answer.result(120)
+    assert response.status_code == 200, response.text
+    assert response.json()["choices"] == undisturbed["choices"]
+    assert response.json()["usage"]["completion_tokens"] == ENDLESS["max_tokens"]
+
+
+@pytest.mark.parametrize("stage", ["Preprocessor", "VisionEncoder"])
+def test_streams_do_not_notice_the_loss_of_a_stage_that_they_have_passed(
+    service: Running, expected: list[dict[str, Any]], stage: str
+) -> None:
+    _await_whole(service)
+    streams = _begun_streams(service)
+    [pid] = service.replicas(stage)
+    os.kill(pid, signal.SIGKILL)
+    assert [stream.whole() for stream in streams] == expected
+    _await_whole(service)
+
+
+def test_streams_and_new_requests_do_without_serves_controller(
+    service: Running, expected: list[dict[str, Any]]
+) -> None:
+    _await_whole(service)
+    streams = _begun_streams(service)
+    [controller] = service.processes("ray::ServeController")
+    os.kill(controller, signal.SIGKILL)
+    assert service.post(messages=messages("hi"), max_tokens=3).status_code == 200
+    assert [stream.whole() for stream in streams] == expected
+    # Ray starts another, which finds the replicas that there are.
+    until(lambda: service.processes("ray::ServeController") not in ([], [controller]), deadline_s=60)
+    _await_whole(service)
+
+
+def test_clients_of_a_gateway_that_is_killed_see_their_connection_break_and_the_next_one_answers(
+    service: Running,
+) -> None:
+    _await_whole(service)
+    streams = _begun_streams(service)
+    [gateway] = service.replicas("Gateway")
+    os.kill(gateway, signal.SIGKILL)
+    for stream in streams:
+        stream.wait()
+        assert isinstance(stream.error, httpx.RemoteProtocolError)
+    # Asks again by itself, as long as nothing of an answer has come.
+    with Client(service.url, model=service.model) as client:
+        assert client.ask("hi", max_tokens=3).text is not None
+    _await_whole(service)
+
+
+def test_a_load_balancer_that_is_killed_is_started_again(service: Running) -> None:
+    _await_whole(service)
+    streams = _begun_streams(service)
+    [balancer] = service.processes("haproxy")
+    os.kill(balancer, signal.SIGKILL)
+    for stream in streams:
+        stream.wait()
+        assert isinstance(stream.error, httpx.RemoteProtocolError)
+    with Client(service.url, model=service.model) as client:
+        assert client.ask("hi", max_tokens=3).text is not None
+    assert service.processes("haproxy") != [balancer]
+    assert service.post(messages=messages("hi"), max_tokens=3).status_code == 200
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -96,12 +240,12 @@ def test_a_request_whose_time_is_up_is_told_in_our_words_and_frees_the_generator
     assert response.status_code == (200 if stream else 504)
     last = list(events(response))[-1] if stream else response.json()
     assert (last["error"]["type"], last["error"]["code"]) == ("server_error", "deadline_exceeded")
-    [pid] = service.replicas("Generator")
+    pids = service.replicas("Generator")
 
     def is_idle() -> bool:
-        before = _cpu_seconds(pid)
+        before = sum(map(_cpu_seconds, pids))
         time.sleep(0.5)
-        return _cpu_seconds(pid) - before < 0.1
+        return sum(map(_cpu_seconds, pids)) - before < 0.2
 
     until(is_idle)
 
