@@ -50,7 +50,8 @@ class Passage:
         # Of the first two stages, whose results live as long as their responses do; and what to give the last one.
         self._calls: list[Any] = []
         self._given: object = None
-        self._is_complete = False
+        # Whether the last item has come.
+        self.is_complete = False
 
     async def request(self) -> AnyRequest:
         """What is on its way."""
@@ -73,7 +74,7 @@ class Passage:
 
     def close(self) -> None:
         """Nobody waits for it any more."""
-        if not self._is_complete:
+        if not self.is_complete:
             self._forget()
 
     async def _items(self) -> AsyncGenerator[Item, None]:
@@ -86,10 +87,10 @@ class Passage:
                 async for item in call:
                     if not isinstance(item, Rejected):
                         self._progress.note(item)
-                    self._is_complete = is_last(item)
+                    self.is_complete = is_last(item)
                     yield item
             finally:
-                if not self._is_complete:
+                if not self.is_complete:
                     call.cancel()
 
     async def _prepared(self) -> object:
@@ -111,7 +112,7 @@ class Passage:
         """What has been made of it so far."""
         for call in reversed(self._calls):
             call.cancel()
-        self._calls, self._given, self._is_complete = [], None, False
+        self._calls, self._given, self.is_complete = [], None, False
 
 
 def repeatable(request: AnyRequest) -> AnyRequest:

@@ -73,6 +73,8 @@ class Pipeline:
                             yield item
                     return
                 except StageLostError as error:
+                    if passage.is_complete:
+                        return
                     lost = error
                 first, items = await case.again(passage.begin, lost, phase="streaming")
 

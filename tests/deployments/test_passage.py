@@ -274,7 +274,7 @@ def test_answers_that_were_over_before_are_neither_forgotten_nor_told_again(
     has_ended, num_items = False, 0
     service.begun.clear()
     # The last of them outlives the answer.
-    while len(service.begun) != 1:
+    while len(service.begun) != 1 and num_items < 30:
         service.begun.clear()
         service.deaths[:] = [num_items := num_items + 1]
         found = _whole(_events(service, "/v1/chat/completions", body))

@@ -219,6 +219,19 @@ def test_what_is_lost_twice_is_refused_from_then_on(*, tells: bool) -> None:
     assert dying.num_calls == 3
 
 
+def test_a_replica_that_dies_once_all_is_said_is_of_no_concern() -> None:
+    graph = _Graph([])
+
+    async def generate(_given: object) -> AsyncGenerator[Item, None]:
+        for item in answer("a", "b"):
+            yield item
+        raise ActorDiedError
+
+    graph.generator = FakeHandle(generate=generate)
+    assert asyncio.run(_items(graph.pipeline, _request(TextPart("hi")))) == answer("a", "b")
+    assert len(graph.generator.calls) == 1
+
+
 def test_leaving_while_it_is_done_again_cancels_every_stage() -> None:
     graph = _Graph([])
     again = asyncio.Event()

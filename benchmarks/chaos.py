@@ -1,0 +1,272 @@
+"""Steady load on a service with two replicas of each stage, of which something is killed every few seconds.
+
+    python -m benchmarks.chaos --minutes 20 --every 20 [--json FILE]
+
+Clients stream greedy and seeded answers about texts and pictures, and compare each with the one that the same question
+got before anything was killed: its text, the tokens of its log-probabilities, how it ended, its number of tokens. By
+turns one process of each kind gets SIGKILL. A connection ends with the process that holds it: where the gateway or
+HAProxy is killed, a client may ask again as long as nothing of its answer has come, and answers that had begun break
+off, which is counted apart. Not killed are Ray's own raylet and GCS, without which a service on one machine ends.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import itertools
+import json
+import os
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+
+from benchmarks.exchange import exchange, post_json, read_response
+from benchmarks.machine import describe_machine
+from benchmarks.service import memory
+from benchmarks.service.bars import Bar, make_table
+from benchmarks.service.mix import QUESTIONS
+from benchmarks.service.pictures import PictureMaker
+from benchmarks.service.start import Service, serving
+
+# What to kill, by what is in the command lines of its processes.
+KINDS = {
+    "preprocessor": "ServeReplica:llava:Preprocessor",
+    "encoder": "ServeReplica:llava:VisionEncoder",
+    "generator": "ServeReplica:llava:Generator",
+    "gateway": "ServeReplica:llava:Gateway",
+    "controller": "ServeController",
+    "HAProxy": "haproxy",
+}
+# Those that hold clients' connections.
+ENTRANCES = {"gateway", "HAProxy"}
+_TWO = {"min_replicas": 2, "max_replicas": 2}
+# In single precision answers do not depend on what is computed together.
+_COMPUTE = {**_TWO, "num_cpus": 0.05, "dtype": "float32"}
+_ARGS = {"gateway": _TWO, "preprocessor": _TWO, "vision_encoder": _COMPUTE, "generator": _COMPUTE}
+_PATIENCE_S, _PAUSE_S, _POLL_S = 60.0, 0.25, 0.1
+_TEMPORARY = {0, 502, 503}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a client has in the end; `done` is false where the stream broke off or ended with an error."""
+
+    text: str = ""
+    tokens: tuple[str, ...] = ()
+    reason: str | None = None
+    num_tokens: int = 0
+    done: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One request: `kind` is what was killed last before it ended, `again` how often it was asked again."""
+
+    kind: str
+    problem: str = ""
+    again: int = 0
+    gap_s: float = 0.0
+
+
+@dataclass
+class Seen:
+    """What came of a load, and how long it took after each kill until all was there again."""
+
+    outcomes: list[Outcome] = field(default_factory=list)
+    kills: Counter[str] = field(default_factory=Counter)
+    recovery_s: dict[str, list[float]] = field(default_factory=dict)
+    memory_mib: list[float] = field(default_factory=list)
+
+
+def questions(port: int) -> list[bytes]:
+    """Streamed requests, each of which always has the same answer."""
+    pictures = PictureMaker("chaos")
+    messages = []
+    for number in range(12):
+        parts: list[object] = [pictures.make().part] if number % 3 else []
+        parts.append({"type": "text", "text": f"{QUESTIONS[number % len(QUESTIONS)]} ({number})"})
+        drawn = {"temperature": 1.0, "seed": number} if number % 2 else {}
+        body = {"messages": [{"role": "user", "content": parts}], "max_tokens": 160, "ignore_eos": True, **drawn}
+        options = {"stream": True, "stream_options": {"include_usage": True}, "logprobs": number % 4 < 2}
+        messages.append(post_json(port, {**body, **options}))
+    return messages
+
+
+def read_answer(events: Sequence[bytes]) -> Answer:
+    """Out of a stream's events."""
+    text, tokens, reason, num_tokens = "", [], None, 0
+    for event in events:
+        if event == b"[DONE]":
+            return Answer(text, tuple(tokens), reason, num_tokens, done=True)
+        body: Any = json.loads(event)
+        if "error" in body:
+            break
+        num_tokens = (body["usage"] or {}).get("completion_tokens", 0)
+        for choice in body["choices"]:
+            text += choice["delta"].get("content") or ""
+            tokens += [each["token"] for each in (choice["logprobs"] or {}).get("content") or []]
+            reason = choice["finish_reason"] or reason
+    return Answer(text, tuple(tokens), reason, num_tokens)
+
+
+class _Load:
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._questions = questions(service.port)
+        self._expected: list[Answer] = []
+        self._last = "nothing"
+        self._is_over = False
+        self.seen = Seen()
+
+    async def run(self, clients: int, seconds: float, every_s: float) -> None:
+        for message in self._questions:
+            answer, _, _ = await self._ask(message)
+            assert answer.done, answer
+            self._expected.append(answer)
+        self.seen.memory_mib.append(self._memory())
+        asking = [asyncio.ensure_future(self._client(number)) for number in range(clients)]
+        end = time.monotonic() + seconds
+        for kind in itertools.cycle(KINDS):
+            await asyncio.sleep(min(every_s, max(0.0, end - time.monotonic())))
+            if time.monotonic() >= end:
+                break
+            await self._kill(kind)
+        self._is_over = True
+        await asyncio.gather(*asking)
+        self.seen.memory_mib.append(self._memory())
+
+    async def _client(self, number: int) -> None:
+        for index in itertools.count(number * 5):
+            if self._is_over:
+                return
+            index %= len(self._questions)
+            answer, again, gap_s = await self._ask(self._questions[index])
+            problem = "" if answer == self._expected[index] else "wrong" if answer.done else "broken"
+            self.seen.outcomes.append(Outcome(self._last, problem, again, gap_s))
+
+    async def _ask(self, message: bytes) -> tuple[Answer, int, float]:
+        """Asked again as long as nothing comes; and the longest time in which nothing came of what had begun."""
+        deadline = time.monotonic() + _PATIENCE_S
+        again = -1
+        while True:
+            again, pieces = again + 1, []
+            with contextlib.suppress(OSError, TimeoutError):
+                pieces = await asyncio.wait_for(exchange(self._service.port, message), _PATIENCE_S)
+            response = read_response(pieces)
+            if response.status not in _TEMPORARY or time.monotonic() > deadline:
+                break
+            await asyncio.sleep(_PAUSE_S)
+        events = [*response.events()] if response.status == 200 else []
+        times = [when for when, _ in events]
+        gaps = [later - earlier for earlier, later in itertools.pairwise(times)]
+        return read_answer([data for _, data in events]), again, max(gaps, default=0.0)
+
+    async def _kill(self, kind: str) -> None:
+        before = self._processes(kind)
+        self._last = kind
+        began = time.monotonic()
+        self.seen.kills[kind] += 1
+        os.kill(before[0], signal.SIGKILL)
+        while not await asyncio.to_thread(self._is_whole, kind, before):
+            if time.monotonic() > began + _PATIENCE_S:
+                break
+            await asyncio.sleep(_POLL_S)
+        self.seen.recovery_s.setdefault(kind, []).append(time.monotonic() - began)
+
+    def _is_whole(self, kind: str, before: Sequence[int]) -> bool:
+        """Whether there is another in the place of the first of these, and the service is well."""
+        found = self._processes(kind)
+        if len(found) < len(before) or before[0] in found:
+            return False
+        with contextlib.suppress(httpx.TransportError):
+            return httpx.get(f"http://127.0.0.1:{self._service.port}/health", timeout=5).status_code == 200
+        return False
+
+    def _processes(self, kind: str) -> list[int]:
+        return [pid for pid, command in self._commands() if KINDS[kind] in command]
+
+    def _commands(self) -> Iterator[tuple[int, str]]:
+        for process in self._service.server.processes():
+            with contextlib.suppress(psutil.Error):
+                yield process.pid, " ".join(process.cmdline())
+
+    def _memory(self) -> float:
+        return sum(memory.measure(self._service.server.processes()).values())
+
+
+def judge(seen: Seen) -> list[Bar]:
+    """Every answer whole and as it was, but for connections that ended with the process that held them."""
+    broken = Counter(each.kind for each in seen.outcomes if each.problem == "broken")
+    failed = sum(number for kind, number in broken.items() if kind not in ENTRANCES)
+    others = [each for each in seen.outcomes if each.again and each.kind not in ENTRANCES]
+    return [
+        Bar("answers", len(seen.outcomes), "≥", 1),
+        Bar("requests failed", failed, "=", 0),
+        Bar("answers wrong", sum(each.problem == "wrong" for each in seen.outcomes), "=", 0),
+        Bar("requests asked again though no entrance was killed", len(others), "=", 0),
+    ]
+
+
+def figures(seen: Seen) -> dict[str, Any]:
+    """By what was killed."""
+    kinds = {}
+    for kind in KINDS:
+        of_kind = [each for each in seen.outcomes if each.kind == kind]
+        kinds[kind] = {
+            "kills": seen.kills[kind],
+            "answers": len(of_kind),
+            "broken_off": sum(each.problem == "broken" for each in of_kind),
+            "asked_again": sum(bool(each.again) for each in of_kind),
+            "longest_gap_s": round(max((each.gap_s for each in of_kind), default=0.0), 3),
+            "recovery_s": [round(seconds, 1) for seconds in seen.recovery_s.get(kind, [])],
+        }
+    return {"kinds": kinds, "memory_mib": [round(each, 1) for each in seen.memory_mib]}
+
+
+def table(kinds: dict[str, Any]) -> str:
+    """In Markdown."""
+    rows = [
+        "| killed | times | answers | broken off | asked again | longest gap, s | recovery, s |",
+        "| --- |" + " ---: |" * 6,
+    ]
+    for kind, found in kinds.items():
+        cells = [found[name] for name in ("kills", "answers", "broken_off", "asked_again", "longest_gap_s")]
+        rows.append(f"| {kind} | {' | '.join(map(str, cells))} | {max(found['recovery_s'], default=0.0)} |")
+    return "\n".join(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=20)
+    parser.add_argument("--every", type=float, default=20, help="seconds from all being well to the next kill")
+    parser.add_argument("--clients", type=int, default=4)
+    parser.add_argument("--json", type=Path, help="also write the figures here")
+    options = parser.parse_args()
+    # So that the service is ended then, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended from outside"))
+    with serving(args=_ARGS) as service:
+        load = _Load(service)
+        asyncio.run(load.run(options.clients, options.minutes * 60, options.every))
+    bars, found = judge(load.seen), figures(load.seen)
+    settings = {"minutes": options.minutes, "every_s": options.every, "clients": options.clients}
+    kept = {bar.what: bar.as_json() for bar in bars}
+    results = {**settings, "machine": describe_machine(), "bars": kept, **found}
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    print(table(found["kinds"]))
+    print(make_table(bars))
+    if not all(bar.is_kept for bar in bars):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
