@@ -103,7 +103,8 @@ def questions(port: int) -> list[bytes]:
 
 def read_answer(events: Sequence[bytes]) -> Answer:
     """Out of a stream's events."""
-    text, tokens, reason, num_tokens = "", [], None, 0
+    text, reason, num_tokens = "", None, 0
+    tokens: list[str] = []
     for event in events:
         if event == b"[DONE]":
             return Answer(text, tuple(tokens), reason, num_tokens, done=True)
