@@ -101,7 +101,11 @@ class GatewayReplica:
         models = {model.served_name: (pipelines | upstreams)[model.served_name] for model in args.models}
         self._watches = [asyncio.get_running_loop().create_task(each.watch()) for each in upstreams.values()]
         stages = [handle.deployment_name for handle in (preprocessor, *encoders.values(), *generators.values())]
-        status = StageStatus(preprocessor.app_name, {name_for_clients(stage): stage for stage in stages})
+        status = StageStatus(
+            preprocessor.app_name,
+            {name_for_clients(stage): stage for stage in stages},
+            may_be_empty=_scaled_to_zero(args, preprocessor, encoders, generators),
+        )
         # Serve's HTTP server puts the request id on every response itself.
         self._gateway = Gateway(
             models,
@@ -179,6 +183,17 @@ class GeneratorReplica(Generator):
         recorder = RayRecorder().start()
         recorder.watch(lambda: engine_readings(engine.stats))
         super().__init__(running, handoff, token_bytes=tokenizer.token_bytes, recorder=recorder)
+
+
+def _scaled_to_zero(
+    args: AppArgs, preprocessor: Handle, encoders: Mapping[str, Handle], generators: Mapping[str, Handle]
+) -> set[str]:
+    """The deployments of which there need not be a replica."""
+    stages = [(preprocessor, args.preprocessor.min_replicas)]
+    for model in args.own_models:
+        stages.append((encoders[model.served_name], model.vision_encoder.min_replicas))
+        stages.append((generators[model.served_name], model.generator.min_replicas))
+    return {handle.deployment_name for handle, fewest in stages if not fewest}
 
 
 def _listening_hosts() -> set[str]:
