@@ -106,6 +106,9 @@ CACHE_HITS = Counter("llava_cache_hits_total", "Pictures found in the cache of `
 CACHE_MISSES = Counter("llava_cache_misses_total", "Pictures not found in that cache.", ("cache",))
 CACHE_BYTES = Gauge("llava_cache_bytes", "What the cache holds.", ("cache",))
 
+# `phase`: imports, weights, or the engine with what it makes ready.
+STARTUP = Gauge("llava_startup_seconds", "What the start of this replica took, by phase.", ("phase",))
+
 # The generator's. Prompts count when their answers are over, what was written as it is written.
 PROMPT_TOKENS = Counter("llava_prompt_tokens_total", "Tokens of prompts, those of pictures included.")
 IMAGE_TOKENS = Counter("llava_image_tokens_total", "Tokens of prompts that stand for pictures.")
