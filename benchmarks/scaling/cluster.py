@@ -128,7 +128,7 @@ def _settings(
         "auth": {},
         "file_mounts": {},
         "cluster_synced_files": [],
-        **dict.fromkeys(_COMMANDS, []),
+        **{name: [] for name in _COMMANDS},
     }
 
 

@@ -170,6 +170,24 @@ def test_stages_may_be_scaled_to_zero_and_begin_with_one(tiny_checkpoint: Path) 
         assert (scaling.min_replicas, scaling.initial_replicas) == (0, begins_with)
 
 
+def test_on_a_cluster_what_no_node_has_now_is_told_and_waited_for(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    node = {"Alive": True, "Resources": {"CPU": 8.0, "GPU": 1.0, "accelerator_type:A100": 1.0}, "Labels": {}}
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    monkeypatch.setattr("ray.nodes", lambda: [node])
+    # As they are where Serve has not made its own.
+    monkeypatch.setattr("deployments.app.adopt_serve_logging", lambda: None)
+    for kind, told in (("A100", []), ("H100", ["generator: no node has accelerator_type H100; there are A100"])):
+        caplog.clear()
+        generator = {"num_gpus": 1, "accelerator_type": kind}
+        built = build_app(AppArgs(models=[{"checkpoint": str(tiny_checkpoint)}], generator=generator))
+        assert built._bound_deployment.name == "Gateway"
+        assert [
+            record.getMessage().partition(". ")[0] for record in caplog.records if "no node" in record.message
+        ] == told
+
+
 def test_a_stage_says_what_its_node_must_have(tiny_checkpoint: Path) -> None:
     placement = {
         "accelerator_type": "H100",
