@@ -19,13 +19,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.__main__ import free_port
 from benchmarks.machine import describe_machine
 from benchmarks.peers.load import Answer, percentile
 from benchmarks.scaling.cluster import Cluster, autoscaling_cluster
 from benchmarks.scaling.load import Clients, Period, run_load
+
+if TYPE_CHECKING:
+    from benchmarks.scaling.watch import Sample, Watch
 
 PERIODS = (Period(30, 1), Period(30, 3), Period(60, 6), Period(30, 3), Period(40, 1))
 DELAYS = {"look_back_s": 5, "upscale_delay_s": 5, "downscale_delay_s": 15, "downscale_to_zero_delay_s": 15}
@@ -46,12 +49,11 @@ _LOOK_S = 0.2
 
 @dataclass(frozen=True)
 class Outcome:
-    """What was seen; `when` of answers is by time.perf_counter, which was `offset` behind time.time."""
+    """What was seen. Answers are timed by time.perf_counter, which was `offset` behind time.time."""
 
-    samples: Sequence[Any]
+    samples: Sequence[Sample]
     answers: Sequence[Answer]
     offset: float
-    cold_starts: dict[str, dict[str, float]]
 
 
 def main() -> None:
@@ -63,38 +65,40 @@ def main() -> None:
     # So that the cluster is ended then, too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended from outside"))
     periods = [Period(period.seconds * options.scale, period.clients) for period in PERIODS]
-    with autoscaling_cluster(HEAD, WORKER, max_workers=MAX_WORKERS, idle_s=_IDLE_S) as cluster:
-        outcome = run(cluster, periods)
-    figures = summarize(outcome)
-    results = {"machine": describe_machine(), "periods": [vars(period) for period in periods], "args": ARGS, **figures}
-    print(json.dumps(results, indent=2))
+    results: dict[str, Any] = {"machine": describe_machine(), "periods": [vars(each) for each in periods], "args": ARGS}
+    port, clients = free_port(), Clients()
+    with autoscaling_cluster(HEAD, WORKER, max_workers=MAX_WORKERS, idle_s=_IDLE_S) as cluster, serving(cluster, port):
+        from benchmarks.scaling.picture import draw
+        from benchmarks.scaling.watch import Watch
+
+        with Watch(lambda: clients.number, _LOOK_S) as watch:
+            outcome = follow(port, periods, clients, watch)
+            results |= summarize(outcome)
+            if options.picture:
+                draw(options.picture, outcome.samples, _firsts(outcome))
+            print(json.dumps(results, indent=2), flush=True)
+            results["cold_start_s"] = measure_cold_starts(port, cluster, watch)
+    print(json.dumps(results["cold_start_s"], indent=2))
     if options.json:
         options.json.write_text(json.dumps(results, indent=2) + "\n")
-    if options.picture:
-        from benchmarks.scaling.picture import draw
-
-        draw(options.picture, outcome.samples, _firsts(outcome))
     check(outcome)
 
 
-def run(cluster: Cluster, periods: Sequence[Period]) -> Outcome:
-    """The load on a service of this cluster, until it has scaled to zero; then what one request takes that wakes it."""
-    port = free_port()
-    with serving(cluster, port):
-        from benchmarks.scaling.cold_start import measure
-        from benchmarks.scaling.watch import Watch
+def follow(port: int, periods: Sequence[Period], clients: Clients, watch: Watch) -> Outcome:
+    """The load, until everything that it has called for is gone again."""
+    answers = asyncio.run(run_load(port, periods, clients))
+    clients.number = 0
+    watch.wait_for(lambda seen: not any(_networks(seen)) and seen.nodes == 1, deadline_s=_DEADLINE_S)
+    return Outcome([*watch.samples], answers, time.time() - time.perf_counter())
 
-        clients = Clients()
-        with Watch(lambda: clients.number, _LOOK_S) as watch:
-            answers = asyncio.run(run_load(port, periods, clients))
-            clients.number = 0
-            watch.wait_for(lambda seen: not any(_networks(seen)) and seen.nodes == 1, deadline_s=_DEADLINE_S)
-            num_samples = len(watch.samples)
-            cold = {"with a new node": measure(port, cluster.logs, watch, needs_node=True)}
-            # The node stays for a while after its replica.
-            watch.wait_for(lambda seen: not any(_networks(seen)) and seen.nodes > 1, deadline_s=_DEADLINE_S)
-            cold["on a node that is there"] = measure(port, cluster.logs, watch, needs_node=False)
-    return Outcome(watch.samples[:num_samples], answers, time.time() - time.perf_counter(), cold)
+
+def measure_cold_starts(port: int, cluster: Cluster, watch: Watch) -> dict[str, dict[str, float]]:
+    """Of the generator alone, twice: the node stays for a while after its replica."""
+    from benchmarks.scaling.cold_start import measure
+
+    cold = {"with a new node": measure(port, cluster.logs, watch, needs_node=True)}
+    watch.wait_for(lambda seen: not any(_networks(seen)) and seen.nodes > 1, deadline_s=_DEADLINE_S)
+    return {**cold, "on a node that is there": measure(port, cluster.logs, watch, needs_node=False)}
 
 
 @contextmanager
@@ -138,7 +142,6 @@ def summarize(outcome: Outcome) -> dict[str, Any]:
         },
         "most_replicas": {stage: max(each.running.get(stage, 0) for each in outcome.samples) for stage in stages},
         "most_nodes": max(each.nodes for each in outcome.samples),
-        "cold_start_s": outcome.cold_starts,
     }
 
 
@@ -153,7 +156,7 @@ def check(outcome: Outcome) -> None:
         raise SystemExit(f"replicas or nodes have not followed: at most {max(generators)} and {max(nodes)}")
 
 
-def _networks(sample: Any) -> list[int]:
+def _networks(sample: Sample) -> list[int]:
     names = ("VisionEncoder", "Generator")
     return [states.get(name, 0) for name in names for states in (sample.running, sample.starting)]
 

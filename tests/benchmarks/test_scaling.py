@@ -57,7 +57,6 @@ FOLLOWED = Outcome(
     [_sample(0, running=1, nodes=2, clients=1), _sample(10, running=2, nodes=3, clients=3), _sample(20)],
     [Answer(1.0, (1.5, 2.0)), Answer(11.0, (13.0,)), Answer(12.0, (12.5,))],
     0.0,
-    {},
 )
 
 
