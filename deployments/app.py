@@ -3,15 +3,18 @@
 The only file that knows `serve.deployment`, `bind` and `ingress`. `build_app` is what serve_config.yaml names.
 """
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
+import ray
 from ray import serve
 from ray.serve import Application, Deployment
-from ray.serve.config import AutoscalingConfig
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
 from deployments.handoff import Handoff, RayHandoff
 from deployments.llava_protocol.settings import LlavaProtocolArgs
+from deployments.placement import nodes_of, stages_of, unplaceable
 from deployments.preflight import FoundCheckpoint, check_checkpoints, share_towers
 from deployments.replicas import (
     GatewayReplica,
@@ -24,11 +27,16 @@ from deployments.replicas import (
 from deployments.settings import AppArgs
 from deployments.stage_settings import StageArgs
 
+logger = logging.getLogger(__name__)
+
 # A long answer outlives Serve's 20 seconds.
 _SHUTDOWN_S = 180.0
 # How long a replica that was killed still counts as one that can serve, where Serve's default is 10 s.
 _HEALTH_CHECK_S = 2.0
 _ROUTER = "deployments.routing.AffinityRouter"
+_POLICY = "deployments.scaling:LoadPolicy"
+# So often within the look-back period replicas and gateways look at themselves, and tell the controller.
+_LOOKS = 5
 
 
 def build_app(args: AppArgs) -> Application:
@@ -36,7 +44,17 @@ def build_app(args: AppArgs) -> Application:
     # What is fetched is fetched here, for all replicas of this machine, and nobody sees our own loggers.
     adopt_serve_logging()
     found = check_checkpoints(args)
-    return build_graph(args, found, share_towers(args, found), RayHandoff())
+    towers = share_towers(args, found)
+    _tell_of_missing_nodes(args, towers)
+    return build_graph(args, found, towers, RayHandoff())
+
+
+def _tell_of_missing_nodes(args: AppArgs, towers: Mapping[str, str]) -> None:
+    """Of what fits on no node that there is now. More may come, so Serve waits; and it may be a mistake."""
+    if ray.is_initialized():
+        nodes = nodes_of(ray.nodes())  # type: ignore[no-untyped-call]
+        for problem in unplaceable(stages_of(args, towers), nodes):
+            logger.warning("%s. It waits for a node that has", problem)
 
 
 def build_graph(
@@ -105,17 +123,32 @@ def _deploy(cls: Any, name: str, args: StageArgs) -> Deployment:
     return deployment
 
 
-def _resources(args: StageArgs) -> dict[str, float]:
-    resources = {"num_cpus": args.num_cpus}
-    return resources | {"num_gpus": args.num_gpus} if args.num_gpus else resources
+def _resources(args: StageArgs) -> dict[str, Any]:
+    needs = {
+        "num_gpus": args.num_gpus,
+        "accelerator_type": args.accelerator_type,
+        "label_selector": args.label_selector,
+        "resources": args.resources,
+    }
+    return {"num_cpus": args.num_cpus} | {name: value for name, value in needs.items() if value}
 
 
 def _scale(args: StageArgs) -> dict[str, Any]:
+    spread = {"max_replicas_per_node": args.max_replicas_per_node} if args.max_replicas_per_node else {}
     if args.min_replicas == args.max_replicas:
-        return {"num_replicas": args.min_replicas}
+        return {"num_replicas": args.min_replicas, **spread}
+    given = args.autoscaling
+    policy = {"targets": given.targets, "tolerance": given.tolerance}
     scaling = AutoscalingConfig(
         min_replicas=args.min_replicas,
         max_replicas=args.max_replicas,
-        target_ongoing_requests=args.target_ongoing_requests,
+        # Where it is set, an update begins with it, however many there are.
+        initial_replicas=args.first_replicas if args.first_replicas > args.min_replicas else None,
+        look_back_period_s=given.look_back_s,
+        metrics_interval_s=given.look_back_s / _LOOKS,
+        upscale_delay_s=given.upscale_delay_s,
+        downscale_delay_s=given.downscale_delay_s,
+        downscale_to_zero_delay_s=given.downscale_to_zero_delay_s,
+        policy=AutoscalingPolicy(policy_function=_POLICY, policy_kwargs=policy),  # type: ignore[no-untyped-call]
     )
-    return {"autoscaling_config": scaling}
+    return {"autoscaling_config": scaling, **spread}

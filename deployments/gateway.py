@@ -193,7 +193,8 @@ class Gateway:
             return error_response(error, _request_id(request))
         # Whatever is wrong with these, other models can be asked.
         others = self._served.upstream_states
-        ready = {"status": "ok", "stages": {stage.name: "ok" for stage in stages}}
+        states = {stage.name: "ok" if stage.has_replicas else "scaled_to_zero" for stage in stages}
+        ready = {"status": "ok", "stages": states}
         return JSONResponse(ready | ({"upstreams": others} if others else {}))
 
     async def _openapi(self, _request: Request) -> Response:

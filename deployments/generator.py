@@ -23,6 +23,7 @@ from deployments.metrics import (
     Recorder,
     Unrecorded,
 )
+from deployments.scaling import HELD_REQUESTS
 from deployments.watchdog import Watchdog
 from llava_core.errors import EngineError, LlavaError
 from llava_core.types import BegunAnswer, EngineRequest, PreparedRequest, TokenDelta, Usage
@@ -93,6 +94,17 @@ class Generator:
         request = engine_request(handed.request, features, begun)
         # What is asked for again may still be at work here, where only the connection broke.
         return replace(request, request_id=f"{request.request_id}/{next(self._numbers)}")
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """For Serve, which scales by it (scaling.py): tokens of prompts that are to be read, and what share of its
+        blocks and of its places for answers the engine uses; of places more than all where answers wait."""
+        stats = self._engine.stats
+        return {
+            "queued_prefill_tokens": stats.num_unread,
+            "kv_cache_use": stats.used_blocks / stats.num_blocks,
+            "slot_use": (stats.num_running + stats.num_waiting) / self._engine.max_running,
+            HELD_REQUESTS: self._engine.num_requests,
+        }
 
     def _spelled(self, delta: TokenDelta) -> TokenDelta:
         """With the bytes of every token that it names, for those who have no tokenizer."""

@@ -6,7 +6,7 @@ imported.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,32 +137,6 @@ def _pinned(model: ModelArgs, found: FoundCheckpoint | None) -> dict[str, Any]:
         return model.model_dump(mode="json", exclude_unset=True)
     named = {"name": model.served_name, "checkpoint": found.model, "base": found.base}
     return model.model_dump(exclude_unset=True) | named | {"revisions": dict(found.revisions)}
-
-
-def check_resources(args: AppArgs, towers: Callable[[], Mapping[str, str]], available: Mapping[str, float]) -> None:
-    """Raise LaunchError when the smallest number of replicas asks for more than there is: Serve would wait for ever.
-
-    `towers` tells which models share one (preflight.py). It takes a while, and is called only where that matters.
-    """
-    own = {model.served_name: model.served_name for model in args.own_models}
-    if _lacking(args, own, available) is not None and (problem := _lacking(args, towers(), available)):
-        raise LaunchError(problem)
-
-
-def _lacking(args: AppArgs, towers: Mapping[str, str], available: Mapping[str, float]) -> str | None:
-    encoders = [model.vision_encoder for model in args.own_models if model.served_name in towers.values()]
-    stages = [args.gateway, args.preprocessor, *encoders, *(model.generator for model in args.own_models)]
-    wanted = {
-        "CPU": sum(stage.min_replicas * stage.num_cpus for stage in stages),
-        "GPU": sum(stage.min_replicas * stage.num_gpus for stage in stages),
-    }
-    for name, amount in wanted.items():
-        if amount > available.get(name, 0) + 1e-6:
-            return (
-                f"the stages ask for {amount:g} {name}s in all, and this machine has {available.get(name, 0):g}; "
-                f"lower num_{name.lower()}s or min_replicas in the configuration"
-            )
-    return None
 
 
 def _check_update(running: LaunchPlan, changed: LaunchPlan) -> None:

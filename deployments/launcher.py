@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,9 @@ from deployments.deploying import deploy, serve_schema, watch
 from deployments.environment import ENVIRONMENT
 from deployments.errors import LaunchError
 from deployments.exposure import ENTRANCE_VARIABLE
-from deployments.launch_plan import LaunchPlan, check_resources
+from deployments.launch_plan import LaunchPlan
 from deployments.load_balancer import LoadBalancer, balance_gateways, balance_proxy
+from deployments.placement import check_placement, nodes_of
 from deployments.preflight import share_towers
 from deployments.processes import Process, descendants, end, name_of
 from llava_core.client import Client
@@ -87,8 +88,8 @@ class LocalService:
         self.metrics_url = f"http://127.0.0.1:{context.address_info['metrics_export_port']}/metrics"
         report(self._progress("Ray"))
         if "deployments" not in find_application(self.plan.config):
-            resources: Mapping[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-            check_resources(self.plan.args, lambda: share_towers(self.plan.args, self.plan.found), resources)
+            nodes = nodes_of(ray.nodes())  # type: ignore[no-untyped-call]
+            check_placement(self.plan.args, lambda: share_towers(self.plan.args, self.plan.found), nodes)
         serve.start(
             proxy_location="HeadOnly",
             http_options=schema.http_options.model_dump(),

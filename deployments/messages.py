@@ -106,10 +106,11 @@ def num_tokens(delta: TokenDelta) -> int:
 
 @dataclass(frozen=True)
 class StageHealth:
-    """Whether a stage could take a request now."""
+    """Whether a stage could take a request now; without a replica, as soon as one has started."""
 
     name: str
     is_ready: bool
+    has_replicas: bool = True
 
 
 def pack(features: ImageFeatures) -> PackedFeatures:

@@ -106,9 +106,13 @@ UPSTREAM_UP = Gauge("llava_upstream_up", "1 where the server can be reached and 
 STAGE_DURATION = Histogram("llava_stage_duration_seconds", "Work on one request, by stage.", ("stage",))
 QUEUE_WAIT = Histogram("llava_queue_wait_seconds", "Waiting of one request inside a replica, by stage.", ("stage",))
 IMAGES = Histogram("llava_images_per_request", "Pictures of the requests that were encoded.", (), _IMAGES)
+QUEUED_TILES = Gauge("llava_queued_tiles", "Tiles of pictures that wait for the tower or are in it.")
 CACHE_HITS = Counter("llava_cache_hits_total", "Pictures found in the cache of `tiles` or `features`.", ("cache",))
 CACHE_MISSES = Counter("llava_cache_misses_total", "Pictures not found in that cache.", ("cache",))
 CACHE_BYTES = Gauge("llava_cache_bytes", "What the cache holds.", ("cache",))
+
+# `phase`: imports, weights, or the engine with what it makes ready.
+STARTUP = Gauge("llava_startup_seconds", "What the start of this replica took, by phase.", ("phase",))
 
 # The generator's. Prompts count when their answers are over, what was written as it is written.
 PROMPT_TOKENS = Counter("llava_prompt_tokens_total", "Tokens of prompts, those of pictures included.")
@@ -125,6 +129,7 @@ PREEMPTIONS = Counter("llava_engine_preemptions_total", "Answers set back for la
 FINISHED = Counter("llava_engine_finished_total", "Answers by how they ended, `finished` or `failed`.", ("outcome",))
 RUNNING = Gauge("llava_requests_running", "Answers that are being written.")
 WAITING = Gauge("llava_requests_waiting", "Answers that wait for the engine.")
+QUEUED_PREFILL_TOKENS = Gauge("llava_queued_prefill_tokens", "Tokens of prompts that are to be read.")
 BLOCKS = Gauge("llava_kv_cache_blocks", "Blocks of keys and values: `used`, `idle` (kept) or `free`.", ("state",))
 
 METRICS: tuple[Metric, ...] = tuple(value for value in globals().values() if isinstance(value, Metric))
@@ -253,6 +258,7 @@ def engine_readings(stats: EngineStats) -> list[Reading]:
         (FINISHED, stats.num_failed, ("failed",)),
         (RUNNING, stats.num_running, ()),
         (WAITING, stats.num_waiting, ()),
+        (QUEUED_PREFILL_TOKENS, stats.num_unread, ()),
         (BLOCKS, stats.used_blocks, ("used",)),
         (BLOCKS, stats.idle_blocks, ("idle",)),
         (BLOCKS, free, ("free",)),

@@ -40,8 +40,9 @@ from deployments.preprocessor import Preprocessor
 from deployments.quarantine import Quarantine
 from deployments.settings import AppArgs
 from deployments.shared_cores import Cores, OwnCores, SharedCores, shared_folder
-from deployments.stage_settings import ComputeArgs, VisionEncoderArgs
+from deployments.stage_settings import ComputeArgs, StageArgs, VisionEncoderArgs
 from deployments.stage_status import StageStatus, name_for_clients
+from deployments.startup import Startup
 from deployments.upstream import Upstream
 from deployments.upstream_settings import read_key, trusted
 from deployments.vision_encoder import VisionEncoder
@@ -102,7 +103,15 @@ class GatewayReplica:
         models = {model.served_name: (pipelines | upstreams)[model.served_name] for model in args.models}
         self._watches = [asyncio.get_running_loop().create_task(each.watch()) for each in upstreams.values()]
         stages = [handle.deployment_name for handle in (preprocessor, *encoders.values(), *generators.values())]
-        status = StageStatus(preprocessor.app_name, {name_for_clients(stage): stage for stage in stages})
+        scaled: list[tuple[Handle, StageArgs]] = [(preprocessor, args.preprocessor)]
+        for model in args.own_models:
+            name = model.served_name
+            scaled += [(encoders[name], model.vision_encoder), (generators[name], model.generator)]
+        status = StageStatus(
+            preprocessor.app_name,
+            {name_for_clients(stage): stage for stage in stages},
+            may_be_empty={handle.deployment_name for handle, stage in scaled if not stage.min_replicas},
+        )
         # Serve's HTTP server puts the request id on every response itself.
         self._gateway = Gateway(
             models,
@@ -158,8 +167,9 @@ class VisionEncoderReplica(VisionEncoder):
 
     def __init__(self, args: VisionEncoderArgs, checkpoint: FoundCheckpoint, handoff: Handoff) -> None:
         adopt_serve_logging()
-        tower, cores = in_thread_of_its_own(lambda: _load_tower(args, checkpoint))
-        recorder = RayRecorder().start()
+        startup = Startup()
+        tower, cores = in_thread_of_its_own(lambda: _load_tower(args, checkpoint, startup))
+        recorder = startup.recorder()
         super().__init__(tower, handoff, cache_bytes=args.cache_bytes, cores=cores, recorder=recorder)
 
 
@@ -168,16 +178,17 @@ class GeneratorReplica(Generator):
 
     def __init__(self, model: ModelArgs, checkpoint: FoundCheckpoint, handoff: Handoff) -> None:
         adopt_serve_logging()
+        startup = Startup()
+        engine, tokenizer, cores = in_thread_of_its_own(lambda: _load_engine(model, checkpoint, startup))
         from llava_core.engine.async_engine import AsyncEngine
 
-        engine, tokenizer, cores = in_thread_of_its_own(lambda: _load_engine(model, checkpoint))
         running = AsyncEngine(
             engine,
             delta_gap_s=model.engine.chunk_gap_ms / 1e3,
             before_step=cores.claim,
             when_idle=cores.release,
         )
-        recorder = RayRecorder().start()
+        recorder = startup.recorder()
         recorder.watch(lambda: engine_readings(engine.stats))
         super().__init__(running, handoff, token_bytes=tokenizer.token_bytes, recorder=recorder)
 
@@ -191,31 +202,39 @@ def _listening_hosts() -> set[str]:
     return {str(client.http_config.host), *([entrance] if entrance else [])}
 
 
-def _load_tower(args: ComputeArgs, checkpoint: FoundCheckpoint) -> tuple[VisionTower, Cores]:
-    from llava_core.checkpoints.load import load_tower
-    from llava_core.vision.inference import call_before_layers, ready_tower
+def _load_tower(args: ComputeArgs, checkpoint: FoundCheckpoint, startup: Startup) -> tuple[VisionTower, Cores]:
+    with startup.phase("imports"):
+        options = set_up_compute(args)
+        from llava_core.checkpoints.load import load_tower
+        from llava_core.vision.inference import call_before_layers, ready_tower
 
-    options = set_up_compute(args)
-    tower = load_tower(checkpoint.open(), options)
-    cores = share_cores(args, tower, options.device)
-    ready_tower(tower)
-    call_before_layers(tower, cores.claim)
+    with startup.phase("weights"):
+        tower = load_tower(checkpoint.open(), options)
+        cores = share_cores(args, tower, options.device)
+        ready_tower(tower)
+        call_before_layers(tower, cores.claim)
     return tower, cores
 
 
-def _load_engine(model: ModelArgs, checkpoint: FoundCheckpoint) -> tuple[Engine, CheckpointTokenizer, Cores]:
-    from llava_core.checkpoints.load import load_language_side
-    from llava_core.checkpoints.tokenizer import load_tokenizer
-    from llava_core.engine.engine import Engine
-    from llava_core.models.fused import ready_language
+def _load_engine(
+    model: ModelArgs, checkpoint: FoundCheckpoint, startup: Startup
+) -> tuple[Engine, CheckpointTokenizer, Cores]:
+    with startup.phase("imports"):
+        options = replace(set_up_compute(model.generator), quantization=model.generator.quantization)
+        from llava_core.checkpoints.load import load_language_side
+        from llava_core.checkpoints.tokenizer import load_tokenizer
+        from llava_core.engine.engine import Engine
+        from llava_core.models.fused import ready_language
 
-    options = replace(set_up_compute(model.generator), quantization=model.generator.quantization)
-    opened = checkpoint.open()
-    tokenizer = load_tokenizer(opened)
-    language = load_language_side(opened, options, num_tokens=tokenizer.num_tokens)
-    cores = share_cores(model.generator, language, options.device)
-    ready_language(language)
-    return Engine(language, tokenizer, model.engine.config), tokenizer, cores
+    with startup.phase("weights"):
+        opened = checkpoint.open()
+        tokenizer = load_tokenizer(opened)
+        language = load_language_side(opened, options, num_tokens=tokenizer.num_tokens)
+        cores = share_cores(model.generator, language, options.device)
+    with startup.phase("engine"):
+        ready_language(language)
+        engine = Engine(language, tokenizer, model.engine.config)
+    return engine, tokenizer, cores
 
 
 def in_thread_of_its_own(load: Callable[[], Loaded]) -> Loaded:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 from ray import serve
@@ -20,7 +20,8 @@ from deployments.messages import StageHealth
 
 logger = logging.getLogger(__name__)
 
-
+# How Serve calls a deployment without replicas while the first one starts, or the last one goes.
+_SCALED_TO_ZERO = ("HEALTHY", "UPSCALING", "DOWNSCALING")
 _NAMES = {"Preprocessor": "preprocessor", "VisionEncoder": "vision_encoder", "Generator": "generator"}
 
 
@@ -33,7 +34,8 @@ def name_for_clients(deployment: str) -> str:
 class StageStatus:
     """Callable for the state of `stages`: names for clients to names of deployments of the application.
 
-    An answer of the controller serves everybody who asks within `max_age_s` of the question.
+    Those deployments that `may_be_empty` are ready without a replica: a request waits while one starts. An answer of
+    the controller serves everybody who asks within `max_age_s` of the question.
     """
 
     def __init__(
@@ -41,12 +43,14 @@ class StageStatus:
         application: str,
         stages: Mapping[str, str],
         *,
+        may_be_empty: Collection[str] = (),
         max_age_s: float = 1.0,
         timeout_s: float = 5.0,
         ask: Callable[[], ServeStatus] = serve.status,
     ) -> None:
         self._application = application
         self._stages = stages
+        self._may_be_empty = frozenset(may_be_empty)
         self._max_age_s = max_age_s
         self._timeout_s = timeout_s
         self._ask = ask
@@ -65,7 +69,17 @@ class StageStatus:
             return [StageHealth(name, is_ready=False) for name in self._stages]
         application = status.applications.get(self._application)
         deployments = {} if application is None else application.deployments
-        return [StageHealth(name, is_ready=_is_ready(deployments.get(stage))) for name, stage in self._stages.items()]
+        return [self._health(name, stage, deployments.get(stage)) for name, stage in self._stages.items()]
+
+    def _health(self, name: str, stage: str, deployment: DeploymentStatusOverview | None) -> StageHealth:
+        if deployment is None:
+            return StageHealth(name, is_ready=False)
+        if any(count and state == "RUNNING" for state, count in deployment.replica_states.items()):
+            return StageHealth(name, is_ready=True)
+        if stage in self._may_be_empty and deployment.status in _SCALED_TO_ZERO:
+            return StageHealth(name, is_ready=True, has_replicas=False)
+        # Of a deployment that was just made, say the controller's rounds.
+        return StageHealth(name, is_ready=deployment.status == "HEALTHY")
 
     def _latest(self) -> asyncio.Future[ServeStatus]:
         now = time.monotonic()
@@ -73,11 +87,3 @@ class StageStatus:
             self._asked_at = now
             self._answer = asyncio.get_running_loop().run_in_executor(self._thread, self._ask)
         return self._answer
-
-
-def _is_ready(deployment: DeploymentStatusOverview | None) -> bool:
-    """A replica runs; or none does and none is wanted, because the first request will start one."""
-    if deployment is None:
-        return False
-    is_running = any(count and state == "RUNNING" for state, count in deployment.replica_states.items())
-    return is_running or deployment.status == "HEALTHY"

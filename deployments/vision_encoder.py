@@ -13,9 +13,19 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING
 
+from deployments.busy import BusyTime
 from deployments.handoff import Handoff
 from deployments.messages import Encoded, PackedFeatures, Prepared, Rejected, pack, without_tiles
-from deployments.metrics import IMAGES, QUEUE_WAIT, STAGE_DURATION, Recorder, Unrecorded, cache_readings
+from deployments.metrics import (
+    IMAGES,
+    QUEUE_WAIT,
+    QUEUED_TILES,
+    STAGE_DURATION,
+    Recorder,
+    Unrecorded,
+    cache_readings,
+)
+from deployments.scaling import BUSY, HELD_REQUESTS
 from deployments.shared_cores import Cores, OwnCores
 from deployments.watchdog import Watchdog
 from llava_core.errors import EngineError
@@ -48,7 +58,10 @@ class VisionEncoder:
         self._handoff = handoff
         self._cores = OwnCores() if cores is None else cores
         self._recorder = recorder or Unrecorded()
+        self._busy = BusyTime()
+        self._queued_tiles = self._num_held = 0
         self._recorder.watch(lambda: cache_readings(self.cache, "features"))
+        self._recorder.watch(lambda: [(QUEUED_TILES, self._queued_tiles, ())])
         self._thread = ThreadPoolExecutor(1, "tower")
         self._watchdog = Watchdog("vision encoder")
 
@@ -61,17 +74,28 @@ class VisionEncoder:
         elapsed = handed.elapsed.arrived()
         self._recorder.observe(STAGE_DURATION, elapsed.transfer_s(handed.elapsed), "transfer")
         work = partial(self._encode, handed.request, time.perf_counter())
+        num_tiles = sum(len(image.tiles) for image in handed.request.images if image.digest not in self.cache)
+        self._queued_tiles += num_tiles
+        self._num_held += 1
         try:
             features = await asyncio.get_running_loop().run_in_executor(self._thread, work)
         except (RuntimeError, ValueError) as error:
             # RuntimeError is also torch's lack of memory: this request ends, the replica goes on.
             logger.exception("request %s could not be encoded", handed.request.request_id)
             return Rejected(EngineError(f"the pictures could not be encoded: {error}"))
+        finally:
+            self._queued_tiles -= num_tiles
+            self._num_held -= 1
         return Encoded(without_tiles(handed.request), features, elapsed.finished("encode"))
 
     async def check_health(self) -> None:
         """For Serve, which replaces a replica that raises here."""
         self._watchdog.check()
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """For Serve, which scales by it (scaling.py): tiles that are not encoded yet, those of pictures that are in the
+        cache left out, and how busy the tower was since it was last asked."""
+        return {"queued_tiles": self._queued_tiles, BUSY: self._busy.share(), HELD_REQUESTS: self._num_held}
 
     def _encode(self, request: PreparedRequest, asked: float) -> tuple[PackedFeatures, ...]:
         from llava_core.vision.encode import encode_images
@@ -80,7 +104,7 @@ class VisionEncoder:
         self._recorder.observe(QUEUE_WAIT, began - asked, "encode")
         self._recorder.observe(IMAGES, len(request.images))
         try:
-            with self._watchdog.work():
+            with self._watchdog.work(), self._busy.work():
                 # Packing copies nothing: what is kept and what is handed over are the same bytes.
                 packed = tuple(pack(features) for features in encode_images(self._tower, request.images, self.cache))
         finally:

@@ -27,6 +27,10 @@ class LruCache(Generic[Value]):
         self._entries: OrderedDict[str, tuple[Value, int]] = OrderedDict()
         self._lock = Lock()
 
+    def __contains__(self, key: str) -> bool:
+        """Whether it is kept; asking counts for nothing."""
+        return key in self._entries
+
     def get(self, key: str) -> Value | None:
         """The value, from now on the one that was used last; None where there is none."""
         with self._lock:

@@ -15,6 +15,7 @@ from dataclasses import replace
 
 from llava_core.engine.engine import Engine, StepOutput
 from llava_core.engine.request import RequestFailure
+from llava_core.engine.stats import EngineStats
 from llava_core.errors import EngineError, LlavaError
 from llava_core.types import EngineRequest, TokenDelta
 
@@ -92,6 +93,16 @@ class AsyncEngine:
         self._step_started: float | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
+
+    @property
+    def stats(self) -> EngineStats:
+        """Its thread may be at work meanwhile: each number is right, if not all of one moment."""
+        return self._engine.stats
+
+    @property
+    def max_running(self) -> int:
+        """Answers that may be written at once."""
+        return self._engine.config.max_running
 
     @property
     def num_requests(self) -> int:

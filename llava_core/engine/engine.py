@@ -251,6 +251,7 @@ class Engine:
         stats.cached_tokens = self._scheduler.num_cached
         stats.num_preemptions = self._scheduler.num_preemptions
         stats.num_running, stats.num_waiting = self.num_running, self.num_waiting
+        stats.num_unread = self._scheduler.num_unread
         stats.used_blocks, stats.idle_blocks = self.pool.num_used, self.pool.num_idle
 
 

@@ -54,6 +54,13 @@ class Scheduler:
         self.num_cached = 0
         self._chunks: list[Chunk] = []
 
+    @property
+    def num_unread(self) -> int:
+        """Tokens that have to be read before everything is being written. Of those that wait, some may turn out to be
+        in the cache."""
+        reading = (state for state in self.running if state.num_pending > 1)
+        return sum(state.num_pending for states in (self.waiting, reading) for state in states)
+
     def add(self, state: RequestState) -> None:
         """Queue a request."""
         insort(self.waiting, state, key=_rank)

@@ -24,6 +24,8 @@ class EngineStats:
     num_failed: int = 0
     num_running: int = 0
     num_waiting: int = 0
+    # Tokens that are to be read, of prompts and of answers that were set back, before all of these can be written on.
+    num_unread: int = 0
     # Requests in the last step that ran anything.
     batch_size: int = 0
     # Blocks that a request holds, and those that are kept for their content.

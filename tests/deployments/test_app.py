@@ -16,7 +16,7 @@ from deployments.handoff import LocalHandoff
 from deployments.preflight import FoundCheckpoint, check_checkpoints, share_towers
 from deployments.routing import AffinityRouter
 from deployments.settings import AppArgs
-from deployments.stage_settings import GatewayArgs, PreprocessorArgs
+from deployments.stage_settings import GatewayArgs, PreprocessorArgs, RequestScaling
 from llava_core.errors import CheckpointError
 from llava_core.inference import LocalModel
 from llava_core.types import GenerationRequest, ImagePart, Message, SamplingParams, TextPart
@@ -141,17 +141,72 @@ def _graph(args: AppArgs) -> Any:
 
 
 def test_replicas_and_resources_come_from_the_settings(tiny_checkpoint: Path) -> None:
+    scaling = RequestScaling(target_requests=7, upscale_delay_s=4, look_back_s=20)
     args = AppArgs(
         models=[{"checkpoint": str(tiny_checkpoint)}],
         gateway=GatewayArgs(num_cpus=0.5, min_replicas=3, max_replicas=3),
-        preprocessor=PreprocessorArgs(min_replicas=1, max_replicas=4, target_ongoing_requests=7),
+        preprocessor=PreprocessorArgs(min_replicas=1, max_replicas=4, autoscaling=scaling),
     )
     gateway = _graph(args)
     assert gateway.num_replicas == 3
     assert gateway.ray_actor_options["num_cpus"] == 0.5
     preprocessor = gateway.init_args[1]._bound_deployment
-    scaling = preprocessor._deployment_config.autoscaling_config
-    assert (scaling.min_replicas, scaling.max_replicas, scaling.target_ongoing_requests) == (1, 4, 7)
+    made = preprocessor._deployment_config.autoscaling_config
+    assert (made.min_replicas, made.max_replicas, made.initial_replicas) == (1, 4, None)
+    assert (made.look_back_period_s, made.metrics_interval_s) == (20, 4)
+    assert (made.upscale_delay_s, made.downscale_delay_s, made.downscale_to_zero_delay_s) == (4, 300, 600)
+    # As the controller makes it.
+    assert made.policy.get_policy().__name__ == "LoadPolicy"
+    assert made.policy.policy_kwargs == {"targets": {"requests": 7.0}, "tolerance": 0.1}
+
+
+def test_stages_may_be_scaled_to_zero_and_begin_with_one(tiny_checkpoint: Path) -> None:
+    for initial, begins_with in ((None, 1), (0, None), (2, 2)):
+        given = {"min_replicas": 0, "max_replicas": 2, "initial_replicas": initial}
+        models = [{"checkpoint": str(tiny_checkpoint)}]
+        _, _, _, generators, *_ = _graph(AppArgs.model_validate({"models": models, "generator": given})).init_args
+        [generator] = generators.values()
+        scaling = generator._bound_deployment._deployment_config.autoscaling_config
+        assert (scaling.min_replicas, scaling.initial_replicas) == (0, begins_with)
+
+
+def test_on_a_cluster_what_no_node_has_now_is_told_and_waited_for(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    node = {"Alive": True, "Resources": {"CPU": 8.0, "GPU": 1.0, "accelerator_type:A100": 1.0}, "Labels": {}}
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    monkeypatch.setattr("ray.nodes", lambda: [node])
+    # As they are where Serve has not made its own.
+    monkeypatch.setattr("deployments.app.adopt_serve_logging", lambda: None)
+    for kind, told in (("A100", []), ("H100", ["generator: no node has accelerator_type H100; there are A100"])):
+        caplog.clear()
+        generator = {"num_gpus": 1, "accelerator_type": kind}
+        built = build_app(AppArgs(models=[{"checkpoint": str(tiny_checkpoint)}], generator=generator))
+        assert built._bound_deployment.name == "Gateway"
+        assert [
+            record.getMessage().partition(". ")[0] for record in caplog.records if "no node" in record.message
+        ] == told
+
+
+def test_a_stage_says_what_its_node_must_have(tiny_checkpoint: Path) -> None:
+    placement = {
+        "accelerator_type": "H100",
+        "label_selector": {"zone": "!a"},
+        "resources": {"disk": 2},
+        "max_replicas_per_node": 3,
+    }
+    models = [{"checkpoint": str(tiny_checkpoint), "generator": {"num_gpus": 1, **placement}}]
+    _, preprocessor, _, generators, *_ = _graph(AppArgs.model_validate({"models": models})).init_args
+    [generator] = [each._bound_deployment for each in generators.values()]
+    assert generator.ray_actor_options == {
+        "num_cpus": 0.4,
+        "num_gpus": 1,
+        "accelerator_type": "H100",
+        "label_selector": {"zone": "!a"},
+        "resources": {"disk": 2},
+    }
+    assert generator._replica_config.max_replicas_per_node == 3
+    assert preprocessor._bound_deployment.ray_actor_options == {"num_cpus": 0.2}
 
 
 def _names(stages: Any) -> dict[str, str]:

@@ -270,6 +270,16 @@ def test_what_is_wrong_with_tokenizing_is_an_error_of_the_same_shape(path: str, 
         _assert_is_error(client.post(path, json=body), 400, "reserved_text")
 
 
+def test_health_is_good_where_a_stage_has_no_replicas_for_want_of_requests() -> None:
+    async def check() -> list[StageHealth]:
+        return [StageHealth("preprocessor", is_ready=True), StageHealth("generator", is_ready=True, has_replicas=False)]
+
+    with _client(ScriptedEngine(), check_stages=check) as client:
+        response = client.get("/health")
+    assert response.status_code == 200
+    assert response.json()["stages"] == {"preprocessor": "ok", "generator": "scaled_to_zero"}
+
+
 def test_health_names_the_stages_that_are_not_ready() -> None:
     ready = dict.fromkeys(STAGES, True)
 

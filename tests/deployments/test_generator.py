@@ -16,6 +16,7 @@ from deployments.generator import Generator
 from deployments.handoff import LocalHandoff
 from deployments.messages import Elapsed, Item, Prepared, Rejected, is_last
 from deployments.metrics import IMAGE_TOKENS, PREFIX_HIT_TOKENS, PROMPT_TOKENS, QUEUE_WAIT, STAGE_DURATION
+from deployments.stage_settings import GeneratorArgs
 from llava_core.checkpoints.load import LoadOptions, load_language_side
 from llava_core.checkpoints.tokenizer import load_tokenizer
 from llava_core.engine.async_engine import AsyncEngine
@@ -175,6 +176,32 @@ def test_a_real_engine_counts_tokens(tiny_checkpoint: Path) -> None:
         return items[-1].usage
 
     assert _with_engine(tiny_checkpoint, use) == Usage(3, 5)
+
+
+def test_the_autoscaler_is_told_what_a_real_engine_has_to_do(tiny_checkpoint: Path) -> None:
+    language = load_language_side(tiny_checkpoint, LoadOptions(dtype="float32"))
+    config = EngineConfig(max_running=2, cache_tokens=256, block_size=16)
+
+    async def told() -> list[dict[str, float]]:
+        inner = Engine(language, load_tokenizer(tiny_checkpoint), config)
+        engine = AsyncEngine(inner)
+        generator = Generator(engine, LocalHandoff())
+        idle = await generator.record_autoscaling_stats()
+        # As it was after a step in which two of three began, and one of them had read half of its prompt.
+        stats = inner.stats
+        stats.num_running, stats.num_waiting, stats.num_unread, stats.used_blocks = 2, 1, 40, 4
+        busy = await generator.record_autoscaling_stats()
+        request = _prepared(max_tokens=2, ignore_eos=True)
+        items = [item async for item in generator.generate(request)]
+        assert is_last(items[-1])
+        after = await generator.record_autoscaling_stats()
+        engine.close()
+        return [idle, busy, after]
+
+    idle, busy, after = asyncio.run(told())
+    assert set(idle) == {*GeneratorArgs().autoscaling.targets, "held_requests"}
+    assert set(idle.values()) == set(after.values()) == {0}
+    assert busy == {"queued_prefill_tokens": 40, "kv_cache_use": 0.25, "slot_use": 1.5, "held_requests": 0}
 
 
 def test_cancelling_a_stream_frees_a_real_engine(tiny_checkpoint: Path) -> None:

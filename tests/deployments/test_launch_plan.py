@@ -1,7 +1,6 @@
 """Everything that is judged before Ray starts."""
 
 import socket
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,9 @@ import yaml
 from deployments.config_file import IMPORT_PATH
 from deployments.errors import KeysFileError, LaunchError
 from deployments.exposure import ExposureError
-from deployments.launch_plan import LaunchPlan, check_resources, plan_launch
+from deployments.launch_plan import LaunchPlan, plan_launch
 from deployments.preflight import check_checkpoints
 from deployments.settings import AppArgs
-from deployments.stage_settings import GeneratorArgs
 from llava_core.errors import CheckpointError
 from tests.deployments.service import free_port
 from tests.hub import NEW, OLD, hub_of, use_cache, write_lora
@@ -259,33 +257,3 @@ def test_an_application_that_is_joined_by_others_needs_a_new_start(tiny_checkpoi
     _add_application(config)
     with pytest.raises(LaunchError, match="start it anew"):
         _plan(config, model=str(tiny_checkpoint), port=running.port, running=running)
-
-
-def _towers(**shared: str) -> Callable[[], dict[str, str]]:
-    return lambda: shared
-
-
-def _never() -> dict[str, str]:
-    raise AssertionError("comparing towers reads all of them")
-
-
-def test_resources_that_are_not_there_end_the_start() -> None:
-    check_resources(AppArgs(), _never, {"CPU": 1.0})
-    own = {"scenes-llava": "scenes-llava"}
-    with pytest.raises(LaunchError, match=r"ask for 1 CPUs in all, and this machine has 0\.5"):
-        check_resources(AppArgs(), _towers(**own), {"CPU": 0.5})
-    args = AppArgs(generator=GeneratorArgs(num_gpus=1, min_replicas=2, max_replicas=2))
-    with pytest.raises(LaunchError, match="ask for 2 GPUs in all, and this machine has 0; lower num_gpus"):
-        check_resources(args, _towers(**own), {"CPU": 8.0})
-
-
-def test_a_tower_that_models_share_counts_once() -> None:
-    entries = [{"name": "a"}, {"name": "b", "generator": {"num_cpus": 0.8}}]
-    args = AppArgs.model_validate({"models": entries})
-    # 0.1 for the gateway, 0.2 for the preprocessor, 0.4 and 0.8 for generators, 0.3 for each encoder.
-    check_resources(args, _never, {"CPU": 2.1})
-    check_resources(args, _towers(a="a", b="a"), {"CPU": 1.8})
-    with pytest.raises(LaunchError, match=r"ask for 1\.8 CPUs in all, and this machine has 1\.7"):
-        check_resources(args, _towers(a="a", b="a"), {"CPU": 1.7})
-    with pytest.raises(LaunchError, match=r"ask for 2\.1 CPUs"):
-        check_resources(args, _towers(a="a", b="b"), {"CPU": 1.8})

@@ -1,10 +1,12 @@
 """Stages: what one setting leaves of the others, and what the engine is told."""
 
+from typing import Any
+
 import pytest
 from pydantic import ValidationError
 
 from deployments.settings import AppArgs
-from deployments.stage_settings import EngineArgs, StageArgs
+from deployments.stage_settings import EncoderScaling, EngineArgs, GeneratorArgs, StageArgs, VisionEncoderArgs
 from llava_core.engine.config import EngineConfig
 
 
@@ -18,6 +20,41 @@ def test_what_is_not_said_about_a_stage_stays_as_it_is(stage: str) -> None:
 def test_the_bounds_of_replicas_do_not_cross() -> None:
     with pytest.raises(ValidationError, match="max_replicas 2 is below min_replicas 3"):
         StageArgs(min_replicas=3, max_replicas=2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"gateway": {"min_replicas": 0}}, r"gateway\.min_replicas\n.*greater than or equal to 1"),
+        (
+            {"generator": {"min_replicas": 2, "max_replicas": 3, "initial_replicas": 1}},
+            "initial_replicas 1 is not betw",
+        ),
+        ({"generator": {"min_replicas": 0, "initial_replicas": 2}}, "initial_replicas 2 is not between min_replicas 0"),
+        (
+            {"vision_encoder": {"autoscaling": {"target_queued_tiles": None, "target_busy": None}}},
+            "every target is null",
+        ),
+        ({"vision_encoder": {"autoscaling": {"target_busy": 1.1}}}, "less than or equal to 1"),
+        ({"vision_encoder": {"autoscaling": {"target_requests": 2}}}, "Extra inputs are not permitted"),
+        ({"generator": {"autoscaling": {"target_slot_use": 0}}}, "greater than 0"),
+        ({"generator": {"resources": {"GPU": 1}}}, "resources names GPU, which num_gpus is for"),
+        ({"generator": {"resources": {"tpu": 0}}}, "greater than 0"),
+        ({"generator": {"label_selector": {"zone": "in()"}}}, "match pattern"),
+        ({"generator": {"label_selector": {"zone": "a, b"}}}, "match pattern"),
+        ({"generator": {"max_replicas_per_node": 0}}, "greater than or equal to 1"),
+    ],
+)
+def test_what_stages_cannot_be_told(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        AppArgs.model_validate(settings)
+
+
+def test_signals_without_a_target_do_not_count() -> None:
+    assert VisionEncoderArgs().autoscaling.targets == {"queued_tiles": 32, "busy": 0.8}
+    assert EncoderScaling(target_busy=None).targets == {"queued_tiles": 32}
+    signals = {"queued_prefill_tokens": 8192, "kv_cache_use": 0.8, "slot_use": 0.75}
+    assert GeneratorArgs().autoscaling.targets == signals
 
 
 def test_the_engine_is_told_all_but_how_its_answers_travel() -> None:

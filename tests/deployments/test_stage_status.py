@@ -52,6 +52,26 @@ def test_a_stage_is_ready_with_a_running_replica_or_when_none_is_wanted(
 
 
 @pytest.mark.parametrize(
+    ("generator", "is_ready", "has_replicas"),
+    [
+        (_overview("HEALTHY"), True, False),
+        (_overview("UPSCALING", STARTING=1), True, False),
+        (_overview("DOWNSCALING", STOPPING=1), True, False),
+        (_overview("UPSCALING", RUNNING=1, STARTING=1), True, True),
+        (_overview("UPDATING", STARTING=1), False, True),
+        (_overview("UNHEALTHY", STARTING=1), False, True),
+        (_overview("DEPLOY_FAILED"), False, True),
+    ],
+)
+def test_a_stage_that_may_be_empty_is_ready_also_while_its_first_replica_starts(
+    generator: DeploymentStatusOverview, *, is_ready: bool, has_replicas: bool
+) -> None:
+    status = StageStatus("llava", STAGES, may_be_empty={"Generator"}, ask=lambda: _status(generator))
+    _, stage = asyncio.run(status())
+    assert (stage.is_ready, stage.has_replicas) == (is_ready, has_replicas)
+
+
+@pytest.mark.parametrize(
     ("deployment", "name"),
     [
         ("Preprocessor", "preprocessor"),

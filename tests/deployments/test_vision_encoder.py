@@ -12,6 +12,7 @@ import torch
 from deployments.handoff import LocalHandoff
 from deployments.messages import Elapsed, Encoded, Prepared, Rejected, unpack
 from deployments.metrics import CACHE_BYTES, CACHE_HITS, CACHE_MISSES, IMAGES, QUEUE_WAIT, STAGE_DURATION
+from deployments.stage_settings import VisionEncoderArgs
 from deployments.vision_encoder import VisionEncoder
 from llava_core.checkpoints.load import LoadOptions, load_tower
 from llava_core.errors import EngineError, ImageError
@@ -68,6 +69,38 @@ def test_a_picture_that_comes_again_is_encoded_once_also_when_both_come_together
         for ours, theirs in zip(answer.features, plain.features, strict=True):
             assert (ours.digest, ours.dtype, ours.size) == (theirs.digest, theirs.dtype, theirs.size)
             assert ours.data.tobytes() == theirs.data.tobytes()
+
+
+def test_the_autoscaler_is_told_of_tiles_that_have_to_be_encoded(
+    tower: ClipTower, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_begun, may_end = threading.Event(), threading.Event()
+
+    def encode(tower: ClipTower, images: Sequence[PreparedImage], cache: object) -> list[ImageFeatures]:
+        is_begun.set()
+        may_end.wait(10)
+        return []
+
+    encoder = VisionEncoder(tower, LocalHandoff(), cache_bytes=10**6)
+
+    async def told() -> list[dict[str, float]]:
+        await encoder.encode(_prepared(_image(7)))
+        idle = await encoder.record_autoscaling_stats()
+        monkeypatch.setattr("llava_core.vision.encode.encode_images", encode)
+        # One of four is in the cache, and another request waits with two.
+        jobs = [_prepared(*map(_image, shades)) for shades in ((7, 8, 9, 10), (11, 12))]
+        running = [asyncio.create_task(encoder.encode(job)) for job in jobs]
+        await asyncio.to_thread(is_begun.wait, 10)
+        busy = await encoder.record_autoscaling_stats()
+        may_end.set()
+        await asyncio.gather(*running)
+        return [idle, busy, await encoder.record_autoscaling_stats()]
+
+    idle, busy, after = asyncio.run(told())
+    assert (idle["queued_tiles"], idle["held_requests"]) == (after["queued_tiles"], after["held_requests"]) == (0, 0)
+    assert (busy["queued_tiles"], busy["held_requests"]) == (5, 2)
+    assert all(0 < each["busy"] <= 1 for each in (idle, busy, after))
+    assert set(busy) == {*VisionEncoderArgs().autoscaling.targets, "held_requests"}
 
 
 def test_without_a_cache_nothing_is_kept(tower: ClipTower) -> None:

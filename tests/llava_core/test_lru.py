@@ -51,6 +51,7 @@ def test_it_keeps_what_the_slow_one_keeps(max_bytes: int, steps: list[tuple[str,
             cache.put(key, value, size)
             slow.put(key, value, size)
         assert cache.num_bytes == slow.num_bytes <= max_bytes
+        assert [each for each in "abcde" if each in cache] == sorted(each for each, _, _ in slow.kept)
     assert (cache.num_hits, cache.num_misses) == (hits, looked_up - hits)
     assert [cache.get(key) for key in "abcde"] == [slow.get(key) for key in "abcde"]
 

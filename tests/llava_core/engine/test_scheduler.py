@@ -499,6 +499,18 @@ def test_an_abort_gives_everything_back_wherever_the_request_is() -> None:
     assert (world.pool.num_used, world.step()) == (0, [])
 
 
+def test_what_is_to_be_read_counts_until_it_is_whoever_has_it() -> None:
+    world = World(max_running=2, max_step_tokens=16)
+    for first, size in ((100, 10), (200, 20), (300, 7)):
+        world.add([tuple(range(first, first + size))])
+    unread = [world.scheduler.num_unread]
+    for _ in range(3):
+        world.step()
+        unread.append(world.scheduler.num_unread)
+    # The second one is read in three steps, beside an answer in pieces of 8; for the third there is no place.
+    assert unread == [37, 21, 13, 7]
+
+
 def test_with_nothing_to_do_nothing_is_scheduled() -> None:
     assert World().step() == []
 

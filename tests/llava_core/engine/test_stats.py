@@ -21,6 +21,17 @@ def test_what_steps_hold_is_counted_request_by_request(build_engine: BuildEngine
     assert engine.stats.num_steps == len(sizes)
 
 
+def test_tokens_of_prompts_that_are_to_be_read_are_known_after_each_step(build_engine: BuildEngine) -> None:
+    engine = build_engine()
+    for name in ("a", "b"):
+        engine.add_request(replace(make_request("r"), request_id=name))
+    engine.step()
+    assert engine.stats.num_unread == engine._scheduler.num_unread
+    while engine.has_work:
+        engine.step()
+    assert engine.stats.num_unread == 0
+
+
 def test_a_step_that_had_nothing_to_run_is_none_but_what_was_given_back_is_seen(build_engine: BuildEngine) -> None:
     engine = build_engine()
     engine.add_request(make_request("a"))

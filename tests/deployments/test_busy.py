@@ -1,0 +1,52 @@
+"""The share of its time for which a thread works, by a clock of the test's own."""
+
+import pytest
+
+from deployments.busy import BusyTime
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_the_share_is_of_the_time_since_it_was_last_asked() -> None:
+    clock = Clock()
+    busy = BusyTime(clock)
+    for worked, idle, share in ((1.0, 3.0, 0.25), (2.0, 0.0, 1.0), (0.0, 5.0, 0.0)):
+        with busy.work():
+            clock.now += worked
+        clock.now += idle
+        assert busy.share() == pytest.approx(share)
+
+
+def test_work_that_goes_on_counts_as_far_as_it_has_come_and_not_twice() -> None:
+    clock = Clock()
+    busy = BusyTime(clock)
+    clock.now += 1
+    with busy.work():
+        clock.now += 3
+        assert busy.share() == pytest.approx(0.75)
+        clock.now += 2
+        assert busy.share() == pytest.approx(1.0)
+        clock.now += 1
+    clock.now += 1
+    assert busy.share() == pytest.approx(0.5)
+
+
+def test_work_that_fails_is_over_and_no_time_at_all_is_no_share() -> None:
+    clock = Clock()
+    busy = BusyTime(clock)
+
+    def fail() -> None:
+        with busy.work():
+            clock.now += 1
+            raise ValueError("bad")
+
+    with pytest.raises(ValueError, match="bad"):
+        fail()
+    clock.now += 1
+    assert busy.share() == pytest.approx(0.5)
+    assert busy.share() == 0

@@ -1,0 +1,92 @@
+"""Stages that get replicas while there is work, lose them when it is over, and are woken by a request. A real Ray."""
+
+import concurrent.futures
+import itertools
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from deployments.metrics import FINISHED, STARTUP
+from tests.deployments.pictures import plain
+from tests.deployments.service import Running, content, messages, serving, until
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
+
+DELAYS = {"look_back_s": 1, "upscale_delay_s": 1, "downscale_delay_s": 2, "downscale_to_zero_delay_s": 2}
+STAGE = {"num_cpus": 0.05, "min_replicas": 0, "dtype": "float32", "threads": 1}
+# On a busy machine.
+DEADLINE_S = 150.0
+NUM_CLIENTS = 6
+
+
+@pytest.fixture(scope="module")
+def service(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    with serving(
+        tiny_checkpoint,
+        tmp_path_factory.mktemp("scaling"),
+        engine={"max_running": 4},
+        vision_encoder={**STAGE, "autoscaling": DELAYS},
+        generator={**STAGE, "max_replicas": 2, "autoscaling": {**DELAYS, "target_slot_use": 0.5}},
+    ) as running:
+        yield running
+
+
+def _ask(service: Running, number: int) -> httpx.Response:
+    """About a picture of its own, to the end of a stream."""
+    picture = plain((number % 256, number // 256 % 256, 1))
+    return service.post(messages=messages(content(picture, "What?")), max_tokens=32, stream=True)
+
+
+def _is_whole(response: httpx.Response) -> bool:
+    return response.status_code == 200 and '"error"' not in response.text and response.text.endswith("data: [DONE]\n\n")
+
+
+def _states(service: Running) -> dict[str, str]:
+    response = httpx.get(f"{service.url}/health", timeout=10)
+    assert response.status_code == 200, response.text
+    return dict(response.json()["stages"])
+
+
+def test_replicas_come_with_the_work_and_go_with_it_and_no_request_fails(service: Running) -> None:
+    """Ready means that each stage has been seen to run."""
+    assert len(service.replicas("Generator")) == len(service.replicas("VisionEncoder")) == 1
+    is_over, numbers = threading.Event(), itertools.count()
+    answers: list[httpx.Response] = []
+
+    def client() -> None:
+        while not is_over.is_set():
+            answers.append(_ask(service, next(numbers)))
+
+    def both_have_answered() -> bool:
+        samples = service.metrics().samples[FINISHED.name]
+        replicas = {labels["replica"] for labels, value in samples if labels["outcome"] == "finished" and value}
+        return len(service.replicas("Generator")) == len(replicas) == 2
+
+    with concurrent.futures.ThreadPoolExecutor(NUM_CLIENTS) as clients:
+        running = [clients.submit(client) for _ in range(NUM_CLIENTS)]
+        try:
+            until(both_have_answered, deadline_s=DEADLINE_S)
+        finally:
+            is_over.set()
+        for each in running:
+            each.result()
+    assert all(map(_is_whole, answers)), [each.text for each in answers if not _is_whole(each)][:1]
+
+    # Two at work become none, which is nothing that anybody has to be told of.
+    until(lambda: not service.replicas("Generator") and not service.replicas("VisionEncoder"), deadline_s=DEADLINE_S)
+    empty = {"preprocessor": "ok", "vision_encoder": "scaled_to_zero", "generator": "scaled_to_zero"}
+    until(lambda: _states(service) == empty)
+
+    # Several that come at once wait for the same first replica.
+    with concurrent.futures.ThreadPoolExecutor(NUM_CLIENTS) as clients:
+        woken = [clients.submit(_ask, service, next(numbers)) for _ in range(NUM_CLIENTS)]
+        # Whatever has not started yet is no reason to send nobody here.
+        while not all(each.done() for each in woken):
+            _states(service)
+            concurrent.futures.wait(woken, timeout=0.2)
+    assert all(_is_whole(each.result()) for each in woken)
+    phases = {labels["phase"] for labels, value in service.metrics().samples[STARTUP.name] if value > 0}
+    assert phases == {"imports", "weights", "engine"}
