@@ -12,7 +12,7 @@ from ray.serve.config import AutoscalingConfig
 
 from deployments.handoff import Handoff, RayHandoff
 from deployments.llava_protocol.settings import LlavaProtocolArgs
-from deployments.preflight import FoundCheckpoint, check_checkpoints, share_towers
+from deployments.preflight import check_checkpoints, share_towers
 from deployments.replicas import (
     GatewayReplica,
     GeneratorReplica,
@@ -23,6 +23,7 @@ from deployments.replicas import (
 )
 from deployments.settings import AppArgs
 from deployments.stage_settings import StageArgs
+from llava_core.checkpoints.found import FoundCheckpoint
 
 # A long answer outlives Serve's 20 seconds.
 _SHUTDOWN_S = 180.0

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 from deployments.handoff import Handoff
 from deployments.messages import Encoded, PackedFeatures, Prepared, Rejected, pack, without_tiles
 from deployments.metrics import IMAGES, QUEUE_WAIT, STAGE_DURATION, Recorder, Unrecorded, cache_readings
-from deployments.shared_cores import Cores, OwnCores
 from deployments.watchdog import Watchdog
 from llava_core.errors import EngineError
 from llava_core.lru import LruCache
+from llava_core.stages.shared_cores import Cores, OwnCores
 from llava_core.types import PreparedRequest
 
 if TYPE_CHECKING:
