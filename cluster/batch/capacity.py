@@ -44,8 +44,8 @@ def _place(wanted: Resources, free: list[dict[str, float]]) -> bool:
 def _lacking(name: StageName, stage: StageSettings, placed: int, nodes: Sequence[Resources]) -> CapacityError:
     return CapacityError(
         f"{name} asks for {stage.replicas} x ({stage.num_cpus:g} CPUs, {stage.num_gpus:g} GPUs), of which {placed} "
-        f"have a place beside the other stages; {_has(nodes)}. Ask for less with --stage {name}.replicas=, .num_cpus= or "
-        ".num_gpus=, or say --wait-for-nodes where nodes will join"
+        f"have a place beside the other stages; {_has(nodes)}. Ask for less with --stage {name}.replicas=, "
+        ".num_cpus= or .num_gpus=, or say --wait-for-nodes where nodes will join"
     )
 
 

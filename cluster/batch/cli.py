@@ -59,6 +59,7 @@ def batch(input: Path, output: Path, shown: str, **given: Any) -> None:
     from cluster.batch.job import Job
     from cluster.batch.opening import open_source
     from cluster.batch.ray_cluster import check_output_stays, seen_by_workers
+    from cluster.batch.ray_job import on_ray
 
     stages = read_stages(given["stages"])
     check_output_stays(output)
@@ -75,7 +76,7 @@ def batch(input: Path, output: Path, shown: str, **given: Any) -> None:
     )
     # `ray job stop` and others say it so.
     signal.signal(signal.SIGTERM, _interrupt)
-    report = Job(source, output, settings).run(lambda text: click.echo(text, err=True), sys.stderr)
+    report = Job(source, output, settings, on_ray).run(lambda text: click.echo(text, err=True), sys.stderr)
     click.echo(json.dumps(report.as_json()) if shown == "json" else "\n".join(report.lines()))
 
 

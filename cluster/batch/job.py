@@ -7,13 +7,15 @@ Ray. The driver reads no picture and keeps no row: of each row it knows one byte
 from __future__ import annotations
 
 import json
-import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
+
+import numpy as np
+import numpy.typing as npt
 
 from cluster.batch.errors import InputError, JobError
 from cluster.batch.manifest import Manifest, model_digest
@@ -27,17 +29,27 @@ from cluster.batch.sources import Plan, Source
 # What is tried once more, alone, before it counts as the row's own failure; and how many of them in a row are no row's.
 ENGINE_ERROR, LOST = "engine_error", "process_lost"
 _MAX_FAILED_IN_A_ROW = 200
-_ERROR_LINE = re.compile(r"^(?:[\w.]+\.)?(\w*(?:Error|Exception|Exit): .+)$", re.MULTILINE)
+
+
+Written = npt.NDArray[np.bool_]
+
+
+class Answering(Protocol):
+    """Who gives records with answers or failures for the rows that are not written, in any order, some at a time."""
+
+    def __call__(self, source: Source, plan: Plan, written: Written, *, isolated: bool) -> Iterator[list[Record]]:
+        """With `isolated` each row alone."""
+        ...
 
 
 @dataclass(frozen=True)
 class Job:
-    """`stages` gives what becomes of rows; another is given where none of the real ones are to run."""
+    """One run. `answering` begins and ends whoever answers: Ray, or what stands in for it in tests."""
 
     source: Source
     output: Path
     settings: JobSettings
-    answer: Callable[..., Iterator[list[Record]]] | None = None
+    answering: Callable[[JobSettings], AbstractContextManager[Answering]]
 
     def run(self, say: Callable[[str], None], progress: TextIO) -> Report:
         """Raises JobError, with all that was written in its place."""
@@ -65,18 +77,13 @@ class Job:
         return report
 
     def _answer_all(self, plan: Plan, output: Output, report: Report, say: Callable[[str], None]) -> None:
-        from cluster.batch.ray_cluster import set_environment
-
-        set_environment()
-        from cluster.batch.pipeline import Rows, answer_rows
-
-        answer = self.answer or answer_rows
-        rows = Rows(self.source, plan, output.written)
-        with _ray(self.settings):
-            self._write(answer(rows, self.settings), output, report, retried=(ENGINE_ERROR, LOST))
+        with self.answering(self.settings) as answer:
+            blocks = answer(self.source, plan, output.written, isolated=False)
+            self._write(blocks, output, report, retried=(ENGINE_ERROR,))
             if not output.written.all():
                 say(f"{int((~output.written).sum())} rows have failed with others: each is tried again, alone")
-                self._write(answer(rows, self.settings, isolated=True), output, report, retried=())
+                blocks = answer(self.source, plan, output.written, isolated=True)
+                self._write(blocks, output, report, retried=())
         self._write(iter([list(_lost(plan, self.source, output))]), output, report, retried=())
 
     def _write(
@@ -88,33 +95,11 @@ class Job:
             good = [record for record in block if not _failed(record, retried)]
             num_failed = 0 if good else num_failed + len(block)
             if num_failed > _MAX_FAILED_IN_A_ROW:
-                raise JobError(
-                    f"{num_failed} rows in a row have failed in the same way, the last so: {block[-1].value}"
-                )
+                raise JobError(f"{num_failed} rows in a row have failed alike, the last so: {block[-1].value}")
             for row in output.write(map(as_row, good)):
                 report.count(row)
             for record in block:
                 report.read_engine(record.reading)
-
-
-@contextmanager
-def _ray(settings: JobSettings) -> Iterator[None]:
-    """A Ray that has room for the stages, and its errors as ours."""
-    from ray.exceptions import RayError
-
-    from cluster.batch.capacity import check_capacity
-    from cluster.batch.pipeline import READ_CPUS
-    from cluster.batch.ray_cluster import autoscaler_limit, node_resources, ray_cluster
-
-    with ray_cluster():
-        if not settings.waits_for_nodes:
-            check_capacity(settings.stages, READ_CPUS, node_resources(), autoscaler_limit())
-        try:
-            yield
-        except RayError as error:
-            raise JobError(
-                f"{cause(str(error))}. What was written stays; the same command goes on from there"
-            ) from error
 
 
 def _write_report(path: Path, report: Report, say: Callable[[str], None]) -> None:
@@ -172,9 +157,3 @@ def as_row(record: Record) -> dict[str, Any]:
         "timings": {stage: round(ms, 3) for stage, ms in record.timings.items()},
         "error": asdict(value) if isinstance(value, Failure) else None,
     }
-
-
-def cause(text: str) -> str:
-    """The last exception that a traceback names, of those that say something."""
-    lines = _ERROR_LINE.findall(text)
-    return str(lines[-1]).strip() if lines else text.strip()

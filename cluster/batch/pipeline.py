@@ -72,12 +72,15 @@ class Rows(Datasource):
         return ReadTask(read, BlockMetadata(num_rows=num_rows, size_bytes=None, exec_stats=None, input_files=None))
 
 
-def answer_rows(rows: Rows, job: JobSettings, *, isolated: bool = False) -> Iterator[list[Record]]:
-    """Records with answers or failures, in any order, some at a time. What was lost with its process is left out;
-    `isolated` rows are alone in each process, so that whatever ends it was that row.
+def answer_rows(
+    job: JobSettings, source: Source, plan: Plan, written: npt.NDArray[np.bool_], *, isolated: bool = False
+) -> Iterator[list[Record]]:
+    """As Answering. What was lost with its process is left out; `isolated` rows are alone in each process, so that
+    whatever ends it was that row.
 
     Raises what Ray raises when it cannot go on.
     """
+    rows = Rows(source, plan, written)
     context = DataContext.get_current()
     _quiet(context)
     context.max_errored_blocks = _MAX_LOST_BLOCKS
@@ -101,7 +104,7 @@ def answer_rows(rows: Rows, job: JobSettings, *, isolated: bool = False) -> Iter
             compute=_pool(settings, 1 if isolated else num_calls, isolated=isolated),
             num_cpus=settings.num_cpus,
             num_gpus=settings.num_gpus,
-            max_task_retries=_RETRIES,
+            ray_remote_args_fn=_actor_options,
         )
     for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
         yield list(from_block(block))
@@ -110,6 +113,11 @@ def answer_rows(rows: Rows, job: JobSettings, *, isolated: bool = False) -> Iter
 def blocks_at_once(max_running: int) -> int:
     """So many that an engine has answers waiting whenever one ends, though a block's answers are handed on together."""
     return 2 + math.ceil(max_running / BLOCK_ROWS)
+
+
+def _actor_options() -> dict[str, Any]:
+    """Beside what Ray Data has names for."""
+    return {"max_task_retries": _RETRIES}
 
 
 def _pool(settings: StageSettings, num_calls: int, *, isolated: bool) -> ActorPoolStrategy:

@@ -104,7 +104,7 @@ class JsonLines:
         row = span.start
         with open_again(span.file) as file:
             file.seek(span.at)
-            lines = file.read(span.num_bytes).splitlines()
+            lines = file.read(span.num_bytes).split(b"\n")
         for number, line in enumerate(lines, start=span.num_lines + 1):
             if not line.strip():
                 continue

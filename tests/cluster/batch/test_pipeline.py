@@ -1,0 +1,38 @@
+"""What Ray is given to read: the rows that are not done, and no others."""
+
+from pathlib import Path
+
+import numpy as np
+
+from cluster.batch import sources
+from cluster.batch.pipeline import Rows
+from cluster.batch.records import from_block
+from cluster.batch.sources import JsonLines
+
+
+def test_only_rows_that_are_not_written_are_read(tmp_path: Path) -> None:
+    file = tmp_path / "in.jsonl"
+    file.write_text('{"text": "a"}\n' * 10_000)
+    source = JsonLines(file, tmp_path, None)
+    plan = source.plan()
+    assert len(plan.spans) == 3
+    written = np.zeros(plan.num_rows, bool)
+    written[: sources.SPAN_ROWS] = True
+    written[5000:9998] = True
+    rows = Rows(source, plan, written)
+    tasks = rows.get_read_tasks(200)
+    assert len(tasks) == rows.num_tasks == 2
+    read = [record.row for task in tasks for block in task() for record in from_block(block)]
+    assert read == [*range(sources.SPAN_ROWS, 5000), 9998, 9999]
+    assert [task.metadata.num_rows for task in tasks] == [5000 - sources.SPAN_ROWS, 2]
+
+
+def test_a_span_that_is_done_meanwhile_is_read_as_it_was_planned(tmp_path: Path) -> None:
+    """A task travels: what the driver writes later is no matter of it."""
+    file = tmp_path / "in.jsonl"
+    file.write_text('{"text": "a"}\n' * 3)
+    source = JsonLines(file, tmp_path, None)
+    written = np.zeros(3, bool)
+    [task] = Rows(source, source.plan(), written).get_read_tasks(1)
+    written[:] = True
+    assert sum(block.num_rows for block in task()) == 3
