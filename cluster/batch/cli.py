@@ -5,6 +5,7 @@ Found by `llava` through the entry-point group `llava.commands`. Ray is imported
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import sys
@@ -76,7 +77,9 @@ def batch(input: Path, output: Path, shown: str, **given: Any) -> None:
     )
     # `ray job stop` and others say it so.
     signal.signal(signal.SIGTERM, _interrupt)
-    report = Job(source, output, settings, on_ray).run(lambda text: click.echo(text, err=True), sys.stderr)
+    # Ray tells of processes that have died on the standard output, which is the report's.
+    with contextlib.redirect_stdout(sys.stderr):
+        report = Job(source, output, settings, on_ray).run(lambda text: click.echo(text, err=True), sys.stderr)
     click.echo(json.dumps(report.as_json()) if shown == "json" else "\n".join(report.lines()))
 
 
