@@ -77,7 +77,7 @@ def main() -> None:
 
 def share(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Of the engine's own tokens per second, those of a bulk job."""
-    rounds = []
+    rounds: list[dict[str, Any]] = []
     with checkpoint("mid", options.mid) as model:
         for number in range(options.rounds):
             alone = answer_alone(model, folder / "pictures")
@@ -88,9 +88,9 @@ def share(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 def actors(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """What a second generator adds."""
-    rounds = []
+    rounds: list[dict[str, Any]] = []
     for number in range(options.rounds):
-        timed = {}
+        timed = dict[int, Timed]()
         for replicas in (1, 2):
             words = [f"generate.replicas={replicas}", "generate.threads=1", "encode.threads=1"]
             stages = [argument for word in words for argument in ("--stage", word)]
