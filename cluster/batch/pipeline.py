@@ -23,8 +23,9 @@ from cluster.batch.settings import JobSettings, StageName, StageSettings
 from cluster.batch.sources import Plan, Source, Span
 from cluster.batch.stages import Encode, Generate, Prepare
 
-# Rows that go from stage to stage together.
-BLOCK_ROWS = 16
+# Rows that go from stage to stage together. Of each block Ray Data keeps some 13 KB until the job's end, so long inputs
+# have larger ones.
+_BLOCK_ROWS, _BLOCKS = (16, 64), 6000
 READ_CPUS = 0.1
 # How often Ray does again what was lost with a process, and how many blocks may be lost for good: more are no accident.
 _RETRIES, _MAX_LOST_BLOCKS = 2, 100
@@ -84,23 +85,25 @@ def answer_rows(
     context = DataContext.get_current()
     _quiet(context)
     context.max_errored_blocks = _MAX_LOST_BLOCKS
-    block_rows = 1 if isolated else BLOCK_ROWS
+    num_rows = 1 if isolated else block_rows(plan.num_rows)
+    num_blocks = 1 if isolated else blocks_at_once(job.max_running, num_rows)
     # As many blocks as there are tasks: what is read is not cut up before it is cut into blocks of the right size.
     dataset = ray.data.read_datasource(rows, num_cpus=READ_CPUS, override_num_blocks=rows.num_tasks)
-    dataset = dataset.repartition(target_num_rows_per_block=block_rows)
-    stages: tuple[tuple[StageName, Callable[..., Any], int], ...] = (
-        ("preprocess", Prepare, job.stages["preprocess"].threads or _PREPARE_THREADS),
-        ("encode", Encode, 1),
-        ("generate", Generate, blocks_at_once(job.max_running)),
+    dataset = dataset.repartition(target_num_rows_per_block=num_rows)
+    # With how many calls at once, and what each is told beside the job.
+    stages: tuple[tuple[StageName, Callable[..., Any], int, tuple[int, ...]], ...] = (
+        ("preprocess", Prepare, job.stages["preprocess"].threads or _PREPARE_THREADS, ()),
+        ("encode", Encode, 1, ()),
+        ("generate", Generate, num_blocks, (num_rows * num_blocks,)),
     )
-    for name, stage, num_calls in stages:
+    for name, stage, num_calls, told in stages:
         settings = job.stages[name]
         dataset = dataset.map_batches(
             stage,
             batch_size=None,
             batch_format="pyarrow",
             zero_copy_batch=True,
-            fn_constructor_args=(job,),
+            fn_constructor_args=(job, *told),
             compute=_pool(settings, 1 if isolated else num_calls, isolated=isolated),
             num_cpus=settings.num_cpus,
             num_gpus=settings.num_gpus,
@@ -110,9 +113,15 @@ def answer_rows(
         yield list(from_block(block))
 
 
-def blocks_at_once(max_running: int) -> int:
+def block_rows(num_rows: int) -> int:
+    """Of an input with so many."""
+    least, most = _BLOCK_ROWS
+    return min(most, max(least, num_rows // _BLOCKS))
+
+
+def blocks_at_once(max_running: int, num_rows: int) -> int:
     """So many that an engine has answers waiting whenever one ends, though a block's answers are handed on together."""
-    return 2 + math.ceil(max_running / BLOCK_ROWS)
+    return 2 + math.ceil(max_running / num_rows)
 
 
 def _actor_options() -> dict[str, Any]:

@@ -99,9 +99,10 @@ class Encode:
 class Generate:
     """The engine on a thread of its own; as many threads call as there are blocks in it at once."""
 
-    def __init__(self, job: JobSettings) -> None:
+    def __init__(self, job: JobSettings, max_rows: int) -> None:
+        """Calls bring at most `max_rows` at once."""
         stage, compute = job.stages["generate"], compute_of("generate", job)
-        config = EngineConfig(max_running=job.max_running, max_waiting=max_waiting(job.max_running))
+        config = EngineConfig(max_running=job.max_running, max_waiting=max_rows)
         self._engine, _, cores = in_thread_of_its_own(
             lambda: load_engine(job.model.checkpoint.open(), compute, config, num_gpus=stage.num_gpus)
         )
@@ -154,11 +155,6 @@ async def _start(engine: Engine, cores: Cores) -> AsyncEngine:
     from llava_core.engine.async_engine import AsyncEngine
 
     return AsyncEngine(engine, delta_gap_s=_DELTA_GAP_S, before_step=cores.claim, when_idle=cores.release)
-
-
-def max_waiting(max_running: int) -> int:
-    """Enough that whatever is sent to an engine has room."""
-    return 4 * max_running + 64
 
 
 def compute_of(name: StageName, job: JobSettings) -> Compute:

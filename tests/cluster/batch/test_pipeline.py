@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from cluster.batch import sources
-from cluster.batch.pipeline import Rows
+from cluster.batch.pipeline import Rows, block_rows, blocks_at_once
 from cluster.batch.records import from_block
 from cluster.batch.sources import JsonLines
 
@@ -36,3 +36,13 @@ def test_a_span_that_is_done_meanwhile_is_read_as_it_was_planned(tmp_path: Path)
     [task] = Rows(source, source.plan(), written).get_read_tasks(1)
     written[:] = True
     assert sum(block.num_rows for block in task()) == 3
+
+
+def test_an_engine_has_as_many_rows_as_it_runs_beside_a_block_that_ends_and_one_that_comes() -> None:
+    for num_rows in (16, 40, 64):
+        for max_running in (1, 15, 16, 17, 32, 256):
+            assert (blocks_at_once(max_running, num_rows) - 2) * num_rows >= max_running
+
+
+def test_long_inputs_have_larger_blocks_within_bounds() -> None:
+    assert [block_rows(number) for number in (1, 96_000, 240_000, 10**6, 10**9)] == [16, 16, 40, 64, 64]

@@ -9,7 +9,7 @@ from PIL import Image
 from cluster.batch.records import Answer, Failure, Record, from_block, to_block
 from cluster.batch.settings import JobSettings, ModelSettings, read_stages
 from cluster.batch.sources import question_record
-from cluster.batch.stages import Encode, Generate, Prepare, compute_of, max_waiting
+from cluster.batch.stages import Encode, Generate, Prepare, compute_of
 from llava_core.checkpoints.found import FoundCheckpoint
 from llava_core.checkpoints.load import LoadOptions
 from llava_core.engine.engine import Engine
@@ -45,7 +45,7 @@ QUESTIONS = [
 
 def test_answers_are_those_of_one_process_and_failures_stay_with_their_rows(job: JobSettings) -> None:
     block = to_block(question_record(row, question) for row, question in enumerate(QUESTIONS))
-    for stage in (Prepare(job), Encode(job), Generate(job)):
+    for stage in (Prepare(job), Encode(job), Generate(job, 64)):
         block = stage(block)
     done = list(from_block(block))
     assert [record.row for record in done] == list(range(len(QUESTIONS)))
@@ -89,7 +89,7 @@ def test_a_picture_that_the_tower_cannot_take_is_its_rows_failure(
 def test_a_process_whose_engine_has_ended_ends(job: JobSettings, monkeypatch: pytest.MonkeyPatch) -> None:
     """It would fail every row that it is given from then on."""
     block = Encode(job)(Prepare(job)(to_block([question_record(0, QUESTIONS[1])])))
-    generate = Generate(job)
+    generate = Generate(job, 64)
     ended: list[int] = []
     monkeypatch.setattr("cluster.batch.stages.os._exit", ended.append)
     monkeypatch.setattr(Engine, "step", lambda _: (_ for _ in ()).throw(RuntimeError("no device")))
@@ -99,7 +99,7 @@ def test_a_process_whose_engine_has_ended_ends(job: JobSettings, monkeypatch: py
 
 
 def test_a_row_that_fails_alone_ends_nothing(job: JobSettings, monkeypatch: pytest.MonkeyPatch) -> None:
-    generate = Generate(job)
+    generate = Generate(job, 64)
     monkeypatch.setattr("cluster.batch.stages.os._exit", lambda _: pytest.fail("the engine is alive"))
 
     async def refused(_: object) -> object:
@@ -119,16 +119,7 @@ def test_only_the_decoder_is_stored_in_fewer_bits(job: JobSettings) -> None:
     assert compute_of("encode", changed) == Compute("auto", "bfloat16", None, None)
 
 
-def test_an_engine_has_room_for_all_that_is_sent_to_it() -> None:
-    from cluster.batch.pipeline import BLOCK_ROWS, blocks_at_once
-
-    for max_running in (1, 2, 15, 16, 17, 32, 256):
-        assert blocks_at_once(max_running) * BLOCK_ROWS <= max_running + max_waiting(max_running)
-        # Of the blocks, one may be near its end and one on its way.
-        assert (blocks_at_once(max_running) - 2) * BLOCK_ROWS >= max_running
-
-
 def test_rows_that_have_failed_pass_every_stage(job: JobSettings) -> None:
     failed = Record(7, Failure("invalid_row", "broken"))
-    for stage in (Prepare(job), Encode(job), Generate(job)):
+    for stage in (Prepare(job), Encode(job), Generate(job, 64)):
         assert [each.value for each in from_block(stage(to_block([failed])))] == [failed.value]
