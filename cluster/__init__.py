@@ -1,4 +1,4 @@
-"""Offline: bulk answers, training and evaluation as Ray jobs, and the files that describe a cluster.
+"""Offline: bulk answers as Ray jobs, and the files that describe a cluster; training and evaluation are to come.
 
-Empty so far. Thin wrappers around `llava_core` will live here; nothing here may import `deployments`.
+Thin wrappers around `llava_core`; nothing here may import `deployments`.
 """

@@ -15,7 +15,7 @@ from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 from deployments.handoff import Handoff, RayHandoff
 from deployments.llava_protocol.settings import LlavaProtocolArgs
 from deployments.placement import nodes_of, stages_of, unplaceable
-from deployments.preflight import FoundCheckpoint, check_checkpoints, share_towers
+from deployments.preflight import check_checkpoints, share_towers
 from deployments.replicas import (
     GatewayReplica,
     GeneratorReplica,
@@ -26,6 +26,7 @@ from deployments.replicas import (
 )
 from deployments.settings import AppArgs
 from deployments.stage_settings import StageArgs
+from llava_core.checkpoints.found import FoundCheckpoint
 
 logger = logging.getLogger(__name__)
 

@@ -1,7 +1,4 @@
-"""The environment of a local Ray, which Ray and Serve read when they are imported, and that of torch in a replica.
-
-Constants alone; the launcher sets the first, and each replica that computes the other.
-"""
+"""The environment of a local Ray, which Ray and Serve read at import. Constants alone; the launcher sets it."""
 
 from __future__ import annotations
 
@@ -33,14 +30,4 @@ ENVIRONMENT: Mapping[str, str] = {
     "RAY_AUTH_MODE": "token",
     # gRPC would ask an `http_proxy` for a replica on this machine.
     "no_grpc_proxy": "127.0.0.1,localhost",
-}
-
-# Of a process that computes, set unless the user has set it. torch looks once, when it is imported.
-TORCH_ENVIRONMENT: Mapping[str, str] = {
-    # Large pages, in which a processor streams weights a tenth faster.
-    "THP_MEM_ALLOC_ENABLE": "1",
-    # oneDNN, and what torch has in front of it, keep a kernel for each of the last 1,024 shapes they have met, of
-    # hundreds of kilobytes. Prompts have any number of tokens; a step needs six shapes.
-    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",
-    "LRU_CACHE_CAPACITY": "128",
 }

@@ -18,9 +18,10 @@ from deployments.errors import LaunchError
 from deployments.exposure import check_exposure
 from deployments.model_settings import ModelArgs
 from deployments.ports import check_port, choose_metrics_port, host_and_port
-from deployments.preflight import FoundCheckpoint, check_checkpoints
+from deployments.preflight import check_checkpoints
 from deployments.settings import AppArgs
 from deployments.upstream_settings import read_key, trusted
+from llava_core.checkpoints.found import FoundCheckpoint
 
 # Where Serve's own section may say anything, HAProxy looks for so many.
 _MANY_GATEWAYS = 64

@@ -11,36 +11,11 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from deployments.model_settings import ModelArgs
 from deployments.settings import AppArgs
-from llava_core.request_limits import RequestLimits
-
-if TYPE_CHECKING:
-    from llava_core.checkpoints.layout import Checkpoint
+from llava_core.checkpoints.found import FoundCheckpoint, find_checkpoint
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class FoundCheckpoint:
-    """A checkpoint that was found once, for all replicas: folders and hub ids, and the revision of each id.
-
-    Not the folders that ids were found in: on another machine they are elsewhere, and may have to be fetched first.
-    """
-
-    model: str
-    base: str | None
-    revisions: Mapping[str, str]
-    offline: bool
-
-    def open(self) -> Checkpoint:
-        """What a replica loads its part of. Raises CheckpointError when it cannot be had on this machine."""
-        from llava_core.checkpoints.layout import open_checkpoint
-
-        return open_checkpoint(self.model, self.base, offline=self.offline, revisions=self.revisions)
 
 
 def check_checkpoints(args: AppArgs) -> dict[str, FoundCheckpoint]:
@@ -48,22 +23,17 @@ def check_checkpoints(args: AppArgs) -> dict[str, FoundCheckpoint]:
 
     Raises CheckpointError naming file and fix.
     """
-    return {model.served_name: _check(model, args.limits.request, offline=args.offline) for model in args.own_models}
-
-
-def _check(model: ModelArgs, limits: RequestLimits, *, offline: bool) -> FoundCheckpoint:
-    # A second's worth of tokenizer library, not wanted for a --help.
-    from llava_core.checkpoints.accounting import check_loadable
-    from llava_core.checkpoints.describe import load_preparer
-    from llava_core.checkpoints.layout import open_checkpoint
-    from llava_core.checkpoints.tokenizer import load_tokenizer
-
-    source, base = model.source, model.base_source
-    checkpoint = open_checkpoint(source, base, offline=offline, revisions=model.revisions)
-    tokenizer = load_tokenizer(checkpoint)
-    load_preparer(checkpoint, tokenizer, template=model.template, limits=limits)
-    check_loadable(checkpoint, tokenizer.num_tokens)
-    return FoundCheckpoint(source, base, dict(checkpoint.revisions), offline)
+    return {
+        model.served_name: find_checkpoint(
+            model.source,
+            model.base_source,
+            template=model.template,
+            limits=args.limits.request,
+            offline=args.offline,
+            revisions=model.revisions,
+        )
+        for model in args.own_models
+    }
 
 
 def share_towers(args: AppArgs, found: Mapping[str, FoundCheckpoint]) -> dict[str, str]:

@@ -9,19 +9,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import ray
 from ray.serve.context import _get_global_client
 
 from deployments.access import KeyRing
 from deployments.allocator import give_back_large_buffers
-from deployments.cores import usable_cores
-from deployments.environment import TORCH_ENVIRONMENT
 from deployments.exposure import ENTRANCE_VARIABLE, check_exposure
 from deployments.fetch import Fetcher
 from deployments.gateway import Gateway
@@ -35,38 +32,24 @@ from deployments.metrics import RayRecorder, engine_readings
 from deployments.model_settings import ModelArgs
 from deployments.passage import Handle
 from deployments.pipeline import PictureStage, Pipeline
-from deployments.preflight import FoundCheckpoint
 from deployments.preprocessor import Preprocessor
 from deployments.quarantine import Quarantine
 from deployments.settings import AppArgs
-from deployments.shared_cores import Cores, OwnCores, SharedCores, shared_folder
-from deployments.stage_settings import ComputeArgs, StageArgs, VisionEncoderArgs
+from deployments.stage_settings import StageArgs, VisionEncoderArgs
 from deployments.stage_status import StageStatus, name_for_clients
 from deployments.startup import Startup
 from deployments.upstream import Upstream
 from deployments.upstream_settings import read_key, trusted
 from deployments.vision_encoder import VisionEncoder
-from llava_core.errors import LlavaError
+from llava_core.checkpoints.found import FoundCheckpoint
 from llava_core.lru import LruCache
+from llava_core.stages.loading import in_thread_of_its_own, load_encoder, load_engine
 from llava_core.types import PreparedImage
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
-    from torch import nn
-
-    from llava_core.checkpoints.load import LoadOptions
-    from llava_core.checkpoints.tokenizer import CheckpointTokenizer
-    from llava_core.engine.engine import Engine
-    from llava_core.vision.towers import VisionTower
 
 logger = logging.getLogger(__name__)
-Loaded = TypeVar("Loaded")
-# Of a network with fewer, an operation is too short to be divided among threads.
-_MANY_PARAMETERS = 50_000_000
-
-
-class DeviceError(LlavaError):
-    """A replica cannot compute where it is told to."""
 
 
 class GatewayReplica:
@@ -168,7 +151,8 @@ class VisionEncoderReplica(VisionEncoder):
     def __init__(self, args: VisionEncoderArgs, checkpoint: FoundCheckpoint, handoff: Handoff) -> None:
         adopt_serve_logging()
         startup = Startup()
-        tower, cores = in_thread_of_its_own(lambda: _load_tower(args, checkpoint, startup))
+        loading = partial(load_encoder, checkpoint.open(), args.compute, num_gpus=num_gpus(), phase=startup.phase)
+        tower, cores = in_thread_of_its_own(loading)
         recorder = startup.recorder()
         super().__init__(tower, handoff, cache_bytes=args.cache_bytes, cores=cores, recorder=recorder)
 
@@ -179,7 +163,9 @@ class GeneratorReplica(Generator):
     def __init__(self, model: ModelArgs, checkpoint: FoundCheckpoint, handoff: Handoff) -> None:
         adopt_serve_logging()
         startup = Startup()
-        engine, tokenizer, cores = in_thread_of_its_own(lambda: _load_engine(model, checkpoint, startup))
+        opened, compute = checkpoint.open(), model.generator.compute
+        loading = partial(load_engine, opened, compute, model.engine.config, num_gpus=num_gpus(), phase=startup.phase)
+        engine, tokenizer, cores = in_thread_of_its_own(loading)
         from llava_core.engine.async_engine import AsyncEngine
 
         running = AsyncEngine(
@@ -202,93 +188,9 @@ def _listening_hosts() -> set[str]:
     return {str(client.http_config.host), *([entrance] if entrance else [])}
 
 
-def _load_tower(args: ComputeArgs, checkpoint: FoundCheckpoint, startup: Startup) -> tuple[VisionTower, Cores]:
-    with startup.phase("imports"):
-        options = set_up_compute(args)
-        from llava_core.checkpoints.load import load_tower
-        from llava_core.vision.inference import call_before_layers, ready_tower
-
-    with startup.phase("weights"):
-        tower = load_tower(checkpoint.open(), options)
-        cores = share_cores(args, tower, options.device)
-        ready_tower(tower)
-        call_before_layers(tower, cores.claim)
-    return tower, cores
-
-
-def _load_engine(
-    model: ModelArgs, checkpoint: FoundCheckpoint, startup: Startup
-) -> tuple[Engine, CheckpointTokenizer, Cores]:
-    with startup.phase("imports"):
-        options = replace(set_up_compute(model.generator), quantization=model.generator.quantization)
-        from llava_core.checkpoints.load import load_language_side
-        from llava_core.checkpoints.tokenizer import load_tokenizer
-        from llava_core.engine.engine import Engine
-        from llava_core.models.fused import ready_language
-
-    with startup.phase("weights"):
-        opened = checkpoint.open()
-        tokenizer = load_tokenizer(opened)
-        language = load_language_side(opened, options, num_tokens=tokenizer.num_tokens)
-        cores = share_cores(model.generator, language, options.device)
-    with startup.phase("engine"):
-        ready_language(language)
-        engine = Engine(language, tokenizer, model.engine.config)
-    return engine, tokenizer, cores
-
-
-def in_thread_of_its_own(load: Callable[[], Loaded]) -> Loaded:
-    """What `load` gives, or raises. Each thread that has computed keeps OpenMP threads until it ends; where two of them
-    have some, these sleep between operations, and a step takes half as long again."""
-    with ThreadPoolExecutor(1, "load") as thread:
-        return thread.submit(load).result()
-
-
-def set_up_compute(args: ComputeArgs) -> LoadOptions:
-    """Threads and device of this process. Ray would leave a replica with half a CPU one thread, so it is set here."""
-    for name, value in TORCH_ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    import torch
-
-    from llava_core.checkpoints.load import LoadOptions
-
-    threads = args.threads or usable_cores()
-    torch.set_num_threads(threads)
-    device = choose_device(args.device, num_gpus=len(ray.get_gpu_ids()) if ray.is_initialized() else 0)
-    options = LoadOptions(device, args.dtype)
-    logger.info("computing on %s in %s with %d threads", device, options.torch_dtype, threads)
-    return options
-
-
-def share_cores(args: ComputeArgs, network: nn.Module, device: str) -> Cores:
-    """How this process gets along with others on its cores, unless its threads are set."""
-    import torch
-
-    num_cores = torch.get_num_threads()
-    if args.threads is not None or device != "cpu" or num_cores == 1:
-        return OwnCores()
-    num_parameters = sum(value.numel() for value in network.state_dict().values())
-    if num_parameters < _MANY_PARAMETERS:
-        torch.set_num_threads(1)
-        logger.info("%d parameters: computing with one thread", num_parameters)
-        return OwnCores()
-    return SharedCores(shared_folder(), num_cores, torch.set_num_threads)
-
-
-def choose_device(asked: str, *, num_gpus: int) -> str:
-    """`auto` is the GPU that Ray has given this replica, the CPU if it has given none: Ray hides none from it.
-
-    Raises DeviceError when there is no CUDA where it is called for.
-    """
-    import torch
-
-    device = asked if asked != "auto" else "cuda" if num_gpus else "cpu"
-    if device != "cpu" and not torch.cuda.is_available():
-        raise DeviceError(
-            f"device {asked} with {num_gpus} GPUs from Ray calls for CUDA, and torch {torch.__version__} finds none; "
-            "install torch for this GPU, or set num_gpus: 0 and device: cpu"
-        )
-    return device
+def num_gpus() -> float:
+    """How many GPUs Ray has given this replica. It hides none from it."""
+    return len(ray.get_gpu_ids()) if ray.is_initialized() else 0
 
 
 def adopt_serve_logging() -> None:

@@ -3,11 +3,13 @@
 Knows names and bounds, and neither Ray nor torch. Which stages an application has is settings.py's.
 """
 
+from dataclasses import replace
 from typing import Annotated, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from llava_core.engine.config import EngineConfig
+from llava_core.stages.loading import Compute
 from llava_core.types import Quantization
 
 _TARGET = "target_"
@@ -166,6 +168,11 @@ class ComputeArgs(StageArgs):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     threads: int | None = Field(default=None, ge=1)
 
+    @property
+    def compute(self) -> Compute:
+        """What a process of the stage sets up."""
+        return Compute(self.device, self.dtype, self.threads)
+
 
 class VisionEncoderArgs(ComputeArgs):
     """The stage with the tower. It keeps up to `cache_bytes` of features of pictures it has seen; 0 keeps none."""
@@ -182,6 +189,11 @@ class GeneratorArgs(ComputeArgs):
     autoscaling: GeneratorScaling = GeneratorScaling()
     max_ongoing_requests: int = Field(default=1000, ge=1)
     quantization: Quantization | None = None
+
+    @property
+    def compute(self) -> Compute:
+        """What a process of the stage sets up."""
+        return replace(super().compute, quantization=self.quantization)
 
 
 class EngineArgs(Settings):

@@ -26,10 +26,10 @@ from deployments.metrics import (
     cache_readings,
 )
 from deployments.scaling import BUSY, HELD_REQUESTS
-from deployments.shared_cores import Cores, OwnCores
 from deployments.watchdog import Watchdog
 from llava_core.errors import EngineError
 from llava_core.lru import LruCache
+from llava_core.stages.shared_cores import Cores, OwnCores
 from llava_core.types import PreparedRequest
 
 if TYPE_CHECKING:

@@ -9,19 +9,18 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from llava_core.client.messages import read_picture, user_message
-from llava_core.errors import ImageError, LlavaError, RequestError
+from llava_core.errors import LlavaError, RequestError
 from llava_core.opening import ModelOptions, load_model, open_model
 from llava_core.prepare import Preparer
 from llava_core.prompts.tokenize import IMAGE_TOKEN_ID
-from llava_core.types import GenerationRequest, ImagePart, PreparedRequest, SamplingParams, TokenDelta
+from llava_core.questions import Question, prepare_question, read_questions
+from llava_core.types import PreparedRequest, SamplingParams, TokenDelta
 from llava_core.views import DicomView, ImageTransform
 
 if TYPE_CHECKING:
@@ -41,15 +40,6 @@ class AskOptions(ModelOptions):
     seed: int | None
     output: str
     view: DicomView | None = None
-
-
-@dataclass(frozen=True)
-class Question:
-    """One line of a file of questions; `id` is whatever the file gave it."""
-
-    text: str
-    images: tuple[Path, ...]
-    id: object = None
 
 
 @dataclass(frozen=True)
@@ -99,45 +89,10 @@ def ask_all(options: AskOptions, file: Path) -> None:
         raise LlavaError(f"{num_failed} of {len(questions)} questions could not be answered")
 
 
-def read_questions(file: Path) -> Iterator[Question]:
-    """The questions of a JSON-lines file. Raises RequestError naming the first line that is not one."""
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"{file} cannot be read: {error}", param="questions") from error
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            yield _read_question(line, f"{file}:{number}", file.parent)
-
-
-def _read_question(line: str, where: str, folder: Path) -> Question:
-    try:
-        row = json.loads(line)
-        text = row.get("question", row.get("text"))
-        images = row.get("images", row.get("image"))
-        number = row.get("question_id", row.get("id"))
-    except (ValueError, AttributeError) as error:
-        raise RequestError(f"{where} is not a JSON object: {error}", param="questions") from error
-    images = [] if images is None else [images] if isinstance(images, str) else images
-    if not isinstance(text, str) or not isinstance(images, list) or not all(isinstance(path, str) for path in images):
-        raise RequestError(
-            f"{where} needs `question` (text), and `image` or `images` may name files", param="questions"
-        )
-    return Question(text, tuple(folder / path for path in images), number)
-
-
 def _prepare(preparer: Preparer, options: AskOptions, question: Question) -> _Prepared:
-    """Read pictures and prepare the request. Raises RequestError, which names the file where a picture is at fault."""
     sampling = SamplingParams(max_tokens=options.max_tokens, temperature=options.temperature, seed=options.seed)
-    pictures = [ImagePart(read_picture(path), dicom=options.view) for path in question.images]
-    message = user_message(question.text, pictures)
     started = time.perf_counter()
-    try:
-        request = preparer.prepare(GenerationRequest(uuid.uuid4().hex, (message,), sampling))
-    except ImageError as error:
-        # The pictures come first in the message, so their numbers are the files'.
-        files = {f"messages[0].content[{index}].image_url": path for index, path in enumerate(question.images)}
-        raise ImageError(f"{files[error.param or '']}: {error.message}", param=error.param, code=error.code) from error
+    request = prepare_question(preparer, question, sampling, uuid.uuid4().hex, view=options.view)
     return _Prepared(request, (time.perf_counter() - started) * 1e3)
 
 

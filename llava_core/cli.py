@@ -60,7 +60,7 @@ def _import_command(point: EntryPoint) -> click.Command:
         def explain(**_: object) -> None:
             raise click.ClickException(
                 f"`llava {point.name}` needs {missing}, which is not installed: "
-                "pip install 'llava-serve[serve,train,page]'"
+                "pip install 'llava-serve[serve,batch,train,page]'"
             )
 
         settings: dict[str, Any] = {"ignore_unknown_options": True, "allow_extra_args": True}

@@ -19,10 +19,10 @@ from pathlib import Path
 
 from benchmarks.peers.load import Answer
 from deployments.chat_request import read_chat_request
-from deployments.environment import TORCH_ENVIRONMENT
 from deployments.model_settings import ModelArgs
 from llava_core.engine.async_engine import AsyncEngine
 from llava_core.inference import LocalModel
+from llava_core.stages.loading import TORCH_ENVIRONMENT, in_thread_of_its_own, set_up_compute
 from llava_core.types import EngineRequest
 from llava_core.vision.encode import encode_images
 
@@ -50,20 +50,17 @@ class EngineAlone:
 
 @cache
 def _load(folder: Path) -> LocalModel:
-    # Imports Ray, which who imports this file may have to set up first.
-    from deployments.replicas import in_thread_of_its_own, set_up_compute
-
     model = ModelArgs(checkpoint=str(folder))
 
     def load() -> LocalModel:
-        return LocalModel(folder, options=set_up_compute(model.generator), engine=model.engine.config)
+        return LocalModel(
+            folder, options=set_up_compute(model.generator.compute, num_gpus=0), engine=model.engine.config
+        )
 
     return in_thread_of_its_own(load)
 
 
 def _ask(folder: Path, bodies: Bodies, clients: int) -> tuple[list[Answer], float]:
-    from deployments.replicas import in_thread_of_its_own
-
     model = _load(folder)
     return asyncio.run(_ask_all(model, in_thread_of_its_own(lambda: _prepare(model, bodies)), clients))
 

@@ -76,7 +76,7 @@ def read_picture(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise RequestError(f"{path} cannot be read: {error.strerror}", param="image") from error
+        raise RequestError(f"{path} cannot be read: {error.strerror}", param="image", code="unreadable_file") from error
 
 
 def media_type(data: bytes) -> str | None:

@@ -140,7 +140,8 @@ class AsyncEngine:
 
     def check_health(self, *, max_step_s: float = 120.0) -> None:
         """Raise EngineError when the thread has died or one step has taken longer than `max_step_s`."""
-        if not self._thread.is_alive():
+        # Its readers are told a moment before it is dead.
+        if self._ended is not None or not self._thread.is_alive():
             raise EngineError("the engine thread is dead")
         started = self._step_started
         if started is not None and time.monotonic() - started > max_step_s:

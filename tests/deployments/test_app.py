@@ -13,10 +13,11 @@ from starlette.testclient import TestClient
 
 from deployments.app import build_app, build_graph
 from deployments.handoff import LocalHandoff
-from deployments.preflight import FoundCheckpoint, check_checkpoints, share_towers
+from deployments.preflight import check_checkpoints, share_towers
 from deployments.routing import AffinityRouter
 from deployments.settings import AppArgs
 from deployments.stage_settings import GatewayArgs, PreprocessorArgs, RequestScaling
+from llava_core.checkpoints.found import FoundCheckpoint
 from llava_core.errors import CheckpointError
 from llava_core.inference import LocalModel
 from llava_core.types import GenerationRequest, ImagePart, Message, SamplingParams, TextPart

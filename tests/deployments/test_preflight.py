@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from deployments.preflight import FoundCheckpoint, check_checkpoints, share_towers
+from deployments.preflight import check_checkpoints, share_towers
 from deployments.settings import AppArgs
+from llava_core.checkpoints.found import FoundCheckpoint
 from llava_core.errors import CheckpointError, UnknownNameError
 from tests.hub import NEW, OLD, fill_cache, hub_of, use_cache, write_lora
 from tests.tiny import cut_short, edit_json

@@ -15,9 +15,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from llava_core import asking
-from llava_core.asking import Question, original_ids, read_questions, shown
+from llava_core.asking import original_ids, shown
 from llava_core.cli import main
-from llava_core.errors import RequestError
 from llava_core.scenes.draw import draw_scene
 from llava_core.scenes.scene import sample_scene
 from llava_core.types import PreparedRequest, SamplingParams
@@ -78,26 +77,6 @@ def write(tmp_path: Path, text: str) -> Path:
     file = tmp_path / "questions.jsonl"
     file.write_text(text)
     return file
-
-
-def test_every_spelling_of_a_question_is_read(tmp_path: Path) -> None:
-    lines = [
-        '{"question": "a", "images": ["x.png", "/y.png"], "id": "k"}',
-        "",
-        '{"text": "b", "image": "z.png", "question_id": 3}',
-        '{"text": "c", "image": null}',
-    ]
-    assert list(read_questions(write(tmp_path, "\n".join(lines)))) == [
-        Question("a", (tmp_path / "x.png", Path("/y.png")), "k"),
-        Question("b", (tmp_path / "z.png",), 3),
-        Question("c", ()),
-    ]
-
-
-@pytest.mark.parametrize("line", ["not JSON", "[]", '{"image": "a.png"}', '{"text": "a", "images": [3]}'])
-def test_a_line_that_is_no_question_is_named(tmp_path: Path, line: str) -> None:
-    with pytest.raises(RequestError, match=r"questions\.jsonl:2 "):
-        list(read_questions(write(tmp_path, f'{{"text": "a"}}\n{line}\n')))
 
 
 def test_a_question_that_fails_does_not_stop_the_others(tiny_checkpoint: Path, tmp_path: Path) -> None:

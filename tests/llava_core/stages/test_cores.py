@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from deployments import cores
-from deployments.cores import quota, usable_cores
+from llava_core.stages import cores
+from llava_core.stages.cores import quota, usable_cores
 
 
 def _groups(folder: Path, own: str, **files: str) -> tuple[Path, Path]:

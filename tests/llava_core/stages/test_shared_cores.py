@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from deployments import shared_cores
-from deployments.shared_cores import SharedCores, shared_folder
+from llava_core.stages import shared_cores
+from llava_core.stages.shared_cores import SharedCores, shared_folder
 
 OTHER = """
 import sys
 from pathlib import Path
-from deployments.shared_cores import SharedCores
+from llava_core.stages.shared_cores import SharedCores
 cores = SharedCores(Path(sys.argv[1]), 8, lambda threads: print("threads", threads, flush=True))
 for line in sys.stdin:
     getattr(cores, line.strip())()

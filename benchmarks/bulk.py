@@ -1,0 +1,213 @@
+"""Bulk jobs: their tokens per second beside the engine's own, what a second generator adds, and kills without a loss.
+
+    python -m benchmarks.bulk share [--mid DIR] [--pictures 200] [--rounds 2] [--json FILE]
+    python -m benchmarks.bulk actors [--pictures 400] [--rounds 2] [--json FILE]
+    python -m benchmarks.bulk kills [--pictures 400] [--kills 10] [--json FILE]
+
+`share`: `llava batch` and one process that prepares, encodes and generates with the same settings, in turns, on random
+weights (`mid`, 642 M parameters) with 64 tokens an answer. Each is timed from its first answers to its last: loading is
+left out of both, and stands beside. `actors`: the default model with one and with two generators of a single thread, in
+turns. `kills`: the driver and all it began are killed with SIGKILL, each time at another row, and the job is given
+again; then every row must be there once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine import describe_machine
+from benchmarks.service.pictures import PictureMaker
+from benchmarks.service.start import checkpoint
+from llava_core.engine.config import EngineConfig
+from llava_core.inference import LocalModel
+from llava_core.questions import Question, prepare_question
+from llava_core.stages.loading import TORCH_ENVIRONMENT, Compute, in_thread_of_its_own, set_up_compute
+from llava_core.types import SamplingParams, TokenDelta
+
+PROMPT = "Describe the picture."
+MAX_RUNNING, MAX_TOKENS = 32, 64
+# A job hands answers on so many at a time. The clock starts when the first of them are there.
+FIRST_ROWS = 16
+_LOOK_S = 0.02
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Tokens per second from the first answers to the last, and seconds until those first ones."""
+
+    tokens_per_s: float
+    first_s: float
+    mean_batch: float | None = None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", choices=[*WORKS])
+    parser.add_argument("--mid", type=Path, help="the checkpoint, written where it is missing")
+    parser.add_argument("--pictures", type=int, help="[200 for share, 400 for the others]")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--json", type=Path, help="also write the figures here")
+    options = parser.parse_args()
+    options.pictures = options.pictures or (200 if options.work == "share" else 400)
+    with tempfile.TemporaryDirectory(prefix="bulk-") as folder:
+        draw(Path(folder) / "pictures", options.pictures)
+        results = {"machine": describe_machine(), "work": options.work, "pictures": options.pictures}
+        results |= WORKS[options.work](Path(folder), options)
+    print(json.dumps(results, indent=2))
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=2) + "\n")
+
+
+def share(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Of the engine's own tokens per second, those of a bulk job."""
+    rounds: list[dict[str, Any]] = []
+    with checkpoint("mid", options.mid) as model:
+        for number in range(options.rounds):
+            alone = answer_alone(model, folder / "pictures")
+            bulk = time_job(folder, f"share-{number}", "--model", str(model), "--max-tokens", str(MAX_TOKENS))
+            rounds.append({"engine": vars(alone), "bulk": vars(bulk), "share": bulk.tokens_per_s / alone.tokens_per_s})
+    return {"rounds": rounds, "share": statistics.median(each["share"] for each in rounds)}
+
+
+def actors(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """What a second generator adds."""
+    rounds: list[dict[str, Any]] = []
+    for number in range(options.rounds):
+        timed = dict[int, Timed]()
+        for replicas in (1, 2):
+            words = [f"generate.replicas={replicas}", "generate.threads=1", "encode.threads=1"]
+            stages = [argument for word in words for argument in ("--stage", word)]
+            timed[replicas] = time_job(folder, f"actors-{number}-{replicas}", *stages)
+        times = timed[2].tokens_per_s / timed[1].tokens_per_s
+        rounds.append({"1": vars(timed[1]), "2": vars(timed[2]), "times": times})
+    return {"rounds": rounds, "times": statistics.median(each["times"] for each in rounds)}
+
+
+def kills(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Every row once, whenever the job is killed."""
+    output, chance, killed = folder / "kills.jsonl", random.Random(0), list[int]()
+    command = job_command(folder, output)
+    for _ in range(options.kills):
+        at_row = count_lines(output) + chance.randrange(options.pictures // (options.kills + 2))
+        process = start(command, folder / "kills.log")
+        while process.poll() is None and count_lines(output) <= at_row:
+            time.sleep(_LOOK_S)
+        time.sleep(chance.random() * 0.2)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        killed.append(count_lines(output))
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    rows = [json.loads(line)["row"] for line in output.read_text().splitlines()]
+    assert sorted(rows) == [*range(options.pictures)], "a row is missing or there twice"
+    return {"killed_at_rows": killed, "rows": len(rows), "each_once": True}
+
+
+WORKS = {"share": share, "actors": actors, "kills": kills}
+
+
+def draw(folder: Path, number: int) -> None:
+    """New pictures, all different."""
+    folder.mkdir()
+    maker = PictureMaker("bulk")
+    for index in range(number):
+        picture = maker.make()
+        (folder / f"{index:06}.{picture.format.lower()}").write_bytes(picture.data)
+
+
+def job_command(folder: Path, output: Path, *arguments: str) -> list[str]:
+    llava = [sys.executable, "-c", "from llava_core.cli import main; main()"]
+    fixed = ["--prompt", PROMPT, "--max-running", str(MAX_RUNNING), "--format", "json"]
+    return [*llava, "batch", str(folder / "pictures"), str(output), *fixed, *arguments]
+
+
+def start(command: list[str], log: Path) -> subprocess.Popen[str]:
+    """In a process group of its own."""
+    with log.open("a") as file:
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=file, text=True, start_new_session=True)
+
+
+def time_job(folder: Path, name: str, *arguments: str) -> Timed:
+    """The times are those at which rows appear in the output."""
+    output, log = folder / f"{name}.jsonl", folder / f"{name}.log"
+    began = time.monotonic()
+    process = start(job_command(folder, output, *arguments), log)
+    first_s, first_rows, num_rows, last = None, 0, 0, began
+    while process.poll() is None:
+        if (rows := count_lines(output)) > num_rows:
+            num_rows, last = rows, time.monotonic()
+            if first_s is None and rows >= FIRST_ROWS:
+                first_s, first_rows = last - began, rows
+        time.sleep(_LOOK_S)
+    assert process.returncode == 0, log.read_text()
+    assert first_s is not None, "there are too few pictures to be timed"
+    tokens = [len(json.loads(line)["token_ids"]) for line in output.read_text().splitlines()]
+    assert process.stdout is not None
+    engines = json.loads(process.stdout.read())["this_run"]["engines"]
+    mean_batch = statistics.mean(each["mean_batch"] for each in engines)
+    return Timed(sum(tokens[first_rows:]) / (last - began - first_s), first_s, mean_batch)
+
+
+def count_lines(file: Path) -> int:
+    return file.read_bytes().count(b"\n") if file.exists() else 0
+
+
+def answer_alone(model: Path, pictures: Path) -> Timed:
+    """In a process of its own, which reads torch's environment as an actor does."""
+    for name, value in TORCH_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        return process.submit(_answer_alone, model, pictures, time.time()).result()
+
+
+def _answer_alone(folder: Path, pictures: Path, began: float) -> Timed:
+    def load() -> LocalModel:
+        options = set_up_compute(Compute(), num_gpus=0)
+        return LocalModel(folder, options=options, engine=EngineConfig(max_running=MAX_RUNNING))
+
+    model = in_thread_of_its_own(load)
+    tokens, first_s = 0, 0.0
+    for num_done, num_tokens in enumerate(_answers(model, sorted(pictures.iterdir())), start=1):
+        if num_done == FIRST_ROWS:
+            first_s = time.time() - began
+        elif num_done > FIRST_ROWS:
+            tokens += num_tokens
+    stats = model.engine.stats
+    seconds = time.time() - began - first_s
+    return Timed(tokens / seconds, first_s, stats.scheduled_requests / stats.num_steps)
+
+
+def _answers(model: LocalModel, pictures: list[Path]) -> Iterator[int]:
+    """How many tokens each answer has. As many are in the engine as it runs at once, and one more."""
+    waiting, sampling = deque(enumerate(pictures)), SamplingParams(max_tokens=MAX_TOKENS)
+    num_tokens: dict[str, int] = {}
+    while waiting or num_tokens:
+        while waiting and len(num_tokens) <= MAX_RUNNING:
+            row, picture = waiting.popleft()
+            model.add(prepare_question(model.preparer, Question(PROMPT, (picture,)), sampling, f"{row}"))
+            num_tokens[f"{row}"] = 0
+        for output in model.engine.step():
+            assert isinstance(output, TokenDelta), output
+            num_tokens[output.request_id] += len(output.token_ids)
+            if output.finish_reason is not None:
+                yield num_tokens.pop(output.request_id)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""Can the cluster ever have what the stages ask for? Counted from what its nodes have, or may grow to.
+
+Plain numbers; Ray is asked elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from cluster.batch.errors import CapacityError
+from cluster.batch.settings import StageName, Stages, StageSettings
+
+Resources = Mapping[str, float]
+
+
+def check_capacity(stages: Stages, reading_cpus: float, nodes: Sequence[Resources], limit: Resources | None) -> None:
+    """`limit` is what an autoscaler may grow the cluster to, None where there is none.
+
+    Raises CapacityError naming the stage that has no place, and what there is.
+    """
+    if limit is not None:
+        _check_totals(stages, reading_cpus, limit)
+        return
+    free = [dict(node) for node in nodes]
+    # Those that are hardest to place come first.
+    for name, stage in sorted(stages.items(), key=lambda item: (-item[1].num_gpus, -item[1].num_cpus)):
+        for replica in range(stage.replicas):
+            if not _place({"GPU": stage.num_gpus, "CPU": stage.num_cpus}, free):
+                raise _lacking(name, stage, replica, nodes)
+    if not _place({"CPU": reading_cpus}, free):
+        raise CapacityError(f"the stages leave no {reading_cpus} CPUs for reading the input; {_has(nodes)}")
+
+
+def _place(wanted: Resources, free: list[dict[str, float]]) -> bool:
+    for node in free:
+        # Shares such as 0.1 do not add up exactly.
+        if all(node.get(name, 0.0) + 1e-6 >= amount for name, amount in wanted.items()):
+            for name, amount in wanted.items():
+                node[name] = node.get(name, 0.0) - amount
+            return True
+    return False
+
+
+def _lacking(name: StageName, stage: StageSettings, placed: int, nodes: Sequence[Resources]) -> CapacityError:
+    return CapacityError(
+        f"{name} asks for {stage.replicas} x ({stage.num_cpus:g} CPUs, {stage.num_gpus:g} GPUs), of which {placed} "
+        f"have a place beside the other stages; {_has(nodes)}. Ask for less with --stage {name}.replicas=, "
+        ".num_cpus= or .num_gpus=, or say --wait-for-nodes where nodes will join"
+    )
+
+
+def _has(nodes: Sequence[Resources]) -> str:
+    has = ", ".join(f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs" for node in nodes)
+    return f"the cluster's nodes have {has}"
+
+
+def _check_totals(stages: Stages, reading_cpus: float, limit: Resources) -> None:
+    cpus = sum(stage.replicas * stage.num_cpus for stage in stages.values()) + reading_cpus
+    gpus = sum(stage.replicas * stage.num_gpus for stage in stages.values())
+    for name, amount in (("CPU", cpus), ("GPU", gpus)):
+        if amount > limit.get(name, 0.0) + 1e-6:
+            raise CapacityError(
+                f"the stages ask for {amount:g} {name}s, and the cluster's autoscaler grows it to "
+                f"{limit.get(name, 0):g} at most; ask for less with --stage"
+            )

@@ -1,0 +1,34 @@
+"""Which input a path is: by the kind of what is there and the file's ending."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cluster.batch.errors import InputError
+from cluster.batch.parquet_source import Parquet
+from cluster.batch.sources import JsonLines, PictureFolder, Source
+
+
+def open_source(path: Path, *, image_folder: Path | None, prompt: str | None) -> Source:
+    """Raises InputError for what is not there or not known."""
+    if path.is_dir():
+        return _open_folder(path, image_folder, prompt)
+    if not path.exists():
+        raise InputError(f"{path} does not exist")
+    folder = image_folder or path.parent
+    if path.suffix == ".parquet":
+        return Parquet((path,), folder, prompt)
+    if path.suffix in (".jsonl", ".json", ".ndjson"):
+        return JsonLines(path, folder, prompt)
+    raise InputError(f"{path} is neither a folder nor ends with .jsonl or .parquet; rename it to say what it is")
+
+
+def _open_folder(path: Path, image_folder: Path | None, prompt: str | None) -> Source:
+    tables = tuple(sorted(path.glob("*.parquet")))
+    if tables:
+        return Parquet(tables, image_folder or path, prompt)
+    if prompt is None:
+        raise InputError(f"{path} is a folder of pictures, which say no question: give --prompt")
+    if image_folder is not None:
+        raise InputError(f"--image-folder is for a file that names pictures; {path} is a folder of pictures itself")
+    return PictureFolder(path, prompt)

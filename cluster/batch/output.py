@@ -1,0 +1,235 @@
+"""The output of a bulk job: every row once, whatever stopped the job before, whoever else would like to write it.
+
+Answers are appended to a journal of JSON lines by the job's driver alone, which holds its lock; nowhere else is it
+decided that a row is done. For Parquet, journals are sealed: written as a part under a temporary name, renamed, and
+only then emptied. Knows no Ray and nothing of how answers come about.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cluster.batch.errors import OutputError
+from cluster.batch.manifest import Manifest, check_same
+
+Row = Mapping[str, Any]
+# Rows of a part.
+PART_ROWS = 10_000
+# As much as a machine that loses its power may lose.
+_SYNC_S = 1.0
+_SCHEMA = pa.schema(
+    [
+        ("row", pa.int64()),
+        # Ids of any kind in one column: what is no text is JSON.
+        ("question_id", pa.string()),
+        ("images", pa.list_(pa.string())),
+        ("prompt", pa.string()),
+        ("text", pa.string()),
+        ("token_ids", pa.list_(pa.int32())),
+        ("finish_reason", pa.string()),
+        ("usage", pa.map_(pa.string(), pa.int64())),
+        ("timings", pa.map_(pa.string(), pa.float64())),
+        ("error", pa.struct([("kind", pa.string()), ("message", pa.string())])),
+    ]
+)
+
+
+class Journal:
+    """A file of JSON lines that one process may append to. What stands behind its last whole line is cut off."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises OutputError where it cannot be written, or another job does so."""
+        self._path = path
+        try:
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise OutputError(f"{path} cannot be written: {error.strerror}") from error
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._file)
+            raise OutputError(
+                f"{path} is being written by another job; wait for its end or name another output"
+            ) from None
+        self.num_bytes = os.fstat(self._file).st_size
+        self._synced = time.monotonic()
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """All that were written. Raises OutputError for a line that no job has written."""
+        at = 0
+        with self._path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.endswith(b"\n"):
+                    break
+                at += len(line)
+                try:
+                    row = json.loads(line)
+                except ValueError:
+                    row = None
+                if not isinstance(row, dict) or not isinstance(row.get("row"), int):
+                    raise OutputError(f"{self._path}:{number} is damaged or no job's; name another output")
+                yield row
+        if at != self.num_bytes:
+            self._cut(at)
+
+    def append(self, rows: Iterable[Row]) -> None:
+        """All of them or none. Raises OutputError; what was there before stays."""
+        data = b"".join(json.dumps(row, default=str).encode() + b"\n" for row in rows)
+        done = 0
+        try:
+            while done < len(data):
+                done += os.pwrite(self._file, data[done:], self.num_bytes + done)
+            if time.monotonic() - self._synced >= _SYNC_S:
+                self.sync()
+        except OSError as error:
+            self._cut(self.num_bytes)
+            raise OutputError(
+                f"{self._path} cannot be written: {error.strerror}; what was written before is whole. "
+                "Make room and give the same command again"
+            ) from error
+        self.num_bytes += len(data)
+
+    def clear(self) -> None:
+        """After its rows went elsewhere."""
+        self._cut(0)
+
+    def sync(self) -> None:
+        """Onto the disk."""
+        os.fsync(self._file)
+        self._synced = time.monotonic()
+
+    def close(self) -> None:
+        """Another job may write from now on."""
+        self.sync()
+        os.close(self._file)
+
+    def _cut(self, at: int) -> None:
+        os.ftruncate(self._file, at)
+        self.num_bytes = at
+
+
+class Output:
+    """The rows of one run. `written` says of each row of the input whether it is done."""
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        """Raises OutputError where it cannot be written, or holds anything but rows of the same run."""
+        if path.suffix not in (".jsonl", ".parquet"):
+            raise OutputError(f"{path} must end with .jsonl, for one file, or with .parquet, for a folder of parts")
+        self.path = path
+        self._parts = path if path.suffix == ".parquet" else None
+        self.written: npt.NDArray[np.bool_] = np.zeros(manifest.num_rows, bool)
+        try:
+            (path if self._parts else path.parent).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"{path} cannot be made a folder: {error.strerror}") from error
+        self._journal = Journal(self._beside("journal.jsonl") if self._parts else path)
+        self._num_sealed = self._num_open = 0
+        self._manifest = manifest
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._journal.close()
+
+    @property
+    def report_path(self) -> Path:
+        """Where the job's report belongs."""
+        return self._beside("report.json")
+
+    def resume(self) -> Iterator[dict[str, Any]]:
+        """The rows that are there already, each once; all must be taken before another is written."""
+        check_same(self._beside("manifest.json"), self._manifest, is_new=self._is_new())
+        for part in self._sealed():
+            self._num_sealed += 1
+            for batch in pq.ParquetFile(part).iter_batches():
+                yield from filter(self._mark, batch.to_pylist(maps_as_pydicts="strict"))
+        # A journal that was sealed and not emptied any more holds rows of the last part.
+        kept, was_sealed = 0, False
+        for row in self._journal.rows():
+            if self._mark(row):
+                kept += 1
+                yield row
+            else:
+                was_sealed = True
+        if was_sealed and kept:
+            raise OutputError(f"{self.path} holds rows twice; name another output")
+        if was_sealed:
+            self._journal.clear()
+        self._num_open = kept
+
+    def write(self, rows: Iterable[Row]) -> list[Row]:
+        """Those of the rows that are not there yet, which are these from now on."""
+        new = [row for row in rows if self._mark(row)]
+        self._journal.append(new)
+        self._num_open += len(new)
+        if self._parts and self._num_open >= PART_ROWS:
+            self.seal()
+        return new
+
+    def seal(self) -> None:
+        """The end of a part."""
+        if not self._parts or not self._num_open:
+            return
+        temporary, part = self._beside("part.tmp"), self._parts / f"part-{self._num_sealed:05}.parquet"
+        table = pa.Table.from_pylist([_columns(row) for row in self._journal.rows()], _SCHEMA)
+        try:
+            pq.write_table(table, temporary)
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            temporary.rename(part)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise OutputError(
+                f"{part} cannot be written: {error}; its rows are in {self._beside('journal.jsonl')}. "
+                "Make room and give the same command again"
+            ) from error
+        self._journal.clear()
+        self._num_sealed, self._num_open = self._num_sealed + 1, 0
+
+    def _mark(self, row: Row) -> bool:
+        """Whether the row was not there before."""
+        number = row["row"]
+        if not 0 <= number < len(self.written):
+            raise OutputError(f"{self.path} holds row {number}, which the input does not have; name another output")
+        was_there = bool(self.written[number])
+        self.written[number] = True
+        return not was_there
+
+    def _sealed(self) -> list[Path]:
+        return sorted(self._parts.glob("part-*.parquet")) if self._parts else []
+
+    def _is_new(self) -> bool:
+        return not self._journal.num_bytes and not self._sealed()
+
+    def _beside(self, name: str) -> Path:
+        # Readers of Parquet leave out what begins so.
+        return self._parts / f"_{name}" if self._parts else self.path.with_name(f"{self.path.name}.{name}")
+
+
+def _columns(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of the journal as Parquet has it."""
+    known = row["question_id"]
+    return {
+        **row,
+        "question_id": known if known is None else _utf8(known if isinstance(known, str) else json.dumps(known)),
+        "images": [_utf8(image) for image in row["images"]],
+        "prompt": row["prompt"] and _utf8(row["prompt"]),
+        **{name: list((row[name] or {}).items()) for name in ("usage", "timings")},
+    }
+
+
+def _utf8(text: str) -> str:
+    """Halves of characters, which JSON and file names may have, written out."""
+    return text.encode(errors="backslashreplace").decode()

@@ -1,0 +1,90 @@
+"""Parquet as the input of a bulk job: one file, or the files of a folder in the order of their names.
+
+Columns are called as the fields of JSON lines; pictures may be paths, bytes, or structs with `bytes`, as datasets of
+pictures have them. See sources.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cluster.batch.errors import InputError
+from cluster.batch.records import Failure, Record
+from cluster.batch.sources import INVALID_ROW, Plan, Span, open_again, question_record
+from llava_core.errors import RequestError
+from llava_core.questions import read_question
+
+_TEXTS, _OTHERS = ("question", "text"), ("images", "image", "question_id", "id")
+# Rows that are Python's at a time: they may hold pictures.
+_READ_ROWS = 64
+# From the end, where Parquet says what is where.
+_FOOTER_BYTES = 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Parquet:
+    """A span is a row group."""
+
+    files: tuple[Path, ...]
+    image_folder: Path
+    prompt: str | None
+    kind = "Parquet"
+
+    def plan(self) -> Plan:
+        """Reads what the files say of themselves."""
+        digest, spans, row = hashlib.sha256(), list[Span](), 0
+        for file in self.files:
+            opened = _opened(file)
+            self._check_columns(file, opened.schema_arrow.names)
+            for group in range(opened.metadata.num_row_groups):
+                stop = row + opened.metadata.row_group(group).num_rows
+                spans.append(Span(row, stop, file, at=group))
+                row = stop
+            with open_again(file) as raw:
+                size = file.stat().st_size
+                raw.seek(max(0, size - _FOOTER_BYTES))
+                digest.update(b"%d " % size + raw.read())
+        return Plan(row, digest.hexdigest(), tuple(span for span in spans if span.start < span.stop))
+
+    def read(self, span: Span) -> Iterator[Record]:
+        """See Source. What follows a page that is damaged is a failure, row by row."""
+        row, opened = span.start, _opened(span.file)
+        columns = [name for name in (*_TEXTS, *_OTHERS) if name in opened.schema_arrow.names]
+        try:
+            for batch in opened.iter_batches(_READ_ROWS, row_groups=[span.at], columns=columns):
+                for values in batch.to_pylist():
+                    yield self._record(row, values, f"{span.file}, row {row}")
+                    row += 1
+        except (pa.ArrowException, OSError) as error:
+            for lost in range(row, span.stop):
+                yield Record(lost, Failure(INVALID_ROW, f"{span.file}, row group {span.at} is damaged: {error}"))
+            return
+        if row != span.stop:
+            raise InputError(f"{span.file} has changed since the job began: row group {span.at} is another one")
+
+    def _record(self, row: int, values: dict[str, Any], where: str) -> Record:
+        try:
+            return question_record(row, read_question(values, where, self.image_folder, default_text=self.prompt))
+        except RequestError as error:
+            return Record(row, Failure(INVALID_ROW, error.message))
+
+    def _check_columns(self, file: Path, names: list[str]) -> None:
+        if self.prompt is None and not any(name in names for name in _TEXTS):
+            raise InputError(
+                f"{file} has neither a column `question` nor `text`, but {', '.join(names)}; "
+                "name one so, or give --prompt"
+            )
+
+
+def _opened(file: Path) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(file)
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{file} is not a Parquet file that can be read: {error}") from error

@@ -1,0 +1,147 @@
+"""The stages as a Ray Data pipeline over the rows that are still to be done.
+
+Read tasks make small blocks of rows; pools of actors take them from stage to stage, as many at once as keep an engine
+full. Ray does again what was lost with a process. Knows nothing about outputs.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import ray
+from ray.data import ActorPoolStrategy, DataContext, Datasource, ReadTask
+from ray.data.block import BlockMetadata
+
+from cluster.batch.records import Block, Record, from_block, to_block
+from cluster.batch.settings import JobSettings, StageName, StageSettings
+from cluster.batch.sources import Plan, Source, Span
+from cluster.batch.stages import Encode, Generate, Prepare
+
+# Rows that go from stage to stage together. Of each block Ray Data keeps some 13 KB until the job's end, so long inputs
+# have larger ones.
+_BLOCK_ROWS, _BLOCKS = (16, 64), 6000
+READ_CPUS = 0.1
+# How often Ray does again what was lost with a process, and how many blocks may be lost for good: more are no accident.
+_RETRIES, _MAX_LOST_BLOCKS = 2, 100
+_PREPARE_THREADS = 2
+
+
+@dataclass(frozen=True)
+class Rows(Datasource):
+    """The rows of an input that are not in `written`; whoever reads a span gets its part of that."""
+
+    source: Source
+    plan: Plan
+    written: npt.NDArray[np.bool_]
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        """Ray sizes its reading by it; nobody knows."""
+        return None
+
+    def get_read_tasks(self, parallelism: int, *_: Any, **__: Any) -> list[ReadTask]:
+        """One for each span that is not done, however many Ray would like."""
+        return [self._task(span) for span in self._open_spans()]
+
+    @property
+    def num_tasks(self) -> int:
+        """Those that are not done."""
+        return len(self._open_spans())
+
+    def _open_spans(self) -> list[Span]:
+        return [span for span in self.plan.spans if not self.written[span.start : span.stop].all()]
+
+    def _task(self, span: Span) -> ReadTask:
+        source, done = self.source, self.written[span.start : span.stop].copy()
+
+        def read() -> Iterator[Block]:
+            open_rows = (record for record in source.read(span) if not done[record.row - span.start])
+            block: list[Record] = []
+            for record in open_rows:
+                block.append(record)
+                if len(block) == 1024:
+                    yield to_block(block)
+                    block = []
+            yield to_block(block)
+
+        num_rows = int((~done).sum())
+        return ReadTask(read, BlockMetadata(num_rows=num_rows, size_bytes=None, exec_stats=None, input_files=None))
+
+
+def answer_rows(
+    job: JobSettings, source: Source, plan: Plan, written: npt.NDArray[np.bool_], *, isolated: bool = False
+) -> Iterator[list[Record]]:
+    """As Answering. What was lost with its process is left out; `isolated` rows are alone in each process, so that
+    whatever ends it was that row.
+
+    Raises what Ray raises when it cannot go on.
+    """
+    rows = Rows(source, plan, written)
+    context = DataContext.get_current()
+    _quiet(context)
+    context.max_errored_blocks = _MAX_LOST_BLOCKS
+    num_rows = 1 if isolated else block_rows(plan.num_rows)
+    num_blocks = 1 if isolated else blocks_at_once(job.max_running, num_rows)
+    # As many blocks as there are tasks: what is read is not cut up before it is cut into blocks of the right size.
+    dataset = ray.data.read_datasource(rows, num_cpus=READ_CPUS, override_num_blocks=rows.num_tasks)
+    dataset = dataset.repartition(target_num_rows_per_block=num_rows)
+    # With how many calls at once, and what each is told beside the job.
+    stages: tuple[tuple[StageName, Callable[..., Any], int, tuple[int, ...]], ...] = (
+        ("preprocess", Prepare, job.stages["preprocess"].threads or _PREPARE_THREADS, ()),
+        ("encode", Encode, 1, ()),
+        ("generate", Generate, num_blocks, (num_rows * num_blocks,)),
+    )
+    for name, stage, num_calls, told in stages:
+        settings = job.stages[name]
+        dataset = dataset.map_batches(
+            stage,
+            batch_size=None,
+            batch_format="pyarrow",
+            zero_copy_batch=True,
+            fn_constructor_args=(job, *told),
+            compute=_pool(settings, 1 if isolated else num_calls, isolated=isolated),
+            num_cpus=settings.num_cpus,
+            num_gpus=settings.num_gpus,
+            ray_remote_args_fn=_actor_options,
+        )
+    for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        yield list(from_block(block))
+
+
+def block_rows(num_rows: int) -> int:
+    """Of an input with so many."""
+    least, most = _BLOCK_ROWS
+    return min(most, max(least, num_rows // _BLOCKS))
+
+
+def blocks_at_once(max_running: int, num_rows: int) -> int:
+    """So many that an engine has answers waiting whenever one ends, though a block's answers are handed on together."""
+    return 2 + math.ceil(max_running / num_rows)
+
+
+def _actor_options() -> dict[str, Any]:
+    """Beside what Ray Data has names for."""
+    return {"max_task_retries": _RETRIES}
+
+
+def _pool(settings: StageSettings, num_calls: int, *, isolated: bool) -> ActorPoolStrategy:
+    return ActorPoolStrategy(
+        size=settings.replicas,
+        max_concurrent_calls_per_actor=num_calls,
+        # Beside those that are worked on, one that is on its way.
+        max_tasks_in_flight_per_actor=num_calls if isolated else num_calls + 1,
+        enable_true_multi_threading=True,
+    )
+
+
+def _quiet(context: DataContext) -> None:
+    """Progress and errors are the job's to tell; Ray's records stand in its logs."""
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    for name in ("ray.data", "ray"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)

@@ -1,0 +1,59 @@
+"""How far a job is, for people: a line that is written over on a terminal, and a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Self, TextIO
+
+from cluster.batch.report import Report
+
+_TERMINAL_S, _ELSEWHERE_S = 0.5, 30.0
+# Rates are of the last so many looks.
+_WINDOW = 40
+
+
+class Progress:
+    """Looks at a report from a thread of its own, so that a job which gets nowhere says so too."""
+
+    def __init__(self, report: Report, to: TextIO, *, now: Callable[[], float] = time.monotonic) -> None:
+        self._report, self._to, self._now = report, to, now
+        self._is_terminal = to.isatty()
+        self._looks = [(now(), report.done)]
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+        if self._is_terminal:
+            self._to.write("\r\x1b[K")
+            self._to.flush()
+
+    def line(self) -> str:
+        """Rows, their rate and how long the others will take at it."""
+        self._looks = [*self._looks[-_WINDOW:], (self._now(), self._report.done)]
+        (began, before), (now, done) = self._looks[0], self._looks[-1]
+        rate = (done - before) / (now - began) if now > began else 0.0
+        total, errors = self._report.num_rows, self._report.errors.total()
+        said = f"{done} of {total} rows ({done / max(1, total):.1%}), {errors} errors, {rate:.1f} rows per second"
+        return (
+            f"{said}, {duration((total - done) / rate)} left" if rate else f"{said}, the stages are starting or waiting"
+        )
+
+    def _run(self) -> None:
+        while not self._ended.wait(_TERMINAL_S if self._is_terminal else _ELSEWHERE_S):
+            self._to.write(f"\r\x1b[K{self.line()}" if self._is_terminal else f"{self.line()}\n")
+            self._to.flush()
+
+
+def duration(seconds: float) -> str:
+    """Such as 2:03:04."""
+    minutes, left = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{left:02}"

@@ -1,0 +1,172 @@
+"""The three stages as processes of a Ray Data pipeline: blocks of records in, the same records one stage further out.
+
+Each loads its own part of the checkpoint and does what the service's stage of the same name does. Rows that have failed
+pass through. Knows Ray only as the one who says which GPUs there are.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import threading
+import time
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from cluster.batch.records import Answer, Block, EngineReading, Record, failure, from_block, to_block
+from cluster.batch.settings import JobSettings, StageName
+from llava_core.engine.config import EngineConfig
+from llava_core.errors import EngineError, LlavaError, RequestError
+from llava_core.lru import LruCache
+from llava_core.questions import Question, prepare_question
+from llava_core.stages.loading import Compute, in_thread_of_its_own, load_encoder, load_engine
+from llava_core.types import EngineRequest, PreparedRequest
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from llava_core.engine.async_engine import AsyncEngine
+    from llava_core.engine.engine import Engine
+    from llava_core.stages.shared_cores import Cores
+
+logger = logging.getLogger(__name__)
+# Several questions about one picture mostly follow one another.
+_FEATURE_CACHE_BYTES = 64 * 1024 * 1024
+# Nobody reads an answer before its end.
+_DELTA_GAP_S = 0.2
+
+
+class Prepare:
+    """Pictures read, decoded and tiled, prompts tokenized; several threads may call."""
+
+    def __init__(self, job: JobSettings) -> None:
+        from llava_core.checkpoints.describe import load_preparer
+
+        self._preparer = load_preparer(job.model.checkpoint.open(), template=job.model.template)
+        self._sampling = job.sampling
+
+    def __call__(self, block: Block) -> Block:
+        """Questions become prepared requests."""
+        return to_block(map(self._prepare, from_block(block)))
+
+    def _prepare(self, record: Record) -> Record:
+        if not isinstance(record.value, Question):
+            return record
+        began = time.perf_counter()
+        try:
+            prepared = prepare_question(self._preparer, record.value, self._sampling, str(record.row))
+        except RequestError as error:
+            return record.became(failure(error))
+        return record.became(prepared, preprocess=_ms_since(began))
+
+
+class Encode:
+    """The tower; one thread calls."""
+
+    def __init__(self, job: JobSettings) -> None:
+        stage, compute = job.stages["encode"], compute_of("encode", job)
+        self._tower, self._cores = in_thread_of_its_own(
+            lambda: load_encoder(job.model.checkpoint.open(), compute, num_gpus=stage.num_gpus)
+        )
+        self._cache: LruCache[Tensor] = LruCache(_FEATURE_CACHE_BYTES)
+
+    def __call__(self, block: Block) -> Block:
+        """Prepared requests become requests of the engine."""
+        try:
+            return to_block(map(self._encode, from_block(block)))
+        finally:
+            self._cores.release()
+
+    def _encode(self, record: Record) -> Record:
+        from llava_core.vision.encode import encode_images
+
+        request = record.value
+        if not isinstance(request, PreparedRequest):
+            return record
+        began = time.perf_counter()
+        try:
+            features = encode_images(self._tower, request.images, self._cache)
+        except (RuntimeError, ValueError) as error:
+            logger.exception("row %d could not be encoded", record.row)
+            return record.became(failure(EngineError(f"the pictures could not be encoded: {error}")))
+        encoded = EngineRequest(request.request_id, request.prompt_ids, features, request.sampling)
+        return record.became(encoded, encode=_ms_since(began))
+
+
+class Generate:
+    """The engine on a thread of its own; as many threads call as there are blocks in it at once."""
+
+    def __init__(self, job: JobSettings, max_rows: int) -> None:
+        """Calls bring at most `max_rows` at once."""
+        stage, compute = job.stages["generate"], compute_of("generate", job)
+        config = EngineConfig(max_running=job.max_running, max_waiting=max_rows)
+        self._engine, _, cores = in_thread_of_its_own(
+            lambda: load_engine(job.model.checkpoint.open(), compute, config, num_gpus=stage.num_gpus)
+        )
+        self._replica = secrets.token_hex(4)
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, name="answers", daemon=True).start()
+        self._running = asyncio.run_coroutine_threadsafe(_start(self._engine, cores), self._loop).result()
+
+    def __call__(self, block: Block) -> Block:
+        """Requests of the engine become answers. Other blocks' answers are written meanwhile."""
+        records = list(from_block(block))
+        done = asyncio.run_coroutine_threadsafe(self._answer_all(records), self._loop).result()
+        return to_block([*done[:-1], *(_with(record, self._reading()) for record in done[-1:])])
+
+    async def _answer_all(self, records: Iterable[Record]) -> list[Record]:
+        return await asyncio.gather(*map(self._answer, records))
+
+    async def _answer(self, record: Record) -> Record:
+        request = record.value
+        if not isinstance(request, EngineRequest):
+            return record
+        text, tokens = "", list[int]()
+        try:
+            async for delta in self._running.generate(request):
+                text += delta.text
+                tokens += delta.token_ids
+        except LlavaError as error:
+            self._exit_without_engine()
+            return record.became(failure(error))
+        assert delta.finish_reason is not None, request.request_id
+        assert delta.usage is not None, request.request_id
+        return record.became(Answer(text, tuple(tokens), delta.finish_reason, delta.usage), **delta.stage_ms)
+
+    def _exit_without_engine(self) -> None:
+        """A process whose engine has ended would fail every row from now on: Ray starts another in its place."""
+        try:
+            self._running.check_health()
+        except EngineError:
+            logger.exception("this process ends")
+            os._exit(1)
+
+    def _reading(self) -> EngineReading:
+        stats = self._engine.stats
+        return EngineReading(
+            self._replica, stats.num_steps, stats.scheduled_requests, stats.step_seconds, stats.output_tokens
+        )
+
+
+async def _start(engine: Engine, cores: Cores) -> AsyncEngine:
+    from llava_core.engine.async_engine import AsyncEngine
+
+    return AsyncEngine(engine, delta_gap_s=_DELTA_GAP_S, before_step=cores.claim, when_idle=cores.release)
+
+
+def compute_of(name: StageName, job: JobSettings) -> Compute:
+    """Where and how a stage computes; only decoders are stored in fewer bits."""
+    stage, model = job.stages[name], job.model
+    quantization = model.quantization if name == "generate" else None
+    return Compute("auto", model.dtype, stage.threads, quantization)
+
+
+def _ms_since(began: float) -> float:
+    return (time.perf_counter() - began) * 1e3
+
+
+def _with(record: Record, reading: EngineReading) -> Record:
+    return replace(record, reading=reading)

@@ -1,0 +1,93 @@
+"""Questions as files hold them: a text, pictures by path or as bytes, an id; and requests made of them.
+
+LLaVA's question files are read as they are. Knows nothing about who answers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llava_core.client.messages import read_picture, user_message
+from llava_core.errors import ImageError, RequestError
+from llava_core.prepare import Preparer
+from llava_core.types import GenerationRequest, ImagePart, PreparedRequest, SamplingParams
+from llava_core.views import DicomView
+
+
+@dataclass(frozen=True)
+class Question:
+    """`id` is whatever the file gave it. A picture is a file's path or what would stand in the file."""
+
+    text: str
+    images: tuple[Path | bytes, ...] = field(default=(), repr=False)
+    id: object = None
+
+
+def parse_question(line: str, where: str, folder: Path, *, default_text: str | None = None) -> Question:
+    """Of a line with a JSON object. Raises RequestError, which begins with `where`."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"{where} is not a JSON object: {error}", param="questions") from error
+    if not isinstance(row, dict):
+        raise RequestError(f"{where} is not a JSON object but {type(row).__name__}", param="questions")
+    return read_question(row, where, folder, default_text=default_text)
+
+
+def read_question(row: Mapping[str, Any], where: str, folder: Path, *, default_text: str | None = None) -> Question:
+    """`question` or `text` is the text; `image` or `images` name files, from `folder`, or are a file's bytes, also as
+    `bytes` in an object; `question_id` or `id` is the id. Raises RequestError, which begins with `where`."""
+    text = _first(row, "question", "text")
+    images = _first(row, "images", "image")
+    pictures = [_picture(image, folder) for image in (images if isinstance(images, list) else [images])]
+    found = tuple(picture for picture in pictures if picture is not None)
+    text = default_text if text is None else text
+    if not isinstance(text, str) or (images is not None and len(found) != len(pictures)):
+        raise RequestError(
+            f"{where} needs `question` (text), and `image` or `images` may name files", param="questions"
+        )
+    return Question(text, found, _first(row, "question_id", "id"))
+
+
+def _first(row: Mapping[str, Any], *names: str) -> Any:
+    return next((row[name] for name in names if row.get(name) is not None), None)
+
+
+def _picture(given: object, folder: Path) -> Path | bytes | None:
+    """None of what is no picture."""
+    if isinstance(given, Mapping):
+        given = _first(given, "bytes", "path")
+    return folder / given if isinstance(given, str) else given if isinstance(given, bytes) else None
+
+
+def read_questions(file: Path) -> Iterator[Question]:
+    """The questions of a JSON-lines file. Raises RequestError naming the first line that is not one."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"{file} cannot be read: {error}", param="questions") from error
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            yield parse_question(line, f"{file}:{number}", file.parent)
+
+
+def prepare_question(
+    preparer: Preparer, question: Question, sampling: SamplingParams, request_id: str, *, view: DicomView | None = None
+) -> PreparedRequest:
+    """Read pictures and prepare the request. Raises RequestError, which names the file where a picture is at fault."""
+    datas = [image if isinstance(image, bytes) else read_picture(image) for image in question.images]
+    message = user_message(question.text, [ImagePart(data, dicom=view) for data in datas])
+    try:
+        return preparer.prepare(GenerationRequest(request_id, (message,), sampling))
+    except ImageError as error:
+        # The pictures come first in the message, so their numbers are the question's.
+        names = {f"messages[0].content[{i}].image_url": _name(image, i) for i, image in enumerate(question.images)}
+        raise ImageError(f"{names[error.param or '']}: {error.message}", param=error.param, code=error.code) from error
+
+
+def _name(image: Path | bytes, index: int) -> str:
+    return f"image {index + 1}" if isinstance(image, bytes) else str(image)

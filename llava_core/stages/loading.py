@@ -1,0 +1,143 @@
+"""What the process of one stage sets up and loads: threads, device, and its own part of the checkpoint.
+
+Shared by whoever runs stages in processes of their own. Networks are imported inside the functions, so that a stage
+without one never imports torch. Knows neither Ray nor what is sent between stages.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+from llava_core.errors import LlavaError
+from llava_core.stages.cores import usable_cores
+from llava_core.stages.shared_cores import Cores, OwnCores, SharedCores, shared_folder
+from llava_core.types import Quantization
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from llava_core.checkpoints.layout import Checkpoint
+    from llava_core.checkpoints.load import Dtype, LoadOptions
+    from llava_core.checkpoints.tokenizer import CheckpointTokenizer
+    from llava_core.engine.config import EngineConfig
+    from llava_core.engine.engine import Engine
+    from llava_core.vision.towers import VisionTower
+
+logger = logging.getLogger(__name__)
+Loaded = TypeVar("Loaded")
+# Of a network with fewer, an operation is too short to be divided among threads.
+_MANY_PARAMETERS = 50_000_000
+
+# Of a process that computes, set unless the user has set it. torch looks once, when it is imported.
+TORCH_ENVIRONMENT: Mapping[str, str] = {
+    # Large pages, in which a processor streams weights a tenth faster.
+    "THP_MEM_ALLOC_ENABLE": "1",
+    # oneDNN, and what torch has in front of it, keep a kernel for each of the last 1,024 shapes they have met, of
+    # hundreds of kilobytes. Prompts have any number of tokens; a step needs six shapes.
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",
+    "LRU_CACHE_CAPACITY": "128",
+}
+
+
+class DeviceError(LlavaError):
+    """A process cannot compute where it is told to."""
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Where and how a stage computes: `device` auto is the GPU where the process has been given one; `threads` None is
+    every core."""
+
+    device: str = "auto"
+    dtype: Dtype = "auto"
+    threads: int | None = None
+    quantization: Quantization | None = None
+
+
+def load_encoder(checkpoint: Checkpoint, compute: Compute, *, num_gpus: float) -> tuple[VisionTower, Cores]:
+    """The tower, ready; it tells `Cores` by itself when it computes, and who uses it when it no longer does."""
+    from llava_core.checkpoints.load import load_tower
+    from llava_core.vision.inference import call_before_layers, ready_tower
+
+    options = set_up_compute(compute, num_gpus=num_gpus)
+    tower = load_tower(checkpoint, options)
+    cores = share_cores(compute, tower, options.device)
+    ready_tower(tower)
+    call_before_layers(tower, cores.claim)
+    return tower, cores
+
+
+def load_engine(
+    checkpoint: Checkpoint, compute: Compute, engine: EngineConfig, *, num_gpus: float
+) -> tuple[Engine, CheckpointTokenizer, Cores]:
+    """Projector and decoder behind an engine, with the tokenizer that it writes by."""
+    from llava_core.checkpoints.load import load_language_side
+    from llava_core.checkpoints.tokenizer import load_tokenizer
+    from llava_core.engine.engine import Engine
+    from llava_core.models.fused import ready_language
+
+    options = set_up_compute(compute, num_gpus=num_gpus)
+    tokenizer = load_tokenizer(checkpoint)
+    language = load_language_side(checkpoint, options, num_tokens=tokenizer.num_tokens)
+    cores = share_cores(compute, language, options.device)
+    ready_language(language)
+    return Engine(language, tokenizer, engine), tokenizer, cores
+
+
+def in_thread_of_its_own(load: Callable[[], Loaded]) -> Loaded:
+    """What `load` gives, or raises. Each thread that has computed keeps OpenMP threads until it ends; where two of them
+    have some, these sleep between operations, and a step takes half as long again."""
+    with ThreadPoolExecutor(1, "load") as thread:
+        return thread.submit(load).result()
+
+
+def set_up_compute(compute: Compute, *, num_gpus: float) -> LoadOptions:
+    """Threads and device of this process. Whoever has started it may have left it a single thread, so they are set
+    here. `num_gpus` is how much of GPUs the process has been given."""
+    for name, value in TORCH_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    import torch
+
+    from llava_core.checkpoints.load import LoadOptions
+
+    threads = compute.threads or usable_cores()
+    torch.set_num_threads(threads)
+    options = LoadOptions(choose_device(compute.device, num_gpus=num_gpus), compute.dtype, compute.quantization)
+    logger.info("computing on %s in %s with %d threads", options.device, options.torch_dtype, threads)
+    return options
+
+
+def share_cores(compute: Compute, network: nn.Module, device: str) -> Cores:
+    """How this process gets along with others on its cores, unless its threads are set."""
+    import torch
+
+    num_cores = torch.get_num_threads()
+    if compute.threads is not None or device != "cpu" or num_cores == 1:
+        return OwnCores()
+    num_parameters = sum(value.numel() for value in network.state_dict().values())
+    if num_parameters < _MANY_PARAMETERS:
+        torch.set_num_threads(1)
+        logger.info("%d parameters: computing with one thread", num_parameters)
+        return OwnCores()
+    return SharedCores(shared_folder(), num_cores, torch.set_num_threads)
+
+
+def choose_device(asked: str, *, num_gpus: float) -> str:
+    """`auto` is the GPU that this process has been given, the CPU if it has been given none.
+
+    Raises DeviceError when there is no CUDA where it is called for.
+    """
+    import torch
+
+    device = asked if asked != "auto" else "cuda" if num_gpus else "cpu"
+    if device != "cpu" and not torch.cuda.is_available():
+        raise DeviceError(
+            f"device {asked} with {num_gpus} GPUs from Ray calls for CUDA, and torch {torch.__version__} finds none; "
+            "install torch for this GPU, or set num_gpus: 0 and device: cpu"
+        )
+    return device

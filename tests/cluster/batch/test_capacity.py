@@ -1,0 +1,41 @@
+"""More than a cluster can ever have is said at once, with what there is."""
+
+import pytest
+
+from cluster.batch.capacity import check_capacity
+from cluster.batch.errors import CapacityError
+from cluster.batch.settings import read_stages
+
+LAPTOP = {"CPU": 2.0}
+
+
+def check(*words: str, nodes: list[dict[str, float]], limit: dict[str, float] | None = None) -> None:
+    check_capacity(read_stages(words), 0.1, nodes, limit)
+
+
+def test_what_fits_is_let_through() -> None:
+    check(nodes=[{"CPU": 1.0}])
+    check("generate.num_gpus=1", "generate.replicas=2", nodes=[LAPTOP, {"CPU": 8.0, "GPU": 1}, {"CPU": 8.0, "GPU": 1}])
+    check("generate.num_gpus=0.9", "encode.num_gpus=0.1", nodes=[{"CPU": 8.0, "GPU": 1}])
+
+
+@pytest.mark.parametrize(
+    ("words", "nodes", "said"),
+    [
+        (["generate.num_gpus=1"], [LAPTOP], r"generate asks for 1 x .*; the cluster's nodes have 2 CPUs and 0 GPUs"),
+        (["encode.num_cpus=3"], [LAPTOP, LAPTOP], "encode asks for"),
+        (["generate.num_gpus=2"], [{"CPU": 8, "GPU": 1}, {"CPU": 8, "GPU": 1}], "generate asks for"),
+        (["generate.num_gpus=0.6", "encode.num_gpus=0.6"], [{"CPU": 8, "GPU": 1}], "of which 0 have a place"),
+        (["generate.replicas=9"], [LAPTOP], "of which"),
+        (["preprocess.num_cpus=1.5"], [LAPTOP], "leave no 0.1 CPUs for reading"),
+    ],
+)
+def test_what_has_no_place_on_any_node_is_named(words: list[str], nodes: list[dict[str, float]], said: str) -> None:
+    with pytest.raises(CapacityError, match=said):
+        check(*words, nodes=nodes)
+
+
+def test_an_autoscaler_is_asked_how_far_it_goes() -> None:
+    check("generate.num_gpus=1", nodes=[LAPTOP], limit={"CPU": 100, "GPU": 1})
+    with pytest.raises(CapacityError, match="ask for 2 GPUs, and the cluster's autoscaler grows it to 1 at most"):
+        check("generate.num_gpus=1", "generate.replicas=2", nodes=[LAPTOP], limit={"CPU": 100, "GPU": 1})

@@ -1,0 +1,190 @@
+"""A job from its input to its report, with a stand-in for Ray: what is written, tried again, given up and told."""
+
+import io
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.batch.errors import InputError, JobError, OutputError
+from cluster.batch.job import Answering, Job
+from cluster.batch.records import Answer, Failure, Record
+from cluster.batch.report import Report
+from cluster.batch.settings import JobSettings, ModelSettings
+from cluster.batch.sources import JsonLines
+from llava_core.checkpoints.found import FoundCheckpoint
+from llava_core.questions import Question
+from llava_core.types import SamplingParams, Usage
+
+GOOD = Answer("A cat.", (1, 2), "stop", Usage(5, 2, 3))
+# What becomes of a row, or None where it is lost with its process.
+Becomes = Callable[[Record, bool], Answer | Failure | None]
+
+
+def standing_in(becomes: Becomes) -> Any:
+    def answer(source: Any, plan: Any, written: Any, *, isolated: bool) -> Iterator[list[Record]]:
+        for span in plan.spans:
+            for record in source.read(span):
+                if written[record.row]:
+                    continue
+                value = record.value if isinstance(record.value, Failure) else becomes(record, isolated)
+                if value is not None:
+                    yield [record.became(value, decode=10.0)]
+
+    @contextmanager
+    def answering(_: JobSettings) -> Iterator[Answering]:
+        yield answer
+
+    return answering
+
+
+class Here:
+    """Runs jobs on one input, and remembers what they said."""
+
+    def __init__(self, folder: Path, checkpoint: Path, num_rows: int = 5) -> None:
+        self.source = JsonLines(folder / "in.jsonl", folder, None)
+        self.source.file.write_text("".join(json.dumps({"id": i, "text": f"q{i}"}) + "\n" for i in range(num_rows)))
+        self.output = folder / "out.jsonl"
+        self.checkpoint = checkpoint
+        self.said: list[str] = []
+
+    def run(self, becomes: Becomes, **settings: Any) -> Report:
+        model = ModelSettings(FoundCheckpoint(str(self.checkpoint), None, {}, offline=True))
+        job = Job(self.source, self.output, JobSettings(model, **settings), standing_in(becomes))
+        return job.run(self.said.append, io.StringIO())
+
+    def rows(self) -> dict[int, dict[str, Any]]:
+        rows = [json.loads(line) for line in self.output.read_text().splitlines()]
+        assert len({row["row"] for row in rows}) == len(rows)
+        return {row["row"]: row for row in rows}
+
+
+@pytest.fixture
+def here(tmp_path: Path, tiny_checkpoint: Path) -> Here:
+    return Here(tmp_path, tiny_checkpoint)
+
+
+def test_every_row_is_written_with_its_answer_and_the_report_beside(here: Here) -> None:
+    report = here.run(lambda _, __: GOOD)
+    assert here.rows()[3] == {
+        "row": 3,
+        "question_id": 3,
+        "images": [],
+        "prompt": "q3",
+        "text": "A cat.",
+        "token_ids": [1, 2],
+        "finish_reason": "stop",
+        "usage": {"prompt_tokens": 5, "completion_tokens": 2, "image_tokens": 3, "cached_tokens": 0},
+        "timings": {"decode": 10.0},
+        "error": None,
+    }
+    assert len(here.rows()) == report.answered == 5
+    assert json.loads((here.output.parent / "out.jsonl.report.json").read_text()) == report.as_json()
+
+
+def test_a_row_that_is_none_is_an_error_row_and_the_others_are_answered(here: Here) -> None:
+    lines = here.source.file.read_text().splitlines()
+    here.source.file.write_text("\n".join([*lines[:2], "{broken", *lines[3:]]))
+    report = here.run(lambda _, __: GOOD)
+    assert (report.answered, report.errors) == (4, {"invalid_row": 1})
+    error = here.rows()[2]["error"]
+    assert error["kind"] == "invalid_row"
+    assert "in.jsonl:3 is not a JSON object" in error["message"]
+
+
+def test_a_job_goes_on_where_it_was_stopped_and_asks_no_row_twice(here: Here) -> None:
+    asked: list[int] = []
+
+    def stopped(record: Record, _: object) -> Answer:
+        if record.row == 3:
+            raise KeyboardInterrupt
+        asked.append(record.row)
+        return GOOD
+
+    with pytest.raises(KeyboardInterrupt):
+        here.run(stopped)
+    assert json.loads((here.output.parent / "out.jsonl.report.json").read_text())["done"] == 3
+
+    def rest(record: Record, _: object) -> Answer:
+        asked.append(record.row)
+        return GOOD
+
+    report = here.run(rest)
+    assert asked == [0, 1, 2, 3, 4]
+    assert "3 of 5 rows are there already" in here.said
+    assert (report.done, report.rows_before) == (5, 3)
+    here.run(lambda *_: pytest.fail("there is nothing to ask"))
+    assert len(here.rows()) == 5
+
+
+def test_what_failed_in_company_is_tried_alone_and_then_it_is_the_rows_own_failure(here: Here) -> None:
+    broken = Failure("engine_error", "no memory")
+
+    def becomes(record: Record, isolated: bool) -> Answer | Failure | None:  # noqa: FBT001
+        if record.row == 1:
+            return GOOD if isolated else broken
+        if record.row == 2:
+            return broken
+        if record.row == 3:
+            return GOOD if isolated else None
+        return None if record.row == 4 else GOOD
+
+    report = here.run(becomes)
+    rows = here.rows()
+    assert [rows[number]["text"] for number in (0, 1, 3)] == ["A cat."] * 3
+    assert rows[2]["error"] == {"kind": "engine_error", "message": "no memory"}
+    assert rows[4]["error"]["kind"] == "process_lost"
+    assert rows[4]["prompt"] == "q4"
+    assert report.errors == {"engine_error": 1, "process_lost": 1}
+    assert "4 rows have failed with others: each is tried again, alone" in here.said
+
+
+def test_an_engine_that_fails_every_row_ends_the_job_and_no_row_is_written_off(
+    tmp_path: Path, tiny_checkpoint: Path
+) -> None:
+    here = Here(tmp_path, tiny_checkpoint, num_rows=300)
+    with pytest.raises(JobError, match=r"rows in a row have failed alike.*device is gone"):
+        here.run(lambda *_: Failure("engine_error", "the device is gone"))
+    assert here.rows() == {}
+    assert here.run(lambda *_: GOOD).answered == 300
+
+
+def test_another_run_may_not_write_here(here: Here, checkpoint_copy: Path) -> None:
+    here.run(lambda *_: GOOD)
+    with pytest.raises(OutputError, match=r"sampling\.temperature was 0\.0 and is 0\.5"):
+        here.run(lambda *_: GOOD, sampling=SamplingParams(temperature=0.5))
+    with pytest.raises(OutputError, match="prompt was None and is 'What"):
+        here.run(lambda *_: GOOD, prompt="What?")
+    (checkpoint_copy / "chat_template.jinja").write_text("another")
+    here.checkpoint = checkpoint_copy
+    with pytest.raises(OutputError, match="model is another one"):
+        here.run(lambda *_: GOOD)
+    here.source.file.write_text('{"text": "another"}\n' * 5)
+    with pytest.raises(OutputError, match="input is another one"):
+        here.run(lambda *_: GOOD)
+
+
+def test_an_input_without_rows_is_refused(here: Here) -> None:
+    here.source.file.write_text("\n \n")
+    with pytest.raises(InputError, match="no rows"):
+        here.run(lambda *_: GOOD)
+    assert not here.output.exists()
+
+
+def test_rows_with_one_id_are_told_apart_by_their_number(here: Here) -> None:
+    here.source.file.write_text('{"id": "same", "text": "a"}\n{"id": "same", "text": "b"}\n')
+    here.run(lambda record, _: Answer(record.prompt or "", (), "stop", GOOD.usage))
+    assert {number: (row["question_id"], row["text"]) for number, row in here.rows().items()} == {
+        0: ("same", "a"),
+        1: ("same", "b"),
+    }
+
+
+def test_questions_are_what_the_stand_in_gets(here: Here) -> None:
+    """The tests above are about rows of the input and not about something of their own."""
+    seen: list[object] = []
+    here.run(lambda record, _: seen.append(record.value) or GOOD)  # type: ignore[func-returns-value]
+    assert seen == [Question(f"q{number}", (), number) for number in range(5)]

@@ -1,0 +1,42 @@
+"""Which input a path is."""
+
+from pathlib import Path
+
+import pytest
+
+from cluster.batch.errors import InputError
+from cluster.batch.opening import open_source
+from cluster.batch.parquet_source import Parquet
+from cluster.batch.sources import JsonLines, PictureFolder
+
+
+def test_a_path_is_what_it_ends_with_or_what_is_in_it(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "tables/b.parquet", "tables/a.parquet", "pictures/a.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert open_source(tmp_path / "a.jsonl", image_folder=None, prompt=None) == JsonLines(
+        tmp_path / "a.jsonl", tmp_path, None
+    )
+    tables = tmp_path / "tables"
+    assert open_source(tables, image_folder=Path("/p"), prompt="q") == Parquet(
+        (tables / "a.parquet", tables / "b.parquet"), Path("/p"), "q"
+    )
+    assert open_source(tables / "a.parquet", image_folder=None, prompt=None) == Parquet(
+        (tables / "a.parquet",), tables, None
+    )
+    assert open_source(tmp_path / "pictures", image_folder=None, prompt="q") == PictureFolder(
+        tmp_path / "pictures", "q"
+    )
+
+
+def test_what_cannot_be_an_input_is_said_with_the_way_out(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").touch()
+    for path, folder, said in (
+        (tmp_path / "none.jsonl", None, "does not exist"),
+        (tmp_path / "a.csv", None, r"ends with \.jsonl or \.parquet"),
+        (tmp_path, None, "give --prompt"),
+    ):
+        with pytest.raises(InputError, match=said):
+            open_source(path, image_folder=folder, prompt=None)
+    with pytest.raises(InputError, match="--image-folder is for a file"):
+        open_source(tmp_path, image_folder=tmp_path, prompt="q")

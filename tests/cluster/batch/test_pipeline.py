@@ -1,0 +1,48 @@
+"""What Ray is given to read: the rows that are not done, and no others."""
+
+from pathlib import Path
+
+import numpy as np
+
+from cluster.batch import sources
+from cluster.batch.pipeline import Rows, block_rows, blocks_at_once
+from cluster.batch.records import from_block
+from cluster.batch.sources import JsonLines
+
+
+def test_only_rows_that_are_not_written_are_read(tmp_path: Path) -> None:
+    file = tmp_path / "in.jsonl"
+    file.write_text('{"text": "a"}\n' * 10_000)
+    source = JsonLines(file, tmp_path, None)
+    plan = source.plan()
+    assert len(plan.spans) == 3
+    written = np.zeros(plan.num_rows, bool)
+    written[: sources.SPAN_ROWS] = True
+    written[5000:9998] = True
+    rows = Rows(source, plan, written)
+    tasks = rows.get_read_tasks(200)
+    assert len(tasks) == rows.num_tasks == 2
+    read = [record.row for task in tasks for block in task() for record in from_block(block)]
+    assert read == [*range(sources.SPAN_ROWS, 5000), 9998, 9999]
+    assert [task.metadata.num_rows for task in tasks] == [5000 - sources.SPAN_ROWS, 2]
+
+
+def test_a_span_that_is_done_meanwhile_is_read_as_it_was_planned(tmp_path: Path) -> None:
+    """A task travels: what the driver writes later is no matter of it."""
+    file = tmp_path / "in.jsonl"
+    file.write_text('{"text": "a"}\n' * 3)
+    source = JsonLines(file, tmp_path, None)
+    written = np.zeros(3, bool)
+    [task] = Rows(source, source.plan(), written).get_read_tasks(1)
+    written[:] = True
+    assert sum(block.num_rows for block in task()) == 3
+
+
+def test_an_engine_has_as_many_rows_as_it_runs_beside_a_block_that_ends_and_one_that_comes() -> None:
+    for num_rows in (16, 40, 64):
+        for max_running in (1, 15, 16, 17, 32, 256):
+            assert (blocks_at_once(max_running, num_rows) - 2) * num_rows >= max_running
+
+
+def test_long_inputs_have_larger_blocks_within_bounds() -> None:
+    assert [block_rows(number) for number in (1, 96_000, 240_000, 10**6, 10**9)] == [16, 16, 40, 64, 64]

@@ -1,0 +1,51 @@
+"""Which Ray a job runs on, and which paths its machines see."""
+
+from pathlib import Path
+
+import pytest
+
+from cluster.batch.errors import OutputError
+from cluster.batch.ray_cluster import ENVIRONMENT, check_output_stays, seen_by_workers, set_environment
+
+COPY = "ray/session_1/runtime_resources/working_dir_files/_ray_pkg_0123"
+
+
+def test_a_ray_of_ones_own_is_set_up_unless_the_user_has_done_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    for name in ENVIRONMENT:
+        monkeypatch.setenv(name, "theirs")
+    monkeypatch.delenv("RAY_AUTH_MODE")
+    set_environment()
+    import os
+
+    assert os.environ["RAY_AUTH_MODE"] == "token"
+    assert os.environ["RAY_USAGE_STATS_ENABLED"] == "theirs"
+
+
+def test_somebody_elses_ray_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    for name in ENVIRONMENT:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    set_environment()
+    assert not ENVIRONMENT.keys() & os.environ.keys()
+
+
+def test_paths_are_absolute_but_in_the_copy_that_each_machine_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert seen_by_workers(Path("in.jsonl")) == tmp_path / "in.jsonl"
+    (tmp_path / COPY).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / COPY)
+    assert seen_by_workers(Path("in.jsonl")) == Path("in.jsonl")
+    assert seen_by_workers(Path("/data/in.jsonl")) == Path("/data/in.jsonl")
+
+
+def test_an_output_that_ray_would_delete_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / COPY).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / COPY)
+    check_output_stays(tmp_path / "out.jsonl")
+    with pytest.raises(OutputError, match="give an absolute path"):
+        check_output_stays(Path("out.jsonl"))

@@ -1,0 +1,23 @@
+"""What Ray says when it cannot go on, in a line."""
+
+from cluster.batch.ray_job import cause
+
+TRACEBACK = """The actor died because of an error raised in its creation task, ray::MapWorker.__init__() (pid=1)
+  File "a.py", line 3, in load
+    raise CheckpointError("x")
+llava_core.errors.CheckpointError: /m/model.safetensors is missing; download it again
+
+The above exception was the direct cause of the following exception:
+
+ray.exceptions.ActorDiedError: the actor died.
+"""
+
+
+def test_the_cause_is_the_last_error_that_is_named() -> None:
+    assert cause(TRACEBACK.partition("\n\nThe above")[0]) == (
+        "CheckpointError: /m/model.safetensors is missing; download it again"
+    )
+
+
+def test_what_names_no_error_is_said_as_it_is() -> None:
+    assert cause(" the node is gone \n") == "the node is gone"

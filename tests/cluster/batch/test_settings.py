@@ -1,0 +1,36 @@
+"""Stages and their settings by words of the command line."""
+
+import pytest
+
+from cluster.batch.errors import JobError
+from cluster.batch.settings import STAGES, StageSettings, read_stages
+
+
+def test_words_change_what_they_name_and_nothing_else() -> None:
+    stages = read_stages(["generate.replicas=2", "generate.num_gpus=0.5", "encode.threads=3"])
+    assert stages == {
+        "preprocess": StageSettings(),
+        "encode": StageSettings(threads=3),
+        "generate": StageSettings(replicas=2, num_gpus=0.5),
+    }
+    assert tuple(stages) == STAGES
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("decode.replicas=2", "no stage 'decode'; there are preprocess, encode, generate"),
+        ("replicas=2", "no stage 'replicas'"),
+        ("generate.gpus=2", "no setting 'gpus'; there are replicas, num_cpus, num_gpus, threads"),
+        ("generate.replicas=two", "replicas must be a number"),
+        ("generate.replicas", "replicas must be a number"),
+        ("generate.replicas=0", "at least 1"),
+        ("encode.threads=0", "at least 1"),
+        ("encode.num_cpus=-1", "must not be negative"),
+        ("encode.num_cpus=nan", "must not be negative"),
+        ("encode.num_gpus=1.5", "a whole number"),
+    ],
+)
+def test_a_word_that_makes_no_sense_is_answered_with_what_there_is(word: str, said: str) -> None:
+    with pytest.raises(JobError, match=said):
+        read_stages([word])

@@ -1,0 +1,125 @@
+"""The stages without Ray: blocks through all three, answers as one process gives them, failures where they belong."""
+
+import io
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from cluster.batch.records import Answer, Failure, Record, from_block, to_block
+from cluster.batch.settings import JobSettings, ModelSettings, read_stages
+from cluster.batch.sources import question_record
+from cluster.batch.stages import Encode, Generate, Prepare, compute_of
+from llava_core.checkpoints.found import FoundCheckpoint
+from llava_core.checkpoints.load import LoadOptions
+from llava_core.engine.engine import Engine
+from llava_core.errors import EngineError
+from llava_core.inference import LocalModel
+from llava_core.questions import Question, prepare_question
+from llava_core.stages.loading import Compute
+from llava_core.types import SamplingParams
+
+
+def picture(colour: str) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (40, 30), colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def job(tiny_checkpoint: Path) -> JobSettings:
+    model = ModelSettings(FoundCheckpoint(str(tiny_checkpoint), None, {}, offline=True), dtype="float32")
+    stages = read_stages(["encode.threads=1", "generate.threads=1"])
+    return JobSettings(model, SamplingParams(max_tokens=5), stages=stages, max_running=3)
+
+
+QUESTIONS = [
+    Question("What is it?", (picture("red"),), "red"),
+    Question("No picture at all.", (), "text"),
+    Question("What is it?", (b"no picture",), "broken"),
+    Question("What is it?", (Path("/no/such/picture.png"),), "missing"),
+    Question("word " * 3000, (), "long"),
+    *(Question(f"Question {number}", (picture("blue"),), number) for number in range(8)),
+]
+
+
+def test_answers_are_those_of_one_process_and_failures_stay_with_their_rows(job: JobSettings) -> None:
+    block = to_block(question_record(row, question) for row, question in enumerate(QUESTIONS))
+    for stage in (Prepare(job), Encode(job), Generate(job, 64)):
+        block = stage(block)
+    done = list(from_block(block))
+    assert [record.row for record in done] == list(range(len(QUESTIONS)))
+    failures = {record.id: record.value for record in done if isinstance(record.value, Failure)}
+    assert {name: failure.kind for name, failure in failures.items()} == {
+        "broken": "invalid_image",
+        "missing": "unreadable_file",
+        "long": "context_length_exceeded",
+    }
+    assert "image 1: " in failures["broken"].message
+    assert "/no/such/picture.png cannot be read" in failures["missing"].message
+
+    alone = LocalModel(job.model.checkpoint.open(), options=LoadOptions(dtype="float32"))
+    for record, question in zip(done, QUESTIONS, strict=True):
+        if record.id in failures:
+            continue
+        deltas = list(alone.stream(prepare_question(alone.preparer, question, job.sampling, "alone")))
+        assert isinstance(record.value, Answer)
+        assert record.value.text == "".join(delta.text for delta in deltas)
+        assert record.value.token_ids == tuple(token for delta in deltas for token in delta.token_ids)
+        assert record.value.finish_reason == deltas[-1].finish_reason
+        assert record.value.usage.completion_tokens == len(record.value.token_ids)
+        assert {"preprocess", "encode", "queue", "prefill", "decode"} <= record.timings.keys()
+    reading = done[-1].reading
+    assert reading is not None
+    assert 1 < reading.scheduled_requests / reading.num_steps <= job.max_running
+
+
+def test_a_picture_that_the_tower_cannot_take_is_its_rows_failure(
+    job: JobSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block = Prepare(job)(to_block(question_record(row, QUESTIONS[row]) for row in (0, 1)))
+    encode = Encode(job)
+    monkeypatch.setattr(encode._tower, "forward", lambda _: (_ for _ in ()).throw(RuntimeError("out of memory")))
+    failed, passed = from_block(encode(block))
+    assert isinstance(failed.value, Failure)
+    assert failed.value.kind == "engine_error"
+    assert not isinstance(passed.value, Failure)
+
+
+def test_a_process_whose_engine_has_ended_ends(job: JobSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would fail every row that it is given from then on."""
+    block = Encode(job)(Prepare(job)(to_block([question_record(0, QUESTIONS[1])])))
+    generate = Generate(job, 64)
+    ended: list[int] = []
+    monkeypatch.setattr("cluster.batch.stages.os._exit", ended.append)
+    monkeypatch.setattr(Engine, "step", lambda _: (_ for _ in ()).throw(RuntimeError("no device")))
+    [record] = from_block(generate(block))
+    assert ended == [1]
+    assert isinstance(record.value, Failure)
+
+
+def test_a_row_that_fails_alone_ends_nothing(job: JobSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    generate = Generate(job, 64)
+    monkeypatch.setattr("cluster.batch.stages.os._exit", lambda _: pytest.fail("the engine is alive"))
+
+    async def refused(_: object) -> object:
+        raise EngineError("not this one")
+        yield
+
+    monkeypatch.setattr(generate._running, "generate", refused)
+    block = Encode(job)(Prepare(job)(to_block([question_record(0, QUESTIONS[1])])))
+    [record] = from_block(generate(block))
+    assert record.value == Failure("engine_error", "not this one")
+
+
+def test_only_the_decoder_is_stored_in_fewer_bits(job: JobSettings) -> None:
+    model = ModelSettings(job.model.checkpoint, None, "bfloat16", "8bit")
+    changed = JobSettings(model, stages=read_stages(["generate.threads=2"]))
+    assert compute_of("generate", changed) == Compute("auto", "bfloat16", 2, "8bit")
+    assert compute_of("encode", changed) == Compute("auto", "bfloat16", None, None)
+
+
+def test_rows_that_have_failed_pass_every_stage(job: JobSettings) -> None:
+    failed = Record(7, Failure("invalid_row", "broken"))
+    for stage in (Prepare(job), Encode(job), Generate(job, 64)):
+        assert [each.value for each in from_block(stage(to_block([failed])))] == [failed.value]
