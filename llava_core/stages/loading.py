@@ -10,6 +10,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 Loaded = TypeVar("Loaded")
+# Around what one phase of a start does, which it is told by name.
+Phase = Callable[[str], AbstractContextManager[None]]
 # Of a network with fewer, an operation is too short to be divided among threads.
 _MANY_PARAMETERS = 50_000_000
 
@@ -59,34 +62,48 @@ class Compute:
     quantization: Quantization | None = None
 
 
-def load_encoder(checkpoint: Checkpoint, compute: Compute, *, num_gpus: float) -> tuple[VisionTower, Cores]:
-    """The tower, ready; it tells `Cores` by itself when it computes, and who uses it when it no longer does."""
-    from llava_core.checkpoints.load import load_tower
-    from llava_core.vision.inference import call_before_layers, ready_tower
+def _untimed(_: str) -> AbstractContextManager[None]:
+    return nullcontext()
 
-    options = set_up_compute(compute, num_gpus=num_gpus)
-    tower = load_tower(checkpoint, options)
-    cores = share_cores(compute, tower, options.device)
-    ready_tower(tower)
-    call_before_layers(tower, cores.claim)
+
+def load_encoder(
+    checkpoint: Checkpoint, compute: Compute, *, num_gpus: float, phase: Phase = _untimed
+) -> tuple[VisionTower, Cores]:
+    """The tower, ready; it tells `Cores` by itself when it computes, and who uses it when it no longer does. The phases
+    are `imports` and `weights`."""
+    with phase("imports"):
+        options = set_up_compute(compute, num_gpus=num_gpus)
+        from llava_core.checkpoints.load import load_tower
+        from llava_core.vision.inference import call_before_layers, ready_tower
+
+    with phase("weights"):
+        tower = load_tower(checkpoint, options)
+        cores = share_cores(compute, tower, options.device)
+        ready_tower(tower)
+        call_before_layers(tower, cores.claim)
     return tower, cores
 
 
 def load_engine(
-    checkpoint: Checkpoint, compute: Compute, engine: EngineConfig, *, num_gpus: float
+    checkpoint: Checkpoint, compute: Compute, config: EngineConfig, *, num_gpus: float, phase: Phase = _untimed
 ) -> tuple[Engine, CheckpointTokenizer, Cores]:
-    """Projector and decoder behind an engine, with the tokenizer that it writes by."""
-    from llava_core.checkpoints.load import load_language_side
-    from llava_core.checkpoints.tokenizer import load_tokenizer
-    from llava_core.engine.engine import Engine
-    from llava_core.models.fused import ready_language
+    """Projector and decoder behind an engine, with the tokenizer that it writes by. The phases are `imports`, `weights`
+    and `engine`."""
+    with phase("imports"):
+        options = set_up_compute(compute, num_gpus=num_gpus)
+        from llava_core.checkpoints.load import load_language_side
+        from llava_core.checkpoints.tokenizer import load_tokenizer
+        from llava_core.engine.engine import Engine
+        from llava_core.models.fused import ready_language
 
-    options = set_up_compute(compute, num_gpus=num_gpus)
-    tokenizer = load_tokenizer(checkpoint)
-    language = load_language_side(checkpoint, options, num_tokens=tokenizer.num_tokens)
-    cores = share_cores(compute, language, options.device)
-    ready_language(language)
-    return Engine(language, tokenizer, engine), tokenizer, cores
+    with phase("weights"):
+        tokenizer = load_tokenizer(checkpoint)
+        language = load_language_side(checkpoint, options, num_tokens=tokenizer.num_tokens)
+        cores = share_cores(compute, language, options.device)
+    with phase("engine"):
+        ready_language(language)
+        engine = Engine(language, tokenizer, config)
+    return engine, tokenizer, cores
 
 
 def in_thread_of_its_own(load: Callable[[], Loaded]) -> Loaded:
