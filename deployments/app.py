@@ -105,9 +105,9 @@ def _deploy(cls: Any, name: str, args: StageArgs) -> Deployment:
     return deployment
 
 
-def _resources(args: StageArgs) -> dict[str, float]:
-    resources = {"num_cpus": args.num_cpus}
-    return resources | {"num_gpus": args.num_gpus} if args.num_gpus else resources
+def _resources(args: StageArgs) -> dict[str, Any]:
+    wanted = {"num_gpus": args.num_gpus, "label_selector": args.node_labels}
+    return {"num_cpus": args.num_cpus} | {name: value for name, value in wanted.items() if value}
 
 
 def _scale(args: StageArgs) -> dict[str, Any]:

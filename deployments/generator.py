@@ -5,6 +5,7 @@ A request that was rejected on the way is answered with its rejection. Knows no 
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
@@ -54,7 +55,7 @@ class Generator:
     async def generate(self, given: object) -> AsyncGenerator[Item, None]:
         """Deltas up to one with `usage`; or, first or last, a rejection. Leaving early aborts the request."""
         try:
-            handed = await self._handoff.take(given)
+            handed = await self._taken(given)
         except LlavaError as error:
             handed = Rejected(error)
         if isinstance(handed, Rejected):
@@ -78,6 +79,15 @@ class Generator:
                 logger.warning("request %s ended with %s: %s", request.request_id, type(error).__name__, error)
                 self._watchdog.failed()
             yield Rejected(error)
+
+    async def _taken(self, given: object) -> object:
+        """What the stage before has made, with its features in place of what these were handed over as."""
+        handed = await self._handoff.take(given)
+        if not isinstance(handed, Encoded):
+            return handed
+        data = await asyncio.gather(*(self._handoff.shared(each.data) for each in handed.features))
+        features = tuple(replace(each, data=each_data) for each, each_data in zip(handed.features, data, strict=True))
+        return replace(handed, features=features)
 
     async def check_health(self) -> None:
         """For Serve, which replaces a replica that raises here."""

@@ -20,6 +20,7 @@ from deployments.model_settings import ModelArgs
 from deployments.ports import check_port, choose_metrics_port, host_and_port
 from deployments.preflight import FoundCheckpoint, check_checkpoints
 from deployments.settings import AppArgs
+from deployments.stage_settings import StageArgs
 from deployments.upstream_settings import read_key, trusted
 
 # Where Serve's own section may say anything, HAProxy looks for so many.
@@ -140,18 +141,22 @@ def _pinned(model: ModelArgs, found: FoundCheckpoint | None) -> dict[str, Any]:
 
 
 def check_resources(args: AppArgs, towers: Callable[[], Mapping[str, str]], available: Mapping[str, float]) -> None:
-    """Raise LaunchError when the smallest number of replicas asks for more than there is: Serve would wait for ever.
+    """Raise LaunchError when the smallest number of replicas asks for what there is not: Serve would wait for ever.
 
     `towers` tells which models share one (preflight.py). It takes a while, and is called only where that matters.
     """
     own = {model.served_name: model.served_name for model in args.own_models}
+    if any(stage.node_labels for stage in _stages(args, own)):
+        raise LaunchError(
+            "node_labels are of nodes of a cluster, and this Ray has one node without any; leave them out of the "
+            "configuration, or start a cluster and use `serve deploy`"
+        )
     if _lacking(args, own, available) is not None and (problem := _lacking(args, towers(), available)):
         raise LaunchError(problem)
 
 
 def _lacking(args: AppArgs, towers: Mapping[str, str], available: Mapping[str, float]) -> str | None:
-    encoders = [model.vision_encoder for model in args.own_models if model.served_name in towers.values()]
-    stages = [args.gateway, args.preprocessor, *encoders, *(model.generator for model in args.own_models)]
+    stages = _stages(args, towers)
     wanted = {
         "CPU": sum(stage.min_replicas * stage.num_cpus for stage in stages),
         "GPU": sum(stage.min_replicas * stage.num_gpus for stage in stages),
@@ -163,6 +168,11 @@ def _lacking(args: AppArgs, towers: Mapping[str, str], available: Mapping[str, f
                 f"lower num_{name.lower()}s or min_replicas in the configuration"
             )
     return None
+
+
+def _stages(args: AppArgs, towers: Mapping[str, str]) -> list[StageArgs]:
+    encoders = [model.vision_encoder for model in args.own_models if model.served_name in towers.values()]
+    return [args.gateway, args.preprocessor, *encoders, *(model.generator for model in args.own_models)]
 
 
 def _check_update(running: LaunchPlan, changed: LaunchPlan) -> None:

@@ -22,11 +22,12 @@ class StageArgs(Settings):
 
     `max_ongoing_requests` is per replica, `max_queued_requests` per gateway replica: beyond both, requests are refused
     with 429. The generator's engine has a limit of its own, max_running and max_waiting together, which has to be the
-    lower one.
+    lower one. Replicas run on nodes with all of `node_labels`.
     """
 
     num_cpus: float = Field(default=0.1, ge=0)
     num_gpus: float = Field(default=0, ge=0)
+    node_labels: dict[str, str] = {}
     min_replicas: int = Field(default=1, ge=1)
     max_replicas: int = Field(default=1, ge=1)
     target_ongoing_requests: float = Field(default=2, gt=0)

@@ -144,12 +144,16 @@ def test_replicas_and_resources_come_from_the_settings(tiny_checkpoint: Path) ->
     args = AppArgs(
         models=[{"checkpoint": str(tiny_checkpoint)}],
         gateway=GatewayArgs(num_cpus=0.5, min_replicas=3, max_replicas=3),
-        preprocessor=PreprocessorArgs(min_replicas=1, max_replicas=4, target_ongoing_requests=7),
+        preprocessor=PreprocessorArgs(
+            min_replicas=1, max_replicas=4, target_ongoing_requests=7, node_labels={"llava-stage": "front"}
+        ),
     )
     gateway = _graph(args)
     assert gateway.num_replicas == 3
+    assert "label_selector" not in gateway.ray_actor_options
     assert gateway.ray_actor_options["num_cpus"] == 0.5
     preprocessor = gateway.init_args[1]._bound_deployment
+    assert preprocessor.ray_actor_options["label_selector"] == {"llava-stage": "front"}
     scaling = preprocessor._deployment_config.autoscaling_config
     assert (scaling.min_replicas, scaling.max_replicas, scaling.target_ongoing_requests) == (1, 4, 7)
 

@@ -279,6 +279,13 @@ def test_resources_that_are_not_there_end_the_start() -> None:
         check_resources(args, _towers(**own), {"CPU": 8.0})
 
 
+def test_labels_of_a_clusters_nodes_end_the_start_on_one_machine() -> None:
+    for stage in ("gateway", "preprocessor", "vision_encoder", "generator"):
+        args = AppArgs.model_validate({stage: {"node_labels": {"llava-stage": "front"}}})
+        with pytest.raises(LaunchError, match=r"node_labels are of nodes of a cluster.*`serve deploy`"):
+            check_resources(args, _never, {"CPU": 8.0})
+
+
 def test_a_tower_that_models_share_counts_once() -> None:
     entries = [{"name": "a"}, {"name": "b", "generator": {"num_cpus": 0.8}}]
     args = AppArgs.model_validate({"models": entries})
