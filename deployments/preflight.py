@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from deployments.model_settings import ModelArgs
 from deployments.settings import AppArgs
+from llava_core.checkpoints.files import DEFAULT_MODEL
 from llava_core.request_limits import RequestLimits
 
 if TYPE_CHECKING:
@@ -28,10 +29,11 @@ logger = logging.getLogger(__name__)
 class FoundCheckpoint:
     """A checkpoint that was found once, for all replicas: folders and hub ids, and the revision of each id.
 
-    Not the folders that ids were found in: on another machine they are elsewhere, and may have to be fetched first.
+    Not the folders that ids were found in: on another machine they are elsewhere, and may have to be fetched first. So
+    may this project be, with the default model in it, which is None.
     """
 
-    model: str
+    model: str | None
     base: str | None
     revisions: Mapping[str, str]
     offline: bool
@@ -40,7 +42,8 @@ class FoundCheckpoint:
         """What a replica loads its part of. Raises CheckpointError when it cannot be had on this machine."""
         from llava_core.checkpoints.layout import open_checkpoint
 
-        return open_checkpoint(self.model, self.base, offline=self.offline, revisions=self.revisions)
+        model = DEFAULT_MODEL if self.model is None else self.model
+        return open_checkpoint(model, self.base, offline=self.offline, revisions=self.revisions)
 
 
 def check_checkpoints(args: AppArgs) -> dict[str, FoundCheckpoint]:
@@ -63,7 +66,7 @@ def _check(model: ModelArgs, limits: RequestLimits, *, offline: bool) -> FoundCh
     tokenizer = load_tokenizer(checkpoint)
     load_preparer(checkpoint, tokenizer, template=model.template, limits=limits)
     check_loadable(checkpoint, tokenizer.num_tokens)
-    return FoundCheckpoint(source, base, dict(checkpoint.revisions), offline)
+    return FoundCheckpoint(None if model.checkpoint is None else source, base, dict(checkpoint.revisions), offline)
 
 
 def share_towers(args: AppArgs, found: Mapping[str, FoundCheckpoint]) -> dict[str, str]:
