@@ -1,5 +1,6 @@
 """How tests read the files of a cluster: YAML in which no key is given twice, and what kustomize would make of them."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,9 @@ class _Loader(yaml.SafeLoader):
 
 
 def documents(path: Path) -> list[Any]:
-    return list(yaml.load_all(path.read_text(encoding="utf-8"), _Loader))
+    read = list(yaml.load_all(path.read_text(encoding="utf-8"), _Loader))
+    # What stands there twice by an alias is one object to PyYAML, and two to everybody else.
+    return [json.loads(json.dumps(each)) for each in read]
 
 
 def document(path: Path) -> Any:
