@@ -261,8 +261,8 @@ def _selects(selector: Any, labels: dict[str, str]) -> bool:
     )
 
 
-HEAD = {"app.kubernetes.io/name": "llava", "ray.io/node-type": "head"}
-WORKER = {"app.kubernetes.io/name": "llava", "ray.io/node-type": "worker"}
+HEAD = {"app.kubernetes.io/part-of": "llava", "ray.io/node-type": "head"}
+WORKER = {"app.kubernetes.io/part-of": "llava", "ray.io/node-type": "worker"}
 REDIS = {"app.kubernetes.io/name": "llava-redis"}
 OPERATOR = {"app.kubernetes.io/name": "kuberay-operator"}
 POLICIES = [each for each in BASE if each["kind"] == "NetworkPolicy"]
@@ -272,7 +272,7 @@ RAYS_PORTS = (6379, 8265, 52365, 10001, 10002, 30000, 9101, 8404)
 
 def test_labels_of_pods_are_those_that_policies_select() -> None:
     for name, template in PODS:
-        expected = REDIS if name == "redis" else {"app.kubernetes.io/name": "llava"}
+        expected = REDIS if name == "redis" else {"app.kubernetes.io/part-of": "llava"}
         # KubeRay adds `ray.io/node-type` itself.
         assert template["metadata"]["labels"] == expected
 
