@@ -5,6 +5,7 @@ A request that was rejected on the way is answered with its rejection. Knows no 
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
@@ -59,7 +60,7 @@ class Generator:
 
         Answers that another replica has `begun` go on where they are; `usage` is then still of all of them."""
         try:
-            handed = await self._handoff.take(given)
+            handed = await self._taken(given)
         except LlavaError as error:
             handed = Rejected(error)
         if isinstance(handed, Rejected):
@@ -83,6 +84,15 @@ class Generator:
                 logger.warning("request %s ended with %s: %s", request.request_id, type(error).__name__, error)
                 self._watchdog.failed()
             yield Rejected(error)
+
+    async def _taken(self, given: object) -> object:
+        """What the stage before has made, with its features in place of what these were handed over as."""
+        handed = await self._handoff.take(given)
+        if not isinstance(handed, Encoded):
+            return handed
+        data = await asyncio.gather(*(self._handoff.shared(each.data) for each in handed.features))
+        features = tuple(replace(each, data=each_data) for each, each_data in zip(handed.features, data, strict=True))
+        return replace(handed, features=features)
 
     async def check_health(self) -> None:
         """For Serve, which replaces a replica that raises here."""

@@ -10,11 +10,16 @@ from __future__ import annotations
 import importlib
 from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import ray
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
 from deployments.ray_errors import ray_errors_as_ours
 from llava_core.types import AnyRequest
+
+# What a result holds up to so many bytes of, Ray sends with it; an object of its own would cost more than it spares.
+_INLINE_BYTES = 100 * 1024
 
 
 class Handoff(Protocol):
@@ -34,6 +39,14 @@ class Handoff(Protocol):
 
     async def kept(self, given: object) -> AnyRequest:
         """The request again, out of what `keep` made."""
+        ...
+
+    def share(self, data: npt.NDArray[np.uint8]) -> object:
+        """What to put into results in place of bytes that many may have. They last as long as it, or such a result."""
+        ...
+
+    async def shared(self, given: object) -> npt.NDArray[np.uint8]:
+        """In the stage that got a result: the bytes again, which may be read only, out of what `share` made."""
         ...
 
     async def give(self, response: DeploymentResponse[Any]) -> object:
@@ -66,6 +79,17 @@ class RayHandoff:
         assert isinstance(request, AnyRequest), type(request)
         return request
 
+    def share(self, data: npt.NDArray[np.uint8]) -> object:
+        """An object of this process's own, which lies once on every node that has asked for it."""
+        return ray.put(data) if data.nbytes > _INLINE_BYTES else data
+
+    async def shared(self, given: object) -> npt.NDArray[np.uint8]:
+        """Raises StageLostError where the process that has shared them is gone."""
+        with ray_errors_as_ours():
+            data = await given if isinstance(given, ray.ObjectRef) else given
+        assert isinstance(data, np.ndarray), type(data)
+        return data
+
     async def give(self, response: DeploymentResponse[Any]) -> object:
         """Waits until a replica was found for the call, not for its result."""
         return Reference(await response._to_object_ref())
@@ -96,6 +120,15 @@ class LocalHandoff:
     async def kept(self, given: object) -> AnyRequest:
         """See Handoff."""
         assert isinstance(given, AnyRequest), type(given)
+        return given
+
+    def share(self, data: npt.NDArray[np.uint8]) -> object:
+        """See Handoff."""
+        return data
+
+    async def shared(self, given: object) -> npt.NDArray[np.uint8]:
+        """See Handoff."""
+        assert isinstance(given, np.ndarray), type(given)
         return given
 
     async def give(self, response: DeploymentResponse[Any]) -> object:

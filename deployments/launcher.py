@@ -23,10 +23,12 @@ from deployments.load_balancer import LoadBalancer, balance_gateways, balance_pr
 from deployments.placement import check_placement, nodes_of
 from deployments.preflight import share_towers
 from deployments.processes import Process, descendants, end, name_of
+from deployments.settings import AppArgs
 from llava_core.client import Client
 
 _VITAL = ("gcs_server", "raylet")
-_OBJECT_STORE_BYTES = 1024**3
+# For what is on its way between stages; features that are kept come on top of it.
+_IN_FLIGHT_BYTES = 512 * 1024**2
 _POLL_S, _HTTP_DEADLINE_S, _STOP_PATIENCE_S = 0.1, 60.0, 5.0
 # What ends sooner than this is not ended by chance.
 _BALANCED_S = 5.0
@@ -76,7 +78,7 @@ class LocalService:
             namespace="serve",
             include_dashboard=False,
             log_to_driver=False,
-            object_store_memory=_OBJECT_STORE_BYTES,
+            object_store_memory=_IN_FLIGHT_BYTES + _kept_bytes(self.plan.args),
             # Ray's agent serves it, with or without a dashboard.
             _metrics_export_port=self.plan.metrics_port or None,
         )
@@ -152,6 +154,12 @@ class LocalService:
                 if time.monotonic() > deadline:
                     raise LaunchError(f"the stages are up, but {self.plan.url}/health does not say so")
                 time.sleep(_POLL_S)
+
+
+def _kept_bytes(args: AppArgs) -> int:
+    """What all vision encoders may keep in the object store, if none of them is shared."""
+    encoders = [model.vision_encoder for model in args.own_models]
+    return sum(encoder.cache_bytes * encoder.max_replicas for encoder in encoders)
 
 
 def _load_balancer(plan: LaunchPlan) -> LoadBalancer:

@@ -10,9 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
-
 from llava_core.types import BegunAnswer, EngineRequest, ImageFeatures, PreparedRequest, Size, StageTimes, TokenDelta
 
 if TYPE_CHECKING:
@@ -62,11 +59,12 @@ class Prepared:
 
 @dataclass(frozen=True)
 class PackedFeatures:
-    """Tower features of one picture as bytes: uint8 (rows of its tiles, vision_hidden * bytes of `dtype`)."""
+    """Tower features of one picture as bytes: uint8 (rows of its tiles, vision_hidden * bytes of `dtype`), or, on their
+    way, what handoff.py has made of these."""
 
     digest: str
     dtype: str
-    data: npt.NDArray[np.uint8] = field(repr=False)
+    data: Any = field(repr=False)
     size: Size | None = None
 
 

@@ -26,6 +26,8 @@ _DURATIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.
 # Readers see a pause of 0.2 s, and the service makes none longer on purpose.
 _GAPS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 _IMAGES = (1.0, 2.0, 4.0, 8.0, 16.0)
+# From nothing new to eight pictures of many tiles.
+_BYTES = tuple(1024.0 * 4**power for power in range(9))
 _PUBLISH_S = 1.0
 
 
@@ -107,6 +109,12 @@ STAGE_DURATION = Histogram("llava_stage_duration_seconds", "Work on one request,
 QUEUE_WAIT = Histogram("llava_queue_wait_seconds", "Waiting of one request inside a replica, by stage.", ("stage",))
 IMAGES = Histogram("llava_images_per_request", "Pictures of the requests that were encoded.", (), _IMAGES)
 QUEUED_TILES = Gauge("llava_queued_tiles", "Tiles of pictures that wait for the tower or are in it.")
+HANDED_OVER = Counter(
+    "llava_handed_over_bytes_total",
+    "Tiles and features put into Ray's object store or sent, by route: `preprocess_encode` or `encode_generate`.",
+    ("route",),
+)
+HANDED_OVER_EACH = Histogram("llava_handed_over_bytes_per_request", "The same of each request.", ("route",), _BYTES)
 CACHE_HITS = Counter("llava_cache_hits_total", "Pictures found in the cache of `tiles` or `features`.", ("cache",))
 CACHE_MISSES = Counter("llava_cache_misses_total", "Pictures not found in that cache.", ("cache",))
 CACHE_BYTES = Gauge("llava_cache_bytes", "What the cache holds.", ("cache",))
@@ -272,3 +280,9 @@ def cache_readings(cache: LruCache[Any], name: str) -> list[Reading]:
         (CACHE_MISSES, cache.num_misses, (name,)),
         (CACHE_BYTES, cache.num_bytes, (name,)),
     ]
+
+
+def record_handed_over(recorder: Recorder, route: str, num_bytes: int) -> None:
+    """What one request with pictures has put into the store, or sends, on the way to its next stage."""
+    recorder.count(HANDED_OVER, route, by=num_bytes)
+    recorder.observe(HANDED_OVER_EACH, num_bytes, route)

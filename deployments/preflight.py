@@ -25,7 +25,7 @@ def check_checkpoints(args: AppArgs) -> dict[str, FoundCheckpoint]:
     """
     return {
         model.served_name: find_checkpoint(
-            model.source,
+            None if model.checkpoint is None else model.source,
             model.base_source,
             template=model.template,
             limits=args.limits.request,

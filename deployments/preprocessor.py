@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from deployments.fetch import Fetcher
 from deployments.messages import Elapsed, Prepared, Rejected
-from deployments.metrics import QUEUE_WAIT, STAGE_DURATION, Recorder, Unrecorded, cache_readings
+from deployments.metrics import QUEUE_WAIT, STAGE_DURATION, Recorder, Unrecorded, cache_readings, record_handed_over
 from deployments.settings import FetchArgs
 from deployments.upstream_pictures import PortableImage, portable_images
 from deployments.watchdog import Watchdog
@@ -59,7 +59,12 @@ class Preprocessor:
         if fetched is not request:
             elapsed = elapsed.finished("fetch")
         prepared = await self._in_thread(lambda: preparer.prepare(fetched))
-        return prepared if isinstance(prepared, Rejected) else Prepared(prepared, elapsed.finished("preprocess"))
+        if isinstance(prepared, Rejected):
+            return prepared
+        if prepared.images:
+            num_bytes = sum(image.tiles.nbytes for image in prepared.images)
+            record_handed_over(self._recorder, "preprocess_encode", num_bytes)
+        return Prepared(prepared, elapsed.finished("preprocess"))
 
     async def tokenize(self, request: AnyRequest, model: str) -> Tokenized | Rejected:
         """Ids alone, or what is wrong with the request."""

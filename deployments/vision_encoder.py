@@ -1,7 +1,7 @@
 """The second stage: tiles through the vision tower, to features before the projector. For requests with pictures only.
 
-What was encoded lately is kept, so a conversation about one picture encodes it once. Knows no prompts and no decoder.
-Imports torch only where it computes.
+What was encoded lately is kept where the next stage can read it, so a conversation about one picture encodes it once,
+and its features go to a node once. Knows no prompts and no decoder. Imports torch only where it computes.
 """
 
 from __future__ import annotations
@@ -10,8 +10,11 @@ import asyncio
 import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from deployments.busy import BusyTime
 from deployments.handoff import Handoff
@@ -24,17 +27,16 @@ from deployments.metrics import (
     Recorder,
     Unrecorded,
     cache_readings,
+    record_handed_over,
 )
 from deployments.scaling import BUSY, HELD_REQUESTS
 from deployments.watchdog import Watchdog
 from llava_core.errors import EngineError
 from llava_core.lru import LruCache
 from llava_core.stages.shared_cores import Cores, OwnCores
-from llava_core.types import PreparedRequest
+from llava_core.types import ImageFeatures, PreparedRequest
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from llava_core.vision.towers import VisionTower
 
 logger = logging.getLogger(__name__)
@@ -53,7 +55,7 @@ class VisionEncoder:
         recorder: Recorder | None = None,
     ) -> None:
         """`cores` is told when a request's pictures are done."""
-        self.cache: LruCache[Tensor] = LruCache(cache_bytes)
+        self.cache: LruCache[PackedFeatures] = LruCache(cache_bytes)
         self._tower = tower
         self._handoff = handoff
         self._cores = OwnCores() if cores is None else cores
@@ -98,16 +100,28 @@ class VisionEncoder:
         return {"queued_tiles": self._queued_tiles, BUSY: self._busy.share(), HELD_REQUESTS: self._num_held}
 
     def _encode(self, request: PreparedRequest, asked: float) -> tuple[PackedFeatures, ...]:
-        from llava_core.vision.encode import encode_images
+        from llava_core.vision.encode import encode_through
 
         began = time.perf_counter()
         self._recorder.observe(QUEUE_WAIT, began - asked, "encode")
         self._recorder.observe(IMAGES, len(request.images))
         try:
             with self._watchdog.work(), self._busy.work():
-                # Packing copies nothing: what is kept and what is handed over are the same bytes.
-                packed = tuple(pack(features) for features in encode_images(self._tower, request.images, self.cache))
+                put: list[int] = []
+                encoded = encode_through(self._tower, request.images, self.cache, partial(self._share, put))
         finally:
             self._cores.release()
         self._recorder.observe(STAGE_DURATION, time.perf_counter() - began, "encode")
-        return packed
+        # What is no object of its own goes with each request.
+        sent = sum(each.data.nbytes for each in encoded.values() if isinstance(each.data, np.ndarray))
+        record_handed_over(self._recorder, "encode_generate", sum(put) + sent)
+        return tuple(replace(encoded[image.digest], size=image.size) for image in request.images)
+
+    def _share(self, put: list[int], features: ImageFeatures) -> PackedFeatures:
+        """What is kept of new features; `put` gets the bytes of those that became an object of their own."""
+        # Packing copies nothing.
+        packed = pack(features)
+        given = self._handoff.share(packed.data)
+        if given is not packed.data:
+            put.append(packed.data.nbytes)
+        return replace(packed, data=given)

@@ -10,8 +10,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
-
 from llava_core.checkpoints.describe import load_preparer
 from llava_core.checkpoints.files import DEFAULT_MODEL as DEFAULT_MODEL
 from llava_core.checkpoints.layout import Checkpoint, open_checkpoint
@@ -28,6 +26,7 @@ from llava_core.types import (
     AnyRequest,
     EngineRequest,
     GenerationRequest,
+    ImageFeatures,
     ImagePart,
     Message,
     PreparedRequest,
@@ -63,7 +62,7 @@ class LocalModel:
         tokenizer = tokenizer or load_tokenizer(checkpoint)
         self.preparer = load_preparer(checkpoint, tokenizer, template=template, limits=limits)
         self.tower = load_tower(checkpoint, options)
-        self.feature_cache = LruCache[Tensor](cache_bytes)
+        self.feature_cache = LruCache[ImageFeatures](cache_bytes)
         language = load_language_side(checkpoint, options, num_tokens=tokenizer.num_tokens)
         ready_tower(self.tower)
         ready_language(language)

@@ -16,7 +16,6 @@ from typing import Any
 import click
 
 from cluster.batch.settings import STAGES, JobSettings, ModelSettings, read_stages
-from llava_core.checkpoints.files import DEFAULT_MODEL
 from llava_core.types import SamplingParams
 
 _SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "seed")
@@ -87,7 +86,7 @@ def _find_model(given: dict[str, Any]) -> ModelSettings:
     from llava_core.checkpoints.found import find_checkpoint
 
     model, base = (_located(given[name]) for name in ("model", "base"))
-    found = find_checkpoint(model or str(DEFAULT_MODEL), base, template=given["template"], offline=given["offline"])
+    found = find_checkpoint(model, base, template=given["template"], offline=given["offline"])
     return ModelSettings(found, given["template"], given["dtype"], given["quantization"])
 
 

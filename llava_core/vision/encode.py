@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -11,26 +13,41 @@ from llava_core.lru import LruCache
 from llava_core.types import ImageFeatures, PreparedImage
 from llava_core.vision.towers import VisionTower
 
+Kept = TypeVar("Kept")
 
-@torch.inference_mode()
+
 def encode_images(
-    tower: VisionTower, images: Sequence[PreparedImage], cache: LruCache[Tensor] | None = None
+    tower: VisionTower, images: Sequence[PreparedImage], cache: LruCache[ImageFeatures] | None = None
 ) -> list[ImageFeatures]:
     """Features of every picture, in order; those with equal digests are run once, and not at all if they are cached.
 
-    A cache belongs to one tower. Where a picture fails, nothing of what was encoded with it is kept. Features in a
-    cache are shared, and torch refuses to change them in place outside of inference mode.
+    Features in a cache are shared, and torch refuses to change them in place outside of inference mode.
     """
-    cache = LruCache(0) if cache is None else cache
+    features = encode_through(tower, images, LruCache(0) if cache is None else cache, lambda made: made)
+    return [replace(features[image.digest], size=image.size) for image in images]
+
+
+@torch.inference_mode()
+def encode_through(
+    tower: VisionTower,
+    images: Sequence[PreparedImage],
+    cache: LruCache[Kept],
+    keep: Callable[[ImageFeatures], Kept],
+) -> dict[str, Kept]:
+    """What the cache has of each different picture, by its digest, and what `keep` makes of the features of the others.
+
+    A cache belongs to one tower. Where a picture fails, nothing of what was encoded with it is kept. Pictures with
+    equal tiles may have been cut from different sizes: whoever asks puts theirs in place.
+    """
     distinct = {image.digest: image for image in images}
-    known = {digest: rows for digest in distinct if (rows := cache.get(digest)) is not None}
-    new = {digest: _encode(tower, image) for digest, image in distinct.items() if digest not in known}
-    for digest, rows in new.items():
+    known = {digest: kept for digest in distinct if (kept := cache.get(digest)) is not None}
+    rows = {digest: _encode(tower, image) for digest, image in distinct.items() if digest not in known}
+    new = {digest: keep(ImageFeatures(digest, each, distinct[digest].size)) for digest, each in rows.items()}
+    for digest, each in rows.items():
         # What is no number may be this once only; the engine refuses it.
-        if bool(torch.isfinite(rows).all()):
-            cache.put(digest, rows, rows.untyped_storage().nbytes())
-    features = known | new
-    return [ImageFeatures(image.digest, features[image.digest], image.size) for image in images]
+        if bool(torch.isfinite(each).all()):
+            cache.put(digest, new[digest], each.untyped_storage().nbytes())
+    return known | new
 
 
 def _encode(tower: VisionTower, image: PreparedImage) -> Tensor:

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
+from deployments.errors import StageLostError
 from deployments.launcher import ENVIRONMENT
 from llava_core.types import GenerationRequest, ImagePart, Message, SamplingParams, TokenDelta
 
@@ -24,11 +26,11 @@ DEADLINE_S = 30.0
 
 
 class Payload:
-    """A large result."""
+    """A large result, or a small one that refers to what is shared."""
 
-    def __init__(self, log: str) -> None:
+    def __init__(self, log: str, data: object) -> None:
         self.log = log
-        self.data = np.zeros(NUM_BYTES, np.uint8)
+        self.data = data
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -41,16 +43,19 @@ class First:
         self._log = log
 
     async def prepare(self, _request: GenerationRequest, _model: str) -> Payload:
-        return Payload(self._log)
+        return Payload(self._log, zeros())
 
 
 class Second:
+    """Every request is about the same picture."""
+
     def __init__(self, log: str, handoff: Any) -> None:
         self._log, self._handoff = log, handoff
+        self._features = handoff.share(zeros())
 
     async def encode(self, given: object) -> Payload:
         assert (await self._handoff.take(given)).data.nbytes == NUM_BYTES
-        return Payload(self._log)
+        return Payload(self._log, self._features)
 
 
 class Last:
@@ -58,7 +63,8 @@ class Last:
         self._handoff = handoff
 
     async def generate(self, given: object) -> AsyncGenerator[TokenDelta, None]:
-        assert (await self._handoff.take(given)).data.nbytes == NUM_BYTES
+        features = await self._handoff.shared((await self._handoff.take(given)).data)
+        assert features.nbytes == NUM_BYTES
         yield TokenDelta("id", "a")
         yield TokenDelta("id", "b", finish_reason="stop")
 
@@ -78,14 +84,22 @@ class Entrance:
         return os.getpid()
 
 
-def stored_bytes() -> int:
-    """What Ray's object store holds."""
+class Sharer:
+    def share(self, handoff: Any) -> list[object]:
+        return [handoff.share(zeros())]
+
+
+def zeros() -> npt.NDArray[np.uint8]:
+    return np.zeros(NUM_BYTES, np.uint8)
+
+
+def store_stats() -> Any:
+    """What Ray tells of its object store."""
     import ray
     from ray._private.internal_api import get_memory_info_reply, get_state_from_address
 
     state = get_state_from_address(ray.get_runtime_context().gcs_address)
-    stats: Any = get_memory_info_reply(state).store_stats
-    return int(stats.object_store_bytes_used)
+    return get_memory_info_reply(state).store_stats
 
 
 def main(log: str) -> None:
@@ -115,15 +129,32 @@ def main(log: str) -> None:
             for pid in await asyncio.gather(*(handle.ask.remote() for _ in range(4)))
         }
 
+    async def shared_by_the_dead() -> str:
+        sharer: Any = ray.remote(num_cpus=0)(Sharer).remote()
+        [given] = await sharer.share.remote(handoff)
+        ray.kill(sharer)
+        deadline = time.monotonic() + DEADLINE_S
+        while time.monotonic() < deadline:
+            try:
+                # Where the object lies on this node, until its owner is known to be dead.
+                await handoff.shared(given)
+            except StageLostError as error:
+                return type(error).__name__
+            await asyncio.sleep(0.1)
+        return "nothing"
+
     async def run() -> dict[str, Any]:
         try:
             [gateway] = await ask(8)
+            before = store_stats().cumulative_created_bytes
             await ask(NUM_REQUESTS)
+            created = store_stats().cumulative_created_bytes - before
             deadline = time.monotonic() + DEADLINE_S
             # Ray frees what nobody refers to any more a little later.
-            while (left := stored_bytes()) > MOST_LEFT and time.monotonic() < deadline:
+            while (left := store_stats().object_store_bytes_used) > MOST_LEFT and time.monotonic() < deadline:
                 await asyncio.sleep(0.1)
-            return {"left": left, "most_left": MOST_LEFT, "gateway": gateway}
+            lost = await shared_by_the_dead()
+            return {"left": left, "most_left": MOST_LEFT, "gateway": gateway, "created": created, "lost": lost}
         finally:
             # While the loop that the handle has used is still there.
             await serve.shutdown_async()

@@ -150,6 +150,7 @@ def test_replicas_and_resources_come_from_the_settings(tiny_checkpoint: Path) ->
     )
     gateway = _graph(args)
     assert gateway.num_replicas == 3
+    assert "label_selector" not in gateway.ray_actor_options
     assert gateway.ray_actor_options["num_cpus"] == 0.5
     preprocessor = gateway.init_args[1]._bound_deployment
     made = preprocessor._deployment_config.autoscaling_config

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from deployments.errors import StageLostError
 from deployments.generator import Generator
 from deployments.handoff import LocalHandoff
-from deployments.messages import Elapsed, Item, Prepared, Rejected, is_last
+from deployments.messages import Elapsed, Encoded, Item, PackedFeatures, Prepared, Rejected, is_last, pack
 from deployments.metrics import IMAGE_TOKENS, PREFIX_HIT_TOKENS, PROMPT_TOKENS, QUEUE_WAIT, STAGE_DURATION
 from deployments.stage_settings import GeneratorArgs
 from llava_core.checkpoints.load import LoadOptions, load_language_side
@@ -23,7 +24,15 @@ from llava_core.engine.async_engine import AsyncEngine
 from llava_core.engine.config import EngineConfig
 from llava_core.engine.engine import Engine
 from llava_core.errors import EngineError, ImageError, OverloadedError
-from llava_core.types import EngineRequest, PreparedRequest, SamplingParams, TokenDelta, TokenLogprob, Usage
+from llava_core.types import (
+    EngineRequest,
+    ImageFeatures,
+    PreparedRequest,
+    SamplingParams,
+    TokenDelta,
+    TokenLogprob,
+    Usage,
+)
 from llava_core.views import ImageTransform
 from tests.deployments.fakes import FakeRecorder, answer
 
@@ -142,6 +151,43 @@ def test_too_many_failures_in_a_row_are_unhealthy_until_an_answer_succeeds(error
         await generator.check_health()
 
     asyncio.run(run())
+
+
+def test_the_engine_gets_features_where_references_to_them_came() -> None:
+    rows = torch.arange(6, dtype=torch.float32).reshape(2, 3)
+    packed = pack(ImageFeatures("a", rows))
+    asked: list[EngineRequest] = []
+
+    class Store(LocalHandoff):
+        async def shared(self, given: object) -> Any:
+            return {"reference": packed.data}[str(given)]
+
+    class Engine(ScriptedEngine):
+        def generate(self, request: EngineRequest) -> AsyncGenerator[TokenDelta, None]:
+            asked.append(request)
+            return super().generate(request)
+
+    async def run() -> None:
+        encoded = Encoded(_prepared().request, (replace(packed, data="reference"),) * 2, Elapsed())
+        async for _ in Generator(Engine([]), Store()).generate(encoded):  # type: ignore[arg-type]
+            pass
+
+    asyncio.run(run())
+    assert [torch.equal(each.features, rows) for each in asked[0].features] == [True, True]
+
+
+def test_features_whose_owner_is_gone_are_a_rejection() -> None:
+    class Broken(LocalHandoff):
+        async def shared(self, given: object) -> Any:
+            raise StageLostError("gone")
+
+    async def run() -> list[Item]:
+        encoded = Encoded(_prepared().request, (PackedFeatures("a", "float32", "reference"),), Elapsed())
+        return [item async for item in Generator(ScriptedEngine([]), Broken()).generate(encoded)]  # type: ignore[arg-type]
+
+    [item] = asyncio.run(run())
+    assert isinstance(item, Rejected)
+    assert isinstance(item.error, StageLostError)
 
 
 def test_what_could_not_be_handed_over_is_a_rejection() -> None:

@@ -6,9 +6,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from deployments.handoff import LocalHandoff, RayHandoff
+from tests.deployments import handoff_program
 from tests.deployments.service import started
 
 
@@ -33,6 +35,14 @@ def test_what_is_no_reference_is_taken_as_it_is() -> None:
     assert asyncio.run(RayHandoff().take(value)) is value
 
 
+def test_small_features_go_with_each_result_and_large_ones_are_an_object() -> None:
+    small = np.zeros(1000, np.uint8)
+    assert RayHandoff().share(small) is small
+    assert asyncio.run(RayHandoff().shared(small)) is small
+    # Larger ones need a Ray, which is below.
+    assert asyncio.run(LocalHandoff().shared(LocalHandoff().share(small))) is small
+
+
 def test_in_one_process_responses_are_passed_on_untouched() -> None:
     handle: Any = _Handle()
     response: Any = object()
@@ -51,6 +61,10 @@ def test_results_pass_the_gateway_by_and_leave_the_object_store(tmp_path: Path) 
     assert process.returncode == 0, printed
     seen = json.loads(printed.strip().splitlines()[-1])
     assert seen["left"] <= seen["most_left"]
+    # Of each request the first result goes into the store; what the second refers to lies there already.
+    per_request = seen["created"] / handoff_program.NUM_REQUESTS
+    assert handoff_program.NUM_BYTES <= per_request < 1.5 * handoff_program.NUM_BYTES
+    assert seen["lost"] == "StageLostError"
     # Two results for each request, each of them unpacked once, by the stage that it was meant for.
     assert len(seen["unpacked_by"]) == 2 * (8 + 120)
     assert len(set(seen["unpacked_by"])) == 2

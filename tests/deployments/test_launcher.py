@@ -15,9 +15,10 @@ from deployments.config_file import IMPORT_PATH
 from deployments.errors import LaunchError
 from deployments.exposure import ENTRANCE_VARIABLE
 from deployments.launch_plan import LaunchPlan, plan_launch
-from deployments.launcher import ENVIRONMENT, LocalService
+from deployments.launcher import ENVIRONMENT, LocalService, _kept_bytes
 from deployments.load_balancer import LoadBalancer
 from deployments.processes import descendants
+from deployments.settings import AppArgs
 from tests.deployments.service import free_port
 
 
@@ -64,6 +65,12 @@ def test_a_balancer_that_has_run_for_some_time_is_started_again(tiny_checkpoint:
             service.check()
     finally:
         service.balancer.stop()
+
+
+def test_the_object_store_has_room_for_what_every_encoder_may_keep() -> None:
+    encoders = [{"cache_bytes": 5}, {"cache_bytes": 7, "min_replicas": 1, "max_replicas": 3}]
+    models = [{"name": str(number), "vision_encoder": encoder} for number, encoder in enumerate(encoders)]
+    assert _kept_bytes(AppArgs.model_validate({"models": models})) == 5 + 3 * 7
 
 
 def test_several_applications_stand_behind_serves_proxy(

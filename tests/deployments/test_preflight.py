@@ -11,6 +11,7 @@ import pytest
 
 from deployments.preflight import check_checkpoints, share_towers
 from deployments.settings import AppArgs
+from llava_core.checkpoints.files import DEFAULT_MODEL
 from llava_core.checkpoints.found import FoundCheckpoint
 from llava_core.errors import CheckpointError, UnknownNameError
 from tests.hub import NEW, OLD, fill_cache, hub_of, use_cache, write_lora
@@ -157,3 +158,9 @@ def test_towers_that_differ_by_their_settings_are_told_apart_without_torch(
         "assert all(name == owner for name, owner in shared.items()); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", program], timeout=60, check=False).returncode == 0
+
+
+def test_the_default_model_is_found_where_each_machine_has_the_project() -> None:
+    [found] = check_checkpoints(AppArgs()).values()
+    assert found.model is None
+    assert found.open().folder == DEFAULT_MODEL

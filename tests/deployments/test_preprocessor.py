@@ -10,7 +10,15 @@ import pytest
 
 from deployments.fetch import Fetcher
 from deployments.messages import Prepared, Rejected
-from deployments.metrics import CACHE_BYTES, CACHE_HITS, CACHE_MISSES, QUEUE_WAIT, STAGE_DURATION
+from deployments.metrics import (
+    CACHE_BYTES,
+    CACHE_HITS,
+    CACHE_MISSES,
+    HANDED_OVER,
+    HANDED_OVER_EACH,
+    QUEUE_WAIT,
+    STAGE_DURATION,
+)
 from deployments.preprocessor import Preprocessor
 from deployments.settings import FetchArgs
 from deployments.upstream_pictures import PortableImage
@@ -152,6 +160,10 @@ def test_the_work_on_each_request_and_the_use_of_the_cache_are_measured(tiny_che
     told = recorder.readings()
     assert (told[CACHE_HITS, ("tiles",)], told[CACHE_MISSES, ("tiles",)]) == (1, 2)
     assert told[CACHE_BYTES, ("tiles",)] > 0
+    # One tile for each picture that could be read, whoever had it in mind; a text has none to hand over.
+    tile = told[CACHE_BYTES, ("tiles",)]
+    assert recorder.observed[HANDED_OVER_EACH, ("preprocess_encode",)] == [tile, tile]
+    assert recorder.counted[HANDED_OVER, ("preprocess_encode",)] == 2 * tile
 
 
 class _Slow:

@@ -2,8 +2,9 @@
 
 import asyncio
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,14 +12,23 @@ import torch
 
 from deployments.handoff import LocalHandoff
 from deployments.messages import Elapsed, Encoded, Prepared, Rejected, unpack
-from deployments.metrics import CACHE_BYTES, CACHE_HITS, CACHE_MISSES, IMAGES, QUEUE_WAIT, STAGE_DURATION
+from deployments.metrics import (
+    CACHE_BYTES,
+    CACHE_HITS,
+    CACHE_MISSES,
+    HANDED_OVER,
+    HANDED_OVER_EACH,
+    IMAGES,
+    QUEUE_WAIT,
+    STAGE_DURATION,
+)
 from deployments.stage_settings import VisionEncoderArgs
 from deployments.vision_encoder import VisionEncoder
 from llava_core.checkpoints.load import LoadOptions, load_tower
 from llava_core.errors import EngineError, ImageError
 from llava_core.types import ImageFeatures, PreparedImage, PreparedRequest, SamplingParams, Size
 from llava_core.vision.clip import ClipTower
-from llava_core.vision.encode import encode_images
+from llava_core.vision.encode import encode_images, encode_through
 from tests.deployments.fakes import FakeRecorder
 from tests.tiny import IMAGE_SIZE
 
@@ -76,17 +86,17 @@ def test_the_autoscaler_is_told_of_tiles_that_have_to_be_encoded(
 ) -> None:
     is_begun, may_end = threading.Event(), threading.Event()
 
-    def encode(tower: ClipTower, images: Sequence[PreparedImage], cache: object) -> list[ImageFeatures]:
+    def encode_later(*given: Any) -> dict[str, Any]:
         is_begun.set()
         may_end.wait(10)
-        return []
+        return encode_through(*given)
 
     encoder = VisionEncoder(tower, LocalHandoff(), cache_bytes=10**6)
 
     async def told() -> list[dict[str, float]]:
         await encoder.encode(_prepared(_image(7)))
         idle = await encoder.record_autoscaling_stats()
-        monkeypatch.setattr("llava_core.vision.encode.encode_images", encode)
+        monkeypatch.setattr("llava_core.vision.encode.encode_through", encode_later)
         # One of four is in the cache, and another request waits with two.
         jobs = [_prepared(*map(_image, shades)) for shades in ((7, 8, 9, 10), (11, 12))]
         running = [asyncio.create_task(encoder.encode(job)) for job in jobs]
@@ -101,6 +111,45 @@ def test_the_autoscaler_is_told_of_tiles_that_have_to_be_encoded(
     assert (busy["queued_tiles"], busy["held_requests"]) == (5, 2)
     assert all(0 < each["busy"] <= 1 for each in (idle, busy, after))
     assert set(busy) == {*VisionEncoderArgs().autoscaling.targets, "held_requests"}
+
+
+class _Store(LocalHandoff):
+    """In place of Ray's: what was put into it, by references that know nothing."""
+
+    def __init__(self) -> None:
+        self.objects: dict[object, np.ndarray] = {}
+
+    def share(self, data: np.ndarray) -> object:
+        ref = object()
+        self.objects[ref] = data
+        return ref
+
+
+def test_a_pictures_features_are_put_into_the_store_once(tower: ClipTower) -> None:
+    store, recorder = _Store(), FakeRecorder()
+    encoder = VisionEncoder(tower, store, cache_bytes=10**6, recorder=recorder)
+    answers = [asyncio.run(encoder.encode(_prepared(_image(10), _image(10)))) for _ in range(5)]
+    [(ref, data)] = store.objects.items()
+    for answer in answers:
+        assert isinstance(answer, Encoded)
+        assert [each.data for each in answer.features] == [ref, ref]
+    assert recorder.counted[HANDED_OVER, ("encode_generate",)] == data.nbytes
+    assert recorder.observed[HANDED_OVER_EACH, ("encode_generate",)] == [data.nbytes, 0, 0, 0, 0]
+    # A cache of nothing holds no reference either.
+    uncached = VisionEncoder(tower, store)
+    for _ in range(2):
+        asyncio.run(uncached.encode(_prepared(_image(10))))
+    assert len(store.objects) == 3
+
+
+def test_what_is_sent_with_each_result_counts_each_time(tower: ClipTower) -> None:
+    recorder = FakeRecorder()
+    encoder = VisionEncoder(tower, LocalHandoff(), cache_bytes=10**6, recorder=recorder)
+    for _ in range(2):
+        asyncio.run(encoder.encode(_prepared(_image(10))))
+    first, second = recorder.observed[HANDED_OVER_EACH, ("encode_generate",)]
+    assert first == second > 0
+    assert recorder.counted[HANDED_OVER, ("encode_generate",)] == first + second
 
 
 def test_without_a_cache_nothing_is_kept(tower: ClipTower) -> None:
@@ -171,13 +220,15 @@ def test_a_request_that_is_cancelled_while_it_waits_is_never_encoded(
     is_begun, may_end = threading.Event(), threading.Event()
     encoded: list[str] = []
 
-    def encode(_tower: ClipTower, images: Sequence[PreparedImage], _cache: object) -> list[ImageFeatures]:
+    def encode(
+        _tower: ClipTower, images: Sequence[PreparedImage], _cache: object, keep: Callable[[ImageFeatures], object]
+    ) -> dict[str, object]:
         encoded.extend(image.digest for image in images)
         is_begun.set()
         may_end.wait(10)
-        return []
+        return {image.digest: keep(ImageFeatures(image.digest, torch.ones(1, 1))) for image in images}
 
-    monkeypatch.setattr("llava_core.vision.encode.encode_images", encode)
+    monkeypatch.setattr("llava_core.vision.encode.encode_through", encode)
     encoder = VisionEncoder(tower, LocalHandoff())
 
     async def cancel() -> None:

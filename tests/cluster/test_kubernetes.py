@@ -1,0 +1,337 @@
+"""The manifests, without a Kubernetes: by its schemas, by what of KubeRay's they use, by what they are to ensure."""
+
+import copy
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import kubernetes_validate
+import pytest
+import yaml
+from ray.serve._private import constants
+
+from deployments import app
+from deployments.environment import ENVIRONMENT
+from deployments.load_balancer import LoadBalancer
+from tests.cluster.files import (
+    CLUSTER,
+    KUBERNETES,
+    ROOT,
+    document,
+    documents,
+    environment,
+    groups,
+    of_kind,
+    resources,
+)
+from tests.cluster.kuberay import SCHEMAS
+
+VERSION = "1.34"
+BASE, GPU = resources("base"), resources("gpu")
+JOB = document(KUBERNETES / "batch/rayjob.yaml")
+OBJECTS = [*BASE, *GPU, JOB]
+CLUSTERS = {
+    "base": of_kind(BASE, "RayService")["spec"]["rayClusterConfig"],
+    "gpu": of_kind(GPU, "RayService")["spec"]["rayClusterConfig"],
+    "batch": JOB["spec"]["rayClusterSpec"],
+}
+SERVICES = [pytest.param(CLUSTERS[name], id=name) for name in ("base", "gpu")]
+# Of one machine alone, or given to a cluster in another way.
+NOT_OF_A_CLUSTER = {
+    # HAProxys on other nodes are told of a gateway that is going; until they are, it takes requests.
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S",
+    # The loopback interface alone would keep nodes apart.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER",
+    # No `http_proxy` is set there, and nodes have any address.
+    "no_grpc_proxy",
+}
+
+
+def pods() -> Iterator[tuple[str, Any]]:
+    """Templates of pods, with where they are."""
+    for name, cluster in CLUSTERS.items():
+        for group in groups(cluster):
+            yield f"{name}-{group.get('groupName', 'head')}", group["template"]
+    yield "redis", of_kind(BASE, "StatefulSet")["spec"]["template"]
+
+
+PODS = list(pods())
+
+
+@pytest.mark.parametrize("content", OBJECTS, ids=lambda each: f"{each['kind']}-{each['metadata'].get('name', '')}")
+def test_every_object_is_one_that_kubernetes_knows(content: Any) -> None:
+    if content["kind"] in SCHEMAS:
+        jsonschema.validate(content, SCHEMAS[content["kind"]])
+    else:
+        kubernetes_validate.validate(content, VERSION, strict=True)
+
+
+@pytest.mark.parametrize(("name", "template"), PODS, ids=[name for name, _ in PODS])
+def test_every_pod_is_one_that_kubernetes_knows(name: str, template: Any) -> None:
+    metadata = {"name": name, **template.get("metadata", {})}
+    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": template["spec"]}
+    kubernetes_validate.validate(pod, VERSION, strict=True)
+
+
+def test_a_misspelt_field_is_found_in_objects_and_in_pods() -> None:
+    service = copy.deepcopy(of_kind(BASE, "RayService"))
+    service["spec"]["rayClusterConfig"]["enableInTreeAutoscalling"] = True
+    with pytest.raises(jsonschema.ValidationError, match="enableInTreeAutoscalling"):
+        jsonschema.validate(service, SCHEMAS["RayService"])
+    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "a"}, "spec": copy.deepcopy(PODS[0][1]["spec"])}
+    pod["spec"]["containers"][0]["imagePullPolicies"] = "Always"
+    with pytest.raises(kubernetes_validate.ValidationError, match="imagePullPolicies"):
+        kubernetes_validate.validate(pod, VERSION, strict=True)
+
+
+def test_a_key_that_is_given_twice_is_found(tmp_path: Any) -> None:
+    (tmp_path / "twice.yaml").write_text("a: {b: 1, c: 2, b: 3}\n")
+    with pytest.raises(yaml.YAMLError, match=r"given twice: \['b'\]"):
+        documents(tmp_path / "twice.yaml")
+
+
+@pytest.mark.parametrize(("objects", "file"), [(BASE, CLUSTER), (GPU, KUBERNETES / "gpu")], ids=["base", "gpu"])
+def test_what_is_served_is_the_text_of_the_configuration(objects: list[Any], file: Any) -> None:
+    text = (file / "serve_config.yaml").read_text(encoding="utf-8")
+    assert of_kind(objects, "RayService")["spec"]["serveConfigV2"] == text
+
+
+def test_nodes_have_what_llava_serve_sets() -> None:
+    given = environment()
+    assert set(ENVIRONMENT) >= NOT_OF_A_CLUSTER
+    assert {name: given.get(name) for name in ENVIRONMENT if name not in NOT_OF_A_CLUSTER} == {
+        name: value for name, value in ENVIRONMENT.items() if name not in NOT_OF_A_CLUSTER
+    }
+    assert not NOT_OF_A_CLUSTER & set(given)
+
+
+def test_serves_haproxy_has_the_limits_of_ours() -> None:
+    ours = LoadBalancer(("127.0.0.1", 1), "127.0.0.1", [1], "llava").configuration
+    given = environment()
+    assert given["RAY_SERVE_ENABLE_HA_PROXY"] == "1"
+    hours = int(given["RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S"]) // 3600
+    for line in (
+        f"retries {given['RAY_SERVE_HAPROXY_RETRIES']}",
+        f"timeout client {given['RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S']}s",
+        f"timeout server {hours}h",
+    ):
+        assert f"    {line}\n" in ours
+
+
+def test_serve_reads_every_variable_of_its_own() -> None:
+    known = Path(constants.__file__).read_text(encoding="utf-8")
+    assert [name for name in environment() if name.startswith("RAY_SERVE_") and f'"{name}"' not in known] == []
+
+
+@pytest.mark.parametrize("cluster", CLUSTERS.values(), ids=CLUSTERS)
+def test_every_ray_pod_has_the_environment_and_the_token(cluster: Any) -> None:
+    generated = document(KUBERNETES / "base/kustomization.yaml")
+    [generator] = generated["configMapGenerator"]
+    assert generator["envs"] == ["ray.env"]
+    assert generated["generatorOptions"]["disableNameSuffixHash"] is True
+    for group in groups(cluster):
+        [container] = group["template"]["spec"]["containers"]
+        assert container["envFrom"] == [{"configMapRef": {"name": generator["name"]}}]
+    assert cluster["authOptions"] == {"mode": ENVIRONMENT["RAY_AUTH_MODE"], "secretName": "llava-ray-token"}
+
+
+@pytest.mark.parametrize("cluster", CLUSTERS.values(), ids=CLUSTERS)
+def test_ray_is_the_version_that_was_tested(cluster: Any) -> None:
+    assert f"ray=={cluster['rayVersion']}" in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+
+
+@pytest.mark.parametrize(("name", "template"), PODS, ids=[name for name, _ in PODS])
+def test_no_pod_is_root_or_can_become_it(name: str, template: Any) -> None:
+    spec = template["spec"]
+    assert spec["securityContext"]["runAsNonRoot"] is True
+    assert spec["securityContext"]["runAsUser"] > 0
+    assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    volumes = [volume["name"] for volume in spec.get("volumes", [])]
+    assert len(volumes) == len(set(volumes))
+    for container in spec["containers"]:
+        confined = container["securityContext"]
+        assert confined["allowPrivilegeEscalation"] is False
+        assert confined["readOnlyRootFilesystem"] is True
+        assert confined["capabilities"] == {"drop": ["ALL"]}
+        mounts = [(mount["name"], mount["mountPath"]) for mount in container["volumeMounts"]]
+        assert len(mounts) == len(set(mounts))
+        # Redis' is a template of its set.
+        assert {mount for mount, _ in mounts} == ({"data"} if name == "redis" else set(volumes))
+        assert container["resources"]["limits"]["memory"] == container["resources"]["requests"]["memory"]
+        assert container["readinessProbe"]
+        assert container["livenessProbe"]
+
+
+@pytest.mark.parametrize("cluster", SERVICES)
+def test_keys_and_models_are_read_only(cluster: Any) -> None:
+    for group in groups(cluster):
+        [container] = group["template"]["spec"]["containers"]
+        mounts = {mount["mountPath"]: mount.get("readOnly", False) for mount in container["volumeMounts"]}
+        assert mounts["/etc/llava"]
+        assert mounts.get("/models", True)
+
+
+@pytest.mark.parametrize(("objects", "folder"), [(BASE, CLUSTER), (GPU, KUBERNETES / "gpu")], ids=["base", "gpu"])
+def test_nothing_ends_before_the_longest_answer_has(objects: list[Any], folder: Any) -> None:
+    service = of_kind(objects, "RayService")["spec"]
+    [application] = document(folder / "serve_config.yaml")["applications"]
+    longest = application["args"]["limits"]["max_timeout_seconds"]
+    assert longest > app._SHUTDOWN_S
+    assert int(environment()["RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S"]) > longest
+    assert service["rayClusterDeletionDelaySeconds"] > longest
+    assert service["upgradeStrategy"] == {"type": "NewCluster"}
+    for worker in service["rayClusterConfig"]["workerGroupSpecs"]:
+        spec = worker["template"]["spec"]
+        [container] = spec["containers"]
+        command, seconds = container["lifecycle"]["preStop"]["exec"]["command"]
+        assert command == "drain-node"
+        assert longest <= int(seconds) < spec["terminationGracePeriodSeconds"]
+
+
+@pytest.mark.parametrize("cluster", SERVICES)
+def test_the_head_may_go_and_nodes_may_come(cluster: Any) -> None:
+    assert cluster["enableInTreeAutoscaling"] is True
+    address = cluster["gcsFaultToleranceOptions"]["redisAddress"]
+    redis = of_kind(BASE, "StatefulSet")
+    assert address == f"{redis['metadata']['name']}:6379"
+    assert redis["metadata"]["name"] == of_kind(BASE, "Service")["metadata"]["name"]
+    [container] = redis["spec"]["template"]["spec"]["containers"]
+    [variable] = container["env"]
+    assert variable["valueFrom"] == cluster["gcsFaultToleranceOptions"]["redisPassword"]["valueFrom"]
+    assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+
+
+def test_stages_find_groups_of_workers_with_room_for_them() -> None:
+    [application] = document(KUBERNETES / "gpu/serve_config.yaml")["applications"]
+    workers = {worker["groupName"]: worker for worker in CLUSTERS["gpu"]["workerGroupSpecs"]}
+    assert set(workers) == {"front", "encoder", "generator"}
+    for stage in ("gateway", "preprocessor", "vision_encoder", "generator"):
+        args = application["args"][stage]
+        [worker] = [each for each in workers.values() if each["labels"] == args["label_selector"]]
+        [container] = worker["template"]["spec"]["containers"]
+        limits, requests = container["resources"]["limits"], container["resources"]["requests"]
+        assert args["num_cpus"] <= float(requests["cpu"])
+        assert args.get("num_gpus", 0) == int(limits.get("nvidia.com/gpu", 0))
+        if args.get("num_gpus"):
+            # One replica to a node.
+            assert worker["maxReplicas"] >= args["max_replicas"]
+            assert worker["template"]["spec"]["nodeSelector"].keys() == {"nvidia.com/gpu.product"}
+
+
+def test_workers_hold_the_smallest_number_of_replicas_from_the_start() -> None:
+    [application] = document(CLUSTER / "serve_config.yaml")["applications"]
+    stages = [application["args"][stage] for stage in ("gateway", "preprocessor", "vision_encoder", "generator")]
+    [worker] = CLUSTERS["base"]["workerGroupSpecs"]
+    [container] = worker["template"]["spec"]["containers"]
+    cpus = float(container["resources"]["requests"]["cpu"])
+    for replicas, nodes in (("min_replicas", "minReplicas"), ("max_replicas", "maxReplicas")):
+        assert sum(stage["num_cpus"] * stage[replicas] for stage in stages) <= cpus * worker[nodes]
+
+
+def _admits(
+    policies: list[Any], to: dict[str, str], source: dict[str, str], port: int, namespace: str = "llava"
+) -> bool:
+    """Whether a connection gets through, as Kubernetes defines it: some policy that selects the pod must name it."""
+    selecting = [each["spec"] for each in policies if _selects(each["spec"]["podSelector"], to)]
+    rules = [rule for spec in selecting for rule in spec.get("ingress", [])]
+    return not selecting or any(_rule_admits(rule, source, port, namespace) for rule in rules)
+
+
+def _rule_admits(rule: Any, source: dict[str, str], port: int, namespace: str) -> bool:
+    if "ports" in rule and port not in [each["port"] for each in rule["ports"]]:
+        return False
+    return "from" not in rule or any(_is_from(peer, source, namespace) for peer in rule["from"])
+
+
+def _is_from(peer: Any, source: dict[str, str], namespace: str) -> bool:
+    if "namespaceSelector" in peer:
+        is_there = _selects(peer["namespaceSelector"], {"kubernetes.io/metadata.name": namespace})
+    else:
+        is_there = namespace == "llava"
+    return is_there and _selects(peer.get("podSelector", {}), source)
+
+
+def _selects(selector: Any, labels: dict[str, str]) -> bool:
+    expressions = selector.get("matchExpressions", [])
+    assert all(each["operator"] == "In" for each in expressions)
+    return all(labels.get(key) == value for key, value in selector.get("matchLabels", {}).items()) and all(
+        labels.get(each["key"]) in each["values"] for each in expressions
+    )
+
+
+HEAD = {"app.kubernetes.io/part-of": "llava", "ray.io/node-type": "head"}
+WORKER = {"app.kubernetes.io/part-of": "llava", "ray.io/node-type": "worker"}
+REDIS = {"app.kubernetes.io/name": "llava-redis"}
+OPERATOR = {"app.kubernetes.io/name": "kuberay-operator"}
+POLICIES = [each for each in BASE if each["kind"] == "NetworkPolicy"]
+# GCS, dashboard, its agent, Ray Client, a worker's, a gateway's own, and HAProxy's two pages about itself.
+RAYS_PORTS = (6379, 8265, 52365, 10001, 10002, 30000, 9101, 8404)
+
+
+def test_labels_of_pods_are_those_that_policies_select() -> None:
+    for name, template in PODS:
+        expected = REDIS if name == "redis" else {"app.kubernetes.io/part-of": "llava"}
+        # KubeRay adds `ray.io/node-type` itself.
+        assert template["metadata"]["labels"] == expected
+
+
+@pytest.mark.parametrize("port", RAYS_PORTS)
+def test_rays_ports_are_for_nodes_of_the_cluster(port: int) -> None:
+    for pod, other in itertools.product((HEAD, WORKER), repeat=2):
+        assert _admits(POLICIES, pod, other, port)
+    for pod in (HEAD, WORKER):
+        assert not _admits(POLICIES, pod, {"app": "stranger"}, port)
+        # Labels alone are no way in from another namespace.
+        assert not _admits(POLICIES, pod, WORKER, port, namespace="other")
+
+
+def test_strangers_reach_the_gateways_port_and_nothing_else() -> None:
+    assert _admits(POLICIES, WORKER, {"app": "stranger"}, 8000)
+    assert _admits(POLICIES, WORKER, {}, 8000, namespace="ingress")
+    assert not _admits(POLICIES, HEAD, {}, 8000, namespace="ingress")
+    assert not _admits(POLICIES, REDIS, {"app": "stranger"}, 6379)
+    assert not _admits(POLICIES, WORKER, {"app": "stranger"}, 8080)
+
+
+def test_operator_metrics_and_heads_reach_what_they_need() -> None:
+    assert _admits(POLICIES, HEAD, OPERATOR, 8265, namespace="kuberay")
+    assert not _admits(POLICIES, HEAD, OPERATOR, 6379, namespace="kuberay")
+    assert _admits(POLICIES, WORKER, {}, 8080, namespace="monitoring")
+    assert _admits(POLICIES, REDIS, HEAD, 6379)
+    assert not _admits(POLICIES, REDIS, WORKER, 6379)
+
+
+def test_no_secret_stands_in_a_file_and_each_is_made_in_the_documentation() -> None:
+    assert not [each for each in OBJECTS if each["kind"] == "Secret"]
+    named = set(_secrets(OBJECTS))
+    text = (ROOT / "docs/cluster.md").read_text(encoding="utf-8")
+    assert named == {"llava-ray-token", "llava-redis", "llava-keys"}
+    for name in named:
+        assert f"kubectl create secret generic {name} " in text
+
+
+def _secrets(content: Any) -> Iterator[str]:
+    if isinstance(content, list):
+        for each in content:
+            yield from _secrets(each)
+    elif isinstance(content, dict):
+        for key, value in content.items():
+            if key == "secretName":
+                yield value
+            elif key == "secretKeyRef":
+                yield value["name"]
+            else:
+                yield from _secrets(value)
+
+
+def test_the_job_runs_a_batch_and_outlives_failures() -> None:
+    assert JOB["spec"]["entrypoint"].startswith("llava batch ")
+    assert JOB["spec"]["backoffLimit"] > 0
+    files = JOB["spec"]["entrypoint"].split()[2:]
+    for group in groups(CLUSTERS["batch"]):
+        spec = group["template"]["spec"]
+        [volume] = [each for each in spec["volumes"] if "persistentVolumeClaim" in each]
+        [path] = [each["mountPath"] for each in spec["containers"][0]["volumeMounts"] if each["name"] == volume["name"]]
+        assert all(file.startswith(f"{path}/") for file in files)
