@@ -85,7 +85,7 @@ class RayHandoff:
 
     async def shared(self, given: object) -> npt.NDArray[np.uint8]:
         """Raises StageLostError where the process that has shared them is gone."""
-        with ray_errors_as_ours():
+        with ray_errors_as_ours("earlier"):
             data = await given if isinstance(given, ray.ObjectRef) else given
         assert isinstance(data, np.ndarray), type(data)
         return data

@@ -23,11 +23,9 @@ from llava_core.errors import EngineError, LlavaError, RequestError
 from llava_core.lru import LruCache
 from llava_core.questions import Question, prepare_question
 from llava_core.stages.loading import Compute, in_thread_of_its_own, load_encoder, load_engine
-from llava_core.types import EngineRequest, PreparedRequest
+from llava_core.types import EngineRequest, ImageFeatures, PreparedRequest
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from llava_core.engine.async_engine import AsyncEngine
     from llava_core.engine.engine import Engine
     from llava_core.stages.shared_cores import Cores
@@ -71,7 +69,7 @@ class Encode:
         self._tower, self._cores = in_thread_of_its_own(
             lambda: load_encoder(job.model.checkpoint.open(), compute, num_gpus=stage.num_gpus)
         )
-        self._cache: LruCache[Tensor] = LruCache(_FEATURE_CACHE_BYTES)
+        self._cache: LruCache[ImageFeatures] = LruCache(_FEATURE_CACHE_BYTES)
 
     def __call__(self, block: Block) -> Block:
         """Prepared requests become requests of the engine."""
