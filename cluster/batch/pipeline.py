@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -143,5 +144,7 @@ def _quiet(context: DataContext) -> None:
     """Progress and errors are the job's to tell; Ray's records stand in its logs."""
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    # Ray has no other name for how often a task is tried again.
+    warnings.filterwarnings("ignore", message="`ray_remote_args_fn` is deprecated")
     for name in ("ray.data", "ray"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
