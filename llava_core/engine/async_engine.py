@@ -120,7 +120,7 @@ class AsyncEngine:
             raise EngineError(f"request id {request.request_id!r} is already in use")
         mailbox = self._mailboxes[request.request_id] = _Mailbox(self._loop)
         self._tell(request)
-        num_open = request.sampling.n
+        num_open = request.sampling.n - sum(answer.is_over for answer in request.begun)
         try:
             while num_open:
                 try:
