@@ -15,6 +15,7 @@ import json
 import signal
 import sys
 import time
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -130,8 +131,9 @@ def summarize(outcome: Outcome) -> dict[str, Any]:
     """Times to the first token by the number of clients, failures, and the most replicas and nodes that there were."""
     by_clients: dict[int, list[float]] = {}
     for began, seconds in _firsts(outcome):
-        sample = max((each for each in outcome.samples if each.when <= began), key=lambda each: each.when)
-        by_clients.setdefault(sample.clients, []).append(seconds)
+        # Of a request that began before the first look, that one.
+        place = bisect_right(outcome.samples, began, key=lambda sample: sample.when)
+        by_clients.setdefault(outcome.samples[max(0, place - 1)].clients, []).append(seconds)
     stages = outcome.samples[0].running
     return {
         "requests": len(outcome.answers),

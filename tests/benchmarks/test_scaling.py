@@ -54,7 +54,8 @@ def test_the_newest_replica_tells_how_it_has_started(tmp_path: Path) -> None:
 
 
 FOLLOWED = Outcome(
-    [_sample(0, running=1, nodes=2, clients=1), _sample(10, running=2, nodes=3, clients=3), _sample(20)],
+    # The first look came after the first request.
+    [_sample(1.2, running=1, nodes=2, clients=1), _sample(10, running=2, nodes=3, clients=3), _sample(20)],
     [Answer(1.0, (1.5, 2.0)), Answer(11.0, (13.0,)), Answer(12.0, (12.5,))],
     0.0,
 )

@@ -61,7 +61,7 @@ def test_replicas_come_with_the_work_and_go_with_it_and_no_request_fails(service
             answers.append(_ask(service, next(numbers)))
 
     def both_have_answered() -> bool:
-        samples = service.metrics().samples[FINISHED.name]
+        samples = service.metrics().samples.get(FINISHED.name, ())
         replicas = {labels["replica"] for labels, value in samples if labels["outcome"] == "finished" and value}
         return len(service.replicas("Generator")) == len(replicas) == 2
 
