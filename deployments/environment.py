@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+# Of one machine alone.
+_LOCAL = ("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "no_grpc_proxy")
+
 # Set unless the user has set them; `docs/decisions` has the measurements.
 ENVIRONMENT: Mapping[str, str] = {
     # One event loop per replica, gRPC between replicas: about twice the tokens per second.
@@ -30,4 +33,11 @@ ENVIRONMENT: Mapping[str, str] = {
     "RAY_AUTH_MODE": "token",
     # gRPC would ask an `http_proxy` for a replica on this machine.
     "no_grpc_proxy": "127.0.0.1,localhost",
+}
+
+# Of every node of a cluster, before `ray start`. On a cluster Ray listens on the nodes' own addresses, and Serve starts an
+# HAProxy on each of them.
+CLUSTER_ENVIRONMENT: Mapping[str, str] = {
+    **{name: value for name, value in ENVIRONMENT.items() if name not in _LOCAL},
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
 }

@@ -1,0 +1,1 @@
+"""Several hosts on one machine: what a cluster does when they die."""

@@ -1,0 +1,154 @@
+"""A Ray cluster of several hosts with the application on it: a head that computes nothing, workers, and a host of
+clients, which is no part of the cluster.
+
+Ray's own commands start nodes and deploy, as an operator's would. Knows how Ray's processes are called, and not what
+will be asked.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.hosts.network import Host, HostNetwork, HostsError
+from deployments.config_file import IMPORT_PATH
+from deployments.environment import CLUSTER_ENVIRONMENT
+
+ROOT = Path(__file__).parents[2]
+RAY = (sys.executable, "-m", "ray.scripts.scripts")
+SERVE = (sys.executable, "-m", "ray.serve.scripts")
+PORT, _GCS_PORT, _DASHBOARD_PORT = 8000, 6379, 8265
+_OBJECT_STORE_BYTES = 128 * 1024**2
+_STAGES = ("Gateway", "Preprocessor", "VisionEncoder", "Generator")
+# Of busy machines.
+START_S = 300.0
+_POLL_S = 0.25
+
+
+class HostCluster:
+    """A head, `num_workers` workers and a client, and Ray's token in all of them but the last.
+
+    `environment` is that of every Ray process beside CLUSTER_ENVIRONMENT."""
+
+    def __init__(
+        self, network: HostNetwork, *, num_workers: int = 3, environment: Mapping[str, str] | None = None
+    ) -> None:
+        self.network = network
+        self.environment = {
+            **CLUSTER_ENVIRONMENT,
+            "RAY_AUTH_TOKEN": secrets.token_hex(32),
+            "PYTHONPATH": str(ROOT),
+            # All hosts share one memory, which others use as well.
+            "RAY_memory_monitor_refresh_ms": "0",
+            "HF_HUB_OFFLINE": "1",
+            **(environment or {}),
+        }
+        self.head = network.start_host("head")
+        self.client = network.start_host("client")
+        self.workers = [network.start_host(f"worker{number}") for number in range(1, num_workers + 1)]
+
+    def start(self) -> None:
+        """Returns when all nodes have joined. Raises HostsError."""
+        self.start_head()
+        for worker in self.workers:
+            self.start_worker(worker)
+        until(lambda: self.num_nodes() == len(self.workers) + 1, "all nodes have joined")
+
+    def start_head(self) -> None:
+        """Returns when it takes nodes."""
+        options = ["--head", f"--port={_GCS_PORT}", "--num-cpus=0", "--dashboard-host=0.0.0.0"]
+        self._start_node(self.head, *options)
+        until(lambda: self.num_nodes() > 0, "the head runs")
+
+    def start_worker(self, worker: Host, *, num_cpus: int = 1) -> None:
+        """Returns at once."""
+        self._start_node(worker, f"--address={self.head.address}:{_GCS_PORT}", f"--num-cpus={num_cpus}")
+
+    def _start_node(self, host: Host, *options: str) -> None:
+        sizes = [f"--object-store-memory={_OBJECT_STORE_BYTES}", "--disable-usage-stats", "--include-log-monitor=false"]
+        host.start([*RAY, "start", "--block", *options, *sizes], self.environment, log="ray-start.log")
+
+    def num_nodes(self) -> int:
+        """Those that Ray takes for alive."""
+        nodes = self.dashboard("/nodes?view=summary")
+        return sum(node["raylet"].get("state") == "ALIVE" for node in nodes.get("data", {}).get("summary", []))
+
+    def deploy(self, config: Mapping[str, Any]) -> None:
+        """`serve deploy`, from the head. Returns when all replicas serve. Raises HostsError."""
+        # JSON is YAML, too.
+        (self.head.own / "serve_config.yaml").write_text(json.dumps(config))
+        command = [*SERVE, "deploy", "/tmp/serve_config.yaml", "-a", f"http://{self.head.address}:{_DASHBOARD_PORT}"]
+        self.head.run(command, self.environment)
+        until(self.is_complete, "all replicas serve")
+
+    def is_complete(self) -> bool:
+        """Whether each deployment has the replicas it is to have, all of them running on nodes that live."""
+        applications = self.serve_details().get("applications", {})
+        states = [application["status"] for application in applications.values()]
+        if "DEPLOY_FAILED" in states:
+            raise HostsError(f"the application cannot be deployed: {applications}")
+        deployments = self._deployments().values()
+        return bool(deployments) and all(
+            each["status"] == "HEALTHY" and len(each["replicas"]) == each["target_num_replicas"] for each in deployments
+        )
+
+    def serve_details(self) -> dict[str, Any]:
+        """What Serve's controller tells of itself, by way of the head's dashboard; nothing where it does not."""
+        return self.dashboard("/api/serve/applications/")
+
+    def replicas(self, stage: str) -> list[tuple[str, str]]:
+        """Address of the host and state of each replica of a stage."""
+        found = self._deployments().get(stage, {}).get("replicas", [])
+        return sorted((replica["node_ip"], replica["state"]) for replica in found)
+
+    def _deployments(self) -> dict[str, Any]:
+        applications = self.serve_details().get("applications", {}).values()
+        return {name: each for application in applications for name, each in application["deployments"].items()}
+
+    def dashboard(self, path: str) -> dict[str, Any]:
+        """What the head's dashboard answers, seen from the head; nothing where it does not."""
+        authorization = f"authorization: Bearer {self.environment['RAY_AUTH_TOKEN']}"
+        url = f"http://{self.head.address}:{_DASHBOARD_PORT}{path}"
+        try:
+            answer = self.head.run(["curl", "-sSf", "-m", "10", "-H", authorization, url], timeout_s=30)
+            return dict(json.loads(answer))
+        except (HostsError, json.JSONDecodeError):
+            return {}
+
+
+def application(*, stages: Mapping[str, Mapping[str, Any]], **args: Any) -> dict[str, Any]:
+    """Serve's configuration of the service with these `args`, and these options of Serve's for its stages."""
+    return {
+        "proxy_location": "EveryNode",
+        "http_options": {"host": "0.0.0.0", "port": PORT},
+        "logging_config": {"enable_access_log": False},
+        "applications": [
+            {
+                "name": "llava",
+                "route_prefix": "/",
+                "import_path": IMPORT_PATH,
+                "args": {"auth": {"allow_anyone": True}, **args},
+                "deployments": [{"name": name, **options} for name, options in stages.items()],
+            }
+        ],
+    }
+
+
+def spread(num_replicas: int = 2) -> dict[str, dict[str, Any]]:
+    """So many replicas of each stage, no two of them on the same host."""
+    return {name: {"num_replicas": num_replicas, "max_replicas_per_node": 1} for name in _STAGES}
+
+
+def until(condition: Callable[[], bool], what: str, *, deadline_s: float = START_S) -> float:
+    """Seconds until it is so. Raises HostsError when that takes too long."""
+    began = time.monotonic()
+    while not condition():
+        if time.monotonic() - began > deadline_s:
+            raise HostsError(f"not within {deadline_s:g} s: {what}")
+        time.sleep(_POLL_S)
+    return time.monotonic() - began

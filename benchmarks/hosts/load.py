@@ -1,0 +1,160 @@
+"""Clients that ask without pause and note what became of each request; a program for a host of its own.
+
+    python -m benchmarks.hosts.load --out FILE [--clients 4] ADDRESS [ADDRESS ...]
+
+As behind a load balancer, a client that cannot connect to one address tries the next; nothing else is tried again. Ends
+on SIGTERM, and tells of what has not been answered by then, too. Knows OpenAI's wire format, and not what is done to
+the service meanwhile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import base64
+import itertools
+import json
+import signal
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import httpx
+
+from llava_core.client.requests import CHAT
+
+_PICTURE = Path(__file__).parents[2] / "examples" / "scene.png"
+# Equal questions have equal answers.
+QUESTIONS = ("Describe the picture.", "How many shapes are there?", "What does the text say?", "What is in the middle?")
+_CONNECT_S, _SILENCE_S, _PAUSE_S = 2.0, 180.0, 0.2
+
+
+@dataclass
+class Asked:
+    """One request, by the clock that all processes of a machine share. `error` is "" where it was answered whole.
+
+    `gap_s` is the longest time in which nothing came, once the answer had begun; `gap_ended` when that was over."""
+
+    question: str
+    began: float
+    address: str = ""
+    ended: float = 0.0
+    error: str = ""
+    text: str = ""
+    first_s: float = 0.0
+    gap_s: float = 0.0
+    gap_ended: float = 0.0
+    _heard: float = 0.0
+
+    def hear(self, text: str) -> None:
+        """A piece of the answer has come."""
+        now = time.monotonic()
+        if not self.text:
+            self.first_s = now - self.began
+        self._note_silence(now)
+        self.text += text
+
+    def end(self, error: str) -> None:
+        """Nothing will come any more."""
+        self.ended, self.error = time.monotonic(), error
+        self._note_silence(self.ended)
+
+    def _note_silence(self, now: float) -> None:
+        if self.text and now - self._heard > self.gap_s:
+            self.gap_s, self.gap_ended = now - self._heard, now
+        self._heard = now
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("addresses", nargs="+", metavar="ADDRESS", help="host and port")
+    parser.add_argument("--out", type=Path, required=True, help="a line of JSON for each request")
+    parser.add_argument("--clients", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=256, help="of each answer")
+    options = parser.parse_args()
+    with options.out.open("a", buffering=1) as out:
+        asyncio.run(Load(options.addresses, options.tokens, out).run(options.clients))
+
+
+class Load:
+    """What is asked of which addresses, and where the outcomes go."""
+
+    def __init__(self, addresses: Sequence[str], num_tokens: int, out: IO[str]) -> None:
+        self._addresses = addresses
+        self._num_tokens = num_tokens
+        self._out = out
+
+    async def run(self, num_clients: int) -> None:
+        """Ends on SIGTERM."""
+        told = asyncio.Event()
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, told.set)
+        timeout = httpx.Timeout(_SILENCE_S, connect=_CONNECT_S)
+        async with httpx.AsyncClient(timeout=timeout, trust_env=False) as http:
+            clients = [asyncio.create_task(self._ask_on(http, number)) for number in range(num_clients)]
+            await asyncio.wait([asyncio.create_task(told.wait()), *clients], return_when=asyncio.FIRST_COMPLETED)
+            failed = [client for client in clients if client.done()]
+            for client in clients:
+                client.cancel()
+            await asyncio.wait(clients)
+            for client in failed:
+                client.result()
+
+    async def _ask_on(self, http: httpx.AsyncClient, number: int) -> None:
+        for count in itertools.count(number):
+            asked = Asked(QUESTIONS[count % len(QUESTIONS)], began=time.monotonic())
+            error = "unfinished"
+            try:
+                error = await self._ask(http, asked, first=count % len(self._addresses))
+            finally:
+                asked.end(error)
+                self._out.write(json.dumps(asdict(asked)) + "\n")
+            if error:
+                await asyncio.sleep(_PAUSE_S)
+
+    async def _ask(self, http: httpx.AsyncClient, asked: Asked, *, first: int) -> str:
+        """What went wrong, if anything."""
+        for asked.address in (*self._addresses[first:], *self._addresses[:first]):
+            try:
+                return await self._read(http, asked)
+            except (httpx.ConnectError, httpx.ConnectTimeout):
+                continue
+            except httpx.ReadTimeout:
+                return "silence"
+            except httpx.TransportError:
+                return "connection lost"
+        return "no connection"
+
+    async def _read(self, http: httpx.AsyncClient, asked: Asked) -> str:
+        body = request_body(asked.question, self._num_tokens)
+        async with http.stream("POST", f"http://{asked.address}{CHAT}", json=body) as response:
+            if response.status_code != httpx.codes.OK:
+                return f"status {response.status_code}"
+            async for line in response.aiter_lines():
+                if line == "data: [DONE]":
+                    return ""
+                event: dict[str, Any] = json.loads(line.removeprefix("data: ")) if line.startswith("data: ") else {}
+                if "error" in event:
+                    return f"stream: {event['error']['code']}"
+                for choice in event.get("choices", ()):
+                    asked.hear(choice["delta"].get("content") or "")
+        return "cut short"
+
+
+def request_body(question: str, num_tokens: int) -> dict[str, object]:
+    """A greedy answer of just so many tokens, about a picture."""
+    picture = f"data:image/png;base64,{base64.b64encode(_PICTURE.read_bytes()).decode()}"
+    content = [{"type": "image_url", "image_url": {"url": picture}}, {"type": "text", "text": question}]
+    messages = [{"role": "user", "content": content}]
+    return {"messages": messages, "stream": True, "max_tokens": num_tokens, "ignore_eos": True}
+
+
+def read_outcomes(file: Path) -> list[Asked]:
+    """What a load has noted so far, the last line perhaps half of one."""
+    lines = file.read_text().split("\n")[:-1]
+    return [Asked(**json.loads(line)) for line in lines]
+
+
+if __name__ == "__main__":
+    main()
