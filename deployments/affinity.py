@@ -7,8 +7,10 @@ what. Knows neither Ray nor stages, and decides nothing about answers: any repli
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 from deployments.quarantine import pictures
 from llava_core.types import AnyRequest, GenerationRequest, TextPart
@@ -22,6 +24,35 @@ _BEGINNING = 1024
 LOAD_FACTOR = 1.5
 # ... or fewer than two, because one that is just over may still be counted.
 _LEAST_BOUND = 2
+_numbers = itertools.count()
+
+
+@dataclass(frozen=True)
+class Session:
+    """What a router is told of a call: the request's key, "" where any replica will do, and which request it is, among
+    all of this process. Who asks again for the same one has lost the replica that had it."""
+
+    key: str
+    request: str
+
+    @classmethod
+    def read(cls, text: str) -> Session:
+        """Of what `str` has made."""
+        request, _, key = text.partition(" ")
+        return cls(key, request)
+
+    def __str__(self) -> str:
+        return f"{self.request} {self.key}"
+
+    @property
+    def keyless(self) -> Session:
+        """Of a call for which any replica will do."""
+        return Session("", self.request)
+
+
+def session_of(request: AnyRequest) -> Session:
+    """One for all calls about this request, and for no others."""
+    return Session(affinity_key(request), str(next(_numbers)))
 
 
 def affinity_key(request: AnyRequest) -> str:

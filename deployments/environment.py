@@ -35,9 +35,15 @@ ENVIRONMENT: Mapping[str, str] = {
     "no_grpc_proxy": "127.0.0.1,localhost",
 }
 
-# Of every node of a cluster, before `ray start`. On a cluster Ray listens on the nodes' own addresses, and Serve starts an
-# HAProxy on each of them.
+# Of every node of a cluster, before `ray start`; `docs/cluster-faults.md` has the measurements. Ray listens on the
+# addresses of the nodes there.
 CLUSTER_ENVIRONMENT: Mapping[str, str] = {
     **{name: value for name, value in ENVIRONMENT.items() if name not in _LOCAL},
+    # Serve starts one on every node, in place of the entrance that `llava serve` has.
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    # A host that has lost power is dead after (1 + 2) * 4 s, and not after a minute. Raylets are asked, which are never
+    # too busy to answer.
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "2000",
+    "RAY_health_check_failure_threshold": "4",
 }

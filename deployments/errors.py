@@ -76,6 +76,10 @@ class StageLostError(LlavaError):
         return self.message
 
 
+class StageSilentError(StageLostError):
+    """Nothing has been heard of the replica, so its host or the way there is gone, which no content does."""
+
+
 class WorkerFailedError(LlavaError):
     """A registered worker (llava_protocol/) is not there, or does not keep to the protocol. `kind` is for metrics,
     `reason` for the log."""

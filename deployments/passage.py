@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ray.serve.handle import DeploymentHandle
 
-from deployments.affinity import affinity_key
+from deployments.affinity import Session, session_of
 from deployments.errors import StageLostError
 from deployments.handoff import Handoff
 from deployments.messages import Item, Rejected, is_last
 from deployments.progress import Progress
 from deployments.ray_errors import ray_errors_as_ours
+from deployments.signs_of_life import listen
 from llava_core.types import GREEDY_BELOW, AnyRequest
 
 Handle = DeploymentHandle[Any]
@@ -43,7 +45,7 @@ class Passage:
         """`on_sent` is called when the request has left this process, and may be so again."""
         self._stages = stages
         self._on_sent = on_sent
-        self._key = affinity_key(request)
+        self._session = session_of(request)
         self._has_images = request.num_images > 0
         self._progress = Progress(request.sampling.n)
         self._kept = stages.handoff.keep(repeatable(request))
@@ -81,14 +83,15 @@ class Passage:
         given = await self._prepared()
         begun = self._progress.begun
         with ray_errors_as_ours("generator"):
-            generate = towards(self._stages.generate, self._key)
+            generate = towards(self._stages.generate, self._session)
             call: Any = generate.remote(given, begun) if begun else generate.remote(given)
             try:
-                async for item in call:
-                    if not isinstance(item, Rejected):
-                        self._progress.note(item)
-                    self.is_complete = is_last(item)
-                    yield item
+                async with aclosing(listen(call, "generator")) as items:
+                    async for item in items:
+                        if not isinstance(item, Rejected):
+                            self._progress.note(item)
+                        self.is_complete = is_last(item)
+                        yield item
             finally:
                 if not self.is_complete:
                     call.cancel()
@@ -100,10 +103,10 @@ class Passage:
         self._forget()
         with ray_errors_as_ours("earlier"):
             # Of a text, replicas of the first stage keep nothing.
-            prepare = towards(self._stages.prepare, self._key if self._has_images else "")
+            prepare = towards(self._stages.prepare, self._session if self._has_images else self._session.keyless)
             self._calls.append(prepare.remote(self._kept, self._stages.model))
             if self._has_images:
-                self._calls.append(towards(self._stages.encode, self._key).remote(self._calls[-1]))
+                self._calls.append(towards(self._stages.encode, self._session).remote(self._calls[-1]))
             self._given = await self._stages.handoff.give(self._calls[-1])
         self._on_sent()
         return self._given
@@ -123,6 +126,6 @@ def repeatable(request: AnyRequest) -> AnyRequest:
     return replace(request, sampling=replace(sampling, seed=secrets.randbits(63)))
 
 
-def towards(stage: Handle, key: str) -> Handle:
+def towards(stage: Handle, session: Session) -> Handle:
     """For a call that prefers the replica of this key (routing.py): a copy with the same router, in microseconds."""
-    return stage.options(session_id=key) if key else stage
+    return stage.options(session_id=str(session))

@@ -11,7 +11,7 @@ from contextlib import aclosing, closing
 from functools import partial
 from typing import Any
 
-from deployments.affinity import affinity_key
+from deployments.affinity import session_of
 from deployments.errors import StageLostError
 from deployments.handoff import Handoff
 from deployments.messages import Item, Rejected
@@ -80,7 +80,8 @@ class Pipeline:
 
     async def tokenize(self, request: AnyRequest) -> Tokenized | Rejected:
         """What the first stage makes of a prompt, or its rejection. Raises errors of ours as `stream` does."""
-        stage = towards(self._tokenize, affinity_key(request) if request.num_images else "")
+        session = session_of(request)
+        stage = towards(self._tokenize, session if request.num_images else session.keyless)
         tokenized: Tokenized | Rejected = await _asked(stage, request, self._handoff, self._quarantine, self._model)
         return tokenized
 
@@ -100,7 +101,7 @@ class PictureStage:
 
     async def __call__(self, request: GenerationRequest) -> tuple[PortableImage, ...] | Rejected:
         """The pictures, or what is wrong with one. Raises errors of ours as `Pipeline.stream` does."""
-        stage = towards(self._stage, affinity_key(request))
+        stage = towards(self._stage, session_of(request))
         pictures: tuple[PortableImage, ...] | Rejected = await _asked(stage, request, self._handoff, self._quarantine)
         return pictures
 

@@ -17,7 +17,7 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Literal, NoReturn, TypeVar
 
-from deployments.errors import ContentRefusedError, StageLostError
+from deployments.errors import ContentRefusedError, StageLostError, StageSilentError
 from deployments.metrics import QUARANTINED, RETRIES, Reading, Recorder, Unrecorded
 from llava_core.types import (
     AnyRequest,
@@ -137,12 +137,12 @@ class Case:
         """What another attempt gives.
 
         Raises ContentRefusedError when that is lost as well though nothing else that was lost is beside it, or when
-        there have been too many; `lost` when too many wait.
+        there have been too many, StageSilentError where it was only not heard of; `lost` when too many wait.
         """
         while True:
             self._num_lost += 1
             if self._num_lost > _MOST_AGAIN:
-                await self._refuse(lost)
+                await self._give_up(lost)
             is_harmless = phase == "streaming" and self._num_lost == 1
             async with self._quarantine.turn(lost, is_harmless=is_harmless) as was_alone:
                 await self._quarantine.check_again(self._request, lost.stage, phase)
@@ -151,10 +151,13 @@ class Case:
                     return await attempt()
                 except StageLostError as error:
                     if was_alone():
-                        await self._refuse(error)
+                        await self._give_up(error)
                     lost = error
 
-    async def _refuse(self, lost: StageLostError) -> NoReturn:
+    async def _give_up(self, lost: StageLostError) -> NoReturn:
+        # Whatever has silenced a host, it was no picture.
+        if isinstance(lost, StageSilentError):
+            raise lost
         await self._quarantine.refuse(await self._request())
         raise ContentRefusedError from lost
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,6 +29,7 @@ from deployments.llava_protocol.routes import ProtocolSetup
 from deployments.llava_protocol.settings import WorkerArgs
 from deployments.llava_protocol.shared_table import SharedTable
 from deployments.llava_protocol.table import WorkerTable
+from deployments.messages import Item
 from deployments.metrics import RayRecorder, engine_readings
 from deployments.model_settings import ModelArgs
 from deployments.passage import Handle
@@ -35,6 +37,7 @@ from deployments.pipeline import PictureStage, Pipeline
 from deployments.preprocessor import Preprocessor
 from deployments.quarantine import Quarantine
 from deployments.settings import AppArgs
+from deployments.signs_of_life import StillHere, with_signs
 from deployments.stage_settings import StageArgs, VisionEncoderArgs
 from deployments.stage_status import StageStatus, name_for_clients
 from deployments.startup import Startup
@@ -177,6 +180,12 @@ class GeneratorReplica(Generator):
         recorder = startup.recorder()
         recorder.watch(lambda: engine_readings(engine.stats))
         super().__init__(running, handoff, token_bytes=tokenizer.token_bytes, recorder=recorder)
+
+    async def generate(self, *given: object) -> AsyncGenerator[Item | StillHere, None]:  # type: ignore[override]
+        """As Generator does, and with signs of life between hosts."""
+        async with aclosing(with_signs(super().generate(*given))) as items:
+            async for item in items:
+                yield item
 
 
 def _listening_hosts() -> set[str]:

@@ -1,6 +1,7 @@
 """How Serve finds a replica for a call of a stage: the one that the call's key prefers, unless it is busy.
 
-The key comes as the call's session id; affinity.py has the order. Every gateway replica has one such router for each
+The key comes in the call's session id; affinity.py has the order. A replica that has lost a request is tried last for a
+while (suspects.py). Every gateway replica has one such router for each
 stage, and counts how its choices turned out. Serve does the rest: queues, limits, replicas that refuse or are dead.
 """
 
@@ -11,8 +12,9 @@ from typing import Any
 
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
-from deployments.affinity import by_preference, ranked
+from deployments.affinity import Session, by_preference, ranked
 from deployments.metrics import ROUTED, RayRecorder, Recorder
+from deployments.suspects import Suspects
 
 
 class AffinityRouter(RequestRouter):
@@ -29,6 +31,18 @@ class AffinityRouter(RequestRouter):
         """For Serve, when the router begins. A replica itself refuses what is beyond `capacity`, where there is one."""
         self._recorder = RayRecorder().start()
         self._capacity = capacity
+        self._suspects = Suspects()
+
+    async def _choose_replica_for_request(
+        self, pending_request: PendingRequest, *, is_retry: bool = False
+    ) -> RunningReplica:
+        """For Serve, which asks again itself (`is_retry`) where a replica has refused the call, and not in vain."""
+        request = _session(pending_request).request
+        if not is_retry:
+            self._suspects.asked(request)
+        replica: RunningReplica = await super()._choose_replica_for_request(pending_request, is_retry=is_retry)
+        self._suspects.sent(request, _name(replica.replica_id))
+        return replica
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -39,12 +53,13 @@ class AffinityRouter(RequestRouter):
             return [candidate_replicas]
         # After a pause, that is.
         pending_request.routing_context.should_backoff = True
-        key = pending_request.metadata.session_id
-        if not key or len(candidate_replicas) == 1:
-            return [random.sample(candidate_replicas, min(2, len(candidate_replicas)))]
+        key = _session(pending_request).key
         replicas = {_name(replica.replica_id): replica for replica in candidate_replicas}
+        if not key or len(candidate_replicas) == 1:
+            sound = [replica for name, replica in replicas.items() if name not in self._suspects]
+            return [random.sample(some, min(2, len(some))) for some in (sound, candidate_replicas) if some]
         loads = {name: self._load(replica.replica_id) for name, replica in replicas.items()}
-        order = by_preference(key, loads, capacity=self._capacity)
+        order = sorted(by_preference(key, loads, capacity=self._capacity), key=self._suspects.__contains__)
         available = {_name(replica.replica_id) for replica in self.select_available_replicas(candidate_replicas)}
         # The others may have got room meanwhile; Serve asks them.
         full = [replica for name, replica in replicas.items() if name not in available]
@@ -55,7 +70,7 @@ class AffinityRouter(RequestRouter):
         names = [_name(each) for each in self.curr_replicas]
         if len(names) < 2:
             return
-        key = pending_request.metadata.session_id
+        key = _session(pending_request).key
         choice = "keyless" if not key else "preferred" if ranked(key, names)[0] == _name(replica_id) else "fallback"
         self._recorder.count(ROUTED, self._deployment_id.name, choice)
 
@@ -63,6 +78,10 @@ class AffinityRouter(RequestRouter):
         """What the replica said last, and what was sent since and is not over. Nothing where that is too long ago: the
         first call that it takes then tells anew."""
         return self.replica_queue_len_cache.get(replica_id) or 0
+
+
+def _session(pending_request: PendingRequest) -> Session:
+    return Session.read(pending_request.metadata.session_id or "")
 
 
 def _name(replica_id: ReplicaID) -> str:

@@ -73,6 +73,27 @@ class HostCluster:
         sizes = [f"--object-store-memory={_OBJECT_STORE_BYTES}", "--disable-usage-stats", "--include-log-monitor=false"]
         host.start([*RAY, "start", "--block", *options, *sizes], self.environment, log="ray-start.log")
 
+    def replace_worker(self, worker: Host) -> Host:
+        """Another host of its name and address, in its place; returns before that has joined."""
+        worker.kill()
+        new = self.network.start_host(worker.name, worker.address)
+        self.workers[self.workers.index(worker)] = new
+        self.start_worker(new)
+        return new
+
+    def replace_head(self) -> None:
+        """Another host of its name and address; returns when that takes nodes."""
+        self.head.kill()
+        self.head = self.network.start_host(self.head.name, self.head.address)
+        self.start_head()
+
+    def host_of(self, stage: str) -> Host:
+        """A host with a replica of this stage, and if possible with none of the gateway."""
+        addresses = {address for address, _ in self.replicas(stage)}
+        gateways = {address for address, _ in self.replicas("Gateway")} if stage != "Gateway" else set()
+        candidates = [worker for worker in self.workers if worker.address in addresses]
+        return min(candidates, key=lambda worker: worker.address in gateways)
+
     def num_nodes(self) -> int:
         """Those that Ray takes for alive."""
         nodes = self.dashboard("/nodes?view=summary")
@@ -104,7 +125,7 @@ class HostCluster:
     def replicas(self, stage: str) -> list[tuple[str, str]]:
         """Address of the host and state of each replica of a stage."""
         found = self._deployments().get(stage, {}).get("replicas", [])
-        return sorted((replica["node_ip"], replica["state"]) for replica in found)
+        return sorted((replica.get("node_ip") or "", replica["state"]) for replica in found)
 
     def _deployments(self) -> dict[str, Any]:
         applications = self.serve_details().get("applications", {}).values()

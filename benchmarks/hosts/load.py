@@ -12,6 +12,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
+import functools
+import io
 import itertools
 import json
 import signal
@@ -22,11 +24,13 @@ from pathlib import Path
 from typing import IO, Any
 
 import httpx
+from PIL import Image
 
 from llava_core.client.requests import CHAT
 
 _PICTURE = Path(__file__).parents[2] / "examples" / "scene.png"
-# Equal questions have equal answers.
+# Each client has a picture of its own, so that all replicas get something to do. Equal questions about equal pictures
+# have equal answers.
 QUESTIONS = ("Describe the picture.", "How many shapes are there?", "What does the text say?", "What is in the middle?")
 _CONNECT_S, _SILENCE_S, _PAUSE_S = 2.0, 180.0, 0.2
 
@@ -37,6 +41,7 @@ class Asked:
 
     `gap_s` is the longest time in which nothing came, once the answer had begun; `gap_ended` when that was over."""
 
+    client: int
     question: str
     began: float
     address: str = ""
@@ -103,7 +108,7 @@ class Load:
 
     async def _ask_on(self, http: httpx.AsyncClient, number: int) -> None:
         for count in itertools.count(number):
-            asked = Asked(QUESTIONS[count % len(QUESTIONS)], began=time.monotonic())
+            asked = Asked(number, QUESTIONS[count % len(QUESTIONS)], began=time.monotonic())
             error = "unfinished"
             try:
                 error = await self._ask(http, asked, first=count % len(self._addresses))
@@ -127,7 +132,7 @@ class Load:
         return "no connection"
 
     async def _read(self, http: httpx.AsyncClient, asked: Asked) -> str:
-        body = request_body(asked.question, self._num_tokens)
+        body = request_body(asked.client, asked.question, self._num_tokens)
         async with http.stream("POST", f"http://{asked.address}{CHAT}", json=body) as response:
             if response.status_code != httpx.codes.OK:
                 return f"status {response.status_code}"
@@ -142,12 +147,21 @@ class Load:
         return "cut short"
 
 
-def request_body(question: str, num_tokens: int) -> dict[str, object]:
-    """A greedy answer of just so many tokens, about a picture."""
-    picture = f"data:image/png;base64,{base64.b64encode(_PICTURE.read_bytes()).decode()}"
-    content = [{"type": "image_url", "image_url": {"url": picture}}, {"type": "text", "text": question}]
+def request_body(client: int, question: str, num_tokens: int) -> dict[str, object]:
+    """A greedy answer of just so many tokens, about the client's picture."""
+    url = f"data:image/png;base64,{base64.b64encode(_picture(client)).decode()}"
+    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question}]
     messages = [{"role": "user", "content": content}]
-    return {"messages": messages, "stream": True, "max_tokens": num_tokens, "ignore_eos": True}
+    return {"messages": messages, "stream": True, "max_tokens": num_tokens, "min_tokens": num_tokens}
+
+
+@functools.cache
+def _picture(client: int) -> bytes:
+    image = Image.open(_PICTURE).convert("RGB")
+    image.putpixel((0, 0), (client, 0, 0))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def read_outcomes(file: Path) -> list[Asked]:

@@ -135,7 +135,7 @@ _JOIN_USER = () if _IS_ROOT else ("--user", "--preserve-credentials")
 
 
 class HostNetwork:
-    """A bridge, and the hosts on it. A context manager, at whose end nothing of it is left but the files under `folder`.
+    """A bridge, and the hosts on it. A context manager, at whose end nothing is left of it but files under `folder`.
 
     `kept` folders are the same in all hosts; all others below /tmp are each host's own."""
 
@@ -171,9 +171,7 @@ class HostNetwork:
         assert self._bridge is not None, "hosts are started in the block of their network"
         spaces = ["--mount", "--net", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc"]
         join = () if _IS_ROOT else ("nsenter", f"--target={self._bridge.pid}", *_JOIN_USER)
-        keeper = _keeper(
-            *join, "unshare", *spaces, "sh", "-c", _INIT, "init", str(own), name, *map(str, self._kept)
-        )
+        keeper = _keeper(*join, "unshare", *spaces, "sh", "-c", _INIT, "init", str(own), name, *map(str, self._kept))
         [init] = psutil.Process(keeper.pid).children()
         host = Host(name, address, own, init.pid, keeper)
         self._hosts[name] = host

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from deployments.errors import ContentRefusedError, StageLostError
+from deployments.errors import ContentRefusedError, StageLostError, StageSilentError
 from deployments.metrics import QUARANTINED, RETRIES
 from deployments.quarantine import Quarantine, digests
 from llava_core.errors import EngineError
@@ -305,3 +305,13 @@ def test_content_is_the_pictures_or_else_the_prompt() -> None:
     assert all(len(each) == 1 for each in found)
     assert len(set().union(*found)) == len(texts)
     assert digests(_request(TextPart("a"), request_id="other")) == found[0]
+
+
+def test_what_meets_silence_twice_is_not_to_blame() -> None:
+    async def run() -> None:
+        quarantine = Quarantine(60)
+        with pytest.raises(StageSilentError):
+            await quarantine.case(_given(POISON)).run(_Attempts(StageLostError("1"), StageSilentError("2")))
+        await quarantine.check(POISON)
+
+    asyncio.run(run())

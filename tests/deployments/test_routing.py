@@ -12,9 +12,10 @@ from ray.exceptions import ActorDiedError
 from ray.serve._private.common import DeploymentHandleSource, DeploymentID, RequestMetadata
 from ray.serve.request_router import PendingRequest, ReplicaID
 
-from deployments.affinity import ranked
+from deployments.affinity import Session, ranked
 from deployments.metrics import ROUTED
 from deployments.routing import AffinityRouter
+from deployments.suspects import Suspects
 from tests.deployments.fakes import FakeRecorder
 
 STAGE = DeploymentID("VisionEncoder", "llava")
@@ -49,6 +50,7 @@ class _Stage:
     def __init__(self, *replicas: _Replica) -> None:
         self.recorder = FakeRecorder()
         self.router = AffinityRouter(STAGE, DeploymentHandleSource.REPLICA, use_replica_queue_len_cache=True)
+        self.router.initialize_state()
         self.router._recorder = self.recorder
         self.replicas = {replica.name: replica for replica in replicas}
         self.update()
@@ -64,9 +66,11 @@ class _Stage:
         """A key that prefers this one."""
         return next(key for key in map(str, itertools.count()) if self.preferred(key) is replica)
 
-    async def send(self, key: str) -> _Replica:
-        """A call that does not end; the replica that has got it."""
-        metadata = RequestMetadata(str(number := next(_ids)), f"internal-{number}", session_id=key)
+    async def send(self, key: str, *, request: int | None = None) -> _Replica:
+        """A call that does not end, of a new request unless it is told which; the replica that has got it."""
+        number = next(_ids)
+        session = Session(key, str(number if request is None else request))
+        metadata = RequestMetadata(str(number), f"internal-{number}", session_id=str(session))
         pending = PendingRequest([], {}, metadata)
         replica = await self.router._choose_replica_for_request(pending)
         self.router.on_send_request(replica.replica_id)
@@ -201,5 +205,43 @@ def test_calls_without_a_key_go_to_the_less_busy_one() -> None:
             await stage.send("")
         assert [replica.ongoing for replica in stage.replicas.values()] == [10, 10]
         assert stage.counted == {"keyless": 20}
+
+    _run(test)
+
+
+@pytest.mark.parametrize("key", ["", "key"])
+def test_who_asks_again_gets_another_replica_and_so_do_others_for_a_while(key: str) -> None:
+    async def test() -> None:
+        now = [0.0]
+        stage = _Stage(*_replicas(2))
+        stage.router._suspects = Suspects(15, clock=lambda: now[0])
+        lost = await stage.send(key, request=-1)
+        assert await stage.send(key, request=-1) is not lost
+        for _ in range(8):
+            assert await stage.send(key) is not lost
+        now[0] = 15.0
+        # Which is by far the less busy one.
+        assert await stage.send(key) is lost
+
+    _run(test)
+
+
+def test_the_last_replica_is_asked_though_it_has_lost_what_is_asked() -> None:
+    async def test() -> None:
+        (only,) = replicas = _replicas(1)
+        stage = _Stage(*replicas)
+        assert [await stage.send(key, request=-1) for key in ("key", "key", "", "")] == [only] * 4
+
+    _run(test)
+
+
+def test_a_replica_that_has_refused_a_call_has_not_lost_it() -> None:
+    async def test() -> None:
+        stage = _Stage(*_replicas(2))
+        metadata = RequestMetadata("1", "internal-1", session_id=str(Session("key", "1")))
+        pending = PendingRequest([], {}, metadata)
+        for is_retry in (False, True):
+            replica: Any = await stage.router._choose_replica_for_request(pending, is_retry=is_retry)
+            assert replica is stage.preferred("key")
 
     _run(test)

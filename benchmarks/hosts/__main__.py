@@ -1,0 +1,70 @@
+"""What dies on a cluster, what its clients see of that, and how long it takes until all is well again.
+
+    python -m benchmarks.hosts [--json FILE] [--only NAME ...] [--without-head]
+
+A head, three workers and a host of clients on this machine (network.py), two replicas of each stage on different hosts,
+four clients that ask without pause. Needs root, or a user who may make namespaces. A loss of the head is measured
+without Redis, and with it where `redis-server` is installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks.hosts.cluster import ROOT, HostCluster, application, spread
+from benchmarks.hosts.faults import FAULTS, Seen, measure
+from benchmarks.hosts.network import HostNetwork, why_not
+from benchmarks.machine import describe_machine
+
+_COMPUTE = {"num_cpus": 0.1, "dtype": "float32", "threads": 1}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="also write the figures here")
+    parser.add_argument("--only", nargs="+", choices=[*FAULTS], metavar="NAME", default=[*FAULTS], help="these faults")
+    options = parser.parse_args()
+    if reason := why_not():
+        parser.error(reason)
+    results: dict[str, Any] = {"machine": describe_machine(), "faults": {}}
+    with deployed() as cluster:
+        for name in options.only:
+            seen = measure(cluster, FAULTS[name])
+            results["faults"][name] = asdict(seen)
+            print(describe(name, seen), flush=True)
+            if options.json:
+                options.json.write_text(json.dumps(results, indent=2) + "\n")
+
+
+@contextmanager
+def deployed(environment: Mapping[str, str] | None = None) -> Iterator[HostCluster]:
+    """A cluster on which the service runs, two replicas of each stage, no two of them on one host."""
+    with (
+        tempfile.TemporaryDirectory(prefix="hosts-") as folder,
+        HostNetwork(Path(folder), kept=[ROOT]) as network,
+    ):
+        cluster = HostCluster(network, environment=environment)
+        cluster.start()
+        cluster.deploy(application(stages=spread(), vision_encoder=_COMPUTE, generator=_COMPUTE))
+        yield cluster
+
+
+def describe(name: str, seen: Seen) -> str:
+    """A line for people."""
+    failed = ", ".join(f"{count} x {error}" for error, count in seen.failed.items()) or "none failed"
+    return (
+        f"{name}: of {seen.requests} requests {failed}; {seen.wrong} wrong; longest silence {seen.longest_gap_s} s, "
+        f"longest wait {seen.longest_wait_s} s; clients content after {seen.recovered_s} s, complete after "
+        f"{seen.complete_s} s"
+    )
+
+
+if __name__ == "__main__":
+    main()

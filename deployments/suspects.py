@@ -1,0 +1,52 @@
+"""Replicas that have had a request which came again, and so are tried last for a while.
+
+A replica whose host is silent is in every list until Ray has noticed. Who has lost a request there asks again, and that
+is all there is to know. Each router keeps its own. Knows neither Ray nor stages.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+
+# By then Ray has noticed (CLUSTER_ENVIRONMENT), or the replica is back.
+SUSPECTED_S = 15.0
+
+
+class Suspects:
+    """Remembers of the last `max_requests` which replicas had them."""
+
+    def __init__(
+        self,
+        suspected_s: float = SUSPECTED_S,
+        *,
+        max_requests: int = 4096,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._suspected_s = suspected_s
+        self._max_requests = max_requests
+        self._clock = clock
+        self._had: OrderedDict[str, set[str]] = OrderedDict()
+        # Until when, by replica.
+        self._suspected: dict[str, float] = {}
+
+    def sent(self, request: str, replica: str) -> None:
+        """The replica gets the request; "" is one that nobody would ask for again."""
+        if not request:
+            return
+        self._had.setdefault(request, set()).add(replica)
+        while len(self._had) > self._max_requests:
+            self._had.popitem(last=False)
+
+    def asked(self, request: str) -> None:
+        """Somewhere is looked for that takes the request: those that had it before have lost it."""
+        until = self._clock() + self._suspected_s
+        self._suspected.update(dict.fromkeys(self._had.pop(request, ()), until))
+
+    def __contains__(self, replica: str) -> bool:
+        until = self._suspected.get(replica)
+        if until is not None and until <= self._clock():
+            del self._suspected[replica]
+            return False
+        return until is not None

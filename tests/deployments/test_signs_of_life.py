@@ -1,0 +1,104 @@
+"""Signs in between items that are slow, and silence that is noticed, in streams of milliseconds."""
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+import pytest
+
+from deployments.errors import StageLostError, StageSilentError
+from deployments.signs_of_life import StillHere, listen, with_signs
+
+
+async def _numbers(*pauses: float) -> AsyncGenerator[int, None]:
+    for number, pause in enumerate(pauses):
+        await asyncio.sleep(pause)
+        yield number
+
+
+def test_who_has_nothing_to_say_says_so_and_nothing_else_is_changed() -> None:
+    async def run() -> list[int | StillHere]:
+        return [item async for item in with_signs(_numbers(0, 0.2, 0), every_s=0.02)]
+
+    items = asyncio.run(run())
+    assert [item for item in items if not isinstance(item, StillHere)] == [0, 1, 2]
+    assert items[0] == 0
+    assert items[-1] == 2
+    assert 3 <= items.count(StillHere()) <= 10
+
+
+def test_an_error_comes_through_and_ends_the_stream() -> None:
+    async def failing() -> AsyncGenerator[int, None]:
+        yield 1
+        raise ZeroDivisionError
+
+    async def run() -> None:
+        items = with_signs(failing())
+        assert await anext(items) == 1
+        with pytest.raises(ZeroDivisionError):
+            await anext(items)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("how", ["closed", "cancelled"])
+def test_who_leaves_ends_what_gives_the_items(how: str) -> None:
+    ended: list[str] = []
+
+    async def endless() -> AsyncGenerator[int, None]:
+        try:
+            yield 0
+            await asyncio.Event().wait()
+        finally:
+            ended.append("items")
+
+    async def read(seen: asyncio.Event) -> None:
+        async with aclosing(with_signs(endless(), every_s=0.01)) as items:
+            async for item in items:
+                if isinstance(item, StillHere):
+                    seen.set()
+                    if how == "closed":
+                        return
+
+    async def run() -> None:
+        seen = asyncio.Event()
+        task = asyncio.create_task(read(seen))
+        await seen.wait()
+        if how == "cancelled":
+            task.cancel()
+        await asyncio.wait([task])
+        assert task.cancelled() == (how == "cancelled")
+        assert ended == ["items"]
+
+    asyncio.run(run())
+
+
+def test_signs_are_heard_and_not_passed_on() -> None:
+    async def run() -> list[int]:
+        signed = with_signs(_numbers(0, 0.5, 0), every_s=0.02)
+        return [item async for item in listen(signed, "generator", silence_s=0.25)]
+
+    assert asyncio.run(run()) == [0, 1, 2]
+
+
+def test_a_stream_without_items_and_signs_is_lost() -> None:
+    async def run() -> None:
+        heard = listen(_numbers(0, 60), "generator", silence_s=0.05)
+        assert await anext(heard) == 0
+        with pytest.raises(StageSilentError, match=r"0\.05 s") as caught:
+            await anext(heard)
+        assert caught.value.stage == "generator"
+
+    asyncio.run(run())
+    assert issubclass(StageSilentError, StageLostError)
+
+
+def test_a_reader_who_takes_long_is_no_silence() -> None:
+    async def run() -> list[int]:
+        heard = []
+        async for item in listen(_numbers(0, 0), "generator", silence_s=0.05):
+            await asyncio.sleep(0.1)
+            heard.append(item)
+        return heard
+
+    assert asyncio.run(run()) == [0, 1]
