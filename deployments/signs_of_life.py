@@ -8,8 +8,8 @@ five minutes for an attack. Knows nothing of what is streamed.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -34,14 +34,9 @@ async def with_signs(
     """The items, and a sign after every `every_s` without one. Closing it closes what gives the items."""
     async with aclosing(items):
         while True:
-            coming = asyncio.ensure_future(anext(items, None))
-            try:
-                while not (await asyncio.wait([coming], timeout=every_s))[0]:
+            async with _next(items) as coming:
+                while not await _has_come(coming, every_s):
                     yield StillHere()
-            finally:
-                # Whoever leaves takes along what is being waited for.
-                coming.cancel()
-                await asyncio.wait([coming])
             if (item := coming.result()) is None:
                 return
             yield item
@@ -51,16 +46,34 @@ async def listen(
     items: AsyncIterable[Item | StillHere], stage: str, *, silence_s: float = SILENCE_S
 ) -> AsyncGenerator[Item, None]:
     """The items of a stage without the signs. Raises StageSilentError when neither comes for `silence_s`."""
-    coming = aiter(items)
+    iterator = aiter(items)
     while True:
-        try:
-            async with asyncio.timeout(silence_s):
-                item = await anext(coming, None)
-        except TimeoutError:
-            raise StageSilentError(
-                f"the part of the service that works on this request has not been heard of for {silence_s:g} s", stage
-            ) from None
+        async with _next(iterator) as coming:
+            if not await _has_come(coming, silence_s):
+                message = f"the part of the service that works on this request is not heard of for {silence_s:g} s"
+                raise StageSilentError(message, stage)
+        item = coming.result()
         if item is None:
             return
         if not isinstance(item, StillHere):
             yield item
+
+
+@asynccontextmanager
+async def _next(items: AsyncIterator[Item]) -> AsyncGenerator[asyncio.Future[Item | None], None]:
+    """What comes next, None at the end. Whoever leaves the block takes along what is being waited for: not by
+    `asyncio.timeout`, because Serve makes an error of its own of a cancellation, and that would not be known again."""
+    coming = asyncio.ensure_future(anext(items, None))
+    try:
+        yield coming
+    finally:
+        coming.cancel()
+        await asyncio.wait([coming])
+        if not coming.cancelled():
+            # Nobody may care for it any more, of which asyncio would complain.
+            coming.exception()
+
+
+async def _has_come(coming: asyncio.Future[Item], within_s: float) -> bool:
+    done, _ = await asyncio.wait([coming], timeout=within_s)
+    return bool(done)

@@ -32,7 +32,10 @@ _PICTURE = Path(__file__).parents[2] / "examples" / "scene.png"
 # Each client has a picture of its own, so that all replicas get something to do. Equal questions about equal pictures
 # have equal answers.
 QUESTIONS = ("Describe the picture.", "How many shapes are there?", "What does the text say?", "What is in the middle?")
-_CONNECT_S, _SILENCE_S, _PAUSE_S = 2.0, 180.0, 0.2
+# The service shows every 15 s that it is alive: who hears nothing for longer has lost it.
+_CONNECT_S, _SILENCE_S, _PAUSE_S = 1.0, 35.0, 0.2
+# So long an address is left alone to which there is no connection, as by a load balancer.
+_AVOIDED_S = 10.0
 
 
 @dataclass
@@ -90,6 +93,8 @@ class Load:
         self._addresses = addresses
         self._num_tokens = num_tokens
         self._out = out
+        # Until when, by address.
+        self._avoided: dict[str, float] = {}
 
     async def run(self, num_clients: int) -> None:
         """Ends on SIGTERM."""
@@ -120,11 +125,12 @@ class Load:
 
     async def _ask(self, http: httpx.AsyncClient, asked: Asked, *, first: int) -> str:
         """What went wrong, if anything."""
-        for asked.address in (*self._addresses[first:], *self._addresses[:first]):
+        addresses = [*self._addresses[first:], *self._addresses[:first]]
+        for asked.address in sorted(addresses, key=lambda each: self._avoided.get(each, 0.0) > asked.began):
             try:
                 return await self._read(http, asked)
             except (httpx.ConnectError, httpx.ConnectTimeout):
-                continue
+                self._avoided[asked.address] = time.monotonic() + _AVOIDED_S
             except httpx.ReadTimeout:
                 return "silence"
             except httpx.TransportError:
