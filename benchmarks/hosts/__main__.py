@@ -1,10 +1,10 @@
 """What dies on a cluster, what its clients see of that, and how long it takes until all is well again.
 
-    python -m benchmarks.hosts [--json FILE] [--only NAME ...] [--without-head]
+    python -m benchmarks.hosts [--json FILE] [--only NAME ...] [--head]
 
 A head, three workers and a host of clients on this machine (network.py), two replicas of each stage on different hosts,
-four clients that ask without pause. Needs root, or a user who may make namespaces. A loss of the head is measured
-without Redis, and with it where `redis-server` is installed.
+four clients that ask without pause. `--head` measures the loss of the head instead. Needs root, or a user who may make
+namespaces.
 """
 
 from __future__ import annotations
@@ -20,27 +20,34 @@ from typing import Any
 
 from benchmarks.hosts.cluster import ROOT, HostCluster, application, spread
 from benchmarks.hosts.faults import FAULTS, Seen, measure
+from benchmarks.hosts.head import measure_head_loss
 from benchmarks.hosts.network import HostNetwork, why_not
 from benchmarks.machine import describe_machine
 
 _COMPUTE = {"num_cpus": 0.1, "dtype": "float32", "threads": 1}
+CONFIG = application(stages=spread(), vision_encoder=_COMPUTE, generator=_COMPUTE)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="also write the figures here")
     parser.add_argument("--only", nargs="+", choices=[*FAULTS], metavar="NAME", default=[*FAULTS], help="these faults")
+    parser.add_argument("--head", action="store_true", help="the loss of the head, without Redis")
     options = parser.parse_args()
     if reason := why_not():
         parser.error(reason)
     results: dict[str, Any] = {"machine": describe_machine(), "faults": {}}
     with deployed() as cluster:
+        if options.head:
+            results["head"] = asdict(measure_head_loss(cluster, CONFIG))
+            print(json.dumps(results["head"], indent=2))
+            options.only = []
         for name in options.only:
             seen = measure(cluster, FAULTS[name])
             results["faults"][name] = asdict(seen)
             print(describe(name, seen), flush=True)
-            if options.json:
-                options.json.write_text(json.dumps(results, indent=2) + "\n")
+        if options.json:
+            options.json.write_text(json.dumps(results, indent=2) + "\n")
 
 
 @contextmanager
@@ -52,7 +59,7 @@ def deployed(environment: Mapping[str, str] | None = None) -> Iterator[HostClust
     ):
         cluster = HostCluster(network, environment=environment)
         cluster.start()
-        cluster.deploy(application(stages=spread(), vision_encoder=_COMPUTE, generator=_COMPUTE))
+        cluster.deploy(CONFIG)
         yield cluster
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -48,6 +49,8 @@ class HostCluster:
             "HF_HUB_OFFLINE": "1",
             **(environment or {}),
         }
+        # Ray's command on each host.
+        self._nodes: dict[str, subprocess.Popen[bytes]] = {}
         self.head = network.start_host("head")
         self.client = network.start_host("client")
         self.workers = [network.start_host(f"worker{number}") for number in range(1, num_workers + 1)]
@@ -71,7 +74,12 @@ class HostCluster:
 
     def _start_node(self, host: Host, *options: str) -> None:
         sizes = [f"--object-store-memory={_OBJECT_STORE_BYTES}", "--disable-usage-stats", "--include-log-monitor=false"]
-        host.start([*RAY, "start", "--block", *options, *sizes], self.environment, log="ray-start.log")
+        command = [*RAY, "start", "--block", *options, *sizes]
+        self._nodes[host.name] = host.start(command, self.environment, log="ray-start.log")
+
+    def has_ended(self, host: Host) -> bool:
+        """Whether Ray runs there no more, which its command sees by itself."""
+        return self._nodes[host.name].poll() is not None
 
     def replace_worker(self, worker: Host) -> Host:
         """Another host of its name and address, in its place; returns before that has joined."""

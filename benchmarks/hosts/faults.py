@@ -80,8 +80,8 @@ def _num_wrong(outcomes: Sequence[Asked]) -> int:
 
 @dataclass(frozen=True)
 class Fault:
-    """`strike` gets the cluster and a host with a replica of the stage `of`; `repair` puts another host in its place where
-    it is lost."""
+    """`strike` gets the cluster and a host with a replica of the stage `of`; `repair` puts another host in its place
+    where it is lost."""
 
     name: str
     of: str

@@ -1,7 +1,7 @@
 """The head is lost under load: whether the service goes on without it, and what it takes to be whole again.
 
 Another head starts at the same address after a while, as Kubernetes starts one, and workers whose Ray has ended start
-anew. Without Redis, Ray has forgotten everything and the application is deployed again; with it, nobody does anything.
+anew. There is no Redis: Ray has forgotten everything, and the application is deployed again.
 """
 
 from __future__ import annotations
@@ -30,9 +30,7 @@ class HeadLoss:
     complete_s: float
 
 
-def measure_head_loss(
-    cluster: HostCluster, config: Mapping[str, Any], *, has_redis: bool, num_clients: int = 4
-) -> HeadLoss:
+def measure_head_loss(cluster: HostCluster, config: Mapping[str, Any], *, num_clients: int = 4) -> HeadLoss:
     """The cluster is complete before and after."""
     until(cluster.is_complete, "the cluster is complete before the fault")
     with load(cluster, num_clients) as outcomes:
@@ -44,9 +42,7 @@ def measure_head_loss(
         restarted = time.monotonic()
         cluster.replace_head()
         lost = _supervise(cluster)
-        if not has_redis:
-            cluster.deploy(config)
-        until(cluster.is_complete, "the service is complete after the loss of its head")
+        cluster.deploy(config)
         complete_s = time.monotonic() - struck
         # An answer of each client that was asked for since then.
         since = time.monotonic()
@@ -65,7 +61,7 @@ def _supervise(cluster: HostCluster) -> int:
     def have_joined() -> bool:
         nonlocal lost
         for worker in list(cluster.workers):
-            if not worker.processes("/raylet/raylet "):
+            if cluster.has_ended(worker):
                 cluster.replace_worker(worker)
                 lost += 1
         return cluster.num_nodes() == len(cluster.workers) + 1

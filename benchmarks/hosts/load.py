@@ -126,7 +126,8 @@ class Load:
     async def _ask(self, http: httpx.AsyncClient, asked: Asked, *, first: int) -> str:
         """What went wrong, if anything."""
         addresses = [*self._addresses[first:], *self._addresses[:first]]
-        for asked.address in sorted(addresses, key=lambda each: self._avoided.get(each, 0.0) > asked.began):
+        for address in sorted(addresses, key=lambda each: self._avoided.get(each, 0.0) > asked.began):
+            asked.address = address
             try:
                 return await self._read(http, asked)
             except (httpx.ConnectError, httpx.ConnectTimeout):

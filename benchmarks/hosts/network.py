@@ -25,7 +25,7 @@ _PATIENCE_S = 30.0
 # Nobody's: what is sent there is lost without a word, as on a cable that was cut.
 _NOWHERE = "02:00:00:00:00:fe"
 
-# A host's first process. It takes no part in anything: it collects orphans, by ignoring their ends, and ends itself with its
+# A host's first process. It takes no part in anything: it collects orphans, by ignoring their ends, and ends with its
 # standard input. `own` becomes /tmp, in which the folders that follow stay visible.
 _INIT = """
 set -e
