@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup check format test test-fast test-browser test-clients serve demo bench default-model evaluate clean
+.PHONY: setup check format test test-fast test-browser test-clients test-cluster serve demo bench default-model evaluate clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -46,6 +46,10 @@ test-browser: setup
 test-clients: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[clients]'
 	$(BIN)/pytest tests/deployments/test_clients.py tests/examples
+
+# What dies on a cluster of network namespaces: root, or a user who may make them. `make test` has a short form of it.
+test-cluster: setup
+	LLAVA_TEST_CLUSTER=1 $(BIN)/pytest tests/benchmarks/hosts
 
 demo: setup
 	$(BIN)/llava demo --port $(PORT)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from functools import partial
 from pathlib import Path
@@ -47,7 +47,7 @@ from deployments.vision_encoder import VisionEncoder
 from llava_core.checkpoints.found import FoundCheckpoint
 from llava_core.lru import LruCache
 from llava_core.stages.loading import in_thread_of_its_own, load_encoder, load_engine
-from llava_core.types import PreparedImage
+from llava_core.types import BegunAnswer, PreparedImage
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
@@ -181,9 +181,11 @@ class GeneratorReplica(Generator):
         recorder.watch(lambda: engine_readings(engine.stats))
         super().__init__(running, handoff, token_bytes=tokenizer.token_bytes, recorder=recorder)
 
-    async def generate(self, *given: object) -> AsyncGenerator[Item | StillHere, None]:  # type: ignore[override]
+    async def generate(  # type: ignore[override]
+        self, given: object, begun: Sequence[BegunAnswer] = ()
+    ) -> AsyncGenerator[Item | StillHere, None]:
         """As Generator does, and with signs of life between hosts."""
-        async with aclosing(with_signs(super().generate(*given))) as items:
+        async with aclosing(with_signs(super().generate(given, begun))) as items:
             async for item in items:
                 yield item
 

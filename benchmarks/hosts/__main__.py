@@ -51,13 +51,13 @@ def main() -> None:
 
 
 @contextmanager
-def deployed(environment: Mapping[str, str] | None = None) -> Iterator[HostCluster]:
+def deployed(*, num_workers: int = 3, environment: Mapping[str, str] | None = None) -> Iterator[HostCluster]:
     """A cluster on which the service runs, two replicas of each stage, no two of them on one host."""
     with (
         tempfile.TemporaryDirectory(prefix="hosts-") as folder,
         HostNetwork(Path(folder), kept=[ROOT]) as network,
     ):
-        cluster = HostCluster(network, environment=environment)
+        cluster = HostCluster(network, num_workers=num_workers, environment=environment)
         cluster.start()
         cluster.deploy(CONFIG)
         yield cluster

@@ -1,8 +1,7 @@
-"""A Ray cluster of several hosts with the application on it: a head that computes nothing, workers, and a host of
-clients, which is no part of the cluster.
+"""A Ray cluster of several hosts with the application on it, and a host of clients.
 
-Ray's own commands start nodes and deploy, as an operator's would. Knows how Ray's processes are called, and not what
-will be asked.
+The head computes nothing, and the clients' host is no part of the cluster. Ray's own commands start nodes and deploy, as
+an operator's would. Knows how Ray's processes are called, and not what will be asked.
 """
 
 from __future__ import annotations
