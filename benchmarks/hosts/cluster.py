@@ -1,7 +1,7 @@
 """A Ray cluster of several hosts with the application on it, and a host of clients.
 
-The head computes nothing, and the clients' host is no part of the cluster. Ray's own commands start nodes and deploy, as
-an operator's would. Knows how Ray's processes are called, and not what will be asked.
+The head computes nothing, and the clients' host is no part of the cluster. Ray's own commands start nodes and deploy,
+as an operator's would. Knows how Ray's processes are called, and not what will be asked.
 """
 
 from __future__ import annotations
