@@ -59,7 +59,21 @@ class HostCluster:
         self.start_head()
         for worker in self.workers:
             self.start_worker(worker)
-        until(lambda: self.num_nodes() == len(self.workers) + 1, "all nodes have joined")
+        self.wait_for_workers()
+
+    def wait_for_workers(self) -> int:
+        """Until all have joined; those whose Ray ends meanwhile start anew, as an operator would have it. How many."""
+        num_ended = 0
+
+        def have_joined() -> bool:
+            nonlocal num_ended
+            for worker in [each for each in self.workers if self.has_ended(each)]:
+                self.replace_worker(worker)
+                num_ended += 1
+            return self.num_nodes() == len(self.workers) + 1
+
+        until(have_joined, "all workers have joined")
+        return num_ended
 
     def start_head(self) -> None:
         """Returns when it takes nodes."""

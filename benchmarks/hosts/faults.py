@@ -150,7 +150,7 @@ def _kill(host: Host, name: str) -> None:
 
 def _replace(cluster: HostCluster, host: Host) -> None:
     cluster.replace_worker(host)
-    until(lambda: cluster.num_nodes() == len(cluster.workers) + 1, f"{host.name} has joined again")
+    cluster.wait_for_workers()
 
 
 FAULTS = {

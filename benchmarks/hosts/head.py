@@ -16,7 +16,6 @@ from benchmarks.hosts.faults import Seen, load, see
 
 # Until another head starts.
 DOWN_S = 20.0
-_POLL_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ def measure_head_loss(cluster: HostCluster, config: Mapping[str, Any], *, num_cl
         time.sleep(DOWN_S)
         restarted = time.monotonic()
         cluster.replace_head()
-        lost = _supervise(cluster)
+        lost = cluster.wait_for_workers()
         cluster.deploy(config)
         complete_s = time.monotonic() - struck
         # An answer of each client that was asked for since then.
@@ -52,19 +51,3 @@ def measure_head_loss(cluster: HostCluster, config: Mapping[str, Any], *, num_cl
         )
     answered = [each for each in outcomes() if not each.error and struck + 1 < each.began and each.ended < restarted]
     return HeadLoss(see(outcomes(), struck), len(answered), lost, round(complete_s, 1))
-
-
-def _supervise(cluster: HostCluster) -> int:
-    """Starts workers anew whose Ray has ended, until all have joined; how many these were."""
-    lost = 0
-
-    def have_joined() -> bool:
-        nonlocal lost
-        for worker in list(cluster.workers):
-            if cluster.has_ended(worker):
-                cluster.replace_worker(worker)
-                lost += 1
-        return cluster.num_nodes() == len(cluster.workers) + 1
-
-    until(have_joined, "all workers have joined the new head")
-    return lost

@@ -60,15 +60,16 @@ def test_replicas_come_with_the_work_and_go_with_it_and_no_request_fails(service
         while not is_over.is_set():
             answers.append(_ask(service, next(numbers)))
 
-    def both_have_answered() -> bool:
+    def several_have_answered() -> bool:
         samples = service.metrics().samples.get(FINISHED.name, ())
         replicas = {labels["replica"] for labels, value in samples if labels["outcome"] == "finished" and value}
-        return len(service.replicas("Generator")) == len(replicas) == 2
+        # More than two, where one has come, gone and come again.
+        return len(replicas) >= 2
 
     with concurrent.futures.ThreadPoolExecutor(NUM_CLIENTS) as clients:
         running = [clients.submit(client) for _ in range(NUM_CLIENTS)]
         try:
-            until(both_have_answered, deadline_s=DEADLINE_S)
+            until(several_have_answered, deadline_s=DEADLINE_S)
         finally:
             is_over.set()
         for each in running:
