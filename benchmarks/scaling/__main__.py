@@ -63,8 +63,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the figures here")
     parser.add_argument("--picture", type=Path, help="draw what has happened, as SVG or PNG")
     options = parser.parse_args()
-    # So that the cluster is ended then, too.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended from outside"))
+    _end_on_sigterm()
     periods = [Period(period.seconds * options.scale, period.clients) for period in PERIODS]
     results: dict[str, Any] = {"machine": describe_machine(), "periods": [vars(each) for each in periods], "args": ARGS}
     port, clients = free_port(), Clients()
@@ -116,6 +115,8 @@ def serving(cluster: Cluster, port: int) -> Iterator[None]:
     config = {**DEFAULT_CONFIG, "applications": [{**application, "args": ARGS}]}
     schema = serve_schema(config, "127.0.0.1", port)
     ray.init(cluster.address, namespace="serve", log_to_driver=False)
+    # Ray has installed a handler of its own by now.
+    _end_on_sigterm()
     try:
         http = schema.http_options.model_dump()
         serve.start(proxy_location="HeadOnly", http_options=http, logging_config=schema.logging_config)
@@ -156,6 +157,11 @@ def check(outcome: Outcome) -> None:
     nodes = [each.nodes for each in outcome.samples]
     if max(generators) < 2 or generators[-1] or max(nodes) < 3 or nodes[-1] != 1:
         raise SystemExit(f"replicas or nodes have not followed: at most {max(generators)} and {max(nodes)}")
+
+
+def _end_on_sigterm() -> None:
+    """So that the cluster is ended then, too."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended from outside"))
 
 
 def _networks(sample: Sample) -> list[int]:

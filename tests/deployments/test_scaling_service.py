@@ -19,25 +19,26 @@ DELAYS = {"look_back_s": 1, "upscale_delay_s": 1, "downscale_delay_s": 2, "downs
 STAGE = {"num_cpus": 0.05, "min_replicas": 0, "dtype": "float32", "threads": 1}
 # On a busy machine.
 DEADLINE_S = 150.0
-NUM_CLIENTS = 6
+NUM_CLIENTS, NUM_TOKENS = 6, 400
 
 
 @pytest.fixture(scope="module")
-def service(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+def service(long_context: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     with serving(
-        tiny_checkpoint,
+        long_context,
         tmp_path_factory.mktemp("scaling"),
         engine={"max_running": 4},
         vision_encoder={**STAGE, "autoscaling": DELAYS},
-        generator={**STAGE, "max_replicas": 2, "autoscaling": {**DELAYS, "target_slot_use": 0.5}},
+        generator={**STAGE, "max_replicas": 2, "autoscaling": {**DELAYS, "target_slot_use": 0.25}},
     ) as running:
         yield running
 
 
 def _ask(service: Running, number: int) -> httpx.Response:
-    """About a picture of its own, to the end of a stream."""
+    """About a picture of its own, to the end of a stream that takes a while."""
     picture = plain((number % 256, number // 256 % 256, 1))
-    return service.post(messages=messages(content(picture, "What?")), max_tokens=32, stream=True)
+    asked = messages(content(picture, "What?"))
+    return service.post(messages=asked, max_tokens=NUM_TOKENS, ignore_eos=True, stream=True)
 
 
 def _is_whole(response: httpx.Response) -> bool:
