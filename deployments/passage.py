@@ -21,6 +21,7 @@ from deployments.handoff import Handoff
 from deployments.messages import Item, Rejected, is_last
 from deployments.progress import Progress
 from deployments.ray_errors import ray_errors_as_ours
+from deployments.sent_calls import SENT_CALLS
 from deployments.signs_of_life import listen
 from llava_core.types import GREEDY_BELOW, AnyRequest
 
@@ -82,11 +83,13 @@ class Passage:
     async def _items(self) -> AsyncGenerator[Item, None]:
         given = await self._prepared()
         begun = self._progress.begun
-        with ray_errors_as_ours("generator"):
-            generate = towards(self._stages.generate, self._session)
+        stage = self._stages.generate
+        listening = SENT_CALLS.listening(stage.deployment_name, self._session.request)
+        with ray_errors_as_ours("generator"), listening as is_sent:
+            generate = towards(stage, self._session)
             call: Any = generate.remote(given, begun) if begun else generate.remote(given)
             try:
-                async with aclosing(listen(call, "generator")) as items:
+                async with aclosing(listen(call, "generator", is_sent=is_sent)) as items:
                     async for item in items:
                         if not isinstance(item, Rejected):
                             self._progress.note(item)

@@ -19,7 +19,8 @@ from deployments.passage import Handle, Passage, Stages, towards
 from deployments.quarantine import Quarantine
 from deployments.ray_errors import ray_errors_as_ours
 from deployments.upstream_pictures import PortableImage
-from llava_core.types import AnyRequest, GenerationRequest, Tokenized
+from llava_core.prompts.tokenize import Tokenized
+from llava_core.types import AnyRequest, GenerationRequest
 
 
 class Pipeline:

@@ -22,7 +22,8 @@ from llava_core.errors import LlavaError
 from llava_core.images.loading import ImageLimits
 from llava_core.lru import LruCache
 from llava_core.prepare import Preparer
-from llava_core.types import AnyRequest, GenerationRequest, PreparedImage, Tokenized
+from llava_core.prompts.tokenize import Tokenized
+from llava_core.types import AnyRequest, GenerationRequest, PreparedImage
 
 Result = TypeVar("Result")
 

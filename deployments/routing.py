@@ -1,8 +1,9 @@
 """How Serve finds a replica for a call of a stage: the one that the call's key prefers, unless it is busy.
 
 The key comes in the call's session id; affinity.py has the order. A replica that has lost a request is tried last for a
-while (suspects.py). Every gateway replica has one such router for each
-stage, and counts how its choices turned out. Serve does the rest: queues, limits, replicas that refuse or are dead.
+while (suspects.py), and whoever waits for an answer is told when there is a replica to wait for (sent_calls.py). Every
+gateway replica has one such router for each stage, and counts how its choices turned out. Serve does the rest: queues,
+limits, replicas that refuse or are dead.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, R
 
 from deployments.affinity import Session, by_preference, ranked
 from deployments.metrics import ROUTED, RayRecorder, Recorder
+from deployments.sent_calls import SENT_CALLS
 from deployments.suspects import Suspects
 
 
@@ -37,10 +39,12 @@ class AffinityRouter(RequestRouter):
         self, pending_request: PendingRequest, *, is_retry: bool = False
     ) -> RunningReplica:
         """For Serve, which asks again itself (`is_retry`) where a replica has refused the call, and not in vain."""
-        request = _session(pending_request).request
+        request, stage = _session(pending_request).request, self._deployment_id.name
+        SENT_CALLS.note(stage, request, is_sent=False)
         if not is_retry:
             self._suspects.asked(request)
         replica: RunningReplica = await super()._choose_replica_for_request(pending_request, is_retry=is_retry)
+        SENT_CALLS.note(stage, request, is_sent=True)
         self._suspects.sent(request, _name(replica.replica_id))
         return replica
 

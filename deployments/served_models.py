@@ -16,8 +16,9 @@ from deployments.schema import parse_body
 from deployments.upstream import Forwarding, Upstream
 from deployments.upstream_request import ModelName
 from llava_core.errors import RequestError, UnknownNameError
+from llava_core.prompts.tokenize import Tokenized
 from llava_core.request_limits import RequestLimits
-from llava_core.types import AnyRequest, Tokenized
+from llava_core.types import AnyRequest
 
 
 class EngineClient(Protocol):

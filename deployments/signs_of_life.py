@@ -8,7 +8,7 @@ five minutes for an attack. Knows nothing of what is streamed.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import TypeVar
@@ -43,13 +43,20 @@ async def with_signs(
 
 
 async def listen(
-    items: AsyncIterable[Item | StillHere], stage: str, *, silence_s: float = SILENCE_S
+    items: AsyncIterable[Item | StillHere],
+    stage: str,
+    *,
+    silence_s: float = SILENCE_S,
+    is_sent: Callable[[], bool] = lambda: True,
 ) -> AsyncGenerator[Item, None]:
-    """The items of a stage without the signs. Raises StageSilentError when neither comes for `silence_s`."""
+    """The items of a stage without the signs. Raises StageSilentError when neither comes for `silence_s`, unless the
+    call has not even been sent: where there is no replica yet, nobody can say anything."""
     iterator = aiter(items)
     while True:
         async with _next(iterator) as coming:
-            if not await _has_come(coming, silence_s):
+            while not await _has_come(coming, silence_s):
+                if not is_sent():
+                    continue
                 message = f"the part of the service that works on this request is not heard of for {silence_s:g} s"
                 raise StageSilentError(message, stage)
         item = coming.result()

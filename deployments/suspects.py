@@ -27,22 +27,23 @@ class Suspects:
         self._suspected_s = suspected_s
         self._max_requests = max_requests
         self._clock = clock
-        self._had: OrderedDict[str, set[str]] = OrderedDict()
+        self._had: OrderedDict[str, str] = OrderedDict()
         # Until when, by replica.
         self._suspected: dict[str, float] = {}
 
     def sent(self, request: str, replica: str) -> None:
-        """The replica gets the request; "" is one that nobody would ask for again."""
+        """The replica gets the request, which others may have refused before; "" is one that nobody would ask for
+        again."""
         if not request:
             return
-        self._had.setdefault(request, set()).add(replica)
+        self._had[request] = replica
         while len(self._had) > self._max_requests:
             self._had.popitem(last=False)
 
     def asked(self, request: str) -> None:
-        """Somewhere is looked for that takes the request: those that had it before have lost it."""
-        until = self._clock() + self._suspected_s
-        self._suspected.update(dict.fromkeys(self._had.pop(request, ()), until))
+        """Somewhere is looked for that takes the request: who had it before has lost it."""
+        if (replica := self._had.pop(request, None)) is not None:
+            self._suspected[replica] = self._clock() + self._suspected_s
 
     def __contains__(self, replica: str) -> bool:
         until = self._suspected.get(replica)

@@ -18,8 +18,9 @@ from deployments.reply_form import ReadRequest, ReplyForm
 from deployments.sampling_schema import Token
 from deployments.schema import Body, parse_body
 from llava_core.errors import RequestError
+from llava_core.prompts.tokenize import Tokenized
 from llava_core.request_limits import RequestLimits
-from llava_core.types import CompletionRequest, GenerationRequest, SamplingParams, Tokenized
+from llava_core.types import CompletionRequest, GenerationRequest, SamplingParams
 
 
 class TokenizeBody(Body):

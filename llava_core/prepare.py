@@ -34,7 +34,7 @@ from llava_core.prompts.conversation import (
     user_turns,
 )
 from llava_core.prompts.templates import Template, get_template
-from llava_core.prompts.tokenize import IMAGE_TOKEN_ID, SEAM, Tokenizer, as_text, tokenize_prompt
+from llava_core.prompts.tokenize import IMAGE_TOKEN_ID, SEAM, Tokenized, Tokenizer, as_text, tokenize_prompt
 from llava_core.request_limits import RequestLimits, check_request
 from llava_core.types import (
     AnyRequest,
@@ -47,7 +47,6 @@ from llava_core.types import (
     SamplingParams,
     Size,
     TextPart,
-    Tokenized,
 )
 
 

@@ -218,15 +218,6 @@ class PreparedRequest:
 
 
 @dataclass(frozen=True)
-class Tokenized:
-    """A prompt's token ids, the bytes of each, and how many tokens a prompt and its answer may have together."""
-
-    ids: tuple[int, ...]
-    token_bytes: tuple[bytes, ...] = field(repr=False)
-    context_length: int
-
-
-@dataclass(frozen=True)
 class ImageFeatures:
     """What the tower saw of one picture: (rows of all its tiles, vision_hidden), before the projector.
 

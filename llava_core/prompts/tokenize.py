@@ -5,7 +5,7 @@ as the reference does: the seam after an image matters to released weights. Know
 """
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from llava_core.prompts.conversation import IMAGE_PLACEHOLDER, Rendered
@@ -16,6 +16,15 @@ IMAGE_TOKEN_ID = -200
 SEAM = "\ufdd0"
 # Positions that training must not learn from; the value is PyTorch's default `ignore_index`.
 IGNORE_LABEL = -100
+
+
+@dataclass(frozen=True)
+class Tokenized:
+    """A prompt's token ids, the bytes of each, and how many tokens a prompt and its answer may have together."""
+
+    ids: tuple[int, ...]
+    token_bytes: tuple[bytes, ...] = field(repr=False)
+    context_length: int
 
 
 class Tokenizer(Protocol):

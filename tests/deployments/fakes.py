@@ -8,7 +8,8 @@ from typing import Any, Self
 
 from deployments.messages import Item, Rejected, StageHealth
 from deployments.metrics import Counter, Histogram, Metric, Reading
-from llava_core.types import AnyRequest, TokenDelta, Tokenized, Usage
+from llava_core.prompts.tokenize import Tokenized
+from llava_core.types import AnyRequest, TokenDelta, Usage
 
 
 class FakeResponse:
@@ -38,6 +39,8 @@ class FakeStream(FakeResponse):
 
 class FakeHandle:
     """A deployment handle onto `methods`; remembers every call, its response and its session."""
+
+    deployment_name = "Fake"
 
     def __init__(self, **methods: Callable[..., Any]) -> None:
         self._methods = methods

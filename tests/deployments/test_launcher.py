@@ -126,7 +126,7 @@ def test_stopping_ends_what_was_started_and_no_process_of_the_callers(
             return SimpleNamespace(address_info={"session_dir": "/tmp/ray/session_2", "metrics_export_port": 9})
 
         monkeypatch.setattr("ray.init", init)
-        monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 0.0})
+        monkeypatch.setattr("ray.nodes", list)
         service.stop()
         with pytest.raises(LaunchError):
             service.start(lambda _: None)

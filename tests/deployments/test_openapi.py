@@ -28,7 +28,8 @@ from deployments.settings import LimitArgs
 from llava_core.checkpoints.describe import load_preparer
 from llava_core.errors import LlavaError
 from llava_core.prepare import Preparer
-from llava_core.types import AnyRequest, Tokenized
+from llava_core.prompts.tokenize import Tokenized
+from llava_core.types import AnyRequest
 from tests.deployments.fakes import ScriptedEngine, all_ready, answer
 
 PATH, COMPLETIONS = "/v1/chat/completions", "/v1/completions"

@@ -38,6 +38,8 @@ from tests.deployments.pictures import data_url, plain
 class _Mortal:
     """A handle whose streams break after so many items, one after the other; then they do not any more."""
 
+    deployment_name = "Generator"
+
     def __init__(self, handle: Any, deaths: list[int], begun: list[Sequence[BegunAnswer]]) -> None:
         self._handle, self._deaths, self._begun = handle, deaths, begun
 

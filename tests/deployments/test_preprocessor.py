@@ -26,6 +26,7 @@ from llava_core.checkpoints.describe import load_preparer
 from llava_core.errors import EngineError, ImageError, RequestError
 from llava_core.images.loading import ImageLimits
 from llava_core.lru import LruCache
+from llava_core.prompts.tokenize import Tokenized
 from llava_core.types import (
     CompletionRequest,
     GenerationRequest,
@@ -36,7 +37,6 @@ from llava_core.types import (
     PreparedRequest,
     SamplingParams,
     TextPart,
-    Tokenized,
 )
 from tests.deployments.fakes import FakeRecorder
 from tests.deployments.pictures import plain

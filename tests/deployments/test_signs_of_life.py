@@ -93,6 +93,21 @@ def test_a_stream_without_items_and_signs_is_lost() -> None:
     assert issubclass(StageSilentError, StageLostError)
 
 
+def test_who_waits_for_a_replica_hears_nothing_for_as_long_as_it_takes() -> None:
+    """As where a stage is woken from nothing; once a replica has the call, silence is one again."""
+    is_sent = False
+
+    async def run() -> None:
+        nonlocal is_sent
+        heard = listen(_numbers(0.3, 60), "generator", silence_s=0.05, is_sent=lambda: is_sent)
+        assert await anext(heard) == 0
+        is_sent = True
+        with pytest.raises(StageSilentError):
+            await anext(heard)
+
+    asyncio.run(run())
+
+
 def test_a_reader_who_takes_long_is_no_silence() -> None:
     async def run() -> list[int]:
         heard = []

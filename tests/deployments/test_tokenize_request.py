@@ -12,8 +12,9 @@ from deployments.tokenize_request import (
     tokenized_body,
 )
 from llava_core.errors import RequestError
+from llava_core.prompts.tokenize import Tokenized
 from llava_core.request_limits import RequestLimits
-from llava_core.types import CompletionRequest, GenerationRequest, Tokenized
+from llava_core.types import CompletionRequest, GenerationRequest
 
 USER = {"role": "user", "content": "hi"}
 
