@@ -30,7 +30,8 @@ from llava_core.checkpoints.found import FoundCheckpoint
 
 logger = logging.getLogger(__name__)
 
-# A long answer outlives Serve's 20 seconds.
+# A long answer outlives Serve's 20 seconds. What a stage has not ended by then goes on with another replica. A gateway
+# has as long as the longest answer, because its connections end with it.
 _SHUTDOWN_S = 180.0
 # How long a replica that was killed still counts as one that can serve, where Serve's default is 10 s.
 _HEALTH_CHECK_S = 2.0
@@ -62,7 +63,9 @@ def build_graph(
     args: AppArgs, found: Mapping[str, FoundCheckpoint], towers: Mapping[str, str], handoff: Handoff
 ) -> Application:
     """Gateway → Preprocessor → VisionEncoder → Generator, as bound deployments."""
-    gateway = _deploy(serve.ingress()(GatewayReplica), "Gateway", args.gateway)
+    gateway = _deploy(serve.ingress()(GatewayReplica), "Gateway", args.gateway).options(
+        graceful_shutdown_timeout_s=max(_SHUTDOWN_S, args.limits.max_timeout_seconds)
+    )
     return gateway.bind(args, *bind_stages(args, found, towers, handoff), handoff, _bind_table(args.llava_protocol))
 
 

