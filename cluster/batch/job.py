@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import AbstractContextManager, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, TextIO
@@ -36,9 +36,12 @@ Written = npt.NDArray[np.bool_]
 
 
 class Answering(Protocol):
-    """Who gives records with answers or failures for the rows that are not written, in any order, some at a time."""
+    """Who gives records with answers or failures for the rows that are not written, in any order, some at a time. It is
+    closed when the job ends: a pipeline that ends later than its Ray would start another one."""
 
-    def __call__(self, source: Source, plan: Plan, written: Written, *, isolated: bool) -> Iterator[list[Record]]:
+    def __call__(
+        self, source: Source, plan: Plan, written: Written, *, isolated: bool
+    ) -> Generator[list[Record], None, None]:
         """With `isolated` each row alone."""
         ...
 
@@ -84,13 +87,15 @@ class Job:
     def _answer_all(
         self, answer: Answering, plan: Plan, output: Output, report: Report, say: Callable[[str], None]
     ) -> None:
-        self._write(answer(self.source, plan, output.written, isolated=False), output, report, tried_again=True)
+        with closing(answer(self.source, plan, output.written, isolated=False)) as blocks:
+            self._write(blocks, output, report, tried_again=True)
         num_left = int((~output.written).sum())
         if not num_left:
             return
         say(f"{num_left} rows have failed with others: each is tried again, alone")
         answered = report.answered
-        self._write(answer(self.source, plan, output.written, isolated=True), output, report, tried_again=False)
+        with closing(answer(self.source, plan, output.written, isolated=True)) as blocks:
+            self._write(blocks, output, report, tried_again=False)
         lost = np.flatnonzero(~output.written)
         if len(lost) > max(_MAX_LOST, report.answered - answered):
             raise JobError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,7 +83,7 @@ class Rows(Datasource):
 
 def answer_rows(
     job: JobSettings, source: Source, plan: Plan, written: npt.NDArray[np.bool_], *, isolated: bool = False
-) -> Iterator[list[Record]]:
+) -> Generator[list[Record], None, None]:
     """As Answering. What was lost with its process is left out; `isolated` rows are alone in each process, so that
     whatever ends it was that row. An input that cannot be read any more comes as a failure of the kind INPUT_ERROR.
 

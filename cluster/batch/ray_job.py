@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -29,7 +29,7 @@ class OnRay:
 
     def __call__(
         self, source: Source, plan: Plan, written: npt.NDArray[np.bool_], *, isolated: bool
-    ) -> Iterator[list[Record]]:
+    ) -> Generator[list[Record], None, None]:
         """See pipeline.py."""
         from cluster.batch.pipeline import answer_rows
 

@@ -26,7 +26,7 @@ Becomes = Callable[[Record, bool], Answer | Failure | None]
 
 def standing_in(becomes: Becomes) -> Any:
     class StandIn:
-        def __call__(self, source: Any, plan: Any, written: Any, *, isolated: bool) -> Iterator[list[Record]]:
+        def __call__(self, source: Any, plan: Any, written: Any, *, isolated: bool) -> Any:
             for span in plan.spans:
                 for record in source.read(span):
                     if written[record.row]:
