@@ -109,6 +109,9 @@ def kills(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         process = start(command, folder / "kills.log")
         while process.poll() is None and count_lines(output) <= at_row:
             time.sleep(_LOOK_S)
+        if process.poll() is not None:
+            assert process.returncode == 0, (folder / "kills.log").read_text()
+            break
         time.sleep(chance.random() * 0.2)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()

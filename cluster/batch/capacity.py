@@ -1,4 +1,4 @@
-"""Can the cluster ever have what the stages ask for? Counted from what its nodes have, or may grow to.
+"""Can the cluster ever have what the stages ask for, and has it now? Counted from what its nodes have, or may grow to.
 
 Plain numbers; Ray is asked elsewhere.
 """
@@ -29,6 +29,19 @@ def check_capacity(stages: Stages, reading_cpus: float, nodes: Sequence[Resource
                 raise _lacking(name, stage, replica, nodes)
     if not _place({"CPU": reading_cpus}, free):
         raise CapacityError(f"the stages leave no {reading_cpus} CPUs for reading the input; {_has(nodes)}")
+
+
+def waiting(stages: Stages, has: Resources, free: Resources) -> str:
+    """Why there may be no rows for a while, `has` and `free` being the whole cluster's."""
+    asked = ", ".join(
+        f"{name} {stage.replicas} x ({stage.num_cpus:g} CPUs, {stage.num_gpus:g} GPUs)"
+        for name, stage in stages.items()
+    )
+    left = " and ".join(f"{free.get(name, 0):.3g} of {has.get(name, 0):g} {name}s" for name in ("CPU", "GPU"))
+    return (
+        f"the stages are starting or waiting for room: {left} are free, those of stages that have started taken off; "
+        f"asked for are {asked}. What others hold, such as a service, must end, or ask for less with --stage"
+    )
 
 
 def _place(wanted: Resources, free: list[dict[str, float]]) -> bool:

@@ -69,7 +69,6 @@ def batch(input: Path, output: Path, shown: str, **given: Any) -> None:
         _find_model(given),
         SamplingParams(**{name: given[name] for name in _SAMPLING}),
         given["prompt"],
-        folder,
         stages,
         given["max_running"],
         given["wait_for_nodes"],

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import AbstractContextManager, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, TextIO
@@ -21,24 +21,32 @@ from cluster.batch.errors import InputError, JobError
 from cluster.batch.manifest import Manifest, model_digest
 from cluster.batch.output import Output
 from cluster.batch.progress import Progress
-from cluster.batch.records import Answer, Failure, Record
+from cluster.batch.records import INPUT_ERROR, Answer, Failure, Record
 from cluster.batch.report import Report
 from cluster.batch.settings import JobSettings
 from cluster.batch.sources import Plan, Source
 
-# What is tried once more, alone, before it counts as the row's own failure; and how many of them in a row are no row's.
+# What is tried once more, alone, before it counts as the row's own failure; and how many are no row's: failed in a row,
+# or lost, and more of them than were answered.
 ENGINE_ERROR, LOST = "engine_error", "process_lost"
-_MAX_FAILED_IN_A_ROW = 200
+_MAX_FAILED_IN_A_ROW, _MAX_LOST = 200, 20
 
 
 Written = npt.NDArray[np.bool_]
 
 
 class Answering(Protocol):
-    """Who gives records with answers or failures for the rows that are not written, in any order, some at a time."""
+    """Who gives records with answers or failures for the rows that are not written, in any order, some at a time. It is
+    closed when the job ends: a pipeline that ends later than its Ray would start another one."""
 
-    def __call__(self, source: Source, plan: Plan, written: Written, *, isolated: bool) -> Iterator[list[Record]]:
+    def __call__(
+        self, source: Source, plan: Plan, written: Written, *, isolated: bool
+    ) -> Generator[list[Record], None, None]:
         """With `isolated` each row alone."""
+        ...
+
+    def waits_for(self) -> str:
+        """Asked by another thread where there has been no row for a while."""
         ...
 
 
@@ -68,38 +76,62 @@ class Job:
             began = time.monotonic()
             try:
                 if report.done < plan.num_rows:
-                    with Progress(report, progress):
-                        self._answer_all(plan, output, report, say)
+                    with self.answering(self.settings) as answer, Progress(report, progress, answer.waits_for):
+                        self._answer_all(answer, plan, output, report, say)
                 output.seal()
             finally:
                 report.seconds = time.monotonic() - began
                 _write_report(output.report_path, report, say)
         return report
 
-    def _answer_all(self, plan: Plan, output: Output, report: Report, say: Callable[[str], None]) -> None:
-        with self.answering(self.settings) as answer:
-            blocks = answer(self.source, plan, output.written, isolated=False)
-            self._write(blocks, output, report, retried=(ENGINE_ERROR,))
-            if not output.written.all():
-                say(f"{int((~output.written).sum())} rows have failed with others: each is tried again, alone")
-                blocks = answer(self.source, plan, output.written, isolated=True)
-                self._write(blocks, output, report, retried=())
-        self._write(iter([list(_lost(plan, self.source, output))]), output, report, retried=())
-
-    def _write(
-        self, blocks: Iterator[list[Record]], output: Output, report: Report, *, retried: tuple[str, ...]
+    def _answer_all(
+        self, answer: Answering, plan: Plan, output: Output, report: Report, say: Callable[[str], None]
     ) -> None:
-        """All of them but failures of the kinds that are `retried`."""
-        num_failed = 0
+        with closing(answer(self.source, plan, output.written, isolated=False)) as blocks:
+            self._write(blocks, output, report, tried_again=True)
+        num_left = int((~output.written).sum())
+        if not num_left:
+            return
+        say(f"{num_left} rows have failed with others: each is tried again, alone")
+        answered = report.answered
+        with closing(answer(self.source, plan, output.written, isolated=True)) as blocks:
+            self._write(blocks, output, report, tried_again=False)
+        lost = np.flatnonzero(~output.written)
+        if len(lost) > max(_MAX_LOST, report.answered - answered):
+            raise JobError(
+                f"{len(lost)} rows (from {lost[0]} to {lost[-1]}) were lost with their processes though each was "
+                "alone, and fewer were answered: that is seldom the rows' fault, and none is written off. See Ray's "
+                "logs for the cause; once it is gone, the same command goes on from there"
+            )
+        _put(_lost(plan, self.source, output), output, report)
+
+    def _write(self, blocks: Iterator[list[Record]], output: Output, report: Report, *, tried_again: bool) -> None:
+        """What has failed in an engine is held back until one answers: it may be the engine's fault, and then the job
+        ends without it. What is to be `tried_again` is not written at all."""
+        held: list[Record] = []
         for block in blocks:
-            good = [record for record in block if not _failed(record, retried)]
-            num_failed = 0 if good else num_failed + len(block)
-            if num_failed > _MAX_FAILED_IN_A_ROW:
-                raise JobError(f"{num_failed} rows in a row have failed alike, the last so: {block[-1].value}")
-            for row in output.write(map(as_row, good)):
-                report.count(row)
+            _check_input(block)
+            if any(isinstance(record.value, Answer) for record in block):
+                _put([] if tried_again else held, output, report)
+                held = []
+            held += [record for record in block if _has_failed(record)]
+            if len(held) > _MAX_FAILED_IN_A_ROW:
+                raise JobError(f"{len(held)} rows in a row have failed alike, the last so: {held[-1].value}")
+            _put((record for record in block if not _has_failed(record)), output, report)
             for record in block:
                 report.read_engine(record.reading)
+        _put([] if tried_again else held, output, report)
+
+
+def _put(records: Iterable[Record], output: Output, report: Report) -> None:
+    for row in output.write(map(as_row, records)):
+        report.count(row)
+
+
+def _check_input(block: list[Record]) -> None:
+    for record in block:
+        if isinstance(record.value, Failure) and record.value.kind == INPUT_ERROR:
+            raise InputError(record.value.message)
 
 
 def _write_report(path: Path, report: Report, say: Callable[[str], None]) -> None:
@@ -111,7 +143,7 @@ def _write_report(path: Path, report: Report, say: Callable[[str], None]) -> Non
 
 
 def _manifest(plan: Plan, source: Source, settings: JobSettings) -> Manifest:
-    model, folder = settings.model, settings.image_folder
+    model = settings.model
     return Manifest(
         plan.num_rows,
         plan.digest,
@@ -119,7 +151,6 @@ def _manifest(plan: Plan, source: Source, settings: JobSettings) -> Manifest:
         {
             "input kind": source.kind,
             "prompt": settings.prompt,
-            "image folder": folder and str(folder),
             "template": model.template,
             "dtype": model.dtype,
             "quantization": model.quantization,
@@ -128,17 +159,18 @@ def _manifest(plan: Plan, source: Source, settings: JobSettings) -> Manifest:
     )
 
 
-def _failed(record: Record, kinds: tuple[str, ...]) -> bool:
-    return isinstance(record.value, Failure) and record.value.kind in kinds
+def _has_failed(record: Record) -> bool:
+    return isinstance(record.value, Failure) and record.value.kind == ENGINE_ERROR
 
 
 def _lost(plan: Plan, source: Source, output: Output) -> Iterator[Record]:
-    """Rows that ended their process, alone, each time they were tried."""
+    """Rows that are missing though they were tried alone."""
     for span in plan.spans:
         if not output.written[span.start : span.stop].all():
             for record in source.read(span):
                 if not output.written[record.row]:
-                    yield record.became(Failure(LOST, "each process that had this row alone has ended; see Ray's logs"))
+                    message = "each process that had this row alone has ended, or failed; see Ray's logs"
+                    yield record.became(Failure(LOST, message))
 
 
 def as_row(record: Record) -> dict[str, Any]:

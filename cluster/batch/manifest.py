@@ -60,10 +60,23 @@ def _differences(there: dict[str, Any], mine: dict[str, Any], path: str = "") ->
 def _write(path: Path, content: dict[str, Any]) -> None:
     temporary = path.with_name(f"{path.name}.tmp")
     try:
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(content, indent=1) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
         temporary.rename(path)
+        sync_folder(path.parent)
     except OSError as error:
         raise OutputError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def sync_folder(path: Path) -> None:
+    """Onto the disk with the names in it: what was renamed may otherwise have its old name after a loss of power."""
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def model_digest(checkpoint: Checkpoint) -> str:

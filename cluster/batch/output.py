@@ -10,7 +10,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -21,13 +20,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster.batch.errors import OutputError
-from cluster.batch.manifest import Manifest, check_same
+from cluster.batch.manifest import Manifest, check_same, sync_folder
 
 Row = Mapping[str, Any]
 # Rows of a part.
 PART_ROWS = 10_000
-# As much as a machine that loses its power may lose.
-_SYNC_S = 1.0
 _SCHEMA = pa.schema(
     [
         ("row", pa.int64()),
@@ -63,7 +60,6 @@ class Journal:
                 f"{path} is being written by another job; wait for its end or name another output"
             ) from None
         self.num_bytes = os.fstat(self._file).st_size
-        self._synced = time.monotonic()
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """All that were written. Raises OutputError for a line that no job has written."""
@@ -84,14 +80,14 @@ class Journal:
             self._cut(at)
 
     def append(self, rows: Iterable[Row]) -> None:
-        """All of them or none. Raises OutputError; what was there before stays."""
+        """All of them or none, onto the disk. Raises OutputError; what was there before stays."""
         data = b"".join(json.dumps(row, default=str).encode() + b"\n" for row in rows)
         done = 0
         try:
             while done < len(data):
                 done += os.pwrite(self._file, data[done:], self.num_bytes + done)
-            if time.monotonic() - self._synced >= _SYNC_S:
-                self.sync()
+            if data:
+                os.fsync(self._file)
         except OSError as error:
             self._cut(self.num_bytes)
             raise OutputError(
@@ -104,14 +100,8 @@ class Journal:
         """After its rows went elsewhere."""
         self._cut(0)
 
-    def sync(self) -> None:
-        """Onto the disk."""
-        os.fsync(self._file)
-        self._synced = time.monotonic()
-
     def close(self) -> None:
         """Another job may write from now on."""
-        self.sync()
         os.close(self._file)
 
     def _cut(self, at: int) -> None:
@@ -189,6 +179,7 @@ class Output:
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
             temporary.rename(part)
+            sync_folder(part.parent)
         except OSError as error:
             temporary.unlink(missing_ok=True)
             raise OutputError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,17 +19,19 @@ import ray
 from ray.data import ActorPoolStrategy, DataContext, Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
-from cluster.batch.records import Block, Record, from_block, to_block
+from cluster.batch.errors import InputError
+from cluster.batch.records import INPUT_ERROR, Block, Failure, Record, from_block, to_block
 from cluster.batch.settings import JobSettings, StageName, StageSettings
 from cluster.batch.sources import Plan, Source, Span
 from cluster.batch.stages import Encode, Generate, Prepare
 
-# Rows that go from stage to stage together. Of each block Ray Data keeps some 13 KB until the job's end, so long inputs
-# have larger ones.
+# Rows that go from stage to stage together. Of each block Ray Data keeps what it knows until the job's end, so long
+# inputs have larger ones.
 _BLOCK_ROWS, _BLOCKS = (16, 64), 6000
 READ_CPUS = 0.1
-# How often Ray does again what was lost with a process, and how many blocks may be lost for good: more are no accident.
-_RETRIES, _MAX_LOST_BLOCKS = 2, 100
+# How often Ray does again what was lost with a process, and how many blocks of rows that are in company may be lost for
+# good: more are no accident. Of rows that are alone any number may: it is the job that then judges.
+_RETRIES, _MAX_LOST_BLOCKS, _ANY_NUMBER = 2, 100, -1
 _PREPARE_THREADS = 2
 
 
@@ -63,11 +65,16 @@ class Rows(Datasource):
         def read() -> Iterator[Block]:
             open_rows = (record for record in source.read(span) if not done[record.row - span.start])
             block: list[Record] = []
-            for record in open_rows:
-                block.append(record)
-                if len(block) == 1024:
-                    yield to_block(block)
-                    block = []
+            try:
+                for record in open_rows:
+                    block.append(record)
+                    if len(block) == 1024:
+                        yield to_block(block)
+                        block = []
+            except (InputError, OSError) as error:
+                # Raised, it would be one of the blocks that may be lost.
+                message = str(error) if isinstance(error, InputError) else f"{span.file} cannot be read: {error}"
+                block.append(Record(span.start, Failure(INPUT_ERROR, message)))
             yield to_block(block)
 
         num_rows = int((~done).sum())
@@ -76,16 +83,16 @@ class Rows(Datasource):
 
 def answer_rows(
     job: JobSettings, source: Source, plan: Plan, written: npt.NDArray[np.bool_], *, isolated: bool = False
-) -> Iterator[list[Record]]:
+) -> Generator[list[Record], None, None]:
     """As Answering. What was lost with its process is left out; `isolated` rows are alone in each process, so that
-    whatever ends it was that row.
+    whatever ends it was that row. An input that cannot be read any more comes as a failure of the kind INPUT_ERROR.
 
     Raises what Ray raises when it cannot go on.
     """
     rows = Rows(source, plan, written)
     context = DataContext.get_current()
     _quiet(context)
-    context.max_errored_blocks = _MAX_LOST_BLOCKS
+    context.max_errored_blocks = _ANY_NUMBER if isolated else _MAX_LOST_BLOCKS
     num_rows = 1 if isolated else block_rows(plan.num_rows)
     num_blocks = 1 if isolated else blocks_at_once(job.max_running, num_rows)
     # As many blocks as there are tasks: what is read is not cut up before it is cut into blocks of the right size.
@@ -141,10 +148,13 @@ def _pool(settings: StageSettings, num_calls: int, *, isolated: bool) -> ActorPo
 
 
 def _quiet(context: DataContext) -> None:
-    """Progress and errors are the job's to tell; Ray's records stand in its logs."""
+    """Progress and errors are the job's to tell. What Ray Data records of blocks that are lost stands in its file,
+    `logs/ray-data/ray-data.log` of Ray's session."""
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     # Ray has no other name for how often a task is tried again.
     warnings.filterwarnings("ignore", message="`ray_remote_args_fn` is deprecated")
-    for name in ("ray.data", "ray"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+    logging.getLogger("ray").setLevel(logging.CRITICAL)
+    for handler in logging.getLogger("ray.data").handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setLevel(logging.CRITICAL)

@@ -10,6 +10,8 @@ from typing import Self, TextIO
 from cluster.batch.report import Report
 
 _TERMINAL_S, _ELSEWHERE_S = 0.5, 30.0
+# After so long without a row it is asked what the job waits for.
+_PATIENCE_S = 60.0
 # Rates are of the last so many looks.
 _WINDOW = 40
 
@@ -17,10 +19,14 @@ _WINDOW = 40
 class Progress:
     """Looks at a report from a thread of its own, so that a job which gets nowhere says so too."""
 
-    def __init__(self, report: Report, to: TextIO, *, now: Callable[[], float] = time.monotonic) -> None:
-        self._report, self._to, self._now = report, to, now
+    def __init__(
+        self, report: Report, to: TextIO, waits_for: Callable[[], str], *, now: Callable[[], float] = time.monotonic
+    ) -> None:
+        """`waits_for` is asked in words while there are no rows."""
+        self._report, self._to, self._waits_for, self._now = report, to, waits_for, now
         self._is_terminal = to.isatty()
         self._looks = [(now(), report.done)]
+        self._last_row = now()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
 
@@ -37,11 +43,15 @@ class Progress:
 
     def line(self) -> str:
         """Rows, their rate and how long the others will take at it."""
+        if self._report.done != self._looks[-1][1]:
+            self._last_row = self._now()
         self._looks = [*self._looks[-_WINDOW:], (self._now(), self._report.done)]
         (began, before), (now, done) = self._looks[0], self._looks[-1]
         rate = (done - before) / (now - began) if now > began else 0.0
         total, errors = self._report.num_rows, self._report.errors.total()
         said = f"{done} of {total} rows ({done / max(1, total):.1%}), {errors} errors, {rate:.1f} rows per second"
+        if now - self._last_row >= _PATIENCE_S:
+            return f"{said}, {self._waits_for()}"
         return (
             f"{said}, {duration((total - done) / rate)} left" if rate else f"{said}, the stages are starting or waiting"
         )

@@ -59,6 +59,15 @@ def node_resources() -> Sequence[Resources]:
     return [node["Resources"] for node in nodes if node["Alive"]]
 
 
+def total_and_free() -> tuple[Resources, Resources]:
+    """Of the whole cluster, at this moment."""
+    import ray
+
+    total: Resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    free: Resources = ray.available_resources()  # type: ignore[no-untyped-call]
+    return total, free
+
+
 def autoscaler_limit() -> Resources | None:
     """What the cluster may grow to. None where it does not grow, or does not say so."""
     from ray._private.state import state

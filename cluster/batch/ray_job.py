@@ -3,17 +3,41 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import dataclass
 
-from cluster.batch.capacity import check_capacity
+import numpy as np
+import numpy.typing as npt
+
+from cluster.batch.capacity import check_capacity, waiting
 from cluster.batch.errors import JobError
 from cluster.batch.job import Answering
-from cluster.batch.ray_cluster import autoscaler_limit, node_resources, ray_cluster, set_environment
+from cluster.batch.ray_cluster import autoscaler_limit, node_resources, ray_cluster, set_environment, total_and_free
+from cluster.batch.records import Record
 from cluster.batch.settings import JobSettings
+from cluster.batch.sources import Plan, Source
 
 _ERROR_LINE = re.compile(r"^(?:[\w.]+\.)?(\w*(?:Error|Exception|Exit): .+)$", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class OnRay:
+    """Answering, while Ray is connected."""
+
+    settings: JobSettings
+
+    def __call__(
+        self, source: Source, plan: Plan, written: npt.NDArray[np.bool_], *, isolated: bool
+    ) -> Generator[list[Record], None, None]:
+        """See pipeline.py."""
+        from cluster.batch.pipeline import answer_rows
+
+        return answer_rows(self.settings, source, plan, written, isolated=isolated)
+
+    def waits_for(self) -> str:
+        """What is free, and what the stages ask for."""
+        return waiting(self.settings.stages, *total_and_free())
 
 
 @contextmanager
@@ -22,13 +46,13 @@ def on_ray(settings: JobSettings) -> Iterator[Answering]:
     set_environment()
     from ray.exceptions import RayError
 
-    from cluster.batch.pipeline import READ_CPUS, answer_rows
+    from cluster.batch.pipeline import READ_CPUS
 
     with ray_cluster():
         if not settings.waits_for_nodes:
             check_capacity(settings.stages, READ_CPUS, node_resources(), autoscaler_limit())
         try:
-            yield partial(answer_rows, settings)
+            yield OnRay(settings)
         except RayError as error:
             raise JobError(
                 f"{cause(str(error))}. What was written stays; the same command goes on from there"

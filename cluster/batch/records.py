@@ -39,6 +39,11 @@ class Failure:
     message: str
 
 
+# Of a failure that is the input's and no row's: it travels in place of the rows that could not be read, and ends the
+# job.
+INPUT_ERROR = "input_error"
+
+
 @dataclass(frozen=True)
 class EngineReading:
     """What one generator's engine has counted since its start, and how many answers were in its last step."""

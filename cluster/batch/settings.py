@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 from cluster.batch.errors import JobError
@@ -85,7 +84,6 @@ class JobSettings:
     model: ModelSettings
     sampling: SamplingParams = field(default_factory=SamplingParams)
     prompt: str | None = None
-    image_folder: Path | None = None
     stages: Stages = field(default_factory=lambda: read_stages(()))
     max_running: int = 32
     waits_for_nodes: bool = False

@@ -2,7 +2,7 @@
 
 import pytest
 
-from cluster.batch.capacity import check_capacity
+from cluster.batch.capacity import check_capacity, waiting
 from cluster.batch.errors import CapacityError
 from cluster.batch.settings import read_stages
 
@@ -39,3 +39,10 @@ def test_an_autoscaler_is_asked_how_far_it_goes() -> None:
     check("generate.num_gpus=1", nodes=[LAPTOP], limit={"CPU": 100, "GPU": 1})
     with pytest.raises(CapacityError, match="ask for 2 GPUs, and the cluster's autoscaler grows it to 1 at most"):
         check("generate.num_gpus=1", "generate.replicas=2", nodes=[LAPTOP], limit={"CPU": 100, "GPU": 1})
+
+
+def test_what_is_free_and_what_is_asked_for_is_said() -> None:
+    said = waiting(read_stages(["generate.num_gpus=1"]), {"CPU": 8.0, "GPU": 1.0}, {"CPU": 0.1})
+    assert "0.1 of 8 CPUs and 0 of 1 GPUs are free" in said
+    assert "generate 1 x (0.25 CPUs, 1 GPUs)" in said
+    assert "must end, or ask for less with --stage" in said

@@ -138,12 +138,12 @@ def test_a_job_that_is_killed_goes_on_and_every_row_is_there_once(
     second = job.start()
     ended.append(second)
     job.wait_for_rows(second, len(before) + 1)
-    refused = job.start()
-    assert "is being written by another job" in refused.communicate(timeout=120)[1]
-    assert refused.returncode == 1
     children = psutil.Process(second.pid).children(recursive=True)
     [engine] = [process for process in children if "MapBatches(Generate)" in " ".join(process.cmdline())]
     engine.kill()
+    refused = job.start()
+    assert "is being written by another job" in refused.communicate(timeout=120)[1]
+    assert refused.returncode == 1
     printed, said = second.communicate(timeout=400)
     assert second.returncode == 0, said
     rows = job.written()

@@ -11,7 +11,7 @@ import pytest
 
 from cluster.batch.errors import InputError, JobError, OutputError
 from cluster.batch.job import Answering, Job
-from cluster.batch.records import Answer, Failure, Record
+from cluster.batch.records import INPUT_ERROR, Answer, Failure, Record
 from cluster.batch.report import Report
 from cluster.batch.settings import JobSettings, ModelSettings
 from cluster.batch.sources import JsonLines
@@ -25,18 +25,22 @@ Becomes = Callable[[Record, bool], Answer | Failure | None]
 
 
 def standing_in(becomes: Becomes) -> Any:
-    def answer(source: Any, plan: Any, written: Any, *, isolated: bool) -> Iterator[list[Record]]:
-        for span in plan.spans:
-            for record in source.read(span):
-                if written[record.row]:
-                    continue
-                value = record.value if isinstance(record.value, Failure) else becomes(record, isolated)
-                if value is not None:
-                    yield [record.became(value, decode=10.0)]
+    class StandIn:
+        def __call__(self, source: Any, plan: Any, written: Any, *, isolated: bool) -> Any:
+            for span in plan.spans:
+                for record in source.read(span):
+                    if written[record.row]:
+                        continue
+                    value = record.value if isinstance(record.value, Failure) else becomes(record, isolated)
+                    if value is not None:
+                        yield [record.became(value, decode=10.0)]
+
+        def waits_for(self) -> str:
+            return "nothing"
 
     @contextmanager
     def answering(_: JobSettings) -> Iterator[Answering]:
-        yield answer
+        yield StandIn()
 
     return answering
 
@@ -152,6 +156,43 @@ def test_an_engine_that_fails_every_row_ends_the_job_and_no_row_is_written_off(
     assert here.run(lambda *_: GOOD).answered == 300
 
 
+def test_an_engine_that_breaks_when_rows_are_alone_ends_the_job_and_no_row_is_written_off(
+    tmp_path: Path, tiny_checkpoint: Path
+) -> None:
+    here = Here(tmp_path, tiny_checkpoint, num_rows=300)
+    broken = Failure("engine_error", "the device is gone")
+
+    def becomes(record: Record, isolated: bool) -> Answer | Failure | None:  # noqa: FBT001
+        return None if not isolated else GOOD if record.row < 10 else broken
+
+    with pytest.raises(JobError, match=r"rows in a row have failed alike.*device is gone"):
+        here.run(becomes)
+    assert sorted(here.rows()) == list(range(10))
+    assert here.run(lambda *_: GOOD).answered == 300
+
+
+def test_many_rows_that_are_lost_alone_are_not_written_off(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    here = Here(tmp_path, tiny_checkpoint, num_rows=60)
+    with pytest.raises(JobError, match=r"40 rows \(from 20 to 59\) were lost .* none is written off"):
+        here.run(lambda record, isolated: GOOD if isolated and record.row < 20 else None)
+    assert sorted(here.rows()) == list(range(20))
+
+
+def test_many_rows_that_are_lost_among_more_that_are_answered_are_their_own_fault(
+    tmp_path: Path, tiny_checkpoint: Path
+) -> None:
+    here = Here(tmp_path, tiny_checkpoint, num_rows=60)
+    report = here.run(lambda record, isolated: GOOD if isolated and record.row % 2 else None)
+    assert (report.answered, report.errors) == (30, {"process_lost": 30})
+
+
+def test_an_input_that_cannot_be_read_any_more_ends_the_job(here: Here) -> None:
+    gone = Failure(INPUT_ERROR, "in.jsonl has changed")
+    with pytest.raises(InputError, match=r"^in\.jsonl has changed$"):
+        here.run(lambda record, _: gone if record.row == 3 else GOOD)
+    assert sorted(here.rows()) == [0, 1, 2]
+
+
 def test_another_run_may_not_write_here(here: Here, checkpoint_copy: Path) -> None:
     here.run(lambda *_: GOOD)
     with pytest.raises(OutputError, match=r"sampling\.temperature was 0\.0 and is 0\.5"):
@@ -165,6 +206,15 @@ def test_another_run_may_not_write_here(here: Here, checkpoint_copy: Path) -> No
     here.source.file.write_text('{"text": "another"}\n' * 5)
     with pytest.raises(OutputError, match="input is another one"):
         here.run(lambda *_: GOOD)
+
+
+def test_pictures_and_input_may_lie_elsewhere_than_before(here: Here, tmp_path: Path) -> None:
+    here.run(lambda *_: GOOD)
+    moved = tmp_path / "elsewhere"
+    moved.mkdir()
+    here.source = JsonLines(here.source.file.rename(moved / "in.jsonl"), moved, None)
+    here.run(lambda *_: pytest.fail("there is nothing to ask"))
+    assert "5 of 5 rows are there already" in here.said
 
 
 def test_an_input_without_rows_is_refused(here: Here) -> None:

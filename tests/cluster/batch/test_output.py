@@ -1,6 +1,8 @@
 """Outputs: each row once, whatever stopped the job that wrote them, and nothing lost that was there."""
 
 import json
+import os
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -102,6 +104,36 @@ def test_a_job_that_ends_while_it_seals_a_part_loses_and_repeats_nothing(
         output.write([row(3)])
         output.seal()
     assert sorted(each["row"] for each in pq.read_table(path).to_pylist()) == [0, 1, 2, 3]
+
+
+def test_rows_are_on_the_disk_before_they_count_and_a_part_before_its_journal_is_emptied(
+    path: Path, small_parts: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a loss of power leaves is seen in the order of the calls."""
+    calls: list[str] = []
+
+    def note(name: str, owner: Any) -> None:
+        real = getattr(owner, name)
+
+        def noted(first: Any, *rest: Any) -> Any:
+            is_folder = name == "fsync" and stat.S_ISDIR(os.fstat(first).st_mode)
+            calls.append("fsync of the folder" if is_folder else name)
+            return real(first, *rest)
+
+        monkeypatch.setattr(owner, name, noted)
+
+    for name, owner in (("fsync", os), ("pwrite", os), ("ftruncate", os), ("rename", Path)):
+        note(name, owner)
+    with Output(path, MANIFEST) as output:
+        assert list(output.resume()) == []
+        assert calls == ["fsync", "rename", "fsync of the folder"], "the manifest"
+        calls.clear()
+        output.write([row(0), row(1)])
+        assert calls == ["pwrite", "fsync"]
+        calls.clear()
+        output.write([row(2)])
+    sealed = ["fsync", "rename", "fsync of the folder", "ftruncate"] if path.suffix == ".parquet" else []
+    assert calls == ["pwrite", "fsync", *sealed]
 
 
 def test_a_second_job_is_told_so_at_once(path: Path) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 
 from cluster.batch import sources
 from cluster.batch.pipeline import Rows, block_rows, blocks_at_once
-from cluster.batch.records import from_block
+from cluster.batch.records import INPUT_ERROR, Failure, from_block
 from cluster.batch.sources import JsonLines
 
 
@@ -36,6 +36,25 @@ def test_a_span_that_is_done_meanwhile_is_read_as_it_was_planned(tmp_path: Path)
     [task] = Rows(source, source.plan(), written).get_read_tasks(1)
     written[:] = True
     assert sum(block.num_rows for block in task()) == 3
+
+
+def test_an_input_that_has_gone_is_read_as_a_failure_of_the_input(tmp_path: Path) -> None:
+    """Raised, Ray Data would count it among the blocks that it may lose, and leave the rows out."""
+    file = tmp_path / "in.jsonl"
+    file.write_text('{"text": "a"}\n' * 3)
+    source = JsonLines(file, tmp_path, None)
+    [task] = Rows(source, source.plan(), np.zeros(3, bool)).get_read_tasks(1)
+    for change, said, num_read in (
+        (lambda: file.write_text('{"text": "a"}\n'), "has changed since the job began", 1),
+        (file.unlink, "every machine of the cluster must see it", 0),
+        (file.mkdir, "cannot be read", 0),
+    ):
+        change()
+        *read, last = [record for block in task() for record in from_block(block)]
+        assert len(read) == num_read
+        assert isinstance(last.value, Failure)
+        assert last.value.kind == INPUT_ERROR
+        assert said in last.value.message
 
 
 def test_an_engine_has_as_many_rows_as_it_runs_beside_a_block_that_ends_and_one_that_comes() -> None:

@@ -20,12 +20,25 @@ class Clock:
 
 def test_rate_and_rest_are_of_what_was_done_lately() -> None:
     report, clock = Report(1000), Clock()
-    progress = Progress(report, io.StringIO(), now=clock)
+    progress = Progress(report, io.StringIO(), lambda: "nothing", now=clock)
     clock.now = 10.0
     assert progress.line().endswith("0 errors, 0.0 rows per second, the stages are starting or waiting")
     report.answered, clock.now = 99, 20.0
     report.errors["invalid_image"] = 1
     assert progress.line() == "100 of 1000 rows (10.0%), 1 errors, 5.0 rows per second, 0:03:00 left"
+
+
+def test_after_a_minute_without_a_row_it_says_what_the_job_waits_for() -> None:
+    report, clock = Report(10), Clock()
+    progress = Progress(report, io.StringIO(), lambda: "no CPU is free", now=clock)
+    clock.now = 59.0
+    assert "no CPU" not in progress.line()
+    report.answered, clock.now = 1, 60.0
+    assert "no CPU" not in progress.line()
+    clock.now = 119.0
+    assert "no CPU" not in progress.line()
+    clock.now = 120.0
+    assert progress.line().endswith("rows per second, no CPU is free")
 
 
 def test_elsewhere_than_on_a_terminal_there_are_lines_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,7 +50,7 @@ def test_elsewhere_than_on_a_terminal_there_are_lines_now_and_then(monkeypatch: 
             written.set()
 
     log = Log()
-    with Progress(Report(5), log):
+    with Progress(Report(5), log, lambda: "nothing"):
         assert written.wait(30)
     assert log.getvalue().startswith("0 of 5 rows (0.0%), 0 errors")
     assert "\r" not in log.getvalue()
@@ -49,7 +62,7 @@ def test_on_a_terminal_one_line_is_written_over_and_taken_away(monkeypatch: pyte
             return True
 
     terminal = Terminal()
-    with Progress(Report(5), terminal):
+    with Progress(Report(5), terminal, lambda: "nothing"):
         pass
     assert terminal.getvalue().endswith("\r\x1b[K")
     assert "\n" not in terminal.getvalue()
