@@ -122,8 +122,8 @@ def test_the_image_is_made_of_files_and_extras_that_exist() -> None:
     assert set(extras.split(",")) <= set(project()["optional-dependencies"])
 
 
-def test_the_image_brings_what_the_manifests_and_the_launcher_start() -> None:
-    """`deployments` is of the extra `serve`, `cluster.batch` of `batch`; a launched cluster's head starts machines."""
+def test_the_image_brings_what_the_manifests_start() -> None:
+    """`deployments` is of the extra `serve`, `cluster.batch` of `batch`."""
     [given] = re.findall(r"^ARG EXTRAS=(.*)$", dockerfile(), re.MULTILINE)
     extras = given.split(",")
     [service] = document(CLUSTER / "serve_config.yaml")["applications"]
@@ -132,9 +132,6 @@ def test_the_image_brings_what_the_manifests_and_the_launcher_start() -> None:
     extra_of = {"deployments": "serve", "cluster": "batch"}
     for started in (service["import_path"], commands["serve"], commands[job]):
         assert extra_of[started.split(".")[0]] in extras, started
-    assert launcher()["provider"]["type"] == "aws"
-    assert "launcher" in extras
-    assert [Requirement(each).name for each in project()["optional-dependencies"]["launcher"]] == ["boto3"]
 
 
 def test_the_launcher_finds_its_commands_and_its_files_in_the_image() -> None:
@@ -150,6 +147,10 @@ def test_the_launcher_finds_its_commands_and_its_files_in_the_image() -> None:
     started = {command.split("&&")[-1].split()[0] for command in commands}
     assert started == {"ray", "serve"}
     assert started <= names <= scripts
+    # Its head starts machines, by the cloud's own package.
+    assert launcher()["provider"]["type"] == "aws"
+    assert "--build-arg CLOUD_PACKAGE=boto3" in text
+    assert re.search(r"^ARG CLOUD_PACKAGE=$", dockerfile(), re.MULTILINE)
     assert re.findall(r"^ENV .*HOME=(\S+)$", dockerfile(), re.MULTILINE) == ["/home/llava"]
 
 

@@ -26,11 +26,19 @@ Becomes = Callable[[Record, bool], Answer | Failure | None]
 
 def standing_in(becomes: Becomes) -> Any:
     class StandIn:
+        is_open = False
+
         def __call__(self, source: Any, plan: Any, written: Any, *, isolated: bool) -> Any:
-            for span in plan.spans:
-                for record in source.read(span):
-                    if written[record.row]:
-                        continue
+            self.is_open = True
+            try:
+                for span in plan.spans:
+                    yield from self._of(source.read(span), written, isolated=isolated)
+            finally:
+                self.is_open = False
+
+        def _of(self, records: Iterator[Record], written: Any, *, isolated: bool) -> Iterator[list[Record]]:
+            for record in records:
+                if not written[record.row]:
                     value = record.value if isinstance(record.value, Failure) else becomes(record, isolated)
                     if value is not None:
                         yield [record.became(value, decode=10.0)]
@@ -40,7 +48,11 @@ def standing_in(becomes: Becomes) -> Any:
 
     @contextmanager
     def answering(_: JobSettings) -> Iterator[Answering]:
-        yield StandIn()
+        stand_in = StandIn()
+        try:
+            yield stand_in
+        finally:
+            assert not stand_in.is_open, "a pipeline that ends later than its Ray would start another one"
 
     return answering
 
