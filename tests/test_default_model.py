@@ -194,6 +194,9 @@ def test_the_readmes_commands_run(service_url: str, command: str, tmp_path: Path
         arguments += ["--questions", "18"]
     if "keys" in arguments:
         arguments += ["--keys-file", str(tmp_path / "keys.json")]
+    if "batch" in arguments:
+        # It needs a Ray of its own, which tests/cluster/batch/test_cli.py starts.
+        arguments = ["batch", "--help"]
     if "build" in arguments:
         arguments = [*arguments[:-1], str(tmp_path / "out"), "--help"]
     printed = subprocess.run([str(LLAVA), *arguments], cwd=ROOT, capture_output=True, text=True, timeout=100)
