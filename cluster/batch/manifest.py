@@ -12,6 +12,7 @@ from typing import Any
 
 from cluster.batch.errors import OutputError
 from llava_core.checkpoints.layout import Checkpoint
+from llava_core.disk import flush
 
 # Of a larger file only its beginning and its end are looked at: weights that were trained on differ everywhere.
 _WHOLE_BYTES = 1024 * 1024
@@ -60,23 +61,12 @@ def _differences(there: dict[str, Any], mine: dict[str, Any], path: str = "") ->
 def _write(path: Path, content: dict[str, Any]) -> None:
     temporary = path.with_name(f"{path.name}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(content, indent=1) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        flush(temporary)
         temporary.rename(path)
-        sync_folder(path.parent)
+        flush(path.parent)
     except OSError as error:
         raise OutputError(f"{path} cannot be written: {error.strerror}") from error
-
-
-def sync_folder(path: Path) -> None:
-    """Onto the disk with the names in it: what was renamed may otherwise have its old name after a loss of power."""
-    folder = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def model_digest(checkpoint: Checkpoint) -> str:

@@ -20,7 +20,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster.batch.errors import OutputError
-from cluster.batch.manifest import Manifest, check_same, sync_folder
+from cluster.batch.manifest import Manifest, check_same
+from llava_core.disk import flush
 
 Row = Mapping[str, Any]
 # Rows of a part.
@@ -176,10 +177,9 @@ class Output:
         table = pa.Table.from_pylist([_columns(row) for row in self._journal.rows()], _SCHEMA)
         try:
             pq.write_table(table, temporary)
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
+            flush(temporary)
             temporary.rename(part)
-            sync_folder(part.parent)
+            flush(part.parent)
         except OSError as error:
             temporary.unlink(missing_ok=True)
             raise OutputError(

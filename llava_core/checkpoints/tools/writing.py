@@ -25,6 +25,7 @@ from llava_core.checkpoints.files import read_json
 from llava_core.checkpoints.headers import DTYPES, TensorInfo
 from llava_core.checkpoints.tensors import TensorReader
 from llava_core.config import JsonObject
+from llava_core.disk import flush
 from llava_core.errors import CheckpointError
 
 # In a converted checkpoint: the files of the original's that say what the new layout has no words for.
@@ -62,22 +63,13 @@ def new_folder(folder: Path) -> Iterator[Path]:
         partial.chmod(0o777 & ~_umask())
         for path in partial.rglob("*"):
             if path.is_file():
-                _flush(path)
+                flush(path)
         partial.rename(folder)
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be written: {error}") from error
     finally:
         # Nothing is there any more once it has its name.
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    """To the disk, or a machine that stops could leave a folder that looks whole with files that are empty."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _umask() -> int:
