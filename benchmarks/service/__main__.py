@@ -1,6 +1,7 @@
 """The bars of the running service, each measured by a command that fails when one of them is not kept.
 
     python -m benchmarks.service mixed [--minutes 15]       # errors, memory, places and hang-ups under a mixed load
+    python -m benchmarks.service chaos [--minutes 20]       # every answer whole and as it was, whatever is killed
     python -m benchmarks.service burst [--requests 500]     # who is refused is told at once, all others are answered
     python -m benchmarks.service repeated [--pictures 8]    # the first token of a picture that was seen before
     python -m benchmarks.service share [--rounds 4]         # the service beside the engine alone, on `mid`
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import describe_machine
-from benchmarks.service import burst, mixed, repeated, share
+from benchmarks.service import burst, chaos, mixed, repeated, share
 from benchmarks.service.bars import Bar, make_table
 
 
@@ -54,6 +55,10 @@ def _parse() -> argparse.Namespace:
     mixed.add_argument("--clients", type=int, default=8)
     mixed.add_argument("--pause-seconds", type=float, default=30, help="between two looks at how hang-ups are freed")
     mixed.add_argument("--seed", type=int, default=0)
+    killing = works.add_parser("chaos")
+    killing.add_argument("--minutes", type=float, default=20)
+    killing.add_argument("--clients", type=int, default=4)
+    killing.add_argument("--every", type=float, default=20, help="seconds from all being well to the next kill")
     works.add_parser("burst").add_argument("--requests", type=int, default=500)
     works.add_parser("repeated").add_argument("--pictures", type=int, default=8)
     share = works.add_parser("share")
@@ -70,6 +75,8 @@ def _measure(options: argparse.Namespace) -> tuple[list[Bar], dict[str, Any]]:
     if options.work == "mixed":
         pause_s = options.pause_seconds
         return mixed.run(options.minutes, clients=options.clients, pause_s=pause_s, seed=options.seed)
+    if options.work == "chaos":
+        return chaos.run(options.minutes, clients=options.clients, every_s=options.every)
     if options.work == "burst":
         return burst.run(options.requests)
     if options.work == "repeated":

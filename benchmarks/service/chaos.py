@@ -1,7 +1,5 @@
 """Steady load on a service with two replicas of each stage, of which something is killed every few seconds.
 
-    python -m benchmarks.chaos --minutes 20 --every 20 [--json FILE]
-
 Clients stream greedy and seeded answers about texts and pictures, and compare each with the one that the same question
 got before anything was killed: its text, the tokens of its log-probabilities, how it ended, its number of tokens. By
 turns one process of each kind gets SIGKILL. A connection ends with the process that holds it: where the gateway or
@@ -11,28 +9,24 @@ off, which is counted apart. Not killed are Ray's own raylet and GCS, without wh
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import itertools
 import json
 import os
 import signal
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
 
 from benchmarks.exchange import exchange, post_json, read_response
-from benchmarks.machine import describe_machine
 from benchmarks.service import memory
-from benchmarks.service.bars import Bar, make_table
+from benchmarks.service.bars import Bar
 from benchmarks.service.mix import QUESTIONS
 from benchmarks.service.pictures import PictureMaker
 from benchmarks.service.start import Service, serving
@@ -85,6 +79,16 @@ class Seen:
     kills: Counter[str] = field(default_factory=Counter)
     recovery_s: dict[str, list[float]] = field(default_factory=dict)
     memory_mib: list[float] = field(default_factory=list)
+
+
+def run(minutes: float, *, clients: int = 4, every_s: float = 20.0) -> tuple[list[Bar], dict[str, Any]]:
+    """The bars, and figures by what was killed, every `every_s` after all was well again. Prints these as a table."""
+    with serving(args=_ARGS) as service:
+        load = _Load(service)
+        asyncio.run(load.run(clients, minutes * 60, every_s))
+    found = figures(load.seen)
+    print(table(found["kinds"]))
+    return judge(load.seen), found
 
 
 def questions(port: int) -> list[bytes]:
@@ -243,31 +247,3 @@ def table(kinds: dict[str, Any]) -> str:
         cells = [found[name] for name in ("kills", "answers", "broken_off", "asked_again", "longest_gap_s")]
         rows.append(f"| {kind} | {' | '.join(map(str, cells))} | {max(found['recovery_s'], default=0.0)} |")
     return "\n".join(rows)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=20)
-    parser.add_argument("--every", type=float, default=20, help="seconds from all being well to the next kill")
-    parser.add_argument("--clients", type=int, default=4)
-    parser.add_argument("--json", type=Path, help="also write the figures here")
-    options = parser.parse_args()
-    # So that the service is ended then, too.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended from outside"))
-    with serving(args=_ARGS) as service:
-        load = _Load(service)
-        asyncio.run(load.run(options.clients, options.minutes * 60, options.every))
-    bars, found = judge(load.seen), figures(load.seen)
-    settings = {"minutes": options.minutes, "every_s": options.every, "clients": options.clients}
-    kept = {bar.what: bar.as_json() for bar in bars}
-    results = {**settings, "machine": describe_machine(), "bars": kept, **found}
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    print(table(found["kinds"]))
-    print(make_table(bars))
-    if not all(bar.is_kept for bar in bars):
-        raise SystemExit(1)
-
-
-if __name__ == "__main__":
-    main()

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from benchmarks import chaos
-from benchmarks.chaos import Answer, Outcome, Seen, figures, judge, read_answer, table
+from benchmarks.service import chaos
+from benchmarks.service.chaos import Answer, Outcome, Seen, figures, judge, read_answer, table
 
 
 def _event(content: str, *, tokens: tuple[str, ...] = (), reason: str | None = None) -> bytes:
