@@ -4,7 +4,7 @@ Knows names and bounds, and neither Ray nor torch. Which stages an application h
 """
 
 from dataclasses import replace
-from typing import Annotated, Literal, Self, TypeVar
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -44,6 +44,12 @@ class ScalingArgs(Settings):
         fields = {name: value for name, value in self if name.startswith(_TARGET)}
         return {name.removeprefix(_TARGET): float(value) for name, value in fields.items() if value is not None}
 
+    @model_validator(mode="after")
+    def _check_targets(self) -> Self:
+        if not self.targets:
+            raise ValueError("every target is null, so that nothing would tell how many replicas are needed; set one")
+        return self
+
 
 class RequestScaling(ScalingArgs):
     """By requests, those that wait in gateways included."""
@@ -57,24 +63,11 @@ class GatewayScaling(RequestScaling):
     target_requests: float = Field(default=200, gt=0)
 
 
-Scaling = TypeVar("Scaling", bound=ScalingArgs)
-
-
-def _has_targets(scaling: Scaling) -> Scaling:
-    if not scaling.targets:
-        raise ValueError("every target is null, so that nothing would tell how many replicas are needed; set one")
-    return scaling
-
-
 class EncoderScaling(ScalingArgs):
     """By tiles that wait for the tower, and by the share of time for which it works."""
 
     target_queued_tiles: float | None = Field(default=32, gt=0)
     target_busy: float | None = Field(default=0.8, gt=0, le=1)
-
-    @model_validator(mode="after")
-    def _check_targets(self) -> Self:
-        return _has_targets(self)
 
 
 class GeneratorScaling(ScalingArgs):
@@ -84,10 +77,6 @@ class GeneratorScaling(ScalingArgs):
     target_queued_prefill_tokens: float | None = Field(default=8192, gt=0)
     target_kv_cache_use: float | None = Field(default=0.8, gt=0, le=1)
     target_slot_use: float | None = Field(default=0.75, gt=0)
-
-    @model_validator(mode="after")
-    def _check_targets(self) -> Self:
-        return _has_targets(self)
 
 
 class PlacementArgs(Settings):
