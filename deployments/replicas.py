@@ -88,15 +88,16 @@ class GatewayReplica:
         # As they are named in the settings.
         models = {model.served_name: (pipelines | upstreams)[model.served_name] for model in args.models}
         self._watches = [asyncio.get_running_loop().create_task(each.watch()) for each in upstreams.values()]
-        stages = [handle.deployment_name for handle in (preprocessor, *encoders.values(), *generators.values())]
-        scaled: list[tuple[Handle, StageArgs]] = [(preprocessor, args.preprocessor)]
+        stages: dict[str, StageArgs] = {preprocessor.deployment_name: args.preprocessor}
         for model in args.own_models:
-            name = model.served_name
-            scaled += [(encoders[name], model.vision_encoder), (generators[name], model.generator)]
+            # Of models that share a tower the first has made its stage.
+            stages.setdefault(encoders[model.served_name].deployment_name, model.vision_encoder)
+        for model in args.own_models:
+            stages[generators[model.served_name].deployment_name] = model.generator
         status = StageStatus(
             preprocessor.app_name,
             {name_for_clients(stage): stage for stage in stages},
-            may_be_empty={handle.deployment_name for handle, stage in scaled if not stage.min_replicas},
+            may_be_empty={stage for stage, settings in stages.items() if not settings.min_replicas},
         )
         # Serve's HTTP server puts the request id on every response itself.
         self._gateway = Gateway(
