@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import base64
 import functools
 import io
 import itertools
@@ -26,7 +25,8 @@ from typing import IO, Any
 import httpx
 from PIL import Image
 
-from llava_core.client.requests import CHAT
+from llava_core.client.messages import user_message
+from llava_core.client.requests import CHAT, chat_body
 
 _PICTURE = Path(__file__).parents[2] / "examples" / "scene.png"
 # Each client has a picture of its own, so that all replicas get something to do. Equal questions about equal pictures
@@ -156,10 +156,8 @@ class Load:
 
 def request_body(client: int, question: str, num_tokens: int) -> dict[str, object]:
     """A greedy answer of just so many tokens, about the client's picture."""
-    url = f"data:image/png;base64,{base64.b64encode(_picture(client)).decode()}"
-    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question}]
-    messages = [{"role": "user", "content": content}]
-    return {"messages": messages, "stream": True, "max_tokens": num_tokens, "min_tokens": num_tokens}
+    message = user_message(question, [_picture(client)])
+    return chat_body([message], stream=True, max_tokens=num_tokens, min_tokens=num_tokens)
 
 
 @functools.cache
