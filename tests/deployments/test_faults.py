@@ -199,13 +199,16 @@ def test_streams_and_new_requests_do_without_serves_controller(
     _await_whole(service)
 
 
-def _assert_broken(streams: list[_Stream]) -> None:
-    """But for those that were whole already, on a machine that was busy with something else."""
+def _assert_broken(service: Running, streams: list[_Stream]) -> None:
+    """But for those that were whole already, on a machine that was busy with something else. A client asks again by
+    itself, as long as nothing of an answer has come."""
     for stream in streams:
         stream.wait()
     broken = [stream for stream in streams if stream.last != "[DONE]"]
     assert broken
     assert all(isinstance(stream.error, httpx.TransportError) for stream in broken), [s.last for s in broken]
+    with Client(service.url, model=service.model) as client:
+        assert client.ask("hi", max_tokens=3).text is not None
 
 
 def test_clients_of_a_gateway_that_is_killed_see_their_connection_break_and_the_next_one_answers(
@@ -215,10 +218,7 @@ def test_clients_of_a_gateway_that_is_killed_see_their_connection_break_and_the_
     streams = _begun_streams(service)
     [gateway] = service.replicas("Gateway")
     os.kill(gateway, signal.SIGKILL)
-    _assert_broken(streams)
-    # Asks again by itself, as long as nothing of an answer has come.
-    with Client(service.url, model=service.model) as client:
-        assert client.ask("hi", max_tokens=3).text is not None
+    _assert_broken(service, streams)
     _await_whole(service)
 
 
@@ -227,9 +227,7 @@ def test_a_load_balancer_that_is_killed_is_started_again(service: Running) -> No
     streams = _begun_streams(service)
     [balancer] = service.processes("haproxy")
     os.kill(balancer, signal.SIGKILL)
-    _assert_broken(streams)
-    with Client(service.url, model=service.model) as client:
-        assert client.ask("hi", max_tokens=3).text is not None
+    _assert_broken(service, streams)
     assert service.processes("haproxy") != [balancer]
     assert service.post(messages=messages("hi"), max_tokens=3).status_code == 200
 
