@@ -13,7 +13,7 @@ import os
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -68,10 +68,13 @@ class Host:
         """A process in this host; what it prints goes into a file of this name in its /tmp, or nowhere.
 
         What is returned waits for it outside: to kill that leaves the process alone (see `kill_processes`)."""
-        variables = {**os.environ, "HOME": "/tmp", "TMPDIR": "/tmp", **(environment or {})}
         with open(self.own / log if log else os.devnull, "ab") as output:
             process = subprocess.Popen(
-                [*self._enter(), *command], env=variables, stdin=subprocess.DEVNULL, stdout=output, stderr=output
+                [*self._enter(), *command],
+                env=_variables(environment),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
             )
         self._started.append(process)
         return process
@@ -80,10 +83,13 @@ class Host:
         self, command: Sequence[str], environment: Mapping[str, str] | None = None, *, timeout_s: float = 120
     ) -> str:
         """What a command prints in this host. Raises HostsError with that where it fails."""
-        variables = {**os.environ, "HOME": "/tmp", "TMPDIR": "/tmp", **(environment or {})}
         try:
             done = subprocess.run(
-                [*self._enter(), *command], env=variables, capture_output=True, text=True, timeout=timeout_s
+                [*self._enter(), *command],
+                env=_variables(environment),
+                capture_output=True,
+                text=True,
+                timeout=timeout_s,
             )
         except subprocess.TimeoutExpired:
             raise HostsError(f"{self.name}: {' '.join(command)} takes more than {timeout_s:g} s") from None
@@ -125,6 +131,10 @@ class Host:
 
     def _enter(self) -> list[str]:
         return ["nsenter", f"--target={self.pid}", *_JOIN_USER, "--mount", "--uts", "--net", "--pid", "--"]
+
+
+def _variables(environment: Mapping[str, str] | None) -> dict[str, str]:
+    return {**os.environ, "HOME": "/tmp", "TMPDIR": "/tmp", **(environment or {})}
 
 
 # Whoever is not root becomes it in a user namespace.
@@ -244,13 +254,3 @@ def _port(host: Host) -> str:
     """The bridge's end of its link. Links of the dead go when the kernel gets round to it, so each has a name of its
     own."""
     return f"port{host.pid}"
-
-
-@contextlib.contextmanager
-def cut_link(network: HostNetwork, one: Host, other: Host) -> Iterator[None]:
-    """For as long as the block runs."""
-    network.cut(one, other)
-    try:
-        yield
-    finally:
-        network.mend(one, other)
