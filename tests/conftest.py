@@ -32,6 +32,15 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def _one_thread_again(_one_thread: None) -> None:
+    """What one test sets is that of threads which another begins, too: their sums would differ in the last bits from
+    those of its own thread."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def reference_model() -> "LlavaForConditionalGeneration":
     """What transformers computes; tests must not change it."""

@@ -26,13 +26,6 @@ from llava_core.stages.loading import (
 from llava_core.stages.shared_cores import OwnCores, SharedCores
 
 
-@pytest.fixture(autouse=True)
-def _restore_threads() -> object:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
 def test_threads_are_what_was_asked_for_whatever_the_cpu_share(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     set_up_compute(Compute(threads=2), num_gpus=0)
