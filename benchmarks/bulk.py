@@ -1,14 +1,17 @@
 """Bulk jobs: their tokens per second beside the engine's own, what a second generator adds, and kills without a loss.
 
     python -m benchmarks.bulk share [--mid DIR] [--pictures 200] [--rounds 2] [--json FILE]
-    python -m benchmarks.bulk actors [--pictures 400] [--rounds 2] [--json FILE]
+    python -m benchmarks.bulk actors [--pictures 1600] [--rounds 2] [--json FILE]
     python -m benchmarks.bulk kills [--pictures 400] [--kills 10] [--json FILE]
+    python -m benchmarks.bulk memory [--rows 1000000] [--json FILE]
 
 `share`: `llava batch` and one process that prepares, encodes and generates with the same settings, in turns, on random
 weights (`mid`, 642 M parameters) with 64 tokens an answer. Each is timed from its first answers to its last: loading is
 left out of both, and stands beside. `actors`: the default model with one and with two generators of a single thread, in
-turns. `kills`: the driver and all it began are killed with SIGKILL, each time at another row, and the job is given
-again; then every row must be there once.
+turns, asked once about each picture, and eight times about an eighth of them. `kills`: the driver and all it began are
+killed with SIGKILL, each time at another row, and the job is given again; then every row must be there once. `memory`:
+the largest resident size of the job's own process, for a thousand rows and for very many, whose pictures are all
+missing: what it keeps of a row does not depend on that.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import signal
 import statistics
 import subprocess
@@ -25,11 +29,13 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from benchmarks.machine import describe_machine
 from benchmarks.service.pictures import PictureMaker
@@ -44,15 +50,19 @@ PROMPT = "Describe the picture."
 MAX_RUNNING, MAX_TOKENS = 32, 64
 # A job hands answers on so many at a time. The clock starts when the first of them are there.
 FIRST_ROWS = 16
+_PICTURES = {"share": 200, "actors": 1600, "kills": 400, "memory": 0}
+_PER_PICTURE = (1, 8)
 _LOOK_S = 0.02
 
 
 @dataclass(frozen=True)
 class Timed:
-    """Tokens per second from the first answers to the last, and seconds until those first ones."""
+    """Tokens per second from the first answers to the last, how much of the machine's cores was in use meanwhile, and
+    seconds until those first ones."""
 
     tokens_per_s: float
     first_s: float
+    cores_in_use: float
     mean_batch: float | None = None
 
 
@@ -60,12 +70,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", choices=[*WORKS])
     parser.add_argument("--mid", type=Path, help="the checkpoint, written where it is missing")
-    parser.add_argument("--pictures", type=int, help="[200 for share, 400 for the others]")
+    parser.add_argument("--pictures", type=int, help="[200 for share, 1600 for actors, 400 for kills]")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--rows", type=int, default=10**6, help="of memory")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     options = parser.parse_args()
-    options.pictures = options.pictures or (200 if options.work == "share" else 400)
+    options.pictures = options.pictures or _PICTURES[options.work]
     with tempfile.TemporaryDirectory(prefix="bulk-") as folder:
         draw(Path(folder) / "pictures", options.pictures)
         results = {"machine": describe_machine(), "work": options.work, "pictures": options.pictures}
@@ -81,29 +92,43 @@ def share(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     with checkpoint("mid", options.mid) as model:
         for number in range(options.rounds):
             alone = answer_alone(model, folder / "pictures")
-            bulk = time_job(folder, f"share-{number}", "--model", str(model), "--max-tokens", str(MAX_TOKENS))
+            words = ["--model", str(model), "--max-tokens", str(MAX_TOKENS)]
+            bulk = time_job(folder / "pictures", folder / f"share-{number}.jsonl", *words)
             rounds.append({"engine": vars(alone), "bulk": vars(bulk), "share": bulk.tokens_per_s / alone.tokens_per_s})
     return {"rounds": rounds, "share": statistics.median(each["share"] for each in rounds)}
 
 
 def actors(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """What a second generator adds."""
-    rounds: list[dict[str, Any]] = []
-    for number in range(options.rounds):
-        timed = dict[int, Timed]()
-        for replicas in (1, 2):
-            words = [f"generate.replicas={replicas}", "generate.threads=1", "encode.threads=1"]
-            stages = [argument for word in words for argument in ("--stage", word)]
-            timed[replicas] = time_job(folder, f"actors-{number}-{replicas}", *stages)
-        times = timed[2].tokens_per_s / timed[1].tokens_per_s
-        rounds.append({"1": vars(timed[1]), "2": vars(timed[2]), "times": times})
-    return {"rounds": rounds, "times": statistics.median(each["times"] for each in rounds)}
+    """What a second generator adds, for each number of questions about a picture."""
+    found: dict[str, Any] = {}
+    for per_picture in _PER_PICTURE:
+        questions, rounds = folder / f"{per_picture}.jsonl", list[dict[str, Any]]()
+        _ask_about(sorted((folder / "pictures").iterdir()), per_picture, questions)
+        for number in range(options.rounds):
+            timed = dict[int, Timed]()
+            for replicas in (1, 2):
+                words = [f"generate.replicas={replicas}", "generate.threads=1", "encode.threads=1"]
+                stages = [argument for word in words for argument in ("--stage", word)]
+                timed[replicas] = time_job(questions, folder / f"{per_picture}-{number}-{replicas}.jsonl", *stages)
+            times = timed[2].tokens_per_s / timed[1].tokens_per_s
+            rounds.append({"1": vars(timed[1]), "2": vars(timed[2]), "times": times})
+        times = statistics.median(each["times"] for each in rounds)
+        found[f"{per_picture} questions a picture"] = {"rounds": rounds, "times": times}
+    return found
+
+
+def _ask_about(pictures: Sequence[Path], per_picture: int, questions: Path) -> None:
+    """As many rows as there are pictures, of which only so many are asked about."""
+    with questions.open("w") as file:
+        for row in range(len(pictures)):
+            asked = {"id": row, "image": str(pictures[row // per_picture]), "text": f"{PROMPT} ({row % per_picture})"}
+            file.write(json.dumps(asked) + "\n")
 
 
 def kills(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Every row once, whenever the job is killed."""
     output, chance, killed = folder / "kills.jsonl", random.Random(0), list[int]()
-    command = job_command(folder, output)
+    command = job_command(folder / "pictures", output)
     for _ in range(options.kills):
         at_row = count_lines(output) + chance.randrange(options.pictures // (options.kills + 2))
         process = start(command, folder / "kills.log")
@@ -122,7 +147,32 @@ def kills(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     return {"killed_at_rows": killed, "rows": len(rows), "each_once": True}
 
 
-WORKS = {"share": share, "actors": actors, "kills": kills}
+def memory(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """What the driver needs for few rows and for many."""
+    few, many = (_peak_mib(folder, num_rows) for num_rows in (1000, options.rows))
+    return {"rows": options.rows, "peak_mib_of_1000_rows": few, "peak_mib": many}
+
+
+def _peak_mib(folder: Path, num_rows: int) -> float:
+    questions, log = folder / f"{num_rows}.jsonl", folder / f"memory-{num_rows}.log"
+    with questions.open("w") as file:
+        file.writelines(
+            f'{{"id": {row}, "image": "missing-{row}.png", "text": "{PROMPT}"}}\n' for row in range(num_rows)
+        )
+    peak_kib = 0
+    process = start(job_command(questions, folder / f"memory-{num_rows}-answers.jsonl"), log)
+    while process.poll() is None:
+        # Of an ended process nothing is told.
+        if told := re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{process.pid}/status").read_text()):
+            peak_kib = int(told[1])
+        time.sleep(_LOOK_S)
+    assert process.returncode == 0, log.read_text()
+    assert process.stdout is not None
+    assert json.loads(process.stdout.read())["errors"] == {"unreadable_file": num_rows}
+    return round(peak_kib / 1024, 1)
+
+
+WORKS = {"share": share, "actors": actors, "kills": kills, "memory": memory}
 
 
 def draw(folder: Path, number: int) -> None:
@@ -134,10 +184,10 @@ def draw(folder: Path, number: int) -> None:
         (folder / f"{index:06}.{picture.format.lower()}").write_bytes(picture.data)
 
 
-def job_command(folder: Path, output: Path, *arguments: str) -> list[str]:
+def job_command(questions: Path, output: Path, *arguments: str) -> list[str]:
     llava = [sys.executable, "-c", "from llava_core.cli import main; main()"]
     fixed = ["--prompt", PROMPT, "--max-running", str(MAX_RUNNING), "--format", "json"]
-    return [*llava, "batch", str(folder / "pictures"), str(output), *fixed, *arguments]
+    return [*llava, "batch", str(questions), str(output), *fixed, *arguments]
 
 
 def start(command: list[str], log: Path) -> subprocess.Popen[str]:
@@ -146,17 +196,18 @@ def start(command: list[str], log: Path) -> subprocess.Popen[str]:
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=file, text=True, start_new_session=True)
 
 
-def time_job(folder: Path, name: str, *arguments: str) -> Timed:
+def time_job(questions: Path, output: Path, *arguments: str) -> Timed:
     """The times are those at which rows appear in the output."""
-    output, log = folder / f"{name}.jsonl", folder / f"{name}.log"
+    log = output.with_suffix(".log")
     began = time.monotonic()
-    process = start(job_command(folder, output, *arguments), log)
+    process = start(job_command(questions, output, *arguments), log)
     first_s, first_rows, num_rows, last = None, 0, 0, began
+    used, in_use = CoreTime(), 0.0
     while process.poll() is None:
         if (rows := count_lines(output)) > num_rows:
-            num_rows, last = rows, time.monotonic()
+            num_rows, last, in_use = rows, time.monotonic(), used.share()
             if first_s is None and rows >= FIRST_ROWS:
-                first_s, first_rows = last - began, rows
+                first_s, first_rows, used = last - began, rows, CoreTime()
         time.sleep(_LOOK_S)
     assert process.returncode == 0, log.read_text()
     assert first_s is not None, "there are too few pictures to be timed"
@@ -164,7 +215,20 @@ def time_job(folder: Path, name: str, *arguments: str) -> Timed:
     assert process.stdout is not None
     engines = json.loads(process.stdout.read())["this_run"]["engines"]
     mean_batch = statistics.mean(each["mean_batch"] for each in engines)
-    return Timed(sum(tokens[first_rows:]) / (last - began - first_s), first_s, mean_batch)
+    return Timed(sum(tokens[first_rows:]) / (last - began - first_s), first_s, in_use, mean_batch)
+
+
+class CoreTime:
+    """Of all cores of this machine, whoever uses them, from now on."""
+
+    def __init__(self) -> None:
+        self._began = psutil.cpu_times()
+
+    def share(self) -> float:
+        """That was in use, of 1."""
+        now, began = psutil.cpu_times(), self._began
+        idle = (now.idle + now.iowait) - (began.idle + began.iowait)
+        return 1.0 - idle / max(sum(now) - sum(began), 1e-9)
 
 
 def count_lines(file: Path) -> int:
@@ -185,15 +249,15 @@ def _answer_alone(folder: Path, pictures: Path, began: float) -> Timed:
         return LocalModel(folder, options=options, engine=EngineConfig(max_running=MAX_RUNNING))
 
     model = in_thread_of_its_own(load)
-    tokens, first_s = 0, 0.0
+    tokens, first_s, used = 0, 0.0, CoreTime()
     for num_done, num_tokens in enumerate(_answers(model, sorted(pictures.iterdir())), start=1):
         if num_done == FIRST_ROWS:
-            first_s = time.time() - began
+            first_s, used = time.time() - began, CoreTime()
         elif num_done > FIRST_ROWS:
             tokens += num_tokens
     stats = model.engine.stats
     seconds = time.time() - began - first_s
-    return Timed(tokens / seconds, first_s, stats.scheduled_requests / stats.num_steps)
+    return Timed(tokens / seconds, first_s, used.share(), stats.scheduled_requests / stats.num_steps)
 
 
 def _answers(model: LocalModel, pictures: list[Path]) -> Iterator[int]:

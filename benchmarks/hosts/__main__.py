@@ -1,10 +1,10 @@
 """What dies on a cluster, what its clients see of that, and how long it takes until all is well again.
 
-    python -m benchmarks.hosts [--json FILE] [--only NAME ...] [--head]
+    python -m benchmarks.hosts [--json FILE] [--only NAME ...] [--head [--redis]]
 
 A head, three workers and a host of clients on this machine (network.py), two replicas of each stage on different hosts,
-four clients that ask without pause. `--head` measures the loss of the head instead. Needs root, or a user who may make
-namespaces.
+four clients that ask without pause. `--head` measures the loss of the head instead, `--redis` with its knowledge kept
+in Redis (Debian's redis-server). Needs root, or a user who may make namespaces.
 """
 
 from __future__ import annotations
@@ -32,32 +32,40 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="also write the figures here")
     parser.add_argument("--only", nargs="+", choices=[*FAULTS], metavar="NAME", default=[*FAULTS], help="these faults")
-    parser.add_argument("--head", action="store_true", help="the loss of the head, without Redis")
+    parser.add_argument("--head", action="store_true", help="the loss of the head")
+    parser.add_argument("--redis", action="store_true", help="the head keeps what it knows in Redis")
     options = parser.parse_args()
     if reason := why_not():
         parser.error(reason)
     results: dict[str, Any] = {"machine": describe_machine(), "faults": {}}
-    with deployed() as cluster:
+    with deployed(has_redis=options.redis) as cluster:
         if options.head:
-            results["head"] = asdict(measure_head_loss(cluster, CONFIG))
-            print(json.dumps(results["head"], indent=2))
+            lost = measure_head_loss(cluster, CONFIG)
+            results["head with Redis" if options.redis else "head"] = asdict(lost)
+            print(json.dumps(asdict(lost), indent=2))
             options.only = []
         for name in options.only:
             seen = measure(cluster, FAULTS[name])
             results["faults"][name] = asdict(seen)
             print(describe(name, seen), flush=True)
-        if options.json:
-            options.json.write_text(json.dumps(results, indent=2) + "\n")
+            _write(results, options.json)
+        _write(results, options.json)
+
+
+def _write(results: Mapping[str, Any], file: Path | None) -> None:
+    """After each fault, because the next one may be the last."""
+    if file is not None:
+        file.write_text(json.dumps(results, indent=2) + "\n")
 
 
 @contextmanager
-def deployed(*, num_workers: int = 3, environment: Mapping[str, str] | None = None) -> Iterator[HostCluster]:
+def deployed(*, num_workers: int = 3, has_redis: bool = False) -> Iterator[HostCluster]:
     """A cluster on which the service runs, two replicas of each stage, no two of them on one host."""
     with (
         tempfile.TemporaryDirectory(prefix="hosts-") as folder,
         HostNetwork(Path(folder), kept=[ROOT]) as network,
     ):
-        cluster = HostCluster(network, num_workers=num_workers, environment=environment)
+        cluster = HostCluster(network, num_workers=num_workers, has_redis=has_redis)
         cluster.start()
         cluster.deploy(CONFIG)
         yield cluster

@@ -22,7 +22,7 @@ from deployments.environment import CLUSTER_ENVIRONMENT
 ROOT = Path(__file__).parents[2]
 RAY = (sys.executable, "-m", "ray.scripts.scripts")
 SERVE = (sys.executable, "-m", "ray.serve.scripts")
-PORT, _GCS_PORT, _DASHBOARD_PORT = 8000, 6379, 8265
+PORT, _GCS_PORT, _DASHBOARD_PORT, _REDIS_PORT = 8000, 6379, 8265, 6379
 _OBJECT_STORE_BYTES = 128 * 1024**2
 _STAGES = ("Gateway", "Preprocessor", "VisionEncoder", "Generator")
 # Of busy machines.
@@ -31,12 +31,15 @@ _POLL_S = 0.25
 
 
 class HostCluster:
-    """A head, `num_workers` workers and a client, and Ray's token in all of them but the last.
-
-    `environment` is that of every Ray process beside CLUSTER_ENVIRONMENT."""
+    """A head, `num_workers` workers and a client, and Ray's token in all of them but the last. With Redis, which is a
+    host of its own, the head keeps there what it knows."""
 
     def __init__(
-        self, network: HostNetwork, *, num_workers: int = 3, environment: Mapping[str, str] | None = None
+        self,
+        network: HostNetwork,
+        *,
+        num_workers: int = 3,
+        has_redis: bool = False,
     ) -> None:
         self.network = network
         self.environment = {
@@ -46,16 +49,19 @@ class HostCluster:
             # All hosts share one memory, which others use as well.
             "RAY_memory_monitor_refresh_ms": "0",
             "HF_HUB_OFFLINE": "1",
-            **(environment or {}),
         }
         # Ray's command on each host.
         self._nodes: dict[str, subprocess.Popen[bytes]] = {}
         self.head = network.start_host("head")
         self.client = network.start_host("client")
         self.workers = [network.start_host(f"worker{number}") for number in range(1, num_workers + 1)]
+        self.redis = network.start_host("redis") if has_redis else None
 
     def start(self) -> None:
         """Returns when all nodes have joined. Raises HostsError."""
+        if self.redis is not None:
+            options = ["--port", str(_REDIS_PORT), "--bind", self.redis.address, "--protected-mode", "no", "--save", ""]
+            self.redis.start(["redis-server", *options], {}, log="redis.log")
         self.start_head()
         for worker in self.workers:
             self.start_worker(worker)
@@ -78,17 +84,18 @@ class HostCluster:
     def start_head(self) -> None:
         """Returns when it takes nodes."""
         options = ["--head", f"--port={_GCS_PORT}", "--num-cpus=0", "--dashboard-host=0.0.0.0"]
-        self._start_node(self.head, *options)
+        kept = {"RAY_REDIS_ADDRESS": f"{self.redis.address}:{_REDIS_PORT}"} if self.redis is not None else {}
+        self._start_node(self.head, *options, environment=kept)
         until(lambda: self.num_nodes() > 0, "the head runs")
 
     def start_worker(self, worker: Host, *, num_cpus: int = 1) -> None:
         """Returns at once."""
         self._start_node(worker, f"--address={self.head.address}:{_GCS_PORT}", f"--num-cpus={num_cpus}")
 
-    def _start_node(self, host: Host, *options: str) -> None:
+    def _start_node(self, host: Host, *options: str, environment: Mapping[str, str] | None = None) -> None:
         sizes = [f"--object-store-memory={_OBJECT_STORE_BYTES}", "--disable-usage-stats", "--include-log-monitor=false"]
         command = [*RAY, "start", "--block", *options, *sizes]
-        self._nodes[host.name] = host.start(command, self.environment, log="ray-start.log")
+        self._nodes[host.name] = host.start(command, {**self.environment, **(environment or {})}, log="ray-start.log")
 
     def has_ended(self, host: Host) -> bool:
         """Whether Ray runs there no more, which its command sees by itself."""

@@ -1,7 +1,7 @@
 """The head is lost under load: whether the service goes on without it, and what it takes to be whole again.
 
 Another head starts at the same address after a while, as Kubernetes starts one, and workers whose Ray has ended start
-anew. There is no Redis: Ray has forgotten everything, and the application is deployed again.
+anew. Without Redis Ray has forgotten everything, and the application is deployed again; with it nobody does anything.
 """
 
 from __future__ import annotations
@@ -41,7 +41,10 @@ def measure_head_loss(cluster: HostCluster, config: Mapping[str, Any], *, num_cl
         restarted = time.monotonic()
         cluster.replace_head()
         lost = cluster.wait_for_workers()
-        cluster.deploy(config)
+        if cluster.redis is None:
+            cluster.deploy(config)
+        else:
+            until(cluster.is_complete, "all replicas serve")
         complete_s = time.monotonic() - struck
         # An answer of each client that was asked for since then.
         since = time.monotonic()

@@ -9,14 +9,14 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import ray
-from ray.data import ActorPoolStrategy, DataContext, Datasource, ReadTask
+from ray.data import ActorPoolStrategy, DataContext, Dataset, Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
 from cluster.batch.errors import InputError
@@ -25,9 +25,12 @@ from cluster.batch.settings import JobSettings, StageName, StageSettings
 from cluster.batch.sources import Plan, Source, Span
 from cluster.batch.stages import Encode, Generate, Prepare
 
-# Rows that go from stage to stage together. Of each block Ray Data keeps what it knows until the job's end, so long
-# inputs have larger ones.
-_BLOCK_ROWS, _BLOCKS = (16, 64), 6000
+# Of each block Ray Data keeps what it knows until its dataset ends. So a long input is done by several, one after
+# another, and the driver needs no more memory the longer it is. Each starts the stages anew, so it has so many rows for
+# each engine.
+_DATASET_ROWS = 128 * 1024
+# Rows that go from stage to stage together; of long inputs more.
+_BLOCK_ROWS, _BLOCKS = (16, 64), 2048
 READ_CPUS = 0.1
 # How often Ray does again what was lost with a process, and how many blocks of rows that are in company may be lost for
 # good: more are no accident. Of rows that are alone any number may: it is the job that then judges.
@@ -37,10 +40,10 @@ _PREPARE_THREADS = 2
 
 @dataclass(frozen=True)
 class Rows(Datasource):
-    """The rows of an input that are not in `written`; whoever reads a span gets its part of that."""
+    """The rows of these spans that are not in `written`; whoever reads a span gets its part of that."""
 
     source: Source
-    plan: Plan
+    spans: Sequence[Span]
     written: npt.NDArray[np.bool_]
 
     def estimate_inmemory_data_size(self) -> int | None:
@@ -48,16 +51,8 @@ class Rows(Datasource):
         return None
 
     def get_read_tasks(self, parallelism: int, *_: Any, **__: Any) -> list[ReadTask]:
-        """One for each span that is not done, however many Ray would like."""
-        return [self._task(span) for span in self._open_spans()]
-
-    @property
-    def num_tasks(self) -> int:
-        """Those that are not done."""
-        return len(self._open_spans())
-
-    def _open_spans(self) -> list[Span]:
-        return [span for span in self.plan.spans if not self.written[span.start : span.stop].all()]
+        """One for each span, however many Ray would like."""
+        return [self._task(span) for span in self.spans]
 
     def _task(self, span: Span) -> ReadTask:
         source, done = self.source, self.written[span.start : span.stop].copy()
@@ -89,14 +84,36 @@ def answer_rows(
 
     Raises what Ray raises when it cannot go on.
     """
-    rows = Rows(source, plan, written)
+    for spans in datasets(plan, written, max_rows=_DATASET_ROWS * job.stages["generate"].replicas):
+        dataset = _dataset(job, Rows(source, spans, written), plan.num_rows, isolated=isolated)
+        for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            yield list(from_block(block))
+
+
+def datasets(plan: Plan, written: npt.NDArray[np.bool_], *, max_rows: int) -> Iterator[list[Span]]:
+    """The spans that are not done when it is their turn, those of at most so many rows together, or one with more."""
+    spans, num_rows = list[Span](), 0
+    for span in plan.spans:
+        if written[span.start : span.stop].all():
+            continue
+        if spans and num_rows + span.stop - span.start > max_rows:
+            yield spans
+            spans, num_rows = [], 0
+        spans.append(span)
+        num_rows += span.stop - span.start
+    if spans:
+        yield spans
+
+
+def _dataset(job: JobSettings, rows: Rows, num_all: int, *, isolated: bool) -> Dataset:
+    """The rows on their way through the stages; the whole input has `num_all`."""
     context = DataContext.get_current()
     _quiet(context)
     context.max_errored_blocks = _ANY_NUMBER if isolated else _MAX_LOST_BLOCKS
-    num_rows = 1 if isolated else block_rows(plan.num_rows)
+    num_rows = 1 if isolated else block_rows(num_all)
     num_blocks = 1 if isolated else blocks_at_once(job.max_running, num_rows)
     # As many blocks as there are tasks: what is read is not cut up before it is cut into blocks of the right size.
-    dataset = ray.data.read_datasource(rows, num_cpus=READ_CPUS, override_num_blocks=rows.num_tasks)
+    dataset: Dataset = ray.data.read_datasource(rows, num_cpus=READ_CPUS, override_num_blocks=len(rows.spans))
     dataset = dataset.repartition(target_num_rows_per_block=num_rows)
     # With how many calls at once, and what each is told beside the job.
     stages: tuple[tuple[StageName, Callable[..., Any], int, tuple[int, ...]], ...] = (
@@ -117,8 +134,7 @@ def answer_rows(
             num_gpus=settings.num_gpus,
             ray_remote_args_fn=_actor_options,
         )
-    for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-        yield list(from_block(block))
+    return dataset
 
 
 def block_rows(num_rows: int) -> int:

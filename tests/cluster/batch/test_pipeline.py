@@ -1,13 +1,14 @@
 """What Ray is given to read: the rows that are not done, and no others."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
 from cluster.batch import sources
-from cluster.batch.pipeline import Rows, block_rows, blocks_at_once
+from cluster.batch.pipeline import Rows, block_rows, blocks_at_once, datasets
 from cluster.batch.records import INPUT_ERROR, Failure, from_block
-from cluster.batch.sources import JsonLines
+from cluster.batch.sources import JsonLines, Plan, Span
 
 
 def test_only_rows_that_are_not_written_are_read(tmp_path: Path) -> None:
@@ -19,12 +20,21 @@ def test_only_rows_that_are_not_written_are_read(tmp_path: Path) -> None:
     written = np.zeros(plan.num_rows, bool)
     written[: sources.SPAN_ROWS] = True
     written[5000:9998] = True
-    rows = Rows(source, plan, written)
-    tasks = rows.get_read_tasks(200)
-    assert len(tasks) == rows.num_tasks == 2
+    [spans] = datasets(plan, written, max_rows=10**6)
+    tasks = Rows(source, spans, written).get_read_tasks(200)
+    assert len(tasks) == 2
     read = [record.row for task in tasks for block in task() for record in from_block(block)]
     assert read == [*range(sources.SPAN_ROWS, 5000), 9998, 9999]
     assert [task.metadata.num_rows for task in tasks] == [5000 - sources.SPAN_ROWS, 2]
+
+
+def test_no_dataset_has_more_rows_than_its_bound_and_each_open_row_is_in_one(tmp_path: Path) -> None:
+    ends = (4, 8, 10, 14, 30, 33, 37)
+    spans = tuple(Span(start, stop, tmp_path) for start, stop in pairwise((0, *ends)))
+    written = np.zeros(37, bool)
+    written[8:10] = True
+    parts = [[(span.start, span.stop) for span in part] for part in datasets(Plan(37, "", spans), written, max_rows=10)]
+    assert parts == [[(0, 4), (4, 8)], [(10, 14)], [(14, 30)], [(30, 33), (33, 37)]]
 
 
 def test_a_span_that_is_done_meanwhile_is_read_as_it_was_planned(tmp_path: Path) -> None:
@@ -33,7 +43,7 @@ def test_a_span_that_is_done_meanwhile_is_read_as_it_was_planned(tmp_path: Path)
     file.write_text('{"text": "a"}\n' * 3)
     source = JsonLines(file, tmp_path, None)
     written = np.zeros(3, bool)
-    [task] = Rows(source, source.plan(), written).get_read_tasks(1)
+    [task] = Rows(source, source.plan().spans, written).get_read_tasks(1)
     written[:] = True
     assert sum(block.num_rows for block in task()) == 3
 
@@ -43,7 +53,7 @@ def test_an_input_that_has_gone_is_read_as_a_failure_of_the_input(tmp_path: Path
     file = tmp_path / "in.jsonl"
     file.write_text('{"text": "a"}\n' * 3)
     source = JsonLines(file, tmp_path, None)
-    [task] = Rows(source, source.plan(), np.zeros(3, bool)).get_read_tasks(1)
+    [task] = Rows(source, source.plan().spans, np.zeros(3, bool)).get_read_tasks(1)
     for change, said, num_read in (
         (lambda: file.write_text('{"text": "a"}\n'), "has changed since the job began", 1),
         (file.unlink, "every machine of the cluster must see it", 0),
@@ -64,4 +74,4 @@ def test_an_engine_has_as_many_rows_as_it_runs_beside_a_block_that_ends_and_one_
 
 
 def test_long_inputs_have_larger_blocks_within_bounds() -> None:
-    assert [block_rows(number) for number in (1, 96_000, 240_000, 10**6, 10**9)] == [16, 16, 40, 64, 64]
+    assert [block_rows(number) for number in (1, 32_768, 81_920, 131_072, 10**9)] == [16, 16, 40, 64, 64]
