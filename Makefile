@@ -32,11 +32,11 @@ format: setup
 	$(BIN)/ruff format
 
 test: test-fast
-	$(BIN)/pytest -m "ray or browser"
+	$(BIN)/pytest -m "ray or browser" --durations=25
 
 # Beside each other on all cores, which those that start a service or a browser need for themselves.
 test-fast: setup
-	$(BIN)/pytest -m "not ray and not browser" --numprocesses logical --maxprocesses 8 --dist worksteal
+	$(BIN)/pytest -m "not ray and not browser" --numprocesses logical --maxprocesses 8 --dist worksteal --durations=15
 
 # The web page in Chromium: apt-get install chromium chromium-driver. Skipped where these are missing.
 test-browser: setup

@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import itertools
 import json
+import math
 import os
 import signal
 import time
@@ -82,7 +83,8 @@ class Seen:
 
 
 def run(minutes: float, *, clients: int = 4, every_s: float = 20.0) -> tuple[list[Bar], dict[str, Any]]:
-    """The bars, and figures by what was killed, every `every_s` after all was well again. Prints these as a table."""
+    """The bars, and figures by what was killed, one process every `every_s` whether or not the one before is there
+    again. Prints these as a table."""
     with serving(args=_ARGS) as service:
         load = _Load(service)
         asyncio.run(load.run(clients, minutes * 60, every_s))
@@ -139,14 +141,14 @@ class _Load:
             self._expected.append(answer)
         self.seen.memory_mib.append(self._memory())
         asking = [asyncio.ensure_future(self._client(number)) for number in range(clients)]
-        end = time.monotonic() + seconds
-        for kind in itertools.cycle(KINDS):
-            await asyncio.sleep(min(every_s, max(0.0, end - time.monotonic())))
-            if time.monotonic() >= end:
-                break
-            await self._kill(kind)
+        began = time.monotonic()
+        recovering = []
+        for number, kind in zip(range(1, math.ceil(seconds / every_s)), itertools.cycle(KINDS), strict=False):
+            await asyncio.sleep(began + number * every_s - time.monotonic())
+            recovering.append(asyncio.ensure_future(self._recover(kind, self._kill(kind))))
+        await asyncio.sleep(began + seconds - time.monotonic())
         self._is_over = True
-        await asyncio.gather(*asking)
+        await asyncio.gather(*asking, *recovering)
         self.seen.memory_mib.append(self._memory())
 
     async def _client(self, number: int) -> None:
@@ -175,12 +177,16 @@ class _Load:
         gaps = [later - earlier for earlier, later in itertools.pairwise(times)]
         return read_answer([data for _, data in events]), again, max(gaps, default=0.0)
 
-    async def _kill(self, kind: str) -> None:
-        before = self._processes(kind)
+    def _kill(self, kind: str) -> list[int]:
+        """One of the kind, the first of the processes that are returned."""
+        found = self._processes(kind)
         self._last = kind
-        began = time.monotonic()
         self.seen.kills[kind] += 1
-        os.kill(before[0], signal.SIGKILL)
+        os.kill(found[0], signal.SIGKILL)
+        return found
+
+    async def _recover(self, kind: str, before: Sequence[int]) -> None:
+        began = time.monotonic()
         while not await asyncio.to_thread(self._is_whole, kind, before):
             if time.monotonic() > began + _PATIENCE_S:
                 break

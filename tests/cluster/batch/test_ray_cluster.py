@@ -10,6 +10,12 @@ from cluster.batch.ray_cluster import ENVIRONMENT, check_output_stays, seen_by_w
 COPY = "ray/session_1/runtime_resources/working_dir_files/_ray_pkg_0123"
 
 
+def test_a_ray_of_ones_own_is_told_what_a_services_is() -> None:
+    from deployments.environment import ENVIRONMENT as OF_A_SERVICE
+
+    assert ENVIRONMENT.items() <= OF_A_SERVICE.items()
+
+
 def test_a_ray_of_ones_own_is_set_up_unless_the_user_has_done_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     for name in ENVIRONMENT:
