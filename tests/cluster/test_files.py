@@ -43,6 +43,26 @@ def test_serve_and_the_application_understand_the_configuration(path: Path) -> N
         assert stage.min_replicas >= 2
 
 
+def test_serve_builds_a_configuration_of_the_application(tmp_path: Path) -> None:
+    """`serve build` takes bound applications, and ours is built of settings: here of those of serve_config.yaml."""
+    (described,) = document(ROOT / "serve_config.yaml")["applications"]
+    (tmp_path / "settings.yaml").write_text(yaml.safe_dump(described.get("args", {})))
+    (tmp_path / "bound.py").write_text(
+        "import pathlib, yaml\n"
+        "from deployments.app import build_app\n"
+        "from deployments.settings import AppArgs\n"
+        "settings = yaml.safe_load(pathlib.Path(__file__).with_name('settings.yaml').read_text())\n"
+        "app = build_app(AppArgs.model_validate(settings))\n"
+    )
+    built = tmp_path / "built.yaml"
+    command = ["-m", "ray.serve.scripts", "build", "bound:app", "--app-dir", str(tmp_path), "-o", str(built)]
+    subprocess.run([sys.executable, *command], check=True, capture_output=True, cwd=ROOT)
+    schema = ServeDeploySchema.model_validate(document(built))
+    [application] = schema.applications
+    names = [deployment.name for deployment in application.deployments]
+    assert names == ["Preprocessor", "VisionEncoder", "Generator", "Gateway"]
+
+
 def test_keys_that_are_made_as_documented_open_the_service(tmp_path: Path) -> None:
     from click.testing import CliRunner
 
