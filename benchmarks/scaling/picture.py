@@ -26,6 +26,7 @@ def draw(path: Path, samples: Sequence[Sample], firsts: Sequence[tuple[float, fl
     nodes = [sample.nodes for sample in samples]
     replicas.step(times, nodes, where="post", label="nodes", color="black", linestyle=":")
     replicas.set_ylabel("running replicas, nodes")
+    replicas.yaxis.get_major_locator().set_params(integer=True)
     replicas.legend(loc="upper right", frameon=False)
     latency.scatter([began - start for began, _ in firsts], [seconds for _, seconds in firsts], s=6, linewidths=0)
     latency.set(ylabel="first token after, s", xlabel="seconds", yscale="log")
