@@ -15,7 +15,7 @@ from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, R
 
 from deployments.affinity import Session, by_preference, ranked
 from deployments.metrics import ROUTED, RayRecorder, Recorder
-from deployments.sent_calls import SENT_CALLS
+from deployments.sent_calls import SentCalls
 from deployments.suspects import Suspects
 
 
@@ -27,10 +27,15 @@ class AffinityRouter(RequestRouter):
     """
 
     _recorder: Recorder
+    _sent_calls: SentCalls
     _capacity: int | None = None
 
     def initialize_state(self, *, capacity: int | None = None, **_: Any) -> None:
         """For Serve, when the router begins. A replica itself refuses what is beyond `capacity`, where there is one."""
+        # Serve sends this class by value: what its file has imported is a copy, and nobody listens to that.
+        from deployments.sent_calls import SENT_CALLS
+
+        self._sent_calls = SENT_CALLS
         self._recorder = RayRecorder().start()
         self._capacity = capacity
         self._suspects = Suspects()
@@ -40,11 +45,11 @@ class AffinityRouter(RequestRouter):
     ) -> RunningReplica:
         """For Serve, which asks again itself (`is_retry`) where a replica has refused the call, and not in vain."""
         request, stage = _session(pending_request).request, self._deployment_id.name
-        SENT_CALLS.note(stage, request, is_sent=False)
+        self._sent_calls.note(stage, request, is_sent=False)
         if not is_retry:
             self._suspects.asked(request)
         replica: RunningReplica = await super()._choose_replica_for_request(pending_request, is_retry=is_retry)
-        SENT_CALLS.note(stage, request, is_sent=True)
+        self._sent_calls.note(stage, request, is_sent=True)
         self._suspects.sent(request, _name(replica.replica_id))
         return replica
 

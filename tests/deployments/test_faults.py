@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from deployments.metrics import RETRIES
+from deployments.signs_of_life import SILENCE_S
 from llava_core.client import Client
 from tests.deployments.pictures import plain
 from tests.deployments.service import Running, content, events, long_checkpoint, messages, serving, until
@@ -153,6 +154,22 @@ def test_streams_go_on_where_no_generator_is_left_for_a_while(service: Running, 
     for pid in service.replicas("Generator"):
         os.kill(pid, signal.SIGKILL)
     assert [stream.whole() for stream in streams] == expected
+
+
+def test_streams_of_a_generator_that_falls_silent_go_on_elsewhere(
+    service: Running, expected: list[dict[str, Any]]
+) -> None:
+    """As where its host has lost power: nothing is closed. Ray itself takes a minute to notice."""
+    _await_whole(service)
+    streams = _begun_streams(service)
+    [pid, _] = service.replicas("Generator")
+    os.kill(pid, signal.SIGSTOP)
+    stopped = time.monotonic()
+    try:
+        assert [stream.whole() for stream in streams] == expected
+    finally:
+        os.kill(pid, signal.SIGKILL)
+    assert SILENCE_S < time.monotonic() - stopped < 60
 
 
 def test_an_answer_in_one_piece_goes_on_too(service: Running) -> None:
