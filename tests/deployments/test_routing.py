@@ -2,14 +2,18 @@
 
 import asyncio
 import itertools
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
 from ray.exceptions import ActorDiedError
 from ray.serve._private.common import DeploymentHandleSource, DeploymentID, RequestMetadata
+from ray.serve.config import RequestRouterConfig
 from ray.serve.request_router import PendingRequest, ReplicaID
 
 from deployments.affinity import Session, ranked
@@ -245,3 +249,17 @@ def test_a_replica_that_has_refused_a_call_has_not_lost_it() -> None:
             assert replica is stage.preferred("key")
 
     _run(test)
+
+
+def test_a_router_that_serve_has_sent_by_value_tells_those_who_listen_in_its_process(tmp_path: Path) -> None:
+    config = RequestRouterConfig(request_router_class="deployments.routing.AffinityRouter")
+    sent = tmp_path / "router"
+    sent.write_bytes(config.get_serialized_request_router_cls() or b"")
+    program = (
+        "import sys, pathlib, ray.cloudpickle\n"
+        "from deployments.sent_calls import SENT_CALLS\n"
+        "router = object.__new__(ray.cloudpickle.loads(pathlib.Path(sys.argv[1]).read_bytes()))\n"
+        "router.initialize_state()\n"
+        "assert router._sent_calls is SENT_CALLS\n"
+    )
+    subprocess.run([sys.executable, "-c", program, str(sent)], check=True)
