@@ -29,7 +29,8 @@ WITH_CONNECTIONS = (
     "host of a generator killed",
     "host of a generator without power",
 )
-LOST_CONNECTION = {"connection lost", "silence", "cut short"}
+# As 500 Serve's HAProxy tells of a gateway that has gone while it was asked.
+LOST_CONNECTION = {"connection lost", "silence", "cut short", "status 500"}
 
 
 @pytest.fixture(scope="module")
