@@ -105,16 +105,20 @@ def actors(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         questions, rounds = folder / f"{per_picture}.jsonl", list[dict[str, Any]]()
         _ask_about(sorted((folder / "pictures").iterdir()), per_picture, questions)
         for number in range(options.rounds):
-            timed = dict[int, Timed]()
-            for replicas in (1, 2):
-                words = [f"generate.replicas={replicas}", "generate.threads=1", "encode.threads=1"]
-                stages = [argument for word in words for argument in ("--stage", word)]
-                timed[replicas] = time_job(questions, folder / f"{per_picture}-{number}-{replicas}.jsonl", *stages)
-            times = timed[2].tokens_per_s / timed[1].tokens_per_s
-            rounds.append({"1": vars(timed[1]), "2": vars(timed[2]), "times": times})
+            one, two = (
+                time_generators(questions, folder / f"{per_picture}-{number}-{replicas}.jsonl", replicas)
+                for replicas in (1, 2)
+            )
+            rounds.append({"1": vars(one), "2": vars(two), "times": two.tokens_per_s / one.tokens_per_s})
         times = statistics.median(each["times"] for each in rounds)
         found[f"{per_picture} questions a picture"] = {"rounds": rounds, "times": times}
     return found
+
+
+def time_generators(questions: Path, output: Path, replicas: int) -> Timed:
+    """With so many of a single thread."""
+    words = (f"generate.replicas={replicas}", "generate.threads=1", "encode.threads=1")
+    return time_job(questions, output, *(argument for word in words for argument in ("--stage", word)))
 
 
 def _ask_about(pictures: Sequence[Path], per_picture: int, questions: Path) -> None:
@@ -202,12 +206,12 @@ def time_job(questions: Path, output: Path, *arguments: str) -> Timed:
     began = time.monotonic()
     process = start(job_command(questions, output, *arguments), log)
     first_s, first_rows, num_rows, last = None, 0, 0, began
-    used, in_use = CoreTime(), 0.0
+    first_used = last_used = psutil.cpu_times()
     while process.poll() is None:
         if (rows := count_lines(output)) > num_rows:
-            num_rows, last, in_use = rows, time.monotonic(), used.share()
+            num_rows, last, last_used = rows, time.monotonic(), psutil.cpu_times()
             if first_s is None and rows >= FIRST_ROWS:
-                first_s, first_rows, used = last - began, rows, CoreTime()
+                first_s, first_rows, first_used = last - began, rows, last_used
         time.sleep(_LOOK_S)
     assert process.returncode == 0, log.read_text()
     assert first_s is not None, "there are too few pictures to be timed"
@@ -215,20 +219,15 @@ def time_job(questions: Path, output: Path, *arguments: str) -> Timed:
     assert process.stdout is not None
     engines = json.loads(process.stdout.read())["this_run"]["engines"]
     mean_batch = statistics.mean(each["mean_batch"] for each in engines)
-    return Timed(sum(tokens[first_rows:]) / (last - began - first_s), first_s, in_use, mean_batch)
+    tokens_per_s = sum(tokens[first_rows:]) / (last - began - first_s)
+    return Timed(tokens_per_s, first_s, cores_in_use(first_used, last_used), mean_batch)
 
 
-class CoreTime:
-    """Of all cores of this machine, whoever uses them, from now on."""
-
-    def __init__(self) -> None:
-        self._began = psutil.cpu_times()
-
-    def share(self) -> float:
-        """That was in use, of 1."""
-        now, began = psutil.cpu_times(), self._began
-        idle = (now.idle + now.iowait) - (began.idle + began.iowait)
-        return 1.0 - idle / max(sum(now) - sum(began), 1e-9)
+def cores_in_use(began: Any, ended: Any) -> float:
+    """Of all cores of this machine, as a share of 1, whoever has used them between two looks at psutil.cpu_times()."""
+    idle: float = (ended.idle + ended.iowait) - (began.idle + began.iowait)
+    total: float = sum(ended) - sum(began)
+    return 1.0 - idle / max(total, 1e-9)
 
 
 def count_lines(file: Path) -> int:
@@ -249,15 +248,16 @@ def _answer_alone(folder: Path, pictures: Path, began: float) -> Timed:
         return LocalModel(folder, options=options, engine=EngineConfig(max_running=MAX_RUNNING))
 
     model = in_thread_of_its_own(load)
-    tokens, first_s, used = 0, 0.0, CoreTime()
+    tokens, first_s, first_used = 0, 0.0, psutil.cpu_times()
     for num_done, num_tokens in enumerate(_answers(model, sorted(pictures.iterdir())), start=1):
         if num_done == FIRST_ROWS:
-            first_s, used = time.time() - began, CoreTime()
+            first_s, first_used = time.time() - began, psutil.cpu_times()
         elif num_done > FIRST_ROWS:
             tokens += num_tokens
     stats = model.engine.stats
     seconds = time.time() - began - first_s
-    return Timed(tokens / seconds, first_s, used.share(), stats.scheduled_requests / stats.num_steps)
+    in_use = cores_in_use(first_used, psutil.cpu_times())
+    return Timed(tokens / seconds, first_s, in_use, stats.scheduled_requests / stats.num_steps)
 
 
 def _answers(model: LocalModel, pictures: list[Path]) -> Iterator[int]:

@@ -43,17 +43,17 @@ def main() -> None:
             lost = measure_head_loss(cluster, CONFIG)
             results["head with Redis" if options.redis else "head"] = asdict(lost)
             print(json.dumps(asdict(lost), indent=2))
-            options.only = []
+            _write(results, options.json)
+            return
         for name in options.only:
             seen = measure(cluster, FAULTS[name])
             results["faults"][name] = asdict(seen)
             print(describe(name, seen), flush=True)
+            # The next one may be the last.
             _write(results, options.json)
-        _write(results, options.json)
 
 
 def _write(results: Mapping[str, Any], file: Path | None) -> None:
-    """After each fault, because the next one may be the last."""
     if file is not None:
         file.write_text(json.dumps(results, indent=2) + "\n")
 

@@ -34,13 +34,7 @@ class HostCluster:
     """A head, `num_workers` workers and a client, and Ray's token in all of them but the last. With Redis, which is a
     host of its own, the head keeps there what it knows."""
 
-    def __init__(
-        self,
-        network: HostNetwork,
-        *,
-        num_workers: int = 3,
-        has_redis: bool = False,
-    ) -> None:
+    def __init__(self, network: HostNetwork, *, num_workers: int = 3, has_redis: bool = False) -> None:
         self.network = network
         self.environment = {
             **CLUSTER_ENVIRONMENT,
@@ -84,18 +78,18 @@ class HostCluster:
     def start_head(self) -> None:
         """Returns when it takes nodes."""
         options = ["--head", f"--port={_GCS_PORT}", "--num-cpus=0", "--dashboard-host=0.0.0.0"]
-        kept = {"RAY_REDIS_ADDRESS": f"{self.redis.address}:{_REDIS_PORT}"} if self.redis is not None else {}
-        self._start_node(self.head, *options, environment=kept)
+        kept = {} if self.redis is None else {"RAY_REDIS_ADDRESS": f"{self.redis.address}:{_REDIS_PORT}"}
+        self._start_node(self.head, *options, **kept)
         until(lambda: self.num_nodes() > 0, "the head runs")
 
     def start_worker(self, worker: Host, *, num_cpus: int = 1) -> None:
         """Returns at once."""
         self._start_node(worker, f"--address={self.head.address}:{_GCS_PORT}", f"--num-cpus={num_cpus}")
 
-    def _start_node(self, host: Host, *options: str, environment: Mapping[str, str] | None = None) -> None:
+    def _start_node(self, host: Host, *options: str, **environment: str) -> None:
         sizes = [f"--object-store-memory={_OBJECT_STORE_BYTES}", "--disable-usage-stats", "--include-log-monitor=false"]
         command = [*RAY, "start", "--block", *options, *sizes]
-        self._nodes[host.name] = host.start(command, {**self.environment, **(environment or {})}, log="ray-start.log")
+        self._nodes[host.name] = host.start(command, {**self.environment, **environment}, log="ray-start.log")
 
     def has_ended(self, host: Host) -> bool:
         """Whether Ray runs there no more, which its command sees by itself."""

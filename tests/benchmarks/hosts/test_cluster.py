@@ -29,8 +29,7 @@ WITH_CONNECTIONS = (
     "host of a generator killed",
     "host of a generator without power",
 )
-# As 500 Serve's HAProxy tells of a gateway that has gone while it was asked.
-LOST_CONNECTION = {"connection lost", "silence", "cut short", "status 500"}
+LOST_CONNECTION = {"connection lost", "silence", "cut short"}
 
 
 @pytest.fixture(scope="module")
