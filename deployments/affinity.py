@@ -49,10 +49,20 @@ class Session:
         """Of a call for which any replica will do."""
         return Session("", self.request)
 
+    @property
+    def anew(self) -> Session:
+        """Of a call after one that no replica has lost."""
+        return new_session(self.key)
+
 
 def session_of(request: AnyRequest) -> Session:
     """One for all calls about this request, and for no others."""
-    return Session(affinity_key(request), str(next(_numbers)))
+    return new_session(affinity_key(request))
+
+
+def new_session(key: str = "") -> Session:
+    """One for a call that is about no request."""
+    return Session(key, str(next(_numbers)))
 
 
 def affinity_key(request: AnyRequest) -> str:

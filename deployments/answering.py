@@ -21,6 +21,7 @@ from deployments.heartbeats import Heartbeat, comment
 from deployments.http_errors import HttpError, describe, error_body, error_response
 from deployments.messages import Item, Rejected, is_last
 from deployments.reply_form import ReplyForm
+from deployments.waiting import abandon
 from llava_core.errors import EngineError
 from llava_core.types import TokenDelta
 
@@ -72,19 +73,14 @@ async def first_of(pieces: AsyncGenerator[Piece, None], wait_s: float | None) ->
     try:
         await asyncio.wait([first], timeout=wait_s)
     except asyncio.CancelledError:
-        await _abandon(first)
+        # So that the generator it comes from can be closed.
+        await abandon(first)
         raise
     return first
 
 
 def _is_refused(first: asyncio.Future[Item]) -> bool:
     return first.done() and isinstance(first.result(), Rejected)
-
-
-async def _abandon(first: asyncio.Future[Any]) -> None:
-    """So that the generator it comes from can be closed."""
-    first.cancel()
-    await asyncio.wait([first])
 
 
 def refusal(form: ReplyForm, rejected: Rejected, request_id: str) -> Response:
@@ -177,6 +173,6 @@ class PieceStream(StreamingResponse):
         except ClientDisconnect:
             logger.info("the client hung up")
         finally:
-            await _abandon(self._first)
+            await abandon(self._first)
             await self._pieces.aclose()
             await self._source.aclose()

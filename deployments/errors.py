@@ -77,7 +77,14 @@ class StageLostError(LlavaError):
 
 
 class StageSilentError(StageLostError):
-    """Nothing has been heard of the replica, so its host or the way there is gone, which no content does."""
+    """Nothing is heard of the replica, so its host or the way there is gone, which no content does."""
+
+    def __init__(
+        self,
+        message: str = "the part of the service that works on this request is not heard of",
+        stage: str = "earlier",
+    ) -> None:
+        super().__init__(message, stage)
 
 
 class WorkerFailedError(LlavaError):

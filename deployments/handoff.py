@@ -7,6 +7,7 @@ the only one that uses names Ray does not document; `docs/decisions` says why.
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 from typing import Any, Protocol
 
@@ -15,7 +16,10 @@ import numpy.typing as npt
 import ray
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
+from deployments.errors import StageSilentError
 from deployments.ray_errors import ray_errors_as_ours
+from deployments.signs_of_life import SILENCE_S
+from deployments.waiting import abandon
 from llava_core.types import AnyRequest
 
 # What a result holds up to so many bytes of, Ray sends with it; an object of its own would cost more than it spares.
@@ -53,6 +57,10 @@ class Handoff(Protocol):
         """What to pass to a streaming handle in place of an un-awaited response, which must outlive the stream."""
         ...
 
+    def is_made(self, given: object) -> bool:
+        """Where a response was given: whether it has come to a result, or an error, wherever that is."""
+        ...
+
     async def take(self, given: object) -> object:
         """In the stage that was called: the value of what `give` made."""
         ...
@@ -84,9 +92,8 @@ class RayHandoff:
         return ray.put(data) if data.nbytes > _INLINE_BYTES else data
 
     async def shared(self, given: object) -> npt.NDArray[np.uint8]:
-        """Raises StageLostError where the process that has shared them is gone."""
-        with ray_errors_as_ours("earlier"):
-            data = await given if isinstance(given, ray.ObjectRef) else given
+        """Raises StageLostError where the process that has shared them is gone or its host cannot be reached."""
+        data = await _arrived(given) if isinstance(given, ray.ObjectRef) else given
         assert isinstance(data, np.ndarray), type(data)
         return data
 
@@ -94,12 +101,39 @@ class RayHandoff:
         """Waits until a replica was found for the call, not for its result."""
         return Reference(await response._to_object_ref())
 
+    def is_made(self, given: object) -> bool:
+        """The gateway owns what its calls return, so it need not ask anybody."""
+        assert isinstance(given, Reference), type(given)
+        return _is_made(given.ref)
+
     async def take(self, given: object) -> object:
-        """Waits for the result; raises what the stage that makes it has raised, StageLostError if it is gone."""
-        if isinstance(given, Reference):
-            with ray_errors_as_ours("earlier"):
-                return await given.ref
-        return given
+        """Waits for the result; raises what the stage that makes it has raised, StageLostError if it is gone or lies
+        on a host that cannot be reached."""
+        return await _arrived(given.ref) if isinstance(given, Reference) else given
+
+
+async def _arrived(ref: ray.ObjectRef[Any]) -> Any:
+    """The value, once it is made and here. Raises what ray_errors.py makes of Ray's errors, and StageSilentError where
+    it is made and does not come: Ray asks for it again and again, of a host that may be alive and out of reach."""
+    with ray_errors_as_ours("earlier"):
+        coming = asyncio.ensure_future(_value(ref))
+        was_made = False
+        try:
+            while not (await asyncio.wait([coming], timeout=SILENCE_S / 2))[0]:
+                if was_made:
+                    raise StageSilentError
+                was_made = _is_made(ref)
+            return coming.result()
+        finally:
+            await abandon(coming)
+
+
+async def _value(ref: ray.ObjectRef[Any]) -> Any:
+    return await ref
+
+
+def _is_made(ref: ray.ObjectRef[Any]) -> bool:
+    return bool(ray.wait([ref], timeout=0, fetch_local=False)[0])
 
 
 class LocalHandoff:
@@ -134,6 +168,10 @@ class LocalHandoff:
     async def give(self, response: DeploymentResponse[Any]) -> object:
         """See Handoff."""
         return response
+
+    def is_made(self, given: object) -> bool:
+        """What is lost here is lost with who waits for it."""
+        return True
 
     async def take(self, given: object) -> object:
         """See Handoff."""

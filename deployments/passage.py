@@ -11,21 +11,19 @@ import secrets
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from typing import Any
 
-from ray.serve.handle import DeploymentHandle
-
-from deployments.affinity import Session, session_of
+from deployments.affinity import session_of
 from deployments.errors import StageLostError
 from deployments.handoff import Handoff
 from deployments.messages import Item, Rejected, is_last
 from deployments.progress import Progress
 from deployments.ray_errors import ray_errors_as_ours
-from deployments.sent_calls import SENT_CALLS
 from deployments.signs_of_life import listen
+from deployments.stage_call import Handle, StageCall, UnaryCall, unless_out_of_reach
 from llava_core.types import GREEDY_BELOW, AnyRequest
 
-Handle = DeploymentHandle[Any]
+# How the first two stages are called where they are not told apart.
+_EARLIER = "earlier"
 
 
 @dataclass(frozen=True)
@@ -46,12 +44,12 @@ class Passage:
         """`on_sent` is called when the request has left this process, and may be so again."""
         self._stages = stages
         self._on_sent = on_sent
-        self._session = session_of(request)
+        self._session = self._session_of_last = session_of(request)
         self._has_images = request.num_images > 0
         self._progress = Progress(request.sampling.n)
         self._kept = stages.handoff.keep(repeatable(request))
         # Of the first two stages, whose results live as long as their responses do; and what to give the last one.
-        self._calls: list[Any] = []
+        self._calls: list[UnaryCall] = []
         self._given: object = None
         # Whether the last item has come.
         self.is_complete = False
@@ -65,11 +63,18 @@ class Passage:
         of one."""
         is_new = self._given is None
         items = self._items()
-        first = await anext(items, None)
+        try:
+            first = await unless_out_of_reach(anext(items, None), self._calls)
+        except StageLostError as lost:
+            if lost.stage == _EARLIER:
+                self._forget()
+            raise
         if not (isinstance(first, Rejected) and isinstance(first.error, StageLostError)):
             return first, items
         await items.aclose()
         self._forget()
+        # The last stage's replica has lost nothing.
+        self._session_of_last = self._session_of_last.anew
         if is_new:
             raise first.error
         # What had been made of it was lost with the machine where it was.
@@ -77,48 +82,51 @@ class Passage:
 
     def close(self) -> None:
         """Nobody waits for it any more."""
-        if not self.is_complete:
-            self._forget()
+        self._end_calls(is_over=self.is_complete)
 
     async def _items(self) -> AsyncGenerator[Item, None]:
-        given = await self._prepared()
-        begun = self._progress.begun
-        stage = self._stages.generate
-        listening = SENT_CALLS.listening(stage.deployment_name, self._session.request)
-        with ray_errors_as_ours("generator"), listening as is_sent:
-            generate = towards(stage, self._session)
-            call: Any = generate.remote(given, begun) if begun else generate.remote(given)
+        given = [await self._prepared()]
+        if begun := self._progress.begun:
+            given.append(begun)
+        with ray_errors_as_ours("generator"):
+            call = StageCall("generator", self._stages.generate, self._session_of_last, *given)
             try:
-                async with aclosing(listen(call, "generator", is_sent=is_sent)) as items:
+                async with aclosing(listen(call.response, call.check_silent)) as items:
                     async for item in items:
                         if not isinstance(item, Rejected):
                             self._progress.note(item)
                         self.is_complete = is_last(item)
                         yield item
             finally:
-                if not self.is_complete:
-                    call.cancel()
+                call.close(is_over=self.is_complete)
 
     async def _prepared(self) -> object:
         """What to give the last stage, made anew where it is not there any more."""
         if self._given is not None:
             return self._given
         self._forget()
-        with ray_errors_as_ours("earlier"):
+        stages, handoff = self._stages, self._stages.handoff
+        with ray_errors_as_ours(_EARLIER):
             # Of a text, replicas of the first stage keep nothing.
-            prepare = towards(self._stages.prepare, self._session if self._has_images else self._session.keyless)
-            self._calls.append(prepare.remote(self._kept, self._stages.model))
+            session = self._session if self._has_images else self._session.keyless
+            prepare = UnaryCall(_EARLIER, stages.prepare, session, self._kept, stages.model, handoff=handoff)
+            self._calls.append(prepare)
             if self._has_images:
-                self._calls.append(towards(self._stages.encode, self._session).remote(self._calls[-1]))
-            self._given = await self._stages.handoff.give(self._calls[-1])
+                encode = UnaryCall(_EARLIER, stages.encode, session, prepare.response, handoff=handoff)
+                self._calls.append(encode)
+            self._given = await self._calls[-1].given
         self._on_sent()
         return self._given
 
     def _forget(self) -> None:
         """What has been made of it so far."""
+        self._end_calls(is_over=False)
+        self._given, self.is_complete = None, False
+
+    def _end_calls(self, *, is_over: bool) -> None:
         for call in reversed(self._calls):
-            call.cancel()
-        self._calls, self._given, self.is_complete = [], None, False
+            call.close(is_over=is_over)
+        self._calls.clear()
 
 
 def repeatable(request: AnyRequest) -> AnyRequest:
@@ -127,8 +135,3 @@ def repeatable(request: AnyRequest) -> AnyRequest:
     if sampling.seed is not None or sampling.temperature < GREEDY_BELOW:
         return request
     return replace(request, sampling=replace(sampling, seed=secrets.randbits(63)))
-
-
-def towards(stage: Handle, session: Session) -> Handle:
-    """For a call that prefers the replica of this key (routing.py): a copy with the same router, in microseconds."""
-    return stage.options(session_id=str(session))

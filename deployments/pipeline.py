@@ -11,13 +11,14 @@ from contextlib import aclosing, closing
 from functools import partial
 from typing import Any
 
-from deployments.affinity import session_of
+from deployments.affinity import new_session, session_of
 from deployments.errors import StageLostError
 from deployments.handoff import Handoff
 from deployments.messages import Item, Rejected
-from deployments.passage import Handle, Passage, Stages, towards
+from deployments.passage import Passage, Stages
 from deployments.quarantine import Quarantine
 from deployments.ray_errors import ray_errors_as_ours
+from deployments.stage_call import Handle, UnaryCall, unless_out_of_reach
 from deployments.upstream_pictures import PortableImage
 from llava_core.prompts.tokenize import Tokenized
 from llava_core.types import AnyRequest, GenerationRequest
@@ -82,13 +83,16 @@ class Pipeline:
     async def tokenize(self, request: AnyRequest) -> Tokenized | Rejected:
         """What the first stage makes of a prompt, or its rejection. Raises errors of ours as `stream` does."""
         session = session_of(request)
-        stage = towards(self._tokenize, session if request.num_images else session.keyless)
-        tokenized: Tokenized | Rejected = await _asked(stage, request, self._handoff, self._quarantine, self._model)
+        if not request.num_images:
+            session = session.keyless
+        call = partial(UnaryCall, "preprocessor", self._tokenize, session, handoff=self._handoff)
+        tokenized: Tokenized | Rejected = await _asked(call, request, self._handoff, self._quarantine, self._model)
         return tokenized
 
     async def detokenize(self, ids: Sequence[int]) -> str | Rejected:
         """The text of these ids. Raises errors of ours as `stream` does."""
-        text: str | Rejected = await _ask(self._detokenize, ids, self._model)
+        call = partial(UnaryCall, "preprocessor", self._detokenize, new_session(), handoff=self._handoff)
+        text: str | Rejected = await _ask(call, ids, self._model)
         return text
 
 
@@ -102,27 +106,28 @@ class PictureStage:
 
     async def __call__(self, request: GenerationRequest) -> tuple[PortableImage, ...] | Rejected:
         """The pictures, or what is wrong with one. Raises errors of ours as `Pipeline.stream` does."""
-        stage = towards(self._stage, session_of(request))
-        pictures: tuple[PortableImage, ...] | Rejected = await _asked(stage, request, self._handoff, self._quarantine)
+        call = partial(UnaryCall, "preprocessor", self._stage, session_of(request), handoff=self._handoff)
+        pictures: tuple[PortableImage, ...] | Rejected = await _asked(call, request, self._handoff, self._quarantine)
         return pictures
 
 
-async def _asked(stage: Handle, request: AnyRequest, handoff: Handoff, quarantine: Quarantine, *more: object) -> Any:
-    """One call about a request, done again once where it loses its replica."""
+async def _asked(
+    call: Callable[..., UnaryCall], request: AnyRequest, handoff: Handoff, quarantine: Quarantine, *more: object
+) -> Any:
+    """What a call about a request returns; it is made again where it loses its replica."""
     await quarantine.check(request)
     kept = handoff.keep(request)
-    return await quarantine.case(partial(handoff.kept, kept)).run(partial(_ask, stage, kept, *more))
+    return await quarantine.case(partial(handoff.kept, kept)).run(partial(_ask, call, kept, *more))
 
 
-async def _ask(stage: Handle, *given: object) -> Any:
-    """One call, which ends when whoever waits for it leaves."""
+async def _ask(call: Callable[..., UnaryCall], *given: object) -> Any:
+    """What one call returns, which ends when whoever waits for it leaves."""
     with ray_errors_as_ours("preprocessor"):
-        call: Any = stage.remote(*given)
+        asked = call(*given)
         is_answered = False
         try:
-            result = await call
+            result = await unless_out_of_reach(asked.response, [asked])
             is_answered = True
             return result
         finally:
-            if not is_answered:
-                call.cancel()
+            asked.close(is_over=is_answered)

@@ -143,7 +143,8 @@ class Case:
             self._num_lost += 1
             if self._num_lost > _MOST_AGAIN:
                 await self._give_up(lost)
-            is_harmless = phase == "streaming" and self._num_lost == 1
+            # What has silenced a host was no content.
+            is_harmless = isinstance(lost, StageSilentError) or (phase == "streaming" and self._num_lost == 1)
             async with self._quarantine.turn(lost, is_harmless=is_harmless) as was_alone:
                 await self._quarantine.check_again(self._request, lost.stage, phase)
                 logger.info("done again, having lost its %s while %s: loss %d", lost.stage, phase, self._num_lost)
@@ -155,7 +156,6 @@ class Case:
                     lost = error
 
     async def _give_up(self, lost: StageLostError) -> NoReturn:
-        # Whatever has silenced a host, it was no picture.
         if isinstance(lost, StageSilentError):
             raise lost
         await self._quarantine.refuse(await self._request())

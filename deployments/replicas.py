@@ -32,12 +32,12 @@ from deployments.llava_protocol.table import WorkerTable
 from deployments.messages import Item
 from deployments.metrics import RayRecorder, engine_readings
 from deployments.model_settings import ModelArgs
-from deployments.passage import Handle
 from deployments.pipeline import PictureStage, Pipeline
 from deployments.preprocessor import Preprocessor
 from deployments.quarantine import Quarantine
 from deployments.settings import AppArgs
 from deployments.signs_of_life import StillHere, with_signs
+from deployments.stage_call import Handle
 from deployments.stage_settings import StageArgs, VisionEncoderArgs
 from deployments.stage_status import StageStatus, name_for_clients
 from deployments.startup import Startup

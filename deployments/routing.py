@@ -1,7 +1,7 @@
 """How Serve finds a replica for a call of a stage: the one that the call's key prefers, unless it is busy.
 
 The key comes in the call's session id; affinity.py has the order. A replica that has lost a request is tried last for a
-while (suspects.py), and whoever waits for an answer is told when there is a replica to wait for (sent_calls.py). Every
+while (suspects.py), and whoever waits for an answer is told which replica it waits for (sent_calls.py). Every
 gateway replica has one such router for each stage, and counts how its choices turned out. Serve does the rest: queues,
 limits, replicas that refuse or are dead.
 """
@@ -15,7 +15,7 @@ from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, R
 
 from deployments.affinity import Session, by_preference, ranked
 from deployments.metrics import ROUTED, RayRecorder, Recorder
-from deployments.sent_calls import SentCalls
+from deployments.sent_calls import SentCalls, Whereabouts
 from deployments.suspects import Suspects
 
 
@@ -45,11 +45,11 @@ class AffinityRouter(RequestRouter):
     ) -> RunningReplica:
         """For Serve, which asks again itself (`is_retry`) where a replica has refused the call, and not in vain."""
         request, stage = _session(pending_request).request, self._deployment_id.name
-        self._sent_calls.note(stage, request, is_sent=False)
+        self._sent_calls.note(stage, request, Whereabouts(self._replicas_now))
         if not is_retry:
             self._suspects.asked(request)
         replica: RunningReplica = await super()._choose_replica_for_request(pending_request, is_retry=is_retry)
-        self._sent_calls.note(stage, request, is_sent=True)
+        self._sent_calls.note(stage, request, Whereabouts(lambda: [replica], is_sent=True))
         self._suspects.sent(request, _name(replica.replica_id))
         return replica
 
@@ -82,6 +82,9 @@ class AffinityRouter(RequestRouter):
         key = _session(pending_request).key
         choice = "keyless" if not key else "preferred" if ranked(key, names)[0] == _name(replica_id) else "fallback"
         self._recorder.count(ROUTED, self._deployment_id.name, choice)
+
+    def _replicas_now(self) -> list[RunningReplica]:
+        return list(self.curr_replicas.values())
 
     def _load(self, replica_id: ReplicaID) -> int:
         """What the replica said last, and what was sent since and is not over. Nothing where that is too long ago: the

@@ -8,12 +8,12 @@ five minutes for an attack. Knows nothing of what is streamed.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
-from deployments.errors import StageSilentError
+from deployments.waiting import abandon
 
 Item = TypeVar("Item")
 
@@ -44,21 +44,17 @@ async def with_signs(
 
 async def listen(
     items: AsyncIterable[Item | StillHere],
-    stage: str,
+    when_silent: Callable[[], Awaitable[None]],
     *,
     silence_s: float = SILENCE_S,
-    is_sent: Callable[[], bool] = lambda: True,
 ) -> AsyncGenerator[Item, None]:
-    """The items of a stage without the signs. Raises StageSilentError when neither comes for `silence_s`, unless the
-    call has not even been sent: where there is no replica yet, nobody can say anything."""
+    """The items without the signs. When neither comes for `silence_s`, and again after as long, `when_silent` may raise
+    what that means: where there is no replica yet, nobody can say anything."""
     iterator = aiter(items)
     while True:
         async with _next(iterator) as coming:
             while not await _has_come(coming, silence_s):
-                if not is_sent():
-                    continue
-                message = f"the part of the service that works on this request is not heard of for {silence_s:g} s"
-                raise StageSilentError(message, stage)
+                await when_silent()
         item = coming.result()
         if item is None:
             return
@@ -74,11 +70,7 @@ async def _next(items: AsyncIterator[Item]) -> AsyncGenerator[asyncio.Future[Ite
     try:
         yield coming
     finally:
-        coming.cancel()
-        await asyncio.wait([coming])
-        if not coming.cancelled():
-            # Nobody may care for it any more, of which asyncio would complain.
-            coming.exception()
+        await abandon(coming)
 
 
 async def _has_come(coming: asyncio.Future[Item], within_s: float) -> bool:

@@ -121,6 +121,10 @@ class HostCluster:
         nodes = self.dashboard("/nodes?view=summary")
         return sum(node["raylet"].get("state") == "ALIVE" for node in nodes.get("data", {}).get("summary", []))
 
+    def has_cut_connections(self) -> bool:
+        """See Host; of any host."""
+        return any(host.has_cut_connections() for host in (self.head, self.client, *self.workers))
+
     def deploy(self, config: Mapping[str, Any]) -> None:
         """`serve deploy`, from the head. Returns when all replicas serve. Raises HostsError."""
         # JSON is YAML, too.

@@ -166,6 +166,7 @@ FAULTS = {
         Fault("HAProxy's actor killed on one host", "Gateway", _kill_entrances_manager),
         Fault("host cut off from other workers for 5 s", "Generator", _cut(5)),
         Fault("host cut off from other workers for 60 s", "Generator", _cut(60)),
+        Fault("host of a gateway cut off from other workers for 60 s", "Gateway", _cut(60)),
         Fault("host cut off from everything for 5 s", "Generator", _unplug(5)),
         Fault("host cut off from everything for 60 s", "Generator", _unplug(60), _replace),
     )
@@ -175,6 +176,7 @@ FAULTS = {
 def measure(cluster: HostCluster, fault: Fault, *, num_clients: int = 4) -> Seen:
     """The cluster is complete before and after. Raises HostsError where it does not become complete again."""
     until(cluster.is_complete, "the cluster is complete before the fault")
+    until(lambda: not cluster.has_cut_connections(), "nothing is left of an earlier cut")
     host = cluster.host_of(fault.of)
     num_nodes = len(cluster.workers) + (fault.repair is not _replace)
     with load(cluster, num_clients) as outcomes:

@@ -142,7 +142,7 @@ class Load:
         body = request_body(asked.client, asked.question, self._num_tokens)
         async with http.stream("POST", f"http://{asked.address}{CHAT}", json=body) as response:
             if response.status_code != httpx.codes.OK:
-                return f"status {response.status_code}"
+                return await _refusal(response)
             async for line in response.aiter_lines():
                 if line == "data: [DONE]":
                     return ""
@@ -152,6 +152,12 @@ class Load:
                 for choice in event.get("choices", ()):
                     asked.hear(choice["delta"].get("content") or "")
         return "cut short"
+
+
+async def _refusal(response: httpx.Response) -> str:
+    """Whatever a gateway refuses, it says what is wrong; HAProxy, where it has lost the gateway, sends a page."""
+    is_a_gateways = b'"error"' in await response.aread()
+    return f"status {response.status_code}" + ("" if is_a_gateways else " of HAProxy")
 
 
 def request_body(client: int, question: str, num_tokens: int) -> dict[str, object]:

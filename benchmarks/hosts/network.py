@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -22,6 +23,8 @@ import psutil
 _NETWORK = "10.213.7"
 _GATEWAY = f"{_NETWORK}.254"
 _PATIENCE_S = 30.0
+# What `ss` shows of a connection's timer: how long it still runs, and how many times it has in vain.
+_SENT_AGAIN = re.compile(r"timer:\(on,[^,]*,[1-9]")
 # Nobody's: what is sent there is lost without a word, as on a cable that was cut.
 _NOWHERE = "02:00:00:00:00:fe"
 
@@ -78,6 +81,11 @@ class Host:
             )
         self._started.append(process)
         return process
+
+    def has_cut_connections(self) -> bool:
+        """Whether something that was sent during a cut is still to be sent again. TCP waits twice as long each time, so
+        after a cut that may be for as long as it was."""
+        return _SENT_AGAIN.search(self.run(["ss", "-Htno"])) is not None
 
     def run(
         self, command: Sequence[str], environment: Mapping[str, str] | None = None, *, timeout_s: float = 120
@@ -189,6 +197,8 @@ class HostNetwork:
         for command in (
             "link set lo up",
             f"address add {address}/24 dev eth0",
+            # Another host of this address has this one as well: nobody has to notice that it has changed.
+            f"link set eth0 address 02:00:00:00:00:{int(address.rpartition('.')[2]):02x}",
             "link set eth0 up",
             # As on any network: an address of the world leads out of it, which is how programs find their own.
             f"route add default via {_GATEWAY}",
@@ -226,7 +236,7 @@ class HostNetwork:
 @functools.cache
 def why_not() -> str | None:
     """What is missing to make hosts here; None where they can be made."""
-    missing = [name for name in ("ip", "unshare", "nsenter", "mount") if shutil.which(name) is None]
+    missing = [name for name in ("ip", "ss", "unshare", "nsenter", "mount") if shutil.which(name) is None]
     if missing:
         return f"{', '.join(missing)} not found: install Debian's iproute2 and util-linux"
     command = "mount -t tmpfs tmpfs /dev/shm && ip link add bridge type bridge && ip link add port type veth"

@@ -40,10 +40,10 @@ class FakeStream(FakeResponse):
 class FakeHandle:
     """A deployment handle onto `methods`; remembers every call, its response and its session."""
 
-    deployment_name = "Fake"
-
     def __init__(self, **methods: Callable[..., Any]) -> None:
         self._methods = methods
+        # Stages differ in what they do.
+        self.deployment_name = "+".join(methods)
         self._method = "__call__"
         self._is_stream = False
         self._session = ""

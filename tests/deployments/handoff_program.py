@@ -89,6 +89,18 @@ class Sharer:
         return [handoff.share(zeros())]
 
 
+class Maker:
+    def __init__(self) -> None:
+        self._told = asyncio.Event()
+
+    async def make(self) -> npt.NDArray[np.uint8]:
+        await self._told.wait()
+        return zeros()
+
+    async def tell(self) -> None:
+        self._told.set()
+
+
 def zeros() -> npt.NDArray[np.uint8]:
     return np.zeros(NUM_BYTES, np.uint8)
 
@@ -108,7 +120,7 @@ def main(log: str) -> None:
     import ray
     from ray import serve
 
-    from deployments.handoff import RayHandoff
+    from deployments.handoff import RayHandoff, Reference
 
     ray.init(address="local", include_dashboard=False, log_to_driver=False, object_store_memory=256 * 1024**2)
 
@@ -143,6 +155,16 @@ def main(log: str) -> None:
             await asyncio.sleep(0.1)
         return "nothing"
 
+    async def is_made() -> list[bool]:
+        """Before and after."""
+        maker: Any = ray.remote(num_cpus=0)(Maker).remote()
+        given = Reference(maker.make.remote())
+        seen = [handoff.is_made(given)]
+        await maker.tell.remote()
+        result: Any = await handoff.take(given)
+        assert result.nbytes == NUM_BYTES
+        return [*seen, handoff.is_made(given)]
+
     async def run() -> dict[str, Any]:
         try:
             [gateway] = await ask(8)
@@ -153,8 +175,8 @@ def main(log: str) -> None:
             # Ray frees what nobody refers to any more a little later.
             while (left := store_stats().object_store_bytes_used) > MOST_LEFT and time.monotonic() < deadline:
                 await asyncio.sleep(0.1)
-            lost = await shared_by_the_dead()
-            return {"left": left, "most_left": MOST_LEFT, "gateway": gateway, "created": created, "lost": lost}
+            seen = {"left": left, "most_left": MOST_LEFT, "gateway": gateway, "created": created}
+            return {**seen, "lost": await shared_by_the_dead(), "made": await is_made()}
         finally:
             # While the loop that the handle has used is still there.
             await serve.shutdown_async()

@@ -1,11 +1,12 @@
 """Processes that are killed under load: answers go on, health tells, the service recovers. A real Ray."""
 
 import concurrent.futures
+import contextlib
 import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -156,38 +157,72 @@ def test_streams_go_on_where_no_generator_is_left_for_a_while(service: Running, 
     assert [stream.whole() for stream in streams] == expected
 
 
-def test_streams_of_a_generator_that_falls_silent_go_on_elsewhere(
-    service: Running, expected: list[dict[str, Any]]
-) -> None:
-    """As where its host has lost power: nothing is closed. Ray itself takes a minute to notice."""
-    _await_whole(service)
-    streams = _begun_streams(service)
-    [pid, _] = service.replicas("Generator")
-    os.kill(pid, signal.SIGSTOP)
-    stopped = time.monotonic()
-    try:
-        assert [stream.whole() for stream in streams] == expected
-    finally:
-        os.kill(pid, signal.SIGKILL)
-    assert SILENCE_S < time.monotonic() - stopped < 60
+ASKED_AT_LENGTH = {"messages": messages("hi"), "temperature": 1.0, "seed": 3, **ENDLESS}
 
 
-def test_an_answer_in_one_piece_goes_on_too(service: Running) -> None:
-    _await_whole(service)
-    ask = {"messages": messages("hi"), "temperature": 1.0, "seed": 3, **ENDLESS}
-    undisturbed = service.post(**ask).json()
+@pytest.fixture(scope="module")
+def at_length(service: Running) -> list[Any]:
+    """The answer, when nothing happens to it."""
+    response = service.post(**ASKED_AT_LENGTH).json()
+    assert response["usage"]["completion_tokens"] == ENDLESS["max_tokens"]
+    return list(response["choices"])
+
+
+@contextlib.contextmanager
+def _at_work(service: Running, ask: Callable[[], Any]) -> Iterator[tuple[int, concurrent.futures.Future[Any]]]:
+    """A question in a thread, and the generator that writes its answer: that is work, and idle replicas do none."""
     pids = service.replicas("Generator")
+    begun = {pid: _cpu_seconds(pid) for pid in pids}
     with concurrent.futures.ThreadPoolExecutor(1) as client:
-        begun = {pid: _cpu_seconds(pid) for pid in pids}
-        answer = client.submit(service.post, **ask)
-        # It says nothing before it ends, but writing it is work, and idle replicas do none.
+        answer = client.submit(ask)
         until(lambda: any(_cpu_seconds(pid) > begun[pid] + 1.0 for pid in pids), deadline_s=60)
         assert not answer.done()
-        os.kill(max(pids, key=lambda pid: _cpu_seconds(pid) - begun[pid]), signal.SIGKILL)
+        yield max(pids, key=lambda pid: _cpu_seconds(pid) - begun[pid]), answer
+
+
+def test_a_stream_of_a_generator_that_falls_silent_goes_on_elsewhere(service: Running, at_length: list[Any]) -> None:
+    """As where its host has lost power: nothing is closed. Ray itself takes a minute to notice."""
+    _await_whole(service)
+    with _at_work(service, _Stream(service, ASKED_AT_LENGTH).whole) as (pid, answer):
+        os.kill(pid, signal.SIGSTOP)
+        stopped = time.monotonic()
+        try:
+            stream = answer.result(120)
+        finally:
+            os.kill(pid, signal.SIGKILL)
+    assert SILENCE_S < time.monotonic() - stopped < 60
+    assert stream["choices"][0]["text"] == at_length[0]["message"]["content"]
+    assert stream["usage"][0] == ENDLESS["max_tokens"]
+
+
+def test_an_answer_in_one_piece_goes_on_too(service: Running, at_length: list[Any]) -> None:
+    _await_whole(service)
+    with _at_work(service, lambda: service.post(**ASKED_AT_LENGTH)) as (pid, answer):
+        os.kill(pid, signal.SIGKILL)
         response = answer.result(120)
     assert response.status_code == 200, response.text
-    assert response.json()["choices"] == undisturbed["choices"]
+    assert response.json()["choices"] == at_length
     assert response.json()["usage"]["completion_tokens"] == ENDLESS["max_tokens"]
+
+
+@pytest.mark.parametrize("stage", ["Preprocessor", "VisionEncoder"])
+def test_who_waits_for_a_stage_that_cannot_be_reached_is_told(service: Running, stage: str) -> None:
+    """As where the network between two hosts is gone: nothing is closed, and to Ray all is well. There is no other."""
+    _await_whole(service)
+    ask = {"messages": messages(content(plain("olive"), "What?")), "max_tokens": 3}
+    [pid] = service.replicas(stage)
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        with concurrent.futures.ThreadPoolExecutor(2) as clients:
+            responses = [*clients.map(lambda _: service.post(**ask), range(2))]
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    for response in responses:
+        assert response.status_code == 503, response.text
+        assert response.json()["error"]["code"] in ("unavailable", "replica_lost")
+        assert 10 < response.elapsed.total_seconds() < 60
+    _await_whole(service)
+    assert service.post(**ask).status_code == 200
 
 
 @pytest.mark.parametrize("stage", ["Preprocessor", "VisionEncoder"])

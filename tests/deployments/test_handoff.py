@@ -3,13 +3,16 @@
 import asyncio
 import json
 import sys
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from deployments.handoff import LocalHandoff, RayHandoff
+from deployments import handoff
+from deployments.errors import StageSilentError
+from deployments.handoff import LocalHandoff, RayHandoff, Reference
 from tests.deployments import handoff_program
 from tests.deployments.service import started
 
@@ -52,6 +55,30 @@ def test_in_one_process_responses_are_passed_on_untouched() -> None:
     assert LocalHandoff().streaming(handle, "generate").given == {"method_name": "generate", "stream": True}
 
 
+class _Out:
+    """A reference whose object never comes."""
+
+    def __await__(self) -> Generator[Any, None, None]:
+        yield from asyncio.Event().wait().__await__()
+
+
+@pytest.mark.parametrize("is_taken", [True, False])
+def test_what_is_made_and_does_not_come_is_out_of_reach(monkeypatch: pytest.MonkeyPatch, *, is_taken: bool) -> None:
+    ref: Any = _Out()
+    looks = [False, False, False, True, True]
+    monkeypatch.setattr(handoff, "SILENCE_S", 0.02)
+    monkeypatch.setattr(handoff, "_is_made", lambda _ref: looks.pop(0))
+    monkeypatch.setattr(handoff.ray, "ObjectRef", _Out)
+
+    async def wait() -> None:
+        with pytest.raises(StageSilentError):
+            await (RayHandoff().take(Reference(ref)) if is_taken else RayHandoff().shared(ref))
+
+    asyncio.run(wait())
+    # However long it takes to be made.
+    assert looks == [True]
+
+
 @pytest.mark.ray
 @pytest.mark.timeout(300)
 def test_results_pass_the_gateway_by_and_leave_the_object_store(tmp_path: Path) -> None:
@@ -65,6 +92,7 @@ def test_results_pass_the_gateway_by_and_leave_the_object_store(tmp_path: Path) 
     per_request = seen["created"] / handoff_program.NUM_REQUESTS
     assert handoff_program.NUM_BYTES <= per_request < 1.5 * handoff_program.NUM_BYTES
     assert seen["lost"] == "StageLostError"
+    assert seen["made"] == [False, True]
     # Two results for each request, each of them unpacked once, by the stage that it was meant for.
     assert len(seen["unpacked_by"]) == 2 * (8 + 120)
     assert len(set(seen["unpacked_by"])) == 2

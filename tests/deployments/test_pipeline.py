@@ -11,12 +11,14 @@ from ray.exceptions import ActorDiedError
 from ray.serve.exceptions import BackPressureError
 from starlette.testclient import TestClient
 
+from deployments import stage_call
 from deployments.affinity import Session, affinity_key
 from deployments.errors import ContentRefusedError, StageLostError
 from deployments.gateway import Gateway
 from deployments.handoff import LocalHandoff
 from deployments.messages import Item, Rejected
 from deployments.pipeline import Pipeline
+from deployments.sent_calls import SENT_CALLS, Whereabouts
 from llava_core.errors import OverloadedError, RequestError
 from llava_core.types import AnyRequest, GenerationRequest, ImagePart, Message, SamplingParams, TextPart
 from tests.deployments.fakes import FakeHandle, FakeResponse, all_ready, answer
@@ -317,6 +319,17 @@ def test_calls_about_a_picture_say_which_replica_they_prefer_again_after_a_loss(
         assert len(set(stage.sessions)) == 1
 
 
+@pytest.mark.parametrize("tells", [True, False])
+def test_a_last_stage_that_tells_of_a_loss_has_lost_nothing_itself(*, tells: bool) -> None:
+    """To its router the same request again is one that its replica has lost."""
+    graph = _Graph([])
+    graph.generator = FakeHandle(generate=_Dying(1, tells=tells))
+    asyncio.run(_items(graph.pipeline, _request(ImagePart(b"x"), TextPart("hi"))))
+    requests = {Session.read(session).request for session in graph.generator.sessions}
+    assert len(requests) == (2 if tells else 1)
+    assert len({Session.read(session).request for session in graph.encoder.sessions}) == 1
+
+
 def test_of_a_text_only_the_last_stage_keeps_anything() -> None:
     graph = _Graph([*answer("a")])
     graph.preprocessor = FakeHandle(prepare=lambda request, _model: request, tokenize=lambda *_: "ids")
@@ -330,3 +343,53 @@ def test_of_a_text_only_the_last_stage_keeps_anything() -> None:
     asyncio.run(run())
     assert _keys(graph.generator) == [affinity_key(request)]
     assert _keys(graph.preprocessor) == ["", "", affinity_key(_request(ImagePart(b"x")))]
+
+
+@pytest.mark.parametrize("stage", ["preprocessor", "encoder"])
+def test_what_a_stage_out_of_reach_has_is_done_again_by_another_replica(
+    monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    """Its call does not end, and nothing is closed."""
+    monkeypatch.setattr(stage_call, "ASKED_AFTER_S", 0.02)
+    monkeypatch.setattr(stage_call, "SILENCE_S", 0.05)
+    graph = _Graph([])
+
+    async def out_of_reach_once(*_given: object) -> str:
+        if len(getattr(graph, stage).calls) == 1:
+            await asyncio.Event().wait()
+        return "made"
+
+    async def passed_on(given: Any) -> Any:
+        return await given
+
+    async def generate(given: Any) -> AsyncGenerator[Item, None]:
+        assert await given == "made"
+        for item in answer("a", "b"):
+            yield item
+
+    class Watched(LocalHandoff):
+        def is_made(self, given: object) -> bool:
+            return given is not getattr(graph, stage).calls[0][2]
+
+    async def read() -> list[Item]:
+        handles: Any = (graph.preprocessor, graph.encoder, graph.generator)
+        reading = asyncio.create_task(_items(Pipeline(*handles, Watched(), model="m"), _request(ImagePart(b"x"))))
+        handle: Any = getattr(graph, stage)
+        while not handle.calls:
+            await asyncio.sleep(0)
+        # Its router's part.
+        where = Whereabouts(lambda: [_Unreachable()], is_sent=True)
+        SENT_CALLS.note(handle.deployment_name, Session.read(handle.sessions[0]).request, where)
+        return await reading
+
+    graph.encoder, graph.generator = FakeHandle(encode=passed_on), FakeHandle(generate=generate)
+    setattr(graph, stage, FakeHandle(**{"prepare" if stage == "preprocessor" else "encode": out_of_reach_once}))
+    assert asyncio.run(read()) == answer("a", "b")
+    assert [response.is_cancelled for _, _, response in getattr(graph, stage).calls] == [True, False]
+    assert not SENT_CALLS._watched
+
+
+class _Unreachable:
+    async def get_queue_len(self, *, deadline_s: float) -> int:
+        await asyncio.Event().wait()
+        return 0

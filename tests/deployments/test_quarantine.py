@@ -315,3 +315,25 @@ def test_what_meets_silence_twice_is_not_to_blame() -> None:
         await quarantine.check(POISON)
 
     asyncio.run(run())
+
+
+def test_what_has_met_silence_is_done_again_at_once_and_beside_others() -> None:
+    """However many requests a host has taken along, each of them may have to wait for another silence."""
+
+    async def run() -> None:
+        quarantine, together = Quarantine(60, max_waiting=0), asyncio.Barrier(4)
+
+        async def attempt(ends: list[Exception]) -> str:
+            if ends:
+                raise ends.pop()
+            await together.wait()
+            return "done"
+
+        def done_again() -> Awaitable[str]:
+            ends: list[Exception] = [StageSilentError(), StageSilentError()]
+            return quarantine.case(_given(POISON)).run(lambda: attempt(ends))
+
+        async with asyncio.timeout(20):
+            assert await asyncio.gather(*(done_again() for _ in range(4))) == ["done"] * 4
+
+    asyncio.run(run())

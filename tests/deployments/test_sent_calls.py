@@ -1,24 +1,31 @@
-"""Who listens to a call learns from its router whether a replica has it."""
+"""Whoever watches a call learns from its router where it is."""
 
-from deployments.sent_calls import SentCalls
+from typing import Any
+
+from deployments.sent_calls import SentCalls, Whereabouts
 
 
-def test_a_call_is_sent_when_its_router_says_so_and_no_other() -> None:
+def test_a_call_is_where_its_router_says_and_no_other_is() -> None:
     calls = SentCalls()
-    with calls.listening("Generator", "1") as is_sent, calls.listening("Generator", "2") as is_other_sent:
-        calls.note("VisionEncoder", "1", is_sent=True)
-        assert not is_sent()
-        calls.note("Generator", "1", is_sent=True)
-        assert is_sent()
-        assert not is_other_sent()
-        # A replica has refused it.
-        calls.note("Generator", "1", is_sent=False)
-        assert not is_sent()
+    calls.watch("Generator", "1")
+    calls.watch("Generator", "2")
+    calls.note("VisionEncoder", "1", Whereabouts(is_sent=True))
+    assert not calls.where("Generator", "1").is_sent
+    replica: Any = object()
+    calls.note("Generator", "1", Whereabouts(lambda: [replica], is_sent=True))
+    where = calls.where("Generator", "1")
+    assert where.is_sent
+    assert where.replicas() == [replica]
+    assert not calls.where("Generator", "2").is_sent
+    assert not calls.where("Generator", "2").replicas()
+    # The replica has refused it.
+    calls.note("Generator", "1", Whereabouts())
+    assert not calls.where("Generator", "1").is_sent
 
 
-def test_nothing_is_kept_of_calls_that_nobody_listens_to() -> None:
+def test_nothing_is_kept_of_calls_that_nobody_watches() -> None:
     calls = SentCalls()
-    with calls.listening("Generator", "1"):
-        pass
-    calls.note("Generator", "1", is_sent=True)
-    assert not calls._is_sent
+    calls.watch("Generator", "1")
+    calls.forget("Generator", "1")
+    calls.note("Generator", "1", Whereabouts(is_sent=True))
+    assert not calls._watched

@@ -28,8 +28,9 @@ WITH_CONNECTIONS = (
     "raylet killed",
     "host of a generator killed",
     "host of a generator without power",
+    "host cut off from other workers for 60 s",
 )
-LOST_CONNECTION = {"connection lost", "silence", "cut short"}
+LOST_CONNECTION = {"connection lost", "silence", "cut short", "status 500 of HAProxy"}
 
 
 @pytest.fixture(scope="module")

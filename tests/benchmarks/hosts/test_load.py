@@ -57,7 +57,8 @@ def test_a_whole_answer_is_no_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("response", "error"),
     [
-        (whole("429 Too Many Requests", b"{}"), "status 429"),
+        (whole("429 Too Many Requests", b'{"error": {"code": "overloaded"}}'), "status 429"),
+        (whole("500 Internal Server Error", b"<html>"), "status 500 of HAProxy"),
         (LOST, "stream: replica_lost"),
         (SSE_HEAD + _event("two"), "connection lost"),
         (SSE_HEAD + _event("two") + chunked(b""), "cut short"),

@@ -120,8 +120,11 @@ def test_a_connection_outlives_a_cut(network: HostNetwork) -> None:
     network.cut(one, other)
     (one.own / "cut").touch()
     until(lambda: (one.own / "talk").read_text() == "connected\nsent\n")
+    until(one.has_cut_connections)
+    assert not other.has_cut_connections()
     network.mend(one, other)
     until(lambda: (one.own / "talk").read_text() == "connected\nsent\nheard\n")
+    assert not one.has_cut_connections()
 
 
 def test_nobody_is_told_that_a_host_is_unplugged(network: HostNetwork) -> None:

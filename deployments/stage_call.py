@@ -1,0 +1,142 @@
+"""One call of a stage for a request: where it is, whether its result can still come, and its end.
+
+A replica that dies ends its calls, and Ray tells. One whose host cannot be reached any more ends nothing, and to Ray it
+is alive as long as the head reaches it. So whoever waits for long asks. Knows what a call is, not what stages do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Collection, Sequence
+from typing import Any, TypeVar
+
+from ray.serve.handle import DeploymentHandle
+
+from deployments.affinity import Session
+from deployments.errors import StageLostError, StageSilentError, StageUnavailableError
+from deployments.handoff import Handoff
+from deployments.ray_errors import ray_errors_as_ours
+from deployments.sent_calls import SENT_CALLS, Replica, Whereabouts
+from deployments.signs_of_life import SILENCE_S
+from deployments.waiting import abandon
+
+Handle = DeploymentHandle[Any]
+Result = TypeVar("Result")
+# How long a stage may take before it is asked whether it is there, and again after as long.
+ASKED_AFTER_S = SILENCE_S / 2
+
+
+class StageCall:
+    """Begins at once, to the replica that the session's key prefers (routing.py). `close` it.
+
+    `stage` is for metrics."""
+
+    def __init__(self, stage: str, handle: Handle, session: Session, *given: object) -> None:
+        self._stage = stage
+        self._key = handle.deployment_name, session.request
+        SENT_CALLS.watch(*self._key)
+        # A copy with the same router, in microseconds.
+        self.response: Any = handle.options(session_id=str(session)).remote(*given)
+        self._before: Whereabouts | None = None
+
+    async def check(self, *, is_begun: bool) -> None:
+        """For whoever waits, every now and then: raises StageSilentError where its replica says nothing any more, or
+        is there and does not begin, because what it is to work on does not get there; StageUnavailableError where no
+        replica that could take it says anything."""
+        where = SENT_CALLS.where(*self._key)
+        if await _are_silent(where.replicas()):
+            if where.is_sent:
+                raise StageSilentError(stage=self._stage)
+            raise StageUnavailableError("no replica of a stage of the service can be reached")
+        if where.is_sent and not is_begun and where is self._before:
+            raise StageSilentError(stage=self._stage)
+        self._before = where
+
+    async def check_silent(self) -> None:
+        """As `check`, for a stream that gives signs of life once it is sent, and has given none for too long."""
+        if SENT_CALLS.where(*self._key).is_sent:
+            raise StageSilentError(stage=self._stage)
+        await self.check(is_begun=False)
+
+    def close(self, *, is_over: bool) -> None:
+        """Nobody waits for it any more; it is cancelled where it is not over."""
+        if not is_over:
+            self.response.cancel()
+        SENT_CALLS.forget(*self._key)
+
+
+class UnaryCall(StageCall):
+    """Of a method that returns once, to a stage or to the gateway."""
+
+    def __init__(self, stage: str, handle: Handle, session: Session, *given: object, handoff: Handoff) -> None:
+        super().__init__(stage, handle, session, *given)
+        self._handoff = handoff
+        # What to give another stage in its place; there is one as soon as a replica has begun.
+        self.given = asyncio.ensure_future(handoff.give(self.response))
+
+    def is_made(self) -> bool:
+        """Whether there is a result, or an error."""
+        if not self.given.done():
+            return False
+        has_failed = self.given.cancelled() or self.given.exception() is not None
+        return has_failed or self._handoff.is_made(self.given.result())
+
+    async def check_begun(self) -> None:
+        """See `check`."""
+        await self.check(is_begun=self.given.done())
+
+    def close(self, *, is_over: bool) -> None:
+        """See StageCall."""
+        self.given.cancel()
+        # Perhaps nobody has waited for it.
+        self.given.add_done_callback(lambda given: given.cancelled() or given.exception())
+        super().close(is_over=is_over)
+
+
+async def unless_out_of_reach(wanted: Awaitable[Result], calls: Sequence[UnaryCall]) -> Result:
+    """What is wanted, which takes what these calls return, and each of them what the one before does. Raises as
+    `StageCall.check` does where that cannot come any more. Whoever leaves takes along what is wanted."""
+    watch, coming = asyncio.ensure_future(_watch(calls)), asyncio.ensure_future(wanted)
+    try:
+        await asyncio.wait([watch, coming], return_when=asyncio.FIRST_COMPLETED)
+        if not coming.done():
+            watch.result()
+        return await coming
+    finally:
+        await abandon(watch, coming)
+
+
+async def _watch(calls: Sequence[UnaryCall]) -> None:
+    """Until all have returned."""
+    while True:
+        await asyncio.sleep(ASKED_AFTER_S)
+        owing = next((call for call in calls if not call.is_made()), None)
+        if owing is None:
+            return
+        await owing.check_begun()
+
+
+async def _are_silent(replicas: Collection[Replica]) -> bool:
+    """Whether none of them says anything, of some that Ray takes for alive."""
+    asked = [asyncio.ensure_future(_answers(replica)) for replica in replicas]
+    if not asked:
+        return False
+    try:
+        async with asyncio.timeout(SILENCE_S):
+            for answer in asyncio.as_completed(asked):
+                if await answer:
+                    return False
+    except TimeoutError:
+        return True
+    finally:
+        await abandon(*asked)
+    return False
+
+
+async def _answers(replica: Replica) -> bool:
+    # Of one that is gone Ray tells those who wait for it.
+    with contextlib.suppress(StageLostError), ray_errors_as_ours("probed"):
+        await replica.get_queue_len(deadline_s=SILENCE_S)
+        return True
+    return False

@@ -1,0 +1,35 @@
+"""What is abandoned is over, whatever it does about that."""
+
+import asyncio
+
+import pytest
+
+from deployments.waiting import abandon
+
+
+def test_all_are_over_when_it_returns_and_their_errors_are_nobodys(caplog: pytest.LogCaptureFixture) -> None:
+    ended: list[str] = []
+
+    async def waiting(name: str, error: Exception | None) -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            # A while after it was told.
+            await asyncio.sleep(0.01)
+            ended.append(name)
+            if error is not None:
+                raise error
+
+    async def failing() -> None:
+        raise ValueError
+
+    async def run() -> None:
+        tasks = [asyncio.create_task(waiting("a", None)), asyncio.create_task(waiting("b", KeyError()))]
+        over = asyncio.create_task(failing())
+        await asyncio.wait([over])
+        await abandon(*tasks, over)
+        assert all(task.done() for task in tasks)
+
+    asyncio.run(run())
+    assert sorted(ended) == ["a", "b"]
+    assert not caplog.records
