@@ -1,8 +1,8 @@
 """Signs of life in a stream between two hosts: whoever has nothing to say says so, and who hears nothing has lost it.
 
 A process that dies closes its connections, and the other end knows at once. A host that loses power or a cable closes
-nothing: TCP waits for many minutes, and gRPC's own pings are no help, because Serve's replicas take more than two in
-five minutes for an attack. Knows nothing of what is streamed.
+nothing: TCP waits for many minutes, and gRPC's own pings are no help, because servers, by its documentation, take more
+than two in five minutes for an attack. Knows nothing of what is streamed.
 """
 
 from __future__ import annotations

@@ -7,20 +7,22 @@ is alive as long as the head reaches it. So whoever waits for long asks. Knows w
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import logging
+import time
 from collections.abc import Awaitable, Collection, Sequence
 from typing import Any, TypeVar
 
+from ray.exceptions import RayActorError
 from ray.serve.handle import DeploymentHandle
 
 from deployments.affinity import Session
-from deployments.errors import StageLostError, StageSilentError, StageUnavailableError
+from deployments.errors import StageSilentError, StageUnavailableError
 from deployments.handoff import Handoff
-from deployments.ray_errors import ray_errors_as_ours
 from deployments.sent_calls import SENT_CALLS, Replica, Whereabouts
 from deployments.signs_of_life import SILENCE_S
 from deployments.waiting import abandon
 
+logger = logging.getLogger(__name__)
 Handle = DeploymentHandle[Any]
 Result = TypeVar("Result")
 # How long a stage may take before it is asked whether it is there, and again after as long.
@@ -36,8 +38,12 @@ class StageCall:
         self._stage = stage
         self._key = handle.deployment_name, session.request
         SENT_CALLS.watch(*self._key)
-        # A copy with the same router, in microseconds.
-        self.response: Any = handle.options(session_id=str(session)).remote(*given)
+        try:
+            # A copy with the same router, in microseconds.
+            self.response: Any = handle.options(session_id=str(session)).remote(*given)
+        except BaseException:
+            SENT_CALLS.forget(*self._key)
+            raise
         self._before: Whereabouts | None = None
 
     async def check(self, *, is_begun: bool) -> None:
@@ -45,19 +51,29 @@ class StageCall:
         is there and does not begin, because what it is to work on does not get there; StageUnavailableError where no
         replica that could take it says anything."""
         where = SENT_CALLS.where(*self._key)
-        if await _are_silent(where.replicas()):
-            if where.is_sent:
-                raise StageSilentError(stage=self._stage)
+        are_silent = await _are_silent(where.replicas())
+        if SENT_CALLS.where(*self._key) is not where:
+            # It has moved on while they were asked.
+            return
+        if are_silent and not where.is_sent:
             raise StageUnavailableError("no replica of a stage of the service can be reached")
+        if are_silent:
+            raise self._silent("says nothing")
         if where.is_sent and not is_begun and where is self._before:
-            raise StageSilentError(stage=self._stage)
+            raise self._silent("is there, but what it is to work on does not get there")
         self._before = where
 
     async def check_silent(self) -> None:
         """As `check`, for a stream that gives signs of life once it is sent, and has given none for too long."""
-        if SENT_CALLS.where(*self._key).is_sent:
-            raise StageSilentError(stage=self._stage)
-        await self.check(is_begun=False)
+        where = SENT_CALLS.where(*self._key)
+        if not where.is_sent:
+            await self.check(is_begun=False)
+        elif time.monotonic() - where.since >= SILENCE_S:
+            raise self._silent("says nothing")
+
+    def _silent(self, what: str) -> StageSilentError:
+        logger.warning("the replica of %s that has a call %s", self._key[0], what)
+        return StageSilentError(stage=self._stage)
 
     def close(self, *, is_over: bool) -> None:
         """Nobody waits for it any more; it is cancelled where it is not over."""
@@ -135,8 +151,12 @@ async def _are_silent(replicas: Collection[Replica]) -> bool:
 
 
 async def _answers(replica: Replica) -> bool:
-    # Of one that is gone Ray tells those who wait for it.
-    with contextlib.suppress(StageLostError), ray_errors_as_ours("probed"):
+    try:
         await replica.get_queue_len(deadline_s=SILENCE_S)
-        return True
-    return False
+    except RayActorError:
+        # Of one that is gone Ray tells those who wait for it.
+        return False
+    except Exception:
+        # Whatever is wrong with it, it is there.
+        logger.exception("a replica cannot say what it has to do")
+    return True

@@ -106,7 +106,7 @@ def test_the_service_is_done_before_serve_is() -> None:
                 await asyncio.Event().wait()
         return clock.time() - begun
 
-    assert 0.089 <= asyncio.run(seconds_of(0.1)) < 0.1
+    assert 0.074 <= asyncio.run(seconds_of(0.1)) < 0.1
 
 
 def test_a_timeout_of_somebody_else_is_not_the_clients() -> None:

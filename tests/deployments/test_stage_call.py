@@ -209,6 +209,44 @@ def test_a_call_that_has_failed_is_not_waited_for() -> None:
     _run(test)
 
 
+def test_a_replica_that_takes_the_call_while_others_are_asked_is_waited_for() -> None:
+    async def test(it: _Call) -> None:
+        for before_is_sent in (False, True):
+            silent = _unreachable()
+            it.route(silent, is_sent=before_is_sent)
+            check = asyncio.create_task(it.call.check_begun())
+            while not silent.num_asked:
+                await asyncio.sleep(0)
+            it.route(_Replica(), is_sent=True)
+            await check
+
+    _run(test)
+
+
+def test_a_replica_that_cannot_say_what_it_has_to_do_is_there(caplog: pytest.LogCaptureFixture) -> None:
+    class Broken(_Replica):
+        async def get_queue_len(self, *, deadline_s: float) -> int:
+            raise ValueError
+
+    async def test(it: _Call) -> None:
+        it.route(Broken())
+        await it.call.check_begun()
+
+    _run(test)
+    assert "cannot say" in caplog.text
+
+
+def test_nothing_is_kept_of_a_call_that_cannot_be_made() -> None:
+    class Broken(FakeHandle):
+        def remote(self, *args: Any) -> Any:
+            raise ZeroDivisionError
+
+    handle: Any = Broken(prepare=lambda: "made")
+    with pytest.raises(ZeroDivisionError):
+        StageCall("earlier", handle, new_session())
+    assert not SENT_CALLS._watched
+
+
 def test_a_stream_that_is_sent_and_silent_is_lost_and_one_that_waits_is_not() -> None:
     async def run() -> None:
         session, handle = new_session(), FakeHandle(generate=lambda: "made")
@@ -221,6 +259,9 @@ def test_a_stream_that_is_sent_and_silent_is_lost_and_one_that_waits_is_not() ->
         with pytest.raises(StageUnavailableError):
             await call.check_silent()
         SENT_CALLS.note("generate", session.request, Whereabouts(lambda: [_Replica()], is_sent=True))
+        # However long it has waited before.
+        await call.check_silent()
+        await asyncio.sleep(SILENCE_S)
         with pytest.raises(StageSilentError) as caught:
             await call.check_silent()
         assert caught.value.stage == "generator"
