@@ -154,7 +154,8 @@ def test_streams_end_under_a_new_configuration_and_before_it_stops(
         assert set(asking.statuses) == {200}, asking.unexpected
         if not is_alone:
             assert httpx.get(f"{url}/other", timeout=60).text == "other"
-        with _Stream(url, max_tokens=1000) as stream:
+        # Once it has ended, nobody is there who could refuse anything.
+        with _Stream(url, max_tokens=4000) as stream:
             _stop(process, number)
             read_until(process, "Letting requests end")
             until(lambda: httpx.get(f"{url}/health", timeout=10).status_code == 503)
