@@ -31,10 +31,12 @@ format: setup
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
+# Of those that start a service or a browser two files at a time: a service that starts or loses a replica waits as long
+# as it computes. In the order of their names, in which the long ones come first.
 test: test-fast
-	$(BIN)/pytest -m "ray or browser" --durations=25
+	$(BIN)/pytest -m "ray or browser" --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations=25
 
-# Beside each other on all cores, which those that start a service or a browser need for themselves.
+# Beside each other on all cores, of which those that start a service or a browser need more than one.
 test-fast: setup
 	$(BIN)/pytest -m "not ray and not browser" --numprocesses logical --maxprocesses 8 --dist worksteal --durations=15
 

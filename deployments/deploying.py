@@ -33,28 +33,33 @@ def serve_schema(config: Mapping[str, Any], host: str, port: int) -> Any:
 
 def deploy(schema: Any) -> None:
     """Returns at once. As `serve deploy`, over an application of the same name replicas are replaced."""
-    from ray.serve.context import _get_global_client
-
-    client = _get_global_client()
-    assert client is not None
-    client.deploy_apps(schema)
+    _client().deploy_apps(schema)
 
 
 def watch(application: str) -> Iterator[str]:
     """Names of deployments as they become ready, until all are. Raises LaunchError when one cannot."""
-    from ray import serve
-
+    client = _client()
     ready: set[str] = set()
     while True:
-        overview = serve.status().applications.get(application)
-        if overview is not None:
-            deployments = overview.deployments
-            for stage in sorted(set(deployments) - ready):
-                if deployments[stage].status == "HEALTHY":
-                    ready.add(stage)
-                    yield stage
-            if overview.status == "RUNNING":
-                return
-            messages = {stage: each.message for stage, each in deployments.items() if stage not in ready}
-            raise_if_failed(str(overview.status.value), overview.message, messages)
+        # Not `serve.status`, which goes through every setting of every deployment each time.
+        overview = client.get_serve_status(application)
+        stages = {each.name: each for each in overview.deployment_statuses}
+        for name in sorted(set(stages) - ready):
+            if stages[name].status == "HEALTHY":
+                ready.add(name)
+                yield name
+        status = overview.app_status
+        if status.status == "RUNNING":
+            return
+        messages = {name: each.message for name, each in stages.items() if name not in ready}
+        raise_if_failed(str(status.status.value), status.message, messages)
         time.sleep(_POLL_S)
+
+
+def _client() -> Any:
+    """Of Serve's controller."""
+    from ray.serve.context import _get_global_client
+
+    client = _get_global_client()
+    assert client is not None
+    return client

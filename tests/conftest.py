@@ -1,5 +1,6 @@
 """Fixtures for all tests: a tiny checkpoint, the transformers model it was written from, copies to damage."""
 
+import gc
 import os
 import shutil
 from collections.abc import Callable
@@ -8,6 +9,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
+
+# Of what is imported and collected nothing is garbage: looking for some takes a quarter of the time.
+gc.disable()
 
 # A busy machine is no failure, and hangs end by pytest's own timeout; every run tries the same examples.
 settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
@@ -22,6 +26,12 @@ if not Path("/dev/nvidiactl").exists():
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration
+
+
+def pytest_collection_finish() -> None:
+    """Garbage is collected again, and nobody looks through what there is by now."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -68,7 +68,8 @@ def build_blocks(args: PageArgs, handlers: Handlers, *, has_own_key: bool) -> gr
         box.stop(None, cancels=[*begun, *answered])
         chatbot.clear(handlers.clear, None, shown, cancels=[*begun, *answered])
         if args.log is not None:
-            chatbot.like(handlers.vote, [talk, *chosen, agreed], [talk])
+            # A second vote waits until the first is kept, and is not lost.
+            chatbot.like(handlers.vote, [talk, *chosen, agreed], [talk], trigger_mode="always_last")
         # Also while the service is still starting: the page connects by itself.
         gr.on(
             [blocks.load, timer.tick, key.submit, key.blur],

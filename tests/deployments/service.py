@@ -101,7 +101,8 @@ def started(command: list[str]) -> Iterator[tuple[subprocess.Popen[bytes], Path]
         # A proxy that is not there: nothing on this machine may be asked through one.
         environment = {**os.environ, "RAY_TMPDIR": str(files), "PYTHONPATH": os.pathsep.join(sys.path)}
         environment |= {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
-        environment |= TOLD_SOON
+        # Where its autoscaler tells of itself; two of one port would leave a traceback in the second one's log.
+        environment |= {**TOLD_SOON, "AUTOSCALER_METRIC_PORT": str(free_port())}
         with subprocess.Popen(
             command,
             stdout=subprocess.PIPE,

@@ -23,8 +23,11 @@ def test_what_serve_does_not_know_is_named() -> None:
 
 
 def _overview(status: str, message: str = "", **deployments: str) -> Any:
-    stages = {name: SimpleNamespace(status=each, message="") for name, each in deployments.items()}
-    return SimpleNamespace(status=_Status(status), message=message, deployments=stages)
+    """Of an application that Serve does not know yet, too, which has no deployments."""
+    return SimpleNamespace(
+        app_status=SimpleNamespace(status=_Status(status), message=message),
+        deployment_statuses=[SimpleNamespace(name=name, status=each, message="") for name, each in deployments.items()],
+    )
 
 
 class _Status(str):
@@ -35,20 +38,24 @@ class _Status(str):
         return str(self)
 
 
+def _tell(monkeypatch: pytest.MonkeyPatch, *overviews: Any) -> None:
+    """What Serve's controller says, time after time."""
+    seen = iter(overviews)
+    client = SimpleNamespace(get_serve_status=lambda name: next({"app": seen}[name]))
+    monkeypatch.setattr("ray.serve.context._get_global_client", lambda: client)
+
+
 def test_stages_are_told_once_each_until_the_application_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = iter(
-        [
-            {},
-            {"app": _overview("DEPLOYING", A="UPDATING", B="HEALTHY")},
-            {"app": _overview("RUNNING", A="HEALTHY", B="HEALTHY")},
-        ]
+    _tell(
+        monkeypatch,
+        _overview("NOT_STARTED"),
+        _overview("DEPLOYING", A="UPDATING", B="HEALTHY"),
+        _overview("RUNNING", A="HEALTHY", B="HEALTHY"),
     )
-    monkeypatch.setattr("ray.serve.status", lambda: SimpleNamespace(applications=next(seen)))
     assert list(watch("app")) == ["B", "A"]
 
 
 def test_a_stage_that_cannot_start_ends_the_watch(monkeypatch: pytest.MonkeyPatch) -> None:
-    overview = _overview("DEPLOY_FAILED", "CheckpointError: no such folder", A="UNHEALTHY")
-    monkeypatch.setattr("ray.serve.status", lambda: SimpleNamespace(applications={"app": overview}))
+    _tell(monkeypatch, _overview("DEPLOY_FAILED", "CheckpointError: no such folder", A="UNHEALTHY"))
     with pytest.raises(LaunchError, match="no such folder"):
         list(watch("app"))

@@ -1,12 +1,10 @@
 """A service that is told to stop, or to take another configuration, while it answers. A real Ray."""
 
-import contextlib
 import os
 import signal
 import subprocess
 import threading
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -41,14 +39,37 @@ def _serve(config: Path, port: int) -> list[str]:
     return llava("serve", "--config", str(config), "--port", str(port), "--drain-seconds", "120")
 
 
-@contextlib.contextmanager
-def _stream(url: str, *, max_tokens: int) -> Iterator[Iterator[Any]]:
-    """The events of a long answer, after the first."""
-    body = {"messages": messages("hi"), "stream": True, "max_tokens": max_tokens, "ignore_eos": True}
-    with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=150) as response:
-        seen = events(response)
-        next(seen)
-        yield seen
+class _Stream:
+    """A long answer that has begun, read as it comes in a thread: what nobody reads may be complete unseen."""
+
+    def __init__(self, url: str, *, max_tokens: int) -> None:
+        self.events: list[Any] = []
+        self._url = url
+        self._body = {"messages": messages("hi"), "stream": True, "max_tokens": max_tokens, "ignore_eos": True}
+        self._thread = threading.Thread(target=self._read)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        until(lambda: bool(self.events))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.join()
+
+    @property
+    def is_over(self) -> bool:
+        return not self._thread.is_alive()
+
+    def assert_ends_well(self) -> None:
+        self._thread.join()
+        *_, last, done = self.events
+        assert last["choices"][0]["finish_reason"] == "length"
+        assert done == "[DONE]"
+
+    def _read(self) -> None:
+        with httpx.stream("POST", f"{self._url}/v1/chat/completions", json=self._body, timeout=150) as response:
+            for event in events(response):
+                self.events.append(event)
 
 
 class _Asking:
@@ -120,17 +141,21 @@ def test_streams_end_under_a_new_configuration_and_before_it_stops(
         assert is_taken()
         _tell(process, config, {"max_n": 0})
         read_until(process, "It stays as it is: the configuration is wrong at args.limits.max_n")
-        with _stream(url, max_tokens=19_000) as seen, _Asking(url) as asking:
+        # It takes twice as long as new replicas of all stages.
+        with _Stream(url, max_tokens=19_000) as stream, _Asking(url) as asking:
             _tell(process, config, {"max_n": 1})
+            until(lambda: not is_taken(), deadline_s=120)
+            assert not stream.is_over, "it has ended too soon to tell anything"
+            stream.assert_ends_well()
+            # Not before the last of the old replicas is gone.
             read_until(process, "Serving long-llava anew")
             until(lambda: not is_taken())
-            assert next(seen)["choices"][0]["finish_reason"] is None, "it has ended too soon to tell anything"
-            _assert_ends_well(seen)
         # Nobody was refused meanwhile.
         assert set(asking.statuses) == {200}, asking.unexpected
         if not is_alone:
             assert httpx.get(f"{url}/other", timeout=60).text == "other"
-        with _stream(url, max_tokens=1000) as seen:
+        # Once it has ended, nobody is there who could refuse anything.
+        with _Stream(url, max_tokens=4000) as stream:
             _stop(process, number)
             read_until(process, "Letting requests end")
             until(lambda: httpx.get(f"{url}/health", timeout=10).status_code == 503)
@@ -138,7 +163,7 @@ def test_streams_end_under_a_new_configuration_and_before_it_stops(
             assert refused.status_code == 503
             assert int(refused.headers["retry-after"]) >= 1
             assert refused.json()["error"]["code"] == "unavailable"
-            _assert_ends_well(seen)
+            stream.assert_ends_well()
         assert process.wait(60) == 0
 
 
@@ -148,12 +173,6 @@ def _stop(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
         os.killpg(process.pid, number)
     else:
         process.send_signal(number)
-
-
-def _assert_ends_well(seen: Iterator[Any]) -> None:
-    *_, last, done = seen
-    assert last["choices"][0]["finish_reason"] == "length"
-    assert done == "[DONE]"
 
 
 def test_killed_outright_it_leaves_nothing_that_serves_or_computes(tiny_checkpoint: Path, tmp_path: Path) -> None:

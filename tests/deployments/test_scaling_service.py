@@ -90,5 +90,9 @@ def test_replicas_come_with_the_work_and_go_with_it_and_no_request_fails(service
             _states(service)
             concurrent.futures.wait(woken, timeout=0.2)
     assert all(_is_whole(each.result()) for each in woken)
-    phases = {labels["phase"] for labels, value in service.metrics().samples[STARTUP.name] if value > 0}
-    assert phases == {"imports", "weights", "engine"}
+
+    def phases() -> set[str]:
+        return {labels["phase"] for labels, value in service.metrics().samples[STARTUP.name] if value > 0}
+
+    # The newest replica may not have told of itself yet.
+    until(lambda: phases() == {"imports", "weights", "engine"})

@@ -17,6 +17,7 @@ from llava_core.views import DicomView
 from tests.deployments.fakes import ScriptedEngine, answer
 from tests.deployments.page.browsing import DESKTOP, PHONE, Browser, browsing, serving_page
 from tests.deployments.pictures import plain
+from tests.deployments.service import free_port
 from tests.dicom_files import dicom, radiograph
 from tests.sockets import serving_engine
 
@@ -34,18 +35,26 @@ def engine() -> ScriptedEngine:
     return ScriptedEngine(answer("A red ", "circle.", stage_ms={"prefill": 20.0, "decode": 10.0}))
 
 
-@pytest.fixture
-def kept(tmp_path: Path) -> Path:
-    return tmp_path / "log"
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("kept") / "log"
+
+
+@pytest.fixture(scope="module")
+def page(kept: Path) -> Iterator[tuple[str, int]]:
+    """Where the page is, and the port at which it asks a service. One for all tests: it takes seconds to start, and
+    nothing of a visitor's stays with it but what that visitor agrees to."""
+    port = free_port()
+    with serving_page(f"http://127.0.0.1:{port}", "--log", str(kept), "--log-days", "7") as url:
+        yield url, port
 
 
 @pytest.fixture
-def url(engine: ScriptedEngine, kept: Path) -> Iterator[str]:
-    with (
-        serving_engine(engine) as service,
-        serving_page(service, "--log", str(kept), "--log-days", "7") as page,
-    ):
-        yield page
+def url(page: tuple[str, int], engine: ScriptedEngine) -> Iterator[str]:
+    """The page, behind which this test's engine answers."""
+    url, port = page
+    with serving_engine(engine, port=port):
+        yield url
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """What a stage's process sets up: threads, device, its share of the cores; and that it reads its own part alone."""
 
+import gc
 import logging
 import subprocess
 import sys
@@ -125,3 +126,20 @@ def test_each_stage_loads_its_own_part_by_its_own_settings(tiny_checkpoint: Path
     assert engine.config.max_running == 3
     assert engine.model.decoder.dtype == torch.bfloat16
     assert tokenizer.num_tokens == checkpoint.config.vocab_size
+
+
+def test_garbage_is_collected_again_however_the_imports_end(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    were_collecting: list[bool] = []
+
+    def fail(*_: object, **__: object) -> None:
+        were_collecting.append(gc.isenabled())
+        raise DeviceError("no device")
+
+    checkpoint = FoundCheckpoint(str(tiny_checkpoint), None, {}, offline=True).open()
+    monkeypatch.setattr("llava_core.stages.loading.set_up_compute", fail)
+    with pytest.raises(DeviceError):
+        load_encoder(checkpoint, Compute(), num_gpus=0)
+    assert were_collecting == [False]
+    assert gc.isenabled()
