@@ -27,6 +27,8 @@ Handle = DeploymentHandle[Any]
 Result = TypeVar("Result")
 # How long a stage may take before it is asked whether it is there, and again after as long.
 ASKED_AFTER_S = SILENCE_S / 2
+# A stream that was sent so long ago has had time for signs of life.
+_FIRST_SIGNS_S = SILENCE_S / 2
 
 
 class StageCall:
@@ -46,7 +48,11 @@ class StageCall:
             raise
         self._before: Whereabouts | None = None
 
-    async def check(self, *, is_begun: bool) -> None:
+    def is_begun(self) -> bool:
+        """Whether a replica is known to be at work on it."""
+        return False
+
+    async def check(self) -> None:
         """For whoever waits, every now and then: raises StageSilentError where its replica says nothing any more, or
         is there and does not begin, because what it is to work on does not get there; StageUnavailableError where no
         replica that could take it says anything."""
@@ -59,7 +65,7 @@ class StageCall:
             raise StageUnavailableError("no replica of a stage of the service can be reached")
         if are_silent:
             raise self._silent("says nothing")
-        if where.is_sent and not is_begun and where is self._before:
+        if where.is_sent and not self.is_begun() and where is self._before:
             raise self._silent("is there, but what it is to work on does not get there")
         self._before = where
 
@@ -67,8 +73,8 @@ class StageCall:
         """As `check`, for a stream that gives signs of life once it is sent, and has given none for too long."""
         where = SENT_CALLS.where(*self._key)
         if not where.is_sent:
-            await self.check(is_begun=False)
-        elif time.monotonic() - where.since >= SILENCE_S:
+            await self.check()
+        elif time.monotonic() - where.since >= _FIRST_SIGNS_S:
             raise self._silent("says nothing")
 
     def _silent(self, what: str) -> StageSilentError:
@@ -98,9 +104,9 @@ class UnaryCall(StageCall):
         has_failed = self.given.cancelled() or self.given.exception() is not None
         return has_failed or self._handoff.is_made(self.given.result())
 
-    async def check_begun(self) -> None:
-        """See `check`."""
-        await self.check(is_begun=self.given.done())
+    def is_begun(self) -> bool:
+        """See StageCall."""
+        return self.given.done()
 
     def close(self, *, is_over: bool) -> None:
         """See StageCall."""
@@ -130,7 +136,7 @@ async def _watch(calls: Sequence[UnaryCall]) -> None:
         owing = next((call for call in calls if not call.is_made()), None)
         if owing is None:
             return
-        await owing.check_begun()
+        await owing.check()
 
 
 async def _are_silent(replicas: Collection[Replica]) -> bool:

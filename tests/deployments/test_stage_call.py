@@ -23,6 +23,7 @@ ASKED_AFTER_S, SILENCE_S = 0.02, 0.1
 def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stage_call, "ASKED_AFTER_S", ASKED_AFTER_S)
     monkeypatch.setattr(stage_call, "SILENCE_S", SILENCE_S)
+    monkeypatch.setattr(stage_call, "_FIRST_SIGNS_S", SILENCE_S / 2)
 
 
 class _Replica:
@@ -214,7 +215,7 @@ def test_a_replica_that_takes_the_call_while_others_are_asked_is_waited_for() ->
         for before_is_sent in (False, True):
             silent = _unreachable()
             it.route(silent, is_sent=before_is_sent)
-            check = asyncio.create_task(it.call.check_begun())
+            check = asyncio.create_task(it.call.check())
             while not silent.num_asked:
                 await asyncio.sleep(0)
             it.route(_Replica(), is_sent=True)
@@ -230,7 +231,7 @@ def test_a_replica_that_cannot_say_what_it_has_to_do_is_there(caplog: pytest.Log
 
     async def test(it: _Call) -> None:
         it.route(Broken())
-        await it.call.check_begun()
+        await it.call.check()
 
     _run(test)
     assert "cannot say" in caplog.text
@@ -261,7 +262,7 @@ def test_a_stream_that_is_sent_and_silent_is_lost_and_one_that_waits_is_not() ->
         SENT_CALLS.note("generate", session.request, Whereabouts(lambda: [_Replica()], is_sent=True))
         # However long it has waited before.
         await call.check_silent()
-        await asyncio.sleep(SILENCE_S)
+        await asyncio.sleep(SILENCE_S / 2)
         with pytest.raises(StageSilentError) as caught:
             await call.check_silent()
         assert caught.value.stage == "generator"
