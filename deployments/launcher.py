@@ -109,7 +109,8 @@ class LocalService:
 
     def update(self, plan: LaunchPlan) -> None:
         """New replicas take the place of the old ones, which end their requests before they go. Returns when all the
-        new ones serve. Raises LaunchError when they cannot; then nothing serves until another update."""
+        new ones serve and the old ones are gone. Raises LaunchError when they cannot; then nothing serves until another
+        update."""
         assert self.balancer is not None, "it has been started"
         schema = serve_schema(plan.config, self.balancer.host, self.balancer.proxy_port)
         self.plan = plan
