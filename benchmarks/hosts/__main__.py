@@ -30,14 +30,14 @@ CONFIG = application(stages=spread(), vision_encoder=_COMPUTE, generator=_COMPUT
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="also write the figures here")
+    parser.add_argument("--json", type=Path, help="also write the figures here, beside those of others")
     parser.add_argument("--only", nargs="+", choices=[*FAULTS], metavar="NAME", default=[*FAULTS], help="these faults")
     parser.add_argument("--head", action="store_true", help="the loss of the head")
     parser.add_argument("--redis", action="store_true", help="the head keeps what it knows in Redis")
     options = parser.parse_args()
     if reason := why_not():
         parser.error(reason)
-    results: dict[str, Any] = {"machine": describe_machine(), "faults": {}}
+    results = _read(options.json)
     with deployed(has_redis=options.redis) as cluster:
         if options.head:
             lost = measure_head_loss(cluster, CONFIG)
@@ -51,6 +51,13 @@ def main() -> None:
             print(describe(name, seen), flush=True)
             # The next one may be the last.
             _write(results, options.json)
+
+
+def _read(file: Path | None) -> dict[str, Any]:
+    """Figures of this machine that are there already."""
+    before = json.loads(file.read_text()) if file is not None and file.exists() else {}
+    machine = describe_machine()
+    return before if before.get("machine") == machine else {"machine": machine, "faults": {}}
 
 
 def _write(results: Mapping[str, Any], file: Path | None) -> None:

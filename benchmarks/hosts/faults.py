@@ -91,6 +91,7 @@ class Fault:
 
 def _kill_replica(cluster: HostCluster, host: Host) -> None:
     _kill(host, "ray::ServeReplica:llava:Generator")
+    until(lambda: not cluster.is_complete(), "Serve has noticed that a replica is gone", deadline_s=_MOST_S)
 
 
 def _kill_raylet(cluster: HostCluster, host: Host) -> None:
