@@ -70,7 +70,7 @@ def _page(service: Running, num_answers: int) -> Page:
         routed = [page.total(ROUTED, target=stage) for stage in STAGES]
         return {page.total(FINISHED), *looked_up, *routed} == {num_answers}
 
-    until(lambda: is_complete(service.metrics()))
+    until(lambda: is_complete(service.metrics()), deadline_s=120)
     return service.metrics()
 
 

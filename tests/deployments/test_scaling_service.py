@@ -53,7 +53,9 @@ def _states(service: Running) -> dict[str, str]:
 
 def test_replicas_come_with_the_work_and_go_with_it_and_no_request_fails(service: Running) -> None:
     """Ready means that each stage has been seen to run."""
-    assert len(service.replicas("Generator")) == len(service.replicas("VisionEncoder")) == 1
+    assert len(service.replicas("Generator")) == 1
+    # Generators take longer to start; meanwhile it may have gone again.
+    assert len(service.replicas("VisionEncoder")) <= 1
     is_over, numbers = threading.Event(), itertools.count()
     answers: list[httpx.Response] = []
 
