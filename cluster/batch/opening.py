@@ -11,6 +11,8 @@ from cluster.batch.sources import JsonLines, PictureFolder, Source
 
 def open_source(path: Path, *, image_folder: Path | None, prompt: str | None) -> Source:
     """Raises InputError for what is not there or not known."""
+    if image_folder is not None and not image_folder.is_dir():
+        raise InputError(f"--image-folder {image_folder} is not a folder; pictures are named from it")
     if path.is_dir():
         return _open_folder(path, image_folder, prompt)
     if not path.exists():

@@ -11,7 +11,7 @@ import pytest
 
 from cluster.batch.errors import InputError, JobError, OutputError
 from cluster.batch.job import Answering, Job
-from cluster.batch.records import INPUT_ERROR, Answer, Failure, Record
+from cluster.batch.records import INPUT_ERROR, UNREADABLE, Answer, Failure, Record
 from cluster.batch.report import Report
 from cluster.batch.settings import JobSettings, ModelSettings
 from cluster.batch.sources import JsonLines
@@ -181,6 +181,20 @@ def test_an_engine_that_breaks_when_rows_are_alone_ends_the_job_and_no_row_is_wr
         here.run(becomes)
     assert sorted(here.rows()) == list(range(10))
     assert here.run(lambda *_: GOOD).answered == 300
+
+
+def test_pictures_of_which_none_can_be_read_end_the_job_unless_they_are_few(
+    tmp_path: Path, tiny_checkpoint: Path
+) -> None:
+    missing = Failure(UNREADABLE, "volume/a.png cannot be read", is_certain=False)
+    here = Here(tmp_path, tiny_checkpoint, num_rows=300)
+    with pytest.raises(JobError, match=r"none of the first 201 pictures can be read.*volume/a\.png"):
+        here.run(lambda *_: missing)
+    assert here.run(lambda *_: GOOD).answered == 300
+    here = Here(tmp_path, tiny_checkpoint, num_rows=200)
+    here.output = tmp_path / "few.jsonl"
+    assert here.run(lambda *_: missing).errors == {UNREADABLE: 200}
+    assert here.rows()[7]["error"] == {"kind": UNREADABLE, "message": missing.message}
 
 
 def test_many_rows_that_are_lost_alone_are_not_written_off(tmp_path: Path, tiny_checkpoint: Path) -> None:

@@ -18,8 +18,8 @@ def test_a_path_is_what_it_ends_with_or_what_is_in_it(tmp_path: Path) -> None:
         tmp_path / "a.jsonl", tmp_path, None
     )
     tables = tmp_path / "tables"
-    assert open_source(tables, image_folder=Path("/p"), prompt="q") == Parquet(
-        (tables / "a.parquet", tables / "b.parquet"), Path("/p"), "q"
+    assert open_source(tables, image_folder=tmp_path / "pictures", prompt="q") == Parquet(
+        (tables / "a.parquet", tables / "b.parquet"), tmp_path / "pictures", "q"
     )
     assert open_source(tables / "a.parquet", image_folder=None, prompt=None) == Parquet(
         (tables / "a.parquet",), tables, None
@@ -31,10 +31,13 @@ def test_a_path_is_what_it_ends_with_or_what_is_in_it(tmp_path: Path) -> None:
 
 def test_what_cannot_be_an_input_is_said_with_the_way_out(tmp_path: Path) -> None:
     (tmp_path / "a.csv").touch()
+    (tmp_path / "a.jsonl").touch()
     for path, folder, said in (
         (tmp_path / "none.jsonl", None, "does not exist"),
         (tmp_path / "a.csv", None, r"ends with \.jsonl or \.parquet"),
         (tmp_path, None, "give --prompt"),
+        (tmp_path / "a.jsonl", tmp_path / "none", "none is not a folder"),
+        (tmp_path / "a.jsonl", tmp_path / "a.csv", r"a\.csv is not a folder"),
     ):
         with pytest.raises(InputError, match=said):
             open_source(path, image_folder=folder, prompt=None)
