@@ -56,6 +56,7 @@ class Job:
     output: Path
     settings: JobSettings
     answering: Callable[[JobSettings], AbstractContextManager[Answering]]
+    retries_errors: bool = False
 
     def run(self, say: Callable[[str], None], progress: TextIO) -> Report:
         """Raises JobError, with all that was written in its place."""
@@ -67,14 +68,19 @@ class Job:
         with Output(self.output, _manifest(plan, self.source, self.settings)) as output:
             report = Report(plan.num_rows)
             for row in output.resume():
-                report.count(row)
+                if not (self.retries_errors and row["error"] is not None):
+                    report.count(row)
             report.begin()
             if report.done:
                 say(f"{report.done} of {plan.num_rows} rows are there already")
+            if num_errors := int(output.written.sum()) - report.done:
+                say(f"{num_errors} rows that are errors are done again")
             began = time.monotonic()
             try:
                 if report.done < plan.num_rows:
                     with self.answering(self.settings) as answer, Progress(report, progress, answer.waits_for):
+                        if num_errors:
+                            output.drop_errors()
                         self._answer_all(answer, plan, output, report, say)
                 output.seal()
             finally:

@@ -67,9 +67,9 @@ class Here:
         self.checkpoint = checkpoint
         self.said: list[str] = []
 
-    def run(self, becomes: Becomes, **settings: Any) -> Report:
+    def run(self, becomes: Becomes, *, retries_errors: bool = False, **settings: Any) -> Report:
         model = ModelSettings(FoundCheckpoint(str(self.checkpoint), None, {}, offline=True))
-        job = Job(self.source, self.output, JobSettings(model, **settings), standing_in(becomes))
+        job = Job(self.source, self.output, JobSettings(model, **settings), standing_in(becomes), retries_errors)
         return job.run(self.said.append, io.StringIO())
 
     def rows(self) -> dict[int, dict[str, Any]]:
@@ -134,6 +134,35 @@ def test_a_job_goes_on_where_it_was_stopped_and_asks_no_row_twice(here: Here) ->
     assert (report.done, report.rows_before) == (5, 3)
     here.run(lambda *_: pytest.fail("there is nothing to ask"))
     assert len(here.rows()) == 5
+
+
+def test_rows_that_are_errors_are_done_again_where_that_is_said(here: Here) -> None:
+    here.run(lambda record, _: Failure("invalid_image", "broken") if record.row in (1, 3) else GOOD)
+    here.run(lambda *_: pytest.fail("there is nothing to ask"))
+    asked: list[int] = []
+
+    def stopped(record: Record, _: object) -> Answer:
+        asked.append(record.row)
+        if record.row == 3:
+            raise KeyboardInterrupt
+        return GOOD
+
+    with pytest.raises(KeyboardInterrupt):
+        here.run(stopped, retries_errors=True)
+    assert "2 rows that are errors are done again" in here.said
+    assert sorted(here.rows()) == [0, 1, 2, 4]
+    report = here.run(noting(asked), retries_errors=True)
+    assert asked == [1, 3, 3]
+    assert (report.answered, report.errors, report.rows_before) == (5, {}, 4)
+    assert all(row["error"] is None for row in here.rows().values())
+
+
+def noting(asked: list[int]) -> Becomes:
+    def becomes(record: Record, _: object) -> Answer:
+        asked.append(record.row)
+        return GOOD
+
+    return becomes
 
 
 def test_what_failed_in_company_is_tried_alone_and_then_it_is_the_rows_own_failure(here: Here) -> None:
