@@ -66,7 +66,7 @@ def batch(input: Path, output: Path, shown: str, **given: Any) -> None:
     stages = read_stages(given["stages"])
     check_output_stays(output)
     folder = given["image_folder"] and seen_by_workers(given["image_folder"])
-    source = open_source(seen_by_workers(input), image_folder=folder, prompt=given["prompt"])
+    source = open_source(seen_by_workers(input), output, image_folder=folder, prompt=given["prompt"])
     settings = JobSettings(
         _find_model(given),
         SamplingParams(**{name: given[name] for name in _SAMPLING}),
