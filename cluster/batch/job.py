@@ -61,8 +61,6 @@ class Job:
     def run(self, say: Callable[[str], None], progress: TextIO) -> Report:
         """Raises JobError, with all that was written in its place."""
         plan = self.source.plan()
-        for note in plan.notes:
-            say(note)
         if not plan.num_rows:
             raise InputError("the input has no rows")
         with Output(self.output, _manifest(plan, self.source, self.settings)) as output:
@@ -71,6 +69,8 @@ class Job:
                 if not (self.retries_errors and row["error"] is not None):
                     report.count(row)
             report.begin()
+            for note in plan.notes:
+                say(note)
             if report.done:
                 say(f"{report.done} of {plan.num_rows} rows are there already")
             if num_errors := int(output.written.sum()) - report.done:
@@ -85,7 +85,9 @@ class Job:
                 output.seal()
             finally:
                 report.seconds = time.monotonic() - began
-                _write_report(output.report_path, report, say)
+                # That of the run which wrote the last rows says more than one of none.
+                if report.done > report.rows_before or (report.done and not output.report_path.exists()):
+                    _write_report(output.report_path, report, say)
         return report
 
     def _answer_all(

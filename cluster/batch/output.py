@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -54,10 +55,12 @@ class Output:
         self.path = path
         self._parts = path if path.suffix == ".parquet" else None
         self.written: npt.NDArray[np.bool_] = np.zeros(manifest.num_rows, bool)
+        folder = path if self._parts else path.parent
+        self._made = [each for each in (folder, *folder.parents) if not each.exists()]
         try:
-            (path if self._parts else path.parent).mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise OutputError(f"{path} cannot be made a folder: {error.strerror}") from error
+            raise OutputError(f"{folder} cannot be made a folder: {error.strerror}") from error
         self._journal = Journal(self._beside("journal.jsonl") if self._parts else path)
         self._num_open = 0
         self._manifest = manifest
@@ -66,6 +69,9 @@ class Output:
         return self
 
     def __exit__(self, *_: object) -> None:
+        """Of a job that was refused or stopped before its first row nothing is left."""
+        if self._is_new():
+            self._remove()
         self._journal.close()
 
     @property
@@ -154,6 +160,14 @@ class Output:
 
     def _sealed(self) -> list[Path]:
         return sorted(self._parts.glob("part-*.parquet")) if self._parts else []
+
+    def _remove(self) -> None:
+        """What was made for rows that have not come. A folder with anything else in it stays."""
+        with suppress(OSError):
+            (self._beside("journal.jsonl") if self._parts else self.path).unlink()
+            self._beside("manifest.json").unlink(missing_ok=True)
+            for folder in self._made:
+                folder.rmdir()
 
     def _is_new(self) -> bool:
         return not self._journal.num_bytes and not self._sealed()

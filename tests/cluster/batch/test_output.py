@@ -285,6 +285,15 @@ def test_a_place_that_cannot_be_written_is_said(tmp_path: Path) -> None:
     for path in (tmp_path / "file" / "a.jsonl", tmp_path / "file" / "a.parquet", tmp_path / "a.jsonl"):
         with pytest.raises(OutputError, match=r"Not a directory|File exists|Is a directory"):
             Output(path, MANIFEST)
+    with pytest.raises(OutputError, match=r"file cannot be made a folder: File exists"):
+        Output(tmp_path / "file" / "a.jsonl", MANIFEST)
+
+
+def test_an_output_without_rows_leaves_what_is_somebody_elses(path: Path) -> None:
+    path.parent.mkdir()
+    (path.parent / "theirs").touch()
+    assert resumed(path) == []
+    assert [each.name for each in path.parent.iterdir()] == ["theirs"]
 
 
 def test_an_ending_says_what_is_written(tmp_path: Path) -> None:
