@@ -103,6 +103,10 @@ class Journal:
         """After its rows went elsewhere."""
         self._cut(0)
 
+    def is_empty(self) -> bool:
+        """Of anything, also of rows whose writing was interrupted."""
+        return os.fstat(self._file).st_size == 0
+
     def close(self) -> None:
         """Another job may write from now on."""
         os.close(self._file)

@@ -170,7 +170,7 @@ class Output:
                 folder.rmdir()
 
     def _is_new(self) -> bool:
-        return not self._journal.num_bytes and not self._sealed()
+        return self._journal.is_empty() and not self._sealed()
 
     def _beside(self, name: str) -> Path:
         # Readers of Parquet leave out what begins so.

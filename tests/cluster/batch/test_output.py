@@ -289,6 +289,21 @@ def test_a_place_that_cannot_be_written_is_said(tmp_path: Path) -> None:
         Output(tmp_path / "file" / "a.jsonl", MANIFEST)
 
 
+def test_rows_that_were_being_written_when_the_job_was_stopped_stay(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with Output(path, MANIFEST) as output:
+        list(output.resume())
+        monkeypatch.setattr(os, "fsync", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            output.write([row(0)])
+    monkeypatch.undo()
+    assert resumed(path) == [0]
+
+
 def test_an_output_without_rows_leaves_what_is_somebody_elses(path: Path) -> None:
     path.parent.mkdir()
     (path.parent / "theirs").touch()
