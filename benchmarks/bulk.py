@@ -11,8 +11,8 @@ left out of both, and stands beside. `actors`: the default model with one and wi
 turns: asked once about each picture, eight times about an eighth of them, and, about a quarter, for answers that seldom
 end before 256 tokens, which leave the other stages little to do. `kills`: the driver and all it began are
 killed with SIGKILL, each time at another row, and the job is given again; then every row must be there once. `memory`:
-the largest resident size of the job's own process, for a thousand rows and for very many, whose pictures are all
-missing: what it keeps of a row does not depend on that.
+the largest resident size of the job's own process, for a thousand rows and for very many, all about one broken
+picture: what it keeps of a row does not depend on that.
 """
 
 from __future__ import annotations
@@ -165,10 +165,9 @@ def memory(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 def _peak_mib(folder: Path, num_rows: int) -> float:
     questions, log = folder / f"{num_rows}.jsonl", folder / f"memory-{num_rows}.log"
+    (folder / "broken.png").touch()
     with questions.open("w") as file:
-        file.writelines(
-            f'{{"id": {row}, "image": "missing-{row}.png", "text": "{PROMPT}"}}\n' for row in range(num_rows)
-        )
+        file.writelines(f'{{"id": {row}, "image": "broken.png", "text": "{PROMPT}"}}\n' for row in range(num_rows))
     peak_kib = 0
     process = start(job_command(questions, folder / f"memory-{num_rows}-answers.jsonl"), log)
     while process.poll() is None:
@@ -178,7 +177,7 @@ def _peak_mib(folder: Path, num_rows: int) -> float:
         time.sleep(_LOOK_S)
     assert process.returncode == 0, log.read_text()
     assert process.stdout is not None
-    assert json.loads(process.stdout.read())["errors"] == {"unreadable_file": num_rows}
+    assert json.loads(process.stdout.read())["errors"] == {"invalid_image": num_rows}
     return round(peak_kib / 1024, 1)
 
 

@@ -6,6 +6,7 @@ LLaVA's question files are read as they are. Knows nothing about who answers.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +28,7 @@ class Question:
     id: object = None
 
 
-def parse_question(line: str, where: str, folder: Path, *, default_text: str | None = None) -> Question:
+def parse_row(line: str, where: str) -> dict[str, Any]:
     """Of a line with a JSON object. Raises RequestError, which begins with `where`."""
     try:
         row = json.loads(line)
@@ -35,22 +36,36 @@ def parse_question(line: str, where: str, folder: Path, *, default_text: str | N
         raise RequestError(f"{where} is not a JSON object: {error}", param="questions") from error
     if not isinstance(row, dict):
         raise RequestError(f"{where} is not a JSON object but {type(row).__name__}", param="questions")
-    return read_question(row, where, folder, default_text=default_text)
+    return row
 
 
 def read_question(row: Mapping[str, Any], where: str, folder: Path, *, default_text: str | None = None) -> Question:
     """`question` or `text` is the text; `image` or `images` name files, from `folder`, or are a file's bytes, also as
-    `bytes` in an object; `question_id` or `id` is the id. Raises RequestError, which begins with `where`."""
-    text = _first(row, "question", "text")
-    images = _first(row, "images", "image")
+    `bytes` in an object; `question_id` or `id` is the id. An empty text is none, and so is an empty list of pictures.
+    Raises RequestError, which begins with `where`."""
+    text = next((row[name] for name in ("question", "text") if not _is_empty(row.get(name))), None)
+    images = next((row[name] for name in ("images", "image") if row.get(name) not in (None, [])), None)
     pictures = [_picture(image, folder) for image in (images if isinstance(images, list) else [images])]
     found = tuple(picture for picture in pictures if picture is not None)
     text = default_text if text is None else text
     if not isinstance(text, str) or (images is not None and len(found) != len(pictures)):
         raise RequestError(
-            f"{where} needs `question` (text), and `image` or `images` may name files", param="questions"
+            f"{where} needs `question` (text that is not empty), and `image` or `images` may name files",
+            param="questions",
         )
-    return Question(text, found, _first(row, "question_id", "id"))
+    return Question(text, found, question_id(row))
+
+
+def question_id(row: Mapping[str, Any]) -> object:
+    """Of a row that need not be a question; None where there is none, or one that is no number, as tables have."""
+    ids = (row.get(name) for name in ("question_id", "id"))
+    return next(
+        (each for each in ids if not (isinstance(each, float) and not math.isfinite(each)) and each is not None), None
+    )
+
+
+def _is_empty(text: object) -> bool:
+    return text is None or (isinstance(text, str) and not text.strip())
 
 
 def _first(row: Mapping[str, Any], *names: str) -> Any:
@@ -61,18 +76,20 @@ def _picture(given: object, folder: Path) -> Path | bytes | None:
     """None of what is no picture."""
     if isinstance(given, Mapping):
         given = _first(given, "bytes", "path")
-    return folder / given if isinstance(given, str) else given if isinstance(given, bytes) else None
+    return folder / given if isinstance(given, str) and given else given if isinstance(given, bytes) else None
 
 
 def read_questions(file: Path) -> Iterator[Question]:
     """The questions of a JSON-lines file. Raises RequestError naming the first line that is not one."""
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        # Characters that Python calls line breaks too may stand in a text.
+        lines = file.read_bytes().decode("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise RequestError(f"{file} cannot be read: {error}", param="questions") from error
     for number, line in enumerate(lines, start=1):
         if line.strip():
-            yield parse_question(line, f"{file}:{number}", file.parent)
+            where = f"{file}:{number}"
+            yield read_question(parse_row(line, where), where, file.parent)
 
 
 def prepare_question(

@@ -48,13 +48,15 @@ _SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "seed")
     "--max-running", type=click.IntRange(1), default=32, show_default=True, help="Answers at once of an engine."
 )
 @click.option("--wait-for-nodes", is_flag=True, help="Begin though the cluster has no room yet: nodes will join.")
+@click.option("--retry-errors", is_flag=True, help="Do rows that are errors in OUTPUT again.")
 @click.option("--format", "shown", type=click.Choice(["text", "json"]), default="text", help="Of the report.  [text]")
 def batch(input: Path, output: Path, shown: str, **given: Any) -> None:
     """Answer every row of INPUT, each once, into OUTPUT; given again, go on where it was stopped.
 
     INPUT is a .jsonl or .parquet file of questions (`question` or `text`; `image` or `images`; `question_id` or `id`),
     or a folder of pictures. OUTPUT ends with .jsonl, for one file, or with .parquet, for a folder of parts. A row that
-    cannot be answered is written with its `error`. Runs on the Ray that RAY_ADDRESS names, else on one of its own.
+    cannot be answered is written with its `error`, and is done again only with --retry-errors. Runs on the Ray that
+    RAY_ADDRESS names, else on one of its own.
     """
     from cluster.batch.job import Job
     from cluster.batch.opening import open_source
@@ -64,7 +66,7 @@ def batch(input: Path, output: Path, shown: str, **given: Any) -> None:
     stages = read_stages(given["stages"])
     check_output_stays(output)
     folder = given["image_folder"] and seen_by_workers(given["image_folder"])
-    source = open_source(seen_by_workers(input), image_folder=folder, prompt=given["prompt"])
+    source = open_source(seen_by_workers(input), output, image_folder=folder, prompt=given["prompt"])
     settings = JobSettings(
         _find_model(given),
         SamplingParams(**{name: given[name] for name in _SAMPLING}),
@@ -77,7 +79,8 @@ def batch(input: Path, output: Path, shown: str, **given: Any) -> None:
     signal.signal(signal.SIGTERM, _interrupt)
     # Ray tells of processes that have died on the standard output, which is the report's.
     with contextlib.redirect_stdout(sys.stderr):
-        report = Job(source, output, settings, on_ray).run(lambda text: click.echo(text, err=True), sys.stderr)
+        job = Job(source, output, settings, on_ray, given["retry_errors"])
+        report = job.run(lambda text: click.echo(text, err=True), sys.stderr)
     click.echo(json.dumps(report.as_json()) if shown == "json" else "\n".join(report.lines()))
 
 

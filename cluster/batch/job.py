@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cluster.batch.errors import InputError, JobError
+from cluster.batch.held import HeldBack
 from cluster.batch.manifest import Manifest, model_digest
 from cluster.batch.output import Output
 from cluster.batch.progress import Progress
@@ -26,11 +27,8 @@ from cluster.batch.report import Report
 from cluster.batch.settings import JobSettings
 from cluster.batch.sources import Plan, Source
 
-# What is tried once more, alone, before it counts as the row's own failure; and how many are no row's: failed in a row,
-# or lost, and more of them than were answered.
-ENGINE_ERROR, LOST = "engine_error", "process_lost"
-_MAX_FAILED_IN_A_ROW, _MAX_LOST = 200, 20
-
+# What was tried once more, alone; and how many such rows are no row's fault, where they are more than were answered.
+LOST, _MAX_LOST = "process_lost", 20
 
 Written = npt.NDArray[np.bool_]
 
@@ -58,30 +56,38 @@ class Job:
     output: Path
     settings: JobSettings
     answering: Callable[[JobSettings], AbstractContextManager[Answering]]
+    retries_errors: bool = False
 
     def run(self, say: Callable[[str], None], progress: TextIO) -> Report:
         """Raises JobError, with all that was written in its place."""
         plan = self.source.plan()
-        for note in plan.notes:
-            say(note)
         if not plan.num_rows:
             raise InputError("the input has no rows")
         with Output(self.output, _manifest(plan, self.source, self.settings)) as output:
             report = Report(plan.num_rows)
             for row in output.resume():
-                report.count(row)
+                if not (self.retries_errors and row["error"] is not None):
+                    report.count(row)
             report.begin()
+            for note in plan.notes:
+                say(note)
             if report.done:
                 say(f"{report.done} of {plan.num_rows} rows are there already")
+            if num_errors := int(output.written.sum()) - report.done:
+                say(f"{num_errors} rows that are errors are done again")
             began = time.monotonic()
             try:
                 if report.done < plan.num_rows:
                     with self.answering(self.settings) as answer, Progress(report, progress, answer.waits_for):
+                        if num_errors:
+                            output.drop_errors()
                         self._answer_all(answer, plan, output, report, say)
                 output.seal()
             finally:
                 report.seconds = time.monotonic() - began
-                _write_report(output.report_path, report, say)
+                # That of the run which wrote the last rows says more than one of none.
+                if report.done > report.rows_before or (report.done and not output.report_path.exists()):
+                    _write_report(output.report_path, report, say)
         return report
 
     def _answer_all(
@@ -106,21 +112,17 @@ class Job:
         _put(_lost(plan, self.source, output), output, report)
 
     def _write(self, blocks: Iterator[list[Record]], output: Output, report: Report, *, tried_again: bool) -> None:
-        """What has failed in an engine is held back until one answers: it may be the engine's fault, and then the job
-        ends without it. What is to be `tried_again` is not written at all."""
-        held: list[Record] = []
+        """What may be no row's fault is held back: where it is not, the job ends without it. What has failed in an
+        engine and is to be `tried_again` is not written at all."""
+        held = HeldBack()
         for block in blocks:
             _check_input(block)
-            if any(isinstance(record.value, Answer) for record in block):
-                _put([] if tried_again else held, output, report)
-                held = []
-            held += [record for record in block if _has_failed(record)]
-            if len(held) > _MAX_FAILED_IN_A_ROW:
-                raise JobError(f"{len(held)} rows in a row have failed alike, the last so: {held[-1].value}")
-            _put((record for record in block if not _has_failed(record)), output, report)
+            failed, done = held.take(block)
+            _put(done if tried_again else failed + done, output, report)
             for record in block:
                 report.read_engine(record.reading)
-        _put([] if tried_again else held, output, report)
+        failed, done = held.rest()
+        _put(done if tried_again else failed + done, output, report)
 
 
 def _put(records: Iterable[Record], output: Output, report: Report) -> None:
@@ -159,10 +161,6 @@ def _manifest(plan: Plan, source: Source, settings: JobSettings) -> Manifest:
     )
 
 
-def _has_failed(record: Record) -> bool:
-    return isinstance(record.value, Failure) and record.value.kind == ENGINE_ERROR
-
-
 def _lost(plan: Plan, source: Source, output: Output) -> Iterator[Record]:
     """Rows that are missing though they were tried alone."""
     for span in plan.spans:
@@ -187,5 +185,5 @@ def as_row(record: Record) -> dict[str, Any]:
         "finish_reason": answer and answer.finish_reason,
         "usage": answer and asdict(answer.usage),
         "timings": {stage: round(ms, 3) for stage, ms in record.timings.items()},
-        "error": asdict(value) if isinstance(value, Failure) else None,
+        "error": {"kind": value.kind, "message": value.message} if isinstance(value, Failure) else None,
     }

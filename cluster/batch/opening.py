@@ -6,11 +6,15 @@ from pathlib import Path
 
 from cluster.batch.errors import InputError
 from cluster.batch.parquet_source import Parquet
-from cluster.batch.sources import JsonLines, PictureFolder, Source
+from cluster.batch.sources import PICTURE_SUFFIXES, JsonLines, PictureFolder, Source
 
 
-def open_source(path: Path, *, image_folder: Path | None, prompt: str | None) -> Source:
-    """Raises InputError for what is not there or not known."""
+def open_source(path: Path, output: Path, *, image_folder: Path | None, prompt: str | None) -> Source:
+    """Raises InputError for what is not there, not known, or the output itself."""
+    if path.resolve() == output.resolve():
+        raise InputError(f"{path} cannot be the output of its own answers; name another")
+    if image_folder is not None and not image_folder.is_dir():
+        raise InputError(f"--image-folder {image_folder} is not a folder; pictures are named from it")
     if path.is_dir():
         return _open_folder(path, image_folder, prompt)
     if not path.exists():
@@ -24,7 +28,15 @@ def open_source(path: Path, *, image_folder: Path | None, prompt: str | None) ->
 
 
 def _open_folder(path: Path, image_folder: Path | None, prompt: str | None) -> Source:
-    tables = tuple(sorted(path.glob("*.parquet")))
+    # A folder of that ending is an output.
+    files = [file for file in path.iterdir() if file.is_file()]
+    tables = tuple(sorted(file for file in files if file.suffix == ".parquet"))
+    pictures = sorted(file for file in files if file.suffix.lower() in PICTURE_SUFFIXES)
+    if tables and pictures:
+        raise InputError(
+            f"{path} holds both Parquet files and pictures, such as {tables[0].name} and {pictures[0].name}: name the "
+            "file, which may name the pictures, or put them into folders of their own"
+        )
     if tables:
         return Parquet(tables, image_folder or path, prompt)
     if prompt is None:

@@ -7,25 +7,27 @@ only then emptied. Knows no Ray and nothing of how answers come about.
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cluster.batch.errors import OutputError
+from cluster.batch.journal import Journal, Row
 from cluster.batch.manifest import Manifest, check_same
 from llava_core.disk import flush
 
-Row = Mapping[str, Any]
 # Rows of a part.
 PART_ROWS = 10_000
+_PART = re.compile(r"part-(\d+)\.parquet")
 _SCHEMA = pa.schema(
     [
         ("row", pa.int64()),
@@ -43,73 +45,6 @@ _SCHEMA = pa.schema(
 )
 
 
-class Journal:
-    """A file of JSON lines that one process may append to. What stands behind its last whole line is cut off."""
-
-    def __init__(self, path: Path) -> None:
-        """Raises OutputError where it cannot be written, or another job does so."""
-        self._path = path
-        try:
-            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        except OSError as error:
-            raise OutputError(f"{path} cannot be written: {error.strerror}") from error
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._file)
-            raise OutputError(
-                f"{path} is being written by another job; wait for its end or name another output"
-            ) from None
-        self.num_bytes = os.fstat(self._file).st_size
-
-    def rows(self) -> Iterator[dict[str, Any]]:
-        """All that were written. Raises OutputError for a line that no job has written."""
-        at = 0
-        with self._path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.endswith(b"\n"):
-                    break
-                at += len(line)
-                try:
-                    row = json.loads(line)
-                except ValueError:
-                    row = None
-                if not isinstance(row, dict) or not isinstance(row.get("row"), int):
-                    raise OutputError(f"{self._path}:{number} is damaged or no job's; name another output")
-                yield row
-        if at != self.num_bytes:
-            self._cut(at)
-
-    def append(self, rows: Iterable[Row]) -> None:
-        """All of them or none, onto the disk. Raises OutputError; what was there before stays."""
-        data = b"".join(json.dumps(row, default=str).encode() + b"\n" for row in rows)
-        done = 0
-        try:
-            while done < len(data):
-                done += os.pwrite(self._file, data[done:], self.num_bytes + done)
-            if data:
-                os.fsync(self._file)
-        except OSError as error:
-            self._cut(self.num_bytes)
-            raise OutputError(
-                f"{self._path} cannot be written: {error.strerror}; what was written before is whole. "
-                "Make room and give the same command again"
-            ) from error
-        self.num_bytes += len(data)
-
-    def clear(self) -> None:
-        """After its rows went elsewhere."""
-        self._cut(0)
-
-    def close(self) -> None:
-        """Another job may write from now on."""
-        os.close(self._file)
-
-    def _cut(self, at: int) -> None:
-        os.ftruncate(self._file, at)
-        self.num_bytes = at
-
-
 class Output:
     """The rows of one run. `written` says of each row of the input whether it is done."""
 
@@ -120,18 +55,23 @@ class Output:
         self.path = path
         self._parts = path if path.suffix == ".parquet" else None
         self.written: npt.NDArray[np.bool_] = np.zeros(manifest.num_rows, bool)
+        folder = path if self._parts else path.parent
+        self._made = [each for each in (folder, *folder.parents) if not each.exists()]
         try:
-            (path if self._parts else path.parent).mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise OutputError(f"{path} cannot be made a folder: {error.strerror}") from error
+            raise OutputError(f"{folder} cannot be made a folder: {error.strerror}") from error
         self._journal = Journal(self._beside("journal.jsonl") if self._parts else path)
-        self._num_sealed = self._num_open = 0
+        self._num_open = 0
         self._manifest = manifest
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
+        """Of a job that was refused or stopped before its first row nothing is left."""
+        if self._is_new():
+            self._remove()
         self._journal.close()
 
     @property
@@ -143,7 +83,6 @@ class Output:
         """The rows that are there already, each once; all must be taken before another is written."""
         check_same(self._beside("manifest.json"), self._manifest, is_new=self._is_new())
         for part in self._sealed():
-            self._num_sealed += 1
             for batch in pq.ParquetFile(part).iter_batches():
                 yield from filter(self._mark, batch.to_pylist(maps_as_pydicts="strict"))
         # A journal that was sealed and not emptied any more holds rows of the last part.
@@ -173,8 +112,31 @@ class Output:
         """The end of a part."""
         if not self._parts or not self._num_open:
             return
-        temporary, part = self._beside("part.tmp"), self._parts / f"part-{self._num_sealed:05}.parquet"
         table = pa.Table.from_pylist([_columns(row) for row in self._journal.rows()], _SCHEMA)
+        # Of the parts that were there some may be gone: a number is that of no other.
+        numbers = [int(found[1]) for part in self._sealed() if (found := _PART.fullmatch(part.name))]
+        self._put_part(self._parts / f"part-{max(numbers, default=-1) + 1:05}.parquet", table)
+        self._journal.clear()
+        self._num_open = 0
+
+    def drop_errors(self) -> None:
+        """Rows that are errors are not there any more, and may be written again. To be called after `resume`. Each file
+        is replaced as a whole by one without them."""
+        for part in self._sealed():
+            table = pq.read_table(part)
+            is_error = table["error"].is_valid()
+            numbers = table.filter(is_error)["row"].to_numpy()
+            if len(numbers) == table.num_rows:
+                part.unlink()
+            elif len(numbers):
+                self._put_part(part, table.filter(pc.invert(is_error)))
+            self.written[numbers] = False
+        dropped = self._journal.drop(lambda row: row["error"] is not None)
+        self.written[dropped] = False
+        self._num_open -= len(dropped)
+
+    def _put_part(self, part: Path, table: pa.Table) -> None:
+        temporary = self._beside("part.tmp")
         try:
             pq.write_table(table, temporary)
             flush(temporary)
@@ -183,11 +145,9 @@ class Output:
         except OSError as error:
             temporary.unlink(missing_ok=True)
             raise OutputError(
-                f"{part} cannot be written: {error}; its rows are in {self._beside('journal.jsonl')}. "
+                f"{part} cannot be written: {error}; what was written before is whole. "
                 "Make room and give the same command again"
             ) from error
-        self._journal.clear()
-        self._num_sealed, self._num_open = self._num_sealed + 1, 0
 
     def _mark(self, row: Row) -> bool:
         """Whether the row was not there before."""
@@ -201,8 +161,16 @@ class Output:
     def _sealed(self) -> list[Path]:
         return sorted(self._parts.glob("part-*.parquet")) if self._parts else []
 
+    def _remove(self) -> None:
+        """What was made for rows that have not come. A folder with anything else in it stays."""
+        with suppress(OSError):
+            (self._beside("journal.jsonl") if self._parts else self.path).unlink()
+            self._beside("manifest.json").unlink(missing_ok=True)
+            for folder in self._made:
+                folder.rmdir()
+
     def _is_new(self) -> bool:
-        return not self._journal.num_bytes and not self._sealed()
+        return self._journal.is_empty() and not self._sealed()
 
     def _beside(self, name: str) -> Path:
         # Readers of Parquet leave out what begins so.

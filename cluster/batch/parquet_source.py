@@ -10,16 +10,13 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster.batch.errors import InputError
 from cluster.batch.records import Failure, Record
-from cluster.batch.sources import INVALID_ROW, Plan, Span, open_again, question_record
-from llava_core.errors import RequestError
-from llava_core.questions import read_question
+from cluster.batch.sources import INVALID_ROW, Plan, Span, open_again, row_record
 
 _TEXTS, _OTHERS = ("question", "text"), ("images", "image", "question_id", "id")
 # Rows that are Python's at a time: they may hold pictures.
@@ -60,7 +57,7 @@ class Parquet:
         try:
             for batch in opened.iter_batches(_READ_ROWS, row_groups=[span.at], columns=columns):
                 for values in batch.to_pylist():
-                    yield self._record(row, values, f"{span.file}, row {row}")
+                    yield row_record(row, values, f"{span.file}, row {row}", self.image_folder, self.prompt)
                     row += 1
         except (pa.ArrowException, OSError) as error:
             for lost in range(row, span.stop):
@@ -68,12 +65,6 @@ class Parquet:
             return
         if row != span.stop:
             raise InputError(f"{span.file} has changed since the job began: row group {span.at} is another one")
-
-    def _record(self, row: int, values: dict[str, Any], where: str) -> Record:
-        try:
-            return question_record(row, read_question(values, where, self.image_folder, default_text=self.prompt))
-        except RequestError as error:
-            return Record(row, Failure(INVALID_ROW, error.message))
 
     def _check_columns(self, file: Path, names: list[str]) -> None:
         if self.prompt is None and not any(name in names for name in _TEXTS):

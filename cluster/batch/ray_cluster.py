@@ -6,6 +6,7 @@ Its own ends with the job, however that ends. Says what its nodes have, and whic
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,19 +37,31 @@ def set_environment() -> None:
 
 @contextmanager
 def ray_cluster() -> Iterator[None]:
-    """Connected within. Raises JobError where nobody answers at RAY_ADDRESS."""
+    """Connected within. SIGTERM does what it did before, and not what Ray makes of it. Raises JobError where nobody
+    answers at RAY_ADDRESS."""
     address = os.environ.get("RAY_ADDRESS")
     import ray
 
     own: dict[str, Any] = {"include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
+    before = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(address=address or "local", log_to_driver=False, **({} if address else own))
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise JobError(f"no Ray answers at RAY_ADDRESS={address}: {error}" if address else str(error)) from error
-    try:
+        _connect(address, **({} if address else own))
+        signal.signal(signal.SIGTERM, before)
         yield
     finally:
         ray.shutdown()
+
+
+def _connect(address: str | None, **own: Any) -> None:
+    import ray
+
+    try:
+        ray.init(address=address or "local", log_to_driver=False, **own)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise JobError(f"no Ray answers at RAY_ADDRESS={address}: {error}" if address else str(error)) from error
+    except SystemExit as error:
+        # Of its handler of SIGTERM.
+        raise KeyboardInterrupt from error
 
 
 def node_resources() -> Sequence[Resources]:

@@ -33,15 +33,19 @@ class Answer:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why there is no answer: a stable kind, and the cause in words."""
+    """Why there is no answer: a stable kind, and the cause in words. Not `is_certain`: it may be the fault of something
+    that rows share."""
 
     kind: str
     message: str
+    is_certain: bool = True
 
 
 # Of a failure that is the input's and no row's: it travels in place of the rows that could not be read, and ends the
 # job.
 INPUT_ERROR = "input_error"
+# What llava_core calls a picture's file that cannot be read.
+UNREADABLE = "unreadable_file"
 
 
 @dataclass(frozen=True)

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol
 
 from cluster.batch.errors import InputError
 from cluster.batch.records import Failure, Record
 from llava_core.errors import RequestError
-from llava_core.questions import Question, parse_question
+from llava_core.questions import Question, parse_row, question_id, read_question
 
 SPAN_ROWS = 4096
 PICTURE_SUFFIXES = frozenset(".png .jpg .jpeg .webp .gif .bmp .tif .tiff .dcm".split())
@@ -71,6 +71,14 @@ def question_record(row: int, question: Question) -> Record:
     return Record(row, question, question.id, names, question.text)
 
 
+def row_record(row: int, values: Mapping[str, Any], where: str, image_folder: Path, prompt: str | None) -> Record:
+    """Of what a row holds, which may be no question."""
+    try:
+        return question_record(row, read_question(values, where, image_folder, default_text=prompt))
+    except RequestError as error:
+        return Record(row, Failure(INVALID_ROW, error.message), question_id(values))
+
+
 @dataclass(frozen=True)
 class JsonLines:
     """A JSON object a line. Pictures are named from `image_folder`; lines of white space are no rows."""
@@ -117,13 +125,12 @@ class JsonLines:
 
     def _record(self, row: int, line: bytes, where: str) -> Record:
         try:
-            text = line.decode("utf-8-sig")
-            question = parse_question(text, where, self.image_folder, default_text=self.prompt)
+            values = parse_row(line.decode("utf-8-sig"), where)
         except UnicodeDecodeError as error:
             return Record(row, Failure(INVALID_ROW, f"{where} is not UTF-8: {error.reason}"))
         except RequestError as error:
             return Record(row, Failure(INVALID_ROW, error.message))
-        return question_record(row, question)
+        return row_record(row, values, where, self.image_folder, self.prompt)
 
 
 def open_again(file: Path) -> BinaryIO:

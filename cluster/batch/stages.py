@@ -14,9 +14,21 @@ import threading
 import time
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cluster.batch.records import Answer, Block, EngineReading, Record, failure, from_block, to_block
+from cluster.batch.records import (
+    INPUT_ERROR,
+    UNREADABLE,
+    Answer,
+    Block,
+    EngineReading,
+    Failure,
+    Record,
+    failure,
+    from_block,
+    to_block,
+)
 from cluster.batch.settings import JobSettings, StageName
 from llava_core.engine.config import EngineConfig
 from llava_core.errors import EngineError, LlavaError, RequestError
@@ -45,6 +57,8 @@ class Prepare:
 
         self._preparer = load_preparer(job.model.checkpoint.open(), template=job.model.template)
         self._sampling = job.sampling
+        # The last file that was read. Where it cannot be any more, what holds the pictures has gone away.
+        self._was_read: Path | None = None
 
     def __call__(self, block: Block) -> Block:
         """Questions become prepared requests."""
@@ -54,11 +68,31 @@ class Prepare:
         if not isinstance(record.value, Question):
             return record
         began = time.perf_counter()
+        prepared: PreparedRequest | Failure
         try:
             prepared = prepare_question(self._preparer, record.value, self._sampling, str(record.row))
         except RequestError as error:
-            return record.became(failure(error))
+            if error.code == UNREADABLE:
+                return record.became(self._unreadable(str(error)))
+            prepared = failure(error)
+        self._was_read = next((image for image in record.value.images if isinstance(image, Path)), self._was_read)
         return record.became(prepared, preprocess=_ms_since(began))
+
+    def _unreadable(self, message: str) -> Failure:
+        """The row's fault for certain where another picture can be read, and not at all where one can no longer be."""
+        known = self._was_read
+        if known is None:
+            return Failure(UNREADABLE, message, is_certain=False)
+        try:
+            with known.open("rb") as file:
+                file.read(1)
+        except OSError as error:
+            return Failure(
+                INPUT_ERROR,
+                f"{message}; nor can {known} any more, which was read before: {error.strerror} on "
+                f"{os.uname().nodename}. Once the pictures are there again, the same command goes on",
+            )
+        return Failure(UNREADABLE, message)
 
 
 class Encode:

@@ -12,6 +12,10 @@ import pytest
 import yaml
 from ray.serve._private import constants
 
+from cluster.batch.capacity import check_capacity
+from cluster.batch.errors import CapacityError
+from cluster.batch.pipeline import READ_CPUS
+from cluster.batch.settings import read_stages
 from deployments.environment import CLUSTER_ENVIRONMENT
 from deployments.load_balancer import LoadBalancer
 from tests.cluster.files import (
@@ -328,9 +332,21 @@ def _secrets(content: Any) -> Iterator[str]:
 def test_the_job_runs_a_batch_and_outlives_failures() -> None:
     assert JOB["spec"]["entrypoint"].startswith("llava batch ")
     assert JOB["spec"]["backoffLimit"] > 0
-    files = JOB["spec"]["entrypoint"].split()[2:]
+    files = JOB["spec"]["entrypoint"].split()[2:4]
     for group in groups(CLUSTERS["batch"]):
         spec = group["template"]["spec"]
         [volume] = [each for each in spec["volumes"] if "persistentVolumeClaim" in each]
         [path] = [each["mountPath"] for each in spec["containers"][0]["volumeMounts"] if each["name"] == volume["name"]]
         assert all(file.startswith(f"{path}/") for file in files)
+
+
+def test_the_jobs_stages_have_room_on_all_its_workers_together_and_not_on_fewer() -> None:
+    words = JOB["spec"]["entrypoint"].split()
+    stages = read_stages(value for word, value in itertools.pairwise(words) if word == "--stage")
+    [group] = CLUSTERS["batch"]["workerGroupSpecs"]
+    [container] = group["template"]["spec"]["containers"]
+    worker = {"CPU": float(container["resources"]["requests"]["cpu"])}
+    check_capacity(stages, READ_CPUS, [worker] * group["maxReplicas"], None)
+    with pytest.raises(CapacityError):
+        check_capacity(stages, READ_CPUS, [worker] * (group["maxReplicas"] - 1), None)
+    assert "--wait-for-nodes" in words, "it begins with fewer"

@@ -1,6 +1,7 @@
 """Questions as files hold them, and what is said of those that are none."""
 
 import io
+import math
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from PIL import Image
 
 from llava_core.checkpoints.describe import load_preparer
 from llava_core.errors import ImageError, RequestError
-from llava_core.questions import Question, parse_question, prepare_question, read_question, read_questions
+from llava_core.questions import Question, parse_row, prepare_question, question_id, read_question, read_questions
 from llava_core.types import SamplingParams
 
 
@@ -32,7 +33,17 @@ def test_every_spelling_of_a_question_is_read(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("line", ["not JSON", "[]", '{"image": "a.png"}', '{"text": "a", "images": [3]}'])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "not JSON",
+        "[]",
+        '{"image": "a.png"}',
+        '{"text": "a", "images": [3]}',
+        '{"text": "", "image": "a.png"}',
+        '{"text": "a", "image": ""}',
+    ],
+)
 def test_a_line_that_is_no_question_is_named(tmp_path: Path, line: str) -> None:
     with pytest.raises(RequestError, match=r"questions\.jsonl:2 "):
         list(read_questions(write(tmp_path, f'{{"text": "a"}}\n{line}\n')))
@@ -40,8 +51,40 @@ def test_a_line_that_is_no_question_is_named(tmp_path: Path, line: str) -> None:
 
 def test_a_text_for_all_is_for_those_that_have_none() -> None:
     folder = Path("/pictures")
-    assert parse_question('{"image": "a.png"}', "x", folder, default_text="What?").text == "What?"
-    assert parse_question('{"text": "Why?", "image": "a.png"}', "x", folder, default_text="What?").text == "Why?"
+    for row in ({"image": "a.png"}, {"text": None}, {"text": ""}, {"question": " \n"}):
+        assert read_question(row, "x", folder, default_text="What?").text == "What?"
+    assert read_question({"text": "Why?", "image": "a.png"}, "x", folder, default_text="What?").text == "Why?"
+
+
+def test_of_two_names_the_one_that_holds_something_counts() -> None:
+    question = read_question({"question": "", "text": "Why?", "images": [], "image": "a.png"}, "x", Path("/p"))
+    assert question == Question("Why?", (Path("/p/a.png"),))
+
+
+@pytest.mark.parametrize(
+    ("row", "found"),
+    [
+        ({"question_id": 0, "id": 1}, 0),
+        ({"question_id": None, "id": "a"}, "a"),
+        ({"question_id": math.nan, "id": 2.5}, 2.5),
+        ({"id": math.inf}, None),
+        ({}, None),
+    ],
+)
+def test_an_id_is_whatever_is_given_but_no_number_that_is_none(row: dict[str, object], found: object) -> None:
+    assert question_id(row) == found
+
+
+def test_a_character_that_some_call_a_line_break_is_none(tmp_path: Path) -> None:
+    file = tmp_path / "questions.jsonl"
+    file.write_bytes('\ufeff{"text":\r "a\u2028b"}\r\n{"text": "c\u0085d"}'.encode())
+    assert [question.text for question in read_questions(file)] == ["a\u2028b", "c\u0085d"]
+
+
+def test_a_row_is_an_object() -> None:
+    assert parse_row('{"a": 1}', "x") == {"a": 1}
+    with pytest.raises(RequestError, match=r"^x is not a JSON object but list"):
+        parse_row("[1]", "x")
 
 
 def test_a_picture_may_be_its_bytes(tiny_checkpoint: Path) -> None:

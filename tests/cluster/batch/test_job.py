@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from cluster.batch.errors import InputError, JobError, OutputError
+from cluster.batch.errors import CapacityError, InputError, JobError, OutputError
 from cluster.batch.job import Answering, Job
-from cluster.batch.records import INPUT_ERROR, Answer, Failure, Record
+from cluster.batch.records import INPUT_ERROR, UNREADABLE, Answer, Failure, Record
 from cluster.batch.report import Report
 from cluster.batch.settings import JobSettings, ModelSettings
-from cluster.batch.sources import JsonLines
+from cluster.batch.sources import JsonLines, PictureFolder, Source
 from llava_core.checkpoints.found import FoundCheckpoint
 from llava_core.questions import Question
 from llava_core.types import SamplingParams, Usage
@@ -61,15 +61,16 @@ class Here:
     """Runs jobs on one input, and remembers what they said."""
 
     def __init__(self, folder: Path, checkpoint: Path, num_rows: int = 5) -> None:
-        self.source = JsonLines(folder / "in.jsonl", folder, None)
-        self.source.file.write_text("".join(json.dumps({"id": i, "text": f"q{i}"}) + "\n" for i in range(num_rows)))
+        self.file = folder / "in.jsonl"
+        self.source: Source = JsonLines(self.file, folder, None)
+        self.file.write_text("".join(json.dumps({"id": i, "text": f"q{i}"}) + "\n" for i in range(num_rows)))
         self.output = folder / "out.jsonl"
         self.checkpoint = checkpoint
         self.said: list[str] = []
 
-    def run(self, becomes: Becomes, **settings: Any) -> Report:
+    def run(self, becomes: Becomes, *, retries_errors: bool = False, **settings: Any) -> Report:
         model = ModelSettings(FoundCheckpoint(str(self.checkpoint), None, {}, offline=True))
-        job = Job(self.source, self.output, JobSettings(model, **settings), standing_in(becomes))
+        job = Job(self.source, self.output, JobSettings(model, **settings), standing_in(becomes), retries_errors)
         return job.run(self.said.append, io.StringIO())
 
     def rows(self) -> dict[int, dict[str, Any]]:
@@ -102,13 +103,47 @@ def test_every_row_is_written_with_its_answer_and_the_report_beside(here: Here) 
 
 
 def test_a_row_that_is_none_is_an_error_row_and_the_others_are_answered(here: Here) -> None:
-    lines = here.source.file.read_text().splitlines()
-    here.source.file.write_text("\n".join([*lines[:2], "{broken", *lines[3:]]))
+    lines = here.file.read_text().splitlines()
+    here.file.write_text("\n".join([*lines[:2], "{broken", *lines[3:]]))
     report = here.run(lambda _, __: GOOD)
     assert (report.answered, report.errors) == (4, {"invalid_row": 1})
     error = here.rows()[2]["error"]
     assert error["kind"] == "invalid_row"
     assert "in.jsonl:3 is not a JSON object" in error["message"]
+
+
+def test_a_job_that_writes_no_row_leaves_nothing_or_the_report_that_is_there(here: Here, tmp_path: Path) -> None:
+    def refused(*_: object) -> Answer:
+        raise CapacityError("no GPU")
+
+    for name in ("new/out.jsonl", "new/out.parquet"):
+        here.output = tmp_path / name
+        with pytest.raises(CapacityError):
+            here.run(refused)
+        assert sorted(each.name for each in tmp_path.iterdir()) == ["in.jsonl"]
+    here.output = tmp_path / "out.jsonl"
+    here.run(lambda *_: GOOD)
+    report = tmp_path / "out.jsonl.report.json"
+    before = report.read_text()
+    assert here.run(refused).rows_before == 5
+    assert report.read_text() == before
+    report.unlink()
+    here.run(refused)
+    assert json.loads(report.read_text())["done"] == 5
+
+
+def test_what_an_input_has_that_is_none_is_said_once_the_output_is_one(here: Here, tmp_path: Path) -> None:
+    for name in ("pictures/a.png", "pictures/notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    here.source = PictureFolder(tmp_path / "pictures", "What?")
+    here.output = tmp_path / "out.csv"
+    with pytest.raises(OutputError, match="must end with"):
+        here.run(lambda *_: GOOD)
+    assert here.said == []
+    here.output = tmp_path / "out.jsonl"
+    here.run(lambda *_: GOOD)
+    assert here.said == ["1 files that are no pictures by their names are left out"]
 
 
 def test_a_job_goes_on_where_it_was_stopped_and_asks_no_row_twice(here: Here) -> None:
@@ -134,6 +169,35 @@ def test_a_job_goes_on_where_it_was_stopped_and_asks_no_row_twice(here: Here) ->
     assert (report.done, report.rows_before) == (5, 3)
     here.run(lambda *_: pytest.fail("there is nothing to ask"))
     assert len(here.rows()) == 5
+
+
+def test_rows_that_are_errors_are_done_again_where_that_is_said(here: Here) -> None:
+    here.run(lambda record, _: Failure("invalid_image", "broken") if record.row in (1, 3) else GOOD)
+    here.run(lambda *_: pytest.fail("there is nothing to ask"))
+    asked: list[int] = []
+
+    def stopped(record: Record, _: object) -> Answer:
+        asked.append(record.row)
+        if record.row == 3:
+            raise KeyboardInterrupt
+        return GOOD
+
+    with pytest.raises(KeyboardInterrupt):
+        here.run(stopped, retries_errors=True)
+    assert "2 rows that are errors are done again" in here.said
+    assert sorted(here.rows()) == [0, 1, 2, 4]
+    report = here.run(noting(asked), retries_errors=True)
+    assert asked == [1, 3, 3]
+    assert (report.answered, report.errors, report.rows_before) == (5, {}, 4)
+    assert all(row["error"] is None for row in here.rows().values())
+
+
+def noting(asked: list[int]) -> Becomes:
+    def becomes(record: Record, _: object) -> Answer:
+        asked.append(record.row)
+        return GOOD
+
+    return becomes
 
 
 def test_what_failed_in_company_is_tried_alone_and_then_it_is_the_rows_own_failure(here: Here) -> None:
@@ -164,7 +228,7 @@ def test_an_engine_that_fails_every_row_ends_the_job_and_no_row_is_written_off(
     here = Here(tmp_path, tiny_checkpoint, num_rows=300)
     with pytest.raises(JobError, match=r"rows in a row have failed alike.*device is gone"):
         here.run(lambda *_: Failure("engine_error", "the device is gone"))
-    assert here.rows() == {}
+    assert not here.output.exists()
     assert here.run(lambda *_: GOOD).answered == 300
 
 
@@ -181,6 +245,20 @@ def test_an_engine_that_breaks_when_rows_are_alone_ends_the_job_and_no_row_is_wr
         here.run(becomes)
     assert sorted(here.rows()) == list(range(10))
     assert here.run(lambda *_: GOOD).answered == 300
+
+
+def test_pictures_of_which_none_can_be_read_end_the_job_unless_they_are_few(
+    tmp_path: Path, tiny_checkpoint: Path
+) -> None:
+    missing = Failure(UNREADABLE, "volume/a.png cannot be read", is_certain=False)
+    here = Here(tmp_path, tiny_checkpoint, num_rows=300)
+    with pytest.raises(JobError, match=r"none of the first 201 pictures can be read.*volume/a\.png"):
+        here.run(lambda *_: missing)
+    assert here.run(lambda *_: GOOD).answered == 300
+    here = Here(tmp_path, tiny_checkpoint, num_rows=200)
+    here.output = tmp_path / "few.jsonl"
+    assert here.run(lambda *_: missing).errors == {UNREADABLE: 200}
+    assert here.rows()[7]["error"] == {"kind": UNREADABLE, "message": missing.message}
 
 
 def test_many_rows_that_are_lost_alone_are_not_written_off(tmp_path: Path, tiny_checkpoint: Path) -> None:
@@ -215,7 +293,7 @@ def test_another_run_may_not_write_here(here: Here, checkpoint_copy: Path) -> No
     here.checkpoint = checkpoint_copy
     with pytest.raises(OutputError, match="model is another one"):
         here.run(lambda *_: GOOD)
-    here.source.file.write_text('{"text": "another"}\n' * 5)
+    here.file.write_text('{"text": "another"}\n' * 5)
     with pytest.raises(OutputError, match="input is another one"):
         here.run(lambda *_: GOOD)
 
@@ -224,20 +302,20 @@ def test_pictures_and_input_may_lie_elsewhere_than_before(here: Here, tmp_path: 
     here.run(lambda *_: GOOD)
     moved = tmp_path / "elsewhere"
     moved.mkdir()
-    here.source = JsonLines(here.source.file.rename(moved / "in.jsonl"), moved, None)
+    here.source = JsonLines(here.file.rename(moved / "in.jsonl"), moved, None)
     here.run(lambda *_: pytest.fail("there is nothing to ask"))
     assert "5 of 5 rows are there already" in here.said
 
 
 def test_an_input_without_rows_is_refused(here: Here) -> None:
-    here.source.file.write_text("\n \n")
+    here.file.write_text("\n \n")
     with pytest.raises(InputError, match="no rows"):
         here.run(lambda *_: GOOD)
     assert not here.output.exists()
 
 
 def test_rows_with_one_id_are_told_apart_by_their_number(here: Here) -> None:
-    here.source.file.write_text('{"id": "same", "text": "a"}\n{"id": "same", "text": "b"}\n')
+    here.file.write_text('{"id": "same", "text": "a"}\n{"id": "same", "text": "b"}\n')
     here.run(lambda record, _: Answer(record.prompt or "", (), "stop", GOOD.usage))
     assert {number: (row["question_id"], row["text"]) for number, row in here.rows().items()} == {
         0: ("same", "a"),

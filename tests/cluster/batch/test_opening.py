@@ -9,34 +9,61 @@ from cluster.batch.opening import open_source
 from cluster.batch.parquet_source import Parquet
 from cluster.batch.sources import JsonLines, PictureFolder
 
+OUTPUT = Path("out.parquet")
+
 
 def test_a_path_is_what_it_ends_with_or_what_is_in_it(tmp_path: Path) -> None:
     for name in ("a.jsonl", "tables/b.parquet", "tables/a.parquet", "pictures/a.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    assert open_source(tmp_path / "a.jsonl", image_folder=None, prompt=None) == JsonLines(
+    assert open_source(tmp_path / "a.jsonl", OUTPUT, image_folder=None, prompt=None) == JsonLines(
         tmp_path / "a.jsonl", tmp_path, None
     )
     tables = tmp_path / "tables"
-    assert open_source(tables, image_folder=Path("/p"), prompt="q") == Parquet(
-        (tables / "a.parquet", tables / "b.parquet"), Path("/p"), "q"
+    assert open_source(tables, OUTPUT, image_folder=tmp_path / "pictures", prompt="q") == Parquet(
+        (tables / "a.parquet", tables / "b.parquet"), tmp_path / "pictures", "q"
     )
-    assert open_source(tables / "a.parquet", image_folder=None, prompt=None) == Parquet(
+    assert open_source(tables / "a.parquet", OUTPUT, image_folder=None, prompt=None) == Parquet(
         (tables / "a.parquet",), tables, None
     )
-    assert open_source(tmp_path / "pictures", image_folder=None, prompt="q") == PictureFolder(
+    assert open_source(tmp_path / "pictures", OUTPUT, image_folder=None, prompt="q") == PictureFolder(
         tmp_path / "pictures", "q"
     )
 
 
 def test_what_cannot_be_an_input_is_said_with_the_way_out(tmp_path: Path) -> None:
     (tmp_path / "a.csv").touch()
+    (tmp_path / "a.jsonl").touch()
     for path, folder, said in (
         (tmp_path / "none.jsonl", None, "does not exist"),
         (tmp_path / "a.csv", None, r"ends with \.jsonl or \.parquet"),
         (tmp_path, None, "give --prompt"),
+        (tmp_path / "a.jsonl", tmp_path / "none", "none is not a folder"),
+        (tmp_path / "a.jsonl", tmp_path / "a.csv", r"a\.csv is not a folder"),
     ):
         with pytest.raises(InputError, match=said):
-            open_source(path, image_folder=folder, prompt=None)
+            open_source(path, OUTPUT, image_folder=folder, prompt=None)
     with pytest.raises(InputError, match="--image-folder is for a file"):
-        open_source(tmp_path, image_folder=tmp_path, prompt="q")
+        open_source(tmp_path, OUTPUT, image_folder=tmp_path, prompt="q")
+
+
+def test_an_output_in_a_folder_of_pictures_is_none_of_its_tables(tmp_path: Path) -> None:
+    (tmp_path / "a.png").touch()
+    (tmp_path / "out.parquet").mkdir()
+    (tmp_path / "out.parquet" / "part-00000.parquet").touch()
+    assert open_source(tmp_path, tmp_path / "out.parquet", image_folder=None, prompt="q") == PictureFolder(
+        tmp_path, "q"
+    )
+
+
+def test_a_folder_of_both_tables_and_pictures_is_refused(tmp_path: Path) -> None:
+    for name in ("a.JPG", "metadata.parquet"):
+        (tmp_path / name).touch()
+    with pytest.raises(InputError, match=r"both Parquet files and pictures, such as metadata\.parquet and a\.JPG"):
+        open_source(tmp_path, OUTPUT, image_folder=None, prompt="q")
+
+
+def test_an_input_cannot_be_its_own_output(tmp_path: Path) -> None:
+    (tmp_path / "a.parquet").mkdir()
+    with pytest.raises(InputError, match="cannot be the output of its own answers"):
+        open_source(tmp_path / "a.parquet", tmp_path / "b" / ".." / "a.parquet", image_folder=None, prompt="q")

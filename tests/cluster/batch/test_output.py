@@ -84,6 +84,75 @@ def test_parts_of_parquet_hold_all_rows(tmp_path: Path, small_parts: None) -> No
     assert resumed(path) == list(range(8))
 
 
+@pytest.mark.usefixtures("small_parts")
+def test_a_part_that_was_deleted_is_made_again_and_no_other_part_is_written_over(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    for number in range(9):
+        write(path, number)
+    (path / "part-00000.parquet").unlink()
+    assert resumed(path) == [3, 4, 5, 6, 7, 8]
+    write(path, 0, 1, 2)
+    assert sorted(resumed(path)) == list(range(9))
+
+
+ERROR = {"text": None, "token_ids": None, "usage": None, "error": {"kind": "unreadable_file", "message": "not there"}}
+
+
+def write_some_errors(path: Path) -> None:
+    """All rows of a part, of another some, of a third none, and one that is in no part yet."""
+    with Output(path, MANIFEST) as output:
+        list(output.resume())
+        for number in range(10):
+            output.write([row(number, **ERROR if number in (0, 1, 2, 4, 9) else {})])
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_errors_that_are_dropped_are_written_again_and_answers_stay(path: Path) -> None:
+    write_some_errors(path)
+    with Output(path, MANIFEST) as output:
+        list(output.resume())
+        output.drop_errors()
+        assert [number for number in range(10) if not output.written[number]] == [0, 1, 2, 4, 9]
+        assert [each["row"] for each in output.write([row(number) for number in range(10)])] == [0, 1, 2, 4, 9]
+        output.seal()
+    with Output(path, MANIFEST) as output:
+        rows = list(output.resume())
+    assert sorted(each["row"] for each in rows) == list(range(10))
+    assert all(each["error"] is None and each["text"] == "A cat." for each in rows)
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_whenever_it_ends_while_errors_are_dropped_no_answer_is_lost_or_there_twice(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_some_errors(path)
+    num_deaths = 0
+    # It dies at the first call that changes a name, when it is given again at the second, and so on.
+    while True:
+        calls = iter(range(num_deaths + 1))
+
+        def dying(real: Any, calls: Iterator[int] = calls) -> Any:
+            def call(*arguments: Any, **named: Any) -> Any:
+                if next(calls, None) is None:
+                    raise KeyboardInterrupt
+                return real(*arguments, **named)
+
+            return call
+
+        with monkeypatch.context() as patch, Output(path, MANIFEST) as output:
+            assert {3, 5, 6, 7, 8} <= {each["row"] for each in output.resume()}
+            for owner, name in ((Path, "rename"), (Path, "unlink"), (output_module, "flush"), (os, "fsync")):
+                patch.setattr(owner, name, dying(getattr(owner, name)))
+            try:
+                output.drop_errors()
+            except KeyboardInterrupt:
+                num_deaths += 1
+                continue
+        break
+    assert num_deaths > 1
+    assert sorted(resumed(path)) == [3, 5, 6, 7, 8]
+
+
 @pytest.mark.parametrize("when", ["before the rename", "before the journal is emptied"])
 def test_a_job_that_ends_while_it_seals_a_part_loses_and_repeats_nothing(
     when: str, tmp_path: Path, small_parts: None, monkeypatch: pytest.MonkeyPatch
@@ -216,6 +285,30 @@ def test_a_place_that_cannot_be_written_is_said(tmp_path: Path) -> None:
     for path in (tmp_path / "file" / "a.jsonl", tmp_path / "file" / "a.parquet", tmp_path / "a.jsonl"):
         with pytest.raises(OutputError, match=r"Not a directory|File exists|Is a directory"):
             Output(path, MANIFEST)
+    with pytest.raises(OutputError, match=r"file cannot be made a folder: File exists"):
+        Output(tmp_path / "file" / "a.jsonl", MANIFEST)
+
+
+def test_rows_that_were_being_written_when_the_job_was_stopped_stay(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with Output(path, MANIFEST) as output:
+        list(output.resume())
+        monkeypatch.setattr(os, "fsync", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            output.write([row(0)])
+    monkeypatch.undo()
+    assert resumed(path) == [0]
+
+
+def test_an_output_without_rows_leaves_what_is_somebody_elses(path: Path) -> None:
+    path.parent.mkdir()
+    (path.parent / "theirs").touch()
+    assert resumed(path) == []
+    assert [each.name for each in path.parent.iterdir()] == ["theirs"]
 
 
 def test_an_ending_says_what_is_written(tmp_path: Path) -> None:

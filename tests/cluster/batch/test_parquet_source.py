@@ -51,11 +51,12 @@ def test_pictures_may_stand_in_the_table(tmp_path: Path) -> None:
 
 
 def test_a_row_without_a_question_is_a_failure(tmp_path: Path) -> None:
-    file = write(tmp_path / "a.parquet", [{"text": "a"}, {"text": None}])
+    file = write(tmp_path / "a.parquet", [{"text": "a", "id": 1.0}, {"text": None, "id": 2.0}])
     good, bad = read_all(Parquet((file,), tmp_path, None))
     assert isinstance(good.value, Question)
     assert isinstance(bad.value, Failure)
     assert "row 1 needs `question`" in bad.value.message
+    assert bad.id == 2.0
 
 
 def test_a_table_without_questions_is_refused_with_its_columns(tmp_path: Path) -> None:

@@ -50,6 +50,12 @@ def test_a_broken_row_is_a_failure_that_names_its_line_and_the_others_are_rows(t
         assert f"questions.jsonl:{line} " in value.message
 
 
+def test_a_row_that_is_no_question_keeps_its_id(tmp_path: Path) -> None:
+    [record] = read_all(lines(tmp_path, {"question_id": 3, "image": "a.png"}))
+    assert isinstance(record.value, Failure)
+    assert record.id == 3
+
+
 @pytest.mark.parametrize("end", ["", "\n", "\r\n", "\n\n"])
 @pytest.mark.parametrize("number", [1, 3, 4, 7])
 def test_how_a_file_ends_makes_no_difference(end: str, number: int, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from cluster.batch.records import Answer, Failure, Record, from_block, to_block
+from cluster.batch.records import INPUT_ERROR, UNREADABLE, Answer, Failure, Record, from_block, to_block
 from cluster.batch.settings import JobSettings, ModelSettings, read_stages
 from cluster.batch.sources import question_record
 from cluster.batch.stages import Encode, Generate, Prepare, compute_of
@@ -72,6 +72,25 @@ def test_answers_are_those_of_one_process_and_failures_stay_with_their_rows(job:
     reading = done[-1].reading
     assert reading is not None
     assert 1 < reading.scheduled_requests / reading.num_steps <= job.max_running
+
+
+def test_a_missing_picture_is_its_rows_fault_only_where_others_can_be_read(job: JobSettings, tmp_path: Path) -> None:
+    folder, prepare = tmp_path / "volume", Prepare(job)
+
+    def unreadable() -> Failure:
+        [record] = from_block(prepare(to_block([question_record(0, Question("What?", (folder / "none.png",)))])))
+        assert isinstance(record.value, Failure)
+        return record.value
+
+    assert (unreadable().kind, unreadable().is_certain) == (UNREADABLE, False)
+    folder.mkdir()
+    (folder / "a.png").write_bytes(b"no picture, but there")
+    prepare(to_block([question_record(0, Question("What?", (folder / "a.png",)))]))
+    assert (unreadable().kind, unreadable().is_certain) == (UNREADABLE, True)
+    (folder / "a.png").unlink()
+    gone = unreadable()
+    assert gone.kind == INPUT_ERROR
+    assert f"nor can {folder / 'a.png'} any more, which was read before: No such file" in gone.message
 
 
 def test_a_picture_that_the_tower_cannot_take_is_its_rows_failure(
