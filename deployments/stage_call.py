@@ -7,12 +7,13 @@ is alive as long as the head reaches it. So whoever waits for long asks. Knows w
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Collection, Sequence
 from typing import Any, TypeVar
 
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayError
 from ray.serve.handle import DeploymentHandle
 
 from deployments.affinity import Session
@@ -39,13 +40,12 @@ class StageCall:
     def __init__(self, stage: str, handle: Handle, session: Session, *given: object) -> None:
         self._stage = stage
         self._key = handle.deployment_name, session.request
-        SENT_CALLS.watch(*self._key)
-        try:
+        with contextlib.ExitStack() as undo:
+            SENT_CALLS.watch(*self._key)
+            undo.callback(SENT_CALLS.forget, *self._key)
             # A copy with the same router, in microseconds.
             self.response: Any = handle.options(session_id=str(session)).remote(*given)
-        except BaseException:
-            SENT_CALLS.forget(*self._key)
-            raise
+            undo.pop_all()
         self._before: Whereabouts | None = None
 
     def is_begun(self) -> bool:
@@ -162,7 +162,7 @@ async def _answers(replica: Replica) -> bool:
     except RayActorError:
         # Of one that is gone Ray tells those who wait for it.
         return False
-    except Exception:
+    except RayError:
         # Whatever is wrong with it, it is there.
         logger.exception("a replica cannot say what it has to do")
     return True

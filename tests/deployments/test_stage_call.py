@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 import pytest
-from ray.exceptions import ActorDiedError
+from ray.exceptions import ActorDiedError, RayError
 
 from deployments import stage_call
 from deployments.affinity import new_session
@@ -227,7 +227,7 @@ def test_a_replica_that_takes_the_call_while_others_are_asked_is_waited_for() ->
 def test_a_replica_that_cannot_say_what_it_has_to_do_is_there(caplog: pytest.LogCaptureFixture) -> None:
     class Broken(_Replica):
         async def get_queue_len(self, *, deadline_s: float) -> int:
-            raise ValueError
+            raise RayError
 
     async def test(it: _Call) -> None:
         it.route(Broken())
