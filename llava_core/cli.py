@@ -118,13 +118,13 @@ def _check_window(_ctx: click.Context, _param: click.Parameter, value: str | Non
         raise click.BadParameter(str(error)) from None
 
 
-_FRAME = click.option("--frame", type=click.IntRange(1), help="Of DICOM files, counted from 1.")
-_WINDOW = click.option(
+FRAME = click.option("--frame", type=click.IntRange(1), help="Of DICOM files, counted from 1.")
+WINDOW = click.option(
     "--window", callback=_check_window, help="Of DICOM files: CENTRE,WIDTH, or the number of one of its own."
 )
 
 
-def _view(given: dict[str, Any]) -> DicomView | None:
+def take_view(given: dict[str, Any]) -> DicomView | None:
     """What the two options, taken out of those given, choose; None where neither is there."""
     frame, window = given.pop("frame"), given.pop("window")
     return None if frame is None and window is None else DicomView(frame or 1, window)
@@ -134,8 +134,8 @@ def _view(given: dict[str, Any]) -> DicomView | None:
 @click.argument("question", required=False)
 @_model_options
 @click.option("--image", "images", multiple=True, type=click.Path(path_type=Path), help="Picture file; repeatable.")
-@_FRAME
-@_WINDOW
+@FRAME
+@WINDOW
 @click.option("--questions", type=click.Path(path_type=Path), help="Many questions, one JSON object a line.")
 @click.option("--temperature", type=click.FloatRange(0, 2), default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--max-tokens", type=click.IntRange(1), default=None, help="Longest answer (default: the context).")
@@ -149,7 +149,7 @@ def ask(question: str | None, **given: Any) -> None:
     """
     from llava_core.asking import AskOptions, ask_all, ask_one
 
-    options = AskOptions(view=_view(given), **given)
+    options = AskOptions(view=take_view(given), **given)
     if (question is None) == (options.questions is None):
         raise click.UsageError("give either a QUESTION or --questions FILE")
     if options.questions is not None:
@@ -171,8 +171,8 @@ def ask(question: str | None, **given: Any) -> None:
 @click.option("--max-tokens", type=click.IntRange(1), help="Longest answer (default: the context).")
 @click.option("--seed", type=int, help="Makes sampled answers repeatable.")
 @click.option("--system", help="Replaces the template's system text.")
-@_FRAME
-@_WINDOW
+@FRAME
+@WINDOW
 @click.option("--load", type=click.Path(path_type=Path), help="Go on with a conversation that /save has written.")
 @click.option("--no-history", is_flag=True, help="Neither read nor keep the lines typed.")
 @click.pass_context
@@ -194,4 +194,4 @@ def chat(context: click.Context, /, **given: Any) -> None:
     sampling = {name: given.pop(name) for name in SAMPLING}
     known = {name: value for name, value in sampling.items() if value is not None}
     given["keeps_history"] = not given.pop("no_history")
-    run(ChatOptions(model=model, sampling=known, view=_view(given), **given))
+    run(ChatOptions(model=model, sampling=known, view=take_view(given), **given))

@@ -16,6 +16,7 @@ from typing import Any
 import click
 
 from cluster.batch.settings import STAGES, JobSettings, ModelSettings, read_stages
+from llava_core.cli import FRAME, WINDOW, take_view
 from llava_core.types import SamplingParams
 
 _SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "seed")
@@ -26,6 +27,8 @@ _SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "seed")
 @click.argument("output", type=click.Path(path_type=Path))
 @click.option("--prompt", help="The question of rows that have none; of a folder's pictures, of each.")
 @click.option("--image-folder", type=click.Path(path_type=Path), help="Pictures are named from here. [that of INPUT]")
+@FRAME
+@WINDOW
 @click.option("--model", help="Checkpoint folder or hub id (default: the small model of this project).")
 @click.option("--base", help="The model that an adapter or projector was trained on.")
 @click.option("--template", help="Prompt template (default: the one the checkpoint declares).")
@@ -74,6 +77,7 @@ def batch(input: Path, output: Path, shown: str, **given: Any) -> None:
         stages,
         given["max_running"],
         given["wait_for_nodes"],
+        take_view(given),
     )
     # `ray job stop` and others say it so.
     signal.signal(signal.SIGTERM, _interrupt)

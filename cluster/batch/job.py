@@ -156,6 +156,7 @@ def _manifest(plan: Plan, source: Source, settings: JobSettings) -> Manifest:
             "template": model.template,
             "dtype": model.dtype,
             "quantization": model.quantization,
+            "view": settings.view and asdict(settings.view),
             "sampling": asdict(settings.sampling),
         },
     )

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 from cluster.batch.errors import JobError
 from llava_core.checkpoints.found import FoundCheckpoint
 from llava_core.types import SamplingParams
+from llava_core.views import DicomView
 
 StageName = Literal["preprocess", "encode", "generate"]
 STAGES: tuple[StageName, ...] = get_args(StageName)
@@ -79,7 +80,7 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class JobSettings:
-    """All of a job but its input and output. `prompt` is the question of rows that have none."""
+    """All of a job but its input and output. `prompt` is the question of rows that have none; `view` is of DICOM."""
 
     model: ModelSettings
     sampling: SamplingParams = field(default_factory=SamplingParams)
@@ -87,3 +88,4 @@ class JobSettings:
     stages: Stages = field(default_factory=lambda: read_stages(()))
     max_running: int = 32
     waits_for_nodes: bool = False
+    view: DicomView | None = None

@@ -56,7 +56,7 @@ class Prepare:
         from llava_core.checkpoints.describe import load_preparer
 
         self._preparer = load_preparer(job.model.checkpoint.open(), template=job.model.template)
-        self._sampling = job.sampling
+        self._sampling, self._view = job.sampling, job.view
         # The last file that was read. Where it cannot be any more, what holds the pictures has gone away.
         self._was_read: Path | None = None
 
@@ -70,7 +70,7 @@ class Prepare:
         began = time.perf_counter()
         prepared: PreparedRequest | Failure
         try:
-            prepared = prepare_question(self._preparer, record.value, self._sampling, str(record.row))
+            prepared = prepare_question(self._preparer, record.value, self._sampling, str(record.row), view=self._view)
         except RequestError as error:
             if error.code == UNREADABLE:
                 return record.became(self._unreadable(str(error)))

@@ -18,6 +18,7 @@ from cluster.batch.sources import JsonLines, PictureFolder, Source
 from llava_core.checkpoints.found import FoundCheckpoint
 from llava_core.questions import Question
 from llava_core.types import SamplingParams, Usage
+from llava_core.views import DicomView
 
 GOOD = Answer("A cat.", (1, 2), "stop", Usage(5, 2, 3))
 # What becomes of a row, or None where it is lost with its process.
@@ -287,6 +288,8 @@ def test_another_run_may_not_write_here(here: Here, checkpoint_copy: Path) -> No
     here.run(lambda *_: GOOD)
     with pytest.raises(OutputError, match=r"sampling\.temperature was 0\.0 and is 0\.5"):
         here.run(lambda *_: GOOD, sampling=SamplingParams(temperature=0.5))
+    with pytest.raises(OutputError, match=r"view was None and is \{'frame': 2, 'window': \[40.0, 400.0\]\}"):
+        here.run(lambda *_: GOOD, view=DicomView(2, (40.0, 400.0)))
     with pytest.raises(OutputError, match="prompt was None and is 'What"):
         here.run(lambda *_: GOOD, prompt="What?")
     (checkpoint_copy / "chat_template.jinja").write_text("another")

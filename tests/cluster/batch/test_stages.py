@@ -1,8 +1,10 @@
 """The stages without Ray: blocks through all three, answers as one process gives them, failures where they belong."""
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -17,7 +19,9 @@ from llava_core.errors import EngineError
 from llava_core.inference import LocalModel
 from llava_core.questions import Question, prepare_question
 from llava_core.stages.loading import Compute
-from llava_core.types import SamplingParams
+from llava_core.types import PreparedRequest, SamplingParams
+from llava_core.views import DicomView
+from tests.dicom_files import dicom
 
 
 def picture(colour: str) -> bytes:
@@ -72,6 +76,16 @@ def test_answers_are_those_of_one_process_and_failures_stay_with_their_rows(job:
     reading = done[-1].reading
     assert reading is not None
     assert 1 < reading.scheduled_requests / reading.num_steps <= job.max_running
+
+
+def test_dicom_files_are_looked_at_as_the_job_says(job: JobSettings) -> None:
+    file = dicom(np.arange(0, 4096, 64, dtype=np.uint16).reshape(8, 8))
+    digests = []
+    for view in (None, DicomView(1, (2000.0, 100.0))):
+        [record] = from_block(Prepare(replace(job, view=view))(to_block([question_record(0, Question("?", (file,)))])))
+        assert isinstance(record.value, PreparedRequest)
+        digests.append(record.value.images[0].digest)
+    assert digests[0] != digests[1]
 
 
 def test_a_missing_picture_is_its_rows_fault_only_where_others_can_be_read(job: JobSettings, tmp_path: Path) -> None:
