@@ -8,8 +8,7 @@
 `share`: `llava batch` and one process that prepares, encodes and generates with the same settings, in turns, on random
 weights (`mid`, 642 M parameters) with 64 tokens an answer. Each is timed from its first answers to its last: loading is
 left out of both, and stands beside. `actors`: the default model with one and with two generators of a single thread, in
-turns: asked once about each picture, eight times about an eighth of them, and, about a quarter, for answers that seldom
-end before 256 tokens, which leave the other stages little to do. `kills`: the driver and all it began are
+turns: asked once about each picture, and eight times about an eighth of them. `kills`: the driver and all it began are
 killed with SIGKILL, each time at another row, and the job is given again; then every row must be there once. `memory`:
 the largest resident size of the job's own process, for a thousand rows and for very many, all about one broken
 picture: what it keeps of a row does not depend on that.
@@ -52,12 +51,8 @@ MAX_RUNNING, MAX_TOKENS = 32, 64
 # A job hands answers on so many at a time. The clock starts when the first of them are there.
 FIRST_ROWS = 16
 _PICTURES = {"share": 200, "actors": 1600, "kills": 400, "memory": 0}
-# Of `actors`: rows of so many questions about each picture, of so many pictures a part, and how they are answered.
-_ASKED = {
-    "a question about each picture": (1, 1, ()),
-    "eight questions about each picture": (8, 1, ()),
-    "long answers": (1, 4, ("--temperature", "2", "--seed", "1", "--max-tokens", "256")),
-}
+# Of `actors`.
+_QUESTIONS_PER_PICTURE = (1, 8)
 _LOOK_S = 0.02
 
 
@@ -105,26 +100,26 @@ def share(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def actors(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """What a second generator adds, for each kind of work."""
+    """What a second generator adds, for each number of questions about a picture."""
     found: dict[str, Any] = {}
-    pictures = sorted((folder / "pictures").iterdir())
-    for work, (per_picture, part, words) in _ASKED.items():
-        questions, rounds = folder / f"{work}.jsonl", list[dict[str, Any]]()
-        _ask_about(pictures[: len(pictures) // part], per_picture, questions)
+    for per_picture in _QUESTIONS_PER_PICTURE:
+        questions, rounds = folder / f"{per_picture}.jsonl", list[dict[str, Any]]()
+        _ask_about(sorted((folder / "pictures").iterdir()), per_picture, questions)
         for number in range(options.rounds):
             one, two = (
-                time_generators(replicas, questions, folder / f"{work}-{number}-{replicas}.jsonl", *words)
+                time_generators(replicas, questions, folder / f"{per_picture}-{number}-{replicas}.jsonl")
                 for replicas in (1, 2)
             )
             rounds.append({"1": vars(one), "2": vars(two), "times": two.tokens_per_s / one.tokens_per_s})
-        found[work] = {"rounds": rounds, "times": statistics.median(each["times"] for each in rounds)}
+        times = statistics.median(each["times"] for each in rounds)
+        found[f"{per_picture} questions a picture"] = {"rounds": rounds, "times": times}
     return found
 
 
-def time_generators(replicas: int, questions: Path, output: Path, *words: str) -> Timed:
+def time_generators(replicas: int, questions: Path, output: Path) -> Timed:
     """With so many of a single thread."""
     stages = (f"generate.replicas={replicas}", "generate.threads=1", "encode.threads=1")
-    return time_job(questions, output, *words, *(word for stage in stages for word in ("--stage", stage)))
+    return time_job(questions, output, *(word for stage in stages for word in ("--stage", stage)))
 
 
 def _ask_about(pictures: Sequence[Path], per_picture: int, questions: Path) -> None:
