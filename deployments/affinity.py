@@ -61,7 +61,7 @@ def session_of(request: AnyRequest) -> Session:
 
 
 def new_session(key: str = "") -> Session:
-    """One for a call that is about no request."""
+    """One that no call has had; without a key, any replica will do."""
     return Session(key, str(next(_numbers)))
 
 

@@ -6,6 +6,9 @@ Plain exceptions on top of the core's tree, which every process can afford and p
 
 from llava_core.errors import LlavaError, OverloadedError, RequestError
 
+# The stage of what is lost where the first two are not told apart.
+EARLIER = "earlier"
+
 
 class RequestTooLargeError(RequestError):
     """The body has more bytes than allowed."""
@@ -67,7 +70,7 @@ class StageUnavailableError(LlavaError):
 class StageLostError(LlavaError):
     """The replica that worked on the request, or what it made, is gone; `stage` is for metrics."""
 
-    def __init__(self, message: str, stage: str = "earlier") -> None:
+    def __init__(self, message: str, stage: str = EARLIER) -> None:
         super().__init__(message, stage)
         self.message = message
         self.stage = stage
@@ -82,7 +85,7 @@ class StageSilentError(StageLostError):
     def __init__(
         self,
         message: str = "the part of the service that works on this request is not heard of",
-        stage: str = "earlier",
+        stage: str = EARLIER,
     ) -> None:
         super().__init__(message, stage)
 

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import ray
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
-from deployments.errors import StageSilentError
+from deployments.errors import EARLIER, StageSilentError
 from deployments.ray_errors import ray_errors_as_ours
 from deployments.signs_of_life import SILENCE_S
 from deployments.waiting import abandon
@@ -115,8 +115,8 @@ class RayHandoff:
 async def _arrived(ref: ray.ObjectRef[Any]) -> Any:
     """The value, once it is made and here. Raises what ray_errors.py makes of Ray's errors, and StageSilentError where
     it is made and does not come: Ray asks for it again and again, of a host that may be alive and out of reach."""
-    with ray_errors_as_ours("earlier"):
-        coming = asyncio.ensure_future(_value(ref))
+    with ray_errors_as_ours(EARLIER):
+        coming = asyncio.ensure_future(ref)
         was_made = False
         try:
             while not (await asyncio.wait([coming], timeout=SILENCE_S / 2))[0]:
@@ -126,10 +126,6 @@ async def _arrived(ref: ray.ObjectRef[Any]) -> Any:
             return coming.result()
         finally:
             await abandon(coming)
-
-
-async def _value(ref: ray.ObjectRef[Any]) -> Any:
-    return await ref
 
 
 def _is_made(ref: ray.ObjectRef[Any]) -> bool:

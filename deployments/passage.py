@@ -13,7 +13,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 
 from deployments.affinity import session_of
-from deployments.errors import StageLostError
+from deployments.errors import EARLIER, StageLostError
 from deployments.handoff import Handoff
 from deployments.messages import Item, Rejected, is_last
 from deployments.progress import Progress
@@ -21,9 +21,6 @@ from deployments.ray_errors import ray_errors_as_ours
 from deployments.signs_of_life import listen
 from deployments.stage_call import Handle, StageCall, UnaryCall, unless_out_of_reach
 from llava_core.types import GREEDY_BELOW, AnyRequest
-
-# How the first two stages are called where they are not told apart.
-_EARLIER = "earlier"
 
 
 @dataclass(frozen=True)
@@ -66,7 +63,7 @@ class Passage:
         try:
             first = await unless_out_of_reach(anext(items, None), self._calls)
         except StageLostError as lost:
-            if lost.stage == _EARLIER:
+            if lost.stage == EARLIER:
                 self._forget()
             raise
         if not (isinstance(first, Rejected) and isinstance(first.error, StageLostError)):
@@ -106,13 +103,13 @@ class Passage:
             return self._given
         self._forget()
         stages, handoff = self._stages, self._stages.handoff
-        with ray_errors_as_ours(_EARLIER):
+        with ray_errors_as_ours(EARLIER):
             # Of a text, replicas of the first stage keep nothing.
             session = self._session if self._has_images else self._session.keyless
-            prepare = UnaryCall(_EARLIER, stages.prepare, session, self._kept, stages.model, handoff=handoff)
+            prepare = UnaryCall(EARLIER, stages.prepare, session, self._kept, stages.model, handoff=handoff)
             self._calls.append(prepare)
             if self._has_images:
-                encode = UnaryCall(_EARLIER, stages.encode, session, prepare.response, handoff=handoff)
+                encode = UnaryCall(EARLIER, stages.encode, session, prepare.response, handoff=handoff)
                 self._calls.append(encode)
             self._given = await self._calls[-1].given
         self._on_sent()
