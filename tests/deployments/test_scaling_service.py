@@ -15,7 +15,7 @@ from tests.deployments.service import Running, content, messages, serving, until
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 
-DELAYS = {"look_back_s": 1, "upscale_delay_s": 1, "downscale_delay_s": 2, "downscale_to_zero_delay_s": 2}
+DELAYS = {"look_back_s": 1, "upscale_delay_s": 1, "downscale_delay_s": 2, "downscale_to_zero_delay_s": 4}
 STAGE = {"num_cpus": 0.05, "min_replicas": 0, "dtype": "float32", "threads": 1}
 # On a busy machine.
 DEADLINE_S = 150.0
@@ -63,16 +63,19 @@ def test_replicas_come_with_the_work_and_go_with_it_and_no_request_fails(service
         while not is_over.is_set():
             answers.append(_ask(service, next(numbers)))
 
-    def several_have_answered() -> bool:
-        samples = service.metrics().samples.get(FINISHED.name, ())
-        replicas = {labels["replica"] for labels, value in samples if labels["outcome"] == "finished" and value}
+    def several_have_answered_and_told_of_their_start() -> bool:
+        """Looked at while there is work: what a replica told goes from the page with the replica."""
+        samples = service.metrics().samples
+        finished, started = samples.get(FINISHED.name, ()), samples.get(STARTUP.name, ())
+        replicas = {labels["replica"] for labels, value in finished if labels["outcome"] == "finished" and value}
+        phases = {labels["phase"] for labels, value in started if value > 0}
         # More than two, where one has come, gone and come again.
-        return len(replicas) >= 2
+        return len(replicas) >= 2 and phases == {"imports", "weights", "engine"}
 
     with concurrent.futures.ThreadPoolExecutor(NUM_CLIENTS) as clients:
         running = [clients.submit(client) for _ in range(NUM_CLIENTS)]
         try:
-            until(several_have_answered, deadline_s=DEADLINE_S)
+            until(several_have_answered_and_told_of_their_start, deadline_s=DEADLINE_S)
         finally:
             is_over.set()
         for each in running:
@@ -92,9 +95,3 @@ def test_replicas_come_with_the_work_and_go_with_it_and_no_request_fails(service
             _states(service)
             concurrent.futures.wait(woken, timeout=0.2)
     assert all(_is_whole(each.result()) for each in woken)
-
-    def phases() -> set[str]:
-        return {labels["phase"] for labels, value in service.metrics().samples[STARTUP.name] if value > 0}
-
-    # The newest replica may not have told of itself yet.
-    until(lambda: phases() == {"imports", "weights", "engine"})
