@@ -30,20 +30,20 @@ from llava_core.checkpoints.found import FoundCheckpoint
 
 logger = logging.getLogger(__name__)
 
-# A long answer outlives Serve's 20 seconds. What a stage has not ended by then goes on with another replica. A gateway
-# has as long as the longest answer, because its connections end with it.
+# A long answer outlives Serve's default of 20 s. What a stage has not finished by then resumes on another replica. A
+# gateway gets as long as the longest answer may take, because its connections break when it ends.
 _SHUTDOWN_S = 180.0
-# How long a replica that was killed still counts as one that can serve, where Serve's default is 10 s.
+# Bounds how long a killed replica still counts as able to serve; Serve's default is 10 s.
 _HEALTH_CHECK_S = 2.0
 _ROUTER = "deployments.routing.AffinityRouter"
 _POLICY = "deployments.scaling:LoadPolicy"
-# So often within the look-back period replicas and gateways look at themselves, and tell the controller.
+# How often within the look-back period replicas and gateways report their load to the controller.
 _LOOKS = 5
 
 
 def build_app(args: AppArgs) -> Application:
-    """Serve's typed application builder. Raises CheckpointError before any replica starts, where it can be known."""
-    # What is fetched is fetched here, for all replicas of this machine, and nobody sees our own loggers.
+    """Serve's typed application builder. Raises CheckpointError for bad checkpoints, before any replica starts."""
+    # Downloads happen here, for all replicas of this machine; without Serve's handlers their log lines would be lost.
     adopt_serve_logging()
     found = check_checkpoints(args)
     towers = share_towers(args, found)
@@ -52,7 +52,7 @@ def build_app(args: AppArgs) -> Application:
 
 
 def _tell_of_missing_nodes(args: AppArgs, towers: Mapping[str, str]) -> None:
-    """Of what fits on no node that there is now. More may come, so Serve waits; and it may be a mistake."""
+    """Warn about stages that fit on no current node. An autoscaler may add one, so Serve waits; or it is a mistake."""
     if ray.is_initialized():
         nodes = nodes_of(ray.nodes())  # type: ignore[no-untyped-call]
         for problem in unplaceable(stages_of(args, towers), nodes):
@@ -70,8 +70,8 @@ def build_graph(
 
 
 def _bind_table(args: LlavaProtocolArgs) -> Application | None:
-    """Of the workers that register themselves: one for all gateways, and none where nobody may register. It waits for
-    nothing and needs no place among the CPUs."""
+    """The table of self-registered workers: one for all gateways, or None where registration is off. It only answers
+    lookups, so it reserves no CPU."""
     if not args.enabled or not args.workers.allowed_hosts:
         return None
     return _deploy(WorkerTableReplica, "WorkerTable", StageArgs(num_cpus=0, max_ongoing_requests=1000)).bind(
@@ -82,10 +82,11 @@ def _bind_table(args: LlavaProtocolArgs) -> Application | None:
 def bind_stages(
     args: AppArgs, found: Mapping[str, FoundCheckpoint], towers: Mapping[str, str], handoff: Handoff
 ) -> tuple[Application, dict[str, Application], dict[str, Application]]:
-    """The stages behind the gateway: the preprocessor of all models, and encoder and generator of each by its name,
-    where it has no upstream.
+    """The stages behind the gateway: one preprocessor for all models, and by name the encoder and the generator of each
+    model that has no upstream.
 
-    `towers` names the model whose tower each model uses. What there are several of is called after its model.
+    `towers` names the model whose tower each model uses. Where there are several deployments of a kind, their names end
+    in the model's.
     """
     preprocessor = _stage(PreprocessorReplica, "Preprocessor", args.preprocessor).bind(args, found)
     encoders: dict[str, Application] = {}
@@ -98,7 +99,7 @@ def bind_stages(
             encoder = f"VisionEncoder-{model.label}" if are_towers_several else "VisionEncoder"
             deployed = _stage(VisionEncoderReplica, encoder, model.vision_encoder)
             encoders[name] = deployed.bind(model.vision_encoder, checkpoint, handoff)
-        # Who shares comes after its owner.
+        # The owner of a shared tower comes first, so its encoder exists.
         encoders[name] = encoders[owner]
         generator = f"Generator-{model.label}" if len(args.own_models) > 1 else "Generator"
         deployed = _stage(GeneratorReplica, generator, model.generator, capacity=model.engine.config.max_requests)
@@ -119,7 +120,7 @@ def _deploy(cls: Any, name: str, args: StageArgs) -> Deployment:
         max_queued_requests=args.max_queued_requests,
         graceful_shutdown_timeout_s=_SHUTDOWN_S,
         health_check_period_s=_HEALTH_CHECK_S,
-        # What fails in a constructor is the checkpoint or the memory, and would fail again.
+        # A constructor fails because of the checkpoint or the memory, and would fail again.
         max_constructor_retry_count=1,
         **_scale(args),
     )
@@ -146,7 +147,7 @@ def _scale(args: StageArgs) -> dict[str, Any]:
     scaling = AutoscalingConfig(
         min_replicas=args.min_replicas,
         max_replicas=args.max_replicas,
-        # Where it is set, an update begins with it, however many there are.
+        # Set only where needed: Serve also applies it on every update, whatever the current number of replicas.
         initial_replicas=args.first_replicas if args.first_replicas > args.min_replicas else None,
         look_back_period_s=given.look_back_s,
         metrics_interval_s=given.look_back_s / _LOOKS,

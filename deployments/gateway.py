@@ -1,8 +1,7 @@
-"""The HTTP surface: routes, models by name, request ids, who may ask, body limits, and an OpenAI-shaped body for every
-error.
+"""The HTTP surface: routes, models by name, request ids, access, body limits, and OpenAI-shaped error bodies.
 
-A Starlette app around anything that streams items for a request (pipeline.py, upstream.py), one such thing for each
-model. Imports neither torch nor Ray, and does not know what the stages do.
+A Starlette app with one engine client per model: anything that streams items for a request (pipeline.py, upstream.py).
+Imports neither torch nor Ray, and does not know what the stages do.
 """
 
 from __future__ import annotations
@@ -48,8 +47,8 @@ from llava_core.errors import LlavaError, OverloadedError, RequestError, Unknown
 
 
 class Gateway:
-    """`app` is the ASGI application. `models` has who answers for each, by its name. `echo_request_id` is False where
-    the server puts the id on responses itself."""
+    """`app` is the ASGI application. `models` maps each model's name to what answers for it. `echo_request_id` is False
+    where the server itself adds the id to responses."""
 
     def __init__(
         self,
@@ -129,7 +128,7 @@ class Gateway:
     async def _begin(
         self, request: Request, lease: Lease, read: Reader[ReadRequest], kind: type[Answer], completion_id: str
     ) -> tuple[Reply, AsyncGenerator[Item, None]]:
-        """Body and pictures are gone from here when this returns; the stream lets go of them once they are sent."""
+        """Body and pictures are no longer referenced here on return; the stream releases them once they are sent."""
         given = await self._intake.read(request, lease, self._served.reader(read, kind), completion_id)
         model = self._served.chosen(given.form.model)
         answer: Reply
@@ -138,7 +137,7 @@ class Gateway:
             answer, items = given.answer, given.stream(lease, _request_id(request))
         else:
             engine, answer = self._served.engine(model), kind(completion_id, model, given.form)
-            # Of several prompts each lets go of all, which are texts, and small.
+            # With several prompts each stream releases the whole body: they are texts, and small.
             streams = [engine.stream(each, lease.release) for each in (given.generation, *given.others)]
             items = streams[0] if len(streams) == 1 else side_by_side(streams, given.generation.sampling.n)
         return answer, charged(metered(items, self._recorder, model), request)
@@ -191,7 +190,7 @@ class Gateway:
             message = f"not ready: {', '.join(missing)}"
             error = HttpError(503, "server_error", "not_ready", message, retry_after_s=1)
             return error_response(error, _request_id(request))
-        # Whatever is wrong with these, other models can be asked.
+        # A failing upstream is reported but not fatal: other models can still answer.
         others = self._served.upstream_states
         states = {stage.name: "ok" if stage.has_replicas else "scaled_to_zero" for stage in stages}
         ready = {"status": "ok", "stages": states}
@@ -203,7 +202,7 @@ class Gateway:
     async def _on_bug(self, request: Request, error: Exception) -> Response:
         response = error_response(describe(error), _request_id(request))
         if self._echo_request_id:
-            # Starlette answers these outside of its middleware.
+            # Starlette sends this response outside its middleware, so RequestIds does not see it.
             response.headers[REQUEST_ID_HEADER] = _request_id(request)
         return response
 
@@ -213,10 +212,10 @@ def _in_flight(limit: int | None, protocol: LlavaProtocol) -> list[Middleware]:
 
 
 def _cross_origin(origins: Sequence[str]) -> list[Middleware]:
-    """Browsers let pages of these origins read our answers; without any, of none."""
+    """CORS headers that let pages from these origins read responses; no origins, no headers."""
     if not origins:
         return []
-    # Keys are given by pages themselves; nothing that a browser adds on its own, such as cookies, counts here.
+    # Pages send their API key themselves; credentials that a browser adds on its own, such as cookies, are not used.
     return [
         Middleware(
             CORSMiddleware,

@@ -1,8 +1,8 @@
-"""How stages call each other and hand big results over: by reference, never through the gateway.
+"""How stages call each other and pass large results: by reference, never through the gateway.
 
-Pictures, tiles and features stay in Ray's object store; what the gateway passes on is a reference of a few hundred
-bytes. Token chunks go by gRPC, which costs half the CPU per chunk. The only file that knows how Serve does either, and
-the only one that uses names Ray does not document; `docs/decisions` says why.
+Pictures, tiles and features stay in Ray's object store, and the gateway passes on references of a few hundred bytes.
+Token chunks go by gRPC, which costs half the CPU per chunk. The only file that knows how Serve does either, and the
+only one that uses undocumented names of Ray (docs/decisions/003-handing-results-over.md says why).
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from deployments.signs_of_life import SILENCE_S
 from deployments.waiting import abandon
 from llava_core.types import AnyRequest
 
-# What a result holds up to so many bytes of, Ray sends with it; an object of its own would cost more than it spares.
+# Ray sends values up to this size inline with a result; an object of their own would cost more than it saves.
 _INLINE_BYTES = 100 * 1024
 
 
 class Handoff(Protocol):
-    """Two ways to compose stages: RayHandoff for a cluster, LocalHandoff for Serve's local testing mode and fakes."""
+    """How stages are composed: RayHandoff on a cluster, LocalHandoff in Serve's local testing mode and with fakes."""
 
     def calling(self, handle: DeploymentHandle[Any], method: str) -> DeploymentHandle[Any]:
         """A handle for a method that returns once."""
@@ -38,31 +38,32 @@ class Handoff(Protocol):
         ...
 
     def keep(self, request: AnyRequest) -> object:
-        """What to pass to a stage in place of a request that may have to be passed again."""
+        """What to pass to a stage instead of a request, so that it can be passed again after a loss."""
         ...
 
     async def kept(self, given: object) -> AnyRequest:
-        """The request again, out of what `keep` made."""
+        """The request back from what `keep` returned."""
         ...
 
     def share(self, data: npt.NDArray[np.uint8]) -> object:
-        """What to put into results in place of bytes that many may have. They last as long as it, or such a result."""
+        """What to put into results instead of bytes that many requests share. The bytes live as long as this object, or
+        any such result."""
         ...
 
     async def shared(self, given: object) -> npt.NDArray[np.uint8]:
-        """In the stage that got a result: the bytes again, which may be read only, out of what `share` made."""
+        """In the stage that received a result: the bytes, perhaps read-only, back from what `share` returned."""
         ...
 
     async def give(self, response: DeploymentResponse[Any]) -> object:
-        """What to pass to a streaming handle in place of an un-awaited response, which must outlive the stream."""
+        """What to pass to a streaming handle instead of an un-awaited response, which must outlive the stream."""
         ...
 
     def is_made(self, given: object) -> bool:
-        """Where a response was given: whether it has come to a result, or an error, wherever that is."""
+        """In the process that called `give`: whether the response has a result or an error, on whichever node."""
         ...
 
     async def take(self, given: object) -> object:
-        """In the stage that was called: the value of what `give` made."""
+        """In the stage that was called: the value behind what `give` returned."""
         ...
 
 
@@ -78,7 +79,7 @@ class RayHandoff:
         return handle.options(method_name=method, stream=True, _by_reference=False)
 
     def keep(self, request: AnyRequest) -> object:
-        """Pictures go into the store, where Ray would put them on their way to a stage anyway."""
+        """Puts requests with pictures into the object store, where Ray would put them on the way to a stage anyway."""
         return ray.put(request) if request.num_images else request
 
     async def kept(self, given: object) -> AnyRequest:
@@ -88,33 +89,36 @@ class RayHandoff:
         return request
 
     def share(self, data: npt.NDArray[np.uint8]) -> object:
-        """An object of this process's own, which lies once on every node that has asked for it."""
+        """An object owned by this process, of which each node that reads it holds one copy."""
         return ray.put(data) if data.nbytes > _INLINE_BYTES else data
 
     async def shared(self, given: object) -> npt.NDArray[np.uint8]:
-        """Raises StageLostError where the process that has shared them is gone or its host cannot be reached."""
+        """Raises StageLostError when the process that shared the bytes is dead or its host is unreachable."""
         data = await _arrived(given) if isinstance(given, ray.ObjectRef) else given
         assert isinstance(data, np.ndarray), type(data)
         return data
 
     async def give(self, response: DeploymentResponse[Any]) -> object:
-        """Waits until a replica was found for the call, not for its result."""
+        """Waits until a replica has accepted the call, not for its result."""
         return Reference(await response._to_object_ref())
 
     def is_made(self, given: object) -> bool:
-        """The gateway owns what its calls return, so it need not ask anybody."""
+        """A local lookup: the gateway owns what its calls return."""
         assert isinstance(given, Reference), type(given)
         return _is_made(given.ref)
 
     async def take(self, given: object) -> object:
-        """Waits for the result; raises what the stage that makes it has raised, StageLostError if it is gone or lies
-        on a host that cannot be reached."""
+        """Waits for the result. Raises what the stage that makes it raised, and StageLostError when it was lost or its
+        host is unreachable."""
         return await _arrived(given.ref) if isinstance(given, Reference) else given
 
 
 async def _arrived(ref: ray.ObjectRef[Any]) -> Any:
-    """The value, once it is made and here. Raises what ray_errors.py makes of Ray's errors, and StageSilentError where
-    it is made and does not come: Ray asks for it again and again, of a host that may be alive and out of reach."""
+    """The value, once it has been made and transferred.
+
+    Raises Ray's errors as ours (ray_errors.py), and StageSilentError when the value exists but does not arrive: Ray
+    would retry the transfer for ever from a host that is alive but unreachable from here.
+    """
     with ray_errors_as_ours(EARLIER):
         coming = asyncio.ensure_future(ref)
         was_made = False
@@ -133,7 +137,7 @@ def _is_made(ref: ray.ObjectRef[Any]) -> bool:
 
 
 class LocalHandoff:
-    """Everything in one process: responses are passed as they are."""
+    """For stages in one process: responses and values are passed as they are."""
 
     def calling(self, handle: DeploymentHandle[Any], method: str) -> DeploymentHandle[Any]:
         """See Handoff."""
@@ -166,7 +170,7 @@ class LocalHandoff:
         return response
 
     def is_made(self, given: object) -> bool:
-        """What is lost here is lost with who waits for it."""
+        """True: in one process nothing can be lost separately from its reader."""
         return True
 
     async def take(self, given: object) -> object:

@@ -1,7 +1,6 @@
-"""What is to be started: the configuration and the options that override it, all of it checked before Ray starts.
+"""What to start: the configuration and the options that override it, all checked before Ray starts.
 
-Knows files, settings and addresses. Importing this file does not import Ray, which reads its environment when it is
-imported.
+Knows files, settings and addresses. Importing this file does not import Ray, which reads its environment on import.
 """
 
 from __future__ import annotations
@@ -23,13 +22,13 @@ from deployments.settings import AppArgs
 from deployments.upstream_settings import read_key, trusted
 from llava_core.checkpoints.found import FoundCheckpoint
 
-# Where Serve's own section may say anything, HAProxy looks for so many.
+# How many gateways HAProxy expects at most where Serve's own `deployments` section may set their number.
 _MANY_GATEWAYS = 64
 
 
 @dataclass(frozen=True)
 class LaunchPlan:
-    """What is to be started, all of it checked; `found` has the checkpoint of each model by its name."""
+    """What to start, all of it checked. `found` maps each model's name to its checkpoint."""
 
     config: Mapping[str, Any]
     args: AppArgs
@@ -37,35 +36,38 @@ class LaunchPlan:
     host: str
     port: int
     route_prefix: str = "/"
-    # 0: whichever is free.
+    # 0: any free port.
     metrics_port: int = 0
 
     @property
     def url(self) -> str:
-        """Where clients on this machine reach the service, its route prefix included."""
+        """The service's address for clients on this machine, including its route prefix."""
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
         return f"http://{host_and_port(host, self.port)}{self.route_prefix.rstrip('/')}"
 
     @property
     def application(self) -> str:
-        """The name of ours."""
+        """The name of the Serve application."""
         return str(find_application(self.config).get("name", "default"))
 
     @property
     def is_alone(self) -> bool:
-        """Several applications share an address by their prefixes, which Serve's proxy knows and HAProxy does not."""
+        """Whether it is the only application. Several share an address by prefix, which takes Serve's proxy."""
         return len(self.config["applications"]) == 1
 
     @property
     def max_gateways(self) -> int:
-        """As many as HAProxy looks for."""
+        """The most gateways that HAProxy will look for."""
         return _MANY_GATEWAYS if "deployments" in find_application(self.config) else self.args.gateway.max_replicas
 
     @property
     def models(self) -> list[tuple[str, str, str | None, int]]:
-        """Of those that have their weights here: names, checkpoints, bases, and the first model with the same settings
-        of its tower. The names of stages follow from these (app.py). A request that is under way was prepared for one
-        of them, and would wait in vain for a stage whose name is gone."""
+        """For each model whose weights are served here: name, checkpoint, base, and the index of the first model with
+        the same tower settings.
+
+        The names of the stages derive from these (app.py). They must not change in an update: a request in flight would
+        wait in vain for a stage that was renamed.
+        """
         own = self.args.own_models
         settings = [model.vision_encoder for model in own]
         return [
@@ -84,10 +86,10 @@ def plan_launch(
     offline: bool = False,
     running: LaunchPlan | None = None,
 ) -> LaunchPlan:
-    """Read the configuration, let the options override it, and look at settings, ports and checkpoints; of what is to
-    take the place of a `running` service, also at what only a new start can change.
+    """Read the configuration, apply the options, and check settings, ports and checkpoints. For an update of a
+    `running` service, also check that nothing changes that needs a restart.
 
-    Raises LaunchError, ExposureError, KeysFileError or CheckpointError, with one message that says what to do.
+    Raises LaunchError, ExposureError, KeysFileError or CheckpointError, whose message says what to do.
     """
     content = read_config(config)
     application = find_application(content)
@@ -108,12 +110,12 @@ def plan_launch(
     metrics_port = choose_metrics_port(address[1], metrics_port) if running is None else running.metrics_port
     prefix = application.get("route_prefix", "/")
     if not prefix:
-        raise LaunchError("the application has no route_prefix, so that nobody could reach it")
+        raise LaunchError("the application has no route_prefix, so it could not be reached")
     for upstream in args.upstreams.values():
         read_key(upstream)
         trusted(upstream)
     found = check_checkpoints(args)
-    # Its replicas are on this machine, where all of it is by now.
+    # The replicas run on this machine, where everything has been downloaded by now.
     given |= {"auth": args.auth.model_dump()} if args.auth.keys_file else {}
     models = [_pinned(model, found.get(model.served_name)) for model in args.models]
     application["args"] = {**given, "models": models, "offline": True}
@@ -125,7 +127,7 @@ def plan_launch(
 
 
 def _over(base: str, models: Sequence[ModelArgs]) -> dict[str, Any]:
-    """The only model as it was given, over another base."""
+    """The configured model with another base. Raises LaunchError when there are several models."""
     if len(models) > 1:
         names = ", ".join(model.served_name for model in models)
         raise LaunchError(f"--base is for one model, and there are {names}; name it in their entries of models")
@@ -133,7 +135,7 @@ def _over(base: str, models: Sequence[ModelArgs]) -> dict[str, Any]:
 
 
 def _pinned(model: ModelArgs, found: FoundCheckpoint | None) -> dict[str, Any]:
-    """The entry with all that was found out, so that its replicas need not; of an upstream, as it is."""
+    """The entry with everything resolved, so that replicas need not look it up; an upstream's entry is unchanged."""
     if found is None:
         return model.model_dump(mode="json", exclude_unset=True)
     named = {"name": model.served_name, "checkpoint": found.model, "base": found.base}
@@ -144,9 +146,9 @@ def _check_update(running: LaunchPlan, changed: LaunchPlan) -> None:
     for what in ("host", "port", "application", "is_alone", "max_gateways", "models"):
         if getattr(running, what) != getattr(changed, what):
             raise LaunchError(
-                "address and name of the application, whether there are others, its models and which of them have the "
-                "same settings for their towers, and gateway.max_replicas are what a running service was started with; "
-                "start it anew to change them"
+                "a running service cannot change its address, the name of the application, whether there are other "
+                "applications, gateway.max_replicas, its models or which of them have the same tower settings; "
+                "restart it to change them"
             )
 
 

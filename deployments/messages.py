@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Rejected:
-    """A request that ended: later stages pass it on, and no stage logs it as a failure of its own."""
+    """A request that a stage refused: later stages pass it on, and none logs it as its own failure."""
 
     error: Exception
 
@@ -27,24 +27,24 @@ class Rejected:
 class Elapsed:
     """Milliseconds by stage so far, and when the last of them ended by the wall clock.
 
-    Clocks of different machines differ; a hand-over that seems to end before it began counts as 0.
+    Clocks of different machines differ; a transfer that seems to end before it began counts as 0.
     """
 
     stage_ms: StageTimes = field(default_factory=dict)
     left_at: float = field(default_factory=time.time)
 
     def arrived(self) -> Elapsed:
-        """At the next stage: the time since the last one is `transfer`."""
+        """Called on arrival at the next stage: the time since the last stage ended is added to `transfer`."""
         now = time.time()
         transfer = self.stage_ms.get("transfer", 0.0) + max(0.0, now - self.left_at) * 1e3
         return Elapsed({**self.stage_ms, "transfer": transfer}, now)
 
     def transfer_s(self, before: Elapsed) -> float:
-        """Seconds that the last hand-over took, of one that had `arrived` after `before`."""
+        """Seconds that the transfer took which ended with this `arrived`, given the value from `before` it."""
         return (self.stage_ms["transfer"] - before.stage_ms.get("transfer", 0.0)) / 1e3
 
     def finished(self, stage: str) -> Elapsed:
-        """The stage that began with `arrived`, or with this object, is over."""
+        """Called at the end of the stage that began with `arrived`, or with this object."""
         now = time.time()
         return Elapsed({**self.stage_ms, stage: max(0.0, now - self.left_at) * 1e3}, now)
 
@@ -59,8 +59,8 @@ class Prepared:
 
 @dataclass(frozen=True)
 class PackedFeatures:
-    """Tower features of one picture as bytes: uint8 (rows of its tiles, vision_hidden * bytes of `dtype`), or, on their
-    way, what handoff.py has made of these."""
+    """Tower features of one picture. `data` is uint8 (rows of its tiles, vision_hidden * bytes of `dtype`), or, in
+    transit, what Handoff.share returned for it."""
 
     digest: str
     dtype: str
@@ -70,27 +70,28 @@ class PackedFeatures:
 
 @dataclass(frozen=True)
 class Encoded:
-    """From the vision encoder: the request without its tiles, with features in their place."""
+    """From the vision encoder: the request with features instead of tiles."""
 
     request: PreparedRequest
     features: tuple[PackedFeatures, ...]
     elapsed: Elapsed
 
 
-# What the generator yields. Of its deltas the request's last has `usage` and `stage_ms`, for all answers together.
+# What the generator yields. The request's last delta carries `usage` and `stage_ms`, for all its answers together.
 Item = TokenDelta | Rejected
 
 
 def is_last(item: Item) -> bool:
-    """Whether nothing follows this one."""
+    """Whether this is the last item of a request."""
     return isinstance(item, Rejected) or item.usage is not None
 
 
 @dataclass(frozen=True)
 class UpstreamDelta(TokenDelta):
-    """An item of another server's answer: `body` as the client gets it, None where there is nothing for it.
+    """An item of an upstream server's answer: `body` as the client gets it, None where there is nothing to send.
 
-    How many tokens it has is known at the end. Before, each piece of each choice counts as one: at least so many it is.
+    The exact number of tokens is known only at the end. Until then each piece of each choice counts as one, which is a
+    lower bound.
     """
 
     body: dict[str, Any] | None = None
@@ -98,13 +99,13 @@ class UpstreamDelta(TokenDelta):
 
 
 def num_tokens(delta: TokenDelta) -> int:
-    """How many tokens an item has brought, as far as that is known by then."""
+    """How many tokens an item carries, as far as is known when it arrives."""
     return delta.num_tokens if isinstance(delta, UpstreamDelta) else len(delta.token_ids)
 
 
 @dataclass(frozen=True)
 class StageHealth:
-    """Whether a stage could take a request now; without a replica, as soon as one has started."""
+    """Whether a stage can take requests. One that is ready without a replica starts one for the next request."""
 
     name: str
     is_ready: bool
@@ -112,7 +113,7 @@ class StageHealth:
 
 
 def pack(features: ImageFeatures) -> PackedFeatures:
-    """A tensor of any float dtype as read-only bytes, which may be its own; numpy has no bfloat16."""
+    """The features as read-only bytes, perhaps sharing the tensor's memory; bytes because numpy has no bfloat16."""
     import torch
 
     rows = features.features.detach().cpu().contiguous()
@@ -123,7 +124,7 @@ def pack(features: ImageFeatures) -> PackedFeatures:
 
 
 def unpack(packed: PackedFeatures) -> ImageFeatures:
-    """The tensor again, in memory of its own: the array may be a view into a store that is shared and read-only."""
+    """The tensor, copied: the array may be a read-only view into the shared object store."""
     import torch
 
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

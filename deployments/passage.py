@@ -1,8 +1,8 @@
-"""One request's way through the three stages, again from where it was each time that a replica is lost.
+"""One request's passage through the three stages, resumed from where it was each time a replica is lost.
 
-Responses are passed on un-awaited, so pictures and features go from replica to replica. What it takes to go on with an
-answer elsewhere is kept until it is complete: the request and what the first two stages have made of it, in the stores
-of their machines, and here the tokens that have come. Who may try again, and when, is quarantine.py's.
+Responses are passed on un-awaited, so pictures and features travel from replica to replica. Everything needed to resume
+elsewhere is kept until the answer is complete: the request and the results of the first two stages in the object stores
+of their nodes, and the tokens received so far in this process. quarantine.py decides who may retry, and when.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from llava_core.types import GREEDY_BELOW, AnyRequest
 
 @dataclass(frozen=True)
 class Stages:
-    """Configured handles of the three, how they hand over, and the model that they are asked for."""
+    """Configured handles of the three stages, how results are passed between them, and the model that is asked for."""
 
     prepare: Handle
     encode: Handle
@@ -35,29 +35,32 @@ class Stages:
 
 
 class Passage:
-    """`close` it at the end, which cancels the request on every stage unless its answer is complete."""
+    """Must be closed with `close`, which cancels the request on every stage unless its answer is complete."""
 
     def __init__(self, stages: Stages, request: AnyRequest, on_sent: Callable[[], None]) -> None:
-        """`on_sent` is called when the request has left this process, and may be so again."""
+        """`on_sent` is called each time the request has left this process: again after a retry from the first stage."""
         self._stages = stages
         self._on_sent = on_sent
         self._session = self._session_of_last = session_of(request)
         self._has_images = request.num_images > 0
         self._progress = Progress(request.sampling.n)
         self._kept = stages.handoff.keep(repeatable(request))
-        # Of the first two stages, whose results live as long as their responses do; and what to give the last one.
+        # Calls of the first two stages, whose results live as long as their responses do.
         self._calls: list[UnaryCall] = []
+        # What to pass to the last stage; None until the first two have been called.
         self._given: object = None
-        # Whether the last item has come.
+        # Whether the last item has been received.
         self.is_complete = False
 
     async def request(self) -> AnyRequest:
-        """What is on its way."""
+        """The request, fetched back from where it is kept."""
         return await self._stages.handoff.kept(self._kept)
 
     async def begin(self) -> tuple[Item | None, AsyncGenerator[Item, None]]:
-        """The first item that has not come yet, and those after it. Raises StageLostError also where a stage only tells
-        of one."""
+        """Start, or resume after a loss: the next item, None where there is none, and the stream of those after it.
+
+        Raises StageLostError, also when a stage reports the loss as a rejection.
+        """
         is_new = self._given is None
         items = self._items()
         try:
@@ -70,15 +73,15 @@ class Passage:
             return first, items
         await items.aclose()
         self._forget()
-        # The last stage's replica has lost nothing.
+        # The features were lost, not the last stage's replica: it must not become a suspect (suspects.py).
         self._session_of_last = self._session_of_last.anew
         if is_new:
             raise first.error
-        # What had been made of it was lost with the machine where it was.
+        # The earlier results were lost with the node that held them: make them again.
         return await self.begin()
 
     def close(self) -> None:
-        """Nobody waits for it any more."""
+        """Release what is kept, and cancel the request unless its answer is complete."""
         self._end_calls(is_over=self.is_complete)
 
     async def _items(self) -> AsyncGenerator[Item, None]:
@@ -98,13 +101,13 @@ class Passage:
                 call.close(is_over=self.is_complete)
 
     async def _prepared(self) -> object:
-        """What to give the last stage, made anew where it is not there any more."""
+        """What to pass to the last stage; calls the first two stages if there is nothing yet, or no longer."""
         if self._given is not None:
             return self._given
         self._forget()
         stages, handoff = self._stages, self._stages.handoff
         with ray_errors_as_ours(EARLIER):
-            # Of a text, replicas of the first stage keep nothing.
+            # A text has no affinity: replicas of the first stage cache nothing for it.
             session = self._session if self._has_images else self._session.keyless
             prepare = UnaryCall(EARLIER, stages.prepare, session, self._kept, stages.model, handoff=handoff)
             self._calls.append(prepare)
@@ -116,7 +119,7 @@ class Passage:
         return self._given
 
     def _forget(self) -> None:
-        """What has been made of it so far."""
+        """Drop the results of the first two stages."""
         self._end_calls(is_over=False)
         self._given, self.is_complete = None, False
 
@@ -127,7 +130,7 @@ class Passage:
 
 
 def repeatable(request: AnyRequest) -> AnyRequest:
-    """With a seed where chance decides, so that whichever replica goes on with an answer draws what the first would."""
+    """The request with a seed if it samples without one, so that a replica which resumes it draws the same tokens."""
     sampling = request.sampling
     if sampling.seed is not None or sampling.temperature < GREEDY_BELOW:
         return request

@@ -1,7 +1,8 @@
-"""The graph as the gateway sees it: a request into three stages, one stream of items out, every stage freed at the end.
+"""The graph as the gateway sees it: a request goes into three stages, one stream of items comes out, and every stage is
+released at the end.
 
-How a request passes through the stages is passage.py's, and who may pass again quarantine.py's. Knows no HTTP and no
-formats.
+passage.py takes a request through the stages, and quarantine.py decides which requests are retried. Knows neither HTTP
+nor response formats.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from llava_core.types import AnyRequest, GenerationRequest
 
 
 class Pipeline:
-    """Three stages and how requests for one model pass through them. Handles are configured here, once."""
+    """The three stages that requests for one model go through. Handles are configured here, once."""
 
     def __init__(
         self,
@@ -53,15 +54,15 @@ class Pipeline:
     async def stream(
         self, request: AnyRequest, on_sent: Callable[[], None] = lambda: None
     ) -> AsyncGenerator[Item, None]:
-        """Items up to the last one; `on_sent` is called once the request has left this process.
+        """Yield items up to the last one. `on_sent` is called each time the request has left this process.
 
-        What loses a replica goes on with another, as often as quarantine.py allows. Leaving before the last item, by
-        closing or cancelling, cancels the request on every stage. Raises errors of ours for what Ray does to calls, and
-        whatever else a stage has raised.
+        A request that loses its replica resumes on another, as often as quarantine.py allows. Closing or cancelling the
+        stream before the last item cancels the request on every stage. Ray's errors are raised as ours (ray_errors.py),
+        and any other error of a stage as it is.
         """
         await self._quarantine.check(request)
         passage = Passage(self._stages, request, on_sent)
-        # Megabytes of pictures.
+        # It may hold megabytes of pictures, and the passage has put them in the object store.
         del request
         case = self._quarantine.case(passage.request)
         with closing(passage):
@@ -81,7 +82,7 @@ class Pipeline:
                 first, items = await case.again(passage.begin, lost, phase="streaming")
 
     async def tokenize(self, request: AnyRequest) -> Tokenized | Rejected:
-        """What the first stage makes of a prompt, or its rejection. Raises errors of ours as `stream` does."""
+        """The prompt's tokens as the first stage makes them, or its rejection. Raises as `stream` does."""
         session = session_of(request)
         if not request.num_images:
             session = session.keyless
@@ -90,14 +91,14 @@ class Pipeline:
         return tokenized
 
     async def detokenize(self, ids: Sequence[int]) -> str | Rejected:
-        """The text of these ids. Raises errors of ours as `stream` does."""
+        """The text of these token ids, or the rejection. Raises as `stream` does."""
         call = partial(UnaryCall, "preprocessor", self._detokenize, new_session(), handoff=self._handoff)
         text: str | Rejected = await _ask(call, ids, self._model)
         return text
 
 
 class PictureStage:
-    """The first stage, as far as it is asked about pictures that a server of others will read."""
+    """The first stage's method that makes pictures portable for an upstream server."""
 
     def __init__(self, preprocessor: Handle, handoff: Handoff, quarantine: Quarantine) -> None:
         self._stage = handoff.calling(preprocessor, "portable_images")
@@ -105,7 +106,7 @@ class PictureStage:
         self._quarantine = quarantine
 
     async def __call__(self, request: GenerationRequest) -> tuple[PortableImage, ...] | Rejected:
-        """The pictures, or what is wrong with one. Raises errors of ours as `Pipeline.stream` does."""
+        """The pictures, or a rejection that names the bad one. Raises as `Pipeline.stream` does."""
         call = partial(UnaryCall, "preprocessor", self._stage, session_of(request), handoff=self._handoff)
         pictures: tuple[PortableImage, ...] | Rejected = await _asked(call, request, self._handoff, self._quarantine)
         return pictures
@@ -114,14 +115,14 @@ class PictureStage:
 async def _asked(
     call: Callable[..., UnaryCall], request: AnyRequest, handoff: Handoff, quarantine: Quarantine, *more: object
 ) -> Any:
-    """What a call about a request returns; it is made again where it loses its replica."""
+    """The result of a call about a request. The call is retried when it loses its replica."""
     await quarantine.check(request)
     kept = handoff.keep(request)
     return await quarantine.case(partial(handoff.kept, kept)).run(partial(_ask, call, kept, *more))
 
 
 async def _ask(call: Callable[..., UnaryCall], *given: object) -> Any:
-    """What one call returns, which ends when whoever waits for it leaves."""
+    """The result of one call. Cancelling this cancels the call."""
     with ray_errors_as_ours("preprocessor"):
         asked = call(*given)
         is_answered = False

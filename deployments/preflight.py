@@ -1,8 +1,8 @@
-"""Is there anything to serve, and which models share a tower? Looked at before replicas start.
+"""Checks before replicas start: do the checkpoints exist, and which models share a tower?
 
-Looking takes a second and neither reads weights nor imports torch; comparing towers does both, where several models
-might share one. Whatever this misses, such as memory that is lacking where a replica runs, the replica that loads it
-finds.
+Checking takes a second and neither reads weights nor imports torch; comparing towers does both, where several models
+might share one. What this cannot see, such as too little memory on a replica's node, fails in the replica that loads
+the checkpoint.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 def check_checkpoints(args: AppArgs) -> dict[str, FoundCheckpoint]:
-    """The checkpoint of each model that has one, by the model's name, with base and tower, fetched if need be.
+    """The checkpoint of each model that has one, with base and tower, by the model's name. Downloads what is missing.
 
     Raises CheckpointError naming file and fix.
     """
@@ -37,14 +37,13 @@ def check_checkpoints(args: AppArgs) -> dict[str, FoundCheckpoint]:
 
 
 def share_towers(args: AppArgs, found: Mapping[str, FoundCheckpoint]) -> dict[str, str]:
-    """The name of the model whose tower each model uses, by the model's name: its own, or that of the first before it
-    which has the same.
+    """Which model's tower each model uses, by name: its own, or that of the first model before it with the same tower.
 
-    The same is what has the same numbers, gives the same features for the same tiles, and is to run by the same
-    settings. Raises CheckpointError where weights cannot be read.
+    Two towers are the same when their weights are equal, they give the same features for the same tiles, and they are
+    configured to run with the same settings. Raises CheckpointError when weights cannot be read.
     """
     by_settings: defaultdict[Hashable, list[str]] = defaultdict(list)
-    # One tower is like no other's.
+    # A single model has nothing to share with.
     for model in args.own_models if len(args.own_models) > 1 else ():
         settings = model.vision_encoder.model_dump_json()
         by_settings[settings, _tower_settings(found[model.served_name])].append(model.served_name)
@@ -62,7 +61,7 @@ def _tower_settings(found: FoundCheckpoint) -> str:
 
 
 def _alike(names: list[str], found: Mapping[str, FoundCheckpoint]) -> dict[str, str]:
-    """The first of these models with the same numbers, by name."""
+    """For each of these models, the first one whose tower has equal weights."""
     from llava_core.checkpoints.tower_identity import tower_digest
 
     began = time.perf_counter()

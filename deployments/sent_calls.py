@@ -1,6 +1,6 @@
-"""Calls of this process that somebody watches: which replica has each, or which could take it.
+"""Where this process's watched calls are: which replica each was sent to, or which replicas could take it.
 
-Routers tell, watchers ask. Knows neither Ray nor stages.
+Routers write it, watchers (stage_call.py) read it. Knows neither Ray nor stages.
 """
 
 from __future__ import annotations
@@ -12,17 +12,18 @@ from typing import Protocol
 
 
 class Replica(Protocol):
-    """What can be asked of one; Serve's RunningReplica."""
+    """The part of Serve's RunningReplica that is used here."""
 
     async def get_queue_len(self, *, deadline_s: float) -> int:
-        """How much it has to do, which it says at once. Raises Ray's errors of actors."""
+        """The number of its ongoing requests, answered without queueing. Raises Ray's actor errors."""
         ...
 
 
 @dataclass(frozen=True, eq=False)
 class Whereabouts:
-    """Of a call, until its router tells others: with the one replica that it was sent to, or on its way to one of
-    these. `since` is by time.monotonic()."""
+    """Where a call is: sent to the one replica in `replicas` (`is_sent`), or waiting for one of them to accept it.
+
+    `since` is by time.monotonic(). Compared by identity: a router replaces it with a new one when the call moves."""
 
     replicas: Callable[[], Collection[Replica]] = tuple
     is_sent: bool = False
@@ -35,25 +36,25 @@ class _Watched:
 
 
 class SentCalls:
-    """By stage, and by the number of the request (affinity.Session). Routers may run in a thread of their own."""
+    """Keyed by deployment and request number (affinity.Session). Routers may run in a thread of their own."""
 
     def __init__(self) -> None:
         self._watched: dict[tuple[str, str], _Watched] = {}
 
     def watch(self, stage: str, request: str) -> None:
-        """From before a call until `forget`."""
+        """Start watching a call that is about to be made, until `forget`."""
         self._watched[stage, request] = _Watched(Whereabouts())
 
     def where(self, stage: str, request: str) -> Whereabouts:
-        """What its router said last of a call that is watched."""
+        """What the router last noted about a watched call. Raises KeyError for one that is not watched."""
         return self._watched[stage, request].where
 
     def forget(self, stage: str, request: str) -> None:
-        """Nobody watches it any more."""
+        """Stop watching the call."""
         del self._watched[stage, request]
 
     def note(self, stage: str, request: str, where: Whereabouts) -> None:
-        """For a router, which looks for a replica or has found one. Of calls that nobody watches nothing is kept."""
+        """For a router that is choosing a replica or has chosen one. Ignored for calls that are not watched."""
         if (watched := self._watched.get((stage, request))) is not None:
             watched.where = where
 

@@ -1,7 +1,8 @@
-"""One call of a stage for a request: where it is, whether its result can still come, and its end.
+"""One call of a stage for a request: where it is, whether its result can still arrive, and its cleanup.
 
-A replica that dies ends its calls, and Ray tells. One whose host cannot be reached any more ends nothing, and to Ray it
-is alive as long as the head reaches it. So whoever waits for long asks. Knows what a call is, not what stages do.
+When a replica dies, Ray fails its calls. When its host becomes unreachable, the calls just hang, and Ray considers the
+replica alive for as long as the head can reach it. So a caller that has waited for long asks the replica whether it is
+there. Knows what a call is, not what stages do.
 """
 
 from __future__ import annotations
@@ -26,16 +27,16 @@ from deployments.waiting import abandon
 logger = logging.getLogger(__name__)
 Handle = DeploymentHandle[Any]
 Result = TypeVar("Result")
-# How long a stage may take before it is asked whether it is there, and again after as long.
+# How long a stage may take before its replica is asked whether it is there, and the interval between such questions.
 ASKED_AFTER_S = SILENCE_S / 2
-# A stream that was sent so long ago has had time for signs of life.
+# A stream that was sent this long ago should have given a sign of life.
 _FIRST_SIGNS_S = SILENCE_S / 2
 
 
 class StageCall:
-    """Begins at once, to the replica that the session's key prefers (routing.py). `close` it.
+    """The constructor makes the call, which goes to the replica that the session's key prefers (routing.py).
 
-    `stage` is for metrics."""
+    Must be closed with `close`. `stage` is the label for metrics and errors."""
 
     def __init__(self, stage: str, handle: Handle, session: Session, *given: object) -> None:
         self._stage = stage
@@ -43,62 +44,65 @@ class StageCall:
         with contextlib.ExitStack() as undo:
             SENT_CALLS.watch(*self._key)
             undo.callback(SENT_CALLS.forget, *self._key)
-            # A copy with the same router, in microseconds.
+            # `options` copies the handle in microseconds; the copy shares its router.
             self.response: Any = handle.options(session_id=str(session)).remote(*given)
             undo.pop_all()
         self._before: Whereabouts | None = None
 
     def is_begun(self) -> bool:
-        """Whether a replica is known to be at work on it."""
+        """Whether a replica is known to have started executing the call."""
         return False
 
     async def check(self) -> None:
-        """For whoever waits, every now and then: raises StageSilentError where its replica says nothing any more, or
-        is there and does not begin, because what it is to work on does not get there; StageUnavailableError where no
-        replica that could take it says anything."""
+        """Check from time to time, while waiting, that the result can still arrive.
+
+        Raises StageSilentError when the call's replica does not answer, or answers but has not begun between two
+        checks, because its arguments do not reach it; StageUnavailableError when the call has not been sent and none of
+        the replicas that could take it answers.
+        """
         where = SENT_CALLS.where(*self._key)
         are_silent = await _are_silent(where.replicas())
         if SENT_CALLS.where(*self._key) is not where:
-            # It has moved on while they were asked.
+            # The call moved to another replica in the meantime.
             return
         if are_silent and not where.is_sent:
-            raise StageUnavailableError("no replica of a stage of the service can be reached")
+            raise StageUnavailableError("no replica of one of the service's stages can be reached")
         if are_silent:
-            raise self._silent("says nothing")
+            raise self._silent("does not answer")
         if where.is_sent and not self.is_begun() and where is self._before:
-            raise self._silent("is there, but what it is to work on does not get there")
+            raise self._silent("answers, but has not begun: its arguments do not reach it")
         self._before = where
 
     async def check_silent(self) -> None:
-        """As `check`, for a stream that gives signs of life once it is sent, and has given none for too long."""
+        """Like `check`, for a stream that has been silent for too long: once sent, it should give signs of life."""
         where = SENT_CALLS.where(*self._key)
         if not where.is_sent:
             await self.check()
         elif time.monotonic() - where.since >= _FIRST_SIGNS_S:
-            raise self._silent("says nothing")
+            raise self._silent("does not answer")
 
     def _silent(self, what: str) -> StageSilentError:
-        logger.warning("the replica of %s that has a call %s", self._key[0], what)
+        logger.warning("the replica of %s that holds a call %s", self._key[0], what)
         return StageSilentError(stage=self._stage)
 
     def close(self, *, is_over: bool) -> None:
-        """Nobody waits for it any more; it is cancelled where it is not over."""
+        """Stop watching the call, and cancel it unless it `is_over`."""
         if not is_over:
             self.response.cancel()
         SENT_CALLS.forget(*self._key)
 
 
 class UnaryCall(StageCall):
-    """Of a method that returns once, to a stage or to the gateway."""
+    """A call of a method that returns a single result, which goes to another stage or to the gateway."""
 
     def __init__(self, stage: str, handle: Handle, session: Session, *given: object, handoff: Handoff) -> None:
         super().__init__(stage, handle, session, *given)
         self._handoff = handoff
-        # What to give another stage in its place; there is one as soon as a replica has begun.
+        # What to pass to another stage instead of the response; available once a replica has begun.
         self.given = asyncio.ensure_future(handoff.give(self.response))
 
     def is_made(self) -> bool:
-        """Whether there is a result, or an error."""
+        """Whether the call has produced a result or an error."""
         if not self.given.done():
             return False
         has_failed = self.given.cancelled() or self.given.exception() is not None
@@ -111,14 +115,15 @@ class UnaryCall(StageCall):
     def close(self, *, is_over: bool) -> None:
         """See StageCall."""
         self.given.cancel()
-        # Perhaps nobody has waited for it.
+        # Retrieves the exception, which perhaps nobody has awaited.
         self.given.add_done_callback(lambda given: given.cancelled() or given.exception())
         super().close(is_over=is_over)
 
 
 async def unless_out_of_reach(wanted: Awaitable[Result], calls: Sequence[UnaryCall]) -> Result:
-    """What is wanted, which takes what these calls return, and each of them what the one before does. Raises as
-    `StageCall.check` does where that cannot come any more. Whoever leaves takes along what is wanted."""
+    """Await `wanted`, which depends on the results of `calls`, each of which takes the result of the one before.
+
+    Raises what `StageCall.check` raises when a result can no longer arrive. Cancelling this also cancels `wanted`."""
     watch, coming = asyncio.ensure_future(_watch(calls)), asyncio.ensure_future(wanted)
     try:
         await asyncio.wait([watch, coming], return_when=asyncio.FIRST_COMPLETED)
@@ -130,7 +135,7 @@ async def unless_out_of_reach(wanted: Awaitable[Result], calls: Sequence[UnaryCa
 
 
 async def _watch(calls: Sequence[UnaryCall]) -> None:
-    """Until all have returned."""
+    """Checks the first unfinished call every ASKED_AFTER_S. Returns once all calls have returned."""
     while True:
         await asyncio.sleep(ASKED_AFTER_S)
         owing = next((call for call in calls if not call.is_made()), None)
@@ -140,7 +145,7 @@ async def _watch(calls: Sequence[UnaryCall]) -> None:
 
 
 async def _are_silent(replicas: Collection[Replica]) -> bool:
-    """Whether none of them says anything, of some that Ray takes for alive."""
+    """Whether there are replicas, all considered alive by Ray, and none answers within SILENCE_S."""
     asked = [asyncio.ensure_future(_answers(replica)) for replica in replicas]
     if not asked:
         return False
@@ -160,9 +165,9 @@ async def _answers(replica: Replica) -> bool:
     try:
         await replica.get_queue_len(deadline_s=SILENCE_S)
     except RayActorError:
-        # Of one that is gone Ray tells those who wait for it.
+        # The replica is dead, and Ray fails its calls by itself.
         return False
     except RayError:
-        # Whatever is wrong with it, it is there.
-        logger.exception("a replica cannot say what it has to do")
+        # It answered, with an error: something is wrong with it, but it is reachable.
+        logger.exception("a replica failed to report its queue length")
     return True

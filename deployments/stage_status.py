@@ -1,6 +1,7 @@
-"""Which stages can serve, as Serve's controller sees it: it watches every replica and is told by their `check_health`.
+"""Which stages can serve, according to Serve's controller, which polls `check_health` of every replica.
 
-Asked off the event loop and at most once in a while. No stage is called, so nothing waits behind requests.
+The controller is asked off the event loop, and its answer is cached for a short while. No stage is called, so a health
+check never queues behind requests.
 """
 
 from __future__ import annotations
@@ -20,22 +21,22 @@ from deployments.messages import StageHealth
 
 logger = logging.getLogger(__name__)
 
-# How Serve calls a deployment without replicas while the first one starts, or the last one goes.
+# Serve's statuses for a deployment without replicas: idle, starting its first one, or stopping its last one.
 _SCALED_TO_ZERO = ("HEALTHY", "UPSCALING", "DOWNSCALING")
 _NAMES = {"Preprocessor": "preprocessor", "VisionEncoder": "vision_encoder", "Generator": "generator"}
 
 
 def name_for_clients(deployment: str) -> str:
-    """What /health calls a stage. Of several of a kind, a deployment has the name of its model behind a dash."""
+    """The name of a stage in /health. Where there are several of a kind, the model's name follows a dash."""
     kind, dash, model = deployment.partition("-")
     return f"{_NAMES[kind]}{dash}{model}"
 
 
 class StageStatus:
-    """Callable for the state of `stages`: names for clients to names of deployments of the application.
+    """Callable that returns the state of `stages`, a mapping from names for clients to deployments of the application.
 
-    Those deployments that `may_be_empty` are ready without a replica: a request waits while one starts. An answer of
-    the controller serves everybody who asks within `max_age_s` of the question.
+    A deployment in `may_be_empty` is ready without a replica: a request waits while one starts. The controller's answer
+    is reused for `max_age_s`.
     """
 
     def __init__(
@@ -54,18 +55,18 @@ class StageStatus:
         self._max_age_s = max_age_s
         self._timeout_s = timeout_s
         self._ask = ask
-        # Not the loop's own threads: those may be busy with bodies.
+        # A thread of its own: the loop's default executor may be busy parsing bodies.
         self._thread = ThreadPoolExecutor(1, "stage-status")
         self._answer: asyncio.Future[ServeStatus] | None = None
         self._asked_at = 0.0
 
     async def __call__(self) -> list[StageHealth]:
-        """Stages are not ready when the controller does not say so in time."""
+        """Reports every stage as not ready when the controller does not answer within `timeout_s`."""
         try:
             async with asyncio.timeout(self._timeout_s):
                 status = await asyncio.shield(self._latest())
         except (TimeoutError, RayError, RayServeException) as error:
-            logger.warning("Serve's controller did not say how the stages are: %s: %s", type(error).__name__, error)
+            logger.warning("Serve's controller did not report the stages: %s: %s", type(error).__name__, error)
             return [StageHealth(name, is_ready=False) for name in self._stages]
         application = status.applications.get(self._application)
         deployments = {} if application is None else application.deployments
@@ -78,7 +79,7 @@ class StageStatus:
             return StageHealth(name, is_ready=True)
         if stage in self._may_be_empty and deployment.status in _SCALED_TO_ZERO:
             return StageHealth(name, is_ready=True, has_replicas=False)
-        # Of a deployment that was just made, say the controller's rounds.
+        # A deployment that was just created has no replica states until the controller's next round.
         return StageHealth(name, is_ready=deployment.status == "HEALTHY")
 
     def _latest(self) -> asyncio.Future[ServeStatus]:

@@ -1,4 +1,4 @@
-"""What asyncio leaves to whoever waits. Knows nothing of what is waited for."""
+"""Cancels asyncio futures and waits until they have ended. Knows nothing about what they compute."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 
 
 async def abandon(*futures: asyncio.Future[Any]) -> None:
-    """Cancel them, and return when all are over, however they end: what they hold is free then."""
+    """Cancel the futures and return once all have ended, however they end, so that what they held is released."""
     for each in futures:
         each.cancel()
-    # Waiting takes a turn of the event loop also where nothing is left to wait for.
+    # asyncio.wait yields to the event loop even when every future is done.
     if left := [each for each in futures if not each.done()]:
         await asyncio.wait(left)
     for each in futures:
         if not each.cancelled():
-            # Nobody may care for it any more, of which asyncio would complain.
+            # Retrieved, because asyncio logs exceptions that nobody looks at.
             each.exception()

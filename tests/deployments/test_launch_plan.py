@@ -213,10 +213,10 @@ def test_what_only_a_new_start_can_change_is_refused_while_it_runs(
 ) -> None:
     config = tmp_path / "c.yaml"
     running = _plan(_write(config), model=str(tiny_checkpoint))
-    with pytest.raises(LaunchError, match="start it anew"):
+    with pytest.raises(LaunchError, match="restart it"):
         _plan(config, model=str(tiny_checkpoint), running=running)
     _write(config, **options)
-    with pytest.raises(LaunchError, match="start it anew"):
+    with pytest.raises(LaunchError, match="restart it"):
         _plan(config, model=str(tiny_checkpoint), port=running.port, running=running)
 
 
@@ -243,7 +243,7 @@ def test_the_models_of_a_running_service_stay(tiny_checkpoint: Path, checkpoint_
         _several(checkpoint_copy),
         _several(tiny_checkpoint, **other_tower),
     ):
-        with pytest.raises(LaunchError, match=r"its models .* start it anew"):
+        with pytest.raises(LaunchError, match=r"its models .* restart it"):
             update(changed)
     assert update(_several(tiny_checkpoint, template="llava_v0")).models[1].template == "llava_v0"
     assert update(_several(tiny_checkpoint, engine={"max_running": 2})).models[1].engine.max_running == 2
@@ -255,5 +255,5 @@ def test_an_application_that_is_joined_by_others_needs_a_new_start(tiny_checkpoi
     config = _write(tmp_path / "c.yaml")
     running = _plan(config, model=str(tiny_checkpoint))
     _add_application(config)
-    with pytest.raises(LaunchError, match="start it anew"):
+    with pytest.raises(LaunchError, match="restart it"):
         _plan(config, model=str(tiny_checkpoint), port=running.port, running=running)

@@ -104,7 +104,7 @@ def test_a_controller_that_fails_or_does_not_answer_means_not_ready(caplog: pyte
             may_end.set()
 
     assert asyncio.run(hang()) == [False, False]
-    assert "did not say how the stages are" in caplog.text
+    assert "did not report the stages" in caplog.text
 
 
 def test_many_who_ask_at_once_are_one_question_and_its_answer_grows_old() -> None:
