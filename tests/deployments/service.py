@@ -63,6 +63,22 @@ class Running:
         """The metrics that its processes reported last."""
         return read_page(self.metrics_url)
 
+    def settled_metrics(self, check: Callable[[Page], None], *, deadline_s: float = 90.0) -> Page:
+        """The first page of metrics for which no assertion of `check` fails: each process reports at its own time.
+
+        Raises what failed last where that does not happen in time."""
+        deadline = time.monotonic() + deadline_s
+        while True:
+            page = self.metrics()
+            try:
+                check(page)
+            except AssertionError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.1)
+            else:
+                return page
+
     def log_text(self) -> str:
         # Without those of Ray's dashboard, whose ports another Ray on this machine may have.
         logs = (path for path in self.logs.rglob("*.log") if not path.name.startswith("dashboard"))

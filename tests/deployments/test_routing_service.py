@@ -61,22 +61,9 @@ def _text(answer: Any) -> str:
     return str(answer["choices"][0]["message"]["content"])
 
 
-def _page(service: Running, num_answers: int) -> Page:
-    """The service's metrics once that many answers have been counted, and the call of every stage for each."""
-
-    def is_complete(page: Page) -> bool:
-        caches = ("tiles", "features")
-        looked_up = [page.total(CACHE_HITS, cache=cache) + page.total(CACHE_MISSES, cache=cache) for cache in caches]
-        routed = [page.total(ROUTED, target=stage) for stage in STAGES]
-        return {page.total(FINISHED), *looked_up, *routed} == {num_answers}
-
-    until(lambda: is_complete(service.metrics()), deadline_s=120)
-    return service.metrics()
-
-
 def _by_replica(page: Page, metric: Metric, **labels: str) -> dict[str, float]:
     found = collections.Counter[str]()
-    for given, value in page.samples[metric.name]:
+    for given, value in page.samples.get(metric.name, ()):
         if labels.items() <= given.items():
             found[given["replica"]] += int(value)
     return {replica: value for replica, value in found.items() if value}
@@ -88,17 +75,24 @@ def test_a_picture_is_prepared_and_encoded_once_and_pictures_are_spread(service:
     answers = [[_ask(service, picture) for picture in PICTURES] for _ in range(num_rounds)]
     # Of the first round nothing was known, and of the others everything.
     assert all([_text(answer) for answer in each] == expected for each in answers)
-    page = _page(service, num_rounds * len(PICTURES))
-    for cache in ("tiles", "features"):
-        assert page.total(CACHE_MISSES, cache=cache) == len(PICTURES)
-        misses = _by_replica(page, CACHE_MISSES, cache=cache)
-        assert len(misses) == 2, "both replicas have seen some"
-    for stage in STAGES:
-        assert page.total(ROUTED, target=stage, choice="preferred") == num_rounds * len(PICTURES)
     # The prefix that all share is known to both replicas sooner than the pictures, which only their own has seen.
     cached = [[answer["usage"]["prompt_tokens_details"]["cached_tokens"] for answer in each] for each in answers]
     assert min(map(min, cached[1:])) > max(cached[0])
-    assert len(_by_replica(page, PREFIX_HIT_TOKENS)) == 2
+    num_answers = num_rounds * len(PICTURES)
+
+    def check(page: Page) -> None:
+        assert page.total(FINISHED) == num_answers
+        for cache in ("tiles", "features"):
+            assert page.total(CACHE_MISSES, cache=cache) == len(PICTURES)
+            assert page.total(CACHE_HITS, cache=cache) == num_answers - len(PICTURES)
+            misses = _by_replica(page, CACHE_MISSES, cache=cache)
+            assert len(misses) == 2, "both replicas have seen some"
+        routed = {stage: page.total(ROUTED, target=stage, choice="preferred") for stage in STAGES}
+        assert routed == dict.fromkeys(STAGES, num_answers)
+        assert [page.total(ROUTED, target=stage) for stage in STAGES] == list(routed.values())
+        assert len(_by_replica(page, PREFIX_HIT_TOKENS)) == 2
+
+    service.settled_metrics(check)
 
 
 def test_a_picture_that_many_ask_about_at_once_keeps_both_replicas_at_work(service: Running) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from deployments.metrics import RUNNING, UPSTREAM_REQUESTS, UPSTREAM_TOKENS, UPSTREAM_UP
 from deployments.processes import descendants
-from deployments.top import Change, screen
+from deployments.top import Change, Page, screen
 from tests.deployments.pictures import data_url, plain
 from tests.deployments.service import Running, content, events, long_checkpoint, messages, serving, until
 
@@ -85,11 +85,14 @@ def test_an_address_is_refused_here_and_not_left_to_the_server_behind(front: Run
 
 def test_what_has_passed_through_is_counted_and_shown(front: Running) -> None:
     _chat(front, "big", "What?")
-    until(lambda: front.metrics().total(UPSTREAM_REQUESTS, model="big", outcome="answered") > 0)
-    until(lambda: front.metrics().total(UPSTREAM_TOKENS, model="big", kind="completion") > 0)
-    assert front.metrics().total(UPSTREAM_UP, model="big") == 1
-    page = front.metrics()
-    assert any(line.split()[:2] == ["big", "up"] for line in screen(Change(page, page)))
+
+    def check(page: Page) -> None:
+        assert page.total(UPSTREAM_REQUESTS, model="big", outcome="answered") > 0
+        assert page.total(UPSTREAM_TOKENS, model="big", kind="completion") > 0
+        assert page.total(UPSTREAM_UP, model="big") == 1
+        assert any(line.split()[:2] == ["big", "up"] for line in screen(Change(page, page)))
+
+    front.settled_metrics(check)
 
 
 def test_a_client_that_hangs_up_frees_the_service_behind(front: Running, behind: Running) -> None:

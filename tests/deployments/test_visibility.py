@@ -99,38 +99,39 @@ def usages(service: Running) -> list[dict[str, Any]]:
 
 def test_the_page_of_metrics_counts_what_was_asked(service: Running, usages: list[dict[str, Any]]) -> None:
     num_answers, num_bad = len(usages), 5
-    until(lambda: service.metrics().total(HTTP_REQUESTS, route=CHAT) == num_answers + num_bad + 1)
-    until(lambda: service.metrics().total(FINISHED, outcome="finished") == num_answers)
-    # Each process tells its numbers in its own time.
-    until(lambda: service.metrics().total(CACHE_MISSES, cache="tiles") == 3)
-    page = service.metrics()
-    assert page.total(HTTP_REQUESTS, route=CHAT, status="200") == num_answers
-    assert page.total(HTTP_REQUESTS, route=CHAT, status="499") == 1
-    assert page.total(HTTP_REQUESTS, route="/v1/models/{name:path}", status="404") == 1
-    assert _num(page, HTTP_DURATION, route=CHAT) == num_answers + num_bad + 1
-    assert page.total(CANCELLATIONS, phase="streaming") == 1
-    assert page.total(ERRORS, code="model_not_found") == 2
-    assert page.total(ERRORS, code="invalid_image") == 1
-    assert page.total(ERRORS, code="unsupported_parameter") == 1
-    assert page.total(ERRORS) == num_bad + 1
-    # The one that hung up had begun, too.
-    assert _num(page, TIME_TO_FIRST_TOKEN, model=service.model) == num_answers + 1
-    assert _num(page, CHUNK_GAP, model=service.model) >= 1
-    for stage in STAGES:
-        # Of each answer at least, and of a hand-over to the encoder and another to the generator.
-        assert _num(page, STAGE_DURATION, stage=stage) >= num_answers * (2 if stage == "transfer" else 1)
-    assert _num(page, STAGE_DURATION, stage="decode") == num_answers
-    assert _num(page, IMAGES) == num_answers + 1
-    assert _num(page, QUEUE_WAIT, stage="encode") == num_answers + 1
-    assert _num(page, QUEUE_WAIT, stage="generate") == num_answers
-    # Two pictures were new once, and what is none always is; it is not encoded.
-    assert page.total(CACHE_MISSES, cache="tiles") == 3
-    assert page.total(CACHE_MISSES, cache="features") == 2
-    for cache in ("tiles", "features"):
-        assert page.total(CACHE_HITS, cache=cache) == num_answers + 1 - 2
-    assert page.total(PROMPT_TOKENS) == sum(usage["prompt_tokens"] for usage in usages)
-    assert page.total(IMAGE_TOKENS) == num_answers * TOKENS_OF_A_PICTURE
-    assert page.total(GENERATED_TOKENS) >= num_answers * MAX_TOKENS
+
+    def check(page: Page) -> None:
+        assert page.total(HTTP_REQUESTS, route=CHAT) == num_answers + num_bad + 1
+        assert page.total(FINISHED, outcome="finished") == num_answers
+        assert page.total(HTTP_REQUESTS, route=CHAT, status="200") == num_answers
+        assert page.total(HTTP_REQUESTS, route=CHAT, status="499") == 1
+        assert page.total(HTTP_REQUESTS, route="/v1/models/{name:path}", status="404") == 1
+        assert _num(page, HTTP_DURATION, route=CHAT) == num_answers + num_bad + 1
+        assert page.total(CANCELLATIONS, phase="streaming") == 1
+        assert page.total(ERRORS, code="model_not_found") == 2
+        assert page.total(ERRORS, code="invalid_image") == 1
+        assert page.total(ERRORS, code="unsupported_parameter") == 1
+        assert page.total(ERRORS) == num_bad + 1
+        # The one that hung up had begun, too.
+        assert _num(page, TIME_TO_FIRST_TOKEN, model=service.model) == num_answers + 1
+        assert _num(page, CHUNK_GAP, model=service.model) >= 1
+        for stage in STAGES:
+            # Of each answer at least, and of a hand-over to the encoder and another to the generator.
+            assert _num(page, STAGE_DURATION, stage=stage) >= num_answers * (2 if stage == "transfer" else 1)
+        assert _num(page, STAGE_DURATION, stage="decode") == num_answers
+        assert _num(page, IMAGES) == num_answers + 1
+        assert _num(page, QUEUE_WAIT, stage="encode") == num_answers + 1
+        assert _num(page, QUEUE_WAIT, stage="generate") == num_answers
+        # Two pictures were new once, and what is none always is; it is not encoded.
+        assert page.total(CACHE_MISSES, cache="tiles") == 3
+        assert page.total(CACHE_MISSES, cache="features") == 2
+        for cache in ("tiles", "features"):
+            assert page.total(CACHE_HITS, cache=cache) == num_answers + 1 - 2
+        assert page.total(PROMPT_TOKENS) == sum(usage["prompt_tokens"] for usage in usages)
+        assert page.total(IMAGE_TOKENS) == num_answers * TOKENS_OF_A_PICTURE
+        assert page.total(GENERATED_TOKENS) >= num_answers * MAX_TOKENS
+
+    service.settled_metrics(check)
 
 
 def test_nothing_that_was_said_is_in_any_log_metric_or_trace(service: Running, usages: list[dict[str, Any]]) -> None:
