@@ -13,7 +13,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 
 from deployments.affinity import session_of
-from deployments.errors import EARLIER, StageLostError
+from deployments.errors import EARLIER, StageLostError, StageSilentError
 from deployments.handoff import Handoff
 from deployments.messages import Item, Rejected, is_last
 from deployments.progress import Progress
@@ -97,6 +97,12 @@ class Passage:
                             self._progress.note(item)
                         self.is_complete = is_last(item)
                         yield item
+            except StageSilentError:
+                # The results of earlier stages are probably out of reach too if they are on the same node. Making them
+                # again now is cheaper than waiting for them, which would take another SILENCE_S.
+                if call.node() in {earlier.node() for earlier in self._calls}:
+                    self._forget()
+                raise
             finally:
                 call.close(is_over=self.is_complete)
 

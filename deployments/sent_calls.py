@@ -14,6 +14,11 @@ from typing import Protocol
 class Replica(Protocol):
     """The part of Serve's RunningReplica that is used here."""
 
+    @property
+    def node_id(self) -> str:
+        """The Ray node that it runs on."""
+        ...
+
     async def get_queue_len(self, *, deadline_s: float) -> int:
         """The number of its ongoing requests, answered without queueing. Raises Ray's actor errors."""
         ...

@@ -53,6 +53,11 @@ class StageCall:
         """Whether a replica is known to have started executing the call."""
         return False
 
+    def node(self) -> str | None:
+        """The id of the node whose replica the call was sent to; None before that."""
+        where = SENT_CALLS.where(*self._key)
+        return next((replica.node_id for replica in where.replicas()), None) if where.is_sent else None
+
     async def check(self) -> None:
         """Check from time to time, while waiting, that the result can still arrive.
 

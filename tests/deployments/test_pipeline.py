@@ -13,7 +13,7 @@ from starlette.testclient import TestClient
 
 from deployments import stage_call
 from deployments.affinity import Session, affinity_key
-from deployments.errors import ContentRefusedError, StageLostError
+from deployments.errors import ContentRefusedError, StageLostError, StageSilentError
 from deployments.gateway import Gateway
 from deployments.handoff import LocalHandoff
 from deployments.messages import Item, Rejected
@@ -389,7 +389,38 @@ def test_what_a_stage_out_of_reach_has_is_done_again_by_another_replica(
     assert not SENT_CALLS._watched
 
 
+@pytest.mark.parametrize(("node_of_earlier", "num_prepared"), [("lost", 2), ("other", 1)])
+def test_a_silent_node_has_taken_what_earlier_stages_made_on_it(node_of_earlier: str, num_prepared: int) -> None:
+
+    def sent(handle: FakeHandle, node: str) -> None:
+        """Its router's part."""
+        session = Session.read(handle.sessions[-1])
+        SENT_CALLS.note(
+            handle.deployment_name, session.request, Whereabouts(lambda: [_Unreachable(node)], is_sent=True)
+        )
+
+    async def generate(_given: object, *_begun: object) -> AsyncGenerator[Item, None]:
+        first, last = answer("a", "b")
+        if len(generator.calls) > 1:
+            yield last
+            return
+        sent(preprocessor, node_of_earlier)
+        sent(generator, "lost")
+        yield first
+        raise StageSilentError(stage="generator")
+
+    preprocessor, generator = FakeHandle(prepare=lambda *_: "prepared"), FakeHandle(generate=generate)
+    handles: Any = (preprocessor, FakeHandle(), generator)
+    request = _request(TextPart("hi"))
+    assert asyncio.run(_items(Pipeline(*handles, LocalHandoff(), model="m"), request)) == answer("a", "b")
+    assert len(preprocessor.calls) == num_prepared
+    assert not SENT_CALLS._watched
+
+
 class _Unreachable:
+    def __init__(self, node_id: str = "node") -> None:
+        self.node_id = node_id
+
     async def get_queue_len(self, *, deadline_s: float) -> int:
         await asyncio.Event().wait()
         return 0

@@ -29,6 +29,8 @@ def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
 class _Replica:
     """One that answers, after a while or never, or is dead."""
 
+    node_id = "node"
+
     def __init__(self, *, after_s: float = 0.0, is_dead: bool = False) -> None:
         self._after_s, self._is_dead = after_s, is_dead
         self.num_asked = 0
