@@ -54,8 +54,9 @@ def make_section(results: Mapping[str, Any]) -> str:
     named = ", ".join(f"{name} {number}" for name, number in versions.items() if name != OURS)
     note = (
         f"{machine['cores']} cores of {machine['processor']}; {named}; medians of {results['rounds']} rounds in turns. "
-        "In brackets: llava-serve's figure over that server's, the median of the rounds' ratios. An idle llava-serve, "
-        f"which unlike the others cannot be stopped meanwhile, took up to {_idle_share(results):.0%} of the cores."
+        "In brackets: llava-serve's figure divided by that server's, the median of the rounds' ratios. An idle "
+        "llava-serve, which unlike the others cannot be paused while they run, "
+        f"took up to {_idle_share(results):.0%} of the cores."
     )
     notes = (note, *_parts_note(results), *_engine_note(results))
     return "\n\n".join([make_table(results), *(textwrap.fill(text, 120) for text in notes)])
@@ -71,7 +72,7 @@ def _parts_note(results: Mapping[str, Any]) -> list[str]:
     parts = sorted(spent.items(), key=lambda item: -item[1])
     told = ", ".join(f"{name} {value:.0f}" for name, value in parts if value >= 0.5)
     total = sum(spent.values())
-    return [f"Milliseconds of processor time for an answer of `tiny` with 32 clients: {told}; in all {total:.0f}."]
+    return [f"Milliseconds of processor time per answer of `tiny` with 32 clients: {told}; in all {total:.0f}."]
 
 
 def _idle_share(results: Mapping[str, Any]) -> float:
