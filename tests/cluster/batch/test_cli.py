@@ -193,5 +193,5 @@ def test_gpus_that_the_machine_does_not_have_are_refused_at_once(
     ended.append(process)
     _, said = process.communicate(timeout=200)
     assert process.returncode == 1
-    assert "generate asks for 1 x (0.25 CPUs, 64 GPUs), of which 0 have a place" in said
+    assert "generate asks for 1 x (0.25 CPUs, 64 GPUs), of which 0 fit beside" in said
     assert "Traceback" not in said

@@ -144,7 +144,7 @@ def test_what_an_input_has_that_is_none_is_said_once_the_output_is_one(here: Her
     assert here.said == []
     here.output = tmp_path / "out.jsonl"
     here.run(lambda *_: GOOD)
-    assert here.said == ["1 files that are no pictures by their names are left out"]
+    assert here.said == ["1 files without a picture's suffix are skipped"]
 
 
 def test_a_job_goes_on_where_it_was_stopped_and_asks_no_row_twice(here: Here) -> None:
@@ -185,7 +185,7 @@ def test_rows_that_are_errors_are_done_again_where_that_is_said(here: Here) -> N
 
     with pytest.raises(KeyboardInterrupt):
         here.run(stopped, retries_errors=True)
-    assert "2 rows that are errors are done again" in here.said
+    assert "2 rows that are errors are repeated" in here.said
     assert sorted(here.rows()) == [0, 1, 2, 4]
     report = here.run(noting(asked), retries_errors=True)
     assert asked == [1, 3, 3]
@@ -220,7 +220,7 @@ def test_what_failed_in_company_is_tried_alone_and_then_it_is_the_rows_own_failu
     assert rows[4]["error"]["kind"] == "process_lost"
     assert rows[4]["prompt"] == "q4"
     assert report.errors == {"engine_error": 1, "process_lost": 1}
-    assert "4 rows have failed with others: each is tried again, alone" in here.said
+    assert "4 rows failed in a batch: each is retried alone" in here.said
 
 
 def test_an_engine_that_fails_every_row_ends_the_job_and_no_row_is_written_off(
@@ -264,7 +264,7 @@ def test_pictures_of_which_none_can_be_read_end_the_job_unless_they_are_few(
 
 def test_many_rows_that_are_lost_alone_are_not_written_off(tmp_path: Path, tiny_checkpoint: Path) -> None:
     here = Here(tmp_path, tiny_checkpoint, num_rows=60)
-    with pytest.raises(JobError, match=r"40 rows \(from 20 to 59\) were lost .* none is written off"):
+    with pytest.raises(JobError, match=r"40 rows \(from 20 to 59\) were lost .* none is written as an error"):
         here.run(lambda record, isolated: GOOD if isolated and record.row < 20 else None)
     assert sorted(here.rows()) == list(range(20))
 

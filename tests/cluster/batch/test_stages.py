@@ -104,7 +104,7 @@ def test_a_missing_picture_is_its_rows_fault_only_where_others_can_be_read(job: 
     (folder / "a.png").unlink()
     gone = unreadable()
     assert gone.kind == INPUT_ERROR
-    assert f"nor can {folder / 'a.png'} any more, which was read before: No such file" in gone.message
+    assert f"nor can {folder / 'a.png'}, which was read before: No such file" in gone.message
 
 
 def test_a_picture_that_the_tower_cannot_take_is_its_rows_failure(
