@@ -28,7 +28,7 @@ def test_the_bytes_are_the_references() -> None:
         (UnknownNameError("model", "x", ["m"]), 2),
         (StageLostError("gone"), 3),
         (StageUnavailableError("gone"), 3),
-        (WorkerFailedError("garbage", "a frame is no JSON"), 3),
+        (WorkerFailedError("garbage", "a frame is not JSON"), 3),
     ],
 )
 def test_an_error_has_the_references_text_and_code_and_its_cause_beside_them(error: Exception, code: int) -> None:

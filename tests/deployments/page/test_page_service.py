@@ -63,7 +63,7 @@ def test_a_browser_that_is_closed_cancels_its_request_at_the_gateway(service: tu
         browser.open(f"{url}/?model=endless")
         browser.until_said("endless is ready", ".status")
         browser.one("#settings .toggle-button").click()
-        most = browser.one('#settings input[aria-label="number input for Most tokens of an answer"]')
+        most = browser.one('#settings input[aria-label="number input for Longest answer in tokens"]')
         browser.until(most.is_displayed)
         most.clear()
         most.send_keys("4096\t")
