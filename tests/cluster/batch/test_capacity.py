@@ -1,4 +1,4 @@
-"""More than a cluster can ever have is said at once, with what there is."""
+"""Asking for more than a cluster can ever have is reported at once, with what it has."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""A job from its input to its report, with a stand-in for Ray: what is written, tried again, given up and told."""
+"""A job from its input to its report, with a stand-in for Ray: what is written, retried, given up and reported."""
 
 import io
 import json
@@ -21,7 +21,7 @@ from llava_core.types import SamplingParams, Usage
 from llava_core.views import DicomView
 
 GOOD = Answer("A cat.", (1, 2), "stop", Usage(5, 2, 3))
-# What becomes of a row, or None where it is lost with its process.
+# The outcome of a row, or None where it is lost with its process.
 Becomes = Callable[[Record, bool], Answer | Failure | None]
 
 
@@ -59,7 +59,7 @@ def standing_in(becomes: Becomes) -> Any:
 
 
 class Here:
-    """Runs jobs on one input, and remembers what they said."""
+    """Runs jobs on one input, and remembers their messages."""
 
     def __init__(self, folder: Path, checkpoint: Path, num_rows: int = 5) -> None:
         self.file = folder / "in.jsonl"
@@ -327,7 +327,7 @@ def test_rows_with_one_id_are_told_apart_by_their_number(here: Here) -> None:
 
 
 def test_questions_are_what_the_stand_in_gets(here: Here) -> None:
-    """The tests above are about rows of the input and not about something of their own."""
+    """Confirms that the tests above are about rows of the input."""
     seen: list[object] = []
     here.run(lambda record, _: seen.append(record.value) or GOOD)  # type: ignore[func-returns-value]
     assert seen == [Question(f"q{number}", (), number) for number in range(5)]
