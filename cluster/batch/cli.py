@@ -26,7 +26,7 @@ _SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "seed")
 @click.argument("input", type=click.Path(path_type=Path))
 @click.argument("output", type=click.Path(path_type=Path))
 @click.option("--prompt", help="The question for rows without one, and for every picture of a folder.")
-@click.option("--image-folder", type=click.Path(path_type=Path), help="Base of picture paths. [INPUT's folder]")
+@click.option("--image-folder", type=click.Path(path_type=Path), help="Base folder of pictures. [INPUT's folder]")
 @FRAME
 @WINDOW
 @click.option("--model", help="Checkpoint folder or hub id (default: the small model of this project).")
@@ -52,7 +52,7 @@ _SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "seed")
 )
 @click.option("--wait-for-nodes", is_flag=True, help="Start before the cluster has room: nodes will join.")
 @click.option("--retry-errors", is_flag=True, help="Repeat the rows that are errors in OUTPUT.")
-@click.option("--format", "shown", type=click.Choice(["text", "json"]), default="text", help="The report's.  [text]")
+@click.option("--format", "shown", type=click.Choice(["text", "json"]), default="text", help="Report format.  [text]")
 def batch(input: Path, output: Path, shown: str, **given: Any) -> None:
     """Answer every row of INPUT exactly once and write it to OUTPUT; the same command resumes a stopped job.
 

@@ -1,4 +1,4 @@
-"""Every error that a service can give is told with what to do about it, and figures are told in one line."""
+"""Every error of a service is explained with what to do about it, and figures are shown in one line."""
 
 import pytest
 
