@@ -40,21 +40,21 @@ NUM_TOKENS = 64
 
 @dataclass(frozen=True)
 class Timing:
-    """One answer: seconds to its first text, seconds in all, tokens."""
+    """One answer: seconds to its first text, total seconds, tokens."""
 
     first: float
     total: float
     tokens: int
 
 
-# From an encoded picture to how long its answer took.
+# From an encoded picture to the timing of its answer.
 Ask = Callable[[bytes], Timing]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--requests", type=int, default=24, help="of one client; eight together ask twice as many")
+    parser.add_argument("--requests", type=int, default=24, help="of one client; eight clients send twice as many")
     parser.add_argument("--starts", type=int, default=3)
     parser.add_argument("--json", type=Path, help="also write the figures here")
     options = parser.parse_args()
@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def measure_start(port: int) -> float:
-    """Seconds from starting the command `llava serve` until /health says every stage can serve."""
+    """Return the seconds from starting `llava serve` until /health reports that every stage can serve."""
     url = plan_launch(port=port).url
     begun = time.perf_counter()
     command = [str(Path(sys.executable).parent / "llava"), "serve", "--port", str(port)]
@@ -93,7 +93,7 @@ def wait_until_healthy(
 
 
 def measure_answers(port: int, num_requests: int) -> dict[str, Any]:
-    """The service, the empty graph and the engine in this process, one after the other for each picture."""
+    """Ask the service, the empty graph and the engine in this process about each picture in turn."""
     plan = plan_launch(port=port)
     service = LocalService(plan)
     service.start(lambda progress: print(f"{progress.what} ready after {progress.seconds:.1f} s", file=sys.stderr))
@@ -124,14 +124,14 @@ def measure_answers(port: int, num_requests: int) -> dict[str, Any]:
 
 
 def compare(served: list[Timing], empty: list[Timing], local: list[Timing]) -> dict[str, float]:
-    """What the graph adds to the time to first token, and that over the empty graph's, request by request."""
+    """Return what the graph adds to the time to first token, also as a ratio to the empty graph's, by request."""
     added = [one.first - other.first for one, other in zip(served, local, strict=True)]
     ratios = [more / yardstick.first for more, yardstick in zip(added, empty, strict=True)]
     return {"added_first_ms": milliseconds(added), "added_over_empty": round(statistics.median(ratios), 2)}
 
 
 def make_picture(index: int) -> bytes:
-    """A new scene for every request: nothing to cache."""
+    """Draw a new scene for every request, so that nothing can be cached."""
     return encode_picture(sample_scene(random.Random(f"bench:{index}"), longest_side=(336, 336)), "png")
 
 
@@ -150,15 +150,15 @@ def free_port() -> int:
 
 
 def start_empty_graph(service: LocalService) -> LoadBalancer:
-    """Beside the service, in its Ray, at `/empty` on the port of a HAProxy of its own, which the caller stops."""
-    # Only now: Ray reads its environment, which the service sets, when it is imported.
+    """Start the empty graph in the service's Ray, at `/empty` behind its own HAProxy, which the caller stops."""
+    # Imported only now: Ray reads its environment, which the service sets, on import.
     from ray import serve
 
     from benchmarks.empty_graph import build_empty_graph
 
     serve.run(build_empty_graph(), name="empty", route_prefix="/empty")
     assert service.balancer is not None, "the service is measured with HAProxy in front"
-    # The service's passes nothing on to other applications.
+    # The service's HAProxy forwards nothing to other applications.
     balancer = replace(service.balancer, address=("127.0.0.1", free_port()), application="empty")
     balancer.start()
     return balancer
@@ -211,7 +211,7 @@ def summary(timings: list[Timing]) -> dict[str, Any]:
 
 
 def milliseconds(seconds: list[float]) -> float:
-    """The median."""
+    """Return the median."""
     return round(statistics.median(seconds) * 1e3, 1)
 
 

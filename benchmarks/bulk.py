@@ -1,17 +1,17 @@
-"""Bulk jobs: their tokens per second beside the engine's own, what a second generator adds, and kills without a loss.
+"""Bulk jobs: tokens per second relative to the engine alone, the gain from a second generator, and kills without loss.
 
     python -m benchmarks.bulk share [--mid DIR] [--pictures 200] [--rounds 2] [--json FILE]
     python -m benchmarks.bulk actors [--pictures 1600] [--rounds 2] [--json FILE]
     python -m benchmarks.bulk kills [--pictures 400] [--kills 10] [--json FILE]
     python -m benchmarks.bulk memory [--rows 1000000] [--json FILE]
 
-`share`: `llava batch` and one process that prepares, encodes and generates with the same settings, in turns, on random
-weights (`mid`, 642 M parameters) with 64 tokens an answer. Each is timed from its first answers to its last: loading is
-left out of both, and stands beside. `actors`: the default model with one and with two generators of a single thread, in
-turns: asked once about each picture, and eight times about an eighth of them. `kills`: the driver and all it began are
-killed with SIGKILL, each time at another row, and the job is given again; then every row must be there once. `memory`:
-the largest resident size of the job's own process, for a thousand rows and for very many, all about one broken
-picture: what it keeps of a row does not depend on that.
+`share`: `llava batch` and a single process that prepares, encodes and generates with the same settings, in turns, on
+random weights (`mid`, 642 M parameters) with 64 tokens per answer. Each is timed from its first answers to its last;
+loading is excluded from both and reported separately. `actors`: the default model with one and with two single-threaded
+generators, in turns: one question about each picture, then eight about each of an eighth of them. `kills`: the driver
+and all its processes are killed with SIGKILL, each time at a different row, and the job is restarted; in the end every
+row must be there exactly once. `memory`: the peak resident size of the job's own process, for a thousand rows and for
+very many, all about one broken picture: what the process keeps of a row does not depend on its picture.
 """
 
 from __future__ import annotations
@@ -48,18 +48,18 @@ from llava_core.types import SamplingParams, TokenDelta
 
 PROMPT = "Describe the picture."
 MAX_RUNNING, MAX_TOKENS = 32, 64
-# A job hands answers on so many at a time. The clock starts when the first of them are there.
+# A job returns answers in blocks of this size. The clock starts when the first block has arrived.
 FIRST_ROWS = 16
 _PICTURES = {"share": 200, "actors": 1600, "kills": 400, "memory": 0}
-# Of `actors`.
+# For `actors`.
 _QUESTIONS_PER_PICTURE = (1, 8)
 _LOOK_S = 0.02
 
 
 @dataclass(frozen=True)
 class Timed:
-    """Tokens per second from the first answers to the last, how much of the machine's cores was in use meanwhile, and
-    seconds until those first ones."""
+    """Tokens per second from the first answers to the last, the share of the machine's cores in use meanwhile, and
+    seconds until the first answers."""
 
     tokens_per_s: float
     first_s: float
@@ -70,11 +70,11 @@ class Timed:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", choices=[*WORKS])
-    parser.add_argument("--mid", type=Path, help="the checkpoint, written where it is missing")
+    parser.add_argument("--mid", type=Path, help="the checkpoint; created if missing")
     parser.add_argument("--pictures", type=int, help="[200 for share, 1600 for actors, 400 for kills]")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--kills", type=int, default=10)
-    parser.add_argument("--rows", type=int, default=10**6, help="of memory")
+    parser.add_argument("--rows", type=int, default=10**6, help="for memory")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     options = parser.parse_args()
     options.pictures = options.pictures or _PICTURES[options.work]
@@ -88,7 +88,7 @@ def main() -> None:
 
 
 def share(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Of the engine's own tokens per second, those of a bulk job."""
+    """Measure a bulk job's tokens per second as a share of the engine's own."""
     rounds: list[dict[str, Any]] = []
     with checkpoint("mid", options.mid) as model:
         for number in range(options.rounds):
@@ -100,7 +100,7 @@ def share(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def actors(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """What a second generator adds, for each number of questions about a picture."""
+    """Measure the gain from a second generator, for each number of questions about a picture."""
     found: dict[str, Any] = {}
     for per_picture in _QUESTIONS_PER_PICTURE:
         questions, rounds = folder / f"{per_picture}.jsonl", list[dict[str, Any]]()
@@ -117,13 +117,13 @@ def actors(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def time_generators(replicas: int, questions: Path, output: Path) -> Timed:
-    """With so many of a single thread."""
+    """Time a job with this many single-threaded generators."""
     stages = (f"generate.replicas={replicas}", "generate.threads=1", "encode.threads=1")
     return time_job(questions, output, *(word for stage in stages for word in ("--stage", stage)))
 
 
 def _ask_about(pictures: Sequence[Path], per_picture: int, questions: Path) -> None:
-    """As many rows as there are pictures, of which only so many are asked about."""
+    """Write as many rows as there are pictures, but ask `per_picture` questions each about the first of them only."""
     with questions.open("w") as file:
         for row in range(len(pictures)):
             asked = {"id": row, "image": str(pictures[row // per_picture]), "text": f"{PROMPT} ({row % per_picture})"}
@@ -131,7 +131,7 @@ def _ask_about(pictures: Sequence[Path], per_picture: int, questions: Path) -> N
 
 
 def kills(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Every row once, whenever the job is killed."""
+    """Check that every row is there exactly once, whenever the job is killed."""
     output, chance, killed = folder / "kills.jsonl", random.Random(0), list[int]()
     command = job_command(folder / "pictures", output)
     for _ in range(options.kills):
@@ -153,7 +153,7 @@ def kills(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def memory(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """What the driver needs for few rows and for many."""
+    """Measure the driver's peak memory for few rows and for many."""
     few, many = (_peak_mib(folder, num_rows) for num_rows in (1000, options.rows))
     return {"rows": options.rows, "peak_mib_of_1000_rows": few, "peak_mib": many}
 
@@ -166,7 +166,7 @@ def _peak_mib(folder: Path, num_rows: int) -> float:
     peak_kib = 0
     process = start(job_command(questions, folder / f"memory-{num_rows}-answers.jsonl"), log)
     while process.poll() is None:
-        # Of an ended process nothing is told.
+        # An ended process no longer reports its memory.
         if told := re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{process.pid}/status").read_text()):
             peak_kib = int(told[1])
         time.sleep(_LOOK_S)
@@ -180,7 +180,7 @@ WORKS = {"share": share, "actors": actors, "kills": kills, "memory": memory}
 
 
 def draw(folder: Path, number: int) -> None:
-    """New pictures, all different."""
+    """Draw new pictures, all different."""
     folder.mkdir()
     maker = PictureMaker("bulk")
     for index in range(number):
@@ -195,13 +195,13 @@ def job_command(questions: Path, output: Path, *arguments: str) -> list[str]:
 
 
 def start(command: list[str], log: Path) -> subprocess.Popen[str]:
-    """In a process group of its own."""
+    """Start the command in its own process group."""
     with log.open("a") as file:
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=file, text=True, start_new_session=True)
 
 
 def time_job(questions: Path, output: Path, *arguments: str) -> Timed:
-    """The times are those at which rows appear in the output."""
+    """Run a job, timed by when rows appear in the output."""
     log = output.with_suffix(".log")
     began = time.monotonic()
     process = start(job_command(questions, output, *arguments), log)
@@ -224,7 +224,7 @@ def time_job(questions: Path, output: Path, *arguments: str) -> Timed:
 
 
 def cores_in_use(began: Any, ended: Any) -> float:
-    """Of all cores of this machine, as a share of 1, whoever has used them between two looks at psutil.cpu_times()."""
+    """Return the share of all cores in use, by any process, between two readings of psutil.cpu_times()."""
     idle: float = (ended.idle + ended.iowait) - (began.idle + began.iowait)
     total: float = sum(ended) - sum(began)
     return 1.0 - idle / max(total, 1e-9)
@@ -235,7 +235,7 @@ def count_lines(file: Path) -> int:
 
 
 def answer_alone(model: Path, pictures: Path) -> Timed:
-    """In a process of its own, which reads torch's environment as an actor does."""
+    """Answer in a separate process, which reads torch's environment as an actor does."""
     for name, value in TORCH_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
@@ -261,7 +261,7 @@ def _answer_alone(folder: Path, pictures: Path, began: float) -> Timed:
 
 
 def _answers(model: LocalModel, pictures: list[Path]) -> Iterator[int]:
-    """How many tokens each answer has. As many are in the engine as it runs at once, and one more."""
+    """Yield each answer's number of tokens. The engine holds as many requests as it runs at once, and one more."""
     waiting, sampling = deque(enumerate(pictures)), SamplingParams(max_tokens=MAX_TOKENS)
     num_tokens: dict[str, int] = {}
     while waiting or num_tokens:

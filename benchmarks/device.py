@@ -1,4 +1,4 @@
-"""Modules of random weights made where they will run, and time on a device that computes while the program goes on."""
+"""Builds modules with random weights on their device, and measures time on a device that computes asynchronously."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def build(make: Callable[[], Module], device: torch.device, dtype: torch.dtype) -> Module:
-    """What `make` builds, without a copy in another precision or place: 7 billion numbers are too many for one."""
+    """Build a module without a copy in another precision or on another device, which would not fit for 7 billion
+    parameters."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -26,7 +27,7 @@ def build(make: Callable[[], Module], device: torch.device, dtype: torch.dtype) 
 
 
 def median_seconds(run: Callable[[], object], repeats: int, device: torch.device) -> float:
-    """Of one run, after one that warms up."""
+    """Return the median time of one run, after a warm-up run."""
     seconds = []
     for _ in range(repeats + 1):
         wait_for(device)
@@ -43,7 +44,7 @@ def wait_for(device: torch.device) -> None:
 
 
 def release(device: torch.device) -> None:
-    """Give back what nobody holds any more."""
+    """Free memory that is no longer referenced."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -1,6 +1,7 @@
-"""The yardstick: a Ray Serve graph with as many hops as ours that computes nothing, in Ray's documented composition.
+"""The yardstick: a Ray Serve graph with as many hops as ours that computes nothing, composed as Ray documents it.
 
-Gateway → A → B → C, un-awaited responses passed on, C streams what looks like an answer. Knows nothing about models.
+Gateway → A → B → C; responses are passed on without awaiting them, and C streams a fake answer. Knows nothing about
+models.
 """
 
 from collections.abc import AsyncGenerator
@@ -18,7 +19,7 @@ LAST = 'data: {"choices": [], "usage": {"prompt_tokens": 1, "completion_tokens":
 
 
 class Pass:
-    """Returns what it is given."""
+    """Returns its argument."""
 
     async def __call__(self, value: object) -> object:
         return value
@@ -33,7 +34,7 @@ class Stream:
 
 
 class Entrance:
-    """Sends each request through the three others."""
+    """Sends each request through the three other deployments."""
 
     def __init__(self, first: Handle, second: Handle, last: Handle) -> None:
         self.first, self.second, self.last = first, second, last.options(stream=True)
@@ -45,7 +46,7 @@ class Entrance:
 
 
 def build_empty_graph() -> Application:
-    """The application; run it under a route prefix of its own."""
+    """Build the application; run it under its own route prefix."""
     stages = _deploy(Pass, "A").bind(), _deploy(Pass, "B").bind(), _deploy(Stream, "C").bind()
     return _deploy(Entrance, "Entrance").bind(*stages)
 

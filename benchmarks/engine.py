@@ -1,13 +1,13 @@
-"""The engine in this process beside transformers' generate, on the same random weights; encoding is left out.
+"""The engine in this process compared with transformers' generate, on the same random weights, without encoding.
 
     python -m benchmarks.engine [--rounds 3] [--size mid] [--dtype bfloat16] [--threads N] [--json FILE]
     python -m benchmarks.engine --device cuda --size 7b --json FILE
 
-`mid` is a decoder of 24 layers of 1,024, as long prompts as LLaVA-1.5's (576 image tokens); `tiny` shows what the
-bookkeeping costs. Requests begin with the same system text. All contenders take turns in every round, and medians are
-given; the same with transformers' own modules shows what fusing and packing bring, and without our own kernels what a
-machine without a C compiler has. On a GPU, or with `--shares`, the
-device's own rates are measured too, and which share of them is reached (benchmarks/shares.py).
+`mid` is a decoder of 24 layers of width 1,024, with prompts as long as LLaVA-1.5's (576 image tokens); `tiny` shows the
+cost of bookkeeping. All requests begin with the same system text. All contenders take turns in every round; the figures
+are medians. The engine also runs with transformers' own modules, which shows the gain from fusing and packing, and
+without our kernels, which shows the speed on a machine without a C compiler. On a GPU, or with `--shares`, the device's
+peak rates are measured too, and the share of them that is reached (benchmarks/shares.py).
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="default: every core")
-    parser.add_argument("--shares", action="store_true", help="measured in small; on a GPU always, in full")
+    parser.add_argument("--shares", action="store_true", help="measure them on a CPU too, on a small scale")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     options = parser.parse_args()
     if options.threads:
@@ -175,7 +175,7 @@ def in_engine(side: LanguageSide, backend: Backend | None = None) -> Callable[[l
 
 @torch.inference_mode()
 def ask_transformers(side: LanguageSide, requests: list[EngineRequest]) -> Figures:
-    """All in one batch: it has no other way to answer several at once."""
+    """Answer all requests in one static batch: transformers' generate has no other way to answer several at once."""
     began = time.perf_counter()
     ids = torch.tensor([list(request.prompt_ids) for request in requests], device=side.device)
     features = [image.features for request in requests for image in request.features]

@@ -1,7 +1,7 @@
-"""HTTP requests, each on a connection of its own, and when which bytes of the response came.
+"""HTTP requests, each on its own connection, with the arrival times of the response's bytes.
 
-Clients share the machine's cores with the server, so while a load runs they only note bytes; HTTP and events are read
-afterwards. Knows nothing of what is asked.
+Clients share the machine's cores with the server, so under load they only record bytes; HTTP and events are parsed
+afterwards. Knows nothing of the requests' content.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from llava_core.client.requests import CHAT
 
 _TIMEOUT_S = 1800.0
 _LENGTH = re.compile(rb"(?is)HTTP/[^\r]*\r\n(?:[^\r]+\r\n)*?content-length: *(\d+)\r\n(?:[^\r]+\r\n)*\r\n")
-# When bytes came, and which.
+# When bytes arrived, and the bytes.
 Piece = tuple[float, bytes]
 
 
 @dataclass(frozen=True)
 class Response:
-    """What came back: `status` is 0 where there was no response. The body is in the pieces in which it came."""
+    """A response: `status` is 0 where there was none. The body is in the pieces in which it arrived."""
 
     status: int
     headers: Mapping[str, str] = field(default_factory=dict)
@@ -35,14 +35,14 @@ class Response:
         return b"".join(data for _, data in self.pieces)
 
     def events(self) -> Iterator[Piece]:
-        """The content of each whole server-sent event, and when its end came."""
+        """Yield the content of each whole server-sent event, and when its end arrived."""
         for when, line in _lines(self.pieces):
             if line.startswith(b"data:"):
                 yield when, line.removeprefix(b"data:").strip()
 
 
 def post(port: int, content: bytes, *, path: str = CHAT, length: int | None = None) -> bytes:
-    """The request as it is sent. `length` may claim more than the content has."""
+    """Build the bytes of a request. `length` may claim more than the content has."""
     head = (
         f"POST {path} HTTP/1.1\r\nhost: 127.0.0.1:{port}\r\ncontent-type: application/json\r\n"
         f"content-length: {len(content) if length is None else length}\r\nconnection: close\r\n\r\n"
@@ -55,25 +55,25 @@ def post_json(port: int, body: Mapping[str, object], *, path: str = CHAT) -> byt
 
 
 async def exchange(port: int, message: bytes, *, most_pieces: int | None = None) -> list[Piece]:
-    """What came until the response was whole. Who has so many pieces hangs up, and so does who is cancelled."""
+    """Send a request and return the pieces of the whole response. Hangs up after `most_pieces`, or when cancelled."""
     loop = asyncio.get_running_loop()
     transport, connection = await loop.create_connection(lambda: _Connection(message, most_pieces), "127.0.0.1", port)
     try:
         await asyncio.wait_for(connection.closed, _TIMEOUT_S)
     finally:
-        # At once, whatever has not been sent or read.
+        # Close at once, whatever has not been sent or read.
         transport.abort()
     return connection.pieces
 
 
 class _Connection(asyncio.Protocol):
-    """One request. Its response ends where it says, or where the server closes, as it is asked to."""
+    """One request. Its response ends at its stated length, or when the server closes, as the request asks it to."""
 
     def __init__(self, message: bytes, most_pieces: int | None) -> None:
         self._message = message
         self._most = most_pieces
         self.pieces: list[Piece] = []
-        # Bytes that are still to come, where it is known.
+        # Bytes still to come, None before the first piece, infinite if unknown.
         self._missing: float | None = None
         self.closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -83,7 +83,7 @@ class _Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         if self.closed.done():
-            # More may come before whoever hangs up has heard that it is time.
+            # More may arrive before `exchange` hangs up.
             return
         self.pieces.append((time.perf_counter(), data))
         if self._missing is None:
@@ -102,13 +102,14 @@ class _Connection(asyncio.Protocol):
 
 
 def _announced(first: bytes) -> float:
-    """Bytes of the whole response, if its first ones tell. Who refuses a body that was not sent may not close."""
+    """Return the length of the whole response if its first bytes state it, since a server that refuses an unsent body
+    may not close the connection; infinity otherwise."""
     found = _LENGTH.match(first)
     return math.inf if found is None else found.end() + int(found[1])
 
 
 def read_response(pieces: Sequence[Piece]) -> Response:
-    """What the bytes of a response say, as far as they came."""
+    """Parse the bytes of a response, as far as they arrived."""
     whole = b"".join(data for _, data in pieces)
     head, _, rest = whole.partition(b"\r\n\r\n")
     first, *lines = head.split(b"\r\n")
@@ -124,7 +125,7 @@ def read_response(pieces: Sequence[Piece]) -> Response:
 
 
 def _chunks(whole: bytes, position: int) -> Iterator[tuple[int, int]]:
-    """Where the data of HTTP's chunks lies. An answer that was cut off ends where it ends."""
+    """Yield the span of each HTTP chunk's data. A truncated response ends where its bytes end."""
     while (line_end := whole.find(b"\r\n", position)) > 0:
         size = int(whole[position:line_end].partition(b";")[0], 16)
         if not size:
@@ -143,7 +144,7 @@ def _between(pieces: Sequence[Piece], start: int, end: int) -> Iterator[Piece]:
 
 
 def _lines(pieces: Sequence[Piece]) -> Iterator[Piece]:
-    """Each whole line, and when its end came."""
+    """Yield each whole line, and when its end arrived."""
     held = b""
     for when, data in pieces:
         *lines, held = (held + data).split(b"\n")

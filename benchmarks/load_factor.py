@@ -2,9 +2,10 @@
 
     python -m benchmarks.load_factor [--calls 6000] [--json FILE]
 
-Clients ask about pictures, each as soon as it is answered. A replica divides its speed among its calls, and keeps what
-it has seen last. A picture that it knows takes a third of the work of another. Random and repeatable; nothing is
-measured, so it is the same on every machine. Our order decides, or the less busy of two replicas, as with Serve's.
+Each client asks about a picture as soon as its last question is answered. A replica divides its speed among its calls,
+and caches the pictures it has seen last. A cached picture takes a third of the work of a new one. The simulation is
+random but repeatable; nothing is measured, so results are the same on every machine. Replicas are chosen by our order,
+or, like Serve, as the less busy of two.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ from deployments.affinity import by_preference
 from llava_core.lru import LruCache
 
 NUM_PICTURES = 200
-# All replicas together hold so many times what is asked about.
+# The size of all replicas' caches together, relative to the number of pictures.
 ROOM = 1.125
 WORK_OF_A_NEW_PICTURE = 3.0
 FACTORS = (1.1, 1.25, 1.5, 2.0, 100.0)
-# Replicas, clients, and how much more often one picture is asked about than the next: not at all, or as words are used.
+# Replicas, clients, and the skew of the pictures' popularity: uniform, or Zipf-like as for words.
 CASES = [(replicas, clients, skew) for replicas, clients in ((2, 4), (2, 16), (4, 32), (8, 64)) for skew in (0.0, 1.2)]
 
-# A picture and the calls of each replica, to the replica that gets it.
+# From a picture and each replica's number of calls to the chosen replica.
 Choose = Callable[[str, dict[str, int]], str]
 
 
@@ -58,7 +59,8 @@ def less_busy_of_two(chance: random.Random) -> Choose:
 
 
 def simulate(choose: Choose, num_replicas: int, num_clients: int, skew: float, num_calls: int) -> dict[str, float]:
-    """Hit rate and calls per unit of time, which is a replica's for a call about a picture that it knows."""
+    """Return the hit rate, and calls per unit of time; the unit is what a replica needs for a call about a cached
+    picture."""
     chance = random.Random(1)
     weights = [1 / (rank + 1) ** skew for rank in range(NUM_PICTURES)]
     left: dict[str, list[float]] = {f"r{index}": [] for index in range(num_replicas)}

@@ -2,9 +2,9 @@
 
     python -m benchmarks.loading [--rounds 5] [--hidden 1536] [--json FILE]
 
-Each load is a process of its own; the two take turns. Peak memory is what the process had resident at most, less what
-it had after its imports; it is given over the size of the weights in the dtype that is computed in. The weights are
-read once before anything is measured, so no load pays for the disk.
+Each load runs in its own process; the two take turns. Peak memory is the process's peak resident size less its size
+after the imports, divided by the size of the weights in the compute dtype. The weights are read once before anything
+is measured, so no load pays for the disk.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ SIZES = {"float16": 2, "bfloat16": 2, "float32": 4}
 
 
 def write_checkpoint(folder: Path, hidden: int) -> int:
-    """Random weights in float16 in the llava-hf layout; returns how many."""
+    """Write random weights in float16 in the llava-hf layout; returns the number of parameters."""
     import torch
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
@@ -111,7 +111,7 @@ def write_checkpoint(folder: Path, hidden: int) -> int:
 
 
 def measure(folder: Path, dtype: str, rounds: int, parameters: int) -> dict[str, Any]:
-    """Medians of both, and of their ratio load by load."""
+    """Return the medians of both, and of their ratio load by load."""
     pairs = [(run(OURS, folder, dtype), run(THEIRS, folder, dtype)) for _ in range(rounds + 1)][1:]
     assert len({round(one["sum"], 3) for pair in pairs for one in pair}) == 1, "both must have loaded the same weights"
     size = parameters * SIZES[dtype]

@@ -1,4 +1,4 @@
-"""What a benchmark ran on, for the JSON beside its figures."""
+"""The machine that a benchmark ran on, for the JSON with its figures."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def describe_machine() -> dict[str, Any]:
-    """Processor, cores and the versions that matter."""
+    """Return processor, cores and the relevant versions."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     names = ("ray", "torch", "transformers", "starlette")
@@ -22,7 +22,7 @@ def describe_machine() -> dict[str, Any]:
 
 
 def _version(name: str) -> str | None:
-    """None of what is not installed: the engine needs no service."""
+    """Return a package's version, or None if it is not installed: the engine needs no service."""
     try:
         return version(name)
     except PackageNotFoundError:

@@ -1,9 +1,9 @@
-"""How much of what replicas keep is found again, with requests that prefer a replica and with Serve's own router.
+"""Cache hit rates of the replicas, with the router that prefers a replica and with Serve's own.
 
     python -m benchmarks.routing [--replicas 2] [--pictures 20] [--rounds 5] [--clients 4] [--json FILE]
 
-The default model, the same requests in the same order for both. It counts and measures no times. Talks to 127.0.0.1
-only, and ends by itself.
+Uses the default model, and the same requests in the same order for both. It counts hits and measures no times. Talks to
+127.0.0.1 only, and ends by itself.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--replicas", type=int, default=2, help="of each stage")
     parser.add_argument("--pictures", type=int, default=20)
-    parser.add_argument("--rounds", type=int, default=5, help="of questions, one about each picture")
+    parser.add_argument("--rounds", type=int, default=5, help="of one question about each picture")
     parser.add_argument("--clients", type=int, default=4)
     parser.add_argument("--json", type=Path, help="also write the figures here")
     options = parser.parse_args()
@@ -58,7 +58,7 @@ def main() -> None:
 
 @contextlib.contextmanager
 def serving(router: str, num_replicas: int) -> Iterator[tuple[str, str]]:
-    """The addresses of a service whose stages have this router, and of its metrics."""
+    """Yield the addresses of a service whose stages use this router, and of its metrics."""
     stage = {"min_replicas": num_replicas, "max_replicas": num_replicas, "num_cpus": 0.1}
     config = {"request_router_config": {"request_router_class": router}}
     application = {
@@ -86,7 +86,7 @@ def serving(router: str, num_replicas: int) -> Iterator[tuple[str, str]]:
 
 
 def wait_until_ready(service: subprocess.Popen[str]) -> None:
-    """Until it has printed its addresses, of which that of its logs is the last."""
+    """Wait until it has printed its addresses, the last of which is that of its logs."""
     assert service.stdout is not None
     if not any(line.startswith("  logs ") for line in iter(service.stdout.readline, "")):
         raise SystemExit("the service did not become ready")
@@ -94,7 +94,7 @@ def wait_until_ready(service: subprocess.Popen[str]) -> None:
 
 def measure(url: str, metrics_url: str, num_pictures: int, num_rounds: int, num_clients: int) -> dict[str, Any]:
     pictures = [make_picture(index) for index in range(num_pictures)]
-    # In another order in each round; whoever is free asks next.
+    # Each round has a different order; the next free client asks.
     turns = [random.Random(turn).sample(pictures, num_pictures) for turn in range(num_rounds)]
     jobs = [(picture, turn) for turn, each in enumerate(turns) for picture in each]
 
@@ -116,7 +116,7 @@ def measure(url: str, metrics_url: str, num_pictures: int, num_rounds: int, num_
 
 
 def counted(metrics_url: str, num_requests: int) -> Page:
-    """The page of metrics once all of them are on it."""
+    """Return the metrics page once it covers all requests."""
     while True:
         page = read_page(metrics_url)
         pictures = page.total(CACHE_HITS) + page.total(CACHE_MISSES)

@@ -1,8 +1,8 @@
-"""The engine against the device: which share of its measured rates decoding, prefill and the tower reach.
+"""The engine against the device: the share of its measured peak rates that decoding, prefill and the tower reach.
 
-A floor counts only what cannot be left out (benchmarks/peers/floors.py): each weight, and each cached key and value,
-read once per step; products and attention. A share is a floor over what was measured. transformers does the same works
-in the same run, before the decoder is fused, which cannot be undone.
+A floor counts only unavoidable work (benchmarks/peers/floors.py): each weight, and each cached key and value, read once
+per step; matrix products and attention. A share is the floor divided by the measured time. transformers runs the same
+workloads in the same run, before the decoder is fused, which cannot be undone.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ LLAVA_7B = Shape(Network(1024, 4096, 24, 16, 16), Network(4096, 11_008, 32, 32, 
 
 @dataclass(frozen=True)
 class Works:
-    """What is measured: steps of one and of many answers after prompts of so many tokens, prompts read at once,
-    pictures encoded at once; and how large the products and copies are that give the device's rates."""
+    """The workloads: decode steps of one and of many answers after prompts of the given lengths, prompts prefilled in
+    one step, pictures encoded in one batch; and the sizes of the products and copies that give the device's rates."""
 
     alone_context: int = 640
     many: int = 64
@@ -50,7 +50,7 @@ class Works:
     copied_bytes: int = 2**30
 
 
-# Where the command itself is tried out.
+# For trying out the command itself.
 SMALL = Works(
     alone_context=40, many=4, many_context=64, steps=4, prompts=2, prompt_tokens=64, pictures=2, repeats=2, product=256,
     copied_bytes=2**20,
@@ -58,14 +58,14 @@ SMALL = Works(
 
 
 class NoText:
-    """Tokens stay tokens: what text they stand for costs the same everywhere."""
+    """Skips detokenization, which costs the same everywhere."""
 
     def decode(self, ids: object) -> str:
         return ""
 
 
 def measure_shares(side: LanguageSide, shape: Shape, works: Works) -> dict[str, Any]:
-    """Fuses `side`."""
+    """Measure all workloads. Fuses `side`."""
     device, dtype = side.device, side.decoder.dtype
     rates = measure_device(device, dtype, works)
     theirs = in_transformers(side, works)
@@ -96,10 +96,10 @@ def row(floor_s: float, ours_s: float, theirs_s: float) -> dict[str, float]:
 
 
 def floors(shape: Shape, works: Works, rates: Rates) -> dict[str, float]:
-    """Seconds of each work that no program could do without."""
+    """Return the floor of each workload in seconds: no program could be faster."""
 
     def step(rows: int, context: int) -> float:
-        # Half way through what is measured.
+        # The average context: half way through the measured steps.
         kept = rows * cache_bytes(shape.text, context + works.steps / 2)
         return (weight_bytes(shape) + kept) / rates.bytes_per_s
 
@@ -114,8 +114,8 @@ def floors(shape: Shape, works: Works, rates: Rates) -> dict[str, float]:
 
 
 def measure_device(device: torch.device, dtype: torch.dtype, works: Works) -> Rates:
-    """Products of random square matrices, and a copy, which reads and writes."""
-    assert dtype.itemsize == BYTES or device.type == "cpu", "floors are of half precisions"
+    """Measure the device's rates with products of random square matrices, and with a copy, which reads and writes."""
+    assert dtype.itemsize == BYTES or device.type == "cpu", "floors assume a half precision"
     left, right = (torch.randn(works.product, works.product, device=device).to(dtype) for _ in range(2))
     product_s = median_seconds(lambda: left @ right, works.repeats, device)
     source = torch.ones(works.copied_bytes, dtype=torch.uint8, device=device)
@@ -133,14 +133,14 @@ def in_engine(side: LanguageSide, works: Works) -> dict[str, float]:
 
 
 def decode_seconds(side: LanguageSide, works: Works, rows: int, context: int) -> float:
-    """The median step that writes `rows` answers and nothing else, from the schedule to the tokens."""
+    """Return the median time of a step that decodes `rows` answers and nothing else, from schedule to tokens."""
     chunk = 8192
     num_tokens = works.steps + rows * context // chunk + 2
     limits = EngineConfig(
         max_running=rows,
         max_step_tokens=chunk + rows,
         prefill_chunk=chunk,
-        # A block more for each than it can fill, so that none is set back.
+        # One block more for each than it can fill, so that none is preempted.
         cache_tokens=rows * (context + num_tokens + 2 * 16),
     )
     engine = Engine(side, NoText(), limits)
@@ -159,7 +159,7 @@ def decode_seconds(side: LanguageSide, works: Works, rows: int, context: int) ->
 
 
 def prefill_seconds(side: LanguageSide, works: Works) -> float:
-    """The median step that reads all prompts and draws each one's next token."""
+    """Return the median time of a step that prefills all prompts and samples each one's first token."""
     tokens = works.prompts * works.prompt_tokens
     limits = EngineConfig(max_running=works.prompts, max_step_tokens=max(1024, 2 * tokens), cache_tokens=2 * tokens)
     engine = Engine(side, NoText(), limits)
@@ -176,7 +176,7 @@ def prefill_seconds(side: LanguageSide, works: Works) -> float:
 
 
 def make_requests(count: int, length: int, num_tokens: int, seed: int = 0) -> list[EngineRequest]:
-    """Prompts that share nothing."""
+    """Make requests whose prompts share nothing."""
     sampling = SamplingParams(max_tokens=num_tokens, ignore_eos=True)
     return [EngineRequest(f"{i}", ids, [], sampling) for i, ids in enumerate(random_ids(count, length, seed))]
 
@@ -190,7 +190,7 @@ def random_ids(count: int, length: int, seed: int = 0) -> list[list[int]]:
 def in_transformers(side: LanguageSide, works: Works) -> dict[str, float]:
     def decode(rows: int, context: int) -> float:
         ids = random_ids(rows, context)
-        # What one token more takes, without the prompt.
+        # Warm up; then time one more token, without the prompt.
         generate_seconds(side, ids, 2)
         few, many = (generate_seconds(side, ids, tokens) for tokens in (1, works.steps + 1))
         return (many - few) / works.steps
@@ -222,7 +222,7 @@ def generate_seconds(side: LanguageSide, ids: Sequence[Sequence[int]], num_token
 
 
 def build_clip(shape: Shape, device: torch.device, dtype: torch.dtype, *, attention: str = DENSE) -> VisionTower:
-    """CLIP of this shape with random weights, read where LLaVA reads it."""
+    """Build a CLIP of this shape with random weights, with features from the layer that LLaVA uses."""
     vision = VisionConfig(
         shape.image,
         shape.patch,

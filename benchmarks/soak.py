@@ -1,10 +1,10 @@
-"""Memory of the engine over many steps: random requests with pictures come, are set back, hang up, and come again.
+"""The engine's memory over many steps: random requests with pictures arrive, are preempted, aborted and repeated.
 
     python -m benchmarks.soak [--steps 100000] [--json FILE]
 
-A decoder of random weights, small enough that a step is nearly all bookkeeping. The books of the cache are checked at
-every report; the resident memory of the last report must not be above that of the first, taken once the cache was full,
-by more than a hundredth.
+Uses a decoder of random weights, so small that a step is nearly all bookkeeping. The cache's integrity is checked at
+every report; the resident memory of the last report must not exceed that of the first one taken after the cache was
+full by more than 1 %.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def soak(steps: int) -> dict[str, Any]:
             engine.pool.check_integrity()
             resident.append(round(psutil.Process().memory_info().rss / 2**20, 1))
     stats = engine.stats
-    # The first report comes before every block has been written to once.
+    # Compare with the second report: at the first, some blocks had not been written to yet.
     assert resident[-1] <= resident[1] * 1.01, resident
     return {
         "steps": steps,
@@ -89,7 +89,7 @@ def soak(steps: int) -> dict[str, Any]:
 
 
 def make_request(engine: Engine, name: str, chance: random.Random) -> EngineRequest:
-    """One of fifty beginnings with one of fifty pictures, a question of its own, an answer of random length."""
+    """Make a request with one of fifty pictures, hence one of fifty prefixes, a new question and a random length."""
     vision, kind = engine.model.config.vision, chance.randrange(50)
     generator = torch.Generator().manual_seed(kind)
     features = torch.randn(vision.tokens_per_tile, vision.hidden_size, generator=generator)

@@ -1,4 +1,4 @@
-"""Fixtures for all tests: a tiny checkpoint, the transformers model it was written from, copies to damage."""
+"""Fixtures for all tests: a tiny checkpoint, the transformers model it was written from, and copies to damage."""
 
 import gc
 import os
@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import settings
 
-# Of what is imported and collected nothing is garbage: looking for some takes a quarter of the time.
+# Importing and collecting tests produces no garbage: searching for some would take a quarter of the time.
 gc.disable()
 
-# A busy machine is no failure, and hangs end by pytest's own timeout; every run tries the same examples.
+# No deadlines: a busy machine is not a failure, and pytest's own timeout ends hangs. Every run tries the same examples.
 settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
 settings.load_profile("repeatable")
 
-# Before anything imports transformers: no test may reach for the network.
+# Set before anything imports transformers: no test may use the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-# Before anything imports kernels: where there is no GPU, they run in Triton's interpreter.
+# Set before anything imports kernels: without a GPU they run in Triton's interpreter.
 if not Path("/dev/nvidiactl").exists():
     os.environ["TRITON_INTERPRET"] = "1"
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def pytest_collection_finish() -> None:
-    """Garbage is collected again, and nobody looks through what there is by now."""
+    """Enable garbage collection again, but exempt all objects created so far."""
     gc.freeze()
     gc.enable()
 
@@ -44,8 +44,8 @@ def _one_thread() -> None:
 
 @pytest.fixture(autouse=True)
 def _one_thread_again(_one_thread: None) -> None:
-    """What one test sets is that of threads which another begins, too: their sums would differ in the last bits from
-    those of its own thread."""
+    """Reset what a test may have set: threads that a later test starts would inherit it, and their sums would differ in
+    the last bits from those of the test's own thread."""
     import torch
 
     torch.set_num_threads(1)
@@ -53,7 +53,7 @@ def _one_thread_again(_one_thread: None) -> None:
 
 @pytest.fixture(scope="session")
 def reference_model() -> "LlavaForConditionalGeneration":
-    """What transformers computes; tests must not change it."""
+    """The reference model of transformers; tests must not change it."""
     from tests.tiny import build_reference_model
 
     return build_reference_model()
@@ -69,7 +69,7 @@ def tiny_checkpoint(reference_model: "LlavaForConditionalGeneration", tmp_path_f
 
 @pytest.fixture
 def checkpoint_copy(tiny_checkpoint: Path, tmp_path: Path) -> Path:
-    """A tiny checkpoint of this test's own, to damage."""
+    """A private copy of the tiny checkpoint, to damage."""
     return Path(shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint"))
 
 

@@ -1,7 +1,7 @@
-"""The structure that no reader should have to check by eye: import rules, budgets, mirrored tests, README's file map.
+"""Structure that no reader should have to check by eye: import rules, budgets, mirrored tests, README's file map.
 
-`pyproject.toml` states most import rules as contracts too; here they also hold for parts of foreign packages, which
-contracts cannot name, and for what a fresh interpreter really loads.
+`pyproject.toml` states most import rules as contracts too; here they also cover parts of third-party packages, which
+contracts cannot name, and what a fresh interpreter actually loads.
 """
 
 import ast
@@ -24,13 +24,13 @@ TEST_FILES = sorted((ROOT / "tests").rglob("*.py"))
 MAX_FILE_LINES = 300
 MAX_MEDIAN_FUNCTION_LINES = 10
 MAX_P90_FUNCTION_LINES = 40
-# One request of the engine, the engine's thread, one request of the gateway, and the tokenizers library, which raises
-# Exception itself.
+# For one request of the engine, the engine's thread, one request of the gateway, and the tokenizers library, which
+# itself raises Exception.
 MAX_BROAD_EXCEPTS = 4
 
 SERVICE = {"ray", "fastapi", "gradio", "pydantic", "starlette", "uvicorn"}
 TENSORS = {"torch", "transformers", "accelerate", "safetensors"}
-# Module or package → what neither it nor anything in it may import, wherever the import stands.
+# Module or package → what neither it nor anything in it may import, at any depth.
 FORBIDDEN = {
     "llava_core": SERVICE | {"deployments", "cluster", "tests", "benchmarks", "examples"},
     "llava_core.prompts": TENSORS | {"numpy", "PIL"},
@@ -70,7 +70,7 @@ def tree(path: Path) -> ast.Module:
 
 
 def imports(path: Path) -> set[str]:
-    """Every module a file imports, at any depth, those for type checkers left out."""
+    """Return every module a file imports, at any depth, except those only for type checkers."""
     found: set[str] = set()
 
     def visit(node: ast.AST) -> None:
@@ -98,7 +98,7 @@ def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
 
 
 def loaded_by(code: str, *names: str) -> list[str]:
-    """Which of these modules a fresh interpreter holds after running the code."""
+    """Return which of these modules a fresh interpreter has loaded after running the code."""
     script = f"{code}\nimport sys\nprint(*[name for name in {names!r} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -146,7 +146,7 @@ def test_importing_the_gateway_leaves_torch_out() -> None:
 def test_every_module_of_the_core_imports_without_a_service_and_configures_no_logging() -> None:
     code = (
         "import sys, logging, importlib, pkgutil\n"
-        # As if not installed: importing one of them fails.
+        # As if they were not installed: importing one of them fails.
         f"sys.modules.update(dict.fromkeys({sorted(SERVICE)!r}))\n"
         "import llava_core\n"
         "for found in pkgutil.walk_packages(llava_core.__path__, 'llava_core.'):\n"

@@ -1,4 +1,4 @@
-"""Any field of any JSON file of a checkpoint may be wrong: it loads all the same, or file and field are named."""
+"""Any field of any JSON file of a checkpoint may be wrong: it still loads, or the error names file and field."""
 
 import logging
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from llava_core.errors import CheckpointError
 from tests.bad_settings import Layout, cases, fault, write_layouts
 
 NAMES = ("llava-hf", "original", "mistral", "two scales", "projector", "LoRA", "RaDialog", "PEFT adapter")
-# Of each field every so manieth way of being wrong; 1 tries all of them, in minutes.
+# Try only every STEP-th way for a field to be wrong; 1 tries all of them, which takes minutes.
 STEP = 19
 
 
@@ -27,14 +27,14 @@ def layouts(
 
 @pytest.fixture(autouse=True)
 def _quiet() -> Iterator[None]:
-    """transformers warns of whatever it does not expect, thousands of times."""
+    """Silence transformers, which warns of everything unexpected, thousands of times."""
     logging.disable(logging.WARNING)
     yield
     logging.disable(logging.NOTSET)
 
 
 def look(layout: Layout) -> None:
-    """All that is looked at before weights are read."""
+    """Check everything that is checked before weights are read."""
     checkpoint = open_checkpoint(layout.folder, layout.base, offline=True)
     tokenizer = load_tokenizer(checkpoint)
     load_preparer(checkpoint, tokenizer, template="vicuna_v1")
@@ -45,7 +45,7 @@ def look(layout: Layout) -> None:
 def test_a_wrong_field_is_harmless_or_named(layouts: dict[str, Layout], name: str) -> None:
     layout = layouts[name]
     look(layout)
-    # The step and the number of ways have no common divisor, so that every way is tried on some field.
+    # The step and the number of ways have no common divisor, so every way is tried on some field.
     some = list(cases(layout))[NAMES.index(name) :: STEP]
     faults = [fault(case, lambda: look(layout), CheckpointError) for case in some]
     assert [each for each in faults if each] == []
@@ -66,7 +66,7 @@ def test_every_layout_is_tried_with_every_file(layouts: dict[str, Layout]) -> No
         "tokenizer.json",
         "tokenizer_config.json",
     }
-    # Told by the fields that are there: one of each kind that a table has.
+    # The fields of the layouts are covered: one of each kind that a table has.
     tried = {case.way for layout in layouts.values() for case in cases(layout)}
     assert {("num_attention_heads",), ("text_config", "rope_scaling"), ("vision_config", "image_size")} <= tried
     assert {("crop_size", "height"), ("alpha_pattern", "q_proj"), ("weight_map", "lm_head.weight")} <= tried

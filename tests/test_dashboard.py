@@ -1,4 +1,4 @@
-"""The Grafana dashboard and the service speak of the same metrics, labels included."""
+"""The Grafana dashboard and the service use the same metrics, labels included."""
 
 import json
 import re
@@ -19,7 +19,7 @@ QUERIES = [(panel["title"], target) for panel in PANELS for target in panel["tar
 
 
 def _series(query: str) -> Iterator[tuple[str, str]]:
-    """Every metric in a query, with the function around it."""
+    """Yield every metric in a query, with the function around it."""
     for function, name in re.findall(r"(\w+)?(?: by \([\w, ]+\) )?\(?(\bray_\w+)\{", query):
         yield name, function
 
@@ -34,7 +34,7 @@ def test_every_query_names_what_there_is(title: str, target: dict[str, Any]) -> 
     for name, function in series:
         metric = KNOWN[name.removesuffix("_bucket")]
         labels.update(metric.labels)
-        # Buckets are a histogram's, and totals and buckets say something as rates alone.
+        # Only histograms have buckets, and totals and buckets are meaningful only as rates.
         assert name.endswith("_bucket") == isinstance(metric, Histogram)
         assert (function == "rate") == isinstance(metric, Counter | Histogram), query
     for grouped in re.findall(r"by \(([\w, ]+)\)", query):

@@ -1,5 +1,5 @@
-"""The default model, as a person would try it: pictures drawn here with plain Pillow, asked in process and over HTTP,
-and every command and code block of the README."""
+"""The default model as a person would try it: questions about pictures drawn here with plain Pillow, in process and
+over HTTP, and every command and code block of the README."""
 
 import base64
 import functools
@@ -50,7 +50,7 @@ def printed(text: str, x: int, y: int, size: int, colour: str) -> Draw:
     return lambda canvas: canvas.text((x, y), text, fill=colour, font=ImageFont.load_default(size), anchor="mm")
 
 
-# Size, background, what is drawn, question, answer.
+# Size, background, shapes, question, answer.
 SCENES: list[tuple[tuple[int, int], str, list[Draw], str, str]] = [
     ((200, 200), "white", [circle(100, 100, 40, "red")], "What colour is the circle?", "red"),
     ((320, 240), "white", [square(70, 60, 25, "blue")], "What shape is the blue object?", "square"),
@@ -153,7 +153,7 @@ def test_known_scenes_are_answered_right_by_the_service_all_at_once(service_url:
 
 
 def blocks(language: str) -> list[str]:
-    """The README's fenced blocks in one language."""
+    """Return the README's fenced blocks in one language."""
     return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
 
 
@@ -167,7 +167,7 @@ def test_the_readmes_python_runs_and_prints_an_answer(service_url: str, number: 
 
 
 def commands() -> list[str]:
-    """Every command line of the README's shell blocks, without its comment."""
+    """Return every command line of the README's shell blocks, without its comment."""
     lines = (line.partition("#")[0].strip() for block in blocks("sh") for line in block.splitlines())
     return [line for line in lines if line]
 
@@ -195,7 +195,7 @@ def test_the_readmes_commands_run(service_url: str, command: str, tmp_path: Path
     if "keys" in arguments:
         arguments += ["--keys-file", str(tmp_path / "keys.json")]
     if "batch" in arguments:
-        # It needs a Ray of its own, which tests/cluster/batch/test_cli.py starts.
+        # A job needs its own Ray, which tests/cluster/batch/test_cli.py starts.
         arguments = ["batch", "--help"]
     if "build" in arguments:
         arguments = [*arguments[:-1], str(tmp_path / "out"), "--help"]

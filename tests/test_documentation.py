@@ -1,4 +1,4 @@
-"""What the documents tell a user to type exists: every command line, option and template that they name."""
+"""Every command line, option and template that the documents tell a user to type exists."""
 
 import ast
 import json
@@ -20,7 +20,7 @@ CODE = re.compile(r"^```\w*\n(.*?)^```|`([^`\n]+)`", re.DOTALL | re.MULTILINE)
 
 
 def commands(document: Path) -> list[str]:
-    """Every command line of `llava` in blocks and spans of code, also behind a pipe."""
+    """Return every command line of `llava` in code blocks and spans, also after a pipe."""
     found = []
     for block, span in CODE.findall(document.read_text(encoding="utf-8")):
         for line in re.split(r"\n|\\?\|", block or span):
@@ -32,17 +32,18 @@ def commands(document: Path) -> list[str]:
 
 
 def named_options(document: Path) -> set[str]:
-    """The options in spans of code that begin with one: of `llava`, as other programs are named before theirs."""
+    """Return the options in code spans that begin with one: those are options of `llava`, because other programs are
+    named before theirs."""
     text = document.read_text(encoding="utf-8")
     if document.name == "migrating.md":
-        # The left columns are those of other programs.
+        # The left columns show other programs.
         text = re.sub(r"^\|[^|]*", "", text, flags=re.MULTILINE)
     spans = [span for _, span in CODE.findall(text) if span.startswith("--")]
     return {option for span in spans for option in re.findall(r"(?<![\w-])--[a-z][\w-]+", span)}
 
 
 def options(command: click.Command) -> set[str]:
-    """The long options of a command, or of all commands of a group, those of other packages among them."""
+    """Return the long options of a command, or of all commands of a group, including those of other packages."""
     found = {name for parameter in command.params for name in parameter.opts if name.startswith("--")}
     if isinstance(command, click.Group):
         context = click.Context(command)
@@ -56,7 +57,7 @@ def options(command: click.Command) -> set[str]:
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_every_command_line_is_understood(document: Path) -> None:
     for line in commands(document):
-        # What stands in brackets may be left out, and is understood as well.
+        # Parts in brackets are optional, but must be valid too.
         words = shlex.split(line.replace("[", " ").replace("]", " "))[1:]
         command: click.Command | None = main
         context = click.Context(main)
@@ -64,7 +65,7 @@ def test_every_command_line_is_understood(document: Path) -> None:
             command = command.get_command(context, words.pop(0))
         assert command is not None, line
         if not words:
-            # Only its name.
+            # A group's name alone.
             continue
         # Parses and checks every value; runs nothing.
         made = command.make_context("llava", words)

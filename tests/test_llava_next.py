@@ -131,7 +131,7 @@ def test_in_low_detail_the_overview_alone_is_seen_as_transformers_sees_a_single_
         hidden = inner.language_model(inputs_embeds=embedded[None]).last_hidden_state
         expected = reference.lm_head(hidden)[0, -1]
     torch.testing.assert_close(first_logits(model, prepared), expected, atol=1e-4, rtol=1e-4)
-    # Through the engine, the other one before it: nothing of it is taken for this one's.
+    # Through the engine, with the other picture in between: neither's cache is used for the other.
     answers = [[token for delta in model.stream(each) for token in delta.token_ids] for each in (low, whole, low)]
     assert answers[0] == answers[2] != answers[1]
 

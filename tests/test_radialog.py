@@ -1,4 +1,4 @@
-"""RaDialog loads by its files and fields and answers as a plain restatement of its code; whatever is wrong is named."""
+"""RaDialog is recognised by its files and fields and answers like a plain restatement of its code; errors are named."""
 
 import json
 from collections.abc import Callable
@@ -35,7 +35,7 @@ TOWER = "base_model.model.model.vision_tower"
 
 @dataclass
 class Asked:
-    """A checkpoint, a 16-bit radiograph of which 12 bits are used, and what must be answered."""
+    """A checkpoint, a 16-bit radiograph that uses 12 bits, and the expected answer."""
 
     original: Original
     picture: Path
@@ -45,7 +45,7 @@ class Asked:
     logits: torch.Tensor
 
     def arguments(self, folder: Path, *rest: str) -> list[str]:
-        """Of `llava ask`."""
+        """Return the arguments of `llava ask`."""
         options = ["--model", str(folder), "--image", str(self.picture), "--format", "json", "--dtype", "float32"]
         return ["ask", *options, "--max-tokens", "8", "--offline", *rest, QUESTION]
 
@@ -109,7 +109,7 @@ def test_padding_that_is_not_there_is_not_moved(asked: Asked, monkeypatch: pytes
 
 @pytest.fixture
 def hollow(tmp_path: Path) -> Original:
-    """All names and shapes, and no numbers."""
+    """A checkpoint with all names and shapes, but no numbers."""
     return write_radialog(tmp_path, empty)
 
 
@@ -160,7 +160,7 @@ def test_the_extended_file_counts_where_there_is_one(hollow: Original) -> None:
 
 
 def test_a_tower_that_was_not_trained_is_the_released_one(hollow: Original) -> None:
-    """Then its buffers alone are saved, and they count: the statistics went on changing."""
+    """In that case only its buffers are saved, and they matter: its statistics kept changing."""
     released = {name: value for name, value in hollow.tower.items() if "pos_embed" not in name}
     buffers = ("running_mean", "running_var", "num_batches_tracked", "pos_embed", "rotary_emb")
     edit_own(hollow.folder, keep_only(lambda name: "mm_projector" in name or any(kind in name for kind in buffers)))

@@ -25,7 +25,7 @@ from llava_core.vision.encode import encode_images
 from tests.original import Kind, Original, answer_plainly, write_json, write_original
 from tests.tiny import Names, build_text_config, build_tokenizer, write_checkpoint
 
-# 30 pixels are two patches of 14 and two pixels that no patch covers, as so400m's 384 are 27 and six.
+# 30 pixels are two patches of 14 and two uncovered pixels, like so400m's 384 pixels: 27 patches and six pixels.
 SIDE, PATCH, TOKENS, WIDTH, LAYER = 30, 14, 4, 16, -2
 TOWER = {
     "hidden_size": WIDTH,
@@ -108,7 +108,7 @@ def test_a_llava_hf_checkpoint_answers_as_transformers(
 
 
 def write_original_siglip(root: Path, *, is_inside: bool) -> Original:
-    """An original whose tower folder holds both halves of a SigLIP, under the names of transformers 4."""
+    """Write an original whose tower folder holds both halves of a SigLIP, under the names of transformers 4."""
     original = write_original(root, Kind())
     weights = {f"vision_model.{name}": value for name, value in vision_model().state_dict().items()}
     shutil.rmtree(root / "tower")

@@ -1,1 +1,1 @@
-"""Several hosts on one machine: what a cluster does when they die."""
+"""Several hosts on one machine: how a cluster behaves when they die."""

@@ -1,10 +1,10 @@
-"""What dies on a cluster, what its clients see of that, and how long it takes until all is well again.
+"""Faults on a cluster: what its clients see of them, and how long recovery takes.
 
     python -m benchmarks.hosts [--json FILE] [--only NAME ...] [--head [--redis]]
 
-A head, three workers and a host of clients on this machine (network.py), two replicas of each stage on different hosts,
-four clients that ask without pause. `--head` measures the loss of the head instead, `--redis` with its knowledge kept
-in Redis (Debian's redis-server). Needs root, or a user who may make namespaces.
+A head, three workers and a client host on this machine (network.py), two replicas of each stage on different hosts, and
+four clients that send requests without pause. `--head` measures the loss of the head instead, `--redis` the same with
+the head's state in Redis (Debian's redis-server). Needs root, or a user who may create namespaces.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ CONFIG = application(stages=spread(), vision_encoder=_COMPUTE, generator=_COMPUT
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="also write the figures here, beside those of others")
+    parser.add_argument("--json", type=Path, help="also merge the figures into this file")
     parser.add_argument("--only", nargs="+", choices=[*FAULTS], metavar="NAME", default=[*FAULTS], help="these faults")
-    parser.add_argument("--head", action="store_true", help="the loss of the head")
-    parser.add_argument("--redis", action="store_true", help="the head keeps what it knows in Redis")
+    parser.add_argument("--head", action="store_true", help="measure the loss of the head")
+    parser.add_argument("--redis", action="store_true", help="keep the head's state in Redis")
     options = parser.parse_args()
     if reason := why_not():
         parser.error(reason)
@@ -49,12 +49,12 @@ def main() -> None:
             seen = measure(cluster, FAULTS[name])
             results["faults"][name] = asdict(seen)
             print(describe(name, seen), flush=True)
-            # The next one may be the last.
+            # Written each time, as the next fault may end the run.
             _write(results, options.json)
 
 
 def _read(file: Path | None) -> dict[str, Any]:
-    """Figures of this machine that are there already."""
+    """Read this machine's earlier figures."""
     before = json.loads(file.read_text()) if file is not None and file.exists() else {}
     machine = describe_machine()
     return before if before.get("machine") == machine else {"machine": machine, "faults": {}}
@@ -67,7 +67,7 @@ def _write(results: Mapping[str, Any], file: Path | None) -> None:
 
 @contextmanager
 def deployed(*, num_workers: int = 3, has_redis: bool = False) -> Iterator[HostCluster]:
-    """A cluster on which the service runs, two replicas of each stage, no two of them on one host."""
+    """Yield a cluster that runs the service with two replicas of each stage, no two of them on one host."""
     with (
         tempfile.TemporaryDirectory(prefix="hosts-") as folder,
         HostNetwork(Path(folder), kept=[ROOT]) as network,
@@ -79,7 +79,7 @@ def deployed(*, num_workers: int = 3, has_redis: bool = False) -> Iterator[HostC
 
 
 def describe(name: str, seen: Seen) -> str:
-    """A line for people."""
+    """Describe the result in one line for people."""
     failed = ", ".join(f"{count} x {error}" for error, count in seen.failed.items()) or "none failed"
     return (
         f"{name}: of {seen.requests} requests {failed}; {seen.wrong} wrong; longest silence {seen.longest_gap_s} s, "

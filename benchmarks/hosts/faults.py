@@ -1,7 +1,7 @@
-"""Faults of a cluster under load: what is done, what clients saw of it, and how long it took until all was well again.
+"""Faults of a cluster under load: what is injected, what clients saw of it, and how long recovery took.
 
-Each fault is given to a complete cluster and leaves one behind. Knows hosts, and of the service only which stage is
-where.
+Each fault hits a complete cluster and leaves a complete one behind. Knows hosts, and of the service only where each
+stage runs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from benchmarks.hosts.cluster import PORT, ROOT, HostCluster, until
 from benchmarks.hosts.load import Asked, read_outcomes
 from benchmarks.hosts.network import Host, HostsError
 
-# Longer than that without a piece of the answer, and a client asks itself whether something is wrong.
+# After a longer silence than this within an answer, a client would suspect that something is wrong.
 NOTICED_S = 2.0
 _MOST_S = 240.0
 _POLL_S = 0.25
@@ -28,9 +28,9 @@ _POLL_S = 0.25
 
 @dataclass(frozen=True)
 class Seen:
-    """What clients saw from the fault on: requests, how many failed and in which way, answers that were not those of an
-    undisturbed run, and the longest silence of one that was being answered. `recovered_s` is when the last client had
-    something to complain of, `complete_s` when every replica was there again, None where that was not waited for."""
+    """What clients saw from the fault on: requests, how many failed and how, answers that differ from those of an
+    undisturbed run, and the longest silence within an answer. `recovered_s` is when the last client had a complaint,
+    `complete_s` when all replicas were back, None where that was not waited for."""
 
     requests: int
     failed: dict[str, int]
@@ -42,7 +42,7 @@ class Seen:
 
 
 def see(outcomes: Sequence[Asked], struck: float, complete_s: float | None = None) -> Seen:
-    """Of a load during which something happened at `struck`."""
+    """Summarise a load during which a fault struck at `struck`."""
     after = [asked for asked in outcomes if asked.ended > struck]
     failed = [asked for asked in after if asked.error not in ("", "unfinished")]
     return Seen(
@@ -57,7 +57,7 @@ def see(outcomes: Sequence[Asked], struck: float, complete_s: float | None = Non
 
 
 def complaints(outcomes: Sequence[Asked], struck: float) -> list[float]:
-    """When clients had one after the fault: a request that failed, or that was silent for too long."""
+    """Return when clients had a complaint after the fault: a request that failed, or was silent for too long."""
     after = [asked for asked in outcomes if asked.ended > struck]
     failed = [asked.ended for asked in after if asked.error not in ("", "unfinished")]
     silent = [asked.gap_ended for asked in after if asked.gap_s > NOTICED_S and asked.gap_ended > struck]
@@ -65,7 +65,7 @@ def complaints(outcomes: Sequence[Asked], struck: float) -> list[float]:
 
 
 def _num_wrong(outcomes: Sequence[Asked]) -> int:
-    """Answers, and beginnings of answers, that differ from what most have got to the same question."""
+    """Count the answers, whole or partial, that differ from the most common answer to the same question."""
     texts: defaultdict[tuple[int, str], Counter[str]] = defaultdict(Counter)
     for asked in outcomes:
         if not asked.error:
@@ -80,8 +80,8 @@ def _num_wrong(outcomes: Sequence[Asked]) -> int:
 
 @dataclass(frozen=True)
 class Fault:
-    """`strike` gets the cluster and a host with a replica of the stage `of`; `repair` puts another host in its place
-    where it is lost."""
+    """`strike` gets the cluster and a host with a replica of the stage `of`; `repair` replaces the host if it is
+    lost."""
 
     name: str
     of: str
@@ -91,7 +91,7 @@ class Fault:
 
 def _kill_replica(cluster: HostCluster, host: Host) -> None:
     _kill(host, "ray::ServeReplica:llava:Generator")
-    until(lambda: not cluster.is_complete(), "Serve has noticed that a replica is gone", deadline_s=_MOST_S)
+    until(lambda: not cluster.is_complete(), "Serve has detected that a replica is dead", deadline_s=_MOST_S)
 
 
 def _kill_raylet(cluster: HostCluster, host: Host) -> None:
@@ -120,7 +120,7 @@ def _kill_entrances_manager(cluster: HostCluster, host: Host) -> None:
 
 
 def _cut(seconds: float) -> Callable[[HostCluster, Host], None]:
-    """Between the host and all others, the head's and the clients' left out."""
+    """Cut the links between the host and all other workers, but not to the head and the clients."""
 
     def strike(cluster: HostCluster, host: Host) -> None:
         others = [other for other in cluster.workers if other is not host]
@@ -134,7 +134,7 @@ def _cut(seconds: float) -> Callable[[HostCluster, Host], None]:
 
 
 def _unplug(seconds: float) -> Callable[[HostCluster, Host], None]:
-    """The host from everything."""
+    """Cut the host off from everything."""
 
     def strike(cluster: HostCluster, host: Host) -> None:
         cluster.network.unplug(host)
@@ -175,7 +175,8 @@ FAULTS = {
 
 
 def measure(cluster: HostCluster, fault: Fault, *, num_clients: int = 4) -> Seen:
-    """The cluster is complete before and after. Raises HostsError where it does not become complete again."""
+    """Measure a fault. The cluster is complete before and after. Raises HostsError where it does not become complete
+    again."""
     until(cluster.is_complete, "the cluster is complete before the fault")
     until(lambda: not cluster.has_cut_connections(), "nothing is left of an earlier cut")
     host = cluster.host_of(fault.of)
@@ -194,7 +195,7 @@ def measure(cluster: HostCluster, fault: Fault, *, num_clients: int = 4) -> Seen
 def _watch(
     cluster: HostCluster, num_nodes: int, outcomes: Callable[[], list[Asked]], strike: Future[None], struck: float
 ) -> float:
-    """When the cluster was complete for good; returns once all clients are content, too."""
+    """Return when the cluster was complete for good, once all clients are content too."""
     complete_at = struck
     while True:
         now = time.monotonic()
@@ -209,7 +210,7 @@ def _watch(
 
 
 def _are_content(outcomes: Sequence[Asked], struck: float, since: float) -> bool:
-    """Whether each client has had an answer, asked since then, after the last one that was not as it should be."""
+    """Whether each client has an error-free answer to a request begun after both `since` and the last complaint."""
     since = max([since, *complaints(outcomes, struck)])
     clients = {asked.client for asked in outcomes}
     return clients == {asked.client for asked in outcomes if not asked.error and asked.began > since}
@@ -217,7 +218,7 @@ def _are_content(outcomes: Sequence[Asked], struck: float, since: float) -> bool
 
 @contextlib.contextmanager
 def load(cluster: HostCluster, num_clients: int) -> Iterator[Callable[[], list[Asked]]]:
-    """Clients ask all workers while the block runs; what has become of their requests so far."""
+    """Let clients ask all workers while the block runs. Yields a function that reads the outcomes so far."""
     client, file = cluster.client, f"load-{time.monotonic_ns()}.jsonl"
     (client.own / file).touch()
     addresses = [f"{worker.address}:{PORT}" for worker in cluster.workers]
@@ -229,4 +230,4 @@ def load(cluster: HostCluster, num_clients: int) -> Iterator[Callable[[], list[A
         for pid in client.processes(file):
             os.kill(pid, signal.SIGTERM)
         if process.wait(60) != 0:
-            raise HostsError(f"the load has failed: {(client.own / 'load.log').read_text()}")
+            raise HostsError(f"the load failed: {(client.own / 'load.log').read_text()}")

@@ -1,7 +1,7 @@
-"""The head is lost under load: whether the service goes on without it, and what it takes to be whole again.
+"""Loss of the head under load: whether the service keeps serving without it, and what complete recovery takes.
 
-Another head starts at the same address after a while, as Kubernetes starts one, and workers whose Ray has ended start
-anew. Without Redis Ray has forgotten everything, and the application is deployed again; with it nobody does anything.
+Another head starts at the same address after a while, as under Kubernetes, and workers whose Ray has ended are
+restarted. Without Redis, Ray has forgotten everything and the application is redeployed; with it nothing needs doing.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import Any
 from benchmarks.hosts.cluster import HostCluster, until
 from benchmarks.hosts.faults import Seen, load, see
 
-# Until another head starts.
+# Time until another head starts.
 DOWN_S = 20.0
 
 
 @dataclass(frozen=True)
 class HeadLoss:
-    """What clients saw in all, how many answers they got while there was no head, how many workers had to start anew,
-    and seconds from the loss until the service was complete."""
+    """What clients saw overall, how many answers they got while there was no head, how many workers had to be
+    restarted, and the seconds from the loss until the service was complete."""
 
     seen: Seen
     answered_without_head: int
@@ -30,7 +30,7 @@ class HeadLoss:
 
 
 def measure_head_loss(cluster: HostCluster, config: Mapping[str, Any], *, num_clients: int = 4) -> HeadLoss:
-    """The cluster is complete before and after."""
+    """Measure one loss of the head. The cluster is complete before and after."""
     until(cluster.is_complete, "the cluster is complete before the fault")
     with load(cluster, num_clients) as outcomes:
         until(lambda: len(outcomes()) >= 2 * num_clients, "clients are answered")
@@ -46,7 +46,7 @@ def measure_head_loss(cluster: HostCluster, config: Mapping[str, Any], *, num_cl
         else:
             until(cluster.is_complete, "all replicas serve")
         complete_s = time.monotonic() - struck
-        # An answer of each client that was asked for since then.
+        # Wait until each client has an answer that it has asked for since.
         since = time.monotonic()
         until(
             lambda: len({each.client for each in outcomes() if not each.error and each.began > since}) == num_clients,

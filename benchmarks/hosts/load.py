@@ -1,10 +1,10 @@
-"""Clients that ask without pause and note what became of each request; a program for a host of its own.
+"""Clients that send requests without pause and record each outcome; a program for a separate host.
 
     python -m benchmarks.hosts.load --out FILE [--clients 4] ADDRESS [ADDRESS ...]
 
-As behind a load balancer, a client that cannot connect to one address tries the next; nothing else is tried again. Ends
-on SIGTERM, and tells of what has not been answered by then, too. Knows OpenAI's wire format, and not what is done to
-the service meanwhile.
+As behind a load balancer, a client that cannot connect to one address tries the next; nothing else is retried. Ends on
+SIGTERM, and also records requests that are unfinished by then. Knows OpenAI's wire format, but not what is done to the
+service meanwhile.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ from llava_core.client.messages import user_message
 from llava_core.client.requests import CHAT, chat_body
 
 _PICTURE = Path(__file__).parents[2] / "examples" / "scene.png"
-# Each client has a picture of its own, so that all replicas get something to do. Equal questions about equal pictures
-# have equal answers.
+# Each client has its own picture, so that all replicas are busy. Equal questions about equal pictures have equal
+# answers.
 QUESTIONS = ("Describe the picture.", "How many shapes are there?", "What does the text say?", "What is in the middle?")
-# The service shows every 15 s that it is alive: who hears nothing for longer has lost it.
+# The service sends a heartbeat every 15 s: a client that hears nothing for much longer has lost it.
 _CONNECT_S, _SILENCE_S, _PAUSE_S = 1.0, 35.0, 0.2
-# So long an address is left alone to which there is no connection, as by a load balancer.
+# How long an unreachable address is avoided, as by a load balancer.
 _AVOIDED_S = 10.0
 
 
 @dataclass
 class Asked:
-    """One request, by the clock that all processes of a machine share. `error` is "" where it was answered whole.
+    """One request, timed by the clock that all processes of a machine share. `error` is "" for a complete answer.
 
-    `gap_s` is the longest time in which nothing came, once the answer had begun; `gap_ended` when that was over."""
+    `gap_s` is the longest silence once the answer had begun; `gap_ended` is when it ended."""
 
     client: int
     question: str
@@ -57,7 +57,7 @@ class Asked:
     _heard: float = 0.0
 
     def hear(self, text: str) -> None:
-        """A piece of the answer has come."""
+        """Record a piece of the answer."""
         now = time.monotonic()
         if not self.text:
             self.first_s = now - self.began
@@ -65,7 +65,7 @@ class Asked:
         self.text += text
 
     def end(self, error: str) -> None:
-        """Nothing will come any more."""
+        """Record the end of the request."""
         self.ended, self.error = time.monotonic(), error
         self._note_silence(self.ended)
 
@@ -87,17 +87,17 @@ def main() -> None:
 
 
 class Load:
-    """What is asked of which addresses, and where the outcomes go."""
+    """Sends requests to the addresses, and writes the outcomes to `out`."""
 
     def __init__(self, addresses: Sequence[str], num_tokens: int, out: IO[str]) -> None:
         self._addresses = addresses
         self._num_tokens = num_tokens
         self._out = out
-        # Until when, by address.
+        # Until when each address is avoided.
         self._avoided: dict[str, float] = {}
 
     async def run(self, num_clients: int) -> None:
-        """Ends on SIGTERM."""
+        """Run the clients until SIGTERM."""
         told = asyncio.Event()
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, told.set)
         timeout = httpx.Timeout(_SILENCE_S, connect=_CONNECT_S)
@@ -124,7 +124,7 @@ class Load:
                 await asyncio.sleep(_PAUSE_S)
 
     async def _ask(self, http: httpx.AsyncClient, asked: Asked, *, first: int) -> str:
-        """What went wrong, if anything."""
+        """Send a request and return its error, "" if there is none."""
         addresses = [*self._addresses[first:], *self._addresses[:first]]
         for address in sorted(addresses, key=lambda each: self._avoided.get(each, 0.0) > asked.began):
             asked.address = address
@@ -155,13 +155,13 @@ class Load:
 
 
 async def _refusal(response: httpx.Response) -> str:
-    """Whatever a gateway refuses, it says what is wrong; HAProxy, where it has lost the gateway, sends a page."""
+    """Describe a refusal: a gateway's body names the error, while HAProxy without a gateway sends a page of its own."""
     is_a_gateways = b'"error"' in await response.aread()
     return f"status {response.status_code}" + ("" if is_a_gateways else " of HAProxy")
 
 
 def request_body(client: int, question: str, num_tokens: int) -> dict[str, object]:
-    """A greedy answer of just so many tokens, about the client's picture."""
+    """Ask for a greedy answer of exactly `num_tokens` tokens about the client's picture."""
     message = user_message(question, [_picture(client)])
     return chat_body([message], stream=True, max_tokens=num_tokens, min_tokens=num_tokens)
 
@@ -176,7 +176,7 @@ def _picture(client: int) -> bytes:
 
 
 def read_outcomes(file: Path) -> list[Asked]:
-    """What a load has noted so far, the last line perhaps half of one."""
+    """Read the outcomes recorded so far; the last line may be incomplete."""
     lines = file.read_text().split("\n")[:-1]
     return [Asked(**json.loads(line)) for line in lines]
 

@@ -1,8 +1,8 @@
-"""Hosts on one machine, each with an address, processes, a name and a /tmp of its own, joined by a bridge.
+"""Hosts on one machine, each with its own address, processes, name and /tmp, joined by a bridge.
 
-Namespaces of Linux: root, or a user who may make user namespaces, and Debian's iproute2 and util-linux. The machine's
-own network is neither used nor changed. Everything hangs on pipes to this process: when it ends, however it does, the
-kernel ends every process of every host, and the links with them. Knows nothing of Ray.
+They are Linux namespaces, which need root, or a user who may create user namespaces, and Debian's iproute2 and
+util-linux. The machine's own network is neither used nor changed. Every host depends on a pipe to this process: when it
+ends, for whatever reason, the kernel ends every process of every host, and the links with them. Knows nothing of Ray.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ import psutil
 _NETWORK = "10.213.7"
 _GATEWAY = f"{_NETWORK}.254"
 _PATIENCE_S = 30.0
-# What `ss` shows of a connection's timer: how long it still runs, and how many times it has in vain.
+# The retransmission timer of a connection as `ss` shows it: time left, and number of retransmissions, at least 1.
 _SENT_AGAIN = re.compile(r"timer:\(on,[^,]*,[1-9]")
-# Nobody's: what is sent there is lost without a word, as on a cable that was cut.
+# An unused hardware address: whatever is sent there is lost silently, as on a cut cable.
 _NOWHERE = "02:00:00:00:00:fe"
 
-# A host's first process. It takes no part in anything: it collects orphans, by ignoring their ends, and ends with its
-# standard input. `own` becomes /tmp, in which the folders that follow stay visible.
+# A host's init process. It only reaps orphans, by ignoring SIGCHLD, and ends with its standard input. `own` becomes
+# /tmp, in which the folders given after it stay visible.
 _INIT = """
 set -e
 own=$1 name=$2
@@ -51,12 +51,12 @@ exec env --ignore-signal=CHLD cat > /dev/null
 
 
 class HostsError(Exception):
-    """Hosts cannot be made here, or one did not do what it had to; the message says why."""
+    """Hosts cannot be created here, or a host failed; the message says why."""
 
 
 @dataclass(eq=False)
 class Host:
-    """`own` is its /tmp, as this process sees it; `pid` its first process, with which all others end."""
+    """`own` is its /tmp, as this process sees it; `pid` is its init process, with which all others end."""
 
     name: str
     address: str
@@ -68,9 +68,10 @@ class Host:
     def start(
         self, command: Sequence[str], environment: Mapping[str, str] | None = None, *, log: str | None = None
     ) -> subprocess.Popen[bytes]:
-        """A process in this host; what it prints goes into a file of this name in its /tmp, or nowhere.
+        """Start a process in this host; its output goes into the file `log` in its /tmp, or nowhere.
 
-        What is returned waits for it outside: to kill that leaves the process alone (see `kill_processes`)."""
+        The returned process only waits for it outside: killing that does not kill the process itself (see
+        `kill_processes`)."""
         with open(self.own / log if log else os.devnull, "ab") as output:
             process = subprocess.Popen(
                 [*self._enter(), *command],
@@ -83,14 +84,14 @@ class Host:
         return process
 
     def has_cut_connections(self) -> bool:
-        """Whether something that was sent during a cut is still to be sent again. TCP waits twice as long each time, so
-        after a cut that may be for as long as it was."""
+        """Whether data sent during a cut still awaits retransmission. TCP doubles its wait each time, so this may last
+        as long after a cut as the cut itself."""
         return _SENT_AGAIN.search(self.run(["ss", "-Htno"])) is not None
 
     def run(
         self, command: Sequence[str], environment: Mapping[str, str] | None = None, *, timeout_s: float = 120
     ) -> str:
-        """What a command prints in this host. Raises HostsError with that where it fails."""
+        """Run a command in this host and return its standard output. Raises HostsError with its output if it fails."""
         try:
             done = subprocess.run(
                 [*self._enter(), *command],
@@ -106,7 +107,8 @@ class Host:
         return done.stdout
 
     def processes(self, name: str = "") -> list[int]:
-        """Those whose command line holds `name`, its first one left out, as this process sees them."""
+        """Return the pids, as this process sees them, of the host's processes whose command line contains `name`,
+        except for its init."""
         space = os.readlink(f"/proc/{self.pid}/ns/pid")
         found = []
         for process in psutil.process_iter():
@@ -117,7 +119,7 @@ class Host:
         return found
 
     def kill_processes(self, name: str) -> int:
-        """SIGKILL to those whose command line holds `name`; how many these were."""
+        """Send SIGKILL to the processes whose command line contains `name`; returns how many there were."""
         pids = self.processes(name)
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
@@ -125,8 +127,8 @@ class Host:
         return len(pids)
 
     def kill(self) -> None:
-        """SIGKILL to all its processes at once. Its kernel, which is ours, still closes their connections: to lose
-        power, `HostNetwork.unplug` it before."""
+        """Send SIGKILL to all processes of the host at once. Its kernel, which is ours, still closes their connections:
+        to simulate a power loss, call `HostNetwork.unplug` first."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGKILL)
         for process in (self._keeper, *self._started):
@@ -134,7 +136,7 @@ class Host:
 
     @property
     def is_alive(self) -> bool:
-        """Whether there are still processes of it."""
+        """Whether any of its processes are left."""
         return self._keeper.poll() is None
 
     def _enter(self) -> list[str]:
@@ -145,16 +147,16 @@ def _variables(environment: Mapping[str, str] | None) -> dict[str, str]:
     return {**os.environ, "HOME": "/tmp", "TMPDIR": "/tmp", **(environment or {})}
 
 
-# Whoever is not root becomes it in a user namespace.
+# Other users become root in a user namespace.
 _IS_ROOT = os.geteuid() == 0
 _NEW_USER = () if _IS_ROOT else ("--user", "--map-root-user")
 _JOIN_USER = () if _IS_ROOT else ("--user", "--preserve-credentials")
 
 
 class HostNetwork:
-    """A bridge, and the hosts on it. A context manager, at whose end nothing is left of it but files under `folder`.
+    """A bridge, and the hosts on it. A context manager that leaves nothing behind but files under `folder`.
 
-    `kept` folders are the same in all hosts; all others below /tmp are each host's own."""
+    `kept` folders are shared by all hosts; all others below /tmp are private to each host."""
 
     def __init__(self, folder: Path, kept: Sequence[Path] = ()) -> None:
         self._folder = folder
@@ -178,7 +180,7 @@ class HostNetwork:
             self._bridge.communicate(timeout=_PATIENCE_S)
 
     def start_host(self, name: str, address: str | None = None) -> Host:
-        """A host that boots; one of the same name and address after it is dead. Its /tmp is empty."""
+        """Boot a host, with an empty /tmp. Once a host is dead, another may take its name and address."""
         self._num_started += 1
         number = self._num_started
         address = address or f"{_NETWORK}.{number}"
@@ -197,32 +199,32 @@ class HostNetwork:
         for command in (
             "link set lo up",
             f"address add {address}/24 dev eth0",
-            # Another host of this address has this one as well: nobody has to notice that it has changed.
+            # A successor with this IP address gets the same hardware address, so no peer's ARP entry becomes stale.
             f"link set eth0 address 02:00:00:00:00:{int(address.rpartition('.')[2]):02x}",
             "link set eth0 up",
-            # As on any network: an address of the world leads out of it, which is how programs find their own.
+            # A default route, as on any network: programs find their own address by routing to an outside one.
             f"route add default via {_GATEWAY}",
         ):
             host.run(["ip", *command.split()])
         return host
 
     def cut(self, one: Host, other: Host) -> None:
-        """What either sends to the other is lost without a word; everybody else reaches both."""
+        """Silently drop all packets between two hosts; everybody else still reaches both."""
         for host, peer in ((one, other), (other, one)):
             command = f"ip neigh replace {peer.address} lladdr {_NOWHERE} nud permanent dev eth0"
             host.run(command.split())
 
     def mend(self, one: Host, other: Host) -> None:
-        """After `cut`."""
+        """Undo `cut`."""
         for host, peer in ((one, other), (other, one)):
             host.run(f"ip neigh del {peer.address} dev eth0".split())
 
     def unplug(self, host: Host) -> None:
-        """Nothing reaches it, and nobody is told."""
+        """Cut a host off silently from everything."""
         self._ip(f"link set {_port(host)} down")
 
     def plug(self, host: Host) -> None:
-        """After `unplug`."""
+        """Undo `unplug`."""
         self._ip(f"link set {_port(host)} up")
 
     def _ip(self, command: str) -> None:
@@ -235,7 +237,7 @@ class HostNetwork:
 
 @functools.cache
 def why_not() -> str | None:
-    """What is missing to make hosts here; None where they can be made."""
+    """Return what is missing to create hosts here; None where they can be created."""
     missing = [name for name in ("ip", "ss", "unshare", "nsenter", "mount") if shutil.which(name) is None]
     if missing:
         return f"{', '.join(missing)} not found: install Debian's iproute2 and util-linux"
@@ -246,9 +248,8 @@ def why_not() -> str | None:
 
 
 def _keeper(*command: str) -> subprocess.Popen[bytes]:
-    """A process that keeps namespaces, and whose standard input ends with this process. Returns when they are there.
-
-    Raises HostsError."""
+    """Start a process that holds namespaces, and whose standard input closes when this process ends. Returns when the
+    namespaces exist. Raises HostsError."""
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None
     assert process.stderr is not None
@@ -256,11 +257,11 @@ def _keeper(*command: str) -> subprocess.Popen[bytes]:
         reason = process.stderr.read().decode(errors="replace").strip()
         process.kill()
         process.wait()
-        raise HostsError(f"no namespaces: {reason}; {why_not() or 'though others can be made'}")
+        raise HostsError(f"no namespaces: {reason}; {why_not() or 'although others can be created'}")
     return process
 
 
 def _port(host: Host) -> str:
-    """The bridge's end of its link. Links of the dead go when the kernel gets round to it, so each has a name of its
-    own."""
+    """Return the name of the bridge's end of a host's link. The kernel removes links of dead hosts with a delay, so
+    each host's name is unique."""
     return f"port{host.pid}"

@@ -1,1 +1,1 @@
-"""llava-serve beside its peers on one machine; `python -m benchmarks.peers` measures, and writes README's table."""
+"""llava-serve and its peers on one machine; `python -m benchmarks.peers` measures, and writes README's table."""

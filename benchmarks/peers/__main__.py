@@ -3,9 +3,9 @@
     python -m benchmarks.peers --vllm-venv DIR [--rounds 3] [--sizes tiny mid] [--json FILE] [--readme]
     python -m benchmarks.peers --table FILE         # README's table again, from such a JSON
 
-All serve the same random-weight checkpoints, which are made first, in bfloat16 and with their default settings, and are
-asked the same: streamed answers of 64 tokens about one picture. vLLM is installed into DIR when it is not there. Needs
-the packages of the `serve` and `dev` extras, talks to 127.0.0.1 only, and ends everything it started.
+All serve the same random-weight checkpoints, which are created first, in bfloat16 and with their default settings, and
+get the same requests: streamed answers of 64 tokens about one picture. vLLM is installed into DIR if it is missing.
+Needs the packages of the `serve` and `dev` extras, talks to 127.0.0.1 only, and ends everything it started.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from benchmarks.peers.contenders import ROOT, Contender, make_contenders, own_th
 from benchmarks.peers.report import make_table, rewrite
 
 README = ROOT / "README.md"
-# What all servers together may come to use: vLLM alone takes its 4 GiB of cache.
+# Memory that all servers together may need: vLLM's cache alone takes 4 GiB.
 _NEEDED_GIB = {"tiny": 7, "mid": 14}
 
 
@@ -38,7 +38,7 @@ def main() -> None:
     if options.table:
         rewrite(README, json.loads(options.table.read_text(encoding="utf-8")))
         return
-    # So that servers are ended then, too.
+    # So that SIGTERM ends the servers too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended from outside"))
     contenders = make_contenders(options.vllm_venv)
     results: dict[str, Any] = {
@@ -54,7 +54,7 @@ def main() -> None:
         results["sizes"][size] = measure_size(size, contenders, options)
         if options.engine_rounds:
             results["engine in process"][size] = measure_engine(size, options.engine_rounds)
-        # What is measured stays, whatever happens to the rest.
+        # Written now, so that these figures survive a failure of the rest.
         if options.json:
             options.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     print(make_table(results))
@@ -78,24 +78,24 @@ NOTES = [
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--vllm-venv", type=Path, help="a virtual environment of its own, 3.5 GB; made when missing")
+    parser.add_argument("--vllm-venv", type=Path, help="vLLM's own virtual environment, 3.5 GB; created if missing")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--sizes", nargs="+", choices=SHAPES, default=list(SHAPES))
     for size, counts, most in (("tiny", (16, 64, 128), 32), ("mid", (3, 16, 16), 8)):
         parser.add_argument(
-            f"--{size}-requests", type=int, nargs=3, default=counts, metavar="N", help="of each work in each round"
+            f"--{size}-requests", type=int, nargs=3, default=counts, metavar="N", help="of each workload in each round"
         )
         parser.add_argument(
             f"--{size}-unbatched",
             type=int,
             default=most,
             metavar="N",
-            help="at most, of several clients, to a server that answers one by one",
+            help="at most, with several clients, to a server that answers requests one by one",
         )
-    parser.add_argument("--engine-rounds", type=int, default=3, help="of benchmarks.engine afterwards; 0 leaves it out")
+    parser.add_argument("--engine-rounds", type=int, default=3, help="of benchmarks.engine afterwards; 0 skips it")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     parser.add_argument("--readme", action="store_true", help="also put the table into README.md")
-    parser.add_argument("--table", type=Path, metavar="FILE", help="measure nothing: README's table from this JSON")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="only make README's table from this JSON")
     options = parser.parse_args()
     if not options.table and not options.vllm_venv:
         parser.error("--vllm-venv is needed")
@@ -103,7 +103,7 @@ def _parse() -> argparse.Namespace:
 
 
 def measure_size(size: str, contenders: list[Contender], options: argparse.Namespace) -> dict[str, Any]:
-    """All servers up with this checkpoint, compared, and gone again."""
+    """Start all servers with this checkpoint, compare them and stop them."""
     check_memory(size)
     given = vars(options)
     amounts = Amounts(options.rounds, tuple(given[f"{size}_requests"]), given[f"{size}_unbatched"])
@@ -121,14 +121,15 @@ def measure_size(size: str, contenders: list[Contender], options: argparse.Names
 
 
 def check_memory(size: str) -> None:
-    """Raises SystemExit where the servers would not fit side by side: swapping, they would measure the disk."""
+    """Raises SystemExit where the servers would not fit in memory together: with swapping, the disk would be
+    measured."""
     available = psutil.virtual_memory().available / 2**30
     if available < _NEEDED_GIB[size]:
         raise SystemExit(f"{size} needs {_NEEDED_GIB[size]} GiB of free memory, and there are {available:.1f}")
 
 
 def measure_engine(size: str, rounds: int) -> dict[str, Any]:
-    """`benchmarks.engine` on a decoder of the same shape, without any server beside it."""
+    """Run `benchmarks.engine` on a decoder of the same shape, with no server running."""
     with tempfile.TemporaryDirectory(prefix="peers-") as work:
         figures = Path(work) / "engine.json"
         command = [sys.executable, "-m", "benchmarks.engine", "--size", size, "--rounds", str(rounds)]

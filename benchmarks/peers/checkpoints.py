@@ -1,8 +1,8 @@
-"""Random-weight LLaVA-1.5 checkpoints in the hub's layout, which every contender loads as it is.
+"""Random-weight LLaVA-1.5 checkpoints in the hub's layout, which every contender loads unchanged.
 
-Their greedy answers never end by themselves, and every token of them is text: the output rows of all other tokens are
-zero. So no server needs a field of its own to be made to go on, and none holds back half a character. Knows nothing
-about servers.
+Their greedy answers never end by themselves, and every token is text: the output rows of all other tokens are zero. So
+no server needs a special field to ignore the end of text, and none holds back part of a character. Knows nothing about
+servers.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from transformers import (
 )
 
 CONTEXT = 4096
-# What llava-serve calls mistral_instruct: no system text, so that a prompt is nearly all picture and question.
+# llava-serve's template mistral_instruct: no system text, so that a prompt is almost only picture and question.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'user' %}[INST] "
@@ -66,7 +66,7 @@ class Shape:
 
 
 SHAPES = {
-    # What a server costs, not what arithmetic does: 6 M parameters.
+    # Shows the cost of the server rather than of arithmetic: 6 M parameters.
     "tiny": Shape(Network(128, 512, 4, 4, 4), Network(256, 688, 4, 4, 4), image=56, vocabulary=4000),
     # LLaVA-1.5's own tower over a decoder that two cores can run: 642 M parameters.
     "mid": Shape(Network(1024, 4096, 24, 16, 16), Network(1024, 2816, 24, 16, 4), image=336, vocabulary=32_000),
@@ -74,7 +74,7 @@ SHAPES = {
 
 
 def write_checkpoint(folder: Path, shape: Shape, *, dtype: torch.dtype = torch.bfloat16) -> Path:
-    """A new folder with weights, tokenizer, processor and chat template."""
+    """Write a new folder with weights, tokenizer, processor and chat template."""
     folder.mkdir(parents=True)
     tokenizer = train_tokenizer(shape.vocabulary)
     image_token = tokenizer.convert_tokens_to_ids("<image>")
@@ -103,7 +103,7 @@ def write_checkpoint(folder: Path, shape: Shape, *, dtype: torch.dtype = torch.b
 
 
 def train_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE of Python's own library: text that every machine has."""
+    """Train a byte-level BPE on Python's standard library: text that every machine has."""
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
@@ -123,13 +123,13 @@ def train_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
 
 
 def says_something(tokenizer: PreTrainedTokenizerFast, index: int) -> bool:
-    """Whether a token is text by itself: no special one, no white space alone, no part of a longer character."""
+    """Whether a token alone is text: not a special token, not only white space, not part of a longer character."""
     text = str(tokenizer.decode([index], skip_special_tokens=True)).strip()
     return bool(text) and text.isascii()
 
 
 def hub_name(name: str) -> str:
-    """As checkpoints on the hub call it, which are older than the names of transformers' modules."""
+    """Return a weight's name in the hub's checkpoints, which predate the names of transformers' modules."""
     if name.startswith("model.vision_tower."):
         return name.replace("model.vision_tower.", "vision_tower.vision_model.", 1)
     if name.startswith("model.language_model."):

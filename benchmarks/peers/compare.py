@@ -1,7 +1,7 @@
-"""The contenders in turns over the same works, and their ratios round by round.
+"""The contenders in turns over the same workloads, and their ratios round by round.
 
-Every round asks everybody the same new requests, work by work, in an order that rotates: what disturbs the machine for
-a while disturbs all. Knows servers by what they can do, and no command of theirs.
+Every round sends everybody the same new requests, workload by workload, in a rotating order: a temporary disturbance of
+the machine affects all. Knows the servers' abilities, but not their commands.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from benchmarks.peers.contenders import OURS, Server
 from benchmarks.peers.floors import Rates, encode_flop, floor, measure_rates, prefill_flop, weight_bytes
 from benchmarks.peers.load import NUM_TOKENS, Answer, Figures, make_requests, run_load, summarize
 
-# What ratios are made of; figures in milliseconds are better below 1, tokens per second above.
+# The figures that ratios are formed of; below 1 is better for milliseconds, above 1 for tokens per second.
 COMPARED = ("first_ms_p50", "token_ms_p50", "gap_ms_p50", "gap_ms_p99", "tokens_per_s")
-# Tokens by which prompts of the same request may differ from server to server.
+# How many tokens the same request's prompt may differ by between servers.
 _SLACK = 2
 Rounds = Mapping[str, Sequence[Figures]]
 
 
 @dataclass(frozen=True)
 class Work:
-    """So many clients in a closed loop, and how many pictures they ask about; None is a new one for every request."""
+    """Clients in a closed loop, and how many pictures they ask about; None means a new one for every request."""
 
     name: str
     clients: int
@@ -53,8 +53,8 @@ WORKS = {
 
 @dataclass(frozen=True)
 class Amounts:
-    """How much is asked: rounds, requests of each work in each of them, and the most of a server that answers one
-    request after the other where there are several clients."""
+    """The number of rounds, the requests of each workload per round, and the most requests with several clients for a
+    server that answers one request after the other."""
 
     rounds: int
     requests: tuple[int, ...]
@@ -66,7 +66,7 @@ class Amounts:
 
 
 def compare(size: str, servers: Sequence[Server], amounts: Amounts) -> dict[str, Any]:
-    """All rounds of one checkpoint's works over servers that are up."""
+    """Run all rounds of one checkpoint's workloads on running servers."""
     works = WORKS[size]
     found: dict[str, dict[str, list[Figures]]] = {
         work.name: {server.contender.name: [] for server in servers} for work in works
@@ -107,7 +107,8 @@ def compare(size: str, servers: Sequence[Server], amounts: Amounts) -> dict[str,
 
 
 def warm_up(servers: Sequence[Server], works: Sequence[Work]) -> None:
-    """One client, then as many as there will be; also shows that all read the same prompts and write as much."""
+    """Warm up with one client, then with as many as there will be. Also checks that all servers read the same prompts
+    and write equally long answers."""
     alone = make_requests("warm-up", 2, 2)
     most = max(work.clients for work in works)
     together = make_requests("warm-up together", most, most)
@@ -122,7 +123,7 @@ def warm_up(servers: Sequence[Server], works: Sequence[Work]) -> None:
 
 
 def check_alike(answers: Mapping[str, Sequence[Answer]]) -> None:
-    """Raises SystemExit unless everybody has answered, in full, and has read prompts of the same length."""
+    """Raises SystemExit unless every server has answered in full and has read prompts of the same length."""
     for name, each in answers.items():
         for answer in each:
             if answer.error or answer.tokens != NUM_TOKENS:
@@ -136,7 +137,7 @@ def check_alike(answers: Mapping[str, Sequence[Answer]]) -> None:
 def measure(
     server: Server, all_servers: Iterable[Server], bodies: Sequence[dict[str, object]], clients: int
 ) -> Figures:
-    """One load on one server, and who had the processor meanwhile, as shares of all its cores."""
+    """Run one load on one server, and measure who used the processor meanwhile, as shares of all cores."""
     idle = [other for other in all_servers if other is not server]
     named = _named(bodies, server)
     server.resume()
@@ -169,7 +170,7 @@ def _processor_s(server: Server, idle: Iterable[Server]) -> dict[str, float]:
 
 
 def summary(by_name: Rounds) -> dict[str, Any]:
-    """Medians over the rounds of everybody, and ours over theirs."""
+    """Return every server's medians over the rounds, and the ratios of ours to theirs."""
     medians = {name: median(rounds) for name, rounds in by_name.items()}
     theirs = [name for name in by_name if name != OURS]
     return {**medians, "ours_over": {name: ratios(by_name[OURS], by_name[name]) for name in theirs}}
@@ -180,7 +181,7 @@ def median(rounds: Sequence[Figures]) -> Figures:
 
 
 def ratios(ours: Sequence[Figures], theirs: Sequence[Figures]) -> dict[str, Figures]:
-    """Of each round, so that what slows a whole round cancels: the median, and how far rounds differ."""
+    """Form the ratios per round, so that a slow round cancels out; return their median and range."""
     found = {}
     for name in COMPARED:
         pairs = [(mine[name], other[name]) for mine, other in zip(ours, theirs, strict=True)]
@@ -219,7 +220,7 @@ def _arithmetic(size: str) -> dict[str, Any]:
 
 
 def _floor(size: str, rates: Rates, work: Work, by_name: Rounds) -> dict[str, Figures]:
-    """None for a model that fits the processor's caches: reading it takes no time that could be told beforehand."""
+    """Return no floor for a model that fits the processor's caches: the time to read it cannot be predicted."""
     if size == "tiny":
         return {}
     prompt_tokens = int(by_name[OURS][0]["prompt_tokens"])

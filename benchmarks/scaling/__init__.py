@@ -1,1 +1,1 @@
-"""Autoscaling on a cluster that grows and shrinks, and what the start of one more replica takes."""
+"""Autoscaling on a cluster that grows and shrinks, and the cold start of one more replica."""

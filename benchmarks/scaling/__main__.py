@@ -1,10 +1,10 @@
-"""Replicas and nodes that follow a load which rises and falls, and the start of one more generator replica.
+"""Replicas and nodes that follow a rising and falling load, and the cold start of one more generator replica.
 
     python -m benchmarks.scaling [--scale 1] [--json FILE] [--picture FILE.svg]
 
-The default model on a cluster of this machine whose nodes are processes: replicas claim a CPU each and compute little.
-Fails when a request does, or when replicas or nodes do not follow. `--scale` makes all periods longer. Talks to
-127.0.0.1 only, and ends everything that it started. Needs the packages of the `serve` and `train` extras.
+Runs the default model on a cluster on this machine whose nodes are processes: each replica claims a CPU and computes
+little. Fails when a request fails, or when replicas or nodes do not follow the load. `--scale` lengthens all periods.
+Talks to 127.0.0.1 only, and ends everything that it started. Needs the packages of the `serve` and `train` extras.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _LOOK_S = 0.2
 
 @dataclass(frozen=True)
 class Outcome:
-    """What was seen. Answers are timed by time.perf_counter, which was `offset` behind time.time."""
+    """The samples and answers. Answers are timed by time.perf_counter, which was `offset` behind time.time."""
 
     samples: Sequence[Sample]
     answers: Sequence[Answer]
@@ -59,9 +59,9 @@ class Outcome:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scale", type=float, default=1.0, help="how much longer each period takes")
+    parser.add_argument("--scale", type=float, default=1.0, help="factor for the length of each period")
     parser.add_argument("--json", type=Path, help="also write the figures here")
-    parser.add_argument("--picture", type=Path, help="draw what has happened, as SVG or PNG")
+    parser.add_argument("--picture", type=Path, help="draw the run, as SVG or PNG")
     options = parser.parse_args()
     _end_on_sigterm()
     periods = [Period(period.seconds * options.scale, period.clients) for period in PERIODS]
@@ -85,7 +85,7 @@ def main() -> None:
 
 
 def follow(port: int, periods: Sequence[Period], clients: Clients, watch: Watch) -> Outcome:
-    """The load, until everything that it has called for is gone again."""
+    """Run the load, and wait until everything that it scaled up is gone again."""
     answers = asyncio.run(run_load(port, periods, clients))
     clients.number = 0
     watch.wait_for(lambda seen: not any(_networks(seen)) and seen.nodes == 1, deadline_s=_DEADLINE_S)
@@ -93,7 +93,7 @@ def follow(port: int, periods: Sequence[Period], clients: Clients, watch: Watch)
 
 
 def measure_cold_starts(port: int, cluster: Cluster, watch: Watch) -> dict[str, dict[str, float]]:
-    """Of the generator alone, twice: the node stays for a while after its replica."""
+    """Measure the generator's cold start twice: the second time on the node that outlives its first replica."""
     from benchmarks.scaling.cold_start import measure
 
     cold = {"with a new node": measure(port, cluster.logs, watch, needs_node=True)}
@@ -103,8 +103,8 @@ def measure_cold_starts(port: int, cluster: Cluster, watch: Watch) -> dict[str, 
 
 @contextmanager
 def serving(cluster: Cluster, port: int) -> Iterator[None]:
-    """The very application of `serve_config.yaml`, with these settings, behind Serve's own proxy."""
-    # Ray reads its environment when it is imported.
+    """Serve exactly the application of `serve_config.yaml`, with these settings, behind Serve's own proxy."""
+    # Imported only now: Ray reads its environment on import.
     import ray
     from ray import serve
 
@@ -115,7 +115,7 @@ def serving(cluster: Cluster, port: int) -> Iterator[None]:
     config = {**DEFAULT_CONFIG, "applications": [{**application, "args": ARGS}]}
     schema = serve_schema(config, "127.0.0.1", port)
     ray.init(cluster.address, namespace="serve", log_to_driver=False)
-    # Ray has installed a handler of its own by now.
+    # Ray has replaced the handler by its own.
     _end_on_sigterm()
     try:
         http = schema.http_options.model_dump()
@@ -129,10 +129,10 @@ def serving(cluster: Cluster, port: int) -> Iterator[None]:
 
 
 def summarize(outcome: Outcome) -> dict[str, Any]:
-    """Times to the first token by the number of clients, failures, and the most replicas and nodes that there were."""
+    """Return times to the first token by number of clients, failures, and the peak numbers of replicas and nodes."""
     by_clients: dict[int, list[float]] = {}
     for began, seconds in _firsts(outcome):
-        # Of a request that began before the first look, that one.
+        # A request that began before the first sample counts to that one.
         place = bisect_right(outcome.samples, began, key=lambda sample: sample.when)
         by_clients.setdefault(outcome.samples[max(0, place - 1)].clients, []).append(seconds)
     stages = outcome.samples[0].running
@@ -149,18 +149,18 @@ def summarize(outcome: Outcome) -> dict[str, Any]:
 
 
 def check(outcome: Outcome) -> None:
-    """Ends the program where something has not been as it must."""
+    """Exit with an error if a request failed, or if replicas or nodes did not follow the load."""
     errors = [answer.error for answer in outcome.answers if answer.error]
     if errors:
         raise SystemExit(f"{len(errors)} of {len(outcome.answers)} requests failed, the first with: {errors[0]}")
     generators = [each.running["Generator"] for each in outcome.samples]
     nodes = [each.nodes for each in outcome.samples]
     if max(generators) < 2 or generators[-1] or max(nodes) < 3 or nodes[-1] != 1:
-        raise SystemExit(f"replicas or nodes have not followed: at most {max(generators)} and {max(nodes)}")
+        raise SystemExit(f"replicas or nodes did not follow: at most {max(generators)} and {max(nodes)}")
 
 
 def _end_on_sigterm() -> None:
-    """So that the cluster is ended then, too."""
+    """Exit on SIGTERM, so that the cluster is ended too."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended from outside"))
 
 

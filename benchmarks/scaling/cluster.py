@@ -1,7 +1,7 @@
 """A Ray cluster on this machine whose autoscaler adds and removes nodes: real raylets, each claiming resources.
 
-It is the cluster of `ray.cluster_utils.AutoscalingCluster`, which cannot be used itself: it ends every Ray of the
-machine when it starts, and reads a file that Ray's wheels lack. Knows nothing of what runs on it.
+It is set up like `ray.cluster_utils.AutoscalingCluster`, which cannot be used itself: when it starts, it ends every Ray
+on the machine and reads a file that Ray's wheels lack. Knows nothing of what runs on it.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from deployments.environment import ENVIRONMENT
 from deployments.processes import descendants, end
 
 _HEAD, _WORKER = "ray.head.default", "worker"
-# The provider's class by its path: by its short name, Ray looks for a file of defaults that is not there.
+# The provider's class by its import path: for its short name, Ray looks for a missing file of defaults.
 _PROVIDER = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
-# How the provider knows the head node, among whose processes the autoscaler is.
+# The id by which the provider knows the head node, which runs the autoscaler.
 _HEAD_ID = "f" * 51 + "00000"
 _OF_HEAD = {
     "RAY_enable_autoscaler_v2": "1",
@@ -45,14 +45,14 @@ _OBJECT_STORE_BYTES = 128 * 1024**2
 
 @dataclass(frozen=True)
 class Cluster:
-    """`address` is for ray.init; `folder` is where all its processes put their files."""
+    """`address` is for ray.init; `folder` holds the files of all its processes."""
 
     address: str
     folder: Path
 
     @property
     def logs(self) -> Path:
-        """Those of Serve."""
+        """The folder of Serve's logs."""
         return next(self.folder.glob("ray/session_[0-9]*")) / "logs" / "serve"
 
 
@@ -60,8 +60,9 @@ class Cluster:
 def autoscaling_cluster(
     head: Mapping[str, float], worker: Mapping[str, float], *, max_workers: int, idle_s: float
 ) -> Iterator[Cluster]:
-    """Begins with the head node alone. A worker that has been idle for `idle_s` goes. All of it ends with the block."""
-    # Sockets lie in it, whose paths are limited to 107 characters.
+    """Start with the head node alone. Workers are removed after `idle_s` idle seconds. The cluster ends with the
+    block."""
+    # A short path: it contains sockets, whose paths are limited to 107 characters.
     folder = Path(tempfile.mkdtemp(prefix="as", dir="/tmp"))
     address = f"127.0.0.1:{free_port()}"
     os.environ.update(_environment(folder))
@@ -85,7 +86,7 @@ def autoscaling_cluster(
 
 
 def _environment(folder: Path) -> dict[str, str]:
-    """Of every process, this one among them; nodes inherit it."""
+    """Return the environment of every process including this one; nodes inherit it."""
     return {
         **ENVIRONMENT,
         # Serve's own proxy on the head node, as on any cluster.
@@ -94,7 +95,7 @@ def _environment(folder: Path) -> dict[str, str]:
         "AUTOSCALER_UPDATE_INTERVAL_S": "1",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_TMPDIR": str(folder),
-        # Of the autoscaler's own metrics, of which another Ray on this machine has some as well.
+        # A free port for the autoscaler's metrics, because another Ray on this machine may use the default.
         "AUTOSCALER_METRIC_PORT": str(free_port()),
     }
 
@@ -112,7 +113,7 @@ def _settings(
             "gcs_address": address,
             "head_node_id": _HEAD_ID,
             "launch_multiple": True,
-            # Nodes are processes of this machine, and Ray knows by itself when one is gone.
+            # Nodes are processes on this machine, and Ray detects by itself when one has died.
             "disable_node_updaters": True,
             "disable_launch_config_check": True,
             "worker_liveness_check": False,
@@ -124,7 +125,7 @@ def _settings(
         "head_node_type": _HEAD,
         "idle_timeout_minutes": idle_s / 60,
         "upscaling_speed": 10,
-        # What a machine would need that Ray is to be installed on.
+        # Required fields for installing Ray on a machine, unused here.
         "auth": {},
         "file_mounts": {},
         "cluster_synced_files": [],
@@ -137,5 +138,5 @@ def _wait(process: subprocess.Popen[bytes], folder: Path) -> None:
     log = folder / "head.log"
     while "--block" not in log.read_text(errors="replace"):
         if process.poll() is not None or time.monotonic() > deadline:
-            raise SystemExit(f"the cluster does not start: {log.read_text(errors='replace')[-2000:]}")
+            raise SystemExit(f"the cluster did not start: {log.read_text(errors='replace')[-2000:]}")
         time.sleep(_POLL_S)

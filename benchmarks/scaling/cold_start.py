@@ -1,6 +1,6 @@
-"""From a request that finds no generator to its first token: which step has taken how long.
+"""From a request that finds no generator to its first token: how long each step takes.
 
-Steps are told apart by what Serve and the replica say of themselves. Knows nothing of load.
+Steps are told apart by Serve's status and the replica's log. Knows nothing of load.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _PHASE = re.compile(r"(\w+) ([\d.]+) s")
 
 
 def measure(port: int, logs: Path, watch: Watch, *, needs_node: bool) -> dict[str, float]:
-    """Seconds of each step, in their order, and of all together. The stage must have no replica."""
+    """Return the seconds of each step, in order, and in all. The stage must have no replica."""
     began, first_sample = time.time(), len(watch.samples)
     clock = time.perf_counter()
     # Without a picture, so that no other stage has to start.
@@ -42,11 +42,12 @@ def split(
     *,
     needs_node: bool,
 ) -> dict[str, float]:
-    """By time.time: when the request began and had its first token, when the constructor was done, with its phases."""
+    """Split a cold start into steps. Times are by time.time: when the request began and had its first token, and when
+    the constructor had finished; `phases` are the constructor's, in seconds."""
     decided = next(each.when for each in samples if each.starting[_STAGE] or each.running[_STAGE])
     fewest = samples[0].nodes
     node = next(each.when for each in samples if each.nodes > fewest) if needs_node else decided
-    # The gateway may know it before it is seen here.
+    # The gateway may know the replica before a sample shows it.
     running = min(first_token, next((each.when for each in samples if each.running[_STAGE]), first_token))
     steps = {
         "decision": decided - began,
@@ -56,13 +57,13 @@ def split(
         "known to the gateway": running - started,
         "answer": first_token - running,
     }
-    # Two clocks, and looks that are apart, differ by less than anybody wants to know.
+    # Two clocks and the sampling interval may make steps slightly negative.
     rounded = {name: round(max(0.0, seconds), 2) for name, seconds in steps.items()}
     return {**rounded, "in all": round(first_token - began, 2)}
 
 
 def started_after(began: float, logs: Path) -> tuple[float, dict[str, float]]:
-    """When the newest replica's constructor had done its work, and what its phases took."""
+    """Return when the newest replica's constructor had finished, and the seconds of its phases."""
     told = [
         (datetime.strptime(when, "%Y-%m-%d %H:%M:%S,%f").timestamp(), phases)
         for log in logs.glob(f"replica_*_{_STAGE}_*.log")

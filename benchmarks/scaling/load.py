@@ -1,6 +1,6 @@
-"""A load that rises and falls: so many clients at a time, each asking again as soon as it has its answer.
+"""A load that rises and falls: a varying number of clients, each asking again as soon as it has its answer.
 
-Nothing is tried twice, so whatever goes wrong is seen. Knows HTTP, and nothing of replicas.
+Nothing is retried, so every failure shows. Knows HTTP, and nothing of replicas.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ _SIDE = 128
 
 @dataclass(frozen=True)
 class Period:
-    """So many seconds with so many clients."""
+    """A period with a constant number of clients."""
 
     seconds: float
     clients: int
 
 
 async def run_load(port: int, periods: Sequence[Period], now: Clients) -> list[Answer]:
-    """The answers of all clients, once the last of them is there."""
+    """Run all periods and return the answers of all clients once the last has arrived."""
     answers: list[Answer] = []
     numbers = iter(range(10**9))
     clients: list[tuple[asyncio.Task[None], asyncio.Event]] = []
@@ -49,13 +49,13 @@ async def run_load(port: int, periods: Sequence[Period], now: Clients) -> list[A
 
 @dataclass
 class Clients:
-    """How many there are at present, for whoever watches."""
+    """The current number of clients, for a watcher."""
 
     number: int = 0
 
 
 async def ask(port: int, question: str, picture: bytes | None, *, num_tokens: int = NUM_TOKENS) -> Answer:
-    """One request, of which the answer is streamed."""
+    """Send one request with a streamed answer."""
     body = chat_body(
         [user_message(question, [] if picture is None else [picture])],
         max_tokens=num_tokens,
@@ -71,5 +71,5 @@ async def ask(port: int, question: str, picture: bytes | None, *, num_tokens: in
 async def _client(port: int, numbers: Iterator[int], answers: list[Answer], is_over: asyncio.Event) -> None:
     while not is_over.is_set():
         number = next(numbers)
-        # Each about a picture of its own, which no cache has.
+        # A new picture each time, which no cache has.
         answers.append(await ask(port, f"Question {number}: what is there?", noise_png(number, _SIDE)))

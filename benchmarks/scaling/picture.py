@@ -1,4 +1,4 @@
-"""What has happened as a picture: load, replicas and nodes, and times to the first token, over the same time."""
+"""Draws a run: load, replicas and nodes, and times to the first token, over a common time axis."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ STAGES = {"Preprocessor": "preprocessor", "VisionEncoder": "vision encoder", "Ge
 
 
 def draw(path: Path, samples: Sequence[Sample], firsts: Sequence[tuple[float, float]]) -> None:
-    """`firsts` has, of each request, when it began by time.time, and seconds to its first token."""
-    # Text stays text, and the same figures give the same file.
+    """Draw the run. `firsts` has, for each request, when it began by time.time, and the seconds to its first token."""
+    # Keep text as text, and make the file reproducible from the same figures.
     plt.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "scaling"})
     start = samples[0].when
     times = [sample.when - start for sample in samples]

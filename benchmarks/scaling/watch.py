@@ -1,4 +1,4 @@
-"""Replicas of each stage and nodes of the cluster, looked at again and again while something else goes on."""
+"""Samples the replicas of each stage and the nodes of the cluster in the background."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ray import serve
 
 @dataclass(frozen=True)
 class Sample:
-    """`when` is by the clock of time.time; replicas are those that run, by their stage, and those that start."""
+    """`when` is by time.time; `running` and `starting` count the replicas in these states by stage."""
 
     when: float
     clients: int
@@ -25,7 +25,7 @@ class Sample:
 
 @dataclass
 class Watch:
-    """A thread that looks every `pause_s`. What it has seen so far is in `samples`."""
+    """A thread that takes a sample every `pause_s`. `samples` holds those taken so far."""
 
     num_clients: Callable[[], int]
     pause_s: float
@@ -42,14 +42,14 @@ class Watch:
         self._thread.join()
 
     def wait_for(self, is_so: Callable[[Sample], bool], *, deadline_s: float) -> Sample:
-        """The first sample from now on of which it is so. Ends the program where there is none in time."""
+        """Return the first sample from now on for which `is_so` holds. Exits the program if there is none in time."""
         first, deadline = len(self.samples), time.monotonic() + deadline_s
         while time.monotonic() < deadline:
             found = [sample for sample in self.samples[first:] if is_so(sample)]
             if found:
                 return found[0]
             time.sleep(self.pause_s)
-        raise SystemExit(f"it has not come to pass in {deadline_s:g} s; last seen: {self.samples[-1]}")
+        raise SystemExit(f"the awaited state was not reached in {deadline_s:g} s; last seen: {self.samples[-1]}")
 
     def _run(self) -> None:
         while not self._is_over.wait(self.pause_s):
@@ -57,7 +57,7 @@ class Watch:
 
 
 def look(clients: int) -> Sample:
-    """How things stand."""
+    """Take one sample."""
     [application] = serve.status().applications.values()
     states: dict[str, Any] = {name: each.replica_states for name, each in application.deployments.items()}
     described: Any = ray.nodes()  # type: ignore[no-untyped-call]

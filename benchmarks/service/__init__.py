@@ -1,1 +1,1 @@
-"""What the running service must keep, measured: each file one work; `python -m benchmarks.service WORK` runs it."""
+"""Limits that the running service must keep, one workload per file; run with `python -m benchmarks.service WORK`."""

@@ -1,13 +1,13 @@
 """The bars of the running service, each measured by a command that fails when one of them is not kept.
 
-    python -m benchmarks.service mixed [--minutes 15]       # errors, memory, places and hang-ups under a mixed load
-    python -m benchmarks.service chaos [--minutes 20]       # every answer whole and as it was, whatever is killed
-    python -m benchmarks.service burst [--requests 500]     # who is refused is told at once, all others are answered
-    python -m benchmarks.service repeated [--pictures 8]    # the first token of a picture that was seen before
-    python -m benchmarks.service share [--rounds 4]         # the service beside the engine alone, on `mid`
+    python -m benchmarks.service mixed [--minutes 15]       # errors, memory, slots and hang-ups under a mixed load
+    python -m benchmarks.service chaos [--minutes 20]       # every answer complete and unchanged, whatever is killed
+    python -m benchmarks.service burst [--requests 500]     # excess requests are refused at once, others answered
+    python -m benchmarks.service repeated [--pictures 8]    # time to first token for a picture seen before
+    python -m benchmarks.service share [--rounds 4]         # the service compared with the engine alone, on `mid`
 
-Each starts a service of its own, talks to 127.0.0.1 only and ends everything it started. `--mid DIR` is where the
-random weights of `mid` are, or are to be written; without it they are made anew. Needs the packages of the `serve` and
+Each starts its own service, talks to 127.0.0.1 only and ends everything it started. `--mid DIR` is where the random
+weights of `mid` are or will be written; without it they are created for this run. Needs the packages of the `serve` and
 `dev` extras.
 """
 
@@ -27,7 +27,7 @@ from benchmarks.service.bars import Bar, make_table
 
 def main() -> None:
     options = _parse()
-    # So that servers are ended then, too.
+    # So that SIGTERM ends the servers too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended from outside"))
     bars, figures = _measure(options)
     settings = {name: value for name, value in vars(options).items() if isinstance(value, int | float)}
@@ -53,12 +53,12 @@ def _parse() -> argparse.Namespace:
     mixed = works.add_parser("mixed")
     mixed.add_argument("--minutes", type=float, default=15)
     mixed.add_argument("--clients", type=int, default=8)
-    mixed.add_argument("--pause-seconds", type=float, default=30, help="between two looks at how hang-ups are freed")
+    mixed.add_argument("--pause-seconds", type=float, default=30, help="between two measurements of hang-ups")
     mixed.add_argument("--seed", type=int, default=0)
     killing = works.add_parser("chaos")
     killing.add_argument("--minutes", type=float, default=20)
     killing.add_argument("--clients", type=int, default=4)
-    killing.add_argument("--every", type=float, default=20, help="seconds from all being well to the next kill")
+    killing.add_argument("--every", type=float, default=20, help="seconds from one kill to the next")
     works.add_parser("burst").add_argument("--requests", type=int, default=500)
     works.add_parser("repeated").add_argument("--pictures", type=int, default=8)
     share = works.add_parser("share")
@@ -67,7 +67,7 @@ def _parse() -> argparse.Namespace:
     for name, work in works.choices.items():
         work.add_argument("--json", type=Path, help="also write the figures here")
         if name in ("repeated", "share"):
-            work.add_argument("--mid", type=Path, help="the checkpoint's folder; written where it is missing")
+            work.add_argument("--mid", type=Path, help="the checkpoint's folder; created if missing")
     return parser.parse_args()
 
 

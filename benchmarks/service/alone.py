@@ -1,8 +1,8 @@
-"""The engine in a process of its own, asked the same as the service, without the service: what share.py compares with.
+"""The engine in a separate process, given the same requests as the service: the baseline of share.py.
 
-Loaded as a replica loads it: with its precision, its memory's pages, and a thread on every core, which a replica has
-only for models of more than 50 M parameters. Prompts are tokenized and pictures encoded before the clock starts. Knows
-no HTTP and no Ray.
+It is loaded as in a replica: with its precision, its memory pages, and a thread on every core, which a replica has only
+for models of more than 50 M parameters. Prompts are tokenized and pictures encoded before the clock starts. Knows no
+HTTP and no Ray.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ Bodies = Sequence[dict[str, object]]
 
 
 class EngineAlone:
-    """Knows one checkpoint; close it when nothing more will be asked."""
+    """The engine with one checkpoint; close it after the last request."""
 
     def __init__(self, folder: Path) -> None:
-        # As in a replica: torch reads it when the process to come imports it.
+        # As in a replica: torch reads it when the new process imports torch.
         for name, value in TORCH_ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         self._folder = folder
         self._process = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
 
     def ask(self, bodies: Bodies, clients: int) -> tuple[list[Answer], float]:
-        """As `run_load` asks the service."""
+        """Run a load like `run_load` on the service."""
         return self._process.submit(_ask, self._folder, list(bodies), clients).result()
 
     def close(self) -> None:
-        """The process ends."""
+        """End the process."""
         self._process.shutdown()
 
 
@@ -66,7 +66,7 @@ def _ask(folder: Path, bodies: Bodies, clients: int) -> tuple[list[Answer], floa
 
 
 def _prepare(model: LocalModel, bodies: Bodies) -> list[EngineRequest]:
-    """As the gateway, the preprocessor and the encoder do, each with its cache."""
+    """Prepare requests like the gateway, the preprocessor and the encoder, with the caches that these have."""
     requests = []
     for index, body in enumerate(bodies):
         asked = read_chat_request(json.dumps(body).encode(), f"{index}", model.preparer.limits).generation

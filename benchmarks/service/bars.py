@@ -12,7 +12,7 @@ _KEEPS = {"≤": operator.le, "≥": operator.ge, "=": operator.eq, "<": operato
 
 @dataclass(frozen=True)
 class Bar:
-    """What was `measured`, how it must stand to the `limit`, and in which unit."""
+    """A `measured` value, how it must compare with the `limit`, and the unit."""
 
     what: str
     measured: float
@@ -22,7 +22,7 @@ class Bar:
 
     @property
     def is_kept(self) -> bool:
-        """Also what is no number keeps none."""
+        """Whether the bar is kept. NaN keeps none."""
         return bool(_KEEPS[self.sense](self.measured, self.limit))
 
     def as_json(self) -> dict[str, Any]:
@@ -34,7 +34,7 @@ class Bar:
 
 
 def make_table(bars: Sequence[Bar]) -> str:
-    """In Markdown."""
+    """Build a Markdown table."""
     rows = [("what", "measured", "bar", ""), ("---", "---:", "---:", "---")]
     for bar in bars:
         unit = f" {bar.unit}" if bar.unit else ""

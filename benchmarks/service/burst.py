@@ -1,11 +1,11 @@
-"""Many requests in one moment: who is refused is told before the first of the others is done, and these are answered
-rightly.
+"""Many requests at one moment: refusals arrive before the first accepted request is done, and accepted requests are
+answered correctly.
 
-Each request has a connection of its own, a new picture, and greedy decoding; what is right is what the same request is
-answered afterwards, with few others beside it. The service is as it is set by default but for its precision, float32:
-in bfloat16 the last bits of a sum depend on how many rows are multiplied at once, and in one of some hundred answers
-two tokens are so nearly equally likely that this decides. What would be measured then is rounding, and not whether
-anybody gets an answer that is not his own.
+Each request has its own connection, a new picture, and greedy decoding; the correct answer is the one that the same
+request gets afterwards, with few others in flight. The service has its default settings except for its precision,
+float32: in bfloat16 the last bits of a sum depend on how many rows are multiplied at once, and in one of some hundred
+answers two tokens are so nearly equally likely that this decides. That would measure rounding, not whether anybody gets
+somebody else's answer.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from benchmarks.service.start import serving
 
 _REFUSALS = (429, 503)
 _NUM_TOKENS = 64
-# Beside one another when all is over.
+# Concurrent clients when the requests are repeated afterwards.
 _ASKED_AGAIN_BY = 4
 
 
 @dataclass(frozen=True)
 class Reply:
-    """One request of the burst: what came, and the seconds from the burst's beginning to the last of it."""
+    """One request of the burst: its outcome, and the seconds from the burst's beginning to its last byte."""
 
     outcome: Outcome
     status: int
@@ -44,7 +44,7 @@ class Reply:
 
 
 def run(num_requests: int) -> tuple[list[Bar], dict[str, Any]]:
-    """The bars, and more figures."""
+    """Return the bars, and more figures."""
     pictures, precision = PictureMaker("burst"), {"dtype": "float32"}
     with serving(args={"generator": precision, "vision_encoder": precision}) as service:
         asks = [_ask(service.port, pictures, index) for index in range(num_requests)]
@@ -77,7 +77,7 @@ async def _all(port: int, asks: Sequence[Ask], clients: int) -> list[Reply]:
 
 
 async def _heard(port: int, ask: Ask) -> list[Piece]:
-    """Nothing where the connection failed: who hears nothing was not answered."""
+    """Return the pieces of the response, none where the connection failed: that counts as unanswered."""
     try:
         return await exchange(port, ask.message)
     except OSError:
@@ -90,7 +90,7 @@ def read_reply(ask: Ask, began: float, pieces: Sequence[Piece]) -> Reply:
 
 
 def judge_burst(replies: Sequence[Reply], pairs: Sequence[tuple[Outcome, Outcome]]) -> tuple[list[Bar], dict[str, Any]]:
-    """`pairs` are the answers of the burst and what the same requests were answered alone."""
+    """Build bars and figures. `pairs` are the answers of the burst and the same requests' answers afterwards."""
     refused = [reply for reply in replies if reply.is_refused]
     done = [reply for reply in replies if reply.status == 200 and not reply.outcome.error]
     wrong = [pair for pair in pairs if pair[1].error or pair[0].texts != pair[1].texts]

@@ -1,10 +1,10 @@
-"""Steady load on a service with two replicas of each stage, of which something is killed every few seconds.
+"""Steady load on a service with two replicas of each stage, while a process is killed every few seconds.
 
 Clients stream greedy and seeded answers about texts and pictures, and compare each with the one that the same question
-got before anything was killed: its text, the tokens of its log-probabilities, how it ended, its number of tokens. By
-turns one process of each kind gets SIGKILL. A connection ends with the process that holds it: where the gateway or
-HAProxy is killed, a client may ask again as long as nothing of its answer has come, and answers that had begun break
-off, which is counted apart. Not killed are Ray's own raylet and GCS, without which a service on one machine ends.
+got before anything was killed: its text, the tokens of its log-probabilities, its finish reason, its number of tokens.
+One process of each kind gets SIGKILL in turn. A connection ends with the process that holds it: where the gateway or
+HAProxy is killed, a client may retry as long as nothing of its answer has arrived, and answers that had begun break
+off, which is counted separately. Ray's raylet and GCS are not killed: a service on one machine ends without them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from benchmarks.service.mix import QUESTIONS
 from benchmarks.service.pictures import PictureMaker
 from benchmarks.service.start import Service, serving
 
-# What to kill, by what is in the command lines of its processes.
+# What to kill, by a part of its processes' command lines.
 KINDS = {
     "preprocessor": "ServeReplica:llava:Preprocessor",
     "encoder": "ServeReplica:llava:VisionEncoder",
@@ -41,10 +41,10 @@ KINDS = {
     "controller": "ServeController",
     "HAProxy": "haproxy",
 }
-# Those that hold clients' connections.
+# The kinds that hold clients' connections.
 ENTRANCES = {"gateway", "HAProxy"}
 _TWO = {"min_replicas": 2, "max_replicas": 2}
-# In single precision answers do not depend on what is computed together.
+# In single precision, answers do not depend on the composition of batches.
 _COMPUTE = {**_TWO, "num_cpus": 0.05, "dtype": "float32"}
 _ARGS = {"gateway": _TWO, "preprocessor": _TWO, "vision_encoder": _COMPUTE, "generator": _COMPUTE}
 _PATIENCE_S, _PAUSE_S, _POLL_S = 60.0, 0.25, 0.1
@@ -53,7 +53,7 @@ _TEMPORARY = {0, 502, 503}
 
 @dataclass(frozen=True)
 class Answer:
-    """What a client has in the end; `done` is false where the stream broke off or ended with an error."""
+    """The answer as a client received it; `done` is false where the stream broke off or ended with an error."""
 
     text: str = ""
     tokens: tuple[str, ...] = ()
@@ -64,7 +64,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One request: `kind` is what was killed last before it ended, `again` how often it was asked again."""
+    """One request: `kind` is what was last killed before it ended, `again` how often it was retried."""
 
     kind: str
     problem: str = ""
@@ -74,7 +74,7 @@ class Outcome:
 
 @dataclass
 class Seen:
-    """What came of a load, and how long it took after each kill until all was there again."""
+    """The results of a load, and how long the recovery after each kill took."""
 
     outcomes: list[Outcome] = field(default_factory=list)
     kills: Counter[str] = field(default_factory=Counter)
@@ -83,8 +83,8 @@ class Seen:
 
 
 def run(minutes: float, *, clients: int = 4, every_s: float = 20.0) -> tuple[list[Bar], dict[str, Any]]:
-    """The bars, and figures by what was killed, one process every `every_s` whether or not the one before is there
-    again. Prints these as a table."""
+    """Return the bars, and figures by what was killed. One process is killed every `every_s`, whether or not the last
+    one has been replaced. Prints the figures as a table."""
     with serving(args=_ARGS) as service:
         load = _Load(service)
         asyncio.run(load.run(clients, minutes * 60, every_s))
@@ -94,7 +94,7 @@ def run(minutes: float, *, clients: int = 4, every_s: float = 20.0) -> tuple[lis
 
 
 def questions(port: int) -> list[bytes]:
-    """Streamed requests, each of which always has the same answer."""
+    """Make streamed requests, each with a deterministic answer."""
     pictures = PictureMaker("chaos")
     messages = []
     for number in range(12):
@@ -108,7 +108,7 @@ def questions(port: int) -> list[bytes]:
 
 
 def read_answer(events: Sequence[bytes]) -> Answer:
-    """Out of a stream's events."""
+    """Assemble an answer from a stream's events."""
     text, reason, num_tokens = "", None, 0
     tokens: list[str] = []
     for event in events:
@@ -161,7 +161,8 @@ class _Load:
             self.seen.outcomes.append(Outcome(self._last, problem, again, gap_s))
 
     async def _ask(self, message: bytes) -> tuple[Answer, int, float]:
-        """Asked again as long as nothing comes; and the longest time in which nothing came of what had begun."""
+        """Send a request, retrying it while nothing arrives. Returns the answer, the number of retries, and the longest
+        silence within the answer."""
         deadline = time.monotonic() + _PATIENCE_S
         again = -1
         while True:
@@ -178,7 +179,7 @@ class _Load:
         return read_answer([data for _, data in events]), again, max(gaps, default=0.0)
 
     def _kill(self, kind: str) -> list[int]:
-        """One of the kind, the first of the processes that are returned."""
+        """Kill one process of the kind: the first of the processes that are returned."""
         found = self._processes(kind)
         self._last = kind
         self.seen.kills[kind] += 1
@@ -194,7 +195,7 @@ class _Load:
         self.seen.recovery_s.setdefault(kind, []).append(time.monotonic() - began)
 
     def _is_whole(self, kind: str, before: Sequence[int]) -> bool:
-        """Whether there is another in the place of the first of these, and the service is well."""
+        """Whether the first of `before` has been replaced, and the service is healthy."""
         found = self._processes(kind)
         if len(found) < len(before) or before[0] in found:
             return False
@@ -215,7 +216,7 @@ class _Load:
 
 
 def judge(seen: Seen) -> list[Bar]:
-    """Every answer whole and as it was, but for connections that ended with the process that held them."""
+    """Build the bars: every answer complete and unchanged, except on connections that ended with their process."""
     broken = Counter(each.kind for each in seen.outcomes if each.problem == "broken")
     failed = sum(number for kind, number in broken.items() if kind not in ENTRANCES)
     others = [each for each in seen.outcomes if each.again and each.kind not in ENTRANCES]
@@ -228,7 +229,7 @@ def judge(seen: Seen) -> list[Bar]:
 
 
 def figures(seen: Seen) -> dict[str, Any]:
-    """By what was killed."""
+    """Return the figures by what was killed."""
     kinds = {}
     for kind in KINDS:
         of_kind = [each for each in seen.outcomes if each.kind == kind]
@@ -244,7 +245,7 @@ def figures(seen: Seen) -> dict[str, Any]:
 
 
 def table(kinds: dict[str, Any]) -> str:
-    """In Markdown."""
+    """Build a Markdown table."""
     rows = [
         "| killed | times | answers | broken off | asked again | longest gap, s | recovery, s |",
         "| --- |" + " ---: |" * 6,

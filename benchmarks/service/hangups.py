@@ -1,10 +1,10 @@
-"""How soon the places of clients that hung up are free again, seen from outside.
+"""How soon the engine's slots are free again after their clients have hung up, seen from outside.
 
-Every place of the engine is taken by a client with a long answer, half of them streaming, half waiting for a whole
-answer; that there is none left is known from a request that is refused. All hang up at once, and from then on a request
-for as many answers as there are places is sent again and again: it is accepted only when each of them is free. The time
-from the hang-ups to its answer, which includes what it takes itself, is therefore an upper bound for every one of them.
-Gauges would not do: they are told every ten seconds. Needs a service with no waiting room behind its places.
+Every slot of the engine is taken by a client with a long answer, half of them streaming, half waiting for the whole
+answer; a refused request proves that no slot is left. All hang up at once, and from then on a request for as many
+answers as there are slots is repeated: it is accepted only once every slot is free. The time from the hang-ups to its
+answer, which includes its own duration, is therefore an upper bound for each slot. Gauges would not do: they are
+reported every ten seconds. Needs a service without a queue behind its slots.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ _OK, _OVERLOADED = 200, 429
 
 
 class HangUpError(Exception):
-    """The service answered in a way that makes the measurement impossible, or never freed its places."""
+    """The service answered in a way that makes the measurement impossible, or never freed its slots."""
 
 
 async def seconds_to_free(port: int, places: int, messages: Sequence[bytes]) -> float:
-    """`messages`, as many as there are places, ask for long answers."""
+    """Measure the time to free all slots. `messages`, one for each slot, ask for long answers."""
     assert len(messages) == places
     holding = [asyncio.ensure_future(_hold(port, message)) for message in messages]
     try:
@@ -47,7 +47,7 @@ async def all_are_free(port: int, places: int) -> bool:
 
 
 async def _hold(port: int, message: bytes) -> None:
-    """A place, until cancelled. It may have to wait for that of a probe."""
+    """Hold a slot until cancelled. It may have to wait until a probe frees its slot."""
     while True:
         response = read_response(await exchange(port, message))
         if response.status != _OVERLOADED:
@@ -58,7 +58,7 @@ async def _until(port: int, *, num_answers: int, status: int) -> None:
     deadline = time.perf_counter() + _PATIENCE_S
     while await _probe(port, num_answers) != status:
         if time.perf_counter() > deadline:
-            raise HangUpError(f"a request for {num_answers} answers does not get {status} in {_PATIENCE_S:g} s")
+            raise HangUpError(f"a request for {num_answers} answers did not get {status} within {_PATIENCE_S:g} s")
 
 
 async def _probe(port: int, num_answers: int) -> int:

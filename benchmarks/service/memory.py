@@ -1,7 +1,7 @@
-"""Memory of the service's processes while a load runs: where each began, where it ended, and by how much it grew.
+"""Memory of the service's processes under load: where each began, where it ended, and how much it grew.
 
-What is a process's own is told apart from what all of them share, which is Ray's object store. Growth is that of a line
-through all samples, so that neither a peak nor a dip at one end decides. Knows nothing about loads.
+Each process's private memory is separated from what all of them share, which is Ray's object store. Growth is that of a
+line fitted through all samples, so that no peak or dip at either end decides. Knows nothing about loads.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import psutil
 
 from benchmarks.peers.contenders import part_of
 
-# What "flat" leaves room for, over the whole load: allocators give back when they like.
+# The growth over the whole load that still counts as flat: allocators return memory when they like.
 ALLOWED_MIB, ALLOWED_SHARE = 4.0, 0.02
 SHARED = "shared by all"
 _SHOWN = 20
@@ -36,7 +36,7 @@ class Growth:
 
     @property
     def over_allowed(self) -> float:
-        """The growth as a share of what is allowed: flat is up to 1."""
+        """The growth relative to what is allowed: up to 1 is flat."""
         return (self.end_mib - self.start_mib) / max(ALLOWED_MIB, ALLOWED_SHARE * self.start_mib)
 
     def as_json(self) -> dict[str, Any]:
@@ -44,20 +44,20 @@ class Growth:
 
 
 def measure(processes: Sequence[psutil.Process]) -> dict[str, float]:
-    """MiB that are each process's own, by its name and number, and what they have in common."""
+    """Return each process's private MiB, by its name and pid, and the MiB that they share."""
     found: dict[str, float] = {}
     shared = 0
     for process in processes:
         with contextlib.suppress(psutil.Error):
             memory, name = process.memory_full_info(), part_of(process) or process.name()
             found[f"{name} {process.pid}"] = memory.uss / 2**20
-            # Each one's part of what several have.
+            # This process's part of the shared pages.
             shared += memory.pss - memory.uss
     return found | {SHARED: shared / 2**20}
 
 
 def growth(samples: Sequence[Sample]) -> dict[str, Growth]:
-    """Of every process that was there from the first to the last sample."""
+    """Return the growth of every process that is in all samples."""
     times = [when for when, _ in samples]
     constant = set.intersection(*({*found} for _, found in samples))
     return {name: _line(times, [found[name] for _, found in samples]) for name in sorted(constant)}

@@ -1,7 +1,7 @@
-"""The requests of a mixed load, and whether each was answered as it should be.
+"""The requests of a mixed load, and whether each was answered correctly.
 
-Good ones about text and pictures, new and seen before; bad ones, of which the service must say what is wrong; and
-clients that hang up. Knows OpenAI's wire format; sends nothing.
+Good requests about text and pictures, new and seen before; bad ones, whose fault the service must name; and clients
+that hang up. Knows OpenAI's wire format; sends nothing.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any
 from benchmarks.exchange import Piece, Response, post, post_json, read_response
 from benchmarks.service.pictures import Picture, PictureMaker
 
-# Of a hundred requests.
+# Shares in percent.
 SHARES = {"text": 15, "new pictures": 37, "repeated": 33, "hang-up, waiting": 5, "hang-up, streaming": 5, "bad": 5}
-# Answers that one request may ask for.
+# The most answers that one request may ask for.
 MOST_ANSWERS = 2
 QUESTIONS = (
     "Describe the picture.",
@@ -30,17 +30,17 @@ _EARLIER: tuple[dict[str, object], ...] = (
     {"role": "assistant", "content": "There is a picture."},
 )
 _NUM_REPEATED = 12
-# Nobody waits for the end of these.
+# Tokens of answers whose end nobody waits for.
 LONG = 1200
 _HUGE = 10**9
 
 
 @dataclass(frozen=True)
 class Ask:
-    """A request, and what must come of it: `status`, and of an error the `code`.
+    """A request, and its expected result: the `status`, and for an error the `code`.
 
-    Who hangs up does so after `leave_after_s` or with so many `pieces` of the answer. All answers to requests that are
-    the `same` must be equal.
+    A client that hangs up does so after `leave_after_s` or after so many `pieces` of the answer. All answers to
+    requests with an equal `same` must be equal.
     """
 
     kind: str
@@ -59,7 +59,7 @@ class Ask:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The answers' texts, or what was wrong; and what it cost to ask in seconds, to the first byte and in all."""
+    """The answers' texts, or what was wrong; and the seconds to the first byte and in all."""
 
     ask: Ask
     error: str = ""
@@ -69,7 +69,7 @@ class Outcome:
 
 
 class Mix:
-    """Requests by lot to the service on `port`; the same ones for the same seed."""
+    """Draws random requests to the service on `port`; the same ones for the same seed."""
 
     def __init__(self, port: int, seed: object) -> None:
         self._port = port
@@ -78,7 +78,7 @@ class Mix:
         self._repeated = [self._messages([self.pictures.make()] * (index > 1)) for index in range(_NUM_REPEATED)]
 
     def next(self) -> Ask:
-        """Takes milliseconds, for a large picture tens of them."""
+        """Draw the next request. Takes milliseconds, for a large picture tens of them."""
         chance = self._chance
         (kind,) = chance.choices([*SHARES], [*SHARES.values()])
         if kind == "bad":
@@ -93,13 +93,13 @@ class Mix:
         return self._ask(kind, messages, temperature=chance.choice((0, 0.8)), max_tokens=chance.randrange(8, 65))
 
     def hang_up(self, kind: str) -> Ask:
-        """A client that leaves a long answer: while it is being written, or before it has heard anything."""
+        """Make a client that abandons a long answer: while it is streamed, or before anything has arrived."""
         messages = self._messages([self.pictures.make()])
         stream = kind == "hang-up, streaming"
         body = {"messages": messages, "max_tokens": LONG, "ignore_eos": True, "stream": stream}
         message = post_json(self._port, body)
         if stream:
-            # The first is the head.
+            # The first piece is the head.
             return Ask(kind, message, pieces=self._chance.randrange(2, 6))
         return Ask(kind, message, leave_after_s=self._chance.uniform(0.0, 0.4))
 
@@ -118,7 +118,7 @@ class Mix:
 
 
 def bad_requests(port: int, pictures: PictureMaker) -> list[Ask]:
-    """One of each kind that is not the service's fault."""
+    """Return one request of each kind of client error."""
     good = pictures.make()
 
     def about(*parts: object, **options: object) -> bytes:
@@ -140,14 +140,14 @@ def bad_requests(port: int, pictures: PictureMaker) -> list[Ask]:
         Ask("picture by address", about(image("http://127.0.0.1/picture.png")), 400, "image_url_not_allowed"),
         Ask("too many pictures", about(*[good.part] * 9), 400, "too_many_images"),
         Ask("too long a text", about({"type": "text", "text": "a " * 4000}), 400, "context_length_exceeded"),
-        # The body is not sent: nobody is to wait for it.
+        # The body is never sent: the service must not wait for it.
         Ask("too large a body", post(port, b"{", length=_HUGE), 413, "request_too_large"),
         Ask("no such route", post_json(port, {}, path="/v1/images"), 404, "not_found"),
     ]
 
 
 def judge(ask: Ask, began: float, pieces: Sequence[Piece]) -> Outcome:
-    """What a whole response says, beside what it should say."""
+    """Compare a whole response with the expected one."""
     response = read_response(pieces)
     error, texts = _read(ask, response)
     first = pieces[0][0] - began if pieces else 0.0

@@ -1,13 +1,13 @@
-"""A mixed load on the default model: errors, equal answers, memory, places in the engine, and how soon they are freed.
+"""A mixed load on the default model: errors, equal answers, memory, the engine's slots, and how soon they are freed.
 
-Several clients ask what mix.py draws and think in between, for as long as keeps the machine at about 70 %. The engine
-has exactly as many places as the clients can use at once, and no waiting room; a client that has hung up comes back a
-second later. So a place that is not free by then may be missed by a request, which is then refused: an error like any
-other. At regular times all clients pause: every place must be free then, and hangups.py measures how soon they are so
-again when all of them hang up.
+Several clients send the requests that mix.py draws, with think times that keep the machine about 70 % busy. The engine
+has exactly as many slots as the clients can use at once, and no queue; a client that has hung up returns a second
+later. If a slot is not free by then, a request may be refused for lack of it: an error like any other. At regular times
+all clients pause: every slot must be free then, and hangups.py measures how soon all are free again after a hang-up of
+all clients.
 
-The caches of pictures are small, so that they are full before memory is measured, which begins after a fifth of the
-time, two minutes at most.
+The picture caches are small, so that they are full before memory is measured, which begins after a fifth of the time,
+at most two minutes.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ from deployments.top import ONGOING, QUEUED, Page
 FREED_S = 1.0
 _BUSY = 0.7
 _SAMPLE_S, _FIRST_THINK_S, _MOST_THINK_S = 5.0, 0.5, 5.0
-# Ray's processes tell what they counted that often, by default every 10 s; stages hand it to them every second.
+# Ray's processes report their metrics at this interval, by default every 10 s; stages update theirs every second.
 _TOLD_EVERY_MS = "RAY_metrics_report_interval_ms"
 _TOLD_S = float(os.environ.get(_TOLD_EVERY_MS, "10000")) / 1e3 + 2.0
-# Many times what an answer takes.
+# Many times the duration of an answer.
 _PATIENCE_S = 120.0
 _CACHE_BYTES = 8 * 2**20
 
 
 @dataclass
 class Seen:
-    """What came of a load."""
+    """The results of a load."""
 
     outcomes: list[Outcome] = field(default_factory=list)
     num_left: Counter[str] = field(default_factory=Counter)
@@ -58,7 +58,7 @@ class Seen:
 
 
 def run(minutes: float, *, clients: int = 8, pause_s: float = 30.0, seed: int = 0) -> tuple[list[Bar], dict[str, Any]]:
-    """The bars, and more figures."""
+    """Return the bars, and more figures."""
     places = clients * MOST_ANSWERS
     args = {
         "engine": {"max_running": places, "max_waiting": 0},
@@ -81,7 +81,7 @@ class _Load:
         self._mix = Mix(service.port, seed)
         self._chance = random.Random(f"load:{seed}")
         self._think_s = _FIRST_THINK_S
-        # Whether clients may ask, and whether nobody is being answered.
+        # Whether clients may send requests, and whether none is in flight.
         self._is_open, self._is_quiet = asyncio.Event(), asyncio.Event()
         self._is_quiet.set()
         self._active = 0
@@ -96,7 +96,7 @@ class _Load:
         asking = [asyncio.ensure_future(self._client()) for _ in range(clients)]
         while time.monotonic() < self._end:
             await asyncio.wait(asking, timeout=min(pause_s, self._end - time.monotonic()))
-            # What a client has raised ends all.
+            # An exception in a client ends the run.
             for client in asking:
                 if client.done():
                     client.result()
@@ -151,7 +151,7 @@ class _Load:
         self._is_open.set()
 
     async def _watch(self, warm: float, interval_s: float) -> None:
-        """Memory once the service is warm, and thinking times that keep the machine as busy as it should be."""
+        """Sample memory once the service is warm, and adjust think times to keep the machine as busy as intended."""
         psutil.cpu_percent()
         while time.monotonic() < self._end:
             await asyncio.sleep(interval_s)
@@ -165,12 +165,12 @@ class _Load:
 
 
 def _parts(service: Service) -> set[int]:
-    """The processes of the stages: none may be replaced."""
+    """Return the pids of the stages' processes, none of which may be replaced."""
     return {process.pid for process in service.server.processes() if part_of(process)}
 
 
 def judge_load(seen: Seen, page: Page, num_replaced: int) -> list[Bar]:
-    """The bars of a load, from what its clients saw and the metrics afterwards."""
+    """Build the bars of a load from what its clients saw and from the metrics afterwards."""
     grown = memory.growth(seen.samples)
     worst = max(grown, key=lambda name: grown[name].over_allowed)
     statuses = [status for status in page.values(HTTP_REQUESTS, "status") if status >= "500"]
@@ -190,7 +190,7 @@ def judge_load(seen: Seen, page: Page, num_replaced: int) -> list[Bar]:
 
 
 def differing(outcomes: Sequence[Outcome]) -> dict[str, list[str]]:
-    """The answers to the same greedy question, where there are several."""
+    """Return the answers to each greedy question that got different ones."""
     texts: dict[str, set[str]] = defaultdict(set)
     for outcome in outcomes:
         if outcome.ask.same is not None and not outcome.error:
@@ -199,7 +199,7 @@ def differing(outcomes: Sequence[Outcome]) -> dict[str, list[str]]:
 
 
 def figures(seen: Seen, page: Page) -> dict[str, Any]:
-    """What the bars do not say."""
+    """Return the figures that are not in the bars."""
     good = [each for each in seen.outcomes if not each.error and each.ask.status == 200]
     errors = Counter(f"{each.ask.kind}: {each.error}" for each in seen.outcomes if each.error)
     busy = seen.busy or [0.0]

@@ -1,6 +1,6 @@
-"""Pictures for loads: scenes of several sizes in several formats, and new ones made of them in milliseconds.
+"""Pictures for loads: scenes of several sizes in several formats, from which new ones are derived in milliseconds.
 
-Drawing a scene of some megapixels takes a tenth of a second, which a load's clients cannot spare; a patch of another
+Drawing a scene of some megapixels takes a tenth of a second, which a load's clients cannot spare; a patch of a new
 colour makes it a picture that no cache has seen. Knows nothing about requests.
 """
 
@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 from llava_core.scenes.draw import draw_scene
 from llava_core.scenes.scene import sample_scene
 
-# The longest side in pixels, and how often of a hundred: up to some megapixels, as phones send them scaled down.
+# The longest side in pixels, and its share in percent: up to some megapixels, like scaled-down photos from phones.
 SIDES = {64: 10, 200: 20, 336: 25, 640: 20, 1024: 15, 1600: 7, 2400: 3}
 FORMATS = ("PNG", "JPEG", "WEBP")
 _VARIANTS = 3
@@ -24,20 +24,20 @@ _VARIANTS = 3
 
 @dataclass(frozen=True)
 class Picture:
-    """Encoded, with its format's name."""
+    """An encoded picture, with its format's name."""
 
     data: bytes
     format: str
 
     @property
     def part(self) -> dict[str, object]:
-        """As a part of a message."""
+        """The picture as a part of a message."""
         url = f"data:image/{self.format.lower()};base64,{base64.b64encode(self.data).decode()}"
         return {"type": "image_url", "image_url": {"url": url}}
 
 
 class PictureMaker:
-    """The same pictures for the same seed."""
+    """Makes pictures; the same ones for the same seed."""
 
     def __init__(self, seed: object) -> None:
         self._chance = random.Random(f"pictures:{seed}")
@@ -47,7 +47,7 @@ class PictureMaker:
         }
 
     def make(self) -> Picture:
-        """A new one, of a size and in a format by lot."""
+        """Make a new picture of random size and format."""
         chance = self._chance
         (side,) = chance.choices([*SIDES], [*SIDES.values()])
         image = chance.choice(self._scenes[side]).copy()
@@ -60,7 +60,7 @@ class PictureMaker:
 
 
 def _patch(image: Image.Image, chance: random.Random) -> None:
-    """An eighth of the sides, so that it is seen at whatever resolution a model reads."""
+    """Draw a patch of an eighth of each side, so that it is visible at any resolution a model uses."""
     width, height = max(image.width // 8, 8), max(image.height // 8, 8)
     left, top = chance.randrange(image.width - width + 1), chance.randrange(image.height - height + 1)
     colour = tuple(chance.randrange(256) for _ in range(3))

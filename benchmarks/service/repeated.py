@@ -1,7 +1,7 @@
-"""Time to the first token of a picture that was seen before, beside that of a new one, on `mid`, one client.
+"""Time to the first token for a picture seen before, compared with a new one, on `mid`, with one client.
 
-Each picture is asked about twice, one question after the other, so that what slows the machine for a while slows both.
-The second question is another one: what is spared is what can be known of the picture alone.
+Each picture is asked about twice in a row, so that a temporary slowdown of the machine affects both. The second
+question is a different one: only work that depends on the picture alone can be saved.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from benchmarks.service.start import checkpoint, serving
 
 _MOST = 0.25
 _WARM_UP = 1
-# Only the first counts.
+# Only the first one is measured.
 _NUM_TOKENS = 4
 
 
 def run(num_pictures: int, mid: Path | None) -> tuple[list[Bar], dict[str, Any]]:
-    """The bar, and the figures that it is made of."""
+    """Return the bars, and the figures behind them."""
     pictures = num_pictures + _WARM_UP
-    # In the second half the same pictures come again, with other questions.
+    # The second half repeats the same pictures with other questions.
     bodies = make_requests("repeated", 2 * pictures, pictures)
     pairs = zip(bodies[:pictures], bodies[pictures:], strict=True)
     turns = [{**body, "max_tokens": _NUM_TOKENS} for pair in pairs for body in pair]

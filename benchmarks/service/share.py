@@ -1,16 +1,15 @@
-"""The service beside the engine alone on `mid`, 8 clients: its share of the tokens per second, what it adds to TTFT.
+"""The service compared with the engine alone on `mid`, 8 clients: its share of the tokens per second, its added TTFT.
 
-Three contenders take turns, each asked the same by as many clients in a closed loop: the service over HTTP, with base64
-in JSON and server-sent events; the same engine in a process of its own (alone.py), where prompts are tokenized and
-pictures encoded beforehand; and an empty Ray Serve graph with as many hops, which gets the same bodies and computes
-nothing.
-There are two pictures, which all have seen before, so that neither side encodes and what is measured is generation.
-Questions are new, and answers of several lengths, so that clients do not march in step.
+Three contenders take turns, each given the same requests by as many clients in a closed loop: the service over HTTP,
+with base64 in JSON and server-sent events; the same engine in a separate process (alone.py), where prompts are
+tokenized and pictures encoded beforehand; and an empty Ray Serve graph with as many hops, which gets the same bodies
+and computes nothing. There are two pictures, which all have seen before, so that neither side encodes and only
+generation is measured. Questions are new, and answers vary in length, so that clients do not march in step.
 
-The share is the service's tokens per second over the engine's, in each round; the median counts. What the service adds
-to the time to the first token is the difference of the two's medians over all rounds, and for the 99th percentile that
-of the two's 99th percentiles: not that of single requests, as which request waits for which differs. Both are given
-over the empty graph's own median and 99th percentile.
+The share is the service's tokens per second over the engine's, in each round; the median counts. The time that the
+service adds to the first token is the difference between the two medians over all rounds, and for the 99th percentile
+the difference between the two 99th percentiles: not that of single requests, because requests wait for each other
+differently. Both are divided by the empty graph's own median and 99th percentile.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ Round = tuple[Sequence[Answer], float]
 
 
 def run(num_rounds: int, num_requests: int, mid: Path | None) -> tuple[list[Bar], dict[str, Any]]:
-    """The bars, and the figures that they are made of."""
+    """Return the bars, and the figures behind them."""
     bodies = vary(make_requests("share", (num_rounds + 1) * num_requests, _PICTURES))
     rounds: dict[str, list[Round]] = {SERVICE: [], ENGINE: [], EMPTY: []}
     with checkpoint("mid", mid) as folder:
@@ -59,18 +58,18 @@ def run(num_rounds: int, num_requests: int, mid: Path | None) -> tuple[list[Bar]
             if engine is not None:
                 engine.close()
             service.stop()
-    # The first one warms up.
+    # The first round warms up.
     return judge_rounds({name: each[1:] for name, each in rounds.items()})
 
 
 def vary(bodies: Sequence[dict[str, object]]) -> list[dict[str, object]]:
-    """Answers whose lengths differ, by the same steps whoever is asked."""
+    """Vary the lengths of the answers, identically for all contenders."""
     low, high = _LENGTHS
     return [{**body, "max_tokens": low + index * 29 % (high - low + 1)} for index, body in enumerate(bodies)]
 
 
 def judge_rounds(rounds: dict[str, list[Round]]) -> tuple[list[Bar], dict[str, Any]]:
-    """The bars of what the three were measured to do."""
+    """Build bars and figures from the rounds of the three contenders."""
     failed = sum(bool(answer.error) for answers, _ in rounds[SERVICE] for answer in answers)
     pairs = zip(rounds[SERVICE], rounds[ENGINE], strict=True)
     shares = [_tokens_per_s(ours) / _tokens_per_s(alone) for ours, alone in pairs]

@@ -1,6 +1,6 @@
-"""`llava serve` for one work: a command of its own on a free port, with these settings, gone when the block ends.
+"""Runs `llava serve` for one workload: as a separate command on a free port, stopped when the block ends.
 
-Knows the command and its page of metrics; not what will be asked.
+Knows the command and its metrics page, but not the requests.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from llava_core.checkpoints.files import DEFAULT_MODEL
 
 @dataclass(frozen=True)
 class Service:
-    """It runs, and answers on `port`."""
+    """A running service, reachable on `port`."""
 
     server: Server
     metrics_url: str
@@ -33,13 +33,13 @@ class Service:
         return self.server.port
 
     def metrics(self) -> Page:
-        """What its processes last told, which each does every 10 seconds."""
+        """Read the metrics that its processes last reported, which each does every 10 seconds."""
         return read_page(self.metrics_url, timeout_s=30)
 
 
 @contextlib.contextmanager
 def serving(model: Path = DEFAULT_MODEL, args: Mapping[str, Any] | None = None) -> Iterator[Service]:
-    """A service of this checkpoint, with these `args` of serve_config.yaml."""
+    """Run a service with this checkpoint and these `args` of serve_config.yaml."""
     with tempfile.TemporaryDirectory(prefix="service-") as folder:
         # JSON is YAML, too.
         config, metrics_port = Path(folder) / "serve_config.yaml", free_port()
@@ -53,7 +53,7 @@ def serving(model: Path = DEFAULT_MODEL, args: Mapping[str, Any] | None = None) 
 
 @contextlib.contextmanager
 def checkpoint(size: str, folder: Path | None) -> Iterator[Path]:
-    """Random weights of this size: those in `folder`, which is written where it is missing, or some for this once."""
+    """Yield random weights of this size: those in `folder`, created if missing, or temporary ones without a folder."""
     with contextlib.ExitStack() as stack:
         if folder is None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="service-"))) / size

@@ -1,1 +1,1 @@
-"""`llava batch`: answers to a file of questions or about a folder of pictures, by Ray Data, each exactly once."""
+"""`llava batch`: answers to a file of questions or about a folder of pictures, with Ray Data, each exactly once."""

@@ -1,6 +1,6 @@
-"""Can the cluster ever have what the stages ask for, and has it now? Counted from what its nodes have, or may grow to.
+"""Can the cluster ever provide what the stages ask for, and can it now? Counted from its nodes and autoscaler limit.
 
-Plain numbers; Ray is asked elsewhere.
+Works on plain numbers; other modules query Ray.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ Resources = Mapping[str, float]
 
 
 def check_capacity(stages: Stages, reading_cpus: float, nodes: Sequence[Resources], limit: Resources | None) -> None:
-    """`limit` is what an autoscaler may grow the cluster to, None where there is none.
+    """Check that all stages fit. `limit` is the size an autoscaler may grow the cluster to, None without one.
 
-    Raises CapacityError naming the stage that has no place, and what there is.
+    Raises CapacityError naming the stage that does not fit, and what the cluster has.
     """
     if limit is not None:
         _check_totals(stages, reading_cpus, limit)
         return
     free = [dict(node) for node in nodes]
-    # Those that are hardest to place come first.
+    # The stages that are hardest to place come first.
     for name, stage in sorted(stages.items(), key=lambda item: (-item[1].num_gpus, -item[1].num_cpus)):
         for replica in range(stage.replicas):
             if not _place({"GPU": stage.num_gpus, "CPU": stage.num_cpus}, free):
@@ -32,21 +32,22 @@ def check_capacity(stages: Stages, reading_cpus: float, nodes: Sequence[Resource
 
 
 def waiting(stages: Stages, has: Resources, free: Resources) -> str:
-    """Why there may be no rows for a while, `has` and `free` being the whole cluster's."""
+    """Say why no rows may arrive for a while; `has` and `free` are totals of the whole cluster."""
     asked = ", ".join(
         f"{name} {stage.replicas} x ({stage.num_cpus:g} CPUs, {stage.num_gpus:g} GPUs)"
         for name, stage in stages.items()
     )
     left = " and ".join(f"{free.get(name, 0):.3g} of {has.get(name, 0):g} {name}s" for name in ("CPU", "GPU"))
     return (
-        f"the stages are starting or waiting for room: {left} are free, those of stages that have started taken off; "
-        f"asked for are {asked}. What others hold, such as a service, must end, or ask for less with --stage"
+        f"the stages are starting or waiting for room: {left} are free, not counting what started stages hold; "
+        f"the stages ask for {asked}. Stop whatever else holds resources, such as a service, or ask for less with "
+        "--stage"
     )
 
 
 def _place(wanted: Resources, free: list[dict[str, float]]) -> bool:
     for node in free:
-        # Shares such as 0.1 do not add up exactly.
+        # Fractions such as 0.1 do not add up exactly.
         if all(node.get(name, 0.0) + 1e-6 >= amount for name, amount in wanted.items()):
             for name, amount in wanted.items():
                 node[name] = node.get(name, 0.0) - amount
@@ -57,8 +58,8 @@ def _place(wanted: Resources, free: list[dict[str, float]]) -> bool:
 def _lacking(name: StageName, stage: StageSettings, placed: int, nodes: Sequence[Resources]) -> CapacityError:
     return CapacityError(
         f"{name} asks for {stage.replicas} x ({stage.num_cpus:g} CPUs, {stage.num_gpus:g} GPUs), of which {placed} "
-        f"have a place beside the other stages; {_has(nodes)}. Ask for less with --stage {name}.replicas=, "
-        ".num_cpus= or .num_gpus=, or say --wait-for-nodes where nodes will join"
+        f"fit beside the other stages; {_has(nodes)}. Ask for less with --stage {name}.replicas=, "
+        ".num_cpus= or .num_gpus=, or give --wait-for-nodes if nodes will join"
     )
 
 

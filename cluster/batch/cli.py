@@ -1,6 +1,6 @@
-"""`llava batch`: options to a job, its progress on the standard error, its report at the end.
+"""`llava batch`: turns options into a job, shows its progress on standard error and prints its report at the end.
 
-Found by `llava` through the entry-point group `llava.commands`. Ray is imported only once the job needs it.
+`llava` finds it through the entry-point group `llava.commands`. Ray is imported only once the job needs it.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ _SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "seed")
 @click.command()
 @click.argument("input", type=click.Path(path_type=Path))
 @click.argument("output", type=click.Path(path_type=Path))
-@click.option("--prompt", help="The question of rows that have none; of a folder's pictures, of each.")
-@click.option("--image-folder", type=click.Path(path_type=Path), help="Pictures are named from here. [that of INPUT]")
+@click.option("--prompt", help="The question for rows without one, and for every picture of a folder.")
+@click.option("--image-folder", type=click.Path(path_type=Path), help="Base folder of pictures. [INPUT's folder]")
 @FRAME
 @WINDOW
 @click.option("--model", help="Checkpoint folder or hub id (default: the small model of this project).")
 @click.option("--base", help="The model that an adapter or projector was trained on.")
 @click.option("--template", help="Prompt template (default: the one the checkpoint declares).")
 @click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto", help="[auto]")
-@click.option("--quantization", type=click.Choice(["8bit", "4bit"]), help="Of the decoder's linear layers.")
-@click.option("--offline", is_flag=True, help="Fetch nothing; what is not here is listed.")
+@click.option("--quantization", type=click.Choice(["8bit", "4bit"]), help="Quantize the decoder's linear layers.")
+@click.option("--offline", is_flag=True, help="Download nothing; list what is missing.")
 @click.option("--temperature", type=click.FloatRange(0, 2), default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True)
 @click.option("--top-k", type=click.IntRange(0), default=0, help="0: all tokens.  [0]")
@@ -45,21 +45,21 @@ _SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "seed")
     "stages",
     multiple=True,
     metavar="STAGE.SETTING=VALUE",
-    help=f"Of {', '.join(STAGES)}: replicas, num_cpus and num_gpus of each, threads. Repeatable.",
+    help=f"Of {', '.join(STAGES)}: replicas; num_cpus, num_gpus and threads of each replica. Repeatable.",
 )
 @click.option(
-    "--max-running", type=click.IntRange(1), default=32, show_default=True, help="Answers at once of an engine."
+    "--max-running", type=click.IntRange(1), default=32, show_default=True, help="Concurrent answers of an engine."
 )
-@click.option("--wait-for-nodes", is_flag=True, help="Begin though the cluster has no room yet: nodes will join.")
-@click.option("--retry-errors", is_flag=True, help="Do rows that are errors in OUTPUT again.")
-@click.option("--format", "shown", type=click.Choice(["text", "json"]), default="text", help="Of the report.  [text]")
+@click.option("--wait-for-nodes", is_flag=True, help="Start before the cluster has room: nodes will join.")
+@click.option("--retry-errors", is_flag=True, help="Repeat the rows that are errors in OUTPUT.")
+@click.option("--format", "shown", type=click.Choice(["text", "json"]), default="text", help="Report format.  [text]")
 def batch(input: Path, output: Path, shown: str, **given: Any) -> None:
-    """Answer every row of INPUT, each once, into OUTPUT; given again, go on where it was stopped.
+    """Answer every row of INPUT exactly once and write it to OUTPUT; the same command resumes a stopped job.
 
     INPUT is a .jsonl or .parquet file of questions (`question` or `text`; `image` or `images`; `question_id` or `id`),
     or a folder of pictures. OUTPUT ends with .jsonl, for one file, or with .parquet, for a folder of parts. A row that
-    cannot be answered is written with its `error`, and is done again only with --retry-errors. Runs on the Ray that
-    RAY_ADDRESS names, else on one of its own.
+    cannot be answered is written with its `error`, and is repeated only with --retry-errors. Runs on the Ray cluster
+    that RAY_ADDRESS names, or else starts its own.
     """
     from cluster.batch.job import Job
     from cluster.batch.opening import open_source
@@ -79,9 +79,9 @@ def batch(input: Path, output: Path, shown: str, **given: Any) -> None:
         given["wait_for_nodes"],
         take_view(given),
     )
-    # `ray job stop` and others say it so.
+    # `ray job stop` and others stop a job this way.
     signal.signal(signal.SIGTERM, _interrupt)
-    # Ray tells of processes that have died on the standard output, which is the report's.
+    # Ray reports dead processes on standard output, which is reserved for the report.
     with contextlib.redirect_stdout(sys.stderr):
         job = Job(source, output, settings, on_ray, given["retry_errors"])
         report = job.run(lambda text: click.echo(text, err=True), sys.stderr)
@@ -97,7 +97,7 @@ def _find_model(given: dict[str, Any]) -> ModelSettings:
 
 
 def _located(model: str | None) -> str | None:
-    """A folder as workers find it; a hub id is the same everywhere."""
+    """Return a folder's path as workers find it; a hub id is the same everywhere."""
     from cluster.batch.ray_cluster import seen_by_workers
 
     return str(seen_by_workers(Path(model))) if model is not None and Path(model).is_dir() else model

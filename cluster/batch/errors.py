@@ -1,4 +1,4 @@
-"""What a bulk job refuses to begin with, and what ends one."""
+"""Errors that keep a bulk job from starting, or end it."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from llava_core.errors import LlavaError
 
 
 class JobError(LlavaError):
-    """The job cannot go on. What it has written stays; the same command goes on from there once the cause is gone."""
+    """The job cannot continue. What it has written stays; the same command resumes once the cause is fixed."""
 
 
 class InputError(JobError):
-    """The input is not one, or has changed."""
+    """The input is invalid, or has changed."""
 
 
 class OutputError(JobError):
-    """The output cannot be written: it is another run's, another job is writing it, or its disk is full."""
+    """The output cannot be written: it belongs to another run, another job is writing it, or its disk is full."""
 
 
 class CapacityError(JobError):
-    """The cluster can never have what the stages ask for."""
+    """The cluster can never provide what the stages ask for."""

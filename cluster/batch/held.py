@@ -1,6 +1,7 @@
-"""Failures that may be no row's fault: held back until another row shows that it was theirs.
+"""Failures that may not be the row's fault: held back until another row's success shows that they were.
 
-What rows share, an engine or a volume with pictures, fails one after the other when it goes away. Knows records alone.
+When something that rows share goes away, such as an engine or a volume of pictures, row after row fails. Knows only
+records.
 """
 
 from __future__ import annotations
@@ -11,20 +12,20 @@ from cluster.batch.errors import JobError
 from cluster.batch.records import Answer, Failure, Record
 
 _ENGINE_ERROR = "engine_error"
-# So many in a row are no row's fault.
+# More consecutive failures than this are not the rows' fault.
 _MAX_FAILED_IN_A_ROW = 200
 
 
 class HeldBack:
-    """Failed rows of one pass, in the order in which they came."""
+    """The failed rows of one pass, in order of arrival."""
 
     def __init__(self) -> None:
         self._engine: list[Record] = []
         self._pictures: list[Record] = []
 
     def take(self, block: Sequence[Record]) -> tuple[list[Record], list[Record]]:
-        """Rows that have failed in an engine, and all others, that are what they are from now on. Raises JobError where
-        too many in a row have failed, of which none was told then."""
+        """Return the rows whose outcome is now certain: those that failed in an engine, and all others. Raises JobError
+        where too many have failed in a row; none of those has been returned."""
         failed, done = list[Record](), list[Record]()
         if any(isinstance(record.value, Answer) for record in block):
             failed, self._engine = self._engine, []
@@ -34,25 +35,26 @@ class HeldBack:
         self._pictures += filter(_is_uncertain, block)
         if len(self._engine) > _MAX_FAILED_IN_A_ROW:
             raise JobError(
-                f"{len(self._engine)} rows in a row have failed alike, the last so: {self._engine[-1].value}"
+                f"{len(self._engine)} rows in a row have failed alike, most recently with: {self._engine[-1].value}"
             )
         if len(self._pictures) > _MAX_FAILED_IN_A_ROW:
             last = self._pictures[-1].value
             assert isinstance(last, Failure)
             raise JobError(
-                f"none of the first {len(self._pictures)} pictures can be read, the last so: {last.message}. Is their "
-                "--image-folder right, and does every machine see it? None is written off; where they are there again, "
-                "the same command goes on"
+                f"none of the first {len(self._pictures)} pictures can be read, most recently: {last.message}. Is "
+                "--image-folder right, and does every machine see it? None of them is written as an error; once they "
+                "can be read, the same command resumes"
             )
         return failed, done + [record for record in block if not (_has_failed(record) or _is_uncertain(record))]
 
     def rest(self) -> tuple[list[Record], list[Record]]:
-        """As `take`, when no other rows will come: too few to blame anything else."""
+        """Return what is still held, like `take`, when no more rows will come: too few failures to blame anything but
+        the rows."""
         return self._engine, self._pictures
 
 
 def _has_failed(record: Record) -> bool:
-    """In an engine, which may be its own or the engine's fault."""
+    """Whether the row failed in an engine, which may be its own or the engine's fault."""
     return isinstance(record.value, Failure) and record.value.kind == _ENGINE_ERROR
 
 

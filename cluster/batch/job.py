@@ -1,7 +1,7 @@
 """A bulk job from its first look at the input to its report.
 
-What can be wrong is found in the order of what it costs: settings, input, output, checkpoint, and only then is there a
-Ray. The driver reads no picture and keeps no row: of each row it knows one byte, whether it was written.
+Mistakes are found in the order of what checking costs: settings, input, output, checkpoint, and only then does Ray
+start. The driver reads no picture and keeps no row: it holds one byte per row, whether it was written.
 """
 
 from __future__ import annotations
@@ -27,30 +27,31 @@ from cluster.batch.report import Report
 from cluster.batch.settings import JobSettings
 from cluster.batch.sources import Plan, Source
 
-# What was tried once more, alone; and how many such rows are no row's fault, where they are more than were answered.
+# The error kind of a row that was lost again when retried alone; and the number of such rows above which the rows are
+# not blamed, if more were lost than answered.
 LOST, _MAX_LOST = "process_lost", 20
 
 Written = npt.NDArray[np.bool_]
 
 
 class Answering(Protocol):
-    """Who gives records with answers or failures for the rows that are not written, in any order, some at a time. It is
-    closed when the job ends: a pipeline that ends later than its Ray would start another one."""
+    """Yields records with answers or failures for the rows that are not yet written, in any order, a block at a time.
+    The job closes it at its end: a pipeline that outlives its Ray would start another one."""
 
     def __call__(
         self, source: Source, plan: Plan, written: Written, *, isolated: bool
     ) -> Generator[list[Record], None, None]:
-        """With `isolated` each row alone."""
+        """Answer the unwritten rows; with `isolated`, each row alone."""
         ...
 
     def waits_for(self) -> str:
-        """Asked by another thread where there has been no row for a while."""
+        """Say what the job waits for. Called from another thread after a while without a row."""
         ...
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run. `answering` begins and ends whoever answers: Ray, or what stands in for it in tests."""
+    """One run. `answering` starts and stops the backend that answers: Ray, or a stand-in in tests."""
 
     source: Source
     output: Path
@@ -59,7 +60,7 @@ class Job:
     retries_errors: bool = False
 
     def run(self, say: Callable[[str], None], progress: TextIO) -> Report:
-        """Raises JobError, with all that was written in its place."""
+        """Run the job to its end. Raises JobError; whatever was written until then stays."""
         plan = self.source.plan()
         if not plan.num_rows:
             raise InputError("the input has no rows")
@@ -74,7 +75,7 @@ class Job:
             if report.done:
                 say(f"{report.done} of {plan.num_rows} rows are there already")
             if num_errors := int(output.written.sum()) - report.done:
-                say(f"{num_errors} rows that are errors are done again")
+                say(f"{num_errors} rows that are errors are repeated")
             began = time.monotonic()
             try:
                 if report.done < plan.num_rows:
@@ -85,7 +86,7 @@ class Job:
                 output.seal()
             finally:
                 report.seconds = time.monotonic() - began
-                # That of the run which wrote the last rows says more than one of none.
+                # The report of the run that wrote the last rows says more than one of a run without rows.
                 if report.done > report.rows_before or (report.done and not output.report_path.exists()):
                     _write_report(output.report_path, report, say)
         return report
@@ -98,22 +99,22 @@ class Job:
         num_left = int((~output.written).sum())
         if not num_left:
             return
-        say(f"{num_left} rows have failed with others: each is tried again, alone")
+        say(f"{num_left} rows failed in a batch: each is retried alone")
         answered = report.answered
         with closing(answer(self.source, plan, output.written, isolated=True)) as blocks:
             self._write(blocks, output, report, tried_again=False)
         lost = np.flatnonzero(~output.written)
         if len(lost) > max(_MAX_LOST, report.answered - answered):
             raise JobError(
-                f"{len(lost)} rows (from {lost[0]} to {lost[-1]}) were lost with their processes though each was "
-                "alone, and fewer were answered: that is seldom the rows' fault, and none is written off. See Ray's "
-                "logs for the cause; once it is gone, the same command goes on from there"
+                f"{len(lost)} rows (from {lost[0]} to {lost[-1]}) were lost with their processes though each ran "
+                "alone, and fewer were answered: that is seldom the rows' fault, so none is written as an error. See "
+                "Ray's logs for the cause; once it is fixed, the same command resumes from there"
             )
         _put(_lost(plan, self.source, output), output, report)
 
     def _write(self, blocks: Iterator[list[Record]], output: Output, report: Report, *, tried_again: bool) -> None:
-        """What may be no row's fault is held back: where it is not, the job ends without it. What has failed in an
-        engine and is to be `tried_again` is not written at all."""
+        """Write the blocks. Failures that may not be the row's fault are held back; if they are not, the job ends
+        without writing them. Rows that failed in an engine are not written at all if they are to be `tried_again`."""
         held = HeldBack()
         for block in blocks:
             _check_input(block)
@@ -137,7 +138,7 @@ def _check_input(block: list[Record]) -> None:
 
 
 def _write_report(path: Path, report: Report, say: Callable[[str], None]) -> None:
-    """Where it cannot be written, that must not hide why the job ended."""
+    """Write the report. A failure to do so is only mentioned, lest it hide why the job ended."""
     try:
         path.write_text(json.dumps(report.as_json(), indent=1) + "\n", encoding="utf-8")
     except OSError as error:
@@ -163,17 +164,17 @@ def _manifest(plan: Plan, source: Source, settings: JobSettings) -> Manifest:
 
 
 def _lost(plan: Plan, source: Source, output: Output) -> Iterator[Record]:
-    """Rows that are missing though they were tried alone."""
+    """Yield failures for the rows that are missing though they were tried alone."""
     for span in plan.spans:
         if not output.written[span.start : span.stop].all():
             for record in source.read(span):
                 if not output.written[record.row]:
-                    message = "each process that had this row alone has ended, or failed; see Ray's logs"
+                    message = "every process that ran this row alone died or failed; see Ray's logs"
                     yield record.became(Failure(LOST, message))
 
 
 def as_row(record: Record) -> dict[str, Any]:
-    """As it stands in the output."""
+    """Return the record as a row of the output."""
     value = record.value
     answer = value if isinstance(value, Answer) else None
     return {

@@ -1,6 +1,6 @@
-"""A file of JSON lines that grows a block of rows at a time, and of which one process at once is the writer.
+"""A file of JSON lines that grows a block of rows at a time, and has one writing process at a time.
 
-What was written is on the disk, and whole: a line that was cut off is none. Knows of a row its number alone.
+Written rows are on disk and whole: a truncated line does not count. Of a row, it knows only the number.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ Row = Mapping[str, Any]
 
 
 class Journal:
-    """A file of JSON lines that one process may append to. What stands behind its last whole line is cut off."""
+    """A file of JSON lines that one process may append to. Anything after its last whole line is cut off."""
 
     def __init__(self, path: Path) -> None:
-        """Raises OutputError where it cannot be written, or another job does so."""
+        """Raises OutputError where the file cannot be written, or another job is writing it."""
         self._path = path
         try:
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -31,11 +31,11 @@ class Journal:
             raise OutputError(f"{path} cannot be written: {error.strerror}") from error
         if not _lock(self._file, path):
             os.close(self._file)
-            raise OutputError(f"{path} is being written by another job; wait for its end or name another output")
+            raise OutputError(f"{path} is being written by another job; wait until it ends or name another output")
         self.num_bytes = os.fstat(self._file).st_size
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """All that were written. Raises OutputError for a line that no job has written."""
+        """Yield all rows that were written. Raises OutputError for a line that no job has written."""
         at = 0
         with self._path.open("rb") as file:
             for number, line in enumerate(file, start=1):
@@ -47,13 +47,13 @@ class Journal:
                 except ValueError:
                     row = None
                 if not isinstance(row, dict) or not isinstance(row.get("row"), int):
-                    raise OutputError(f"{self._path}:{number} is damaged or no job's; name another output")
+                    raise OutputError(f"{self._path}:{number} is damaged or not a job's row; name another output")
                 yield row
         if at != self.num_bytes:
             self._cut(at)
 
     def append(self, rows: Iterable[Row]) -> None:
-        """All of them or none, onto the disk. Raises OutputError; what was there before stays."""
+        """Write all of the rows or none, and flush them to disk. Raises OutputError; earlier rows stay."""
         data = b"".join(json.dumps(row, default=str).encode() + b"\n" for row in rows)
         done = 0
         try:
@@ -70,12 +70,12 @@ class Journal:
         self.num_bytes += len(data)
 
     def drop(self, is_unwanted: Callable[[Row], bool]) -> list[int]:
-        """Leave out such rows, and give their numbers. A file without them takes the place of this one; what ends the
-        process leaves one or the other. Raises OutputError, and leaves this one."""
+        """Remove the unwanted rows and return their numbers. A file without them replaces this one; if the process dies
+        meanwhile, one file or the other is left. Raises OutputError, and keeps this file."""
         dropped = [row["row"] for row in self.rows() if is_unwanted(row)]
         if not dropped:
             return []
-        # The name may be a link.
+        # The path may be a symbolic link.
         path = self._path.resolve()
         unwanted, temporary = set(dropped), path.with_name(f"{path.name}.tmp")
         try:
@@ -100,15 +100,15 @@ class Journal:
         return dropped
 
     def clear(self) -> None:
-        """After its rows went elsewhere."""
+        """Empty the file after its rows were moved elsewhere."""
         self._cut(0)
 
     def is_empty(self) -> bool:
-        """Of anything, also of rows whose writing was interrupted."""
+        """Whether the file holds nothing, not even rows whose writing was interrupted."""
         return os.fstat(self._file).st_size == 0
 
     def close(self) -> None:
-        """Another job may write from now on."""
+        """Release the file; another job may write from now on."""
         os.close(self._file)
 
     def _cut(self, at: int) -> None:
@@ -117,7 +117,8 @@ class Journal:
 
 
 def _lock(file: int, path: Path) -> bool:
-    """Whether the file is this process's, and still has the name: its writer may have put another in its place."""
+    """Lock the file. Returns whether the lock is this process's and the path still leads to this file: its writer may
+    have replaced it."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return os.path.samestat(os.fstat(file), path.stat())

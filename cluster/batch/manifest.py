@@ -1,4 +1,4 @@
-"""Which run the rows of an output belong to: its input, model, prompt and sampling. Others may not be added to them."""
+"""Which run the rows of an output belong to: its input, model, prompt and sampling. No other run may add rows."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from cluster.batch.errors import OutputError
 from llava_core.checkpoints.layout import Checkpoint
 from llava_core.disk import flush
 
-# Of a larger file only its beginning and its end are looked at: weights that were trained on differ everywhere.
+# Of a larger file only the beginning and the end are hashed: weights that were trained further differ everywhere.
 _WHOLE_BYTES = 1024 * 1024
 _SUFFIXES = frozenset(".json .jinja .txt .model .safetensors .bin".split())
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """Of the input its content, of the model too; where they lie may change."""
+    """Identifies input and model by their content; their paths may change."""
 
     num_rows: int
     input: str
@@ -30,7 +30,7 @@ class Manifest:
 
 
 def check_same(path: Path, manifest: Manifest, *, is_new: bool) -> None:
-    """Write the manifest of a new output. Raises OutputError where there is another run's, naming what differs."""
+    """Write the manifest of a new output. Raises OutputError where another run's is there, naming the differences."""
     mine = json.loads(json.dumps(asdict(manifest)))
     if is_new:
         _write(path, mine)
@@ -39,7 +39,7 @@ def check_same(path: Path, manifest: Manifest, *, is_new: bool) -> None:
         there = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise OutputError(
-            f"{path} does not say which run the rows belong to that are there ({error}); name another output"
+            f"{path} does not say which run the existing rows belong to ({error}); name another output"
         ) from error
     different = sorted(_differences(there, mine))
     if different:
@@ -70,8 +70,8 @@ def _write(path: Path, content: dict[str, Any]) -> None:
 
 
 def model_digest(checkpoint: Checkpoint) -> str:
-    """Of the names and contents of all files that it is read from, base and tower among them; of large files without
-    the middle."""
+    """Hash the names and contents of all files that the model is read from, including base and tower; large files
+    without their middle."""
     digest = hashlib.sha256()
     weights = [file.parent for each in checkpoint.weights for file in each.files.values()]
     found = [checkpoint.folder, checkpoint.text_folder, checkpoint.image_folder, checkpoint.adapter, *weights]

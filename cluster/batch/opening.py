@@ -1,4 +1,4 @@
-"""Which input a path is: by the kind of what is there and the file's ending."""
+"""Which kind of input a path is, judged by whether it is a folder or a file, and by the suffix."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from cluster.batch.sources import PICTURE_SUFFIXES, JsonLines, PictureFolder, So
 
 
 def open_source(path: Path, output: Path, *, image_folder: Path | None, prompt: str | None) -> Source:
-    """Raises InputError for what is not there, not known, or the output itself."""
+    """Open the input. Raises InputError for a path that does not exist, is of unknown type, or is the output itself."""
     if path.resolve() == output.resolve():
         raise InputError(f"{path} cannot be the output of its own answers; name another")
     if image_folder is not None and not image_folder.is_dir():
@@ -24,23 +24,23 @@ def open_source(path: Path, output: Path, *, image_folder: Path | None, prompt: 
         return Parquet((path,), folder, prompt)
     if path.suffix in (".jsonl", ".json", ".ndjson"):
         return JsonLines(path, folder, prompt)
-    raise InputError(f"{path} is neither a folder nor ends with .jsonl or .parquet; rename it to say what it is")
+    raise InputError(f"{path} is neither a folder nor a file that ends with .jsonl or .parquet; rename it accordingly")
 
 
 def _open_folder(path: Path, image_folder: Path | None, prompt: str | None) -> Source:
-    # A folder of that ending is an output.
+    # A folder that ends with .parquet is an output.
     files = [file for file in path.iterdir() if file.is_file()]
     tables = tuple(sorted(file for file in files if file.suffix == ".parquet"))
     pictures = sorted(file for file in files if file.suffix.lower() in PICTURE_SUFFIXES)
     if tables and pictures:
         raise InputError(
-            f"{path} holds both Parquet files and pictures, such as {tables[0].name} and {pictures[0].name}: name the "
-            "file, which may name the pictures, or put them into folders of their own"
+            f"{path} holds both Parquet files and pictures, such as {tables[0].name} and {pictures[0].name}: give the "
+            "Parquet file, which may name the pictures, or put each kind into its own folder"
         )
     if tables:
         return Parquet(tables, image_folder or path, prompt)
     if prompt is None:
-        raise InputError(f"{path} is a folder of pictures, which say no question: give --prompt")
+        raise InputError(f"{path} is a folder of pictures without questions: give --prompt")
     if image_folder is not None:
         raise InputError(f"--image-folder is for a file that names pictures; {path} is a folder of pictures itself")
     return PictureFolder(path, prompt)

@@ -1,8 +1,8 @@
-"""The output of a bulk job: every row once, whatever stopped the job before, whoever else would like to write it.
+"""The output of a bulk job: every row once, whatever stopped the job before, whoever else tries to write it.
 
-Answers are appended to a journal of JSON lines by the job's driver alone, which holds its lock; nowhere else is it
-decided that a row is done. For Parquet, journals are sealed: written as a part under a temporary name, renamed, and
-only then emptied. Knows no Ray and nothing of how answers come about.
+Only the job's driver, which holds the lock, appends answers to the journal of JSON lines; nothing else decides that a
+row is done. For Parquet, journals are sealed: written as a part under a temporary name, renamed, and only then emptied.
+Knows no Ray and nothing of how answers are made.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from cluster.batch.journal import Journal, Row
 from cluster.batch.manifest import Manifest, check_same
 from llava_core.disk import flush
 
-# Rows of a part.
+# Rows per part.
 PART_ROWS = 10_000
 _PART = re.compile(r"part-(\d+)\.parquet")
 _SCHEMA = pa.schema(
     [
         ("row", pa.int64()),
-        # Ids of any kind in one column: what is no text is JSON.
+        # Ids of any type in one column: an id that is not text is stored as JSON.
         ("question_id", pa.string()),
         ("images", pa.list_(pa.string())),
         ("prompt", pa.string()),
@@ -46,10 +46,10 @@ _SCHEMA = pa.schema(
 
 
 class Output:
-    """The rows of one run. `written` says of each row of the input whether it is done."""
+    """The rows of one run. `written` has one entry per row of the input: whether it is done."""
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
-        """Raises OutputError where it cannot be written, or holds anything but rows of the same run."""
+        """Raises OutputError where the output cannot be written."""
         if path.suffix not in (".jsonl", ".parquet"):
             raise OutputError(f"{path} must end with .jsonl, for one file, or with .parquet, for a folder of parts")
         self.path = path
@@ -69,23 +69,26 @@ class Output:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Of a job that was refused or stopped before its first row nothing is left."""
+        """Leave nothing behind of a job that was refused or stopped before its first row."""
         if self._is_new():
             self._remove()
         self._journal.close()
 
     @property
     def report_path(self) -> Path:
-        """Where the job's report belongs."""
+        """The path of the job's report."""
         return self._beside("report.json")
 
     def resume(self) -> Iterator[dict[str, Any]]:
-        """The rows that are there already, each once; all must be taken before another is written."""
+        """Yield the rows that are already there, each once; consume all of them before writing another.
+
+        Raises OutputError where the output holds anything but rows of the same run.
+        """
         check_same(self._beside("manifest.json"), self._manifest, is_new=self._is_new())
         for part in self._sealed():
             for batch in pq.ParquetFile(part).iter_batches():
                 yield from filter(self._mark, batch.to_pylist(maps_as_pydicts="strict"))
-        # A journal that was sealed and not emptied any more holds rows of the last part.
+        # A journal that was sealed but not yet emptied holds rows of the last part.
         kept, was_sealed = 0, False
         for row in self._journal.rows():
             if self._mark(row):
@@ -100,7 +103,7 @@ class Output:
         self._num_open = kept
 
     def write(self, rows: Iterable[Row]) -> list[Row]:
-        """Those of the rows that are not there yet, which are these from now on."""
+        """Write the rows that are not there yet, and return those."""
         new = [row for row in rows if self._mark(row)]
         self._journal.append(new)
         self._num_open += len(new)
@@ -109,19 +112,19 @@ class Output:
         return new
 
     def seal(self) -> None:
-        """The end of a part."""
+        """Turn the journal's rows into a part; does nothing for JSON lines or an empty journal."""
         if not self._parts or not self._num_open:
             return
         table = pa.Table.from_pylist([_columns(row) for row in self._journal.rows()], _SCHEMA)
-        # Of the parts that were there some may be gone: a number is that of no other.
+        # Some parts may have been removed: counting the rest could reuse a number.
         numbers = [int(found[1]) for part in self._sealed() if (found := _PART.fullmatch(part.name))]
         self._put_part(self._parts / f"part-{max(numbers, default=-1) + 1:05}.parquet", table)
         self._journal.clear()
         self._num_open = 0
 
     def drop_errors(self) -> None:
-        """Rows that are errors are not there any more, and may be written again. To be called after `resume`. Each file
-        is replaced as a whole by one without them."""
+        """Remove the rows that are errors, so that they can be written again. To be called after `resume`. Each file is
+        replaced as a whole by one without them."""
         for part in self._sealed():
             table = pq.read_table(part)
             is_error = table["error"].is_valid()
@@ -150,7 +153,7 @@ class Output:
             ) from error
 
     def _mark(self, row: Row) -> bool:
-        """Whether the row was not there before."""
+        """Mark the row as written, and return whether it is new."""
         number = row["row"]
         if not 0 <= number < len(self.written):
             raise OutputError(f"{self.path} holds row {number}, which the input does not have; name another output")
@@ -162,7 +165,7 @@ class Output:
         return sorted(self._parts.glob("part-*.parquet")) if self._parts else []
 
     def _remove(self) -> None:
-        """What was made for rows that have not come. A folder with anything else in it stays."""
+        """Remove the files and folders created for rows that never came. A folder with anything else in it stays."""
         with suppress(OSError):
             (self._beside("journal.jsonl") if self._parts else self.path).unlink()
             self._beside("manifest.json").unlink(missing_ok=True)
@@ -173,12 +176,12 @@ class Output:
         return self._journal.is_empty() and not self._sealed()
 
     def _beside(self, name: str) -> Path:
-        # Readers of Parquet leave out what begins so.
+        # Parquet readers skip names that begin with an underscore.
         return self._parts / f"_{name}" if self._parts else self.path.with_name(f"{self.path.name}.{name}")
 
 
 def _columns(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of the journal as Parquet has it."""
+    """Convert a row of the journal to Parquet's columns."""
     known = row["question_id"]
     return {
         **row,
@@ -190,5 +193,5 @@ def _columns(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _utf8(text: str) -> str:
-    """Halves of characters, which JSON and file names may have, written out."""
+    """Escape lone surrogates, which JSON and file names may contain."""
     return text.encode(errors="backslashreplace").decode()

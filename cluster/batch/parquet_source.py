@@ -1,7 +1,7 @@
 """Parquet as the input of a bulk job: one file, or the files of a folder in the order of their names.
 
-Columns are called as the fields of JSON lines; pictures may be paths, bytes, or structs with `bytes`, as datasets of
-pictures have them. See sources.py.
+Columns are named like the fields of JSON lines; pictures may be paths, bytes, or structs with `bytes`, as image
+datasets have them. See sources.py.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from cluster.batch.records import Failure, Record
 from cluster.batch.sources import INVALID_ROW, Plan, Span, open_again, row_record
 
 _TEXTS, _OTHERS = ("question", "text"), ("images", "image", "question_id", "id")
-# Rows that are Python's at a time: they may hold pictures.
+# Rows held as Python objects at a time: they may contain pictures.
 _READ_ROWS = 64
-# From the end, where Parquet says what is where.
+# Bytes read from a file's end, where Parquet keeps its metadata.
 _FOOTER_BYTES = 1024 * 1024
 
 
@@ -35,7 +35,7 @@ class Parquet:
     kind = "Parquet"
 
     def plan(self) -> Plan:
-        """Reads what the files say of themselves."""
+        """Reads only the files' metadata."""
         digest, spans, row = hashlib.sha256(), list[Span](), 0
         for file in self.files:
             opened = _opened(file)
@@ -51,7 +51,7 @@ class Parquet:
         return Plan(row, digest.hexdigest(), tuple(span for span in spans if span.start < span.stop))
 
     def read(self, span: Span) -> Iterator[Record]:
-        """See Source. What follows a page that is damaged is a failure, row by row."""
+        """See Source. Each row from a damaged page to the end of the span is a failure."""
         row, opened = span.start, _opened(span.file)
         columns = [name for name in (*_TEXTS, *_OTHERS) if name in opened.schema_arrow.names]
         try:
@@ -64,13 +64,13 @@ class Parquet:
                 yield Record(lost, Failure(INVALID_ROW, f"{span.file}, row group {span.at} is damaged: {error}"))
             return
         if row != span.stop:
-            raise InputError(f"{span.file} has changed since the job began: row group {span.at} is another one")
+            raise InputError(f"{span.file} has changed since the job began: row group {span.at} is different")
 
     def _check_columns(self, file: Path, names: list[str]) -> None:
         if self.prompt is None and not any(name in names for name in _TEXTS):
             raise InputError(
                 f"{file} has neither a column `question` nor `text`, but {', '.join(names)}; "
-                "name one so, or give --prompt"
+                "rename one, or give --prompt"
             )
 
 

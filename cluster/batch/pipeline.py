@@ -1,7 +1,7 @@
-"""The stages as a Ray Data pipeline over the rows that are still to be done.
+"""The stages as a Ray Data pipeline over the rows that are not yet done.
 
-Read tasks make small blocks of rows; pools of actors take them from stage to stage, as many at once as keep an engine
-full. Ray does again what was lost with a process. Knows nothing about outputs.
+Read tasks make small blocks of rows; pools of actors pass them from stage to stage, with as many in flight as keep an
+engine full. Ray retries blocks that are lost with a process. Knows nothing about outputs.
 """
 
 from __future__ import annotations
@@ -25,33 +25,33 @@ from cluster.batch.settings import JobSettings, StageName, StageSettings
 from cluster.batch.sources import Plan, Source, Span
 from cluster.batch.stages import Encode, Generate, Prepare
 
-# Of each block Ray Data keeps what it knows until its dataset ends. So a long input is done by several, one after
-# another, and the driver needs no more memory the longer it is. Each starts the stages anew, so it has so many rows for
-# each engine.
+# Ray Data keeps metadata of every block until its dataset ends. So a long input is split into consecutive datasets, and
+# the driver's memory does not grow with the input. Each dataset restarts the stages, so it gets this many rows per
+# engine.
 _DATASET_ROWS = 128 * 1024
-# Rows that go from stage to stage together; of long inputs more.
+# Rows per block, fewest and most: the longer the input, the more, for about this many blocks.
 _BLOCK_ROWS, _BLOCKS = (16, 64), 2048
 READ_CPUS = 0.1
-# How often Ray does again what was lost with a process, and how many blocks of rows that are in company may be lost for
-# good: more are no accident. Of rows that are alone any number may: it is the job that then judges.
+# How often Ray retries a block that was lost with a process, and how many blocks of several rows may be lost for good:
+# more are no accident. Of isolated rows any number may be lost: then the job decides.
 _RETRIES, _MAX_LOST_BLOCKS, _ANY_NUMBER = 2, 100, -1
 _PREPARE_THREADS = 2
 
 
 @dataclass(frozen=True)
 class Rows(Datasource):
-    """The rows of these spans that are not in `written`; whoever reads a span gets its part of that."""
+    """The rows of these spans that are not in `written`; each read task carries its own span's part of it."""
 
     source: Source
     spans: Sequence[Span]
     written: npt.NDArray[np.bool_]
 
     def estimate_inmemory_data_size(self) -> int | None:
-        """Ray sizes its reading by it; nobody knows."""
+        """Return None: Ray would size its read tasks by it, but the size is unknown."""
         return None
 
     def get_read_tasks(self, parallelism: int, *_: Any, **__: Any) -> list[ReadTask]:
-        """One for each span, however many Ray would like."""
+        """Return one task per span, whatever parallelism Ray asks for."""
         return [self._task(span) for span in self.spans]
 
     def _task(self, span: Span) -> ReadTask:
@@ -67,7 +67,7 @@ class Rows(Datasource):
                         yield to_block(block)
                         block = []
             except (InputError, OSError) as error:
-                # Raised, it would be one of the blocks that may be lost.
+                # If raised, it would only count as one of the blocks that may be lost.
                 message = str(error) if isinstance(error, InputError) else f"{span.file} cannot be read: {error}"
                 block.append(Record(span.start, Failure(INPUT_ERROR, message)))
             yield to_block(block)
@@ -79,10 +79,11 @@ class Rows(Datasource):
 def answer_rows(
     job: JobSettings, source: Source, plan: Plan, written: npt.NDArray[np.bool_], *, isolated: bool = False
 ) -> Generator[list[Record], None, None]:
-    """As Answering. What was lost with its process is left out; `isolated` rows are alone in each process, so that
-    whatever ends it was that row. An input that cannot be read any more comes as a failure of the kind INPUT_ERROR.
+    """See Answering. Rows that were lost with their process are left out; `isolated` rows are alone in each process, so
+    that a process which dies was killed by its row. An input that can no longer be read arrives as a failure of kind
+    INPUT_ERROR.
 
-    Raises what Ray raises when it cannot go on.
+    Raises whatever Ray raises when it cannot continue.
     """
     for spans in datasets(plan, written, max_rows=_DATASET_ROWS * job.stages["generate"].replicas):
         dataset = _dataset(job, Rows(source, spans, written), plan.num_rows, isolated=isolated)
@@ -91,7 +92,8 @@ def answer_rows(
 
 
 def datasets(plan: Plan, written: npt.NDArray[np.bool_], *, max_rows: int) -> Iterator[list[Span]]:
-    """The spans that are not done when it is their turn, those of at most so many rows together, or one with more."""
+    """Yield groups of the spans that are not done by their turn, each of at most `max_rows` rows or of one span with
+    more."""
     spans, num_rows = list[Span](), 0
     for span in plan.spans:
         if written[span.start : span.stop].all():
@@ -106,16 +108,16 @@ def datasets(plan: Plan, written: npt.NDArray[np.bool_], *, max_rows: int) -> It
 
 
 def _dataset(job: JobSettings, rows: Rows, num_all: int, *, isolated: bool) -> Dataset:
-    """The rows on their way through the stages; the whole input has `num_all`."""
+    """Send the rows through the stages; the whole input has `num_all`."""
     context = DataContext.get_current()
     _quiet(context)
     context.max_errored_blocks = _ANY_NUMBER if isolated else _MAX_LOST_BLOCKS
     num_rows = 1 if isolated else block_rows(num_all)
     num_blocks = 1 if isolated else blocks_at_once(job.max_running, num_rows)
-    # As many blocks as there are tasks: what is read is not cut up before it is cut into blocks of the right size.
+    # As many blocks as read tasks: rows are not split before they are repartitioned into blocks of the right size.
     dataset: Dataset = ray.data.read_datasource(rows, num_cpus=READ_CPUS, override_num_blocks=len(rows.spans))
     dataset = dataset.repartition(target_num_rows_per_block=num_rows)
-    # With how many calls at once, and what each is told beside the job.
+    # Each with its number of concurrent calls and its constructor arguments besides the job.
     stages: tuple[tuple[StageName, Callable[..., Any], int, tuple[int, ...]], ...] = (
         ("preprocess", Prepare, job.stages["preprocess"].threads or _PREPARE_THREADS, ()),
         ("encode", Encode, 1, ()),
@@ -138,18 +140,19 @@ def _dataset(job: JobSettings, rows: Rows, num_all: int, *, isolated: bool) -> D
 
 
 def block_rows(num_rows: int) -> int:
-    """Of an input with so many."""
+    """Return the rows per block for an input with `num_rows` rows."""
     least, most = _BLOCK_ROWS
     return min(most, max(least, num_rows // _BLOCKS))
 
 
 def blocks_at_once(max_running: int, num_rows: int) -> int:
-    """So many that an engine has answers waiting whenever one ends, though a block's answers are handed on together."""
+    """Return how many blocks an engine needs so that another answer waits whenever one ends, although a block's answers
+    are returned together."""
     return 2 + math.ceil(max_running / num_rows)
 
 
 def _actor_options() -> dict[str, Any]:
-    """Beside what Ray Data has names for."""
+    """Return actor options that Ray Data has no parameters for."""
     return {"max_task_retries": _RETRIES}
 
 
@@ -157,18 +160,18 @@ def _pool(settings: StageSettings, num_calls: int, *, isolated: bool) -> ActorPo
     return ActorPoolStrategy(
         size=settings.replicas,
         max_concurrent_calls_per_actor=num_calls,
-        # Beside those that are worked on, one that is on its way.
+        # In addition to the running calls, one that is on its way.
         max_tasks_in_flight_per_actor=num_calls if isolated else num_calls + 1,
         enable_true_multi_threading=True,
     )
 
 
 def _quiet(context: DataContext) -> None:
-    """Progress and errors are the job's to tell. What Ray Data records of blocks that are lost stands in its file,
+    """Silence Ray Data: the job itself reports progress and errors. Ray Data's records of lost blocks are in
     `logs/ray-data/ray-data.log` of Ray's session."""
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    # Ray has no other name for how often a task is tried again.
+    # Ray offers no other way to set how often a task is retried.
     warnings.filterwarnings("ignore", message="`ray_remote_args_fn` is deprecated")
     logging.getLogger("ray").setLevel(logging.CRITICAL)
     for handler in logging.getLogger("ray.data").handlers:

@@ -1,4 +1,4 @@
-"""How far a job is, for people: a line that is written over on a terminal, and a line now and then elsewhere."""
+"""A job's progress, for people: one line rewritten in place on a terminal, and a line now and then elsewhere."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from typing import Self, TextIO
 from cluster.batch.report import Report
 
 _TERMINAL_S, _ELSEWHERE_S = 0.5, 30.0
-# After so long without a row it is asked what the job waits for.
+# After this long without a row, the line says what the job waits for.
 _PATIENCE_S = 60.0
-# Rates are of the last so many looks.
+# Samples that a rate is computed over.
 _WINDOW = 40
 
 
 class Progress:
-    """Looks at a report from a thread of its own, so that a job which gets nowhere says so too."""
+    """Samples a report from its own thread, so that a stalled job still reports."""
 
     def __init__(
         self, report: Report, to: TextIO, waits_for: Callable[[], str], *, now: Callable[[], float] = time.monotonic
     ) -> None:
-        """`waits_for` is asked in words while there are no rows."""
+        """`waits_for` says in words what the job waits for; it is called while no rows arrive."""
         self._report, self._to, self._waits_for, self._now = report, to, waits_for, now
         self._is_terminal = to.isatty()
         self._looks = [(now(), report.done)]
@@ -42,7 +42,7 @@ class Progress:
             self._to.flush()
 
     def line(self) -> str:
-        """Rows, their rate and how long the others will take at it."""
+        """Return the rows done, their rate and the time left at that rate."""
         if self._report.done != self._looks[-1][1]:
             self._last_row = self._now()
         self._looks = [*self._looks[-_WINDOW:], (self._now(), self._report.done)]
@@ -63,7 +63,7 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """Such as 2:03:04."""
+    """Format seconds, such as 2:03:04."""
     minutes, left = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{left:02}"

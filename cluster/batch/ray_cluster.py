@@ -1,6 +1,7 @@
-"""The Ray that a job runs on: the one that RAY_ADDRESS names, also within `ray job submit`, or one of the job's own.
+"""The Ray cluster that a job runs on: the one that RAY_ADDRESS names, also under `ray job submit`, or the job's own.
 
-Its own ends with the job, however that ends. Says what its nodes have, and which paths its machines see.
+The job's own cluster ends with the job, however the job ends. This module also reports the resources of the nodes and
+maps paths to those that the workers see.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from typing import Any
 from cluster.batch.capacity import Resources
 from cluster.batch.errors import JobError, OutputError
 
-# Of a Ray of one's own, set unless the user has set it: on the loopback interface alone (despite the name), for who has
-# its token, at the priority of other programs, and without telling anybody.
+# For the job's own Ray, unless the user has set them: listen on loopback only (despite the name), require a token, keep
+# the normal process priority, and report no usage statistics.
 ENVIRONMENT = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_AUTH_MODE": "token",
@@ -24,12 +25,12 @@ ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
 }
 _OBJECT_STORE_BYTES = 1024**3
-# Where Ray unpacks the working directory of a job, and what it deletes when it has ended.
+# Ray unpacks a job's working directory here, and deletes it after the job.
 _JOB_FOLDER = "/runtime_resources/working_dir_files/"
 
 
 def set_environment() -> None:
-    """To be called before anything imports Ray, which looks once."""
+    """Set ENVIRONMENT for a Ray of our own. Call it before anything imports Ray, which reads the environment once."""
     if not os.environ.get("RAY_ADDRESS"):
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
@@ -37,8 +38,8 @@ def set_environment() -> None:
 
 @contextmanager
 def ray_cluster() -> Iterator[None]:
-    """Connected within. SIGTERM does what it did before, and not what Ray makes of it. Raises JobError where nobody
-    answers at RAY_ADDRESS."""
+    """Stay connected to Ray inside the block, with the caller's SIGTERM handler in place of Ray's. Raises JobError
+    where nobody answers at RAY_ADDRESS."""
     address = os.environ.get("RAY_ADDRESS")
     import ray
 
@@ -60,12 +61,12 @@ def _connect(address: str | None, **own: Any) -> None:
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise JobError(f"no Ray answers at RAY_ADDRESS={address}: {error}" if address else str(error)) from error
     except SystemExit as error:
-        # Of its handler of SIGTERM.
+        # Raised by Ray's SIGTERM handler.
         raise KeyboardInterrupt from error
 
 
 def node_resources() -> Sequence[Resources]:
-    """What each living node has in all."""
+    """Return the total resources of each live node."""
     import ray
 
     nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
@@ -73,7 +74,7 @@ def node_resources() -> Sequence[Resources]:
 
 
 def total_and_free() -> tuple[Resources, Resources]:
-    """Of the whole cluster, at this moment."""
+    """Return the total and the free resources of the whole cluster at this moment."""
     import ray
 
     total: Resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
@@ -82,7 +83,7 @@ def total_and_free() -> tuple[Resources, Resources]:
 
 
 def autoscaler_limit() -> Resources | None:
-    """What the cluster may grow to. None where it does not grow, or does not say so."""
+    """Return the resources the cluster may grow to; None where it does not autoscale or gives no limit."""
     from ray._private.state import state
 
     limit: Resources | None = state.get_max_resources_from_cluster_config()
@@ -90,15 +91,15 @@ def autoscaler_limit() -> Resources | None:
 
 
 def check_output_stays(path: Path) -> None:
-    """Raise OutputError for one in the copy of the working directory that Ray makes for a job, and deletes after it."""
+    """Raise OutputError for a path in Ray's copy of the job's working directory, which Ray deletes after the job."""
     if _JOB_FOLDER in str(path.absolute()):
         raise OutputError(
-            f"OUTPUT {path} is in the copy that Ray has made of the job's working directory, and would be deleted with "
-            "it: give an absolute path, to a place that stays"
+            f"OUTPUT {path} is in Ray's copy of the job's working directory, and would be deleted with it: "
+            "give an absolute path to a place that stays"
         )
 
 
 def seen_by_workers(path: Path) -> Path:
-    """The path as other processes find the file: those of a job have a working directory like this one's, all others
-    may have been started anywhere."""
+    """Return the path under which workers find the file: a submitted job's workers have a working directory like this
+    one's, all others may have been started anywhere."""
     return path if _JOB_FOLDER in str(path.absolute()) else path.absolute()

@@ -1,4 +1,4 @@
-"""A job's rows answered on Ray: connected, with room for the stages, and its errors as ours."""
+"""Answers a job's rows on Ray: connects, checks that the stages fit, and turns Ray's errors into ours."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _ERROR_LINE = re.compile(r"^(?:[\w.]+\.)?(\w*(?:Error|Exception|Exit): .+)$", re
 
 @dataclass(frozen=True)
 class OnRay:
-    """Answering, while Ray is connected."""
+    """The Answering of job.py, valid while Ray is connected."""
 
     settings: JobSettings
 
@@ -36,13 +36,14 @@ class OnRay:
         return answer_rows(self.settings, source, plan, written, isolated=isolated)
 
     def waits_for(self) -> str:
-        """What is free, and what the stages ask for."""
+        """Say what is free and what the stages ask for."""
         return waiting(self.settings.stages, *total_and_free())
 
 
 @contextmanager
 def on_ray(settings: JobSettings) -> Iterator[Answering]:
-    """Raises CapacityError before anything waits for what will never come, JobError when Ray cannot go on."""
+    """Connect to Ray and yield its Answering. Raises CapacityError at once if the stages can never fit, and JobError
+    when Ray cannot continue."""
     set_environment()
     from ray.exceptions import RayError
 
@@ -55,11 +56,11 @@ def on_ray(settings: JobSettings) -> Iterator[Answering]:
             yield OnRay(settings)
         except RayError as error:
             raise JobError(
-                f"{cause(str(error))}. What was written stays; the same command goes on from there"
+                f"{cause(str(error))}. What was written stays; the same command resumes from there"
             ) from error
 
 
 def cause(text: str) -> str:
-    """The last exception that a traceback names, of those that say something."""
+    """Return the last exception with a message that a traceback names."""
     lines = _ERROR_LINE.findall(text)
     return str(lines[-1]).strip().rstrip(".") if lines else text.strip()

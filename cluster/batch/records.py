@@ -1,7 +1,7 @@
-"""What travels between the stages of a bulk job: a row of the input, and what has become of it so far.
+"""What travels between the stages of a bulk job: a row of the input and its state so far.
 
-A row that went wrong travels on as its failure, to be written like the others. In Ray's blocks a record is one pickled
-value, because tiles, features and answers have no columns in common.
+A failed row travels on as its failure and is written like the others. In Ray's blocks a record is one pickled value,
+because tiles, features and answers have no columns in common.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _SCHEMA = pa.schema([("row", pa.int64()), ("record", pa.large_binary())])
 
 @dataclass(frozen=True)
 class Answer:
-    """What was written about a row."""
+    """The generated answer to a row."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -33,24 +33,24 @@ class Answer:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why there is no answer: a stable kind, and the cause in words. Not `is_certain`: it may be the fault of something
-    that rows share."""
+    """Why there is no answer: a stable kind, and the cause in words. Without `is_certain`, something that rows share
+    may be at fault instead of this row."""
 
     kind: str
     message: str
     is_certain: bool = True
 
 
-# Of a failure that is the input's and no row's: it travels in place of the rows that could not be read, and ends the
-# job.
+# The kind of a failure of the input itself rather than of a row: it travels in place of the rows that could not be
+# read, and ends the job.
 INPUT_ERROR = "input_error"
-# What llava_core calls a picture's file that cannot be read.
+# llava_core's code for a picture file that cannot be read.
 UNREADABLE = "unreadable_file"
 
 
 @dataclass(frozen=True)
 class EngineReading:
-    """What one generator's engine has counted since its start, and how many answers were in its last step."""
+    """What one generator's engine has counted since its start."""
 
     replica: str
     num_steps: int
@@ -61,7 +61,7 @@ class EngineReading:
 
 @dataclass(frozen=True)
 class Record:
-    """Row number `row` of the input, from 0, and its value. `id`, `images` and `prompt` say which row it was."""
+    """Row number `row` of the input, from 0, and its value. `id`, `images` and `prompt` identify the row."""
 
     row: int
     value: Question | PreparedRequest | EngineRequest | Answer | Failure = field(repr=False)
@@ -77,18 +77,18 @@ class Record:
 
 
 def failure(error: LlavaError) -> Failure:
-    """A caller's mistake has a code of its own."""
+    """Turn an error into a failure; a RequestError keeps its own code as the kind."""
     return Failure(error.code if isinstance(error, RequestError) else "engine_error", str(error))
 
 
 def to_block(records: Iterable[Record]) -> Block:
-    """As Ray Data has them."""
+    """Pack records into a block of Ray Data."""
     rows = list(records)
     pickled = [pickle.dumps(record, pickle.HIGHEST_PROTOCOL) for record in rows]
     return pa.table({"row": [record.row for record in rows], "record": pickled}, schema=_SCHEMA)
 
 
 def from_block(block: Block) -> Iterator[Record]:
-    """One after the other, so that a block of features is there once."""
+    """Yield records one at a time, so that a block of features is in memory only once."""
     for value in block.column("record"):
         yield pickle.loads(value.as_buffer())

@@ -1,4 +1,4 @@
-"""What a job has come to: rows, errors by kind, tokens, time by stage, and how full the engines were."""
+"""The results of a job: rows, errors by kind, tokens, time by stage, and how full the engines were."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ Row = Mapping[str, Any]
 
 @dataclass
 class Report:
-    """Counts rows, those of earlier runs of the same job too; seconds and engines are of this run.
+    """Counts rows, including those of earlier runs of the same job; seconds and engines cover this run only.
 
-    `stage_ms` is what the rows spent in each stage, summed: rows that are in a stage together each count its time.
+    `stage_ms` sums the time rows spent in each stage: rows that share a stage's time each count it in full.
     """
 
     num_rows: int
@@ -37,7 +37,7 @@ class Report:
         return self.answered + self.errors.total()
 
     def count(self, row: Row) -> None:
-        """A row that was written."""
+        """Count a row that was written."""
         for stage, ms in (row["timings"] or {}).items():
             self.stage_ms[stage] += ms
         if row["error"] is not None:
@@ -49,17 +49,17 @@ class Report:
         self.image_tokens += row["usage"]["image_tokens"]
 
     def begin(self) -> None:
-        """What was counted so far was there before."""
+        """Mark everything counted so far as the work of earlier runs."""
         self.rows_before, self.tokens_before = self.done, self.completion_tokens
 
     def read_engine(self, reading: EngineReading | None) -> None:
-        """The latest of each."""
+        """Keep the latest reading of each engine."""
         known = reading and self._engines.get(reading.replica)
         if reading is not None and (known is None or known.num_steps < reading.num_steps):
             self._engines[reading.replica] = reading
 
     def as_json(self) -> dict[str, Any]:
-        """For a file."""
+        """Return the report for a file."""
         tokens = self.completion_tokens - self.tokens_before
         return {
             "rows": self.num_rows,
@@ -82,7 +82,7 @@ class Report:
         }
 
     def lines(self) -> list[str]:
-        """For people."""
+        """Return the report for people."""
         run, errors = self.as_json()["this_run"], self.errors.most_common()
         said = [f"{self.done} of {self.num_rows} rows done: {self.answered} answered, {self.errors.total()} errors"]
         said += [f"  {number} x {kind}" for kind, number in errors]

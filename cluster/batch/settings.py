@@ -1,4 +1,4 @@
-"""What can be set about a bulk job: the model, how answers are drawn, and how many processes each stage has, with what.
+"""Settings of a bulk job: the model, how answers are sampled, and the number and resources of each stage's processes.
 
 Checked before anything starts. Knows neither Ray nor torch.
 """
@@ -21,9 +21,8 @@ STAGES: tuple[StageName, ...] = get_args(StageName)
 
 @dataclass(frozen=True)
 class StageSettings:
-    """The processes of one stage: how many, and of each its share of Ray's CPUs and GPUs and the threads it computes
-    with. Threads None: every core where a network is large, one where it is small; two pictures at a time for
-    `preprocess`."""
+    """The processes of one stage: how many, and for each its share of Ray's CPUs and GPUs and its compute threads.
+    Threads None: every core for a large network, one for a small one; two pictures at a time for `preprocess`."""
 
     replicas: int = 1
     num_cpus: float = 0.25
@@ -36,7 +35,7 @@ class StageSettings:
         if not all(0 <= share < math.inf for share in (self.num_cpus, self.num_gpus)):
             raise JobError(f"num_cpus and num_gpus must not be negative: {self}")
         if self.num_gpus > 1 and not self.num_gpus.is_integer():
-            # Ray's rule.
+            # Ray requires it.
             raise JobError(f"num_gpus must be at most 1 or a whole number, not {self.num_gpus}")
 
 
@@ -44,7 +43,7 @@ Stages = Mapping[StageName, StageSettings]
 
 
 def read_stages(given: Iterable[str]) -> Stages:
-    """Of words like `generate.replicas=2`. Raises JobError naming the stages and settings there are."""
+    """Parse words like `generate.replicas=2`. Raises JobError listing the known stages or settings."""
     stages: dict[StageName, StageSettings] = {name: StageSettings() for name in STAGES}
     for word in given:
         left, _, value = word.partition("=")
@@ -80,7 +79,7 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class JobSettings:
-    """All of a job but its input and output. `prompt` is the question of rows that have none; `view` is of DICOM."""
+    """All of a job but its input and output. `prompt` is the question for rows without one; `view` is for DICOM."""
 
     model: ModelSettings
     sampling: SamplingParams = field(default_factory=SamplingParams)

@@ -1,7 +1,7 @@
 """The input of a bulk job: a JSON-lines file, Parquet or a folder of pictures, planned once and read span by span.
 
-Planning counts rows and says what identifies the input; spans are read by whichever process, on whichever machine sees
-the same files. Rows are numbered from 0 as they stand. Knows no models and no Ray.
+Planning counts rows and computes a digest of the input; any process can read a span, on any machine that sees the same
+files. Rows are numbered from 0 in the order of the input. Knows no models and no Ray.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from llava_core.questions import Question, parse_row, question_id, read_question
 
 SPAN_ROWS = 4096
 PICTURE_SUFFIXES = frozenset(".png .jpg .jpeg .webp .gif .bmp .tif .tiff .dcm".split())
-# What a row is called that is none.
+# The kind of failure of a row that is not a valid question.
 INVALID_ROW = "invalid_row"
 
 
 @dataclass(frozen=True)
 class Span:
-    """Rows `start` to `stop`, and where they are: bytes of a file, lines before them, names."""
+    """Rows `start` to `stop`, and where they are: a byte range of a file and the lines before it, a row group (`at`),
+    or names."""
 
     start: int
     stop: int
@@ -39,7 +40,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Plan:
-    """What there is to read. `digest` is of the content, as far as it can be told without reading pictures."""
+    """What there is to read. `digest` covers the content, as far as it can be known without reading pictures."""
 
     num_rows: int
     digest: str
@@ -48,31 +49,31 @@ class Plan:
 
 
 class Source(Protocol):
-    """One input. It travels to whoever reads a span."""
+    """One input. It is pickled to each process that reads a span."""
 
     @property
     def kind(self) -> str:
-        """What it is, for people."""
+        """The kind of input, for people."""
         ...
 
     def plan(self) -> Plan:
-        """Look through it. Raises InputError when there is nothing to read."""
+        """Scan the input. Raises InputError when it cannot be read."""
         ...
 
     def read(self, span: Span) -> Iterator[Record]:
-        """The rows of a span, with questions, or failures where a row is none. Raises InputError where the file is no
-        longer what was planned."""
+        """Yield the rows of a span as questions, or as failures where a row is invalid. Raises InputError where the
+        file has changed since it was planned."""
         ...
 
 
 def question_record(row: int, question: Question) -> Record:
-    """As it begins its way through the stages."""
+    """Build the record with which a question enters the stages."""
     names = tuple("" if isinstance(image, bytes) else str(image) for image in question.images)
     return Record(row, question, question.id, names, question.text)
 
 
 def row_record(row: int, values: Mapping[str, Any], where: str, image_folder: Path, prompt: str | None) -> Record:
-    """Of what a row holds, which may be no question."""
+    """Build a record from a row's values: a question, or a failure if they are invalid."""
     try:
         return question_record(row, read_question(values, where, image_folder, default_text=prompt))
     except RequestError as error:
@@ -81,7 +82,7 @@ def row_record(row: int, values: Mapping[str, Any], where: str, image_folder: Pa
 
 @dataclass(frozen=True)
 class JsonLines:
-    """A JSON object a line. Pictures are named from `image_folder`; lines of white space are no rows."""
+    """One JSON object per line. Picture paths are relative to `image_folder`; blank lines are not rows."""
 
     file: Path
     image_folder: Path
@@ -89,7 +90,7 @@ class JsonLines:
     kind = "JSON lines"
 
     def plan(self) -> Plan:
-        """Reads the file once, and keeps nothing of it."""
+        """Reads the file once, keeping none of it in memory."""
         digest, spans, num_rows = hashlib.sha256(), list[Span](), 0
         at = start_at = first_line = start = 0
         try:
@@ -121,7 +122,7 @@ class JsonLines:
             yield self._record(row, line, f"{span.file}:{number}")
             row += 1
         if row != span.stop:
-            raise InputError(f"{span.file} has changed since the job began: rows from {row} on are not where they were")
+            raise InputError(f"{span.file} has changed since the job began: rows from {row} on have moved")
 
     def _record(self, row: int, line: bytes, where: str) -> Record:
         try:
@@ -134,7 +135,7 @@ class JsonLines:
 
 
 def open_again(file: Path) -> BinaryIO:
-    """For reading bytes, on a machine that may not have it."""
+    """Open a planned file for reading bytes. Raises InputError, naming this machine, where it cannot be read."""
     try:
         return file.open("rb")
     except OSError as error:
@@ -146,7 +147,7 @@ def open_again(file: Path) -> BinaryIO:
 
 @dataclass(frozen=True)
 class PictureFolder:
-    """A row for each picture in a folder and below it, in the order of their names, which are the rows' ids."""
+    """A row for each picture in a folder and its subfolders, ordered by relative path, which is the row's id."""
 
     folder: Path
     prompt: str
@@ -170,7 +171,7 @@ class PictureFolder:
         digest = hashlib.sha256()
         for span in spans:
             digest.update(span.names + b"\0")
-        notes = (f"{num_others} files that are no pictures by their names are left out",) if num_others else ()
+        notes = (f"{num_others} files without a picture's suffix are skipped",) if num_others else ()
         return Plan(len(names), digest.hexdigest(), tuple(spans), notes)
 
     def read(self, span: Span) -> Iterator[Record]:

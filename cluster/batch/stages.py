@@ -1,7 +1,7 @@
 """The three stages as processes of a Ray Data pipeline: blocks of records in, the same records one stage further out.
 
-Each loads its own part of the checkpoint and does what the service's stage of the same name does. Rows that have failed
-pass through. Knows Ray only as the one who says which GPUs there are.
+Each loads its own part of the checkpoint and does what the service's stage of the same name does. Failed rows pass
+through. Depends on Ray only for the assignment of GPUs.
 """
 
 from __future__ import annotations
@@ -43,25 +43,25 @@ if TYPE_CHECKING:
     from llava_core.stages.shared_cores import Cores
 
 logger = logging.getLogger(__name__)
-# Several questions about one picture mostly follow one another.
+# Questions about the same picture are mostly adjacent.
 _FEATURE_CACHE_BYTES = 64 * 1024 * 1024
 # Nobody reads an answer before its end.
 _DELTA_GAP_S = 0.2
 
 
 class Prepare:
-    """Pictures read, decoded and tiled, prompts tokenized; several threads may call."""
+    """Reads, decodes and tiles pictures and tokenizes prompts; several threads may call it."""
 
     def __init__(self, job: JobSettings) -> None:
         from llava_core.checkpoints.describe import load_preparer
 
         self._preparer = load_preparer(job.model.checkpoint.open(), template=job.model.template)
         self._sampling, self._view = job.sampling, job.view
-        # The last file that was read. Where it cannot be any more, what holds the pictures has gone away.
+        # The last file that was read. Once it can no longer be read, the storage of the pictures has gone away.
         self._was_read: Path | None = None
 
     def __call__(self, block: Block) -> Block:
-        """Questions become prepared requests."""
+        """Turn questions into prepared requests."""
         return to_block(map(self._prepare, from_block(block)))
 
     def _prepare(self, record: Record) -> Record:
@@ -79,7 +79,7 @@ class Prepare:
         return record.became(prepared, preprocess=_ms_since(began))
 
     def _unreadable(self, message: str) -> Failure:
-        """The row's fault for certain where another picture can be read, and not at all where one can no longer be."""
+        """Blame the row where another picture can still be read, and the input where an earlier one no longer can."""
         known = self._was_read
         if known is None:
             return Failure(UNREADABLE, message, is_certain=False)
@@ -89,14 +89,14 @@ class Prepare:
         except OSError as error:
             return Failure(
                 INPUT_ERROR,
-                f"{message}; nor can {known} any more, which was read before: {error.strerror} on "
-                f"{os.uname().nodename}. Once the pictures are there again, the same command goes on",
+                f"{message}; nor can {known}, which was read before: {error.strerror} on "
+                f"{os.uname().nodename}. Once the pictures are back, the same command resumes",
             )
         return Failure(UNREADABLE, message)
 
 
 class Encode:
-    """The tower; one thread calls."""
+    """Runs the tower; one thread calls it."""
 
     def __init__(self, job: JobSettings) -> None:
         stage, compute = job.stages["encode"], compute_of("encode", job)
@@ -106,7 +106,7 @@ class Encode:
         self._cache: LruCache[ImageFeatures] = LruCache(_FEATURE_CACHE_BYTES)
 
     def __call__(self, block: Block) -> Block:
-        """Prepared requests become requests of the engine."""
+        """Turn prepared requests into engine requests."""
         try:
             return to_block(map(self._encode, from_block(block)))
         finally:
@@ -129,10 +129,10 @@ class Encode:
 
 
 class Generate:
-    """The engine on a thread of its own; as many threads call as there are blocks in it at once."""
+    """Runs the engine on its own thread; one calling thread for each block in flight."""
 
     def __init__(self, job: JobSettings, max_rows: int) -> None:
-        """Calls bring at most `max_rows` at once."""
+        """Concurrent calls bring at most `max_rows` rows in all."""
         stage, compute = job.stages["generate"], compute_of("generate", job)
         config = EngineConfig(max_running=job.max_running, max_waiting=max_rows)
         self._engine, _, cores = in_thread_of_its_own(
@@ -144,7 +144,7 @@ class Generate:
         self._running = asyncio.run_coroutine_threadsafe(_start(self._engine, cores), self._loop).result()
 
     def __call__(self, block: Block) -> Block:
-        """Requests of the engine become answers. Other blocks' answers are written meanwhile."""
+        """Turn engine requests into answers, while answers of other blocks are generated concurrently."""
         records = list(from_block(block))
         done = asyncio.run_coroutine_threadsafe(self._answer_all(records), self._loop).result()
         return to_block([*done[:-1], *(_with(record, self._reading()) for record in done[-1:])])
@@ -169,7 +169,7 @@ class Generate:
         return record.became(Answer(text, tuple(tokens), delta.finish_reason, delta.usage), **delta.stage_ms)
 
     def _exit_without_engine(self) -> None:
-        """A process whose engine has ended would fail every row from now on: Ray starts another in its place."""
+        """Exit if the engine has died, since every further row would fail: Ray starts another process in its place."""
         try:
             self._running.check_health()
         except EngineError:
@@ -190,7 +190,7 @@ async def _start(engine: Engine, cores: Cores) -> AsyncEngine:
 
 
 def compute_of(name: StageName, job: JobSettings) -> Compute:
-    """Where and how a stage computes; only decoders are stored in fewer bits."""
+    """Return where and how a stage computes; only the decoder is quantized."""
     stage, model = job.stages[name], job.model
     quantization = model.quantization if name == "generate" else None
     return Compute("auto", model.dtype, stage.threads, quantization)

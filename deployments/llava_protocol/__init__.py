@@ -1,1 +1,1 @@
-"""The protocol of LLaVA's own controller and workers, for clients and workers that were written for these."""
+"""The protocol of LLaVA's own controller and workers, for clients and workers that were written for them."""

@@ -1,8 +1,8 @@
-"""The protocol's stream: JSON objects with a zero byte behind each, every text holding all of those before it.
+"""The protocol's stream: JSON objects, each followed by a zero byte, each with the whole text so far.
 
     {"text": "<the prompt as it came, and all of the answer so far>", "error_code": 0}
 
-The bytes are the reference's: its spaces, its order, its escapes. What went wrong stands beside that, in fields that
+The bytes match the reference's, down to spaces, order and escapes. Details of an error are in additional fields, which
 its clients ignore. Knows no HTTP.
 """
 
@@ -20,12 +20,12 @@ from llava_core.errors import UnknownNameError
 SERVER_ERROR = "**NETWORK ERROR DUE TO HIGH TRAFFIC. PLEASE REGENERATE OR REFRESH THIS PAGE.**"
 LENGTH_EXCEEDED = "Exceeds max token length. Please start a new conversation, thanks."
 END = b"\0"
-# A prompt of the longest text there may be, every character of it escaped, and an answer.
+# Enough for the longest allowed prompt with every character escaped, and an answer.
 MAX_FRAME_BYTES = 4 * 1024 * 1024
 
 
 class ErrorCode(IntEnum):
-    """The reference's."""
+    """The reference's codes."""
 
     OK = 0
     WORKER_FAILED = 1
@@ -35,7 +35,7 @@ class ErrorCode(IntEnum):
 
 @dataclass(frozen=True)
 class Frame:
-    """One object of the stream. `error` is what is behind an error of ours; a worker's own has none."""
+    """One object of the stream. `error` is the cause of an error of ours; a worker's own error has none."""
 
     text: str
     error_code: int = ErrorCode.OK
@@ -43,7 +43,7 @@ class Frame:
 
 
 def error_frame(error: Exception) -> Frame:
-    """What a client is told of it."""
+    """Build the frame that reports an error to a client."""
     return Frame(SERVER_ERROR, _code(error), error)
 
 
@@ -56,26 +56,26 @@ def _code(error: Exception) -> ErrorCode:
 
 
 def encode(frame: Frame, request_id: str, *, explains: bool = False) -> bytes:
-    """The bytes of a frame. `explains` puts an error's cause into the text as well, where people see it."""
+    """Encode a frame. `explains` also puts an error's cause into the text, where people see it."""
     body: dict[str, object] = {"text": frame.text, "error_code": int(frame.error_code)}
     if frame.error is not None:
         error = describe(frame.error)
         message = error.message or ""
         if explains:
             body["text"] = f"{frame.text}\n\n{message}"
-        # Also notes the error for metrics and the log.
+        # error_body also records the error for metrics and the log.
         body |= {name: value for name, value in error_body(error, request_id).items() if name not in body}
     return json.dumps(body).encode() + END
 
 
 class FrameReader:
-    """Frames out of the bytes of a worker, in whatever pieces they come. Raises WorkerFailedError for what is none."""
+    """Parses frames from a worker's bytes, however they are split. Raises WorkerFailedError for an invalid frame."""
 
     def __init__(self) -> None:
         self._held = bytearray()
 
     def feed(self, piece: bytes) -> Iterator[Frame]:
-        """Those that are whole by now."""
+        """Yield the frames that are complete so far."""
         self._held += piece
         while (end := self._held.find(END)) >= 0:
             content = bytes(self._held[:end])
@@ -85,7 +85,7 @@ class FrameReader:
             raise WorkerFailedError("garbage", f"a frame has more than {MAX_FRAME_BYTES} bytes")
 
     def finish(self) -> None:
-        """Nothing follows."""
+        """Mark the end of the stream. Raises WorkerFailedError inside a frame."""
         if self._held:
             raise WorkerFailedError("cut_off", "the stream ends inside a frame")
 
@@ -94,8 +94,8 @@ def _parse(content: bytes) -> Frame:
     try:
         value = json.loads(content)
     except (ValueError, RecursionError):
-        raise WorkerFailedError("garbage", "a frame is no JSON") from None
+        raise WorkerFailedError("garbage", "a frame is not JSON") from None
     text, code = (value.get("text"), value.get("error_code")) if isinstance(value, dict) else (None, None)
     if not isinstance(text, str) or not isinstance(code, int) or isinstance(code, bool):
-        raise WorkerFailedError("garbage", "a frame has no text, or no number for an error_code")
+        raise WorkerFailedError("garbage", "a frame lacks a text or a numeric error_code")
     return Frame(text, code)

@@ -1,6 +1,6 @@
-"""`POST /worker_generate_stream`: a body becomes a RenderedRequest, or what is sent on to a worker of others.
+"""`POST /worker_generate_stream`: a body becomes a RenderedRequest, or the body forwarded to an external worker.
 
-As lenient as the reference: numbers may be strings, what is not known is ignored and sent on. Knows nothing about HTTP.
+As lenient as the reference: numbers may be strings; unknown fields are ignored and forwarded. Knows nothing about HTTP.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from llava_core.images.loading import decode_base64
 from llava_core.request_limits import RequestLimits, check_rendered
 from llava_core.types import ImagePart, RenderedRequest, SamplingParams
 
-# The reference's.
+# As in the reference.
 _DEFAULT_TOKENS, _MOST_TOKENS = 256, 1024
 _SAMPLES_ABOVE = 0.001
-# Workers of the reference fail where there is no stop; of this one they find nothing in an answer.
+# The reference's workers fail without a stop string; this one does not occur in their answers.
 _NO_STOP = "</s>"
 
 
@@ -40,14 +40,14 @@ class GenerationBody(Body):
 
 @dataclass(frozen=True)
 class Echo:
-    """What every frame begins with, and what is left out where the answer so far ends in it. Outlives the request,
-    which holds the pictures."""
+    """The prompt that every frame begins with, and the endings that are trimmed from the answer so far. Outlives the
+    request, which holds the pictures."""
 
     prompt: str = field(repr=False)
     trims: tuple[str, ...] = ()
 
     def text(self, answer: str) -> str:
-        """What a frame holds."""
+        """Return the text of a frame."""
         for trim in self.trims:
             answer = answer.removesuffix(trim)
         return self.prompt + answer
@@ -55,8 +55,8 @@ class Echo:
 
 @dataclass(frozen=True)
 class LegacyRequest:
-    """What is asked, in two forms: `generation` for a model of ours, None where it asks for no tokens; `forwarded` for
-    a worker of others."""
+    """The request in two forms: `generation` for one of our models, None where it asks for no tokens; `forwarded` for
+    an external worker."""
 
     model: str | None
     echo: Echo
@@ -65,10 +65,11 @@ class LegacyRequest:
 
 
 def read_generation(body: bytes, request_id: str, limits: RequestLimits) -> LegacyRequest:
-    """Raises RequestError naming field and cause. `request_id` must be unique, so it cannot be the client's own."""
+    """Parse and check a body. Raises RequestError naming field and cause. `request_id` must be unique, so it cannot be
+    the client's own."""
     parsed = parse_body(body, GenerationBody, max_text=limits.max_text)
     images = [_without_head(image) for image in parsed.images or ()]
-    # Before anything is decoded.
+    # Checked before anything is decoded.
     check_rendered(parsed.prompt, len(images), limits)
     parts = tuple(
         ImagePart(decode_base64(image, limits.image, f"images[{index}]")) for index, image in enumerate(images)
@@ -77,7 +78,7 @@ def read_generation(body: bytes, request_id: str, limits: RequestLimits) -> Lega
     max_tokens = _DEFAULT_TOKENS if parsed.max_new_tokens is None else min(parsed.max_new_tokens, _MOST_TOKENS)
     generation = None
     if max_tokens >= 1:
-        # `test_message` sends a space: it would end every answer behind its first word.
+        # `test_message` sends a space, which would end every answer after its first word.
         ends = [stop for stop in given if not stop.isspace()]
         generation = RenderedRequest(request_id, parsed.prompt, parts, _sampling(parsed, max_tokens, ends))
     forwarded = parsed.model_dump(exclude_unset=True) | {"images": images, "stop": given[0] if given else _NO_STOP}
@@ -88,13 +89,13 @@ def read_generation(body: bytes, request_id: str, limits: RequestLimits) -> Lega
 def _sampling(parsed: GenerationBody, max_tokens: int, stops: list[str]) -> SamplingParams:
     temperature = 1.0 if parsed.temperature is None else parsed.temperature
     top_p = 1.0 if parsed.top_p is None else parsed.top_p
-    # Of no share of the probability the likeliest token is left.
+    # A nucleus of no probability mass leaves only the likeliest token.
     if temperature <= _SAMPLES_ABOVE or top_p == 0:
         temperature, top_p = 0.0, 1.0
     return SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, stop=read_stops(stops))
 
 
 def _without_head(image: str) -> str:
-    """Of a data URL its data, which is all that workers of the reference understand. Base64 may come in lines."""
+    """Reduce a data URL to its data, which is all that the reference's workers understand. Base64 may be wrapped."""
     data = image.partition(",")[2] if image[:5].lower() == "data:" else image
     return "".join(data.split())

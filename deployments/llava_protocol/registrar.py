@@ -1,7 +1,7 @@
-"""Workers of others on behalf of one gateway: who may register, what they have, and requests sent on to them.
+"""One gateway's external workers: who may register, which models they have, and requests forwarded to them.
 
-A worker that fails is visible in the log and in metrics, and gets nothing more until it registers again. The table
-being away costs its workers alone. Knows no HTTP of clients.
+A worker that fails shows in the log and in metrics, and gets no more requests until it registers again. While the table
+is unreachable, only the registered workers are missing. Knows nothing of the clients' HTTP.
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ from llava_core.errors import UnknownNameError
 
 logger = logging.getLogger(__name__)
 _AWAY = (StageLostError, StageUnavailableError)
-# A page asks at every visit.
+# A page asks for a refresh at every visit.
 _REFRESH_S = 1.0
-# What metrics call all models of workers, whose names are the workers' own.
+# One metrics label for all models of workers, because workers choose the names.
 _MODEL_LABEL = "registered"
 
 
 class Registrar:
-    """`own_models` are the service's own, which no worker can take over."""
+    """Registers workers and forwards requests to them. `own_models` are the service's own, which no worker can take
+    over."""
 
     def __init__(self, workers: Workers, client: WorkerClient, own_models: Collection[str], recorder: Recorder) -> None:
         self._workers = workers
@@ -40,7 +41,8 @@ class Registrar:
         self._refreshed_at = -float("inf")
 
     async def register(self, name: str, status: WorkerStatus | None, *, is_watched: bool) -> None:
-        """One that is not there, or has nothing to offer, is not registered, which is no error of whoever asks.
+        """Register a worker. One that is unreachable, or has no models to offer, is not registered; the caller gets no
+        error for that.
 
         Raises RequestError, or PermissionDeniedError.
         """
@@ -53,7 +55,7 @@ class Registrar:
             logger.warning("%s cannot register now: %s", name, error)
 
     async def heart_beat(self, name: str, queue_length: int) -> bool:
-        """Whether the worker is known; otherwise it has to register."""
+        """Pass a heartbeat on. Returns whether the worker is known; otherwise it has to register."""
         try:
             return not self._client.is_off and await self._workers.heart_beat(canonical(name), queue_length)
         except _AWAY as error:
@@ -61,12 +63,11 @@ class Registrar:
             return False
 
     async def workers(self) -> Sequence[Worker]:
-        """Those that requests are sent to."""
+        """List the workers that requests are sent to."""
         return await self._listed(is_well=True)
 
     async def refresh(self) -> None:
-        """Ask every worker what it has; those that do not answer are forgotten. Not more often than once in a while,
-        whoever asks."""
+        """Ask every worker which models it has, and forget those that do not answer; at most once per _REFRESH_S."""
         async with self._refreshing:
             if time.monotonic() - self._refreshed_at < _REFRESH_S:
                 return
@@ -74,8 +75,8 @@ class Registrar:
             self._refreshed_at = time.monotonic()
 
     async def generate(self, model: str, body: bytes) -> AsyncGenerator[Frame, None]:
-        """The frames of a worker that has the model. Raises UnknownNameError, WorkerFailedError, or that the table is
-        away. Closing it ends the request at the worker's."""
+        """Yield the frames of a worker that has the model. Raises UnknownNameError, WorkerFailedError, or one of _AWAY
+        for the table. Closing it ends the worker's request."""
         name = await self._workers.choose(model)
         if name is None:
             raise UnknownNameError("model", model, self._own_models)
@@ -101,7 +102,7 @@ class Registrar:
         try:
             return await (self._workers.workers() if is_well else self._workers.known())
         except _AWAY as error:
-            logger.warning("the table of registered workers is away, and they with it: %s", error)
+            logger.warning("the table of registered workers is unreachable, so there are none: %s", error)
             return ()
 
     async def _ask(self, worker: Worker) -> None:
@@ -112,12 +113,12 @@ class Registrar:
             self._note(worker.name, error)
             await _tell(self._workers.remove(worker.name))
         except _AWAY as error:
-            logger.warning("%s is not asked again: %s", worker.name, error)
+            logger.warning("%s could not be refreshed: %s", worker.name, error)
 
     async def _add(self, name: str, status: WorkerStatus, *, is_watched: bool) -> None:
         models = tuple(model for model in status.names() if model not in self._own_models)
         if len(models) < len(status.model_names):
-            logger.warning("%s names models of this service's own, or names that cannot be shown: left out", name)
+            logger.warning("%s lists models of this service, or names that cannot be shown: skipped", name)
         if models:
             await self._workers.register(Worker(name, models, status.speed, status.queue_length, is_watched))
 
@@ -127,8 +128,8 @@ class Registrar:
 
 
 async def _tell(telling: Awaitable[None]) -> None:
-    """To the table, whose being away changes no answer."""
+    """Notify the table. If it is unreachable, that is only logged: no answer depends on it."""
     try:
         await telling
     except _AWAY as error:
-        logger.warning("the table of registered workers is away: %s", error)
+        logger.warning("the table of registered workers is unreachable: %s", error)

@@ -1,6 +1,6 @@
-"""The endpoints of LLaVA's controller and of its workers, as clients of both find them under one address.
+"""The endpoints of LLaVA's controller and of its workers, both at one address.
 
-What clients of the reference send and read is kept to the letter; keys, limits and deadlines are the gateway's. Imports
+Requests and responses match the reference's to the letter; keys, limits and deadlines are the gateway's. Imports
 neither torch nor Ray.
 """
 
@@ -43,14 +43,14 @@ from llava_core.errors import LlavaError, RequestError, UnknownNameError
 if TYPE_CHECKING:
     from deployments.served_models import EngineClient
 
-# Of what workers tell about themselves.
+# Limits for the bodies of light routes, mostly workers' reports about themselves.
 _MAX_NOTE_BYTES = 64 * 1024
 _MAX_NOTES_BYTES = 4 * 1024 * 1024
 AnyNote = TypeVar("AnyNote", bound=Body)
 
 
 class RegisterBody(Body):
-    """A worker tells that it is there, and what it has; else it is asked."""
+    """A worker registers and may send its status; without one it is asked for it."""
 
     worker_name: str
     check_heart_beat: bool = True
@@ -58,29 +58,29 @@ class RegisterBody(Body):
 
 
 class HeartBeatBody(Body):
-    """A worker tells that it is still there."""
+    """A worker's heartbeat."""
 
     worker_name: str
     queue_length: int = Field(ge=0, lt=2**31)
 
 
 class AddressBody(Body):
-    """A client asks for a worker."""
+    """A client asks for a worker's address."""
 
     model: str
 
 
 @dataclass(frozen=True)
 class ProtocolSetup:
-    """What a gateway is told. `workers` is the table that it shares with others; None: one of its own."""
+    """A gateway's setup. `workers` is the table that it shares with other gateways; None: its own table."""
 
     args: LlavaProtocolArgs = field(default_factory=LlavaProtocolArgs)
     workers: Workers | None = None
 
 
 class LlavaProtocol:
-    """`routes` are for the gateway's application, and so is `middleware`. What is in `light_routes` says nothing of
-    models' work, and must be answered however much of it there is."""
+    """`routes` and `middleware` are for the gateway's application. `light_routes` need no model, and must be answered
+    however busy the models are."""
 
     def __init__(
         self,
@@ -124,7 +124,8 @@ class LlavaProtocol:
         return {"exist": await self._registrar.heart_beat(note.worker_name, note.queue_length)}
 
     async def _address(self, request: Request, note: AddressBody) -> Any:
-        """This service, for every model: workers are not for clients, whose keys and limits are here."""
+        """Return this service's own address for every model: clients must not reach workers directly, because keys and
+        limits are enforced here."""
         is_known = note.model in self._engines or note.model in await self._models()
         own = (self._args.address or str(request.base_url)).rstrip("/")
         return {"address": own if is_known else ""}
@@ -142,7 +143,7 @@ class LlavaProtocol:
         return list(dict.fromkeys([*self._engines, *(model for worker in workers for model in worker.models)]))
 
     def _light(self, name: str, kind: type[AnyNote] | None, answer: Callable[[Request, Any], Awaitable[Any]]) -> Route:
-        """A question that is answered at once; of `kind` None no body is looked at."""
+        """Build a route that is answered at once; with `kind` None the body is ignored."""
 
         async def endpoint(request: Request) -> Response:
             lease = self._notes.lease()
@@ -173,7 +174,8 @@ class LlavaProtocol:
             lease.release()
 
     async def _begin(self, request: Request, lease: Lease) -> tuple[Echo, AsyncGenerator[Frame, None]]:
-        """Pictures are gone from here when this returns. Raises RequestError for a header, and one of REFUSALS."""
+        """Read the request and start its answer. No picture is held here once this returns. Raises RequestError for a
+        header, and one of REFUSALS."""
         deadline = self._intake.deadline(request)
         try:
             async with deadline.around():
@@ -187,7 +189,8 @@ class LlavaProtocol:
     def _frames(
         self, request: Request, given: LegacyRequest, lease: Lease, deadline: Deadline
     ) -> AsyncGenerator[Frame, None]:
-        """Raises UnknownNameError, or RequestError where no model is named and there are several."""
+        """Choose the model and return its frames. Raises UnknownNameError, or RequestError where no model is named and
+        there are several."""
         model = self._chosen(given.model)
         if model not in self._engines:
             if FORWARDED_HEADER in request.headers:
@@ -207,11 +210,11 @@ class LlavaProtocol:
     async def _forwarded(
         self, request: Request, model: str, body: Mapping[str, Any], lease: Lease
     ) -> AsyncGenerator[Frame, None]:
-        """Of what a worker reads and writes no tokens are known: each frame, about a word, counts as one. What is sent
-        is held until the answer ends, and counts as long."""
+        """Forward a request to a worker. Its token counts are unknown, so each frame, about a word, counts as one. The
+        forwarded body is held until the answer ends, and counts against the memory limit as long."""
         content = await asyncio.to_thread(_as_json, body)
         held = self._intake.lease()
-        # In place of the body it was made of.
+        # Replaces the lease of the original body.
         lease.release()
         try:
             held.grow(len(content))
@@ -233,15 +236,15 @@ class LlavaProtocol:
 
 
 class ReadableErrors:
-    """Whoever refuses a request of this route before the route itself sees it, says so in a body that its clients can
-    read: they look at no status."""
+    """If a request of this route is refused before it reaches the route, the refusal gets a body that the protocol's
+    clients can read: they ignore the status."""
 
     def __init__(self, app: ASGIApp, *, route: Route) -> None:
         self._app = app
         self._route = route
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """ASGI."""
+        """See ASGI."""
         if scope["type"] == "http" and self._route.matches(scope)[0] is Match.FULL:
             extras = {"text": SERVER_ERROR, "error_code": int(ErrorCode.WORKER_FAILED)}
             current_request().error_extras = extras

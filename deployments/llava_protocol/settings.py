@@ -1,6 +1,6 @@
-"""What can be set about LLaVA's own protocol: whether it is spoken, and which workers may register.
+"""Settings of LLaVA's own protocol: whether it is served, and which workers may register.
 
-Knows names and bounds, and neither HTTP nor Ray.
+Knows names and bounds, but neither HTTP nor Ray.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ Dispatch = Literal["lottery", "shortest_queue"]
 
 
 class WorkerArgs(HostArgs):
-    """Workers of others, which register themselves: none, unless their hosts are in `allowed_hosts`.
+    """External workers, which register themselves: none, unless their hosts are in `allowed_hosts`.
 
-    Of several with the same model `dispatch` chooses one. One that promised to send heartbeats is forgotten
-    `heart_beat_expiration_s` after the last. `status_timeout_s` is for what it says about itself, `silence_s` for each
-    next piece of an answer, `answer_timeout_s` for a whole one. At most `max_workers` are known.
+    Among workers with the same model, `dispatch` chooses one. A worker that promised heartbeats is forgotten
+    `heart_beat_expiration_s` after its last one. `status_timeout_s` limits a status request, `silence_s` the wait for
+    each next piece of an answer, `answer_timeout_s` a whole answer. At most `max_workers` are registered.
     """
 
     dispatch: Dispatch = "shortest_queue"
@@ -32,8 +32,8 @@ class WorkerArgs(HostArgs):
 
 
 class LlavaProtocolArgs(Settings):
-    """`address` is where clients are told to find a worker, which is always this service: None is where they asked.
-    With `explain_errors` an error's text goes on with its cause; the cause is in a field of its own in any case."""
+    """`address` is the worker address given to clients, always this service's; None: the address they asked at. With
+    `explain_errors` an error's text also contains its cause, which always has its own field as well."""
 
     enabled: bool = True
     address: str | None = Field(default=None, pattern=r"^https?://[^/?#\s]+(/[^?#\s]*)?$")

@@ -1,6 +1,6 @@
-"""The table that all gateways of an application share, as each of them calls it: a deployment of one replica.
+"""A gateway's handle to the table that all gateways of an application share: a deployment of one replica.
 
-A gateway does not wait for a table that is away. Knows nothing of what is in it.
+A gateway does not wait for an unreachable table. Knows nothing of the table's contents.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from deployments.errors import StageUnavailableError
 from deployments.llava_protocol.table import Worker
 from deployments.ray_errors import ray_errors_as_ours
 
-# Serve itself would wait for a replica for as long as there is none.
+# Serve itself would wait indefinitely for a replica.
 _ANSWER_S = 2.0
 
 
 class SharedTable:
-    """Workers, see there."""
+    """Implements Workers, see table.py."""
 
     def __init__(self, handle: DeploymentHandle[Any]) -> None:
         self._handle = handle

@@ -1,7 +1,7 @@
-"""From an answer to the protocol's stream: items of our own graph, or frames of a worker, to bytes as they come.
+"""From an answer to the protocol's stream: items of our own graph, or a worker's frames, become bytes as they arrive.
 
-While there is nothing to say the last frame is said again, because clients wait for a few seconds only. Imports neither
-torch nor Ray.
+While nothing is new, the last frame is repeated as a keep-alive, because clients time out after a few seconds. Imports
+neither torch nor Ray.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from deployments.messages import Item, Rejected, is_last
 from deployments.request_context import current_request
 from llava_core.errors import LlavaError, OverloadedError, PromptTooLongError
 
-# No type of text, whose lines a proxy might wait for.
+# Not a text type, which a proxy might buffer by lines.
 MEDIA_TYPE = "application/octet-stream"
 _HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 # The reference's controller gives up after 5 s of silence, its page after 10.
 _BEAT_S = 3.0
-# What the reference has no counterpart of, and clients may try again: told with a status of its own.
+# Errors that the reference has no counterpart of and clients may retry: they get an HTTP status of their own.
 REFUSALS = (OverloadedError, RequestTooLargeError, RequestTimeoutError, DeadlineError)
 
 
 async def from_items(echo: Echo, items: AsyncGenerator[Item, None]) -> AsyncGenerator[Frame, None]:
-    """Frames of an answer of our own. The items must have an end, whatever happens."""
+    """Yield the frames of an answer of ours. The items must always come to an end."""
     answer = ""
     async with aclosing(items):
         async for item in items:
@@ -50,12 +50,12 @@ def _rejected(echo: Echo, error: Exception) -> Frame:
 
 
 def too_long(echo: Echo) -> Frame:
-    """To the reference no error: it says so in place of an answer."""
+    """Return the frame for a prompt that is too long. The reference treats that as an answer, not as an error."""
     return Frame(echo.prompt + LENGTH_EXCEEDED)
 
 
 async def told(frames: AsyncGenerator[Frame, None]) -> AsyncGenerator[Frame, None]:
-    """The frames; an error that they raise becomes the last of them."""
+    """Yield the frames; an error that they raise becomes the last frame."""
     async with aclosing(frames):
         try:
             async for frame in frames:
@@ -67,7 +67,8 @@ async def told(frames: AsyncGenerator[Frame, None]) -> AsyncGenerator[Frame, Non
 async def respond(
     echo: Echo, frames: AsyncGenerator[Frame, None], request_id: str, *, explains: bool, beat_s: float = _BEAT_S
 ) -> Response:
-    """The stream of these frames, of which there must be one."""
+    """Return the streamed response; there must be at least one frame. One of REFUSALS as the first frame becomes an
+    HTTP error instead."""
     first = await first_of(frames, beat_s)
     refusal = first.result().error if first.done() else None
     if isinstance(refusal, REFUSALS):

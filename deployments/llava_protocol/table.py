@@ -1,8 +1,8 @@
-"""Which workers of others are there, and which of them gets the next request: the controller's table.
+"""Which external workers are registered, and which of them gets the next request: the controller's table.
 
-One for all gateways of an application, so that a worker that has registered with one of them is known to all; the calls
-come one after the other on one event loop. It is in memory alone: after its loss workers are told that they are not
-known, and register again. Knows neither HTTP nor Ray, and connects to nobody.
+All gateways of an application share one table, so that a worker registered with one gateway is known to all; calls are
+serialised on one event loop. It lives in memory only: after its loss, workers' heartbeats are answered as unknown, and
+they register again. Knows neither HTTP nor Ray, and opens no connections.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from deployments.llava_protocol.settings import WorkerArgs
 from deployments.metrics import REGISTERED_WORKERS, Reading, Recorder, Unrecorded
 
 logger = logging.getLogger(__name__)
-# The reference's: with less speed in all, nobody is chosen.
+# As in the reference: if the total speed is lower, no worker is chosen.
 _LEAST_SPEED = 1e-4
 
 
 @dataclass(frozen=True)
 class Worker:
-    """By its address, which is its name. `is_watched` is one that has promised to send heartbeats."""
+    """A worker, named by its address. `is_watched`: it has promised to send heartbeats."""
 
     name: str
     models: tuple[str, ...]
@@ -37,35 +37,35 @@ class Workers(Protocol):
     """The table as a gateway sees it. All may raise StageUnavailableError or StageLostError."""
 
     async def register(self, worker: Worker) -> bool:
-        """Whether there was room; one of the same name is replaced."""
+        """Add a worker, replacing one of the same name. Returns whether there was room."""
         ...
 
     async def heart_beat(self, name: str, queue_length: int) -> bool:
-        """Whether it is known; otherwise it has to register."""
+        """Record a heartbeat. Returns whether the worker is known; otherwise it has to register."""
         ...
 
     async def choose(self, model: str) -> str | None:
-        """The name of a worker for one more request, which ends with `release` or `fail`."""
+        """Choose a worker for one more request, which ends with `release` or `fail`. Returns its name, or None."""
         ...
 
     async def release(self, name: str) -> None:
-        """A request is over."""
+        """Note that a request has finished."""
         ...
 
     async def fail(self, name: str) -> None:
-        """Nothing is sent to it until it registers again or is found to be well."""
+        """Send a worker no requests until it registers again or a refresh finds it healthy."""
         ...
 
     async def remove(self, name: str) -> None:
-        """Forget it."""
+        """Forget a worker."""
         ...
 
     async def workers(self) -> Sequence[Worker]:
-        """Those that requests are sent to."""
+        """List the workers that requests are sent to."""
         ...
 
     async def known(self) -> Sequence[Worker]:
-        """Those that have failed as well."""
+        """List all workers, including those that have failed."""
         ...
 
 
@@ -77,7 +77,7 @@ class _Entry:
 
 
 class WorkerTable:
-    """Workers, see there. `draw` is random.random."""
+    """Implements Workers. `draw` returns a number in [0, 1), like random.random."""
 
     def __init__(
         self,
@@ -119,14 +119,14 @@ class WorkerTable:
         if sum(worker.speed for worker in able) < _LEAST_SPEED:
             return None
         chosen = self._by_lottery(able) if self._args.dispatch == "lottery" else _shortest_queue(able)
-        # Until it says itself how many it has.
+        # An estimate, until the worker reports its queue itself.
         self._count(chosen, 1)
         return chosen.name
 
     async def release(self, name: str) -> None:
         """See Workers."""
         entry = self._entries.get(name)
-        # The others' heartbeats tell.
+        # Watched workers report their queue in heartbeats.
         if entry is not None and not entry.worker.is_watched:
             self._count(entry.worker, -1)
 
@@ -168,10 +168,10 @@ class WorkerTable:
             del self._entries[name]
 
     def _readings(self) -> list[Reading]:
-        """From a thread of its own, so it only counts."""
+        """Called from another thread, so it only counts."""
         return [(REGISTERED_WORKERS, sum(not entry.has_failed for entry in tuple(self._entries.values())), ())]
 
 
 def _shortest_queue(workers: Sequence[Worker]) -> Worker:
-    """The first of those whose queue is the shortest for their speed."""
+    """Return the first worker with the shortest queue relative to its speed."""
     return min(workers, key=lambda worker: worker.queue_length / worker.speed)

@@ -1,7 +1,7 @@
-"""Workers of others, asked over HTTP: what they say about themselves, and their answers, frame by frame.
+"""HTTP client for external workers: their status, and their answers, frame by frame.
 
-Nothing that a worker says is believed to have an end, to come in time or to keep to the protocol. Knows which hosts may
-be asked, and nothing of who else is there.
+A worker is never trusted to end its answer, to send it in time or to keep to the protocol. Knows which hosts may be
+contacted, and nothing of other workers.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from deployments.llava_protocol.settings import WorkerArgs
 from deployments.outgoing import NoAddressError, Outgoing, Resolve, resolve_host
 from llava_core.errors import ImageError, RequestError
 
-# Whoever gets this answers itself or not at all: two services that know each other's models would ask in a circle.
+# A service that receives this header does not forward the request: two services registered with each other would
+# forward it in a circle.
 FORWARDED_HEADER = "x-llava-forwarded"
 _HEADERS = {
     "accept-encoding": "identity",
@@ -34,19 +35,19 @@ _MOST_MODELS, _LONGEST_NAME = 64, 128
 
 
 class WorkerStatus(BaseModel):
-    """What a worker says about itself."""
+    """A worker's status, as it reports it."""
 
     model_names: list[str] = Field(min_length=1, max_length=_MOST_MODELS)
     speed: float = Field(ge=0, le=1e6, allow_inf_nan=False)
     queue_length: int = Field(ge=0, lt=2**31)
 
     def names(self) -> tuple[str, ...]:
-        """Of the models, those that can be shown."""
+        """Return the model names that can be shown."""
         return tuple(name for name in self.model_names if 0 < len(name) <= _LONGEST_NAME and name.isprintable())
 
 
 class WorkerClient:
-    """Asks workers of allowed hosts."""
+    """Sends requests to workers on allowed hosts."""
 
     def __init__(self, args: WorkerArgs, *, resolve: Resolve = resolve_host) -> None:
         self._args = args
@@ -58,7 +59,7 @@ class WorkerClient:
         return self._outgoing.is_off
 
     def check(self, name: str) -> str:
-        """The name of a worker that may be asked. Raises RequestError, or PermissionDeniedError."""
+        """Return the canonical name of a worker that may register. Raises RequestError, or PermissionDeniedError."""
         if self.is_off:
             raise PermissionDeniedError(
                 "workers cannot register here; allow their hosts in llava_protocol.workers.allowed_hosts"
@@ -68,29 +69,29 @@ class WorkerClient:
             raise RequestError("worker_name must be an address such as http://host:port", param="worker_name")
         if not self._outgoing.allows(url):
             raise PermissionDeniedError(
-                "workers of this host, port or scheme cannot register here; see llava_protocol.workers",
+                "workers with this host, port or scheme cannot register here; see llava_protocol.workers",
                 param="worker_name",
             )
         return canonical(name)
 
     async def status(self, name: str) -> WorkerStatus:
-        """What it says about itself now. Raises WorkerFailedError."""
+        """Ask a worker for its current status. Raises WorkerFailedError."""
         seconds = self._args.status_timeout_s
         try:
-            # All of it, which may come in pieces.
+            # A limit for the whole status, which may come in pieces.
             async with asyncio.timeout(seconds), self._asking(name, "/worker_get_status", b"", seconds) as pieces:
                 content = await read_up_to(pieces, _MAX_STATUS_BYTES)
         except TimeoutError:
-            raise WorkerFailedError("silent", f"its status did not come in {seconds:g} s") from None
+            raise WorkerFailedError("silent", f"its status did not arrive within {seconds:g} s") from None
         if content is None:
             raise WorkerFailedError("garbage", f"its status has more than {_MAX_STATUS_BYTES} bytes")
         try:
             return WorkerStatus.model_validate_json(content)
         except ValidationError:
-            raise WorkerFailedError("garbage", "its status has not model_names, speed and queue_length") from None
+            raise WorkerFailedError("garbage", "its status lacks valid model_names, speed or queue_length") from None
 
     async def generate(self, name: str, body: bytes) -> AsyncGenerator[Frame, None]:
-        """Its frames as they come. Raises WorkerFailedError. Closing it ends the request at the worker's."""
+        """Yield a worker's frames as they arrive. Raises WorkerFailedError. Closing it ends the worker's request."""
         reader, has_begun = FrameReader(), False
         async with self._asking(name, "/worker_generate_stream", body, self._args.silence_s) as pieces:
             async for piece in pieces:
@@ -103,7 +104,8 @@ class WorkerClient:
 
     @asynccontextmanager
     async def _asking(self, name: str, path: str, body: bytes, silence_s: float) -> AsyncIterator[AsyncIterator[bytes]]:
-        """The body of the answer. What goes wrong with it is a WorkerFailedError, whoever reads it."""
+        """Send a request and yield the pieces of the response body. Failures while they are read inside the block
+        become WorkerFailedError."""
         clock = asyncio.get_running_loop()
         ends_at = clock.time() + self._args.answer_timeout_s
         response: httpx.Response | None = None
@@ -128,8 +130,8 @@ class WorkerClient:
 
 
 async def _in_time(pieces: AsyncIterator[bytes], silence_s: float, ends_at: float) -> AsyncIterator[bytes]:
-    """A limit for each piece, and one for all; not one around them all, which whoever reads them may do in several
-    tasks."""
+    """Limit the wait for each piece and the time for all of them. There is no timeout around the whole loop, because
+    the pieces may be read from several tasks."""
     clock = asyncio.get_running_loop()
     while True:
         if clock.time() >= ends_at:
@@ -142,13 +144,13 @@ async def _in_time(pieces: AsyncIterator[bytes], silence_s: float, ends_at: floa
 
 
 def canonical(name: str) -> str:
-    """One spelling of a worker's address; what is no address stays as it is."""
+    """Normalise a worker's address; a string that is not an address stays as it is."""
     url = _base(name)
     return name if url is None else f"{url.scheme}://{url.netloc.decode('ascii')}"
 
 
 def _base(name: str) -> httpx.URL | None:
-    """A worker's address, to which paths can be added; None for any other."""
+    """Parse a worker's address, to which paths can be added; None for anything else."""
     try:
         url = parse_address(name, param="worker_name")
     except ImageError:

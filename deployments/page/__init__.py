@@ -1,4 +1,4 @@
-"""The web page: a program of its own that asks a service as any client does, over HTTP, so it can run anywhere.
+"""The web page: a separate program that asks a service over HTTP like any other client, so it can run anywhere.
 
-Knows Gradio and `llava_core.client`, and nothing of the stages behind the address that it asks.
+Knows Gradio and `llava_core.client`, and nothing of the stages behind the service's address.
 """

@@ -1,6 +1,6 @@
-"""Asks the service for a visitor, and tells how the answer grows, as often as eyes can see.
+"""Asks the service on a visitor's behalf, and reports how the answer grows, as often as eyes can see.
 
-Closing what `answer` gives ends the request on the service. Knows no page.
+Closing the generator that `answer` returns ends the request on the service. Knows no page.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from llava_core.client import AsyncClient, Reply
 from llava_core.client.retries import NO_RETRIES
 from llava_core.errors import LlavaError
 
-# Between two states of an answer that grows, and of one that does not.
+# The time between two states of an answer that grows, and of one that does not.
 _REFRESH_S, _STANDSTILL_S = 0.06, 1.0
-# How long the service may be silent: while it answers, and when it is asked for its models.
+# How long the service may be silent while it answers, and when asked for its models.
 _SILENCE_S, _LOOK_S = 600.0, 5.0
 
 logger = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Asker:
-    """A service at `url`. `log` and `moderate` may be missing; `transport` is for tests."""
+    """Asks the service at `url`. `log` and `moderate` are optional; `transport` is for tests."""
 
     url: str
     moderate: Moderate | None = None
@@ -40,15 +40,15 @@ class Asker:
     transport: httpx.AsyncBaseTransport | None = None
 
     async def models(self, key: str | None) -> list[str]:
-        """What can be asked. Raises ServiceError while nothing can."""
+        """List the models that can be asked. Raises ServiceError while the service cannot be asked."""
         async with self._client(key, _LOOK_S) as client:
             return await client.models()
 
     async def answer(
         self, before: Talk, turn: Turn, choices: Choices, *, key: str | None, keep: bool
     ) -> AsyncGenerator[Turn, None]:
-        """The open turn again and again while it is answered, the last time closed. Kept in the log where `keep` says
-        so."""
+        """Yield the open turn repeatedly while it is answered, and once more when it is closed. Logged if `keep` is
+        set."""
         start = time.time()
         try:
             await check(self.moderate, f"{choices.system}\n{turn.question}".strip())
@@ -68,12 +68,12 @@ class Asker:
         try:
             while not reading.done():
                 await asyncio.wait({reading}, timeout=_REFRESH_S)
-                # Also where nothing is new: a visitor who has left is noticed when something is shown.
+                # Also when nothing is new: a visitor who has left is only detected by showing something.
                 if len(pieces) > shown or time.monotonic() - at > _STANDSTILL_S:
                     shown, at = len(pieces), time.monotonic()
                     turn = replace(turn, answer="".join(pieces))
                     yield turn
-            # An error comes after what there is of the answer.
+            # An error is shown after the partial answer.
             turn = replace(turn, answer="".join(pieces))
             yield turn
             yield replace(turn, figures=figures(await reading))
@@ -97,9 +97,9 @@ class Asker:
         try:
             await asyncio.to_thread(log.chat, talk, choices, start=start, finish=time.time())
         except OSError:
-            # The visitor has an answer, and can do nothing about it.
+            # The visitor has the answer, and can do nothing about the log.
             logger.exception("a conversation could not be kept")
 
     def _client(self, key: str | None, timeout_s: float = _SILENCE_S) -> AsyncClient:
-        # A visitor is told at once that the service is busy, and decides.
+        # Visitors are told at once that the service is busy, and decide whether to retry.
         return AsyncClient(self.url, api_key=key, timeout_s=timeout_s, retries=NO_RETRIES, transport=self.transport)

@@ -1,4 +1,4 @@
-"""Questions to begin with, about pictures that this project has drawn."""
+"""Example questions, about pictures drawn for this project."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What happens when somebody touches the page, as functions of Gradio's values. What is on the page is layout.py's.
+"""The page's event handlers, as functions of Gradio's values; layout.py defines what is on the page.
 
-Whatever comes from a browser is checked here: it may name turns and examples that there are not.
+All input from a browser is checked here: it may name turns and examples that do not exist.
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ from llava_core.client import AuthenticationError
 from llava_core.errors import LlavaError
 from llava_core.views import DicomView, read_frame, read_window
 
-# As Gradio's chatbot calls them.
+# The names that Gradio's chatbot uses.
 FEEDBACK = ("Like", "Dislike", "Flag")
 _VOTES: dict[bool | str, Vote] = {True: "upvote", False: "downvote", "Flag": "flag"}
-# Of the box for questions. With None it would take no more pictures.
+# An empty question box. With None it would take no more pictures.
 _EMPTY: dict[str, Any] = {"text": "", "files": []}
-# Of the box for questions, the conversation, and what is remembered of it.
+# Values of the question box, the conversation, and its remembered state.
 Shown = tuple[Any, Any, Any]
 _UNCHANGED: Shown = (gr.skip(), gr.skip(), gr.skip())
 
 
 @dataclass(frozen=True)
 class Handlers:
-    """Of one page, for all its visitors."""
+    """The handlers of one page, for all its visitors."""
 
     asker: Asker
 
     async def look(self, key: str, model: str | None, request: gr.Request) -> tuple[Any, Any, Any]:
-        """The state of the service, the models to choose from, and whether to look again in a moment."""
+        """Return the service's status, the models to choose from, and whether to look again shortly."""
         try:
             names = await self.asker.models(key or None)
         except LlavaError as error:
-            # Without the right key there is no use in asking again.
+            # Without the right key, asking again is pointless.
             again = not isinstance(error, AuthenticationError)
             return _status("waiting", in_words(error)), gr.skip(), gr.Timer(active=again)
         wanted = model or request.query_params.get("model")
@@ -56,32 +56,32 @@ class Handlers:
         )
 
     def ask(self, asked: dict[str, Any], talk: Talk, frame: str, window: str) -> Shown:
-        """A question from the box. `frame` and `window`, here and below, are of DICOM files, as they were written."""
+        """Begin a question from the box. `frame` and `window`, here and below, are the DICOM settings as typed."""
         pictures = tuple(asked.get("files") or ())
         turn = Turn((asked.get("text") or "").strip(), pictures, view=_view(frame, window))
         return _begun(talk, turn) if turn.question or turn.pictures else _UNCHANGED
 
     def ask_example(self, event: gr.SelectData, talk: Talk) -> Shown:
-        """One of those that an empty conversation shows."""
+        """Begin one of the examples that an empty conversation shows."""
         if not isinstance(event.index, int) or not 0 <= event.index < len(EXAMPLES):
             return _UNCHANGED
         example = EXAMPLES[event.index]
         return _begun(talk, Turn(example.question, tuple(map(str, example.pictures))))
 
     def regenerate(self, event: gr.RetryData, talk: Talk, frame: str, window: str) -> Shown:
-        """A question again, its pictures as they are to be seen now; what came after it goes."""
+        """Ask a question again, with the current DICOM settings; later turns are dropped."""
         at = turn_of(event.index, talk)
         return _UNCHANGED if at is None else _begun(talk[:at], replace(talk[at], view=_view(frame, window)))
 
     def edit(self, event: gr.EditData, talk: Talk, frame: str, window: str) -> Shown:
-        """Another question in its place, about the same pictures; what came after it goes."""
+        """Replace a question by another about the same pictures; later turns are dropped."""
         at = turn_of(event.index, talk)
         if at is None:
             return _UNCHANGED
         return _begun(talk[:at], replace(talk[at], question=str(event.value).strip(), view=_view(frame, window)))
 
     async def answer(self, talk: Talk, *chosen: Any) -> AsyncGenerator[tuple[Any, Any], None]:
-        """The last question, where it was begun, again and again as its answer grows. Closing this ends the request."""
+        """Yield the conversation repeatedly as the answer to its open question grows. Closing this ends the request."""
         if not talk or not talk[-1].is_open:
             return
         *before, turn = talk
@@ -93,21 +93,21 @@ class Handlers:
                 yield render(talk), talk
 
     def settle(self, talk: Talk) -> tuple[Any, Any, Any, Any]:
-        """After an answer, however it ended: the box takes questions again, and what was stopped says so. The last
-        value is whether to look for the service again."""
+        """Run after an answer, however it ended: the box takes questions again, and a stopped answer is marked so. The
+        last value is whether to look for the service again."""
         if talk and talk[-1].is_open:
             talk = (*talk[:-1], replace(talk[-1], figures="stopped", is_open=False))
         has_failed = bool(talk and talk[-1].problem)
         return gr.MultimodalTextbox(submit_btn=True, stop_btn=False), render(talk), talk, gr.Timer(active=has_failed)
 
     def clear(self) -> Shown:
-        """All of it."""
+        """Clear the conversation."""
         return gr.MultimodalTextbox(_EMPTY), [], ()
 
     def vote(self, event: gr.LikeData, talk: Talk, *chosen: Any) -> Talk:
-        """What a visitor thinks of an answer, kept where they agreed to it."""
+        """Log a visitor's vote on an answer, if they agreed to that."""
         at, kind = turn_of(event.index, talk), _VOTES.get(event.liked)
-        # Gradio tells some votes twice.
+        # Gradio reports some votes twice.
         if self.asker.log is None or at is None or kind is None or talk[at].vote == kind:
             return talk
         choices, _, agreed = _choices(*chosen)
@@ -120,7 +120,7 @@ class Handlers:
 
 
 def _begun(before: Talk, turn: Turn) -> Shown:
-    """A conversation that ends with a question to be answered, and the box that can stop it."""
+    """Return a conversation that ends with an open question, and the box that can stop it."""
     talk = (*before, turn.begun())
     return gr.MultimodalTextbox(_EMPTY, submit_btn=False, stop_btn=True), render(talk), talk
 
@@ -136,7 +136,7 @@ def _choices(  # noqa: PLR0913 - as many as there are settings
     key: str,
     agreed: bool,  # noqa: FBT001 - as Gradio gives it
 ) -> tuple[Choices, str | None, bool]:
-    """What was chosen about the answer, the key, and whether it may be kept: the inputs in the order of the layout."""
+    """Return the choices, the key, and whether the talk may be kept; the inputs come in the order of the layout."""
     return (
         Choices(
             model or "",
@@ -153,7 +153,7 @@ def _choices(  # noqa: PLR0913 - as many as there are settings
 
 
 def _view(frame: str, window: str) -> DicomView | None:
-    """How DICOM files are to be seen; None: as they say themselves."""
+    """Return the view for DICOM files; None: the files' own settings."""
     try:
         view = DicomView(
             read_frame(frame.strip()) if frame.strip() else 1, read_window(window.strip()) if window.strip() else None
@@ -167,7 +167,7 @@ def _whole(text: str) -> int | None:
     try:
         return int(text) if text.strip() else None
     except ValueError:
-        raise gr.Error("The seed is a whole number, or nothing.", print_exception=False) from None
+        raise gr.Error("The seed must be a whole number, or empty.", print_exception=False) from None
 
 
 def _status(kind: str, text: str) -> str:

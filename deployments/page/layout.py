@@ -1,6 +1,6 @@
-"""What is on the page, and which handler is called when it is touched.
+"""What is on the page, and which handler each event calls.
 
-Each visitor's talk is in a `gr.State`, of which Gradio has one for each open page.
+Each visitor's talk is in a `gr.State`, of which Gradio keeps one for each open page.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from deployments.page.settings import PageArgs
 from deployments.page.talk import Choices
 from llava_core.prompts.templates import TEMPLATES
 
-# Uploads are looked through every hour, and go after a day.
+# Uploads are checked every hour, and deleted after a day.
 _UPLOADS_S = (3600, 86400)
 _LOOK_S = 3.0
 
 
 def build_blocks(args: PageArgs, handlers: Handlers, *, has_own_key: bool) -> gr.Blocks:
-    """The page. Visitors may enter a key where it has none of its own."""
+    """Build the page. Visitors may enter a key if the page has none of its own."""
     blocks = gr.Blocks(title=args.title, analytics_enabled=False, fill_height=True, delete_cache=_UPLOADS_S)
     with blocks:
         talk = gr.State(())
@@ -68,9 +68,9 @@ def build_blocks(args: PageArgs, handlers: Handlers, *, has_own_key: bool) -> gr
         box.stop(None, cancels=[*begun, *answered])
         chatbot.clear(handlers.clear, None, shown, cancels=[*begun, *answered])
         if args.log is not None:
-            # A second vote waits until the first is kept, and is not lost.
+            # A second vote waits until the first is logged, so that it is not lost.
             chatbot.like(handlers.vote, [talk, *chosen, agreed], [talk], trigger_mode="always_last")
-        # Also while the service is still starting: the page connects by itself.
+        # The timer also ticks while the service is starting, so the page connects by itself.
         gr.on(
             [blocks.load, timer.tick, key.submit, key.blur],
             handlers.look,
@@ -82,7 +82,7 @@ def build_blocks(args: PageArgs, handlers: Handlers, *, has_own_key: bool) -> gr
 
 
 def _settings(*, has_own_key: bool) -> tuple[list[Any], list[Any]]:
-    """What a visitor can choose about answers, and about how pictures are seen, in the order that handlers take it."""
+    """Build the inputs for answers, and those for rendering pictures, in the order that the handlers take them."""
     defaults = Choices()
     with gr.Sidebar(label="Settings", position="right", open=False, elem_id="settings"):
         gr.Markdown("### Settings")
@@ -94,7 +94,7 @@ def _settings(*, has_own_key: bool) -> tuple[list[Any], list[Any]]:
             0, 1, defaults.temperature, step=0.1, label="Temperature", info="0 always gives the likeliest answer."
         )
         top_p = gr.Slider(0.1, 1, defaults.top_p, step=0.1, label="Top p")
-        max_tokens = gr.Slider(16, 4096, defaults.max_tokens, step=16, label="Most tokens of an answer")
+        max_tokens = gr.Slider(16, 4096, defaults.max_tokens, step=16, label="Longest answer in tokens")
         # Gradio's own field for numbers cannot be empty.
         seed = gr.Textbox(
             label="Seed",
@@ -119,7 +119,7 @@ def _settings(*, has_own_key: bool) -> tuple[list[Any], list[Any]]:
             label="API key",
             type="password",
             visible=not has_own_key,
-            info="Sent with your questions, and kept nowhere.",
+            info="Sent with your questions, and never stored.",
         )
     return [model, template, system, temperature, top_p, max_tokens, seed, key], [frame, window]
 
@@ -149,7 +149,7 @@ def _chatbot(args: PageArgs) -> gr.Chatbot:
 
 
 def _foot(args: PageArgs) -> gr.Checkbox:
-    """What is kept, and the box to agree to it."""
+    """Build the notice of what is kept, and the checkbox to agree to it."""
     with gr.Row(elem_id="keep", visible=args.log is not None):
         agreed = gr.Checkbox(False, label=texts.AGREE, container=False, elem_id="agreed")
         meaning = "" if args.log is None else html.escape(texts.consent(args.log))

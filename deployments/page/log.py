@@ -1,7 +1,7 @@
 """Conversations of visitors who agreed, kept for some days in files that LLaVA's own tools read: a line of JSON for
 each answer and each vote.
 
-Never written: API keys, addresses of visitors (`ip` is there and empty), names of uploaded files.
+Never written: API keys, visitors' addresses (`ip` is always empty), names of uploaded files.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ Vote = Literal["upvote", "downvote", "flag"]
 
 _DATED = re.compile(r"\d{4}-\d{2}-\d{2}(?=-conv\.json$|$)")
 _PICTURES = "serve_images"
-# What a template that is the service's own to choose is not known to have.
+# Roles for a template that the service chooses, which this page does not know.
 _ROLES = ("USER", "ASSISTANT")
 
 
 class ConversationLog:
-    """A folder of such files. What is too old goes when the next day begins, and at the start."""
+    """A folder of such files. Files that are too old are removed at the start and whenever a new day begins."""
 
     def __init__(self, args: LogArgs) -> None:
         self._args = args
@@ -36,7 +36,7 @@ class ConversationLog:
         self._begin(datetime.now(UTC).date())
 
     def chat(self, talk: Talk, choices: Choices, *, start: float, finish: float) -> None:
-        """An answer was written, from `start` to `finish` in seconds since 1970."""
+        """Log an answer, written from `start` to `finish` in seconds since 1970."""
         times = {"start": round(start, 4), "finish": round(finish, 4)}
         pictures = [Path(path).read_bytes() for turn in talk for path in turn.pictures]
         digests = [hashlib.md5(data, usedforsecurity=False).hexdigest() for data in pictures]
@@ -45,7 +45,7 @@ class ConversationLog:
             self._keep(dict(zip(digests, pictures, strict=True)))
 
     def vote(self, kind: Vote, talk: Talk, choices: Choices) -> None:
-        """What a visitor thinks of the last answer."""
+        """Log a visitor's vote on the last answer."""
         self._write({"type": kind, "model": choices.model, **_state(talk, choices)})
 
     def _write(self, entry: dict[str, Any]) -> None:
@@ -58,7 +58,7 @@ class ConversationLog:
     def _keep(self, pictures: dict[str, bytes]) -> None:
         folder = self._args.folder
         for name in (_PICTURES, str(self._day)):
-            # The mode is not for parents.
+            # mkdir would not apply the mode to parents.
             folder = folder / name
             folder.mkdir(mode=0o700, exist_ok=True)
         for digest, data in pictures.items():
@@ -67,7 +67,7 @@ class ConversationLog:
                 _append(path, data)
 
     def _begin(self, today: date) -> None:
-        """Make the folder, and remove what is older than it may be."""
+        """Make the folder, and remove files that are too old."""
         self._args.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         oldest = today - timedelta(days=self._args.days)
         for path in (*self._args.folder.glob("*-conv.json"), *self._args.folder.glob(f"{_PICTURES}/*")):
@@ -82,7 +82,7 @@ class ConversationLog:
 
 
 def _state(talk: Talk, choices: Choices) -> dict[str, Any]:
-    """The conversation as LLaVA's pages wrote it, and beside it the name of its template."""
+    """Return the conversation as LLaVA's pages log it, plus the name of its template."""
     template = None if choices.template is None else TEMPLATES[choices.template]
     roles = _ROLES if template is None else template.roles
     messages = [[role, text] for turn in talk for role, text in zip(roles, _texts(turn), strict=True)]
@@ -104,6 +104,6 @@ def _texts(turn: Turn) -> tuple[str, str]:
 
 
 def _append(path: Path, data: bytes) -> None:
-    """At once, so that no line is torn, and readable by its owner alone."""
+    """Append in one write, so that no line is torn, to a file that only its owner can read."""
     with open(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "ab", buffering=0) as file:
         file.write(data)

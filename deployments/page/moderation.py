@@ -1,7 +1,6 @@
-"""What may be asked, as somebody else decides: a function of Python's, or an address that judges as OpenAI's
-moderation does.
+"""Moderation of questions, decided elsewhere: by a Python function, or by an address with OpenAI's moderation API.
 
-Whatever cannot be judged is not asked.
+A question that cannot be checked is not asked.
 """
 
 from __future__ import annotations
@@ -27,15 +26,15 @@ logger = logging.getLogger(__name__)
 
 
 class ModerationError(LlavaError):
-    """There is nobody who judges."""
+    """The moderation cannot be loaded or reached."""
 
 
 class NotAllowedError(LlavaError):
-    """A question that is not asked."""
+    """The question was refused."""
 
 
 def load_moderation(named: str | None, *, transport: httpx.AsyncBaseTransport | None = None) -> Moderate | None:
-    """`module:function`, which takes a text and gives a reason or None, or an address. Raises ModerationError."""
+    """Load `module:function`, which maps a text to a reason or None, or use an address. Raises ModerationError."""
     if named is None:
         return None
     if is_address(named):
@@ -57,7 +56,7 @@ def load_moderation(named: str | None, *, transport: httpx.AsyncBaseTransport | 
 
 
 class _Judge:
-    """Asks an address."""
+    """Asks a moderation address."""
 
     def __init__(self, url: str, transport: httpx.AsyncBaseTransport | None) -> None:
         self._url, self._transport = url, transport
@@ -74,13 +73,13 @@ class _Judge:
                 return None
             names = [str(name) for name, applies in result.get("categories", {}).items() if applies]
         except (httpx.HTTPError, ValueError, LookupError, TypeError, AttributeError) as error:
-            logger.error("%s does not moderate: %s: %s", self._url, type(error).__name__, error)
+            logger.error("moderation by %s failed: %s: %s", self._url, type(error).__name__, error)
             raise ModerationError("the question could not be checked, so it was not sent; try again later") from error
         return f"it may be about {', '.join(names)}" if names else "it is against the rules of this page"
 
 
 async def check(moderate: Moderate | None, text: str) -> None:
-    """Raise NotAllowedError for what may not be asked, with the reason."""
+    """Raise NotAllowedError, with the reason, for a text that may not be asked."""
     reason = None if moderate is None or not text.strip() else await moderate(text)
     if reason is not None:
         raise NotAllowedError(f"This question was not sent: {reason}. Edit it and try again.")

@@ -1,4 +1,4 @@
-"""A visitor's talk as the messages of Gradio's chatbot, and which turn a message belongs to. Values alone."""
+"""A visitor's talk as the messages of Gradio's chatbot, and which turn a message belongs to. Only values."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ Message = dict[str, Any]
 
 
 def render(talk: Sequence[Turn]) -> list[Message]:
-    """Pictures, question and answer of each turn, those that there are."""
+    """Return the messages of all turns: pictures, question and answer, each if present."""
     return [message for turn in talk for message in _messages(turn)]
 
 
 def turn_of(index: Any, talk: Sequence[Turn]) -> int | None:
-    """The turn of the message with this index, if there is one."""
+    """Return the turn of the message with this index, None if there is no such message."""
     if isinstance(index, list | tuple) and index:
         index = index[0]
     owners = [number for number, turn in enumerate(talk) for _ in _messages(turn)]
@@ -25,7 +25,7 @@ def turn_of(index: Any, talk: Sequence[Turn]) -> int | None:
 
 
 def _messages(turn: Turn) -> list[Message]:
-    # One by one: of a message that holds both, Gradio cannot edit the text.
+    # Separate messages: where one holds pictures and text, Gradio cannot edit the text.
     pictures = [{"path": path} for path in turn.pictures]
     asked = [_message("user", content) for content in (*pictures, turn.question) if content]
     said = _said(turn)
@@ -33,8 +33,8 @@ def _messages(turn: Turn) -> list[Message]:
 
 
 def _said(turn: Turn) -> str:
-    """Plain Markdown, because it is read out and copied as it is here. What a service says is text and no HTML."""
-    # An answer may have been left in the middle of its code.
+    """Return plain Markdown, because it is read aloud and copied as it stands. The service's own words are escaped."""
+    # An answer may have stopped inside a code block.
     answer = f"{turn.answer}\n```" if turn.answer.count("```") % 2 else turn.answer
     problem = f"⚠ {html.escape(turn.problem)}" if turn.problem else ""
     figures = f"*{html.escape(turn.figures)}*" if turn.figures else ""

@@ -1,4 +1,4 @@
-"""What can be set about the page, by options of `llava page`.
+"""Settings of the page, from the options of `llava page`.
 
 Keys are not settings: the page's own is in the environment, a visitor's is typed into the page.
 """
@@ -13,9 +13,9 @@ from llava_core.client.exchange import DEFAULT_URL
 
 
 class LogArgs(BaseModel):
-    """Where conversations are kept of visitors who agree to it, for how many days, and what they agree to.
+    """Where conversations of visitors who agree are kept, for how many days, and the text they agree to.
 
-    `pictures` keeps pictures as well; without it only their MD5 sums are. `consent` replaces the page's own text.
+    `pictures` keeps pictures too; without it, only their MD5 sums. `consent` replaces the page's own text.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -27,9 +27,8 @@ class LogArgs(BaseModel):
 
 
 class PageArgs(BaseModel):
-    """`url` is the service's. Without `log` nothing is kept. `moderation` is `module:function` or an address, which see
-    every question before it is asked. `allow_anyone` lets the page be where others than this machine's users reach it.
-    """
+    """`url` is the service's. Without `log` nothing is kept. `moderation` is `module:function` or an address, which
+    checks every question before it is asked. `allow_anyone` lets the page listen where other machines can reach it."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

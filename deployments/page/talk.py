@@ -1,6 +1,6 @@
-"""What one visitor has asked and was answered, as values. Knows neither Gradio nor HTTP.
+"""One visitor's questions and answers, as values. Knows neither Gradio nor HTTP.
 
-A visitor's talk is a tuple of turns. It is never changed: who goes on with it makes another.
+A visitor's talk is a tuple of turns. It is never changed: continuing it makes a new tuple.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Choices:
     seed: int | None = None
 
     def options(self) -> Options:
-        """For the client."""
+        """Return the options for the client."""
         options = Options(
             temperature=self.temperature, top_p=self.top_p, max_tokens=self.max_tokens, image_transforms=True
         )
@@ -44,11 +44,11 @@ class Choices:
 
 @dataclass(frozen=True)
 class Turn:
-    """A question, with pictures by their paths, and what became of it. DICOM files among them are seen by `view`, or as
-    they say themselves.
+    """A question, with its pictures' paths, and its answer. DICOM files among them are rendered by `view`, or by their
+    own settings without one.
 
-    `figures` tell what the answer cost; `problem` why there is no answer, or not all of it. `is_open` while it is being
-    written. `vote` is what the visitor thinks of it.
+    `figures` tell what the answer cost; `problem` why it is missing or incomplete. `is_open` is true while it is being
+    written. `vote` is the visitor's opinion of it.
     """
 
     question: str = field(repr=False)
@@ -62,11 +62,11 @@ class Turn:
 
     @property
     def asked(self) -> Message:
-        """The question as it is sent. Raises RequestError where a picture is no longer there."""
+        """The question as it is sent. Raises RequestError where a picture no longer exists."""
         return Message("user", (*(_picture(path, self.view) for path in self.pictures), TextPart(self.question)))
 
     def begun(self) -> Turn:
-        """The same, to be answered."""
+        """Return the same question, open and unanswered."""
         return Turn(self.question, self.pictures, is_open=True, view=self.view)
 
 
@@ -74,7 +74,8 @@ Talk = tuple[Turn, ...]
 
 
 def history(talk: Sequence[Turn]) -> list[Message]:
-    """What was said, for the next question. What was not answered was not said. Raises RequestError as `asked` does."""
+    """Return the messages before the next question. Unanswered questions are left out. Raises RequestError like
+    `asked`."""
     said: list[Message] = []
     for turn in talk:
         if turn.answer:
@@ -87,6 +88,6 @@ def _picture(path: str, view: DicomView | None) -> ImagePart:
         data = read_picture(Path(path))
         return ImagePart(data, dicom=view if media_type(data) == DICOM else None)
     except RequestError as error:
-        # Its path means nothing to a visitor.
+        # The original message names a path, which means nothing to a visitor.
         message = "a picture of this conversation is no longer kept here; clear the conversation and upload it again"
         raise RequestError(message, param="image") from error

@@ -1,4 +1,4 @@
-"""What the page says of itself."""
+"""The page's texts about itself."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PLACEHOLDER = "Ask a question"
 
 
 def consent(args: LogArgs) -> str:
-    """What a visitor agrees to: the words of whoever runs the page, or these."""
+    """Return the text that a visitor agrees to: the operator's, or this one."""
     if args.consent is not None:
         return args.consent
     what = (
@@ -29,6 +29,6 @@ def consent(args: LogArgs) -> str:
     return (
         f"Nothing that you ask is kept unless you tick this. Then whoever runs this page keeps {what} for {args.days} "
         f"day{'' if args.days == 1 else 's'}, to see how well the model answers. Your name and address are not kept, "
-        "so leave them, and patients', out of questions and pictures. Taking the tick away ends it from the next "
+        "so leave them, and patients', out of questions and pictures. Unticking it stops this from the next "
         "question on."
     )

@@ -1,4 +1,4 @@
-"""The page as an ASGI app, and the server for it. Nothing outside is ever asked for, by the page or by its browser."""
+"""The page as an ASGI app, and its server. Neither the page nor its browser ever contacts an outside host."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import tempfile
 from pathlib import Path
 
-# Before Gradio is imported, which would ask its makers for news and tell them of this machine.
+# Set before Gradio is imported, which would otherwise check for updates and send usage data to its makers.
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 import gradio as gr
@@ -26,11 +26,11 @@ from llava_core.client.exchange import API_KEY_VARIABLE, is_loopback
 from llava_core.errors import LlavaError
 
 _HERE = Path(__file__).parent
-# An upload; what the service takes of it is its own business.
+# Limit for an upload; the service has limits of its own.
 _MAX_UPLOAD = "64mb"
-# After Ctrl-C. Every open page holds a connection that never ends by itself.
+# Grace period after Ctrl-C, because every open page holds a connection that never ends by itself.
 _LAST_S = 2
-# Gradio runs scripts and styles of its own that are part of the page, and shows pictures from memory.
+# Gradio's scripts and styles are inline, and it shows pictures from memory.
 _POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self' data: blob:; frame-ancestors 'self'; "
@@ -48,7 +48,7 @@ class ExposedPageError(LlavaError):
 
 
 class _SafeHeaders:
-    """Tells browsers to ask nobody else, whatever an answer of the model holds."""
+    """Tells browsers to contact no other host, whatever the model's answer contains."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -63,18 +63,17 @@ class _SafeHeaders:
 
 
 def check_reach(host: str, args: PageArgs) -> None:
-    """Raise ExposedPageError for a host that others reach, unless anyone may ask."""
+    """Raise ExposedPageError for a host that is reachable from other machines, unless anyone may ask."""
     if not args.allow_anyone and not is_loopback(host):
         raise ExposedPageError(
-            f"the page would listen on {host}, where others reach it, and lets whoever comes ask the service; listen "
-            "on 127.0.0.1, or allow anyone (--allow-anyone) where something in front of it knows who may "
-            "come"
+            f"the page would listen on {host}, where others can reach it, and would let anyone ask the service; "
+            "listen on 127.0.0.1, or allow anyone (--allow-anyone) if something in front of it checks who may come"
         )
 
 
 def page_app(args: PageArgs) -> Starlette:
-    """The page. Raises LlavaError for what cannot be as it is set."""
-    # Uploads are this page's alone.
+    """Build the page. Raises LlavaError for invalid settings."""
+    # A private folder for this page's uploads.
     os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp(prefix="llava-page-")
     log = None if args.log is None else ConversationLog(args.log)
     handlers = Handlers(Asker(args.url, load_moderation(args.moderation), log))
@@ -83,7 +82,7 @@ def page_app(args: PageArgs) -> Starlette:
     theme = gr.themes.Default(
         primary_hue="blue",
         neutral_hue="slate",
-        # Of the visitor's own machine.
+        # Fonts of the visitor's own machine.
         font=["system-ui", "sans-serif"],
         font_mono=["ui-monospace", "monospace"],
     )
@@ -92,7 +91,7 @@ def page_app(args: PageArgs) -> Starlette:
         blocks,
         "/",
         footer_links=[],
-        # A browser would keep every question, and offer to send them elsewhere.
+        # The browser would keep every question, and offer to send it elsewhere.
         run_history=False,
         max_file_size=_MAX_UPLOAD,
         theme=theme,
@@ -105,6 +104,6 @@ def page_app(args: PageArgs) -> Starlette:
 
 
 def serve_page(args: PageArgs, host: str, port: int) -> None:
-    """Until Ctrl-C. Raises LlavaError where it may not be there."""
+    """Serve the page until Ctrl-C. Raises LlavaError where it may not listen on `host`, or for invalid settings."""
     check_reach(host, args)
     uvicorn.run(page_app(args), host=host, port=port, log_level="warning", timeout_graceful_shutdown=_LAST_S)

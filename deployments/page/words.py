@@ -1,4 +1,4 @@
-"""What a visitor reads: errors as what can be done about them, and figures of an answer. Text alone."""
+"""What a visitor reads: errors, worded as what to do about them, and the figures of an answer. Only text."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from llava_core.client import (
 from llava_core.errors import LlavaError
 from llava_core.views import ImageTransform
 
-# The first row whose class fits, and whose status where it names one, wins. `said` is the service's own message.
+# The first row wins whose class matches, and whose status does if it names one. `said` is the service's own message.
 _TOLD: tuple[tuple[type[ServiceError], int | None, str], ...] = (
     (
         ConnectionFailedError,
@@ -30,18 +30,18 @@ _TOLD: tuple[tuple[type[ServiceError], int | None, str], ...] = (
     (
         AuthenticationError,
         None,
-        "The service wants an API key, or does not know the one it got. Enter yours in the settings.",
+        "The service needs an API key, or does not know the one it got. Enter yours in the settings.",
     ),
-    (PermissionDeniedError, None, "This API key is not for that. {said}"),
+    (PermissionDeniedError, None, "This API key does not permit that. {said}"),
     (RateLimitError, None, "The service is busy. {said} Try again{after}."),
     (TimeoutExceededError, None, "The service took too long. Try again, or ask for fewer tokens."),
     (AnswerInterruptedError, None, "The answer broke off. {said} Regenerate it to try again."),
-    (InvalidResponseError, None, "What answers there is no such service. Tell whoever runs this page."),
+    (InvalidResponseError, None, "There is no such service at that address. Tell whoever runs this page."),
     (ServerError, 503, "The service is loading its model, or a part of it is being replaced. Try again{after}."),
-    (ServerError, None, "The service has failed. {said} Try again; if it stays so, tell whoever runs it."),
+    (ServerError, None, "The service has failed. {said} Try again; if it keeps failing, tell whoever runs it."),
     (ServiceError, 413, "That is too much for one request. {said} Send smaller or fewer pictures."),
 )
-# Codes of errors that more can be said about than the service does.
+# Advice on errors, by code, in addition to the service's message.
 _ADVICE: Mapping[str, str] = {
     "context_length_exceeded": "Clear the conversation, or ask for fewer tokens.",
     "invalid_image": "Try another file: PNG, JPEG, WebP, GIF, BMP, TIFF or DICOM.",
@@ -50,7 +50,7 @@ _ADVICE: Mapping[str, str] = {
 
 
 def in_words(error: LlavaError) -> str:
-    """One or two sentences, and the name of the request for whoever runs the service."""
+    """Describe an error in one or two sentences, with the request's id for the service's operator."""
     if not isinstance(error, ServiceError):
         return _sentence(str(error))
     told = _explain(error)
@@ -78,21 +78,21 @@ def _sentence(text: str) -> str:
 
 
 def figures(reply: Reply) -> str:
-    """What an answer cost, in one line: tokens, their rate, and the time of each stage."""
+    """Return the cost of an answer in one line: tokens, their rate, and the time of each stage."""
     stages = dict(reply.stage_ms)
     told: list[str] = []
     if reply.usage is not None:
         written = reply.usage.completion_tokens
         told.append(f"{written} token{'' if written == 1 else 's'}")
         if written > 1 and stages.get("decode", 0) > 0:
-            # The first is written by the prefill.
+            # The prefill writes the first token.
             told.append(f"{(written - 1) / stages['decode'] * 1e3:.0f} tokens/s")
     total = stages.pop("total", None)
     if total is not None:
         told.append(f"{_time(total)} in all")
     told += [f"{stage} {_time(milliseconds)}" for stage, milliseconds in stages.items()]
     if reply.finish_reason == "length":
-        told.append("cut off at the most tokens allowed")
+        told.append("cut off at the token limit")
     told += [_transform(transform) for transform in reply.image_transforms if transform is not None]
     return " · ".join(told)
 

@@ -76,8 +76,8 @@ def test_times_to_the_first_token_are_told_by_the_number_of_clients() -> None:
     ("outcome", "message"),
     [
         (replace(FOLLOWED, answers=[*FOLLOWED.answers, Answer(3.0, error="status 503")]), "1 of 4 requests failed"),
-        (replace(FOLLOWED, samples=[FOLLOWED.samples[0], FOLLOWED.samples[2]]), "have not followed: at most 1 and 2"),
-        (replace(FOLLOWED, samples=FOLLOWED.samples[:2]), "have not followed"),
+        (replace(FOLLOWED, samples=[FOLLOWED.samples[0], FOLLOWED.samples[2]]), "did not follow: at most 1 and 2"),
+        (replace(FOLLOWED, samples=FOLLOWED.samples[:2]), "did not follow"),
     ],
 )
 def test_a_request_that_fails_or_a_replica_that_stays_ends_badly(outcome: Outcome, message: str) -> None:

@@ -1,4 +1,4 @@
-"""How tests read the files of a cluster: YAML in which no key is given twice, and what kustomize would make of them."""
+"""How tests read the files of a cluster: as YAML without duplicate keys, and as kustomize would build them."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ ENVIRONMENT_FILE = KUBERNETES / "base/ray.env"
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML lets the last of two equal keys win."""
+    """Refuses duplicate keys, of which PyYAML lets the last win."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:  # noqa: FBT001, FBT002 - PyYAML's
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -26,7 +26,7 @@ class _Loader(yaml.SafeLoader):
 
 def documents(path: Path) -> list[Any]:
     read = list(yaml.load_all(path.read_text(encoding="utf-8"), _Loader))
-    # What stands there twice by an alias is one object to PyYAML, and two to everybody else.
+    # PyYAML shares one object between the uses of an alias, where others see separate ones.
     return [json.loads(json.dumps(each)) for each in read]
 
 
@@ -43,7 +43,7 @@ def environment() -> dict[str, str]:
 
 
 def resources(folder: str) -> list[Any]:
-    """The objects that `kubectl apply -k` would create, but for generated ConfigMaps."""
+    """Return the objects that `kubectl apply -k` would create, except for generated ConfigMaps."""
     path = KUBERNETES / folder
     kustomization = document(path / "kustomization.yaml")
     found: list[Any] = []
@@ -62,5 +62,5 @@ def of_kind(objects: list[Any], kind: str) -> Any:
 
 
 def groups(cluster: Any) -> list[Any]:
-    """The head's group of a RayCluster and those of its workers."""
+    """Return a RayCluster's head group and worker groups."""
     return [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]

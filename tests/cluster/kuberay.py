@@ -1,5 +1,5 @@
-"""What of KubeRay's objects these manifests use, as a JSON schema: names, types and choices as its API reference of
-version 1.6 has them. Pods inside are Kubernetes' own, which brings its schemas."""
+"""The parts of KubeRay's objects that the manifests use, as a JSON schema: names, types and choices as in its API
+reference of version 1.6. The pods inside are Kubernetes' own, which has its own schemas."""
 
 from typing import Any
 

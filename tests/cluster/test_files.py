@@ -1,5 +1,5 @@
-"""The files beside the manifests: configurations by Serve's schema and ours, the launcher's by Ray's, the image's by a
-linter."""
+"""The files besides the manifests: configurations against Serve's schema and ours, the launcher's against Ray's, the
+image's with a linter."""
 
 import importlib.metadata
 import re
@@ -39,12 +39,12 @@ def test_serve_and_the_application_understand_the_configuration(path: Path) -> N
     assert schema.proxy_location == "EveryNode"
     assert args.auth.keys_file is not None
     for stage in (args.gateway, args.preprocessor, args.vision_encoder, args.generator):
-        # A node that goes is no pause.
+        # Losing a node must not interrupt the service.
         assert stage.min_replicas >= 2
 
 
 def test_serve_builds_a_configuration_of_the_application(tmp_path: Path) -> None:
-    """`serve build` takes bound applications, and ours is built of settings: here of those of serve_config.yaml."""
+    """`serve build` takes bound applications, and ours is built from settings: here those of serve_config.yaml."""
     (described,) = document(ROOT / "serve_config.yaml")["applications"]
     (tmp_path / "settings.yaml").write_text(yaml.safe_dump(described.get("args", {})))
     (tmp_path / "bound.py").write_text(
@@ -136,14 +136,14 @@ def test_the_image_is_made_of_files_and_extras_that_exist() -> None:
     ]
     for source in copied:
         assert (ROOT / source).exists(), source
-        # Without it, it would not be sent to whoever builds.
+        # Otherwise it would be missing from the build context.
         assert source.split("/")[0] in allowed, source
     [extras] = re.findall(r"^ARG EXTRAS=(.*)$", dockerfile(), re.MULTILINE)
     assert set(extras.split(",")) <= set(project()["optional-dependencies"])
 
 
 def test_the_image_brings_what_the_manifests_start() -> None:
-    """`deployments` is of the extra `serve`, `cluster.batch` of `batch`."""
+    """`deployments` needs the extra `serve`, `cluster.batch` needs `batch`."""
     [given] = re.findall(r"^ARG EXTRAS=(.*)$", dockerfile(), re.MULTILINE)
     extras = given.split(",")
     [service] = document(CLUSTER / "serve_config.yaml")["applications"]
@@ -155,7 +155,7 @@ def test_the_image_brings_what_the_manifests_start() -> None:
 
 
 def test_the_launcher_finds_its_commands_and_its_files_in_the_image() -> None:
-    """Ray runs commands in login shells, whose PATH is Debian's, copies with rsync, and reads HOME off the image."""
+    """Ray runs commands in login shells, whose PATH is Debian's, copies with rsync, and reads HOME from the image."""
     [installed] = re.findall(r"apt-get install --no-install-recommends -y ([a-z0-9 -]*)", dockerfile())
     assert {"openssh-client", "rsync"} <= set(installed.split())
     [linked] = re.findall(r"^RUN ln -s (.*) /usr/local/bin/$", dockerfile(), re.MULTILINE)
@@ -167,7 +167,7 @@ def test_the_launcher_finds_its_commands_and_its_files_in_the_image() -> None:
     started = {command.split("&&")[-1].split()[0] for command in commands}
     assert started == {"ray", "serve"}
     assert started <= names <= scripts
-    # Its head starts machines, by the cloud's own package.
+    # The head starts machines with the cloud's own package.
     assert launcher()["provider"]["type"] == "aws"
     assert "--build-arg CLOUD_PACKAGE=boto3" in text
     assert re.search(r"^ARG CLOUD_PACKAGE=$", dockerfile(), re.MULTILINE)
@@ -191,7 +191,7 @@ def test_the_image_brings_what_serves_haproxy_is() -> None:
 
 
 def _drain(folder: Path, seconds: str, *, ray: str) -> subprocess.Popen[str]:
-    """Among the processes in `folder`/proc, with this script in place of the command `ray`."""
+    """Run the drain script with the processes in `folder`/proc, and this script in place of the command `ray`."""
     (folder / "ray").write_text(f"#!/bin/sh\n{ray}\n")
     (folder / "ray").chmod(0o755)
     return subprocess.Popen(
@@ -203,7 +203,7 @@ def _drain(folder: Path, seconds: str, *, ray: str) -> subprocess.Popen[str]:
 
 
 def _add_process(folder: Path, command: str) -> Path:
-    """As /proc shows it."""
+    """Add a process in the form of /proc."""
     process = folder / "proc/123"
     process.mkdir(parents=True)
     (process / "cmdline").write_text(f"{command}\0\0")
@@ -216,7 +216,7 @@ def test_a_node_that_ends_tells_ray_first(tmp_path: Path) -> None:
         assert drain.stdout is not None
         command, *words = drain.stdout.read().splitlines()
     assert command == drain_node.name
-    # Ray's own parser, which runs nothing.
+    # Parsed by Ray's own command, which runs nothing here.
     made = drain_node.make_context("ray", words)
     assert made.params["deadline_remaining_seconds"] == 900
 

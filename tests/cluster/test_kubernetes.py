@@ -1,4 +1,4 @@
-"""The manifests, without a Kubernetes: by its schemas, by what of KubeRay's they use, by what they are to ensure."""
+"""The manifests, without a Kubernetes: against its schemas and KubeRay's, and for the properties they must ensure."""
 
 import copy
 import itertools
@@ -44,7 +44,7 @@ SERVICES = [pytest.param(CLUSTERS[name], id=name) for name in ("base", "gpu")]
 
 
 def pods() -> Iterator[tuple[str, Any]]:
-    """Templates of pods, with where they are."""
+    """Yield all pod templates, each with its location."""
     for name, cluster in CLUSTERS.items():
         for group in groups(cluster):
             yield f"{name}-{group.get('groupName', 'head')}", group["template"]
@@ -146,7 +146,7 @@ def test_no_pod_is_root_or_can_become_it(name: str, template: Any) -> None:
         assert confined["capabilities"] == {"drop": ["ALL"]}
         mounts = [(mount["name"], mount["mountPath"]) for mount in container["volumeMounts"]]
         assert len(mounts) == len(set(mounts))
-        # Redis' is a template of its set.
+        # Redis' data volume is a claim template of its StatefulSet.
         assert {mount for mount, _ in mounts} == ({"data"} if name == "redis" else set(volumes))
         assert container["resources"]["limits"]["memory"] == container["resources"]["requests"]["memory"]
         assert container["readinessProbe"]
@@ -167,7 +167,7 @@ def test_nothing_ends_before_the_longest_answer_has(objects: list[Any], folder: 
     service = of_kind(objects, "RayService")["spec"]
     [application] = document(folder / "serve_config.yaml")["applications"]
     longest = application["args"]["limits"]["max_timeout_seconds"]
-    # test_app.py has that a gateway is given so long; a node that goes has a while more to find a place for another.
+    # test_app.py checks a gateway's grace period; a departing node gets more time, to place its replicas elsewhere.
     assert int(environment()["RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S"]) > longest
     assert service["rayClusterDeletionDelaySeconds"] > longest
     assert service["upgradeStrategy"] == {"type": "NewCluster"}
@@ -182,7 +182,7 @@ def test_nothing_ends_before_the_longest_answer_has(objects: list[Any], folder: 
 @pytest.mark.parametrize(("objects", "name"), [(BASE, "base"), (GPU, "gpu")], ids=["base", "gpu"])
 def test_workers_of_the_service_are_evicted_one_after_the_other(objects: list[Any], name: str) -> None:
     budget = of_kind(objects, "PodDisruptionBudget")["spec"]
-    # Of pods whose owner has no scale, as a RayCluster, Kubernetes takes nothing but a whole number that must be there.
+    # For pods whose owner has no scale subresource, like a RayCluster, Kubernetes accepts only an integer minAvailable.
     assert budget.keys() == {"minAvailable", "selector"}
     assert budget["minAvailable"] == sum(worker["minReplicas"] for worker in CLUSTERS[name]["workerGroupSpecs"]) - 1
     for worker in CLUSTERS[name]["workerGroupSpecs"]:
@@ -216,7 +216,7 @@ def test_stages_find_groups_of_workers_with_room_for_them() -> None:
         assert args["num_cpus"] <= float(requests["cpu"])
         assert args.get("num_gpus", 0) == int(limits.get("nvidia.com/gpu", 0))
         if args.get("num_gpus"):
-            # One replica to a node.
+            # One replica per node.
             assert worker["maxReplicas"] >= args["max_replicas"]
             assert worker["template"]["spec"]["nodeSelector"].keys() == {"nvidia.com/gpu.product"}
 
@@ -234,7 +234,7 @@ def test_workers_hold_the_smallest_number_of_replicas_from_the_start() -> None:
 def _admits(
     policies: list[Any], to: dict[str, str], source: dict[str, str], port: int, namespace: str = "llava"
 ) -> bool:
-    """Whether a connection gets through, as Kubernetes defines it: some policy that selects the pod must name it."""
+    """Whether a connection is allowed, as Kubernetes defines it: a policy that selects the pod must allow it."""
     selecting = [each["spec"] for each in policies if _selects(each["spec"]["podSelector"], to)]
     rules = [rule for spec in selecting for rule in spec.get("ingress", [])]
     return not selecting or any(_rule_admits(rule, source, port, namespace) for rule in rules)
@@ -267,7 +267,7 @@ WORKER = {"app.kubernetes.io/part-of": "llava", "ray.io/node-type": "worker"}
 REDIS = {"app.kubernetes.io/name": "llava-redis"}
 OPERATOR = {"app.kubernetes.io/name": "kuberay-operator"}
 POLICIES = [each for each in BASE if each["kind"] == "NetworkPolicy"]
-# GCS, dashboard, its agent, Ray Client, a worker's, a gateway's own, and HAProxy's two pages about itself.
+# Ports of the GCS, the dashboard, its agent, Ray Client, a worker, a gateway, and HAProxy's two status pages.
 RAYS_PORTS = (6379, 8265, 52365, 10001, 10002, 30000, 9101, 8404)
 
 
@@ -286,7 +286,7 @@ def test_rays_ports_are_for_nodes_of_the_cluster(port: int) -> None:
         assert _admits(POLICIES, pod, other, port)
     for pod in (HEAD, WORKER):
         assert not _admits(POLICIES, pod, {"app": "stranger"}, port)
-        # Labels alone are no way in from another namespace.
+        # From another namespace, the right labels are not enough.
         assert not _admits(POLICIES, pod, WORKER, port, namespace="other")
 
 

@@ -40,7 +40,7 @@ def long_context(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture(scope="session")
 def other_tower(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint like the tiny one in all but its weights."""
+    """A checkpoint like the tiny one, except for its weights."""
     from tests.tiny import build_reference_model, write_checkpoint
 
     return write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "other-llava", build_reference_model(seed=1))
@@ -62,7 +62,7 @@ def local_args(tiny_checkpoint: Path) -> AppArgs:
 
 @pytest.fixture(scope="session")
 def local_stages(local_args: AppArgs) -> tuple[Any, ...]:
-    """Handles of all three on the tiny checkpoint."""
+    """Handles of all three stages on the tiny checkpoint."""
     [name] = found = check_checkpoints(local_args)
     stages = bind_stages(local_args, found, share_towers(local_args, found), LocalHandoff())
     preprocessor, encoders, generators = (
@@ -73,7 +73,7 @@ def local_stages(local_args: AppArgs) -> tuple[Any, ...]:
 
 @pytest.fixture(scope="session")
 def local_pipeline(local_stages: tuple[Any, ...], local_args: AppArgs) -> Pipeline:
-    """All three stages as one."""
+    """All three stages as one pipeline."""
     return Pipeline(*local_stages, LocalHandoff(), model=local_args.models[0].served_name)
 
 

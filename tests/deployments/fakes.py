@@ -1,4 +1,4 @@
-"""Stand-ins for handles and for the graph: what they were asked, and answers that were written in advance."""
+"""Stand-ins for handles and for the graph: they record their calls, and give prepared answers."""
 
 import asyncio
 from collections import Counter as Totals
@@ -13,7 +13,7 @@ from llava_core.types import AnyRequest, TokenDelta, Usage
 
 
 class FakeResponse:
-    """What a handle returns: awaitable once, cancellable. `work` makes the result."""
+    """A handle's response: awaitable once, cancellable. `work` makes the result."""
 
     def __init__(self, work: Callable[[], Any]) -> None:
         self._work = work
@@ -31,7 +31,7 @@ class FakeResponse:
 
 
 class FakeStream(FakeResponse):
-    """What a streaming handle returns."""
+    """A streaming handle's response."""
 
     def __aiter__(self) -> AsyncGenerator[Any, None]:
         return self._work()
@@ -42,7 +42,7 @@ class FakeHandle:
 
     def __init__(self, **methods: Callable[..., Any]) -> None:
         self._methods = methods
-        # Stages differ in what they do.
+        # Stages are told apart by their methods.
         self.deployment_name = "+".join(methods)
         self._method = "__call__"
         self._is_stream = False
@@ -74,7 +74,7 @@ class FakeHandle:
 
 
 class ScriptedEngine:
-    """A graph that yields `items`, raising those that are exceptions; then waits for ever if `hangs`."""
+    """A graph that yields `items`, raising those that are exceptions; then waits forever if `hangs`."""
 
     def __init__(self, items: Sequence[Item | Exception] = (), *, hangs: bool = False) -> None:
         self.items = items
@@ -112,19 +112,19 @@ STAGES = ("preprocessor", "vision_encoder", "generator")
 
 
 async def all_ready() -> list[StageHealth]:
-    """What /health is told where there is no controller to ask."""
+    """Return what /health is told where there is no controller to ask."""
     return [StageHealth(name, is_ready=True) for name in STAGES]
 
 
 def answer(*texts: str, **last: Any) -> list[TokenDelta]:
-    """Deltas of a whole answer."""
+    """Return the deltas of a whole answer."""
     *others, final = texts
     ending = {"finish_reason": "stop", "usage": Usage(11, len(texts), 4), "stage_ms": {"prefill": 2.0}} | last
     return [*(TokenDelta("id", text, (1,)) for text in others), TokenDelta("id", final, (2,), **ending)]
 
 
 class FakeRecorder:
-    """Remembers what it was told, by metric and labels."""
+    """Remembers the recorded values, by metric and labels."""
 
     def __init__(self) -> None:
         self.counted: Totals[tuple[Metric, tuple[str, ...]]] = Totals()

@@ -1,5 +1,5 @@
-"""Run by test_handoff.py in a process of its own: the real pipeline and handoff on a real Ray, over stages that compute
-nothing, with results that write down in which process they are unpacked. Prints what it has seen as JSON."""
+"""Run by test_handoff.py in a separate process: the real pipeline and handoff on a real Ray, over stages that compute
+nothing, with results that record the process in which they are unpacked. Prints its observations as JSON."""
 
 import asyncio
 import json
@@ -17,16 +17,16 @@ from deployments.errors import StageLostError
 from deployments.launcher import ENVIRONMENT
 from llava_core.types import GenerationRequest, ImagePart, Message, SamplingParams, TokenDelta
 
-# As many as one picture's features of a 7B model.
+# The size of one picture's features of a 7B model.
 NUM_BYTES = 576 * 1024 * 2
 NUM_REQUESTS = 120
-# A handful of the 256 results: what Ray keeps of its own, and what it is about to free.
+# A handful of the 256 results: Ray's own objects, and results that it is about to free.
 MOST_LEFT = 12 * NUM_BYTES
 DEADLINE_S = 30.0
 
 
 class Payload:
-    """A large result, or a small one that refers to what is shared."""
+    """A large result, or a small one that refers to a shared object."""
 
     def __init__(self, log: str, data: object) -> None:
         self.log = log
@@ -106,7 +106,7 @@ def zeros() -> npt.NDArray[np.uint8]:
 
 
 def store_stats() -> Any:
-    """What Ray tells of its object store."""
+    """Return Ray's statistics of its object store."""
     import ray
     from ray._private.internal_api import get_memory_info_reply, get_state_from_address
 
@@ -148,7 +148,7 @@ def main(log: str) -> None:
         deadline = time.monotonic() + DEADLINE_S
         while time.monotonic() < deadline:
             try:
-                # Where the object lies on this node, until its owner is known to be dead.
+                # The object may be found on this node until its owner is known to be dead.
                 await handoff.shared(given)
             except StageLostError as error:
                 return type(error).__name__
@@ -156,7 +156,7 @@ def main(log: str) -> None:
         return "nothing"
 
     async def is_made() -> list[bool]:
-        """Before and after."""
+        """Return whether the object exists, before and after it is made."""
         maker: Any = ray.remote(num_cpus=0)(Maker).remote()
         given = Reference(maker.make.remote())
         seen = [handoff.is_made(given)]
@@ -172,19 +172,19 @@ def main(log: str) -> None:
             await ask(NUM_REQUESTS)
             created = store_stats().cumulative_created_bytes - before
             deadline = time.monotonic() + DEADLINE_S
-            # Ray frees what nobody refers to any more a little later.
+            # Ray frees unreferenced objects with a short delay.
             while (left := store_stats().object_store_bytes_used) > MOST_LEFT and time.monotonic() < deadline:
                 await asyncio.sleep(0.1)
             seen = {"left": left, "most_left": MOST_LEFT, "gateway": gateway, "created": created}
             return {**seen, "lost": await shared_by_the_dead(), "made": await is_made()}
         finally:
-            # While the loop that the handle has used is still there.
+            # Shut down while the loop that the handle has used still runs.
             await serve.shutdown_async()
 
     try:
         seen = asyncio.run(run())
     finally:
-        # Also after a failure: Ray's processes would keep the caller's pipe open.
+        # Even after a failure: otherwise Ray's processes would keep the caller's pipe open.
         ray.shutdown()
     seen["unpacked_by"] = [int(line) for line in Path(log).read_text().split()]
     sys.stdout.write(json.dumps(seen) + "\n")

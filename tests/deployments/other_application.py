@@ -1,4 +1,4 @@
-"""An application of somebody else's beside ours, for test_draining.py."""
+"""A second, foreign application beside ours, for test_draining.py."""
 
 from ray import serve
 

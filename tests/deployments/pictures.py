@@ -24,7 +24,7 @@ def data_url(data: bytes, media_type: str = "image/png") -> str:
 
 
 def png_header(width: int, height: int) -> bytes:
-    """A PNG that announces a size and holds next to nothing."""
+    """Return a PNG that declares a size and contains almost nothing."""
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(b"\0" * 16)), (b"IEND", b"")]
     body = b"".join(
@@ -34,7 +34,7 @@ def png_header(width: int, height: int) -> bytes:
 
 
 def unusual() -> dict[str, bytes]:
-    """Pictures that look odd and must be answered."""
+    """Return unusual pictures that must be answered."""
     frames = [Image.new("RGB", (20, 20), colour) for colour in ("red", "blue")]
     palette = Image.new("P", (20, 20))
     palette.putpalette([0, 0, 0, 255, 0, 0] + [0] * 762)
@@ -53,7 +53,7 @@ def unusual() -> dict[str, bytes]:
 
 
 def unusable() -> dict[str, bytes]:
-    """Pictures that must be refused."""
+    """Return pictures that must be refused."""
     noise = Image.effect_noise((64, 64), 80).convert("RGB")
     return {
         "empty": b"",

@@ -1,4 +1,4 @@
-"""What tests of a running service share: starting a command as a terminal does, and looking at its processes."""
+"""Helpers for tests of a running service: starting a command like a terminal, and inspecting its processes."""
 
 import contextlib
 import json
@@ -47,7 +47,7 @@ def free_port() -> int:
 
 @dataclass
 class Running:
-    """A service in a process of its own."""
+    """A service in a separate process."""
 
     url: str
     model: str
@@ -64,9 +64,10 @@ class Running:
         return read_page(self.metrics_url)
 
     def settled_metrics(self, check: Callable[[Page], None], *, deadline_s: float = 90.0) -> Page:
-        """The first page of metrics for which no assertion of `check` fails: each process reports at its own time.
+        """Return the first metrics for which `check` raises no AssertionError; every process reports at its own time.
 
-        Raises what failed last where that does not happen in time."""
+        Raises the last AssertionError at the deadline.
+        """
         deadline = time.monotonic() + deadline_s
         while True:
             page = self.metrics()
@@ -80,16 +81,16 @@ class Running:
                 return page
 
     def log_text(self) -> str:
-        # Without those of Ray's dashboard, whose ports another Ray on this machine may have.
+        # Without logs of Ray's dashboard, whose ports another Ray on this machine may use.
         logs = (path for path in self.logs.rglob("*.log") if not path.name.startswith("dashboard"))
         return "\n".join(path.read_text(errors="replace") for path in logs)
 
     def replicas(self, stage: str) -> list[int]:
-        """The processes of a stage's replicas."""
+        """Return the pids of a stage's replicas."""
         return self.processes(f"ServeReplica:llava:{stage}")
 
     def processes(self, name: str) -> list[int]:
-        """Those of its processes that are called so."""
+        """Return the pids of its processes with this name."""
         return [each.pid for each in descendants(self.pid) if name.encode() in _command(each.pid)]
 
 
@@ -97,13 +98,13 @@ def _command(pid: int) -> bytes:
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
-        # It has ended meanwhile.
+        # The process has ended meanwhile.
         return b""
 
 
 @contextlib.contextmanager
 def _ray_files() -> Iterator[Path]:
-    """Where Ray puts sockets and logs; a short path, because sockets' are limited to 107 characters."""
+    """Yield a folder for Ray's sockets and logs; a short path, because socket paths are limited to 107 characters."""
     folder = Path(tempfile.mkdtemp(prefix="ls", dir="/tmp"))
     try:
         yield folder
@@ -113,18 +114,19 @@ def _ray_files() -> Iterator[Path]:
 
 @contextlib.contextmanager
 def started(command: list[str]) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
-    """A command in a terminal's place, and where its Ray keeps files; whatever it began ends with the block."""
+    """Run a command as from a terminal; yields its process and the folder of its Ray's files. All its processes end
+    with the block."""
     with _ray_files() as files:
-        # A proxy that is not there: nothing on this machine may be asked through one.
+        # A proxy that does not exist: nothing on this machine may be requested through one.
         environment = {**os.environ, "RAY_TMPDIR": str(files), "PYTHONPATH": os.pathsep.join(sys.path)}
         environment |= {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
-        # Where its autoscaler tells of itself; two of one port would leave a traceback in the second one's log.
+        # The port of its autoscaler's metrics: a second Ray with the same port would log a traceback.
         environment |= {**TOLD_SOON, "AUTOSCALER_METRIC_PORT": str(free_port())}
         with subprocess.Popen(
             command,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            # So that what `select` says of the pipe is true of what `readline` can still read.
+            # Unbuffered, so that `select` on the pipe knows everything that `readline` can still read.
             bufsize=0,
             env=environment,
             start_new_session=True,
@@ -137,14 +139,14 @@ def started(command: list[str]) -> Iterator[tuple[subprocess.Popen[bytes], Path]
 
 
 def llava(command: str, *arguments: str) -> list[str]:
-    """The command line of `llava serve` or `llava demo`."""
+    """Return the command line of `llava serve` or `llava demo`."""
     return [sys.executable, "-c", PROGRAM, command, *arguments]
 
 
 def write_config(
     checkpoint: Path, folder: Path, *, route_prefix: str = "/", options: dict[str, Any] | None = None, **args: Any
 ) -> Path:
-    """A configuration of one application with these settings, and with these options of Serve's own beside it."""
+    """Write a configuration of one application with these settings, plus these options of Serve itself."""
     application = {"name": "llava", "route_prefix": route_prefix, "import_path": "deployments.app:build_app"}
     config = folder / "config.yaml"
     applications = [{**application, "args": {"models": [{"checkpoint": str(checkpoint)}], **args}}]
@@ -162,13 +164,14 @@ def serving(
     is_killed: bool = False,
     **args: Any,
 ) -> Iterator[Running]:
-    """A service of this checkpoint with these settings, until the block ends as Ctrl-C ends it, or kills it itself."""
+    """Run a service with this checkpoint and these settings; the end of the block stops it like Ctrl-C, unless the
+    block has killed it."""
     config = write_config(checkpoint, folder, route_prefix=route_prefix, options=options, **args)
     port = free_port()
     with started(llava("serve", "--config", str(config), "--port", str(port))) as (process, files):
         printed = read_until(process, "  logs ")
         assert "HTTP" in printed
-        # Its own session's folder; all that Ray writes is what tests search.
+        # The folder of its own session: tests search everything that Ray writes there.
         session = Path(printed.split()[-1]).parents[1]
         assert session.parent == files / "ray"
         assert session.is_dir()
@@ -182,7 +185,7 @@ def serving(
 
 
 def interrupt(process: subprocess.Popen[bytes]) -> None:
-    """As Ctrl-C does: to every process of the terminal. The command must end well, and nothing may be left of it."""
+    """Interrupt every process of the terminal, like Ctrl-C. The command must succeed and leave no process behind."""
     begun = descendants(process.pid)
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait(60) == 0
@@ -190,12 +193,12 @@ def interrupt(process: subprocess.Popen[bytes]) -> None:
 
 
 def alive(processes: set[Process]) -> set[Process]:
-    """Those that have not ended, whoever has inherited them."""
+    """Return those that have not ended, even if they were re-parented."""
     return processes & descendants(1)
 
 
 def read_until(process: subprocess.Popen[bytes], mark: str) -> str:
-    """What a starting service prints up to a line with this mark. Fails when it ends, or stays silent for too long."""
+    """Return a starting service's output up to a line with this mark. Fails when it ends, or is silent for too long."""
     assert process.stdout is not None
     lines: list[str] = []
     while mark not in (lines[-1] if lines else ""):
@@ -207,7 +210,7 @@ def read_until(process: subprocess.Popen[bytes], mark: str) -> str:
 
 
 def long_checkpoint(tiny_checkpoint: Path, folder: Path, *, num_tokens: int = 8192) -> Path:
-    """With a context that is long enough for answers that do not end while a test looks at them."""
+    """Write a checkpoint whose context is long enough for answers that outlast a test's observations."""
     copy = Path(shutil.copytree(tiny_checkpoint, folder / "long-llava"))
     edit_json(copy / "config.json", lambda config: config["text_config"].update(max_position_embeddings=num_tokens))
     return copy
@@ -222,7 +225,7 @@ def messages(parts: Any) -> list[Any]:
 
 
 def events(response: httpx.Response) -> Iterator[Any]:
-    """Of a stream, as they come; the last one is the text `[DONE]` where it ends well."""
+    """Yield a stream's events as they arrive; the last one is the text `[DONE]` if it ends well."""
     for line in response.iter_lines():
         if line.startswith("data: "):
             data = line.removeprefix("data: ")

@@ -1,4 +1,4 @@
-"""Who gets in, through the gateway: nobody without a good key, on no route but the open one."""
+"""Access through the gateway: no request without a valid key gets in, except on the open route."""
 
 import asyncio
 import json
@@ -32,7 +32,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def _add(path: Path, key_id: str = "team", **fields: Any) -> dict[str, str]:
-    """A new key in the file, as the header that gives it."""
+    """Add a key to the file, and return the header that carries it."""
     key = make_key(key_id)
     with editing(path) as keys:
         keys[key_id] = ApiKey(id=key_id, sha256=hash_key(key), created_at=NOW, **fields)
@@ -57,7 +57,7 @@ def _assert_refused(response: Any, status: int, code: str) -> dict[str, Any]:
 
 
 def test_no_route_but_health_answers_without_a_key(path: Path) -> None:
-    """Asked of every route there is, so that a new one is asked as well."""
+    """This checks every existing route, so that a new one is checked too."""
     engine = ScriptedEngine(answer("x"))
     gateway = Gateway({"m": engine}, all_ready, keys=KeyRing(path))
     routes = [route.path.replace("{name:path}", "m") for route in gateway.routes]
@@ -135,7 +135,7 @@ def test_no_host_header_makes_a_route_another_one(host: str, path: Path) -> None
 
 @pytest.mark.parametrize("target", ["/health/../v1/models", "//health/v1/models", "/%68ealth", "/health%2f", "/HEALTH"])
 def test_no_spelling_of_a_path_is_open_but_the_one(target: str, path: Path) -> None:
-    """Driven below the client, which would tidy up; what is open is what the router itself takes for /health."""
+    """Sent without the client, which would normalise paths; only what the router itself takes for /health is open."""
     app = Gateway({"m": ScriptedEngine()}, all_ready, keys=KeyRing(path)).app
     sent: list[Any] = []
 
@@ -220,7 +220,7 @@ def test_limits_are_each_keys_own_and_survive_a_change_of_others(path: Path) -> 
         assert error["type"] == "requests"
         assert 1 <= int(response.headers["retry-after"]) <= 30
         assert client.get("/v1/models", headers=second).status_code == 200
-        # Health asks nobody, and costs nobody anything.
+        # Health needs no key, and is charged to nobody.
         assert client.get("/health", headers=first).status_code == 200
 
 
@@ -239,7 +239,7 @@ def test_a_file_whose_permissions_are_repaired_is_read_again(path: Path, monkeyp
     headers = _add(path)
 
     def read_unless_forbidden(path: Path) -> dict[str, ApiKey]:
-        # As for a user who is not root.
+        # Behave as for a user who is not root.
         if not path.stat().st_mode & 0o400:
             raise KeysFileError("it cannot be read")
         return read_keys(path)
@@ -254,7 +254,7 @@ def test_a_file_whose_permissions_are_repaired_is_read_again(path: Path, monkeyp
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_tokens_are_charged_for_what_was_read_and_written(*, stream: bool, path: Path) -> None:
-    # 11 read, 3 written: `answer` says so.
+    # 11 prompt tokens and 3 completion tokens, as `answer` reports.
     engine = ScriptedEngine(answer("a", "b", "c"))
     now = [0.0]
     headers = _add(path, tokens_per_minute=14)
@@ -263,7 +263,7 @@ def test_tokens_are_charged_for_what_was_read_and_written(*, stream: bool, path:
         assert client.post(PATH, json=body, headers=headers).status_code == 200
         response = client.post(PATH, json=body, headers=headers)
         assert _assert_refused(response, 429, "rate_limit_exceeded")["type"] == "tokens"
-        # A fourteenth of a minute for one token.
+        # One token takes a fourteenth of a minute.
         assert response.headers["retry-after"] == "5"
         now[0] = 4.3
         assert client.post(PATH, json=body, headers=headers).status_code == 200
@@ -278,7 +278,7 @@ def test_a_prompt_that_several_answers_share_is_charged_once(path: Path) -> None
     headers = _add(path, tokens_per_minute=20)
     with _client(path, ScriptedEngine(ends), clock=lambda: now[0]) as client:
         client.post(PATH, json={**HELLO, "n": 3}, headers=headers)
-        # 13 of 20 are used; had the prompt been charged thrice, 33 would be.
+        # 13 of 20 are used; it would be 33 if the prompt were charged three times.
         assert client.post(PATH, json={**HELLO, "n": 3}, headers=headers).status_code == 200
 
 

@@ -1,4 +1,4 @@
-"""Keys and fetching as operators turn them on: `llava serve`, a real local Ray, real HTTP, under a prefix."""
+"""Keys and fetching as operators enable them: `llava serve`, a real local Ray, real HTTP, under a prefix."""
 
 import http.server
 import threading
@@ -24,12 +24,12 @@ class _Pictures(http.server.BaseHTTPRequestHandler):
         self.wfile.write(plain())
 
     def log_message(self, *_: object) -> None:
-        """Nothing."""
+        """Log nothing."""
 
 
 @pytest.fixture(scope="module")
 def pictures() -> Iterator[int]:
-    """The port of a server with a picture at every path."""
+    """Yield the port of a server with a picture at every path."""
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Pictures) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
@@ -92,7 +92,7 @@ def test_openais_client_gives_its_key_and_is_stopped_by_its_limits(service: Runn
     answer = client.chat.completions.create(model=service.model, messages=messages("hi"), max_tokens=3)
     assert answer.usage.completion_tokens >= 1
     limited = service.client.with_options(api_key=_add(keys_file, "limited", requests_per_minute=1))
-    # Its first request, as soon as the key is known, is the only one of a minute.
+    # The key's first request, once the service knows it, is the only one allowed per minute.
     until(lambda: _lists_models(limited))
     with pytest.raises(openai.RateLimitError) as caught:
         limited.models.list()

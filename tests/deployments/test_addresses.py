@@ -1,4 +1,4 @@
-"""Addresses: their form, hosts that are allowed by name, and what counts as the internet."""
+"""Addresses: their form, hosts allowed by name, and what counts as the internet."""
 
 import ipaddress
 import string
@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from deployments.addresses import HostRule, is_public, may_connect, parse_address
 from llava_core.errors import ImageError
 
-# The special-purpose registries of the IANA, and what embeds IPv4, by an address or two of each; no code of ours or of
-# Python's had a say in it.
+# One or two addresses from each of IANA's special-purpose registries, and of each form that embeds IPv4; compiled
+# independently of our code and of Python's.
 NOT_PUBLIC = """
 0.0.0.0 0.1.2.3 10.0.0.1 10.255.255.255 100.64.0.1 100.100.100.200 127.0.0.1 127.255.255.254 169.254.0.1
 169.254.169.254 172.16.0.1 172.31.255.255 192.0.0.1 192.0.0.192 192.0.2.1 192.88.99.1 192.168.0.1 192.168.255.255

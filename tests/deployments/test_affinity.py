@@ -1,4 +1,4 @@
-"""Which requests have a key in common, and the order of replicas against plain statements of what it has to be."""
+"""Which requests share a key, and the order of replicas, compared with plain statements of the required order."""
 
 import math
 from collections import Counter
@@ -109,7 +109,7 @@ def test_every_replica_is_preferred_by_as_many_keys_and_ranked_second_as_often_b
     firsts = Counter(ranked(key, REPLICAS)[0] for key in KEYS)
     assert all(400 < firsts[replica] < 600 for replica in REPLICAS)
     seconds = Counter(tuple(ranked(key, REPLICAS)[:2]) for key in KEYS)
-    # Of 56 pairs; 71 are expected, with a standard deviation of 8.
+    # There are 56 pairs; 71 are expected for each, with a standard deviation of 8.
     assert len(seconds) == 56
     assert all(30 < count < 120 for count in seconds.values())
 
@@ -150,7 +150,7 @@ def test_no_replica_gets_much_more_than_its_share_whatever_is_asked(keys: list[i
 def test_one_question_after_the_other_stays_where_it_is() -> None:
     for key in KEYS[:100]:
         preferred = ranked(key, REPLICAS)[0]
-        # Also where the last answer has not quite ended yet.
+        # Even if its last answer has not quite ended yet.
         for load in (0, 1):
             assert by_preference(key, dict.fromkeys(REPLICAS, 0) | {preferred: load})[0] == preferred
 

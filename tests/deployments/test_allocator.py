@@ -1,11 +1,11 @@
-"""What a process keeps of large buffers that its threads have freed."""
+"""How much memory a process keeps of large buffers that its threads have freed."""
 
 import subprocess
 import sys
 
 MIB = 2**20
 NUM_THREADS, BODY_MIB = 6, 12
-# Threads that hold large bodies at once, again and again, as those of a gateway do; prints the bytes that stay.
+# Threads that repeatedly hold large bodies at the same time, like a gateway's; prints the bytes that remain.
 BODIES = f"""
 import sys, threading
 from concurrent.futures import ThreadPoolExecutor
@@ -34,12 +34,12 @@ with ThreadPoolExecutor({NUM_THREADS}) as threads:
 
 
 def left(how: str) -> float:
-    """MiB."""
+    """Return the remaining MiB."""
     command = [sys.executable, "-c", BODIES, how]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout) / MIB
 
 
 def test_large_buffers_leave_nothing_behind_in_the_threads_that_held_them() -> None:
-    # What the C library does by itself: a buffer for each thread stays.
+    # By default, the C library keeps a buffer for each thread.
     assert left("by itself") > 0.5 * NUM_THREADS * BODY_MIB
     assert left("given back") < 4

@@ -1,4 +1,4 @@
-"""What every reply has: choices in order, token counts at the end, times on its last part."""
+"""Properties of every reply: choices in order, token counts at the end, times on its last part."""
 
 from dataclasses import replace
 from typing import Any
@@ -21,7 +21,7 @@ def kind(request: pytest.FixtureRequest) -> type[Answer]:
 
 
 def _of_two() -> list[TokenDelta]:
-    """Two answers whose deltas come in turns; the second is the first to end."""
+    """Return two answers whose deltas alternate; the second ends first."""
     usage = Usage(11, 4)
     return [
         TokenDelta("id", "a", (1,), index=1),

@@ -1,4 +1,4 @@
-"""Items become a response: the gateway's tests see most of it through HTTP, here is what they cannot."""
+"""Items become a response: the gateway's tests cover most of it through HTTP, these cover the rest."""
 
 import asyncio
 import json
@@ -36,7 +36,7 @@ def test_an_answer_of_several_ends_with_the_last_of_them() -> None:
 
 
 def test_no_empty_piece_is_ever_sent() -> None:
-    """An empty chunk would end the response for a server that sends it."""
+    """A server that sends an empty chunk thereby ends the response."""
 
     async def pieces() -> list[bytes]:
         items = _items(

@@ -1,4 +1,4 @@
-"""Keys at rest: what the file holds, what it never holds, and what is no file of keys."""
+"""Keys at rest: what the file holds, what it never holds, and which files are not key files."""
 
 import hashlib
 import json

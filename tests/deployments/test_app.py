@@ -1,4 +1,4 @@
-"""The graph through Serve's local testing mode, and what build_app makes of the settings."""
+"""The graph through Serve's local testing mode, and what build_app builds from the settings."""
 
 import json
 import logging
@@ -157,7 +157,7 @@ def test_replicas_and_resources_come_from_the_settings(tiny_checkpoint: Path) ->
     assert (made.min_replicas, made.max_replicas, made.initial_replicas) == (1, 4, None)
     assert (made.look_back_period_s, made.metrics_interval_s) == (20, 4)
     assert (made.upscale_delay_s, made.downscale_delay_s, made.downscale_to_zero_delay_s) == (4, 300, 600)
-    # As the controller makes it.
+    # Build the policy as the controller does.
     assert made.policy.get_policy().__name__ == "LoadPolicy"
     assert made.policy.policy_kwargs == {"targets": {"requests": 7.0}, "tolerance": 0.1}
 
@@ -169,7 +169,7 @@ def test_a_gateway_that_goes_has_as_long_as_the_longest_answer(
     models = [{"checkpoint": str(tiny_checkpoint)}]
     gateway = _graph(AppArgs.model_validate({"models": models, "limits": {"max_timeout_seconds": longest}}))
     assert gateway._deployment_config.graceful_shutdown_timeout_s == gateway_s
-    # What these cannot end goes on with another one.
+    # Other replicas take over what these cannot finish.
     preprocessor = gateway.init_args[1]._bound_deployment
     assert preprocessor._deployment_config.graceful_shutdown_timeout_s == 180
 
@@ -190,7 +190,7 @@ def test_on_a_cluster_what_no_node_has_now_is_told_and_waited_for(
     node = {"Alive": True, "Resources": {"CPU": 8.0, "GPU": 1.0, "accelerator_type:A100": 1.0}, "Labels": {}}
     monkeypatch.setattr("ray.is_initialized", lambda: True)
     monkeypatch.setattr("ray.nodes", lambda: [node])
-    # As they are where Serve has not made its own.
+    # As if Serve had not set up its own logging.
     monkeypatch.setattr("deployments.app.adopt_serve_logging", lambda: None)
     for kind, told in (("A100", []), ("H100", ["generator: no node has accelerator_type H100; there are A100"])):
         caplog.clear()
@@ -251,7 +251,7 @@ def test_models_share_a_tower_where_it_is_the_same_and_have_the_rest_for_themsel
         "one/1": "VisionEncoder-one-1",
         "two": "VisionEncoder-one-1",
     }
-    # Each with the weights of its own.
+    # Each encoder has its own weights.
     for name, folder in (("three", other_tower), ("one/1", tiny_checkpoint)):
         assert encoders[name]._bound_deployment.init_args[1].model == str(folder)
     assert generators["two"]._bound_deployment.init_args[1].model == str(checkpoint_copy)
@@ -260,7 +260,7 @@ def test_models_share_a_tower_where_it_is_the_same_and_have_the_rest_for_themsel
 
 
 def test_calls_of_stages_prefer_replicas_and_those_of_the_gateway_do_not(tiny_checkpoint: Path) -> None:
-    """Whose session id is the client's."""
+    """Calls of the gateway itself carry the client's session id."""
     models = [
         {"name": name, "checkpoint": str(tiny_checkpoint), "engine": {"max_running": running}}
         for name, running in (("a", 1), ("b", 2))
@@ -273,7 +273,7 @@ def test_calls_of_stages_prefer_replicas_and_those_of_the_gateway_do_not(tiny_ch
     assert AffinityRouter not in routers[:1]
     assert routers[1:] == [AffinityRouter] * 5
     given = [stage._deployment_config.request_router_config.request_router_kwargs for stage in deployments[1:]]
-    # What an engine takes: those that are written and those that may wait.
+    # An engine's capacity: running and waiting requests.
     assert given == [{}, {}, {}, {"capacity": 3}, {"capacity": 4}]
 
 
@@ -301,7 +301,7 @@ def test_what_the_builder_fetches_is_logged_where_serve_logs(
     monkeypatch.setattr(handler, "emit", lambda record: lines.append(record.getMessage()))
     monkeypatch.setattr(logging.getLogger("ray.serve"), "handlers", [handler])
     for name in ("deployments", "llava_core"):
-        # To be as they were afterwards.
+        # Set through monkeypatch, so that they are restored afterwards.
         monkeypatch.setattr(logging.getLogger(name), "handlers", [])
         monkeypatch.setattr(logging.getLogger(name), "propagate", True)
     monkeypatch.chdir(tmp_path)
@@ -320,5 +320,5 @@ def test_a_table_of_workers_is_there_where_they_may_register(tiny_checkpoint: Pa
         if table is not None:
             deployment = table._bound_deployment
             assert (deployment.name, deployment.num_replicas) == ("WorkerTable", 1)
-            # It takes no place of a stage's.
+            # It takes no CPU from the stages.
             assert deployment.ray_actor_options["num_cpus"] == 0

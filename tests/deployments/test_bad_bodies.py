@@ -1,4 +1,4 @@
-"""Every field of every route made wrong in every way, through the whole graph: an answer or a 4xx, never a fault."""
+"""Every field of every route with every wrong value, through the whole graph: an answer or a 4xx, never a 5xx."""
 
 import json
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ FIELDS = {
     "/tokenize": ["model", "messages", "prompt", "return_token_strs", "add_generation_prompt"],
     "/detokenize": ["model", "tokens"],
 }
-# As JSON, because some are no values of Python's.
+# As JSON, because some have no equivalent in Python.
 BAD = [
     *(
         '"three"',

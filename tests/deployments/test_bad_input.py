@@ -1,7 +1,7 @@
-"""What strangers send: each kind of attack once, through the gateway, and those on HTTP itself through its server.
+"""Hostile input: each kind of attack once, through the gateway, and attacks on HTTP itself through its server.
 
-Pictures that are no pictures are in test_gateway.py, addresses in test_addresses.py and test_fetch.py, keys in
-test_access.py. `docs/threat-model.md` says which is where.
+Invalid pictures are in test_gateway.py, addresses in test_addresses.py and test_fetch.py, keys in test_access.py.
+`docs/threat-model.md` lists which is where.
 """
 
 import asyncio
@@ -40,7 +40,7 @@ def _refused(content: bytes) -> dict[str, Any]:
 @pytest.mark.parametrize("before", [b"", b'{"messages": [{"role": "user", "content": "hi"}], "metadata": '])
 def test_deep_nesting_is_refused(opening: bytes, before: bytes) -> None:
     assert _refused(before + opening * 10_000)["code"] == "invalid_json"
-    # Closed again, it would be JSON.
+    # With the brackets closed again, it would be valid JSON.
     closing = b"]" if opening == b"[" else b"}"
     whole = before + opening * 10_000 + b"1" + closing * 10_000 + (b"}" if before else b"")
     assert _refused(whole)["code"] == "invalid_json"
@@ -126,7 +126,7 @@ def test_a_page_that_is_named_can_ask_with_a_key_and_read_why_it_may_not(tmp_pat
         assert refused.headers["access-control-allow-origin"] == "https://good.org"
 
 
-# HTTP itself, by the server that Serve's proxy runs, over a socket.
+# HTTP itself, over a socket to the server that Serve's proxy runs.
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +143,7 @@ def address() -> Iterator[tuple[str, int]]:
 
 
 def _raw(address: tuple[str, int], *lines: str, body: bytes = b"") -> bytes:
-    """Everything that comes until the server closes the connection."""
+    """Return everything that arrives until the server closes the connection."""
     with socket.create_connection(address, timeout=10) as connection:
         connection.sendall("\r\n".join([*lines, "", ""]).encode("latin-1") + body)
         return b"".join(iter(lambda: connection.recv(65536), b""))
@@ -178,7 +178,7 @@ SMUGGLED = b"0\r\n\r\nGET /v1/models HTTP/1.1\r\nhost: x\r\n\r\n"
 def test_a_request_whose_end_is_told_in_two_ways_is_refused_with_its_connection(
     headers: list[str], address: tuple[str, int]
 ) -> None:
-    """Or a proxy and we might disagree on where the next one begins."""
+    """Otherwise a proxy and we might disagree on where the next request begins."""
     _assert_ends_with_400(_raw(address, POST, HOST, *headers, body=SMUGGLED))
 
 

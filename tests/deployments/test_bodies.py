@@ -1,4 +1,4 @@
-"""Bodies: bounded one by one, together and in time; test_gateway.py sends them."""
+"""Bodies: bounded each, together and in time; test_gateway.py sends them over HTTP."""
 
 import asyncio
 from typing import Any
@@ -12,7 +12,7 @@ from llava_core.errors import OverloadedError
 
 
 def _request(*pieces: bytes, is_whole: bool = True, **headers: str) -> Request:
-    """What it sends after its pieces is its end, or nothing at all."""
+    """Make a request that sends its end after its pieces, or nothing more if not `is_whole`."""
     messages = [{"type": "http.request", "body": piece, "more_body": True} for piece in pieces]
     if is_whole:
         messages.append({"type": "http.request", "body": b"", "more_body": False})
@@ -69,7 +69,7 @@ def test_one_that_does_not_come_in_time_is_refused_and_gives_its_bytes_back(piec
 
 
 def test_the_time_is_the_whole_bodys_and_not_each_pieces() -> None:
-    """A piece comes whenever the clock has gone on by 25 seconds, so no wait between two is as long as the limit."""
+    """A piece arrives every 25 seconds by the test's clock, so no wait between two reaches the limit."""
 
     async def trickle() -> None:
         loop = asyncio.get_running_loop()
@@ -79,7 +79,7 @@ def test_the_time_is_the_whole_bodys_and_not_each_pieces() -> None:
         async def receive() -> Any:
             nonlocal passed
             passed += 25
-            # What the clock has called for is done in between.
+            # Let the timers that are due run.
             await asyncio.sleep(0)
             await asyncio.sleep(0)
             return {"type": "http.request", "body": b"x", "more_body": True}

@@ -1,4 +1,4 @@
-"""What is read of a stream that may be too long."""
+"""Reading a stream that may be too long."""
 
 import asyncio
 from collections.abc import AsyncIterator

@@ -1,4 +1,4 @@
-"""The share of its time for which a thread works, by a clock of the test's own."""
+"""The share of time that a thread is busy, by the test's own clock."""
 
 import pytest
 

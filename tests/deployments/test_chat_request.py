@@ -1,4 +1,4 @@
-"""Requests: what is taken over, ignored, and refused naming where it is."""
+"""Chat requests: which fields are used, ignored, or refused with their location."""
 
 import json
 from typing import Any

@@ -1,4 +1,4 @@
-"""Answers to chats look as OpenAI's do."""
+"""Answers to chats have OpenAI's form."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The schema of chats: what is refused by name, and how much a conversation may hold."""
+"""The schema of chats: which fields are refused by name, and how much a conversation may hold."""
 
 import json
 from typing import Any

@@ -57,7 +57,7 @@ def test_a_missing_checkpoint_is_one_line_and_status_1(command: str, tmp_path: P
 
 
 def test_the_curl_line_sends_what_the_demo_sends(tmp_path: Path) -> None:
-    """Run by a shell, with a curl of our own that shows what it was given."""
+    """A shell runs it with a fake curl that prints its arguments."""
     image = tmp_path / "it's a scene.png"
     image.write_bytes(bytes(range(256)) * 1000)
     curl = tmp_path / "curl"
@@ -86,7 +86,7 @@ def test_the_demos_picture_comes_with_the_package_and_stands_in_the_examples_onc
 def test_a_download_is_announced_before_it_begins_and_offline_there_is_none(
     tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
-    """The checkpoint has a fault, which ends the start after it was fetched."""
+    """A fault in the checkpoint ends the start after the download."""
     broken = Path(shutil.copytree(tiny_checkpoint, tmp_path / "broken"))
     (broken / "tokenizer.json").unlink()
     with hub_of({"owner/name": {OLD: broken}}) as hub:

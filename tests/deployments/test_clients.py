@@ -1,4 +1,4 @@
-"""Other clients than OpenAI's own, over real HTTP: LangChain, LiteLLM (`make test-clients` installs both) and curl."""
+"""Clients other than OpenAI's own, over real HTTP: LangChain, LiteLLM (`make test-clients` installs both) and curl."""
 
 import asyncio
 import json
@@ -45,7 +45,7 @@ def question() -> list[Any]:
 
 @pytest.fixture(scope="module")
 def expected(url: str, model: str, question: list[Any]) -> str:
-    """The answer, as OpenAI's client has it."""
+    """Return the answer that OpenAI's client gets."""
     with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
         answer = client.chat.completions.create(model=model, messages=question, max_tokens=8)
     assert answer.choices[0].message.content
@@ -67,7 +67,7 @@ def test_langchain(url: str, model: str, question: list[Any], expected: str, mon
     assert asyncio.run(chat.ainvoke(question)).content == expected
     likely = chat.bind(logprobs=True, top_logprobs=2).invoke(question)
     assert len(likely.response_metadata["logprobs"]["content"]) == whole.usage_metadata["output_tokens"]
-    # What was said goes on, calls of tools among it.
+    # A continued conversation, including tool calls.
     call = {"id": "c", "type": "tool_call", "name": "area", "args": {"of": "it"}}
     core = pytest.importorskip("langchain_core.messages")
     history = [
@@ -83,7 +83,7 @@ def test_langchain(url: str, model: str, question: list[Any], expected: str, mon
 
 
 def test_litellm(url: str, model: str, question: list[Any], expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    # It would otherwise fetch a table of prices when it is imported.
+    # Otherwise it would fetch a price table on import.
     monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")
     litellm = pytest.importorskip("litellm")
     values: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""Completions: a prompt in each of its forms, and what is refused naming where it is."""
+"""Completions: a prompt in each of its forms, and what is refused with its location."""
 
 import json
 from typing import Any

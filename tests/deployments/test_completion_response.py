@@ -1,4 +1,4 @@
-"""Answers to completions look as OpenAI's do."""
+"""Answers to completions have OpenAI's form."""
 
 from deployments.completion_response import CompletionAnswer
 from llava_core.types import TokenDelta, TokenLogprob

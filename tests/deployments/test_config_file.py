@@ -1,4 +1,4 @@
-"""Where the configuration comes from, and which of its applications is ours."""
+"""Where the configuration is read from, and which of its applications is ours."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""When a request says that its answer would be too late: which times are taken, what is cancelled, what it is told."""
+"""Requests with a deadline: which times are accepted, what is cancelled, and what the client is told."""
 
 import asyncio
 import json
@@ -21,7 +21,7 @@ CHAT = {"messages": [{"role": "user", "content": "hi"}]}
 
 
 class _Stuck(ScriptedEngine):
-    """Never tells what a prompt is."""
+    """Never returns the tokens of a prompt."""
 
     async def tokenize(self, request: object) -> Any:
         await asyncio.Event().wait()

@@ -1,4 +1,4 @@
-"""What Serve says of a failed deployment, in one line."""
+"""Serve's reason for a failed deployment, in one line."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What is read of a configuration, and how long is waited; a real Serve takes it in test_draining.py."""
+"""What is read from a configuration, and how long the start is awaited; test_draining.py deploys to a real Serve."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +23,7 @@ def test_what_serve_does_not_know_is_named() -> None:
 
 
 def _overview(status: str, message: str = "", **deployments: str) -> Any:
-    """Of an application that Serve does not know yet, too, which has no deployments."""
+    """Return the status of an application; one that Serve does not know yet has no deployments."""
     return SimpleNamespace(
         app_status=SimpleNamespace(status=_Status(status), message=message),
         deployment_statuses=[SimpleNamespace(name=name, status=each, message="") for name, each in deployments.items()],
@@ -31,7 +31,7 @@ def _overview(status: str, message: str = "", **deployments: str) -> Any:
 
 
 class _Status(str):
-    """Serve's are strings that know their value."""
+    """Like Serve's statuses, a string with a `value`."""
 
     @property
     def value(self) -> str:
@@ -39,7 +39,7 @@ class _Status(str):
 
 
 def _tell(monkeypatch: pytest.MonkeyPatch, *overviews: Any) -> None:
-    """What Serve's controller says, time after time."""
+    """Let Serve's controller report these overviews, one after the other."""
     seen = iter(overviews)
     client = SimpleNamespace(get_serve_status=lambda name: next({"app": seen}[name]))
     monkeypatch.setattr("ray.serve.context._get_global_client", lambda: client)

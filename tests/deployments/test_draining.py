@@ -1,4 +1,4 @@
-"""A service that is told to stop, or to take another configuration, while it answers. A real Ray."""
+"""A service that is told to stop, or to load another configuration, while it answers. A real Ray."""
 
 import os
 import signal
@@ -40,7 +40,7 @@ def _serve(config: Path, port: int) -> list[str]:
 
 
 class _Stream:
-    """A long answer that has begun, read as it comes in a thread: what nobody reads may be complete unseen."""
+    """A long answer that has begun, read in a thread as it arrives: unread, it might already be complete."""
 
     def __init__(self, url: str, *, max_tokens: int) -> None:
         self.events: list[Any] = []
@@ -73,7 +73,7 @@ class _Stream:
 
 
 class _Asking:
-    """Asks one question after the other, every other one about a new picture, until the block ends."""
+    """Asks one question after another, every second one about a new picture, until the block ends."""
 
     def __init__(self, url: str) -> None:
         self.statuses: Counter[int] = Counter()
@@ -110,7 +110,7 @@ def _tell(process: subprocess.Popen[bytes], config: Path, limits: dict[str, Any]
 
 
 def _beside_another(config: Path) -> None:
-    """Two applications have Serve's proxy in front of them, in place of gateways that listen themselves."""
+    """Add a second application: then Serve's proxy is in front of both, and gateways do not listen themselves."""
     described = yaml.safe_load(config.read_text())
     other = {"name": "other", "route_prefix": "/other", "import_path": "tests.deployments.other_application:app"}
     described["applications"].append(other)
@@ -130,7 +130,7 @@ def test_streams_end_under_a_new_configuration_and_before_it_stops(
     url = f"http://127.0.0.1:{port}"
 
     def is_taken() -> bool:
-        """A request for more answers than the new limits allow."""
+        """Whether a request for more answers than the new limits allow is accepted."""
         body = {"messages": messages("hi"), "n": 2, "max_tokens": 1}
         response = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=150)
         assert response.status_code in (200, 400), response.text
@@ -141,20 +141,20 @@ def test_streams_end_under_a_new_configuration_and_before_it_stops(
         assert is_taken()
         _tell(process, config, {"max_n": 0})
         read_until(process, "It stays as it is: the configuration is wrong at args.limits.max_n")
-        # It takes twice as long as new replicas of all stages.
+        # The stream lasts twice as long as starting new replicas of all stages.
         with _Stream(url, max_tokens=19_000) as stream, _Asking(url) as asking:
             _tell(process, config, {"max_n": 1})
             until(lambda: not is_taken(), deadline_s=120)
             assert not stream.is_over, "it has ended too soon to tell anything"
             stream.assert_ends_well()
-            # Not before the last of the old replicas is gone.
+            # This is printed only when the last of the old replicas has ended.
             read_until(process, "Serving long-llava anew")
             until(lambda: not is_taken())
-        # Nobody was refused meanwhile.
+        # No request was refused meanwhile.
         assert set(asking.statuses) == {200}, asking.unexpected
         if not is_alone:
             assert httpx.get(f"{url}/other", timeout=60).text == "other"
-        # Once it has ended, nobody is there who could refuse anything.
+        # Once it has ended, nothing is left that could refuse a request.
         with _Stream(url, max_tokens=4000) as stream:
             _stop(process, number)
             read_until(process, "Letting requests end")
@@ -179,7 +179,7 @@ def test_killed_outright_it_leaves_nothing_that_serves_or_computes(tiny_checkpoi
     config = write_config(tiny_checkpoint, tmp_path, **STAGES)
     with started(_serve(config, free_port())) as (process, _):
         read_until(process, "  logs ")
-        # Ray's agents need a minute to notice.
+        # Ray's agents need a minute to detect it.
         begun = {each for each in descendants(process.pid) if not name_of(each).startswith(AGENTS)}
         assert len(begun) > 8
         process.kill()
@@ -189,7 +189,7 @@ def test_killed_outright_it_leaves_nothing_that_serves_or_computes(tiny_checkpoi
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
 def test_a_service_that_is_told_to_stop_while_it_starts_does(number: signal.Signals) -> None:
-    """Also where Ctrl-C is ignored from the beginning, as by what a shell starts in the background."""
+    """This holds even if SIGINT is ignored from the beginning, as in a shell's background jobs."""
     command = ["sh", "-c", 'trap "" INT; exec "$@"', "sh", *llava("serve", "--port", str(free_port()))]
     with started(command) as (process, _):
         read_until(process, "Ray")

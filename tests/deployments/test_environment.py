@@ -1,4 +1,4 @@
-"""What a local Ray is told, as far as others depend on it; test_service.py shows that its processes have it."""
+"""The environment of a local Ray, as far as others depend on it; test_service.py shows that its processes have it."""
 
 from deployments.environment import ENVIRONMENT
 

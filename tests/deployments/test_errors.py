@@ -1,4 +1,4 @@
-"""Errors of the service survive the way from process to process."""
+"""Errors of the service survive the transfer between processes."""
 
 import pickle
 

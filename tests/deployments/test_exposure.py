@@ -1,4 +1,4 @@
-"""Nobody listens where others reach it without keys, unless told to."""
+"""The service does not listen where others can reach it without keys, unless told to."""
 
 from pathlib import Path
 

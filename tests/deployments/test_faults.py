@@ -1,4 +1,4 @@
-"""Processes that are killed under load: answers go on, health tells, the service recovers. A real Ray."""
+"""Processes killed under load: answers continue, health reports it, the service recovers. A real Ray."""
 
 import concurrent.futures
 import os
@@ -45,15 +45,15 @@ def _cpu_seconds(pid: int) -> float:
 
 
 def _at_work(service: Running, *, seconds: float = 0.05) -> int:
-    """The generator that has computed most, once one has for so long. Those without an answer to write do not; and
-    which of them has some, is up to the routers."""
+    """Return the pid of the generator that has computed most, once one has for so long. Generators without an answer do
+    not compute, and the routers decide which have one."""
     begun = {pid: _cpu_seconds(pid) for pid in service.replicas("Generator")}
     until(lambda: any(_cpu_seconds(pid) > begun[pid] + seconds for pid in begun), deadline_s=60)
     return max(begun, key=lambda pid: _cpu_seconds(pid) - begun[pid])
 
 
 def _await_whole(service: Running) -> None:
-    """Every stage has its replicas, and nobody still counts on one that is gone."""
+    """Wait until every stage has its replicas, and no caller still relies on a dead one."""
 
     def is_whole() -> bool:
         return _health(service) == 200 and len(service.replicas("Generator")) == 2
@@ -85,7 +85,7 @@ ASKED: list[dict[str, Any]] = [
 
 
 class _Stream:
-    """Reads a stream in a thread, and knows how far it has come."""
+    """Reads a stream in a thread, and knows its progress."""
 
     def __init__(self, service: Running, body: dict[str, Any]) -> None:
         self.num_events = 0
@@ -98,7 +98,8 @@ class _Stream:
         self._thread.start()
 
     def whole(self) -> dict[str, Any]:
-        """All that has come, once it has; the numbers of log-probabilities apart, of which the last bits may differ."""
+        """Return the complete answer once it has arrived, with the log-probabilities' values separate: their last bits
+        may differ."""
         self._thread.join(120)
         assert self.error is None, self.error
         assert self.last == "[DONE]", self.last
@@ -130,7 +131,7 @@ class _Stream:
 
 
 def _begun_streams(service: Running) -> list[_Stream]:
-    """All of them, none of which is over."""
+    """Return all streams, once they have begun and before any has ended."""
     streams = [_Stream(service, body) for body in ASKED]
     until(lambda: all(stream.num_events > 3 for stream in streams))
     return streams
@@ -138,7 +139,7 @@ def _begun_streams(service: Running) -> list[_Stream]:
 
 @pytest.fixture(scope="module")
 def expected(service: Running) -> list[dict[str, Any]]:
-    """What these streams are when nothing happens."""
+    """The results of these streams when undisturbed."""
     whole = [stream.whole() for stream in _begun_streams(service)]
     assert all(choice["ends"] == ["length"] for each in whole for choice in each["choices"].values())
     assert [each["usage"][0] for each in whole] == [1500, 1500, 1500, 3000, 1500, 1500]
@@ -169,14 +170,14 @@ ASKED_AT_LENGTH = {"messages": messages("hi"), "temperature": 1.0, "seed": 3, **
 
 @pytest.fixture(scope="module")
 def at_length(service: Running) -> list[Any]:
-    """The answer, when nothing happens to it."""
+    """The answer when undisturbed."""
     response = service.post(**ASKED_AT_LENGTH).json()
     assert response["usage"]["completion_tokens"] == ENDLESS["max_tokens"]
     return list(response["choices"])
 
 
 def test_a_stream_of_a_generator_that_falls_silent_goes_on_elsewhere(service: Running, at_length: list[Any]) -> None:
-    """As where its host has lost power: nothing is closed. Ray itself takes a minute to notice."""
+    """As if its host had lost power: no connection is closed. Ray itself takes a minute to detect that."""
     _await_whole(service)
     stream = _Stream(service, ASKED_AT_LENGTH)
     pid = _at_work(service, seconds=1.0)
@@ -195,7 +196,7 @@ def test_an_answer_in_one_piece_goes_on_too(service: Running, at_length: list[An
     _await_whole(service)
     with concurrent.futures.ThreadPoolExecutor(1) as client:
         answer = client.submit(service.post, **ASKED_AT_LENGTH)
-        # It says nothing before it ends, but writing it is work.
+        # The answer is not streamed, but writing it takes computing time.
         pid = _at_work(service, seconds=1.0)
         assert not answer.done()
         os.kill(pid, signal.SIGKILL)
@@ -207,7 +208,8 @@ def test_an_answer_in_one_piece_goes_on_too(service: Running, at_length: list[An
 
 @pytest.mark.parametrize("stage", ["Preprocessor", "VisionEncoder"])
 def test_who_waits_for_a_stage_that_cannot_be_reached_is_told(service: Running, stage: str) -> None:
-    """As where the network between two hosts is gone: nothing is closed, and to Ray all is well. There is no other."""
+    """As if the network between two hosts had failed: no connection is closed, and Ray sees no fault. The stage has no
+    other replica."""
     _await_whole(service)
     ask = {"messages": messages(content(plain("olive"), "What?")), "max_tokens": 3}
     [pid] = service.replicas(stage)
@@ -246,14 +248,14 @@ def test_streams_and_new_requests_do_without_serves_controller(
     os.kill(controller, signal.SIGKILL)
     assert service.post(messages=messages("hi"), max_tokens=3).status_code == 200
     assert [stream.whole() for stream in streams] == expected
-    # Ray starts another, which finds the replicas that there are.
+    # Ray starts another controller, which finds the existing replicas.
     until(lambda: service.processes("ray::ServeController") not in ([], [controller]), deadline_s=60)
     _await_whole(service)
 
 
 def _assert_broken(service: Running, streams: list[_Stream]) -> None:
-    """But for those that were whole already, on a machine that was busy with something else. A client asks again by
-    itself, as long as nothing of an answer has come."""
+    """Assert that the streams broke off, except for those that were already complete because the machine was busy.
+    A client retries by itself as long as nothing of an answer has arrived."""
     for stream in streams:
         stream.wait()
     broken = [stream for stream in streams if stream.last != "[DONE]"]
@@ -288,7 +290,7 @@ def test_a_load_balancer_that_is_killed_is_started_again(service: Running) -> No
 def test_a_request_whose_time_is_up_is_told_in_our_words_and_frees_the_generator(
     service: Running, *, stream: bool
 ) -> None:
-    """Serve reads the same header, and would answer in plain text."""
+    """Serve reads the same header, and would respond with plain text."""
     body = {"messages": messages("hi"), "stream": stream, **ENDLESS}
     headers = {"x-request-timeout-seconds": "2"}
     response = httpx.post(f"{service.url}/v1/chat/completions", json=body, headers=headers, timeout=60)
@@ -306,13 +308,13 @@ def test_a_request_whose_time_is_up_is_told_in_our_words_and_frees_the_generator
 
 
 def _slow_pictures(green: int) -> list[Any]:
-    """Of a few kilobytes each, and seconds of work for the preprocessor, which has not seen them before."""
+    """Return new pictures of a few kilobytes each that take the preprocessor seconds."""
     pictures = [plain((red, green, 0), (6000, 6000)) for red in range(6)]
     return [part for picture in pictures for part in content(picture, "What?")]
 
 
 def _kill_at_work(service: Running) -> None:
-    """The preprocessor, once it can serve and computes, which without a request it does not."""
+    """Kill the preprocessor once it can serve and is computing, which it only does for a request."""
     until(lambda: _health(service) == 200, deadline_s=120)
     [pid] = service.replicas("Preprocessor")
     begun = _cpu_seconds(pid)
@@ -347,16 +349,16 @@ def test_pictures_that_kill_twice_are_refused_and_others_are_not(service: Runnin
 
 def test_an_encoder_that_is_killed_leaves_nobody_waiting(service: Running) -> None:
     [pid] = service.replicas("VisionEncoder")
-    # So that the request is with it, or on its way to it, when it is killed.
+    # Stopped first, so that the request is at the replica, or on its way to it, when it is killed.
     os.kill(pid, signal.SIGSTOP)
     with concurrent.futures.ThreadPoolExecutor(2) as clients:
         ask = {"messages": messages(content(plain(), "What?")), "max_tokens": 3}
         answers = [clients.submit(service.post, **ask, stream=stream) for stream in (False, True)]
-        # Text goes past the encoder, whatever state that is in.
+        # Text bypasses the encoder, whatever its state.
         assert service.post(messages=messages("hi"), max_tokens=1).status_code == 200
         os.kill(pid, signal.SIGKILL)
         for answer in answers:
-            # Whether or not it had been handed to the replica.
+            # Whether or not it had been sent to the replica.
             assert answer.result(120).status_code == 200
     until(lambda: _health(service) == 200, deadline_s=120)
     assert service.post(**ask).status_code == 200

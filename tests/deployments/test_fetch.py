@@ -1,4 +1,4 @@
-"""Fetching, from servers on the loopback interface: what comes, what is refused, and who is never asked."""
+"""Fetching, from servers on the loopback interface: what is fetched, what is refused, and who is never contacted."""
 
 import asyncio
 import datetime
@@ -37,7 +37,7 @@ def redirect(target: str, status: str = "302 Found") -> bytes:
 
 @dataclass
 class Server:
-    """Answers paths with bytes as they are; None keeps the line open. Remembers what it was asked."""
+    """Answers paths with raw bytes; None keeps the connection open. Remembers the requests."""
 
     port: int
     replies: dict[str, bytes | None]
@@ -78,7 +78,7 @@ async def serving(replies: dict[str, bytes | None], tls: ssl.SSLContext | None =
 
 
 class Names:
-    """A name server with its answers, one after the other for each name; the last one stays."""
+    """A name server with a sequence of answers for each name; the last one is repeated."""
 
     def __init__(self, **answers: Sequence[Sequence[str]]) -> None:
         self._answers = {name: list(each) for name, each in answers.items()}
@@ -96,7 +96,7 @@ LOCAL = ("127.0.0.1",)
 
 
 def _args(server: Server, **fields: Any) -> FetchArgs:
-    """The loopback interface counts as allowed here, and the server's port."""
+    """Return settings that allow the loopback interface and the server's port."""
     hosts = [f"{name}:{server.port}" for name in ("pictures", "other", "*")]
     return FetchArgs(**{"allowed_hosts": hosts, "allowed_networks": ["127.0.0.0/8"], "allow_http": True, **fields})
 
@@ -159,7 +159,7 @@ def test_hosts_ports_and_schemes_that_are_not_allowed_are_not_even_looked_up(url
             error = await _refusal(
                 Fetcher(_args(server, **fields), resolve=names).fetch(url.format(port=server.port), "p")
             )
-            # Some numbers are not even addresses to the library that parses them.
+            # The parsing library does not even accept some numbers as addresses.
             assert error.code in ("image_url_not_allowed", "invalid_image_url")
             assert (names.asked, server.asked) == ([], [])
 
@@ -190,7 +190,7 @@ def test_a_name_that_leads_inside_is_refused_like_one_that_leads_nowhere(found: 
             inside = await _refusal(fetcher.fetch(f"http://pictures:{server.port}/", "p"))
             nowhere = await _refusal(fetcher.fetch(f"http://nowhere:{server.port}/", "p"))
             assert inside.code == "image_fetch_failed"
-            # Or the answers would tell strangers which names there are inside.
+            # Otherwise the messages would reveal which internal names exist.
             assert inside.message == nowhere.message
             assert server.asked == []
 
@@ -198,7 +198,7 @@ def test_a_name_that_leads_inside_is_refused_like_one_that_leads_nowhere(found: 
 
 
 def test_the_address_that_was_judged_is_the_one_that_is_asked() -> None:
-    """A name that leads to the server when it is judged, and somewhere else whenever it is looked up again."""
+    """The name resolves to the server when it is checked, and to another address on every later lookup."""
 
     async def test() -> None:
         async with serving({"/": reply()}) as server:
@@ -215,7 +215,7 @@ def test_the_address_that_was_judged_is_the_one_that_is_asked() -> None:
 def test_another_address_of_the_name_is_asked_where_the_first_does_not_listen() -> None:
     async def test() -> None:
         async with serving({"/": reply()}) as server:
-            # Nobody listens there; it is as much of the loopback interface as 127.0.0.1.
+            # Nobody listens at the first address; it belongs to the loopback interface just like 127.0.0.1.
             fetcher = Fetcher(_args(server), resolve=Names(pictures=[("127.9.9.9", "127.0.0.1")]))
             assert await fetcher.fetch(f"http://pictures:{server.port}/", "p") == PICTURE
 
@@ -345,7 +345,7 @@ def test_what_does_not_come_in_time_is_given_up() -> None:
 
 
 def _tls(*names: str) -> tuple[ssl.SSLContext, ssl.SSLContext]:
-    """A server's side with a certificate for these names, and a client's that trusts it."""
+    """Return a server's TLS context with a certificate for these names, and a client's that trusts it."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "a test")])
     now = datetime.datetime.now(datetime.UTC)
@@ -369,7 +369,7 @@ def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
 
 
 def _load(context: ssl.SSLContext, pem: bytes) -> None:
-    """OpenSSL takes files alone."""
+    """Load a certificate, through a file because OpenSSL accepts nothing else."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "chain.pem"
         path.write_bytes(pem)
@@ -386,7 +386,7 @@ def test_a_certificate_is_checked_against_the_name_and_not_the_address() -> None
             assert server.server_names == ["pictures"]
             error = await _refusal(fetcher.fetch(f"https://other:{server.port}/", "p"))
             assert error.code == "image_fetch_failed"
-            # Of an authority that this machine does not trust.
+            # The certificate's authority is not trusted by this machine.
             strict = Fetcher(_args(server), resolve=names)
             assert (await _refusal(strict.fetch(f"https://pictures:{server.port}/", "p"))).code == "image_fetch_failed"
             assert len(server.asked) == 1

@@ -352,7 +352,7 @@ def test_bodies_are_bounded_together_until_they_are_sent_on() -> None:
     held: list[Callable[[], None]] = []
 
     class Slow(ScriptedEngine):
-        """Lets go of a request when it is told to."""
+        """Releases a request when told to."""
 
         async def stream(self, request: AnyRequest, on_sent: Callable[[], None]) -> AsyncGenerator[Item, None]:
             held.append(on_sent)
@@ -385,7 +385,7 @@ async def _until(condition: Callable[[], bool]) -> None:
 
 
 async def _status(app: Any, body: bytes) -> int:
-    """Of one request, made as a server would."""
+    """Return the status of one request, made as a server would."""
     incoming = iter([{"type": "http.request", "body": body, "more_body": False}])
     statuses: list[int] = []
 
@@ -464,7 +464,7 @@ def test_a_client_that_hangs_up_closes_the_stream_below() -> None:
 
 
 def test_a_cancelled_request_closes_the_stream_below() -> None:
-    """As Serve does it when a client leaves, streaming or not."""
+    """Serve cancels a request when its client leaves, streaming or not."""
     for stream in (False, True):
         engine = ScriptedEngine([TokenDelta("id", "Hel", (1,))], hangs=True)
         app = Gateway({"m": engine}, all_ready).app
@@ -481,7 +481,7 @@ async def _cancel_when_open(app: Any, body: bytes, is_open: Callable[[], bool]) 
         await task
 
 
-# Through the whole graph: what the issue of bad input comes down to for a client.
+# Bad input through the whole graph, as a client sees it.
 
 
 def _ask(client: TestClient, *parts: dict, **fields: Any) -> Any:

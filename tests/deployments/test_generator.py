@@ -1,4 +1,4 @@
-"""The generator stage on scripted and real engines: times, rejections, pacing, freeing what is left early."""
+"""The generator stage on scripted and real engines: times, rejections, pacing, freeing of abandoned answers."""
 
 import asyncio
 import contextlib
@@ -40,7 +40,7 @@ FULL = OverloadedError("full", limit="engine")
 
 
 class ScriptedEngine:
-    """An engine's place: yields the deltas, then raises `error` if there is one."""
+    """Stands in for an engine: yields the deltas, then raises `error` if there is one."""
 
     def __init__(self, deltas: list[TokenDelta], error: Exception | None = None, *, num_requests: int = 1) -> None:
         self.deltas, self.error, self.num_requests = deltas, error, num_requests
@@ -233,7 +233,7 @@ def test_the_autoscaler_is_told_what_a_real_engine_has_to_do(tiny_checkpoint: Pa
         engine = AsyncEngine(inner)
         generator = Generator(engine, LocalHandoff())
         idle = await generator.record_autoscaling_stats()
-        # As it was after a step in which two of three began, and one of them had read half of its prompt.
+        # The state after a step that started two of three requests and prefilled half of one's prompt.
         stats = inner.stats
         stats.num_running, stats.num_waiting, stats.num_unread, stats.used_blocks = 2, 1, 40, 4
         busy = await generator.record_autoscaling_stats()
@@ -268,7 +268,7 @@ def test_cancelling_a_stream_frees_a_real_engine(tiny_checkpoint: Path) -> None:
 
 
 def test_the_end_of_the_last_answer_tells_what_all_have_cost() -> None:
-    """The prompt was read once, and the second answer found in the cache what the first had left there."""
+    """The prompt was prefilled once, and the second answer found it in the cache."""
     ends = [
         TokenDelta("id", "a", (1,), "stop", Usage(9, 3, 4, 8), {"decode": 1.0}, index=1),
         TokenDelta("id", "b", (1,)),

@@ -1,4 +1,4 @@
-"""How stages are called; and on a real Ray, that results pass the gateway by and do not stay behind."""
+"""How stages are called; and on a real Ray, that results bypass the gateway and are freed afterwards."""
 
 import asyncio
 import json
@@ -42,7 +42,7 @@ def test_small_features_go_with_each_result_and_large_ones_are_an_object() -> No
     small = np.zeros(1000, np.uint8)
     assert RayHandoff().share(small) is small
     assert asyncio.run(RayHandoff().shared(small)) is small
-    # Larger ones need a Ray, which is below.
+    # Larger ones need a Ray, see below.
     assert asyncio.run(LocalHandoff().shared(LocalHandoff().share(small))) is small
 
 
@@ -56,7 +56,7 @@ def test_in_one_process_responses_are_passed_on_untouched() -> None:
 
 
 class _Out:
-    """A reference whose object never comes."""
+    """A reference whose object never arrives."""
 
     def __await__(self) -> Generator[Any, None, None]:
         yield from asyncio.Event().wait().__await__()
@@ -75,7 +75,7 @@ def test_what_is_made_and_does_not_come_is_out_of_reach(monkeypatch: pytest.Monk
             await (RayHandoff().take(Reference(ref)) if is_taken else RayHandoff().shared(ref))
 
     asyncio.run(wait())
-    # However long it takes to be made.
+    # However long the object takes to be made.
     assert looks == [True]
 
 
@@ -88,12 +88,12 @@ def test_results_pass_the_gateway_by_and_leave_the_object_store(tmp_path: Path) 
     assert process.returncode == 0, printed
     seen = json.loads(printed.strip().splitlines()[-1])
     assert seen["left"] <= seen["most_left"]
-    # Of each request the first result goes into the store; what the second refers to lies there already.
+    # Each request puts only its first result into the store; what the second refers to is already there.
     per_request = seen["created"] / handoff_program.NUM_REQUESTS
     assert handoff_program.NUM_BYTES <= per_request < 1.5 * handoff_program.NUM_BYTES
     assert seen["lost"] == "StageLostError"
     assert seen["made"] == [False, True]
-    # Two results for each request, each of them unpacked once, by the stage that it was meant for.
+    # Two results per request, each unpacked once, by the stage that it was meant for.
     assert len(seen["unpacked_by"]) == 2 * (8 + 120)
     assert len(set(seen["unpacked_by"])) == 2
     assert seen["gateway"] not in seen["unpacked_by"]

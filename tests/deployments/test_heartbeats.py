@@ -1,4 +1,4 @@
-"""Comments where a stream has nothing to say, and nowhere else."""
+"""Comments while a stream is silent, and nowhere else."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable
@@ -20,7 +20,7 @@ SECONDS = 0.01
 
 
 class _Client:
-    """Of one response: what it was sent, and a wait for the next comments."""
+    """The client of one response: what it received, and a way to wait for the next comments."""
 
     def __init__(self) -> None:
         self.pieces: list[bytes] = []
@@ -59,7 +59,7 @@ def test_a_stream_that_waits_for_its_first_item_begins_and_beats_until_it_comes(
     async def run() -> list[bytes]:
         client = _Client()
         items = _slow(lambda: client.comments(2), *answer("Hel", "lo"))
-        # The first item waits for comments, so this returns only if it begins without.
+        # The first item waits for comments, so this returns only if the response begins without an item.
         response = await respond(_answer(), items, "r", SECONDS)
         await client.run(response)
         assert client.is_complete

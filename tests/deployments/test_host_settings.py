@@ -1,4 +1,4 @@
-"""Hosts that may be asked, as the configuration says it: none unless named, and nothing that is no host."""
+"""Hosts that the configuration allows to be contacted: none unless named, and only valid hosts."""
 
 import pytest
 from pydantic import ValidationError

@@ -68,7 +68,7 @@ def test_every_deliberate_error_is_in_the_table_by_itself_or_by_a_base_of_its_ow
     deliberate = [cls for cls in subclasses(errors.LlavaError) if cls.__module__ in modules]
     rows = {kind for kind, _ in TABLE} - {LlavaError, Exception}
     unmapped = {cls for cls in deliberate if not rows & set(cls.__mro__)}
-    # Both end the start of a service, and so reach no client.
+    # Both end the start of a service, so they reach no client.
     assert unmapped == {CheckpointError, LaunchError}, "these end as internal errors; add a row or name them here"
 
 

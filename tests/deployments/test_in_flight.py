@@ -1,4 +1,4 @@
-"""More requests at once than a gateway may work on: one is refused, whatever its body, and places come back."""
+"""More concurrent requests than a gateway may work on: one is refused, whatever its body, and slots are freed."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -11,7 +11,7 @@ from deployments.in_flight import InFlight
 
 
 class Held:
-    """An app whose requests last until they are let go."""
+    """An app whose requests last until they are released."""
 
     def __init__(self) -> None:
         self.running = 0
@@ -65,7 +65,7 @@ def test_one_too_many_is_refused_at_once_and_told_when_to_come_again() -> None:
         start, body = await ask(app)
         assert (start["status"], dict(start["headers"])[b"retry-after"]) == (429, b"1")
         assert b"works on 2 requests" in body["body"]
-        # What has no body costs nothing.
+        # A request without a body takes no slot.
         look = asyncio.create_task(ask(app, "GET"))
         await until(lambda: held.running == 3)
         held.let_go.set()

@@ -1,4 +1,4 @@
-"""What comes in: bytes that are counted, a deadline, and a body that is read off the event loop."""
+"""Intake of requests: bytes are counted, a deadline applies, and a body is parsed off the event loop."""
 
 import asyncio
 import threading

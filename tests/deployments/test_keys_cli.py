@@ -1,4 +1,4 @@
-"""`llava keys`: a key is shown once, and what is made or revoked is what the service reads."""
+"""`llava keys`: a key is shown once, and the service reads what was created or revoked."""
 
 from pathlib import Path
 

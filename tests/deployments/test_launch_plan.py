@@ -1,4 +1,4 @@
-"""Everything that is judged before Ray starts."""
+"""Everything that is checked before Ray starts."""
 
 import socket
 from pathlib import Path
@@ -49,7 +49,7 @@ def test_options_override_the_configuration(tiny_checkpoint: Path, tmp_path: Pat
     models = [{"checkpoint": "/somewhere/else", "engine": {"max_running": 4}}, {"checkpoint": "/nowhere"}]
     args = {"models": models, "engine": {"max_running": 3}, "auth": {"allow_anyone": True}}
     plan = _plan(_write(tmp_path / "c.yaml", args=args), model=str(tiny_checkpoint), host="0.0.0.0")
-    # In place of all of them, with what is said for all models and nothing that is said of others.
+    # It replaces all models, with the settings for all models and none of other models.
     [model] = plan.config["applications"][0]["args"]["models"]
     assert model["checkpoint"] == str(tiny_checkpoint)
     assert plan.args.models[0].engine.max_running == 3
@@ -137,7 +137,7 @@ def test_nobody_is_let_in_from_elsewhere_without_keys(
         _plan(config, model=str(tiny_checkpoint), host="0.0.0.0")
     Path("keys.json").write_text('{"keys": []}')
     plan = _plan(config, model=str(tiny_checkpoint), host="0.0.0.0")
-    # Replicas work elsewhere.
+    # Absolute, because replicas have another working directory.
     assert plan.config["applications"][0]["args"]["auth"]["keys_file"] == str(tmp_path / "keys.json")
 
 
@@ -187,7 +187,7 @@ def test_metrics_are_at_the_port_after_the_services_unless_another_is_chosen(tin
     plan = _plan(model=str(tiny_checkpoint))
     assert plan.metrics_port == plan.port + 1
     assert _plan(model=str(tiny_checkpoint), metrics_port=0).metrics_port == 0
-    # There is none after the last.
+    # There is no port after the last.
     assert _plan(model=str(tiny_checkpoint), port=65535).metrics_port == 0
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(LaunchError, match="with --metrics-port"):
         _plan(model=str(tiny_checkpoint), metrics_port=taken.getsockname()[1])
@@ -225,7 +225,7 @@ def _several(folder: Path, **second: Any) -> list[dict[str, Any]]:
 
 
 def test_the_models_of_a_running_service_stay(tiny_checkpoint: Path, checkpoint_copy: Path, tmp_path: Path) -> None:
-    """Their settings need not."""
+    """Their settings may change."""
     config = tmp_path / "c.yaml"
     models = _several(tiny_checkpoint)
     running = _plan(_write(config, args={"models": models}))
@@ -247,7 +247,7 @@ def test_the_models_of_a_running_service_stay(tiny_checkpoint: Path, checkpoint_
             update(changed)
     assert update(_several(tiny_checkpoint, template="llava_v0")).models[1].template == "llava_v0"
     assert update(_several(tiny_checkpoint, engine={"max_running": 2})).models[1].engine.max_running == 2
-    # As alike as before.
+    # The towers are as alike as before.
     assert update(models, **other_tower).models[1].vision_encoder.cache_bytes == 1
 
 

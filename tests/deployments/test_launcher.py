@@ -1,4 +1,4 @@
-"""Starting and stopping, short of a Ray that runs; test_service.py has one."""
+"""Starting and stopping without a running Ray; test_service.py has one."""
 
 import os
 import signal
@@ -42,7 +42,7 @@ def test_it_is_said_when_ray_or_the_balancer_has_ended(tiny_checkpoint: Path) ->
     with pytest.raises(LaunchError, match="Ray has ended"):
         service.check()
     service._vital = set()
-    # Which has ended as soon as it had begun.
+    # Its HAProxy has ended right after its start.
     service.balancer = LoadBalancer(("127.0.0.1", 1), "127.0.0.1", [], "llava")
     with pytest.raises(LaunchError, match="HAProxy has ended"):
         service.check()
@@ -58,7 +58,7 @@ def test_a_balancer_that_has_run_for_some_time_is_started_again(tiny_checkpoint:
         running = service.balancer._process
         service.check()
         assert running is service.balancer._process is not None
-        # Again, and this time at once.
+        # Kill it again; this time it ends at once.
         running.kill()
         running.wait()
         with pytest.raises(LaunchError, match="HAProxy has ended"):
@@ -111,7 +111,7 @@ def _add_application(config: Path) -> None:
 def test_stopping_ends_what_was_started_and_no_process_of_the_callers(
     tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, *, is_begun: bool
 ) -> None:
-    """A start that fails at different points, with a process of the caller's begun before and another one meanwhile."""
+    """The start fails at different points; the caller has started one process before and one meanwhile."""
     sleeper = [sys.executable, "-c", "import time; time.sleep(60)"]
     monkeypatch.setattr("ray.shutdown", lambda: None)
     monkeypatch.setattr("deployments.launcher._STOP_PATIENCE_S", 0.0)

@@ -26,7 +26,7 @@ APPLICATION = "llava"
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Says who asked and what for."""
+    """Responds with the client and the path of the request."""
 
     others: ClassVar[Mapping[str, str]] = {}
 
@@ -103,7 +103,7 @@ def test_requests_reach_whichever_replica_is_there_under_an_id() -> None:
             _, _, body = ask(balancer, **{"X-Request-Id": "mine"})
             assert body == {"id": "mine", "port": second}
             assert ask(balancer)[2]["id"]
-        # Its successor, on another port, is found; nobody is refused meanwhile.
+        # Its successor on another port is found; no request is refused meanwhile.
         with replica(balancer.host, first):
             status, _, body = ask(balancer)
             assert (status, body["port"]) == (200, first)
@@ -113,14 +113,14 @@ def test_another_applications_replicas_are_left_alone() -> None:
     with balancing() as balancer:
         own, other = balancer.ports
         with replica(balancer.host, other, application="another"), replica(balancer.host, own):
-            # Once both have been looked at.
+            # Wait until both have been health-checked.
             wait_until(lambda: {ask(balancer)[2].get("port") for _ in range(20)} == {own})
     with balancing(1) as balancer, replica(balancer.host, balancer.ports[0], application=f"another-{APPLICATION}"):
         wait_until(lambda: ask(balancer)[0] == 503)
 
 
 class Lasting(Handler):
-    """Keeps connections open for as long as it may."""
+    """Keeps connections open as long as it can."""
 
     protocol_version = "HTTP/1.1"
     asked: ClassVar[list[str | None]] = []
@@ -147,7 +147,7 @@ def test_a_replica_ends_each_connection_itself_and_clients_keep_theirs() -> None
 
 
 class Proxy(Handler):
-    """Tells of all applications, as Serve's does."""
+    """Reports all applications, like Serve's proxy."""
 
     others: ClassVar[Mapping[str, str]] = {"/b": "another"}
 
@@ -248,7 +248,7 @@ def test_where_no_replica_is_clients_are_told_in_the_shape_of_all_errors() -> No
 
 def test_a_replica_that_dies_over_a_request_is_told_in_the_same_shape() -> None:
     with balancing(1) as balancer, socket.create_server((balancer.host, balancer.ports[0])) as server:
-        # Checks of its health get an answer, whatever else comes an end.
+        # Health checks get a response, every other request is dropped.
         stop = threading.Event()
 
         def serve() -> None:
@@ -273,7 +273,7 @@ def test_a_replica_that_dies_over_a_request_is_told_in_the_same_shape() -> None:
 
 
 class Slow(Handler):
-    """Takes its time over one request."""
+    """Answers one request slowly."""
 
     asked = threading.Event()
     go_on = threading.Event()
@@ -286,7 +286,7 @@ class Slow(Handler):
 
 
 class Refusing(Slow):
-    """Wants no bodies, and does not read them."""
+    """Refuses requests without reading their bodies."""
 
     def do_POST(self) -> None:
         self.send_response(413)
@@ -313,7 +313,7 @@ def test_a_refused_body_that_does_not_come_keeps_no_connection_and_who_waits_for
             connection.sendall(b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n\r\n{")
             answered = b"".join(iter(lambda: connection.recv(4096), b""))
         assert b" 413 " in answered.partition(b"\r\n")[0]
-        # It began to wait before the other one's silence, which has lasted too long by now.
+        # It has waited since before the other one fell silent, which is too long ago by now.
         Slow.go_on.set()
         assert waiting.result(PATIENCE_S)[0] == 200
 
@@ -329,7 +329,7 @@ def test_draining_refuses_new_requests_and_waits_for_those_under_way() -> None:
         wait_until(lambda: ask(balancer)[0] == 200)
         running = threads.submit(lambda: ask(balancer, **{"X-Request-Id": "slow"}))
         assert Slow.asked.wait(PATIENCE_S)
-        # Those who ask for no time get none.
+        # Without patience there is no waiting.
         assert not balancer.drain(0)
         draining = threads.submit(balancer.drain, PATIENCE_S)
         status, headers, body = ask(balancer)
@@ -372,11 +372,11 @@ def test_an_address_of_six_groups_is_put_in_brackets() -> None:
 
 def test_it_knows_every_port_that_serve_may_give_a_gateway(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT", "31000")
-    # Set here, so that it is what it was afterwards.
+    # Set here, so that monkeypatch restores it afterwards.
     monkeypatch.setenv("RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT", "0")
     balancer = balance_gateways(("127.0.0.1", 8000), APPLICATION, max_gateways=3)
     assert (balancer.host, balancer.address) == (local_host(8000), ("127.0.0.1", 8000))
-    # More than one for each: a gateway that follows another cannot have its port.
+    # More than one per gateway: a gateway that replaces another cannot reuse its port.
     assert len(balancer.ports) > 2 * 3
     assert list(balancer.ports) == list(range(31_000, int(os.environ["RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT"])))
 

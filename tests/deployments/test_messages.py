@@ -1,4 +1,4 @@
-"""What travels between stages arrives unchanged."""
+"""Messages between stages arrive unchanged."""
 
 import pickle
 import time

@@ -1,4 +1,4 @@
-"""What is declared keeps to Prometheus' rules, and what is counted reaches Ray as it should, here a stand-in for it."""
+"""Declared metrics follow Prometheus' rules, and recorded values reach Ray, here a stand-in, correctly."""
 
 import itertools
 import threading
@@ -41,7 +41,7 @@ def test_names_follow_prometheus() -> None:
         assert metric.name.startswith("llava_")
         assert metric.name.endswith("_total") == isinstance(metric, Counter)
         assert metric.description.endswith(".")
-        # Serve's own, which would be refused; what a page of its own adds; and whatever a client can make up.
+        # Serve's own labels, which Ray would refuse; labels that the exporter adds; and anything a client can make up.
         assert not {"deployment", "replica", "application", "le", "request_id", "key", "user", "path"} & {
             *metric.labels
         }
@@ -50,13 +50,13 @@ def test_names_follow_prometheus() -> None:
 @pytest.mark.parametrize("histogram", [each for each in METRICS if isinstance(each, Histogram)], ids=lambda h: h.name)
 def test_buckets_ascend_and_none_is_more_than_five_times_the_one_before(histogram: Histogram) -> None:
     assert all(1 < after / before <= 5 for before, after in itertools.pairwise(histogram.buckets))
-    # Each is a series of its own, for every replica.
+    # Each bucket is a separate series, for every replica.
     assert len(histogram.buckets) <= 16
 
 
 @pytest.fixture
 def sent(monkeypatch: pytest.MonkeyPatch) -> Sent:
-    """What Ray was told."""
+    """What Ray was sent."""
     told: Sent = []
 
     class Fake:

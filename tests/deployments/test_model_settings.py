@@ -1,4 +1,4 @@
-"""One model's entry: its names, where it is found, and what it takes over from the application."""
+"""One model's entry: its names, its location, and the settings it inherits from the application."""
 
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ def test_a_folder_is_served_under_its_name_and_made_absolute(tmp_path: Path, mon
 def test_a_hub_id_is_served_as_it_is() -> None:
     model = ModelArgs(checkpoint="owner/some-llava")
     assert model.served_name == model.source == "owner/some-llava"
-    # Names of deployments are also those of log files.
+    # Names of deployments are also used for log files.
     assert model.label == "owner-some-llava"
     assert ModelArgs(checkpoint="owner/some-llava", name="short").served_name == "short"
 
@@ -40,7 +40,7 @@ def _models(**args: Any) -> tuple[ModelArgs, ...]:
 
 def test_an_entry_overrides_only_the_fields_it_names() -> None:
     general = {"threads": 3, "max_replicas": 4}
-    # Less than 4 and more than the 1 of a stage of which nothing is said.
+    # Fewer than 4, and more than a stage's default of 1.
     own = {"name": "a", "generator": {"min_replicas": 2}, "engine": {"max_running": 5}}
     first, second = _models(generator=general, engine={"max_waiting": 7}, models=[own, {"name": "b"}])
     assert first.generator == GeneratorArgs(threads=3, max_replicas=4, min_replicas=2)

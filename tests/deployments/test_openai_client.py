@@ -1,4 +1,4 @@
-"""OpenAI's own client against the whole graph in this process, whose engine in turn is what the answers must equal."""
+"""OpenAI's own client against the whole graph in this process; answers must equal those of the engine alone."""
 
 import asyncio
 import math
@@ -54,7 +54,7 @@ def _ask(text: str = "hi", **sampling: Any) -> GenerationRequest:
 
 
 def _expected(in_process: LocalModel, request: AnyRequest) -> list[list[TokenDelta]]:
-    """Deltas by answer."""
+    """Return the expected deltas of each answer."""
     deltas = list(in_process.stream(request))
     return [[delta for delta in deltas if delta.index == index] for index in range(request.sampling.n)]
 
@@ -133,7 +133,7 @@ def test_an_answer_ends_before_a_stop_string_and_not_before_its_least_length(
         )
         assert answer.choices[0].message.content == text[: text.index(stop)]
         assert answer.choices[0].finish_reason == "stop"
-    # The likeliest token by far is one that ends the answer.
+    # By far the likeliest token is one that ends the answer.
     ending: dict[str, Any] = {"stop_token_ids": [40], "logit_bias": {"40": 100}}
     for least, num_tokens in ((0, 1), (9, 10)):
         answer = client.chat.completions.create(
@@ -165,7 +165,7 @@ def test_log_probabilities_are_the_engines_with_text_and_bytes(
         found, text = choice.logprobs.content or [], choice.message.content or ""
     assert [each.logprob for each in found] == pytest.approx(_logprobs(expected), abs=1e-4)
     assert all(len(each.top_logprobs) == 2 for each in found)
-    # Greedy: what was written is the likeliest.
+    # Greedy: every token is the likeliest one.
     assert all(each.token == each.top_logprobs[0].token for each in found)
     assert text == _text(expected)
     spelled = bytes(byte for each in found for byte in each.bytes or ())

@@ -1,4 +1,4 @@
-"""The description: of every route, true of what the service answers, and requests made of it by the thousand."""
+"""The OpenAPI description: it covers every route, matches the responses, and yields thousands of test requests."""
 
 import json
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
@@ -69,7 +69,7 @@ def test_what_is_served_is_the_description(client: TestClient) -> None:
     response = client.get("/openapi.json")
     assert response.json() == DESCRIPTION
     _validate(response.json(), "OpenApi")
-    # Every reference leads somewhere.
+    # Every reference can be resolved.
     schemas = set(DESCRIPTION["components"]["schemas"])
     text = json.dumps(DESCRIPTION)
     named = {piece.split('"', 1)[0] for piece in text.split("#/components/schemas/")[1:]}
@@ -98,7 +98,7 @@ def test_headers_are_described_where_they_are_read(client: TestClient) -> None:
             assert set(headers) == ({"x-request-id", TIMEOUT} if method == "post" else {"x-request-id"})
             given = {"x-request-id": "mine", TIMEOUT: str(headers.get(TIMEOUT, {"maximum": 1})["maximum"] + 1)}
             response = client.request(method, path, headers=given, json={})
-            # Who does not read it does not mind.
+            # Routes that do not read the header accept any value.
             is_read = response.status_code == 400 and response.json()["error"]["param"] == TIMEOUT
             assert is_read == (TIMEOUT in headers), response.text
             assert response.headers["x-request-id"] == "mine"
@@ -117,7 +117,7 @@ def test_every_status_of_an_error_is_described_on_the_routes_that_may_have_it(
 ) -> None:
     described = describe_api(GATEWAY.routes, has_keys=True, max_timeout_seconds=1)["paths"]
     assert str(status) in described[PATH]["post"]["responses"], error[0]
-    # What HAProxy says itself, wherever.
+    # HAProxy's own responses, on every route.
     for methods in described.values():
         for operation in methods.values():
             assert {"502", "503", "504"} <= operation["responses"].keys()
@@ -149,7 +149,7 @@ def test_answers_look_as_described(client: TestClient) -> None:
 
 
 class _Preparing:
-    """A graph of the first stage: what a request can get wrong is found, and everything else is answered alike."""
+    """A graph of only the first stage: it detects faulty requests, and gives all others the same answer."""
 
     def __init__(self, preparer: Preparer) -> None:
         self._preparer = preparer
@@ -185,7 +185,7 @@ def prepared_schema(tiny_checkpoint: Path) -> Any:
 
 
 def _no_fault(context: CheckContext, response: Response, case: schemathesis.Case) -> bool | None:
-    """Too late is what a request may ask for."""
+    """Accept timeouts, which a request may ask for."""
     is_late = response.status_code == 504 and TIMEOUT in (case.headers or {})
     return None if is_late else not_a_server_error(context, response, case)
 
@@ -202,8 +202,8 @@ CHECKS = [
 @pytest.mark.parametrize("mode", list(GenerationMode), ids=lambda mode: mode.name)
 @pytest.mark.parametrize("path", DESCRIPTION["paths"])
 def test_made_up_requests_are_answered_as_described(path: str, mode: GenerationMode, prepared_schema: Any) -> None:
-    """Right and wrong ones, made of the description: none is a fault of the server's, and each answer is a described
-    one."""
+    """Valid and invalid requests are generated from the description: none causes a server error, and each response is
+    described."""
     (operation,) = prepared_schema[path].values()
     if mode is GenerationMode.NEGATIVE and not operation.body:
         pytest.skip("nothing about it can be wrong")

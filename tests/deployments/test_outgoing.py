@@ -1,5 +1,5 @@
-"""Connections to named addresses: who may be asked, and that what was judged is what is asked. More of that is in
-test_fetch.py."""
+"""Connections to named addresses: which hosts may be contacted, and that the checked address is the one used. More of
+that is in test_fetch.py."""
 
 import asyncio
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from tests.sockets import scripted, whole
 
 
 def outgoing(*found: str, **args: Any) -> Outgoing:
-    """Every name leads to these addresses."""
+    """Return an Outgoing for which every name resolves to these addresses."""
 
     async def resolve(_host: str, _port: int) -> Sequence[str]:
         return found
@@ -24,7 +24,7 @@ def outgoing(*found: str, **args: Any) -> Outgoing:
 
 
 async def sent(out: Outgoing, method: str, url: httpx.URL, content: bytes | None = None) -> tuple[int, bytes]:
-    """Status and body of the answer."""
+    """Return the response's status and body."""
     response = await out.send(method, url, {}, content)
     try:
         return response.status_code, await response.aread()
@@ -81,5 +81,5 @@ def test_another_address_of_the_name_is_asked_where_the_first_does_not_listen() 
 
 def test_a_name_is_resolved_as_this_machine_does() -> None:
     assert "127.0.0.1" in asyncio.run(resolve_host("localhost", 80))
-    # Which is why numbers are refused by their form: they would lead inside.
+    # This is why numbers are refused by their form: they would lead to internal hosts.
     assert asyncio.run(resolve_host("2130706433", 80)) == ["127.0.0.1"]

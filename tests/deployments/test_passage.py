@@ -1,6 +1,6 @@
-"""Replicas that die under an answer, in this process: what clients get is what they would have got without.
+"""Replicas that die during an answer, in this process: clients get the same answer as without the failure.
 
-The stages are real, on the tiny checkpoint; the last one's streams break as those of a replica that is killed do.
+The stages are real, on the tiny checkpoint; the last one's streams break like those of a killed replica.
 """
 
 import asyncio
@@ -36,7 +36,7 @@ from tests.deployments.pictures import data_url, plain
 
 
 class _Mortal:
-    """A handle whose streams break after so many items, one after the other; then they do not any more."""
+    """A handle whose consecutive streams break after the given numbers of items; later ones do not break."""
 
     deployment_name = "Generator"
 
@@ -104,7 +104,7 @@ SAMPLINGS: dict[str, dict[str, Any]] = {
 
 
 def _events(service: _Service, path: str, body: dict[str, Any]) -> list[Any]:
-    """Of a stream that ends well."""
+    """Return the events of a stream that ends well."""
     response = service.client.post(path, json={**body, "stream": True, "stream_options": {"include_usage": True}})
     assert response.status_code == 200, response.text
     *events, done = [line.removeprefix("data: ") for line in response.text.splitlines() if line.startswith("data: ")]
@@ -113,7 +113,7 @@ def _events(service: _Service, path: str, body: dict[str, Any]) -> list[Any]:
 
 
 def _whole(events: list[Any]) -> dict[str, Any]:
-    """What a client has in the end, however it was cut into events."""
+    """Return what a client has in the end, however it was split into events."""
     choices: dict[int, dict[str, Any]] = {}
     for event in events:
         for choice in event["choices"]:
@@ -129,7 +129,7 @@ def _whole(events: list[Any]) -> dict[str, Any]:
 
 
 def _assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Of log-probabilities the last bits depend on what is computed together."""
+    """Compare answers; the last bits of log-probabilities may differ, since they depend on the batch."""
     for whole in (found, expected):
         for choice in whole["choices"].values():
             numbers = [each.pop("logprob") for each in choice["logprobs"] if isinstance(each, dict)]
@@ -223,7 +223,7 @@ def test_what_goes_on_is_counted_by_whether_its_client_had_anything(service: _Se
 
 
 def test_where_the_features_are_lost_as_well_they_are_made_again() -> None:
-    """With its machine, for instance: the next replica is told of a loss before it can begin."""
+    """Features may be lost with their machine: then the next replica sees the loss before it can begin."""
     calls: list[tuple[object, ...]] = []
 
     async def generate(*given: object) -> AsyncGenerator[Item, None]:
@@ -246,7 +246,7 @@ def test_where_the_features_are_lost_as_well_they_are_made_again() -> None:
 
     assert asyncio.run(read()) == answer("a", "b")
     assert (len(preprocessor.calls), len(encoder.calls)) == (2, 2)
-    # All but the last were given up.
+    # All calls but the last were cancelled.
     assert [call.is_cancelled for _, _, call in (*preprocessor.calls, *encoder.calls)] == [True, False] * 2
     first, second, third = calls
     assert len(first) == 1
@@ -275,7 +275,7 @@ def test_answers_that_were_over_before_are_neither_forgotten_nor_told_again(
     expected = _whole(_events(service, "/v1/chat/completions", body))
     has_ended, num_items = False, 0
     service.begun.clear()
-    # The last of them outlives the answer.
+    # The last replica outlives the answer.
     while len(service.begun) != 1 and num_items < 30:
         service.begun.clear()
         service.deaths[:] = [num_items := num_items + 1]

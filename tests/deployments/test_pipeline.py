@@ -1,4 +1,4 @@
-"""The graph on fake handles: what is passed to whom, and what is cancelled when a client leaves."""
+"""The graph on fake handles: what each stage receives, and what is cancelled when a client leaves."""
 
 import asyncio
 import weakref
@@ -126,7 +126,7 @@ def test_nothing_is_cancelled_when_a_client_has_been_answered(*, items: list[Ite
 
 
 class _Elsewhere(LocalHandoff):
-    """As Ray's store does, keeps requests outside of this process."""
+    """Keeps requests outside this process, like Ray's store."""
 
     def keep(self, request: AnyRequest) -> object:
         return "kept"
@@ -173,7 +173,7 @@ def _keys(stage: FakeHandle) -> list[str]:
 
 
 class _Dying:
-    """A generator whose replicas die `deaths` times before their first item, or tell of another stage's that has."""
+    """A generator whose replicas die `deaths` times before their first item, or report another stage's death."""
 
     def __init__(self, deaths: int, *, tells: bool) -> None:
         self._deaths = deaths
@@ -198,12 +198,12 @@ def test_a_loss_before_the_first_item_is_done_again_from_where_something_is_left
     graph.generator = FakeHandle(generate=dying)
     request = _request(ImagePart(b"x"), TextPart("hi"))
     assert asyncio.run(_items(graph.pipeline, request)) == answer("a", "b")
-    # What the first stages have made is there where only the last one is lost.
+    # If only the last stage is lost, the results of the first stages still exist.
     times = 2 if tells else 1
     assert [args for _, args, _ in graph.preprocessor.calls] == [(request, "m")] * times
     assert (len(graph.encoder.calls), dying.num_calls) == (times, 2)
     assert graph.generator.calls[-1][1] == (graph.encoder.calls[-1][2],)
-    # Those of the last time.
+    # The calls of the last attempt.
     assert not any(handle.calls[-1][2].is_cancelled for handle in (graph.preprocessor, graph.encoder, graph.generator))
 
 
@@ -218,7 +218,7 @@ def test_what_is_lost_twice_is_refused_from_then_on(*, tells: bool) -> None:
         for _ in range(3):
             with pytest.raises(ContentRefusedError):
                 await _items(pipeline, _request(ImagePart(b"x"), TextPart("hi")))
-        # Others are served, by the replica that the service has by now.
+        # Other requests are served, by the replica that the service has by now.
         assert await _items(pipeline, _request(ImagePart(b"y"))) == answer("a", "b")
 
     asyncio.run(run())
@@ -315,13 +315,13 @@ def test_calls_about_a_picture_say_which_replica_they_prefer_again_after_a_loss(
     asyncio.run(_items(graph.pipeline, request))
     for stage, times in ((graph.preprocessor, 1), (graph.encoder, 1), (graph.generator, 2)):
         assert _keys(stage) == [affinity_key(request)] * times
-        # So the router knows which replica has lost it.
+        # Then the router knows which replica has lost it.
         assert len(set(stage.sessions)) == 1
 
 
 @pytest.mark.parametrize("tells", [True, False])
 def test_a_last_stage_that_tells_of_a_loss_has_lost_nothing_itself(*, tells: bool) -> None:
-    """To its router the same request again is one that its replica has lost."""
+    """To its router, a repeated request counts as lost by its replica."""
     graph = _Graph([])
     graph.generator = FakeHandle(generate=_Dying(1, tells=tells))
     asyncio.run(_items(graph.pipeline, _request(ImagePart(b"x"), TextPart("hi"))))
@@ -349,7 +349,7 @@ def test_of_a_text_only_the_last_stage_keeps_anything() -> None:
 def test_what_a_stage_out_of_reach_has_is_done_again_by_another_replica(
     monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
-    """Its call does not end, and nothing is closed."""
+    """Its call does not end, and no connection is closed."""
     monkeypatch.setattr(stage_call, "ASKED_AFTER_S", 0.02)
     monkeypatch.setattr(stage_call, "SILENCE_S", 0.05)
     graph = _Graph([])
@@ -377,7 +377,7 @@ def test_what_a_stage_out_of_reach_has_is_done_again_by_another_replica(
         handle: Any = getattr(graph, stage)
         while not handle.calls:
             await asyncio.sleep(0)
-        # Its router's part.
+        # What its router would note.
         where = Whereabouts(lambda: [_Unreachable()], is_sent=True)
         SENT_CALLS.note(handle.deployment_name, Session.read(handle.sessions[0]).request, where)
         return await reading

@@ -1,4 +1,4 @@
-"""Stages beside the nodes that there are: what fits, and what is said of what does not."""
+"""Stages against the existing nodes: what fits, and the message where it does not."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -33,7 +33,7 @@ def test_resources_that_are_not_there_end_the_start() -> None:
         check_placement(args, _never, [Node({"CPU": 8.0})])
     with pytest.raises(LaunchError, match="ask for 2 GPUs in all, and there are 1; lower num_gpus"):
         check_placement(args, _towers(**own), [Node({"CPU": 8.0, "GPU": 1.0})])
-    # On two machines as well.
+    # On two machines too.
     check_placement(args, _never, [Node({"CPU": 8.0, "GPU": 1.0})] * 2)
 
 
@@ -44,7 +44,7 @@ def test_what_begins_without_replicas_needs_room_for_one_at_a_time() -> None:
     check_placement(args, _never, [Node({"CPU": 1.0})])
     with pytest.raises(LaunchError, match=r"vision_encoder: no node has num_cpus 1; .* 0\.9; generator: "):
         check_placement(args, _never, [Node({"CPU": 0.9})])
-    # One each begins unless it is told otherwise, so that whatever is wrong is known at the start.
+    # One replica of each starts by default, so that errors show at the start.
     stage.pop("initial_replicas")
     args = AppArgs.model_validate({"vision_encoder": stage, "generator": stage})
     with pytest.raises(LaunchError, match=r"ask for 2\.3 CPUs in all, and there are 1"):

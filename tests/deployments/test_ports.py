@@ -1,4 +1,4 @@
-"""Ports that are free, taken, or of another machine."""
+"""Ports that are free, taken, or on another machine."""
 
 import socket
 
@@ -24,7 +24,7 @@ def test_addresses_of_six_groups_are_looked_at_too() -> None:
 def test_metrics_get_the_next_port_or_any_but_never_the_services() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = int(taken.getsockname()[1])
-        # Another service's; whoever asks for no certain one is not refused for it.
+        # The default port may be another service's; then only a start that names it is refused.
         assert choose_metrics_port(port - 1, None) == 0
         with pytest.raises(LaunchError, match="with --metrics-port"):
             choose_metrics_port(port - 1, port)

@@ -23,7 +23,7 @@ def _args(checkpoint: object, *, offline: bool = False, **entry: Any) -> AppArgs
 
 
 def _check(checkpoint: object, *, offline: bool = False, **entry: Any) -> FoundCheckpoint:
-    """Of the only model."""
+    """Check a single model and return what was found."""
     [found] = check_checkpoints(_args(checkpoint, offline=offline, **entry)).values()
     return found
 
@@ -69,7 +69,7 @@ def test_more_layers_than_there_are_is_noticed(checkpoint_copy: Path) -> None:
 
 
 def test_every_replica_has_the_revisions_that_were_found_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Adapter, base and tower, on this machine after all three have changed on the hub, and on another one."""
+    """This covers adapter, base and tower, on this machine after all three have changed on the hub, and on another."""
     monkeypatch.chdir(tmp_path)
     repositories = {repo_id: {OLD: folder} for repo_id, folder in write_lora(tmp_path / "written").items()}
     with hub_of(repositories) as hub:

@@ -1,4 +1,4 @@
-"""The preprocessing stage: its results and its rejections, side by side."""
+"""The preprocessing stage: its results and its rejections."""
 
 import asyncio
 import threading
@@ -70,7 +70,7 @@ def test_a_bad_picture_is_a_value_not_an_exception(preprocessor: Preprocessor) -
 
 
 class _Pictures(Fetcher):
-    """Every address is one of the same picture."""
+    """Returns the same picture for every address."""
 
     def __init__(self) -> None:
         super().__init__(FetchArgs())
@@ -160,14 +160,14 @@ def test_the_work_on_each_request_and_the_use_of_the_cache_are_measured(tiny_che
     told = recorder.readings()
     assert (told[CACHE_HITS, ("tiles",)], told[CACHE_MISSES, ("tiles",)]) == (1, 2)
     assert told[CACHE_BYTES, ("tiles",)] > 0
-    # One tile for each picture that could be read, whoever had it in mind; a text has none to hand over.
+    # One tile for each picture that could be read, cached or not; a text-only request passes none on.
     tile = told[CACHE_BYTES, ("tiles",)]
     assert recorder.observed[HANDED_OVER_EACH, ("preprocess_encode",)] == [tile, tile]
     assert recorder.counted[HANDED_OVER, ("preprocess_encode",)] == 2 * tile
 
 
 class _Slow:
-    """A preparer whose work lasts until it is told to end."""
+    """A preparer that works until it is told to end."""
 
     def __init__(self) -> None:
         self.may_end = threading.Event()
@@ -188,7 +188,7 @@ def test_a_request_that_is_cancelled_keeps_its_place_until_its_thread_ends() -> 
         await _until(lambda: bool(slow.begun))
         first.cancel()
         waiting.cancel()
-        # What has not begun goes at once; what has begun stays, and nothing else begins.
+        # A waiting request is dropped at once; a running one continues, and no other begins.
         await asyncio.wait([waiting])
         assert not first.done()
         assert len(slow.begun) == 1
@@ -223,7 +223,7 @@ def test_each_model_prepares_by_its_own_settings(tiny_checkpoint: Path) -> None:
         assert len({each.request.prompt for each in prepared.values() if isinstance(each, Prepared)}) == 2
 
     asyncio.run(run())
-    # What the second model asks for, the first has had decoded.
+    # The second model finds the pictures that were decoded for the first.
     assert cache.num_misses == 1
 
 

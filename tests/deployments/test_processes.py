@@ -11,7 +11,7 @@ NESTED = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import 
 
 
 def _start_two() -> subprocess.Popen[bytes]:
-    """A process with a child of its own."""
+    """Start a process with a child."""
     before = descendants(os.getpid())
     process = subprocess.Popen([sys.executable, "-c", NESTED])
     deadline = time.monotonic() + 10

@@ -1,4 +1,4 @@
-"""What is known of answers that are under way."""
+"""The recorded progress of answers in flight."""
 
 import pickle
 

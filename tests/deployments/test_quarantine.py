@@ -1,4 +1,4 @@
-"""What is done again, what is refused and for how long, and that lost requests are done again one at a time."""
+"""What is retried, what is refused and for how long, and that lost requests are retried one at a time."""
 
 import asyncio
 import contextlib
@@ -39,7 +39,7 @@ def _given(request: AnyRequest) -> Callable[[], Awaitable[AnyRequest]]:
 
 
 class _Attempts:
-    """Ends as told, one after the other."""
+    """Attempts that end as told, one after the other."""
 
     def __init__(self, *ends: Exception | str) -> None:
         self._ends = list(ends)
@@ -80,7 +80,7 @@ def test_what_is_done_again_and_what_is_refused_is_counted() -> None:
         assert recorder.counted[RETRIES, ("earlier", "waiting")] == 1
         assert recorder.readings() == {(QUARANTINED, ()): 0}
         await _kill_twice(quarantine, _request(ImagePart(b"a"), ImagePart(b"b")))
-        # Known before it is tried again.
+        # The content is known to kill before it is retried.
         with pytest.raises(ContentRefusedError):
             await quarantine.case(_given(_request(ImagePart(b"a")))).run(_Attempts(StageLostError("gone")))
 
@@ -130,7 +130,7 @@ def test_the_oldest_is_forgotten_first_when_there_are_too_many() -> None:
 
 
 def test_lost_requests_are_done_again_one_at_a_time_and_copies_of_a_poisonous_one_not_at_all() -> None:
-    """Four were on the replica, two of them poison: the second copy is refused without a third kill."""
+    """Four requests were on the replica, two of them poison: the second copy is refused without a third kill."""
     on_replica: set[str] = set()
     kills = 0
 
@@ -138,7 +138,7 @@ def test_lost_requests_are_done_again_one_at_a_time_and_copies_of_a_poisonous_on
         async def attempt() -> str:
             nonlocal kills
             if name not in lost:
-                # All of them were beside each other at first.
+                # All of them ran concurrently at first.
                 lost.append(name)
                 raise StageLostError("gone")
             assert not on_replica
@@ -206,7 +206,7 @@ def test_an_answer_that_is_lost_again_waits_for_its_turn_like_one_that_had_not_b
         again = asyncio.create_task(second.again(made, LOST, phase="streaming"))
         while not made.num_made:
             await asyncio.sleep(0)
-        # At once beside the other, and then behind it.
+        # At first concurrently with the other, and then after it.
         done, _ = await asyncio.wait([again], timeout=0.05)
         assert not done
         assert made.num_made == 1
@@ -217,7 +217,7 @@ def test_an_answer_that_is_lost_again_waits_for_its_turn_like_one_that_had_not_b
 
 
 def test_who_is_lost_beside_an_answer_that_goes_on_is_not_blamed_for_it() -> None:
-    """An answer may kill wherever it is taken on; what was alone until then is innocent."""
+    """An answer may kill wherever it is resumed; a request that was alone until then is innocent."""
 
     async def run() -> None:
         quarantine = Quarantine(60)
@@ -280,7 +280,7 @@ def test_of_too_many_lost_requests_the_rest_is_told_at_once() -> None:
         attempts = _Attempts(StageLostError("gone"))
         with pytest.raises(StageLostError):
             await quarantine.case(_given(POISON)).run(attempts)
-        # Whoever waits for it leaves: its place is free again.
+        # Its client leaves: its turn is free again.
         first.cancel()
         await asyncio.wait([first])
         assert await quarantine.case(_given(POISON)).run(_Attempts(StageLostError("gone"), "done")) == "done"
@@ -296,7 +296,7 @@ def test_content_is_the_pictures_or_else_the_prompt() -> None:
     texts: list[AnyRequest] = [
         _request(TextPart("a")),
         _request(TextPart("b")),
-        # Half of a pair, which has no bytes of its own.
+        # A lone surrogate, which cannot be encoded.
         _request(TextPart("\ud83d")),
         CompletionRequest("id", "a", SamplingParams()),
         CompletionRequest("id", (1, 2), SamplingParams()),
@@ -318,7 +318,7 @@ def test_what_meets_silence_twice_is_not_to_blame() -> None:
 
 
 def test_what_has_met_silence_is_done_again_at_once_and_beside_others() -> None:
-    """However many requests a host has taken along, each of them may have to wait for another silence."""
+    """A lost host may have taken many requests along, and each of them may have to wait for another silence."""
 
     async def run() -> None:
         quarantine, together = Quarantine(60, max_waiting=0), asyncio.Barrier(4)

@@ -1,4 +1,4 @@
-"""Limits of a key, on a clock that the test moves."""
+"""A key's limits, on a clock that the test moves."""
 
 from datetime import UTC, datetime
 from typing import Any
@@ -50,7 +50,7 @@ def test_requests_of_a_minute_are_limited_and_come_back_one_by_one(clock: Clock)
     clock.now += 0.1
     _answer(quota)
     _refusal(quota)
-    # However long nobody asks, no more than a minute's are saved up.
+    # However long the key is idle, no more than a minute's allowance accumulates.
     clock.now += 3600
     for _ in range(3):
         _answer(quota)
@@ -60,7 +60,7 @@ def test_requests_of_a_minute_are_limited_and_come_back_one_by_one(clock: Clock)
 def test_tokens_of_a_minute_are_limited_by_what_was_used(clock: Clock) -> None:
     quota = _quota(clock, tokens_per_minute=60)
     _answer(quota, 59)
-    # One is left, and nobody knows yet how many this one takes.
+    # One token is left, and it is not yet known how many this request takes.
     _answer(quota, 100)
     error = _refusal(quota)
     assert (error.limit, error.retry_after_s) == ("tokens", 100)

@@ -1,4 +1,4 @@
-"""What calls between stages raise becomes an error of ours; what a stage has raised stays as it is."""
+"""Exceptions of calls between stages become errors of ours; a stage's own errors stay unchanged."""
 
 import pickle
 
@@ -53,7 +53,7 @@ def test_each_kind_has_an_error_of_ours(error: Exception, expected: type[Excepti
 
 
 def test_the_loss_of_a_stage_further_up_is_a_loss() -> None:
-    """Serve tells of it in an error of its own class."""
+    """Serve reports it with its own error class."""
     error = RayServeException("an upstream actor died")
     error.__cause__ = ActorDiedError()
     assert type(_raised(error)) is StageLostError

@@ -1,4 +1,4 @@
-"""What replicas do when they start: logging, and their own part of the checkpoint."""
+"""The start of replicas: logging, and loading their own part of the checkpoint."""
 
 import logging
 from pathlib import Path
@@ -29,7 +29,7 @@ from tests.tiny import edit_json
 def test_a_gateway_that_others_reach_without_keys_does_not_start(
     proxy: str, entrance: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whoever has started Serve or deployed this, on whichever host, and whatever stands in front of it."""
+    """This holds however Serve was started or the application deployed, on any host, behind any proxy."""
     client = SimpleNamespace(http_config=SimpleNamespace(host=proxy))
     monkeypatch.setattr(replicas, "_get_global_client", lambda: client)
     monkeypatch.delenv(ENTRANCE_VARIABLE, raising=False)

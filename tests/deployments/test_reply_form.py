@@ -1,4 +1,4 @@
-"""Fields in the client's own terms."""
+"""Fields named in the client's own terms."""
 
 from deployments.reply_form import ReplyForm
 

@@ -1,4 +1,4 @@
-"""What is known of a request stays with it, whatever task finds it out."""
+"""Facts about a request stay with it, whichever task records them."""
 
 import asyncio
 

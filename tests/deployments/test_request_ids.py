@@ -1,4 +1,4 @@
-"""Which id a request goes by, and that it is told back unless the server does so."""
+"""Which id a request gets, and that the response carries it unless the server adds it."""
 
 import re
 from typing import Any

@@ -1,4 +1,4 @@
-"""What the gateway counts: routes and not paths, errors by code, clients that hang up, answers piece by piece."""
+"""The gateway's metrics: routes rather than paths, errors by code, clients that hang up, answers piece by piece."""
 
 import asyncio
 import json
@@ -134,7 +134,7 @@ def test_a_client_that_hangs_up_is_counted_once(items: list[Item], phase: str, *
         if phase == "waiting":
             while not engine.num_open:
                 await asyncio.sleep(0)
-            # As Serve does it.
+            # As Serve does.
             task.cancel()
         await asyncio.wait([task], timeout=10)
 

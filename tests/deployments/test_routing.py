@@ -1,4 +1,4 @@
-"""The router in Serve's own loop around it, on replicas that are played: who gets a call, and what is counted."""
+"""The router in Serve's own loop, on fake replicas: which one gets a call, and what is counted."""
 
 import asyncio
 import itertools
@@ -28,7 +28,7 @@ _ids = itertools.count()
 
 @dataclass
 class _Replica:
-    """What a router knows of a replica."""
+    """A replica as a router sees it."""
 
     name: str
     max_ongoing_requests: int = 100
@@ -49,7 +49,7 @@ class _Replica:
 
 
 class _Stage:
-    """A router and its replicas, as Serve's caller of both."""
+    """A router and its replicas; acts as Serve's caller of both."""
 
     def __init__(self, *replicas: _Replica) -> None:
         self.recorder = FakeRecorder()
@@ -67,11 +67,11 @@ class _Stage:
         return self.replicas[ranked(key, self.replicas)[0]]
 
     def key_of(self, replica: _Replica) -> str:
-        """A key that prefers this one."""
+        """Return a key that prefers this replica."""
         return next(key for key in map(str, itertools.count()) if self.preferred(key) is replica)
 
     async def send(self, key: str, *, request: int | None = None) -> _Replica:
-        """A call that does not end, of a new request unless it is told which; the replica that has got it."""
+        """Send a call that does not end, for a new request unless one is given; returns the chosen replica."""
         number = next(_ids)
         session = Session(key, str(number if request is None else request))
         metadata = RequestMetadata(str(number), f"internal-{number}", session_id=str(session))
@@ -91,7 +91,7 @@ class _Stage:
 
     @property
     def counted(self) -> dict[str, int]:
-        # By name: reading a deployment's router back, as other tests do, gives the class a copy of the metric.
+        # Compared by name: reading back a deployment's router, as other tests do, gives the class a copy of the metric.
         assert {(counter.name, stage) for counter, (stage, _) in self.recorder.counted} <= {(ROUTED.name, STAGE.name)}
         return {choice: by for (_, (_, choice)), by in self.recorder.counted.items()}
 
@@ -150,7 +150,7 @@ def test_a_replica_that_is_full_is_passed_over_and_waited_for_only_when_all_are(
         got = [await stage.send("key") for _ in range(4)]
         assert Counter(replica.name for replica in got) == {first.name: 2, second.name: 2}
         waiting = asyncio.create_task(stage.send("key"))
-        # Both have been asked in vain.
+        # Both have been probed in vain.
         while not (first.num_asked and second.num_asked):
             await asyncio.sleep(0)
         assert not waiting.done()
@@ -166,11 +166,11 @@ def test_a_dead_replica_whose_load_is_unknown_is_asked_first_and_then_passed_ove
         first, second = (stage.replicas[name] for name in ranked("key", stage.replicas))
         stage.end(await stage.send("key"))
         first.is_dead = True
-        # What Serve does when a call to it fails.
+        # Serve does this when a call to the replica fails.
         stage.router.on_replica_actor_unavailable(first.replica_id)
         assert await stage.send("key") is second
         assert await stage.send("key") is second
-        # Of those that live it is the key's own; the only one, so that there was no choice.
+        # It is the key's preferred one of the live replicas; and the only one, so there was no choice.
         assert stage.counted == {"preferred": 1}
 
     _run(test)
@@ -224,7 +224,7 @@ def test_who_asks_again_gets_another_replica_and_so_do_others_for_a_while(key: s
         for _ in range(8):
             assert await stage.send(key) is not lost
         now[0] = 15.0
-        # Which is by far the less busy one.
+        # That is by far the less busy one.
         assert await stage.send(key) is lost
 
     _run(test)

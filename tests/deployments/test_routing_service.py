@@ -1,5 +1,5 @@
-"""Two replicas of every stage: a picture's requests meet what is kept of it, and nothing depends on the replica. A real
-Ray."""
+"""Two replicas of every stage: a picture's requests find its cached results, and answers do not depend on the replica.
+A real Ray."""
 
 import collections
 import concurrent.futures
@@ -40,7 +40,7 @@ def service(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture(scope="module")
 def expected(tiny_checkpoint: Path) -> list[str]:
-    """What a model says about each picture that keeps nothing of any."""
+    """The answers about each picture of a model without caches."""
     model = LocalModel(tiny_checkpoint, options=LoadOptions(dtype="float32"), cache_bytes=0)
 
     def answer(picture: bytes) -> str:
@@ -70,12 +70,12 @@ def _by_replica(page: Page, metric: Metric, **labels: str) -> dict[str, float]:
 
 
 def test_a_picture_is_prepared_and_encoded_once_and_pictures_are_spread(service: Running, expected: list[str]) -> None:
-    """First of all: it counts from nothing."""
+    """The first test of the file, because it counts from zero."""
     num_rounds = 4
     answers = [[_ask(service, picture) for picture in PICTURES] for _ in range(num_rounds)]
-    # Of the first round nothing was known, and of the others everything.
+    # In the first round nothing was cached, in the others everything.
     assert all([_text(answer) for answer in each] == expected for each in answers)
-    # The prefix that all share is known to both replicas sooner than the pictures, which only their own has seen.
+    # Both replicas soon cache the prefix that all requests share; a picture is cached only on its preferred replica.
     cached = [[answer["usage"]["prompt_tokens_details"]["cached_tokens"] for answer in each] for each in answers]
     assert min(map(min, cached[1:])) > max(cached[0])
     num_answers = num_rounds * len(PICTURES)
@@ -130,7 +130,7 @@ def test_pictures_of_a_replica_that_is_killed_are_answered_by_the_other(
 ) -> None:
     _await_two(service, stage)
     _kill_one_of_two(service, stage)
-    # Some of them have preferred it, and nobody waits until Serve has another.
+    # Some pictures preferred it, and no request waits until Serve has replaced it.
     assert [_text(_ask(service, picture)) for picture in PICTURES] == expected
 
 

@@ -1,4 +1,4 @@
-"""How an answer is drawn: every field is taken over, and every bound is kept."""
+"""Sampling parameters: every field is used, and every bound is enforced."""
 
 import json
 from typing import Any

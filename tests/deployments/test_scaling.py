@@ -1,4 +1,4 @@
-"""How many replicas a load asks for: targets kept, no replica for nothing, and no number that comes and goes."""
+"""How many replicas a load needs: targets are met, no replica is superfluous, and the number does not oscillate."""
 
 import itertools
 import math
@@ -22,7 +22,7 @@ counts = st.integers(0, 50)
 
 @dataclass
 class Stage:
-    """A made-up context: what each running replica tells."""
+    """A made-up context: what each running replica reports."""
 
     told: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     running_replicas: tuple[str, ...] = ("a", "b")
@@ -75,7 +75,7 @@ def test_what_waits_in_gateways_counts_like_what_replicas_hold_and_keeps_no_towe
 @pytest.mark.parametrize("told", [{}, {"tiles": {"a": 1.0}}, {"tiles": {"a": 1.0, "gone": 500.0}}])
 def test_while_a_replica_has_not_told_nothing_is_taken_away(told: Mapping[str, Mapping[str, float]]) -> None:
     assert _wanted(Stage(told, target_num_replicas=2), tiles=10) == 2
-    # What the others tell may ask for more.
+    # Another metric may require more.
     busy = {**told, BUSY: {"a": 1.0, "b": 1.0}}
     assert _wanted(Stage(busy), tiles=10, busy=0.5) == 4
 
@@ -133,7 +133,7 @@ def test_under_constant_load_one_move_is_enough(present: int, needed: float, tol
 def test_a_load_that_trembles_within_the_tolerance_moves_the_number_one_way_only(
     present: int, load: float, noise: list[float]
 ) -> None:
-    """From 4 % below to 4 % above is less than a tenth."""
+    """From 4 % below to 4 % above is a change of less than a tenth."""
     numbers = [present]
     for each in noise:
         numbers.append(clamp(numbers[-1], load * (1 + each), TOLERANCE))
@@ -142,7 +142,7 @@ def test_a_load_that_trembles_within_the_tolerance_moves_the_number_one_way_only
 
 
 def _simulate(loads: list[float], **config: Any) -> list[int]:
-    """Serve's own bounds and delays around the policy, a decision each second; replicas start at once."""
+    """Simulate the policy with Serve's own bounds and delays, a decision each second; replicas start at once."""
     scaling = AutoscalingConfig(min_replicas=0, max_replicas=6, look_back_period_s=10, metrics_interval_s=2, **config)
     decide = _apply_autoscaling_config(LoadPolicy({"tiles": 10}, TOLERANCE))
     number, state, numbers = 0, {}, []
@@ -183,7 +183,7 @@ def test_with_serves_delays_a_load_that_rises_and_falls_is_followed_once() -> No
     changes = [
         (second, after) for second, (before, after) in enumerate(itertools.pairwise(numbers), 1) if before != after
     ]
-    # The first replica at once, the others after 3 s; down after 20 s, and the last one 30 s after that.
+    # The first replica starts at once, the others after 3 s; they stop after 20 s, and the last one 30 s later.
     assert changes == [(5, 1), (18, 4), (75, 2), (135, 1), (166, 0)]
 
 

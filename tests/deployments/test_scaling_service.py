@@ -1,4 +1,4 @@
-"""Stages that get replicas while there is work, lose them when it is over, and are woken by a request. A real Ray."""
+"""Stages that gain replicas under load, lose them afterwards, and are woken by a request. A real Ray."""
 
 import concurrent.futures
 import itertools
@@ -35,7 +35,7 @@ def service(long_context: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 
 def _ask(service: Running, number: int) -> httpx.Response:
-    """About a picture of its own, to the end of a stream that takes a while."""
+    """Ask about a new picture, and read a stream that takes a while to its end."""
     picture = plain((number % 256, number // 256 % 256, 1))
     asked = messages(content(picture, "What?"))
     return service.post(messages=asked, max_tokens=NUM_TOKENS, ignore_eos=True, stream=True)
@@ -52,9 +52,9 @@ def _states(service: Running) -> dict[str, str]:
 
 
 def test_replicas_come_with_the_work_and_go_with_it_and_no_request_fails(service: Running) -> None:
-    """Ready means that each stage has been seen to run."""
+    """The service is ready once each stage has been seen to run."""
     assert len(service.replicas("Generator")) == 1
-    # Generators take longer to start; meanwhile it may have gone again.
+    # Generators take longer to start; meanwhile the encoder may have been removed again.
     assert len(service.replicas("VisionEncoder")) <= 1
     is_over, numbers = threading.Event(), itertools.count()
     answers: list[httpx.Response] = []
@@ -64,12 +64,12 @@ def test_replicas_come_with_the_work_and_go_with_it_and_no_request_fails(service
             answers.append(_ask(service, next(numbers)))
 
     def several_have_answered_and_told_of_their_start() -> bool:
-        """Looked at while there is work: what a replica told goes from the page with the replica."""
+        """Checked under load, because a replica's metrics disappear from the page with the replica."""
         samples = service.metrics().samples
         finished, started = samples.get(FINISHED.name, ()), samples.get(STARTUP.name, ())
         replicas = {labels["replica"] for labels, value in finished if labels["outcome"] == "finished" and value}
         phases = {labels["phase"] for labels, value in started if value > 0}
-        # More than two, where one has come, gone and come again.
+        # More than two if one was added, removed and added again.
         return len(replicas) >= 2 and phases == {"imports", "weights", "engine"}
 
     with concurrent.futures.ThreadPoolExecutor(NUM_CLIENTS) as clients:
@@ -82,15 +82,15 @@ def test_replicas_come_with_the_work_and_go_with_it_and_no_request_fails(service
             each.result()
     assert all(map(_is_whole, answers)), [each.text for each in answers if not _is_whole(each)][:1]
 
-    # Two at work become none, which is nothing that anybody has to be told of.
+    # Two busy replicas become none, which is not reported as a fault.
     until(lambda: not service.replicas("Generator") and not service.replicas("VisionEncoder"), deadline_s=DEADLINE_S)
     empty = {"preprocessor": "ok", "vision_encoder": "scaled_to_zero", "generator": "scaled_to_zero"}
     until(lambda: _states(service) == empty)
 
-    # Several that come at once wait for the same first replica.
+    # Several concurrent requests wait for the same first replica.
     with concurrent.futures.ThreadPoolExecutor(NUM_CLIENTS) as clients:
         woken = [clients.submit(_ask, service, next(numbers)) for _ in range(NUM_CLIENTS)]
-        # Whatever has not started yet is no reason to send nobody here.
+        # Stages that are still starting do not make the service unhealthy.
         while not all(each.done() for each in woken):
             _states(service)
             concurrent.futures.wait(woken, timeout=0.2)

@@ -1,4 +1,4 @@
-"""Any body: what is none, what is refused by name, and what would take too much memory to read."""
+"""Any JSON body: invalid bodies, fields refused by name, and bodies that would take too much memory to parse."""
 
 import json
 import time

@@ -1,4 +1,4 @@
-"""What is removed is what nobody uses any more, and nothing else."""
+"""Only folders that are no longer in use are removed."""
 
 import os
 import subprocess

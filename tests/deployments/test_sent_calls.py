@@ -1,4 +1,4 @@
-"""Whoever watches a call learns from its router where it is."""
+"""A watcher of a call learns from its router where the call is."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ def test_a_call_is_where_its_router_says_and_no_other_is() -> None:
     assert where.replicas() == [replica]
     assert not calls.where("Generator", "2").is_sent
     assert not calls.where("Generator", "2").replicas()
-    # The replica has refused it.
+    # The replica has refused the call.
     calls.note("Generator", "1", Whereabouts())
     assert not calls.where("Generator", "1").is_sent
 

@@ -1,4 +1,4 @@
-"""Which model is asked, and who answers for it."""
+"""Which model a request names, and what serves it."""
 
 import json
 from typing import Any

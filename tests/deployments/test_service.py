@@ -141,7 +141,7 @@ def test_openais_client_streams_several_answers_with_log_probabilities(
             texts[choice.index] += choice.delta.content or ""
             for each in (choice.logprobs.content or ()) if choice.logprobs else ():
                 spelled[choice.index] += bytes(each.bytes or ())
-    # Greedy, so both are the same.
+    # Greedy, so both answers are the same.
     assert texts == [_expected(in_process, ImagePart(plain("green")), TextPart("What?"))] * 2
     assert spelled[0] == spelled[1] != b""
 
@@ -196,7 +196,7 @@ def test_a_picture_larger_than_serves_inline_limit_is_served(service: Running, i
 def test_a_radiograph_is_answered_as_what_is_seen_in_it_and_its_patient_is_told_nowhere(
     service: Running, in_process: LocalModel
 ) -> None:
-    """A scene as a detector of 12 bits would store it; then files that are damaged, and one that is a report."""
+    """A scene as stored by a 12-bit detector; then damaged files, and one that is a report."""
     grey = draw_scene(sample_scene(random.Random(3))).convert("L")
     stored = 4095 - np.rint(np.asarray(grey) * (4095 / 255)).astype(np.uint16)
     data = dicom(stored, bits=12, photometric="MONOCHROME1", WindowCenter=[5, 2048], WindowWidth=[9, 4096])
@@ -236,7 +236,7 @@ def test_every_answer_has_one_request_id_and_the_time_of_each_stage(service: Run
 
 
 def _status(service: Running) -> int | None:
-    """Of a short request; None if it is not answered soon, because it waits behind others."""
+    """Return the status of a short request; None if it is not answered soon, because it waits behind others."""
     body = {"messages": messages("hi"), "max_tokens": 1}
     try:
         response = httpx.post(f"{service.url}/v1/chat/completions", json=body, timeout=2)
@@ -248,7 +248,7 @@ def _status(service: Running) -> int | None:
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_full_service_says_so_and_clients_that_hang_up_make_room(service: Running, *, stream: bool) -> None:
-    """Each replica writes one answer and lets eight wait. These would take minutes, so only hanging up frees them."""
+    """Each replica runs one request and queues eight. They would take minutes, so only hanging up frees the slots."""
     body = {
         "messages": messages(content(plain(), "What?")),
         "max_tokens": 7_000,
@@ -261,15 +261,15 @@ def test_a_full_service_says_so_and_clients_that_hang_up_make_room(service: Runn
     with contextlib.ExitStack() as clients:
 
         def fill_up() -> bool:
-            # As many as both replicas take, so that the first look already finds them full.
+            # As many as both replicas take, so that the first check already finds them full.
             for _ in range(18):
                 client = clients.enter_context(socket.create_connection((url.host, url.port), timeout=10))
                 client.sendall(head + sent)
-            # Which go to the replica that has seen the picture, and once that is full to the other; so both refuse.
+            # These go to the replica that has seen the picture, or if that is full to the other; so both refuse.
             return all(_status(service) == 429 for _ in range(3))
 
         until(fill_up, deadline_s=120)
-        # Full is not ill, and who asks does not wait behind those who fill it.
+        # A full service is healthy, and health checks do not queue behind its requests.
         assert httpx.get(f"{service.url}/health", timeout=30).status_code == 200
     until(lambda: _status(service) == 200)
 
@@ -300,7 +300,7 @@ def test_clients_mistakes_are_4xx_in_openais_shape_and_leave_no_traceback(servic
     _assert_refused(httpx.get(f"{service.url}/nothing", timeout=60))
     _assert_refused(httpx.get(f"{service.url}/v1/chat/completions", timeout=60))
     assert service.post(messages=messages(content(plain(), "What?")), max_tokens=2, stream=True).status_code == 200
-    # An error that Serve logs is written at once, whatever else is buffered.
+    # Serve writes errors to its log at once, even if it buffers other records.
     assert service.post(messages=messages("hi"), max_tokens=2).status_code == 200
     assert "Traceback" not in service.log_text()
 
@@ -318,7 +318,7 @@ def test_too_large_a_body_is_refused(service: Running) -> None:
 
 
 def test_the_demo_answers_and_leaves_nothing_behind(tmp_path: Path) -> None:
-    """Of the model that comes with this project, as nothing else is said."""
+    """The demo uses the model that comes with this project, as no other is named."""
     picture = tmp_path / "picture.png"
     picture.write_bytes(plain())
     port = str(free_port())

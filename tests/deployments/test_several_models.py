@@ -1,4 +1,4 @@
-"""Three models in one service: two on one tower, one with another, each asked by OpenAI's client."""
+"""Three models in one service: two that share a tower, one with another, each asked by OpenAI's client."""
 
 import shutil
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ QUESTION, MAX_TOKENS = "What?", 12
 
 @pytest.fixture(scope="module")
 def folders(tiny_checkpoint: Path, other_tower: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """By the models' names. A hub id would have a slash as well."""
+    """The checkpoints by their models' names. Like a hub id, a name may contain a slash."""
     tuned = Path(shutil.copytree(tiny_checkpoint, tmp_path_factory.mktemp("tuned") / "tuned"))
     tensors = load_file(tuned / "model.safetensors")
     generator = torch.Generator().manual_seed(7)
@@ -84,7 +84,7 @@ def test_each_model_answers_as_it_does_alone_and_a_tower_sees_a_picture_once(
         page, labels = service.metrics(), {"cache": cache, "deployment": deployment}
         return page.total(CACHE_MISSES, **labels), page.total(CACHE_HITS, **labels)
 
-    # Encoded for one model and found for the other, which has the same tower; the third sees nothing of either.
+    # Encoded for one model and found for the other, which has the same tower; the third shares nothing with them.
     until(lambda: seen("features", "VisionEncoder-tiny") == (1, 1))
     until(lambda: seen("features", "VisionEncoder-other") == (1, 0))
     until(lambda: seen("tiles", "Preprocessor") == (1, 2))

@@ -1,4 +1,4 @@
-"""Streams of several prompts as one: indices, usage, errors, and that nobody is left behind."""
+"""Streams of several prompts as one: indices, usage, errors, and that every stream is freed."""
 
 import asyncio
 from collections.abc import AsyncGenerator
@@ -56,7 +56,7 @@ def test_nobody_waits_for_the_slowest() -> None:
         async with aclosing(side_by_side([_stream(slow), _stream(fast)], 1)) as items:
             assert [_delta(await anext(items)).text for _ in range(2)] == ["a", "b"]
             assert slow.num_open == 1
-        # Left early, and freed.
+        # Abandoned and freed.
         assert slow.num_open == 0
         assert slow.num_left_early == 1
 

@@ -1,4 +1,4 @@
-"""Signs in between items that are slow, and silence that is noticed, in streams of milliseconds."""
+"""Signs of life between slow items, and detection of silence, in streams of milliseconds."""
 
 import asyncio
 from collections.abc import AsyncGenerator
@@ -96,7 +96,7 @@ def test_a_stream_without_items_and_signs_is_what_is_said_of_it() -> None:
 
 
 def test_silence_lasts_for_as_long_as_nothing_is_said_of_it() -> None:
-    """As where a stage is woken from nothing."""
+    """For example, a stage may have to be scaled up from zero."""
     num_asked = 0
 
     async def ask() -> None:

@@ -1,6 +1,6 @@
-"""Requests that a real HAProxy and the server behind it might read differently: what it keeps from clients stays so.
+"""Requests that a real HAProxy and the server behind it might parse differently: hidden routes stay hidden.
 
-Behind it is the HTTP server that replicas run. A request that it sees and HAProxy has not judged would be a hidden one.
+Behind it is the HTTP server that replicas run. A request that reaches it without HAProxy's check would be smuggled.
 """
 
 import asyncio
@@ -17,14 +17,14 @@ import uvicorn
 from deployments.load_balancer import LoadBalancer, local_host
 from tests.deployments.service import until
 
-# Answered by HAProxy alone, with 404; behind it, it would be found.
+# HAProxy itself responds to this with 404; the server behind it would serve the path.
 HIDDEN = b"GET /-/routes HTTP/1.1\r\nhost: x\r\nx-hidden: 1\r\n\r\n"
 END_OF_CHUNKS = b"0\r\n\r\n"
 
 
 @dataclass
 class Replica:
-    """Remembers every request but HAProxy's own looks at its health."""
+    """Remembers every request except HAProxy's own health checks."""
 
     requests: list[tuple[str, list[tuple[bytes, bytes]]]] = field(default_factory=list)
 
@@ -62,7 +62,7 @@ def served() -> Iterator[tuple[LoadBalancer, Replica]]:
 
 
 def _sent(balancer: LoadBalancer, request: bytes) -> bytes:
-    """Everything that comes until HAProxy closes the connection."""
+    """Return everything that arrives until HAProxy closes the connection."""
     with socket.create_connection(balancer.address, timeout=10) as connection:
         connection.sendall(request)
         return b"".join(iter(lambda: connection.recv(65536), b""))
@@ -98,7 +98,7 @@ AMBIGUOUS = {
 }
 
 
-# What HAProxy takes, and sends on with its end told in one way.
+# The requests that HAProxy accepts, and forwards with their end stated in only one way.
 TAKEN = {"CL.TE", "TE.CL", "the same length twice", "a folded header", "HTTP/1.0 in chunks"}
 
 
@@ -109,7 +109,7 @@ def test_nothing_gets_past_haproxy_in_another_request(name: str, served: tuple[L
     answered = _sent(balancer, AMBIGUOUS[name])
     assert answered.startswith(b"HTTP/1.1 200" if name in TAKEN else b"HTTP/1.1 400")
     assert answered.count(b"HTTP/1.") == 1
-    # So that whatever came before it has been seen.
+    # A last request, so that every earlier one has been processed.
     last = _sent(balancer, b"GET /last HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
     assert last.startswith(b"HTTP/1.1 200")
     assert [path for path, _ in replica.requests] == (["/a", "/last"] if name in TAKEN else ["/last"])
@@ -120,7 +120,7 @@ def test_nothing_gets_past_haproxy_in_another_request(name: str, served: tuple[L
 
 
 def test_what_is_hidden_would_be_found_behind_haproxy(served: tuple[LoadBalancer, Replica]) -> None:
-    """Or the tests above would show nothing."""
+    """Otherwise the tests above would prove nothing."""
     balancer, replica = served
     replica.requests.clear()
     assert _sent(balancer, HIDDEN.replace(b"x-hidden", b"connection: close\r\nx-hidden")).startswith(b"HTTP/1.1 404")

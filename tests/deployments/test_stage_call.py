@@ -1,4 +1,4 @@
-"""Calls whose replica, or what it needs, is out of reach: whoever waits notices, and not where somebody answers."""
+"""Calls whose replica, or what it needs, is unreachable: callers detect that, but only where nobody answers."""
 
 import asyncio
 import contextlib
@@ -27,7 +27,7 @@ def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class _Replica:
-    """One that answers, after a while or never, or is dead."""
+    """A replica that answers, after a while or never, or is dead."""
 
     node_id = "node"
 
@@ -48,7 +48,7 @@ def _unreachable() -> _Replica:
 
 
 class _Handoff(LocalHandoff):
-    """In which calls begin and are made when the test says so."""
+    """A handoff in which calls begin and results are made when the test says so."""
 
     def __init__(self) -> None:
         self.begun = asyncio.Event()
@@ -63,7 +63,7 @@ class _Handoff(LocalHandoff):
 
 
 class _Call:
-    """Of a stage, and what its router does."""
+    """A call of a stage, and its router's actions."""
 
     def __init__(self) -> None:
         self.session, self.handle, self.handoff = new_session(), FakeHandle(prepare=lambda: "made"), _Handoff()
@@ -90,7 +90,7 @@ def _run(test: Callable[[_Call], Awaitable[None]]) -> None:
 
 @contextlib.contextmanager
 def _in_time() -> Iterator[None]:
-    """From the first question it takes one silence."""
+    """Check that a loss is detected within one silence after the first probe."""
     began = asyncio.get_running_loop().time()
     yield
     assert SILENCE_S < asyncio.get_running_loop().time() - began < 5
@@ -188,7 +188,7 @@ def test_only_the_first_call_that_owes_anything_is_asked() -> None:
             with pytest.raises(StageSilentError):
                 await unless_out_of_reach(_never(), [it.call, other.call])
             other.handoff.made.set()
-            # As long as a generator takes.
+            # As long as a generator may take.
             wanted = asyncio.sleep(SILENCE_S + 5 * ASKED_AFTER_S, "came")
             assert await unless_out_of_reach(wanted, [it.call, other.call]) == "came"
         finally:
@@ -262,7 +262,7 @@ def test_a_stream_that_is_sent_and_silent_is_lost_and_one_that_waits_is_not() ->
         with pytest.raises(StageUnavailableError):
             await call.check_silent()
         SENT_CALLS.note("generate", session.request, Whereabouts(lambda: [_Replica()], is_sent=True))
-        # However long it has waited before.
+        # However long the call has waited before.
         await call.check_silent()
         await asyncio.sleep(SILENCE_S / 2)
         with pytest.raises(StageSilentError) as caught:

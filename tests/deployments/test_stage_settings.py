@@ -1,4 +1,4 @@
-"""Stages: what one setting leaves of the others, and what the engine is told."""
+"""Settings of stages: one leaves the others unchanged, bounds are checked, and the engine receives its own."""
 
 from typing import Any
 

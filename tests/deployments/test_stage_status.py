@@ -1,4 +1,4 @@
-"""What the controller says about the stages: asked rarely, not waited for too long. test_faults.py kills replicas."""
+"""The controller's status of the stages: queried rarely, with bounded waiting. test_faults.py kills replicas."""
 
 import asyncio
 import threading

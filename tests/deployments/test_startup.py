@@ -1,4 +1,4 @@
-"""Phases of a start, by a clock of the test's own."""
+"""Phases of a start, by the test's own clock."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Which replicas have lost something, and for how long that is held against them."""
+"""Which replicas have lost a request, and for how long that is held against them."""
 
 from deployments.suspects import Suspects
 

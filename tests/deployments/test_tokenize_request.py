@@ -1,4 +1,4 @@
-"""Tokenizing: messages as a chat has them, a prompt as completions do; what differs is refused."""
+"""Tokenizing: messages as in a chat, or a prompt as in completions; anything else is refused."""
 
 import json
 from typing import Any

@@ -1,4 +1,4 @@
-"""`llava top` on pages that were written by hand, so that every number on the screen can be reckoned by eye."""
+"""`llava top` on handwritten metrics pages, so that every number on the screen can be checked by eye."""
 
 import contextlib
 import http.server
@@ -30,7 +30,7 @@ ray_llava_kv_cache_blocks{replica="b",state="free"} 70.0
 
 
 def _buckets(histogram: Histogram, counts: dict[float, int], labels: str) -> str:
-    """As Prometheus writes them: so many values in the bucket up to each bound."""
+    """Return a histogram in Prometheus' format; `counts` are the numbers of values up to each bound."""
     lines, total = [], 0
     for bound in (*histogram.buckets, float("inf")):
         total += counts.get(bound, 0)
@@ -98,7 +98,7 @@ def test_the_screen_tells_what_happened_between_two_pages() -> None:
     assert "preferred replicas   Generator 75 %   Preprocessor -" in text
     assert "blocks 10 of 100 in use, 20 kept" in text
     assert "since the start: 30 requests, 800 tokens, 3 hung up, errors: overloaded 3" in text
-    # Of 20 values ten are up to 0.1 s, which the median is just at; the 99 % lies in the last.
+    # Ten of 20 values are at most 0.1 s, so the median is exactly that; the 99 % quantile is in the last bucket.
     assert "first token 100 ms / 440 ms" in text
     assert "encode - / -" in text
 
@@ -115,14 +115,14 @@ def test_stages_of_several_models_stand_below_each_other() -> None:
     }
     table = lines[2:6]
     assert len({len(line) for line in table}) == 1
-    # What is not of one stage is of all models together.
+    # Figures that belong to no single stage cover all models together.
     assert "running 4   waiting 7" in "\n".join(lines)
 
 
 def test_a_quantile_is_prometheus_own() -> None:
     change = Change(Page.parse(BEFORE, 0.0), Page.parse(NOW, 1.0))
     quantile = change.quantile(TIME_TO_FIRST_TOKEN, 0.75, model="m")
-    # The 15th of 20, five of nine into the bucket from 0.1 to 0.2.
+    # The 15th of 20 values, five ninths into the bucket from 0.1 to 0.2.
     assert quantile == pytest.approx(0.1 + 0.1 * 5 / 9)
     assert change.quantile(TIME_TO_FIRST_TOKEN, 0.75, model="other") is None
     beyond = Page.parse(_buckets(TIME_TO_FIRST_TOKEN, {float("inf"): 1}, 'model="m"'), 1.0)
@@ -135,7 +135,7 @@ def test_a_service_that_began_anew_has_no_negative_rates() -> None:
 
 @contextlib.contextmanager
 def _serving(*pages: str) -> Iterator[str]:
-    """An address that gives one page after the other, and then the last one always."""
+    """Yield an address that serves one page after the other, and then always the last."""
     given = iter(pages)
 
     class Handler(http.server.BaseHTTPRequestHandler):

@@ -1,5 +1,5 @@
-"""Models that another server answers for, through the gateway: a second gateway of ours behind it, and servers that
-misbehave in every way there is."""
+"""Models served by another server, through the gateway: a second gateway of ours behind it, and servers that misbehave
+in every way."""
 
 import asyncio
 import contextlib
@@ -131,7 +131,7 @@ def test_completions_too_with_usage_and_times(*, stream: bool) -> None:
     assert "".join(choice["text"] for body in bodies for choice in body["choices"]) == "Hello"
     assert {body["object"] for body in bodies} == {"text_completion"}
     assert bodies[-1]["usage"]["total_tokens"] == 13
-    # Of this service, and not of the one behind it, which was not asked for them.
+    # The timings are this service's, not those of the one behind it, which was not asked for any.
     assert set(bodies[-1]["timings"]) == {"upstream", "total"}
 
 
@@ -171,7 +171,7 @@ def test_no_header_of_the_clients_goes_there_and_none_of_the_servers_comes_back(
     assert set(first) == known | {"x-request-id"}
     assert first["authorization"] == f"bearer {SECRET}"
     assert (first["x-request-id"], first["accept-encoding"]) == ("mine", "identity")
-    # What is not fit for a header is not sent on as one.
+    # An id that is invalid as a header is not forwarded.
     assert set(second) == known
 
 
@@ -195,7 +195,7 @@ def _openai(message: str, **more: Any) -> dict[str, Any]:
             "context_length_exceeded",
             ["big has 5 tokens"],
         ),
-        # Engines make up codes, by which nothing is counted here.
+        # Engines invent codes, which are not used as metric labels here.
         (_refused("422 Unprocessable", _openai("bad", code=400)), 422, "upstream_refused", ["bad"]),
         (_refused("413 Too Large", b"<html>"), 413, "upstream_refused", ["it gave no reason"]),
         (_refused("401 Unauthorized", _openai(f"no key {SECRET}")), 502, "upstream_key_refused", ["'big'", "key"]),
@@ -230,7 +230,7 @@ def test_what_the_server_refuses_or_cannot_do_is_told_in_our_form(
         assert client.get("/health").status_code == 200
     error = _assert_told(response, status, code, *words)
     assert error["type"] == ("invalid_request_error" if status < 500 else "server_error")
-    # Asked once: what has been sent may have been done.
+    # Sent only once: a request that was sent may have been executed.
     assert len(script.requests) == 1
     assert recorder.counted[UPSTREAM_REQUESTS, ("big", code)] == 1
     assert recorder.readings()[UPSTREAM_RUNNING, ("big",)] == 0
@@ -318,7 +318,7 @@ def test_a_stream_without_an_answer_and_an_answer_that_is_no_stream_are_garbage(
 
 def test_comments_names_and_carriage_returns_of_events_are_no_part_of_them() -> None:
     lines = b": alive\r\n\r\nevent: message\r\nid: 1\r\ndata:" + json.dumps(CHUNK).encode() + b"\r\n\r\n"
-    # Cut anywhere, and two events in one piece.
+    # Split anywhere, with two events in one piece.
     data = lines + b"data: [DONE]\n\n"
     pieces = b"".join(chunked(data[at : at + 7]) for at in range(0, len(data), 7))
     with scripted(SSE_HEAD + pieces + b"0\r\n\r\n") as script, _client(script.url) as client:
@@ -328,7 +328,7 @@ def test_comments_names_and_carriage_returns_of_events_are_no_part_of_them() -> 
 
 @contextlib.contextmanager
 def _hanging(*sent: bytes) -> Iterator[tuple[Script, threading.Event]]:
-    """A server that sends this and then nothing; the event is set when the other side has hung up."""
+    """Yield a server that sends this and then nothing; the event is set when the other side has hung up."""
     hung_up = threading.Event()
 
     def hang(connection: socket.socket) -> None:
@@ -434,7 +434,7 @@ def test_tokens_are_charged_to_the_key_and_counted(tmp_path: Any) -> None:
     engine = ScriptedEngine(answer("Hel", "lo"))
     with serving_engine(engine) as url, _client(url, keys=ring, recorder=recorder) as client:
         assert client.post(CHAT, json=HELLO).status_code == 401
-        # Thirteen each: eleven of the prompt, and two.
+        # Thirteen tokens each: eleven of the prompt, and two of the answer.
         assert client.post(CHAT, json=HELLO, headers=headers).status_code == 200
         assert client.post(CHAT, json={**HELLO, "stream": True}, headers=headers).status_code == 200
         refused = client.post(CHAT, json=HELLO, headers=headers)

@@ -1,4 +1,4 @@
-"""What another server writes: passed on under our names, counted, and refused where it is no answer."""
+"""Another server's answers: passed on under our names, counted, and refused where they are invalid."""
 
 from typing import Any
 
@@ -58,10 +58,10 @@ def test_tokens_are_counted_as_they_come_and_by_the_servers_count_at_the_end() -
     deltas, _ = _streamed(role, _chunk("a"), _chunk("b", "c"), _chunk(choices=[], usage=USAGE))
     assert [delta.num_tokens for delta in deltas] == [0, 1, 2, 2]
     assert deltas[-1].usage == Usage(7, 5)
-    # Never given back where it counts less.
+    # Tokens are not refunded if the server counts fewer.
     deltas, _ = _streamed(_chunk("a", "b", "c"), _chunk(choices=[], usage={**USAGE, "completion_tokens": 1}))
     assert [delta.num_tokens for delta in deltas] == [3, 0]
-    # Nor free where it counts nothing.
+    # Nor are they free if it counts none.
     deltas, _ = _streamed(_chunk("a"), _chunk("b"))
     assert deltas[-1].usage == Usage(0, 2)
 

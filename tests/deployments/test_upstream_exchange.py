@@ -1,4 +1,4 @@
-"""HTTP with another server: connections that are kept, made anew or refused, TLS, and what its words must not tell."""
+"""HTTP with another server: connections that are kept, reopened or refused, TLS, and secrets kept out of messages."""
 
 import asyncio
 import http.server
@@ -57,7 +57,7 @@ def test_no_proxy_of_the_environment_is_asked(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_connections_are_kept_and_bounded() -> None:
-    """A server that waits until as many ask at once as may, and counts connections."""
+    """The server waits until the maximum number of requests is in flight, and counts connections."""
     connections: set[int] = set()
     together = threading.Barrier(3)
 
@@ -91,7 +91,7 @@ def test_connections_are_kept_and_bounded() -> None:
 
 
 def test_only_a_connection_that_was_not_made_is_tried_again() -> None:
-    """httpx tries once more; what was sent is never sent twice."""
+    """httpx retries once; a request that was sent is never sent twice."""
     with scripted(b"", whole("200 OK", b"x")) as script:
         with pytest.raises(UpstreamError, match="broke the connection") as raised:
             _run(_exchange(script.url), _posted)
@@ -120,7 +120,7 @@ def test_a_connection_that_fails_at_first_is_made_at_the_second_attempt(monkeypa
 
 
 def test_a_host_that_does_not_take_connections_is_unreachable_in_time() -> None:
-    # Nobody accepts, and the kernel has room for no more.
+    # Nobody accepts connections, and the kernel's backlog is full.
     with socket.create_server(("127.0.0.1", 0), backlog=0) as listening:
         address = listening.getsockname()
         fillers = [socket.socket() for _ in range(4)]

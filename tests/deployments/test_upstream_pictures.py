@@ -1,4 +1,4 @@
-"""Pictures for servers of others: as they came, or as PNG where other engines would not see what ours do."""
+"""Pictures for other servers: unchanged, or as PNG where other engines would not see the same as ours."""
 
 import io
 

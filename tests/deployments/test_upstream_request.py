@@ -1,4 +1,4 @@
-"""What is sent on of a client's body: only what is named, with only what must change changed."""
+"""Forwarding a client's body: only known fields, and only necessary changes."""
 
 import base64
 import json
@@ -75,7 +75,7 @@ def test_a_stream_is_always_asked_for_its_tokens() -> None:
 @pytest.mark.parametrize(
     "field",
     [
-        # Addresses and files of SGLang's and vLLM's, programs, and pickles.
+        # SGLang's and vLLM's fields for addresses, files, programs and pickles.
         "bootstrap_host",
         "kv_transfer_params",
         "lora_path",

@@ -1,5 +1,5 @@
-"""A running service without a model of its own in front of a second one of ours: answers, pictures, hang-ups, and the
-second one's death in the middle of an answer."""
+"""A running service without its own model in front of a second service of ours: answers, pictures, hang-ups, and the
+death of the second one in the middle of an answer."""
 
 import os
 import signal
@@ -20,7 +20,7 @@ from tests.deployments.service import Running, content, events, long_checkpoint,
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 STAGE = {"num_cpus": 0.05}
 COMPUTE = {**STAGE, "dtype": "float32", "device": "cpu", "threads": 1}
-# So that nothing but a key that was sent lets anyone in.
+# So that only a key that was sent grants access.
 KEY = "sk-of-the-front-service-alone"
 
 
@@ -34,7 +34,7 @@ def behind(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> I
 
 @pytest.fixture(scope="module")
 def front(behind: Running, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """Without any model of its own."""
+    """The front service, without any model of its own."""
     folder = tmp_path_factory.mktemp("front")
     upstream = {"url": f"{behind.url}/v1", "model": behind.model, "api_key_env": "BIG_KEY", "check_seconds": 0.2}
     with pytest.MonkeyPatch.context() as patch:
@@ -53,7 +53,7 @@ def test_it_answers_as_the_service_behind_it_does(front: Running, behind: Runnin
     for parts in ("What?", content(plain("green"), "What?")):
         there, here = _chat(behind, behind.model, parts), _chat(front, "big", parts)
         assert here.choices == there.choices
-        # Asked the second time, most of the prompt has been read before.
+        # On the second request, most of the prompt is cached.
         assert (here.model, here.usage.total_tokens) == ("big", there.usage.total_tokens)
         streamed = _chat(front, "big", parts, stream=True)
         assert "".join(chunk.choices[0].delta.content or "" for chunk in streamed) == there.choices[0].message.content
@@ -105,7 +105,7 @@ def test_a_client_that_hangs_up_frees_the_service_behind(front: Running, behind:
 
 
 def test_the_death_of_the_service_behind_in_the_middle_of_an_answer_is_told(front: Running, behind: Running) -> None:
-    """The last test of this file: nothing of the second service is left."""
+    """The last test of this file, because it leaves no second service."""
     body = {"model": "big", "messages": messages("Go on."), "max_tokens": 4000, "stream": True, "ignore_eos": True}
     with httpx.stream("POST", f"{front.url}/v1/chat/completions", json=body, timeout=60) as response:
         stream = events(response)
@@ -118,7 +118,7 @@ def test_the_death_of_the_service_behind_in_the_middle_of_an_answer_is_told(fron
     assert (
         last["error"]["message"] == "the server behind model 'big' broke the connection before the answer was complete"
     )
-    # The front goes on, and says what is wrong.
+    # The front service keeps running, and reports what is wrong.
     response = front.post(model="big", messages=messages("What?"))
     assert (response.status_code, response.json()["error"]["code"]) == (502, "upstream_unreachable")
     with pytest.raises(openai.InternalServerError, match="cannot be reached"):

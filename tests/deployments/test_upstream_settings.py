@@ -1,4 +1,4 @@
-"""What may be said about another server, and where its key comes from."""
+"""Settings for another server, and where its key comes from."""
 
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,7 @@ def test_a_key_that_is_not_there_or_cannot_be_sent_ends_the_start(value: str | N
 def test_certificates_come_from_a_file_where_one_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     args = _args(ca_file="ca.pem")
-    # Replicas work elsewhere.
+    # Absolute, because replicas have another working directory.
     assert args.ca_file == str(tmp_path / "ca.pem")
     with pytest.raises(LaunchError, match=r"ca\.pem holds no certificates"):
         trusted(args)

@@ -1,4 +1,4 @@
-"""What an operator sees of a running service: metrics, logs and traces tell what happened and never what was said."""
+"""What an operator sees of a running service: metrics, logs and traces show what happened, and never any content."""
 
 import base64
 import json
@@ -36,10 +36,10 @@ from tests.tiny import IMAGE_TOKENS as TOKENS_OF_A_PICTURE
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 CHAT = "/v1/chat/completions"
 STAGES = ("preprocess", "encode", "transfer", "prefill", "decode")
-# As words of a prompt, the name of a model, in bad JSON, in a query and in a header.
+# Planted in a prompt, in a model's name, in invalid JSON, in a query and in a header.
 PLANTED = "xyzzy plugh"
 MAX_TOKENS = 8
-# Of pictures that are asked about: two of a colour and one of another.
+# Colours of the pictures in requests: two of one colour and one of another.
 COLOURS = ("red", "red", "blue")
 
 
@@ -52,7 +52,7 @@ def service(long_context: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
     stage = {"num_cpus": 0.05}
     compute = {**stage, "dtype": "float32", "threads": 1}
     with pytest.MonkeyPatch.context() as patch:
-        # Each record is written at once.
+        # Write each log record at once.
         patch.setenv("RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE", "1")
         with serving(
             long_context,
@@ -72,7 +72,7 @@ def _num(page: Page, histogram: Histogram, **labels: str) -> float:
 
 @pytest.fixture(scope="module")
 def usages(service: Running) -> list[dict[str, Any]]:
-    """All kinds of requests, once; the usage of those that were answered."""
+    """Send every kind of request once; returns the usage of those that were answered."""
     found: list[dict[str, Any]] = []
     for colour in COLOURS:
         body = {"messages": messages(content(plain(colour), PLANTED)), "max_tokens": MAX_TOKENS, "ignore_eos": True}
@@ -112,17 +112,17 @@ def test_the_page_of_metrics_counts_what_was_asked(service: Running, usages: lis
         assert page.total(ERRORS, code="invalid_image") == 1
         assert page.total(ERRORS, code="unsupported_parameter") == 1
         assert page.total(ERRORS) == num_bad + 1
-        # The one that hung up had begun, too.
+        # The request whose client hung up had begun too.
         assert _num(page, TIME_TO_FIRST_TOKEN, model=service.model) == num_answers + 1
         assert _num(page, CHUNK_GAP, model=service.model) >= 1
         for stage in STAGES:
-            # Of each answer at least, and of a hand-over to the encoder and another to the generator.
+            # At least once per answer; transfers twice, to the encoder and to the generator.
             assert _num(page, STAGE_DURATION, stage=stage) >= num_answers * (2 if stage == "transfer" else 1)
         assert _num(page, STAGE_DURATION, stage="decode") == num_answers
         assert _num(page, IMAGES) == num_answers + 1
         assert _num(page, QUEUE_WAIT, stage="encode") == num_answers + 1
         assert _num(page, QUEUE_WAIT, stage="generate") == num_answers
-        # Two pictures were new once, and what is none always is; it is not encoded.
+        # Two pictures were new once, and an invalid one always is; it is not encoded.
         assert page.total(CACHE_MISSES, cache="tiles") == 3
         assert page.total(CACHE_MISSES, cache="features") == 2
         for cache in ("tiles", "features"):
@@ -169,7 +169,7 @@ def test_every_line_of_the_log_is_json_and_those_of_a_request_name_it(
     assert len(refused) == 5
     assert {record["error_code"] for record in refused} >= {"model_not_found", "invalid_image", "unsupported_parameter"}
     assert {record["status"] for record in lines} >= {"200", "400", "404"}
-    # The stages behind it say whose request they worked on as well.
+    # The stages behind the gateway log the request's id too.
     works = {record.get("deployment") for record in records if record.get("request_id") == "found-again"}
     assert works >= {"llava_Gateway", "llava_Preprocessor", "llava_Generator"}
 

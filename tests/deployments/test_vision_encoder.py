@@ -1,4 +1,4 @@
-"""The encoding stage: features for tiles, pictures that come again, one request's failure, cancellation."""
+"""The encoding stage: features for tiles, repeated pictures, one request's failure, cancellation."""
 
 import asyncio
 import threading
@@ -73,7 +73,7 @@ def test_a_picture_that_comes_again_is_encoded_once_also_when_both_come_together
     shades = [[10], [10], [200], [200, 10]]
     for answer, expected in zip(answers, shades, strict=True):
         assert isinstance(answer, Encoded)
-        # Without a cache the same, bit for bit.
+        # The same without a cache, bit for bit.
         plain = asyncio.run(VisionEncoder(tower, LocalHandoff()).encode(_prepared(*map(_image, expected))))
         assert isinstance(plain, Encoded)
         for ours, theirs in zip(answer.features, plain.features, strict=True):
@@ -114,7 +114,7 @@ def test_the_autoscaler_is_told_of_tiles_that_have_to_be_encoded(
 
 
 class _Store(LocalHandoff):
-    """In place of Ray's: what was put into it, by references that know nothing."""
+    """Stands in for Ray's store: holds what was put into it, by opaque references."""
 
     def __init__(self) -> None:
         self.objects: dict[object, np.ndarray] = {}
@@ -135,7 +135,7 @@ def test_a_pictures_features_are_put_into_the_store_once(tower: ClipTower) -> No
         assert [each.data for each in answer.features] == [ref, ref]
     assert recorder.counted[HANDED_OVER, ("encode_generate",)] == data.nbytes
     assert recorder.observed[HANDED_OVER_EACH, ("encode_generate",)] == [data.nbytes, 0, 0, 0, 0]
-    # A cache of nothing holds no reference either.
+    # A cache of size 0 holds no reference either.
     uncached = VisionEncoder(tower, store)
     for _ in range(2):
         asyncio.run(uncached.encode(_prepared(_image(10))))
@@ -167,7 +167,7 @@ def test_the_work_on_each_request_and_the_use_of_the_cache_are_measured(tower: C
     assert recorder.observed[IMAGES, ()] == [1, 2, 1]
     assert len(recorder.observed[QUEUE_WAIT, ("encode",)]) == 3
     assert len(recorder.observed[STAGE_DURATION, ("transfer",)]) == 3
-    # Of what failed, no time is told.
+    # No time is recorded for a failed request.
     assert len(recorder.observed[STAGE_DURATION, ("encode",)]) == 2
     told = recorder.readings()
     assert (told[CACHE_HITS, ("features",)], told[CACHE_MISSES, ("features",)]) == (1, 3)

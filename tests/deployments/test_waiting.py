@@ -1,4 +1,4 @@
-"""What is abandoned is over, whatever it does about that."""
+"""An abandoned task ends, however it handles its cancellation."""
 
 import asyncio
 
@@ -14,7 +14,7 @@ def test_all_are_over_when_it_returns_and_their_errors_are_nobodys(caplog: pytes
         try:
             await asyncio.Event().wait()
         finally:
-            # A while after it was told.
+            # A while after its cancellation.
             await asyncio.sleep(0.01)
             ended.append(name)
             if error is not None:

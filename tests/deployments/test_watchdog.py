@@ -1,4 +1,4 @@
-"""When a replica had better be replaced."""
+"""When a replica should be replaced."""
 
 import time
 

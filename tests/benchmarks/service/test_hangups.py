@@ -72,7 +72,7 @@ def test_the_time_is_that_of_the_last_place(delay_s: float) -> None:
 
 def test_a_place_that_is_never_freed_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.service.hangups._PATIENCE_S", 0.3)
-    with pytest.raises(HangUpError, match="for 4 answers does not get 200"):
+    with pytest.raises(HangUpError, match="for 4 answers did not get 200"):
         measured(Places(num_stuck=1))
 
 

@@ -1,4 +1,4 @@
-"""More than a cluster can ever have is said at once, with what there is."""
+"""Asking for more than a cluster can ever have is reported at once, with what it has."""
 
 import pytest
 
@@ -25,7 +25,7 @@ def test_what_fits_is_let_through() -> None:
         (["generate.num_gpus=1"], [LAPTOP], r"generate asks for 1 x .*; the cluster's nodes have 2 CPUs and 0 GPUs"),
         (["encode.num_cpus=3"], [LAPTOP, LAPTOP], "encode asks for"),
         (["generate.num_gpus=2"], [{"CPU": 8, "GPU": 1}, {"CPU": 8, "GPU": 1}], "generate asks for"),
-        (["generate.num_gpus=0.6", "encode.num_gpus=0.6"], [{"CPU": 8, "GPU": 1}], "of which 0 have a place"),
+        (["generate.num_gpus=0.6", "encode.num_gpus=0.6"], [{"CPU": 8, "GPU": 1}], "of which 0 fit beside"),
         (["generate.replicas=9"], [LAPTOP], "of which"),
         (["preprocess.num_cpus=1.5"], [LAPTOP], "leave no 0.1 CPUs for reading"),
     ],
@@ -45,4 +45,4 @@ def test_what_is_free_and_what_is_asked_for_is_said() -> None:
     said = waiting(read_stages(["generate.num_gpus=1"]), {"CPU": 8.0, "GPU": 1.0}, {"CPU": 0.1})
     assert "0.1 of 8 CPUs and 0 of 1 GPUs are free" in said
     assert "generate 1 x (0.25 CPUs, 1 GPUs)" in said
-    assert "must end, or ask for less with --stage" in said
+    assert "Stop whatever else holds resources, such as a service, or ask for less with --stage" in said

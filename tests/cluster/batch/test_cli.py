@@ -1,6 +1,6 @@
 """`llava batch` from its command line: what is refused before anything starts, and, on a real Ray, whole jobs.
 
-The jobs use the default model. They are stopped where rows have been written, never after some time.
+The jobs use the default model. They are stopped once certain rows have been written, never after a fixed time.
 """
 
 import json
@@ -55,7 +55,7 @@ def test_what_cannot_work_is_said_in_a_line_before_there_is_a_ray(
 
 
 class Job:
-    """`llava batch` on pictures of its own, among them broken ones."""
+    """`llava batch` on its own pictures, some of them broken."""
 
     def __init__(self, folder: Path, num_pictures: int) -> None:
         self.pictures, self.output = folder / "pictures", folder / "out.jsonl"
@@ -76,7 +76,7 @@ class Job:
         self.num_rows = num_pictures + 4
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
-        """In a process group of its own."""
+        """Start the job in its own process group."""
         given = [str(self.rows), str(self.output), "--image-folder", str(self.pictures), "--dtype", "float32"]
         environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
         return subprocess.Popen(
@@ -89,7 +89,7 @@ class Job:
         )
 
     def wait_for_rows(self, process: subprocess.Popen[str], number: int) -> int:
-        """How many there are, once there are so many."""
+        """Wait until this many rows are written, and return how many there are then."""
         while (rows := self.num_written()) < number:
             assert process.poll() is None, process.communicate()
             time.sleep(0.02)
@@ -107,7 +107,7 @@ class Job:
 
 @pytest.fixture
 def ended() -> Iterator[list[subprocess.Popen[str]]]:
-    """Whatever a test has started ends with it."""
+    """End every process that a test has started."""
     started: list[subprocess.Popen[str]] = []
     yield started
     for process in started:
@@ -122,7 +122,7 @@ def test_a_job_that_is_stopped_or_killed_goes_on_and_every_row_is_there_once(
     tmp_path: Path, ended: list[subprocess.Popen[str]]
 ) -> None:
     job = Job(tmp_path, 150)
-    # Ray has a handler of its own, which would end the process with another status, or a native stack.
+    # Ray's own handler would end the process with a different status, or with a native stack trace.
     stopped = job.start()
     ended.append(stopped)
     job.wait_for_rows(stopped, 1)
@@ -139,13 +139,13 @@ def test_a_job_that_is_stopped_or_killed_goes_on_and_every_row_is_there_once(
     begun = psutil.Process(first.pid).children(recursive=True)
     first.kill()
     first.communicate()
-    # Its Ray ends with it; two agents notice later, when nobody has answered them for a minute.
+    # Its Ray ends with it; two agents detect that only after a minute without a response.
     busy = [process for process in begun if not process.name().endswith("Agent")]
     assert psutil.wait_procs(busy, timeout=60)[1] == []
     before = job.written()
     assert num_before < len(before) < job.num_rows
 
-    # Its actor, and a second job beside it.
+    # Kill its actor, while a second job runs.
     second = job.start()
     ended.append(second)
     job.wait_for_rows(second, len(before) + 1)
@@ -193,5 +193,5 @@ def test_gpus_that_the_machine_does_not_have_are_refused_at_once(
     ended.append(process)
     _, said = process.communicate(timeout=200)
     assert process.returncode == 1
-    assert "generate asks for 1 x (0.25 CPUs, 64 GPUs), of which 0 have a place" in said
+    assert "generate asks for 1 x (0.25 CPUs, 64 GPUs), of which 0 fit beside" in said
     assert "Traceback" not in said

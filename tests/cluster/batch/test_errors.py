@@ -1,4 +1,4 @@
-"""What ends a job is one of this project's errors, so that the command line says it in a line."""
+"""A job ends with one of this project's errors, so that the command line reports it in one line."""
 
 import pytest
 

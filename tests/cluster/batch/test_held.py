@@ -1,4 +1,4 @@
-"""Failures are held back until another row shows that they are the rows' own."""
+"""Failures are held back until another row shows that the rows themselves are at fault."""
 
 import pytest
 

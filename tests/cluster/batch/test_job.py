@@ -1,4 +1,4 @@
-"""A job from its input to its report, with a stand-in for Ray: what is written, tried again, given up and told."""
+"""A job from its input to its report, with a stand-in for Ray: what is written, retried, given up and reported."""
 
 import io
 import json
@@ -21,7 +21,7 @@ from llava_core.types import SamplingParams, Usage
 from llava_core.views import DicomView
 
 GOOD = Answer("A cat.", (1, 2), "stop", Usage(5, 2, 3))
-# What becomes of a row, or None where it is lost with its process.
+# The outcome of a row, or None where it is lost with its process.
 Becomes = Callable[[Record, bool], Answer | Failure | None]
 
 
@@ -59,7 +59,7 @@ def standing_in(becomes: Becomes) -> Any:
 
 
 class Here:
-    """Runs jobs on one input, and remembers what they said."""
+    """Runs jobs on one input, and remembers their messages."""
 
     def __init__(self, folder: Path, checkpoint: Path, num_rows: int = 5) -> None:
         self.file = folder / "in.jsonl"
@@ -144,7 +144,7 @@ def test_what_an_input_has_that_is_none_is_said_once_the_output_is_one(here: Her
     assert here.said == []
     here.output = tmp_path / "out.jsonl"
     here.run(lambda *_: GOOD)
-    assert here.said == ["1 files that are no pictures by their names are left out"]
+    assert here.said == ["1 files without a picture's suffix are skipped"]
 
 
 def test_a_job_goes_on_where_it_was_stopped_and_asks_no_row_twice(here: Here) -> None:
@@ -185,7 +185,7 @@ def test_rows_that_are_errors_are_done_again_where_that_is_said(here: Here) -> N
 
     with pytest.raises(KeyboardInterrupt):
         here.run(stopped, retries_errors=True)
-    assert "2 rows that are errors are done again" in here.said
+    assert "2 rows that are errors are repeated" in here.said
     assert sorted(here.rows()) == [0, 1, 2, 4]
     report = here.run(noting(asked), retries_errors=True)
     assert asked == [1, 3, 3]
@@ -220,7 +220,7 @@ def test_what_failed_in_company_is_tried_alone_and_then_it_is_the_rows_own_failu
     assert rows[4]["error"]["kind"] == "process_lost"
     assert rows[4]["prompt"] == "q4"
     assert report.errors == {"engine_error": 1, "process_lost": 1}
-    assert "4 rows have failed with others: each is tried again, alone" in here.said
+    assert "4 rows failed in a batch: each is retried alone" in here.said
 
 
 def test_an_engine_that_fails_every_row_ends_the_job_and_no_row_is_written_off(
@@ -264,7 +264,7 @@ def test_pictures_of_which_none_can_be_read_end_the_job_unless_they_are_few(
 
 def test_many_rows_that_are_lost_alone_are_not_written_off(tmp_path: Path, tiny_checkpoint: Path) -> None:
     here = Here(tmp_path, tiny_checkpoint, num_rows=60)
-    with pytest.raises(JobError, match=r"40 rows \(from 20 to 59\) were lost .* none is written off"):
+    with pytest.raises(JobError, match=r"40 rows \(from 20 to 59\) were lost .* none is written as an error"):
         here.run(lambda record, isolated: GOOD if isolated and record.row < 20 else None)
     assert sorted(here.rows()) == list(range(20))
 
@@ -327,7 +327,7 @@ def test_rows_with_one_id_are_told_apart_by_their_number(here: Here) -> None:
 
 
 def test_questions_are_what_the_stand_in_gets(here: Here) -> None:
-    """The tests above are about rows of the input and not about something of their own."""
+    """Confirms that the tests above are about rows of the input."""
     seen: list[object] = []
     here.run(lambda record, _: seen.append(record.value) or GOOD)  # type: ignore[func-returns-value]
     assert seen == [Question(f"q{number}", (), number) for number in range(5)]

@@ -1,4 +1,4 @@
-"""A journal has one writer, also when the file is replaced by one without the rows that are not wanted any more."""
+"""A journal has one writer, even when the file is replaced by one without the dropped rows."""
 
 import fcntl
 import json

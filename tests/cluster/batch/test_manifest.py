@@ -1,4 +1,4 @@
-"""Rows of one run are told from those of another by what they came from."""
+"""Rows of different runs are told apart by their origin: input, model and settings."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Which input a path is."""
+"""Which kind of input a path is."""
 
 from pathlib import Path
 

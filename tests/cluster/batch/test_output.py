@@ -1,4 +1,4 @@
-"""Outputs: each row once, whatever stopped the job that wrote them, and nothing lost that was there."""
+"""Outputs: each row once, whatever stopped the job that wrote them, and no written row is lost."""
 
 import json
 import os
@@ -99,7 +99,7 @@ ERROR = {"text": None, "token_ids": None, "usage": None, "error": {"kind": "unre
 
 
 def write_some_errors(path: Path) -> None:
-    """All rows of a part, of another some, of a third none, and one that is in no part yet."""
+    """Write errors as all rows of one part, some of another and none of a third, and one that is in no part yet."""
     with Output(path, MANIFEST) as output:
         list(output.resume())
         for number in range(10):
@@ -127,7 +127,7 @@ def test_whenever_it_ends_while_errors_are_dropped_no_answer_is_lost_or_there_tw
 ) -> None:
     write_some_errors(path)
     num_deaths = 0
-    # It dies at the first call that changes a name, when it is given again at the second, and so on.
+    # The job dies at the first of the calls patched below; when restarted, at the second, and so on.
     while True:
         calls = iter(range(num_deaths + 1))
 
@@ -178,7 +178,7 @@ def test_a_job_that_ends_while_it_seals_a_part_loses_and_repeats_nothing(
 def test_rows_are_on_the_disk_before_they_count_and_a_part_before_its_journal_is_emptied(
     path: Path, small_parts: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a loss of power leaves is seen in the order of the calls."""
+    """The order of the calls shows what a power loss would leave."""
     calls: list[str] = []
 
     def note(name: str, owner: Any) -> None:
@@ -268,7 +268,7 @@ except OutputError as error:
 
 
 def test_a_full_disk_ends_the_job_and_loses_nothing(path: Path) -> None:
-    """Said by the system in the middle of a line: no file may grow beyond so many bytes."""
+    """The system reports it in the middle of a line: a limit on the file size stands in for the full disk."""
     length = len(json.dumps(row(0))) + 1
     command = [sys.executable, "-c", FULL_DISK, str(path), str(3 * length + length // 2), json.dumps(row(0))]
     said = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout

@@ -1,4 +1,4 @@
-"""Parquet as an input, also as data sets of pictures have it."""
+"""Parquet as an input, including the form that image datasets use."""
 
 import io
 from pathlib import Path

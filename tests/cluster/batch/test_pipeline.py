@@ -1,4 +1,4 @@
-"""What Ray is given to read: the rows that are not done, and no others."""
+"""Ray reads the rows that are not done, and no others."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -38,7 +38,7 @@ def test_no_dataset_has_more_rows_than_its_bound_and_each_open_row_is_in_one(tmp
 
 
 def test_a_span_that_is_done_meanwhile_is_read_as_it_was_planned(tmp_path: Path) -> None:
-    """A task travels: what the driver writes later is no matter of it."""
+    """A task is pickled: what the driver writes later does not affect it."""
     file = tmp_path / "in.jsonl"
     file.write_text('{"text": "a"}\n' * 3)
     source = JsonLines(file, tmp_path, None)
@@ -49,7 +49,7 @@ def test_a_span_that_is_done_meanwhile_is_read_as_it_was_planned(tmp_path: Path)
 
 
 def test_an_input_that_has_gone_is_read_as_a_failure_of_the_input(tmp_path: Path) -> None:
-    """Raised, Ray Data would count it among the blocks that it may lose, and leave the rows out."""
+    """If it were raised, Ray Data would count it among the blocks that it may lose, and skip the rows."""
     file = tmp_path / "in.jsonl"
     file.write_text('{"text": "a"}\n' * 3)
     source = JsonLines(file, tmp_path, None)

@@ -1,4 +1,4 @@
-"""Progress says how far a job is, how fast and how long it will take."""
+"""Progress shows how far a job is, its rate and the time left."""
 
 import io
 import threading

@@ -1,4 +1,4 @@
-"""What Ray says when it cannot go on, in a line."""
+"""Ray's message when it cannot continue, in one line."""
 
 from cluster.batch.ray_job import cause
 

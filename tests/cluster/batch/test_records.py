@@ -1,4 +1,4 @@
-"""Records go through Ray's blocks as they are."""
+"""Records pass through Ray's blocks unchanged."""
 
 import torch
 

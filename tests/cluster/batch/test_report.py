@@ -1,4 +1,4 @@
-"""A report counts what was written, this run's beside what was there."""
+"""A report counts the rows that were written, separating this run's from earlier ones."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Stages and their settings by words of the command line."""
+"""Stages and their settings, parsed from the command line."""
 
 import pytest
 

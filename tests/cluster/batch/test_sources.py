@@ -104,7 +104,7 @@ def test_pictures_of_a_folder_are_rows_by_name_and_other_files_are_said(tmp_path
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
     source = PictureFolder(tmp_path, "What?")
-    assert source.plan().notes == ("1 files that are no pictures by their names are left out",)
+    assert source.plan().notes == ("1 files without a picture's suffix are skipped",)
     rows = read_all(source)
     assert [record.id for record in rows] == ["a.JPG", "b.png", "sub/c.webp", "x\udcff.dcm"]
     assert rows[2].value == Question("What?", (tmp_path / "sub/c.webp",), "sub/c.webp")

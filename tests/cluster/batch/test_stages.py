@@ -1,4 +1,4 @@
-"""The stages without Ray: blocks through all three, answers as one process gives them, failures where they belong."""
+"""The stages without Ray: blocks through all three, the same answers as in one process, failures where they belong."""
 
 import io
 from dataclasses import replace
@@ -104,7 +104,7 @@ def test_a_missing_picture_is_its_rows_fault_only_where_others_can_be_read(job: 
     (folder / "a.png").unlink()
     gone = unreadable()
     assert gone.kind == INPUT_ERROR
-    assert f"nor can {folder / 'a.png'} any more, which was read before: No such file" in gone.message
+    assert f"nor can {folder / 'a.png'}, which was read before: No such file" in gone.message
 
 
 def test_a_picture_that_the_tower_cannot_take_is_its_rows_failure(
@@ -120,7 +120,7 @@ def test_a_picture_that_the_tower_cannot_take_is_its_rows_failure(
 
 
 def test_a_process_whose_engine_has_ended_ends(job: JobSettings, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It would fail every row that it is given from then on."""
+    """Otherwise it would fail every further row."""
     block = Encode(job)(Prepare(job)(to_block([question_record(0, QUESTIONS[1])])))
     generate = Generate(job, 64)
     ended: list[int] = []

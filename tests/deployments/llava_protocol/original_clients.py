@@ -1,7 +1,7 @@
 """Clients as LLaVA and MedRAX have them, written from the protocol with none of the service's code: the Gradio page's
 server, `test_message`, and MedRAX's HTTP benchmark.
 
-They look at no status of an answer to a question, send no key, and take frames apart at zero bytes.
+They ignore the status of a response to a question, send no key, and split frames at zero bytes.
 """
 
 import base64
@@ -43,13 +43,13 @@ class GradioPage:
     options: dict[str, Any] = field(default_factory=dict)
 
     def load(self) -> list[str]:
-        """What the page's list of models shows."""
+        """Return what the page's list of models shows."""
         response = requests.post(f"{self.controller}/refresh_all_workers", timeout=60, **self.options)
         assert response.status_code == 200
         return self.models()
 
     def models(self) -> list[str]:
-        """The same, without asking the workers: to answer is a sign of life, too."""
+        """Return the same without refreshing the workers, since an answer would count as a sign of life."""
         models = requests.post(f"{self.controller}/list_models", timeout=60, **self.options).json()["models"]
         priority = {"vicuna-13b": "aaaaaaa", "koala-13b": "aaaaaab"}
         return sorted(models, key=lambda name: priority.get(name, name))
@@ -60,7 +60,7 @@ class GradioPage:
         return response.json()["address"]
 
     def ask(self, model: str, prompt: str, images: list[str], stop: str, **parameters: Any) -> Iterator[str]:
-        """What the chat window shows, each time it changes."""
+        """Yield what the chat window shows, each time it changes."""
         address = self.address(model)
         if not address:
             yield CHEERFUL_ERROR
@@ -68,7 +68,7 @@ class GradioPage:
         body = {"model": model, "prompt": prompt, "temperature": 0.2, "top_p": 0.7, "max_new_tokens": 512, "stop": stop}
         body |= {"images": images} | parameters
         try:
-            # 10 s are for each next piece.
+            # The 10 s are for each next piece.
             response = requests.post(
                 f"{address}/worker_generate_stream",
                 headers=USER_AGENT,
@@ -90,7 +90,7 @@ class GradioPage:
 def send_test_message(
     controller: str, model: str, message: str, *, worker: str | None = None, max_new_tokens: int = 32
 ) -> str | None:
-    """The text after the last separator, which is a space; None where there is no worker."""
+    """Return the text after the last separator, which is a space; None where there is no worker."""
     if worker is None:
         requests.post(f"{controller}/refresh_all_workers", timeout=60)
         requests.post(f"{controller}/list_models", timeout=60).json()["models"].sort()
@@ -109,7 +109,7 @@ def send_test_message(
 
 
 def medrax_benchmark(controller: str, model: str, question: str, picture: bytes) -> tuple[str, dict[str, Any]]:
-    """The answer, and the last frame."""
+    """Return the answer, and the last frame."""
     requests.post(f"{controller}/refresh_all_workers", timeout=30)
     assert model in requests.post(f"{controller}/list_models", timeout=30).json()["models"]
     worker = requests.post(f"{controller}/get_worker_address", json={"model": model}, timeout=30).json()["address"]

@@ -1,4 +1,4 @@
-"""A worker as LLaVA's own behaves: registers with its controller, sends heartbeats, answers in frames.
+"""A worker that behaves like LLaVA's own: registers with its controller, sends heartbeats, answers in frames.
 
 Written from the protocol, with none of the service's code. It can also be told to misbehave.
 """
@@ -14,12 +14,12 @@ from typing import Any
 import requests
 
 END = b"\0"
-# What it writes, after the status of its response: pieces of bytes, None being a wait for the end of the test.
+# What it writes, from the status of its response on: pieces of bytes; None waits for the end of the test.
 Script = Callable[[dict[str, Any]], Iterable[bytes | None]]
 
 
 def words(*given: str) -> Script:
-    """A good answer."""
+    """Return the script of a good answer."""
 
     def script(body: dict[str, Any]) -> list[bytes | None]:
         text, pieces = body["prompt"], []
@@ -33,7 +33,7 @@ def words(*given: str) -> Script:
 
 @dataclass
 class OriginalWorker:
-    """`status` is what it says about itself, `script` how it answers. `asked` are requests for answers."""
+    """`status` is what it reports, `script` how it answers. `asked` holds the requests for answers."""
 
     url: str
     status: Any
@@ -57,7 +57,7 @@ class OriginalWorker:
 
 @contextlib.contextmanager
 def original_worker(script: Script | None = None, *, model: str = "llava-other") -> Iterator[OriginalWorker]:
-    """One that listens on the loopback interface until the block ends."""
+    """Yield a worker that listens on the loopback interface until the block ends."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_POST(self) -> None:
@@ -75,7 +75,7 @@ def original_worker(script: Script | None = None, *, model: str = "llava-other")
             try:
                 for piece in worker.script(worker.asked[-1]):
                     if piece is None:
-                        # Whoever hangs up ends this.
+                        # Ends when the client hangs up.
                         self.connection.settimeout(0.05)
                         while not worker.ended.is_set():
                             with contextlib.suppress(TimeoutError):
@@ -89,7 +89,7 @@ def original_worker(script: Script | None = None, *, model: str = "llava-other")
                 worker.hung_up.set()
 
         def log_message(self, *_: object) -> None:
-            """Nothing."""
+            """Log nothing."""
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         status = {"model_names": [model], "speed": 1, "queue_length": 0}

@@ -1,4 +1,4 @@
-"""Frames: the bytes of the reference, errors beside them, and whatever a worker sends in place of them."""
+"""Frames: the bytes of the reference, additional error fields, and whatever a worker sends in place of frames."""
 
 import itertools
 import json
@@ -15,7 +15,7 @@ from llava_core.errors import EngineError, RequestError, UnknownNameError
 
 def test_the_bytes_are_the_references() -> None:
     assert encode(Frame("USER: é\n Hi"), "r") == b'{"text": "USER: \\u00e9\\n Hi", "error_code": 0}\0'
-    # Half of a character, which has no bytes of its own.
+    # A lone surrogate, which cannot be encoded.
     assert encode(Frame("\ud83d"), "r") == b'{"text": "\\ud83d", "error_code": 0}\0'
 
 
@@ -28,7 +28,7 @@ def test_the_bytes_are_the_references() -> None:
         (UnknownNameError("model", "x", ["m"]), 2),
         (StageLostError("gone"), 3),
         (StageUnavailableError("gone"), 3),
-        (WorkerFailedError("garbage", "a frame is no JSON"), 3),
+        (WorkerFailedError("garbage", "a frame is not JSON"), 3),
     ],
 )
 def test_an_error_has_the_references_text_and_code_and_its_cause_beside_them(error: Exception, code: int) -> None:

@@ -55,7 +55,7 @@ def test_what_is_not_known_is_ignored() -> None:
         ({"temperature": 0.001, "top_p": 0.5}, (0.0, 1.0)),
         ({"temperature": -1}, (0.0, 1.0)),
         ({"temperature": 0.002, "top_p": 0.5}, (0.002, 0.5)),
-        # What the page's slider can be set to.
+        # The page's slider can be set to this.
         ({"temperature": 1, "top_p": 0}, (0.0, 1.0)),
     ],
 )
@@ -86,7 +86,7 @@ def test_no_tokens_are_no_request(given: int) -> None:
     ],
 )
 def test_stops_end_an_answer_and_white_space_is_only_cut_from_its_end(given: Any, stop: tuple, trims: tuple) -> None:
-    """An empty one made the reference's answers empty."""
+    """An empty stop made the reference's answers empty."""
     request = read(stop=given)
     assert request.generation is not None
     assert (request.generation.sampling.stop, request.echo.trims) == (stop, trims)
@@ -111,12 +111,12 @@ def test_pictures_are_base64_with_or_without_the_head_of_a_data_url() -> None:
         request = read(prompt="<image>\nhi", images=[image])
         assert request.generation is not None
         assert [part.data for part in request.generation.images] == [picture]
-        # Workers of the reference understand no head.
+        # The reference's workers do not understand the head of a data URL.
         assert request.forwarded["images"] == [bare]
 
 
 def test_a_worker_of_others_gets_what_came_and_a_stop_in_any_case() -> None:
-    """Without one the reference's fails; an empty one makes its answers empty."""
+    """Without a stop the reference's worker fails; an empty one makes its answers empty."""
     forwarded = read(model="x", temperature="0.5", repetition_penalty=1.2, stop="").forwarded
     assert forwarded == {
         "model": "x",
@@ -159,7 +159,7 @@ def test_a_worker_of_others_gets_what_came_and_a_stop_in_any_case() -> None:
 )
 def test_a_clients_mistake_is_named(body: dict, param: str | None, named: str) -> None:
     if param is None:
-        # No picture, which the stage that decodes it will say.
+        # Not a picture, which the stage that decodes it will report.
         assert generation(**body).images[0].data == b""
         return
     with pytest.raises(RequestError) as caught:

@@ -1,5 +1,5 @@
-"""What a gateway does about workers of others: whom it believes what, what it does about those that fail, and without
-its table."""
+"""A gateway and external workers: what it believes of them, and what it does when one fails or the table is
+unreachable."""
 
 import asyncio
 import logging
@@ -24,7 +24,7 @@ STATUS = WorkerStatus(model_names=["llava-other"], speed=1, queue_length=0)
 
 
 class Setting:
-    """A registrar that allows these workers, over a table that can be looked at."""
+    """A registrar that allows these workers, over a table that tests can inspect."""
 
     def __init__(self, *workers: OriginalWorker, table: Workers | None = None) -> None:
         hosts = [worker.url.removeprefix("http://") for worker in workers]
@@ -110,7 +110,7 @@ def test_a_worker_that_fails_gets_nothing_more_until_it_registers_again() -> Non
         with pytest.raises(UnknownNameError):
             asyncio.run(_frames(setting))
         assert len(worker.asked) == 1
-        # Which its next heartbeat tells it to do.
+        # The response to its next heartbeat tells it to register.
         assert not asyncio.run(setting.registrar.heart_beat(worker.url, 0))
         asyncio.run(setting.registrar.register(worker.url, STATUS, is_watched=True))
         assert setting.models() == [("llava-other",)]
@@ -145,7 +145,7 @@ def test_refreshing_asks_everybody_and_forgets_who_does_not_answer(monkeypatch: 
 
 
 class Away(WorkerTable):
-    """A table that cannot be reached."""
+    """An unreachable table."""
 
     async def _away(self, *_: Any) -> Any:
         raise StageUnavailableError("away")

@@ -1,4 +1,4 @@
-"""The protocol through the gateway: what the original clients see, and that keys and limits are its own."""
+"""The protocol through the gateway: what the original clients see, and that the gateway's keys and limits apply."""
 
 import asyncio
 import base64
@@ -36,7 +36,7 @@ HELLO = {"model": "m", "prompt": "USER: hi ASSISTANT:", "stop": "</s>"}
 
 
 def setup(*workers: OriginalWorker, **fields: Any) -> ProtocolSetup:
-    """With which these workers may register."""
+    """Return a setup that lets these workers register."""
     hosts = [worker.url.removeprefix("http://") for worker in workers]
     allowed = {"allowed_hosts": hosts, "allowed_networks": ["127.0.0.0/8"], "allow_http": True}
     given = {**fields, "workers": {**allowed, **fields.get("workers", {})}}
@@ -182,7 +182,7 @@ def test_a_client_that_hangs_up_ends_the_answer() -> None:
         showing = GradioPage(url).ask("m", "USER: hi", [], "</s>")
         assert next(showing) == "x▌"
         assert engine.num_open == 1
-        # As a page does whose visitor has left.
+        # As the page does when its visitor leaves.
         showing.close()
         until(lambda: engine.num_open == 0)
     assert engine.num_left_early == 1
@@ -234,7 +234,7 @@ def test_where_it_is_switched_off_there_is_nothing() -> None:
     assert (response.status_code, set(response.json())) == (404, {"error", "request_id"})
 
 
-# Workers of others.
+# External workers.
 
 
 def test_nobody_registers_unless_hosts_are_allowed() -> None:
@@ -292,11 +292,11 @@ def test_a_worker_that_lies_is_visible_and_contained(script: Any, kind: str, cap
             body = {"worker_name": worker.url, "check_heart_beat": True, "worker_status": worker.status}
             assert asking.post("/register_worker", json=body).content == b"null"
             *_, last = ask(asking, model="llava-other")
-            # One frame tells of it, with the reference's code for a worker that cannot be reached.
+            # One frame reports it, with the reference's code for an unreachable worker.
             assert (last["text"], last["error_code"], last["error"]["code"]) == (SERVER_ERROR, 3, "worker_failed")
             assert recorder.counted[WORKER_FAILURES, (kind,)] == 1
             assert f"{worker.url} failed: {kind}" in caplog.text
-            # It gets nothing more, and everybody else is served.
+            # It gets no more requests, and all others are served.
             [frame] = ask(asking, model="llava-other")
             assert frame["error_code"] == 2
             assert ask(asking)[-1]["text"].endswith("Hello")
@@ -370,7 +370,7 @@ def add(path: Path, key_id: str = "team", **fields: Any) -> str:
 
 
 def test_the_original_clients_give_a_key_as_a_password(keys_file: Path) -> None:
-    """As requests does with a .netrc file, or with `http://name:key@host` for an address."""
+    """requests does so with a .netrc file, or with `http://name:key@host` as the address."""
     key = add(keys_file)
     gateway = Gateway({"m": ScriptedEngine(answer("Hi"))}, all_ready, keys=KeyRing(keys_file, max_age_s=0))
     with serving_app(gateway.app) as url:
@@ -408,7 +408,7 @@ def test_whoever_is_refused_before_the_route_gets_a_body_that_the_clients_can_re
         assert response.status_code == 401
         assert list(response.json()) == ["text", "error_code", "error", "request_id"]
         assert response.json()["text"] == SERVER_ERROR
-        # Nobody else's errors have anything of that.
+        # Errors of other routes have no such fields.
         assert set(asking.post("/v1/completions", json={}).json()) == {"error", "request_id"}
     assert recorder.counted[HTTP_REQUESTS, ("POST", STREAM, "401")] == 1
 
@@ -449,7 +449,7 @@ def test_light_routes_are_answered_however_busy_the_service_is() -> None:
         showing = page.ask("m", "USER: hi", [], "</s>")
         next(showing)
         assert page.load() == ["m"]
-        # What the page shows of a refusal, whose status it does not look at.
+        # The page shows a refusal like this, without looking at its status.
         assert list(page.ask("m", "USER: hi", [], "</s>")) == [f"{SERVER_ERROR} (error_code: 1)"]
         showing.close()
         until(lambda: engine.num_open == 0)
@@ -464,7 +464,7 @@ def test_prompts_and_answers_are_in_no_log(caplog: pytest.LogCaptureFixture) -> 
 
 
 def test_many_ask_at_once() -> None:
-    """Frames of one answer never come to another's client."""
+    """Frames of one answer never reach another's client."""
 
     async def run() -> list[bytes]:
         import httpx

@@ -69,7 +69,7 @@ def _expected(model: LocalModel, prompt: str, *images: bytes, **sampling: Any) -
 @pytest.mark.parametrize(
     ("prompt", "stop"),
     [
-        # What the page renders by the names of models, and LLaVA-Med's.
+        # The prompts that the page renders, depending on the model's name, and LLaVA-Med's.
         (f"{SYSTEM} USER: <image>\nWhat? ASSISTANT:", "</s>"),
         ("[INST] <image>\nWhat? [/INST]", "</s>"),
         (f"{SYSTEM}###Human: <image>\nWhat?###Assistant:", "###"),
@@ -85,12 +85,12 @@ def test_the_page_shows_what_the_model_says_to_whichever_template(
     shown = list(page.ask(service.model, prompt, [image], stop, temperature=0, max_new_tokens=24))
     said = _expected(in_process, prompt, base64.b64decode(image), max_tokens=24, stop=(stop,))
     assert shown[-1] == said.strip() + "▌"
-    # Each is as long as the one before, or longer.
+    # No text is shorter than the one before.
     assert [len(each) for each in shown] == sorted(len(each) for each in shown)
 
 
 def test_test_message_gets_a_whole_story(service: Running) -> None:
-    """Its stop is a space, behind which no answer ends."""
+    """Its stop is a space, which does not end an answer here."""
     said = send_test_message(service.url, service.model, "Tell me a story.", max_new_tokens=32)
     assert said
     assert send_test_message(service.url, service.model, "Hi", worker=service.url)
@@ -109,7 +109,7 @@ def test_what_is_wrong_is_told_at_once_with_its_cause(service: Running) -> None:
     for images in ([], ["aGk="]):
         shown = list(page.ask(service.model, "USER: <image>\nWhat? ASSISTANT:", images, "</s>"))
         assert shown == [f"{CHEERFUL_ERROR} (error_code: 1)"]
-    # The reference says so after 15 s.
+    # The reference reports it after 15 s.
     assert time.monotonic() - began < 10
     body = {"model": service.model, "prompt": "USER: <image>", "images": ["aGk="]}
     [frame] = frames_of(requests.post(f"{service.url}/worker_generate_stream", json=body, timeout=60))
@@ -123,7 +123,7 @@ def test_what_is_wrong_is_told_at_once_with_its_cause(service: Running) -> None:
 
 def test_a_visitor_who_leaves_frees_the_place(service: Running) -> None:
     body = {"model": service.model, "prompt": "hi", "max_new_tokens": 1024, "temperature": 0}
-    # One that does not end by itself meanwhile.
+    # A request that does not end by itself meanwhile.
     with requests.post(f"{service.url}/worker_generate_stream", json=body, stream=True, timeout=60) as response:
         assert next(frames_of(response))["error_code"] == 0
     until(lambda: service.metrics().total(RUNNING) == 0)
@@ -133,7 +133,7 @@ def test_a_visitor_who_leaves_frees_the_place(service: Running) -> None:
 def test_a_worker_that_one_gateway_was_told_of_is_known_to_all(service: Running, worker: OriginalWorker) -> None:
     page = GradioPage(service.url)
     worker.register(service.url)
-    # Asked more often than there are gateways, on connections of their own.
+    # Asked more often than there are gateways, each time on a new connection.
     for _ in range(8):
         assert worker.heart_beat(service.url)
         assert sorted(requests.post(f"{service.url}/list_models", timeout=60).json()["models"]) == [
@@ -142,7 +142,7 @@ def test_a_worker_that_one_gateway_was_told_of_is_known_to_all(service: Running,
         ]
         assert list(page.ask("llava-other", "USER: hi", [], "</s>"))[-1] == "Hello▌"
     until(lambda: service.metrics().total(REGISTERED_WORKERS) == 1)
-    # It stops sending heartbeats.
+    # The worker stops sending heartbeats.
     until(lambda: page.models() == [service.model])
     assert not worker.heart_beat(service.url)
 

@@ -1,4 +1,4 @@
-"""Whole sessions of the original clients, byte for byte: what was sent, and what the reference answers to it."""
+"""Whole sessions of the original clients, byte for byte: their requests, and the reference's responses."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ def test_a_session_is_answered_byte_for_byte(file: Path) -> None:
     with TestClient(Gateway({session["model"]: engine}, all_ready).app) as client:
         for exchange in session["exchanges"]:
             body = exchange["body"]
-            # As requests does it: a body that is JSON, or none at all.
+            # Like requests: a JSON body, or none at all.
             response = client.post(exchange["path"], **({"json": body} if body else {}))
             assert response.status_code == 200
             assert response.content == exchange["answer"].encode(), exchange["path"]

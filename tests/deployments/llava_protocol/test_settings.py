@@ -1,4 +1,4 @@
-"""What the section of the configuration may say, and that it is off where strangers could be reached."""
+"""The values the configuration section may have, and that registration is off where strangers could be reached."""
 
 import pytest
 from pydantic import ValidationError

@@ -1,4 +1,4 @@
-"""The table as gateways call it: by its deployment's methods, and never waited for without end."""
+"""The table as gateways call it: by its deployment's methods, and never waiting for it indefinitely."""
 
 import asyncio
 from typing import Any

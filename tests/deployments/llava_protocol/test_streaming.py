@@ -1,4 +1,4 @@
-"""Items and frames become a response: what a refusal looks like, what is said meanwhile, who is let go."""
+"""Items and frames become a response: refusals, keep-alive frames, and freeing what clients abandon."""
 
 import asyncio
 import json
@@ -40,7 +40,7 @@ def test_every_text_holds_all_of_those_before_it() -> None:
 def test_what_adds_nothing_is_no_frame_unless_it_is_the_last() -> None:
     empty = TokenDelta("id", "", (1,))
     assert [frame.text for frame in _frames_of(empty, empty, *answer("x", ""))] == ["P:x", "P:x"]
-    # An answer of nothing is an answer.
+    # An empty answer is an answer.
     assert [frame.text for frame in _frames_of(empty, *answer(""))] == ["P:"]
 
 
@@ -124,7 +124,7 @@ def test_while_there_is_nothing_to_say_the_last_frame_is_said_again() -> None:
             yield Frame("P:x y")
 
         running = asyncio.create_task(client.run(await respond(ECHO, slow(), "r", explains=False, beat_s=0.01)))
-        # Before its first token an answer is the prompt.
+        # Before its first token, the text is the prompt.
         await client.said(2)
         goes_on[0].set()
         await client.said(len(client.pieces) + 3)
@@ -136,7 +136,7 @@ def test_while_there_is_nothing_to_say_the_last_frame_is_said_again() -> None:
     assert texts[:2] == ["P:", "P:"]
     assert texts[-1] == "P:x y"
     assert texts.count("P:x") >= 2
-    # Never less than was said already.
+    # The text never becomes shorter.
     assert texts == sorted(texts, key=len)
 
 

@@ -1,4 +1,4 @@
-"""The controller's table: who is chosen, who is forgotten, and what heartbeats change."""
+"""The controller's table: which worker is chosen, which are forgotten, and what heartbeats change."""
 
 import asyncio
 from collections import Counter
@@ -40,7 +40,7 @@ def names(made: WorkerTable) -> list[str]:
 
 
 def test_the_shortest_queue_for_its_speed_is_chosen_and_the_first_of_equal_ones() -> None:
-    """Worked out by hand: queues over speeds, one more after each choice."""
+    """Computed by hand: queue lengths over speeds, with one more request after each choice."""
     made = table(Worker("a", ("m",), 1, 2), Worker("b", ("m",), 4, 4), Worker("c", ("other",), 9, 0))
     # 2 and 1.00, 1.25, 1.50, 1.75, then 2 and 2.00, then 3 and 2.00.
     assert chosen(made, 6) == ["b", "b", "b", "b", "a", "b"]
@@ -84,7 +84,7 @@ def test_a_worker_that_promised_heartbeats_is_forgotten_without_them() -> None:
     assert asyncio.run(made.heart_beat("b", 0))
     clock.now += 0.1
     assert names(made) == ["b", "c"]
-    # It is told, and has to register again.
+    # The worker is told so, and has to register again.
     assert not asyncio.run(made.heart_beat("a", 0))
     assert asyncio.run(made.register(Worker("a", ("m",))))
     assert sorted(names(made)) == ["a", "b", "c"]

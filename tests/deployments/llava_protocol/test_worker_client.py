@@ -1,4 +1,4 @@
-"""Workers over real HTTP: who may be asked, and every way in which one does not keep to the protocol."""
+"""Workers over real HTTP: which may be contacted, and every way to violate the protocol."""
 
 import asyncio
 import itertools
@@ -21,7 +21,7 @@ GOOD = b'{"text": "USER: hi Hel", "error_code": 0}\0'
 
 
 def client(**args: Any) -> WorkerClient:
-    """The loopback interface counts as allowed here."""
+    """Return a client that is allowed to use the loopback interface."""
     return WorkerClient(WorkerArgs.model_validate({"allowed_networks": ["127.0.0.0/8"], **args}))
 
 
@@ -94,11 +94,11 @@ HEAD = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
     [
         (whole("500 Internal Server Error", b""), "unreachable"),
         (whole("200 OK", GOOD, "content-encoding: gzip"), "garbage"),
-        # A redirect is an answer like any other.
+        # Redirects are not followed.
         (whole("302 Found", b"", "location: http://169.254.169.254/"), "unreachable"),
         (b"no HTTP at all\r\n\r\n", "unreachable"),
         (b"", "unreachable"),
-        # It dies in the middle.
+        # The worker dies in the middle.
         (HEAD + chunked(GOOD), "cut_off"),
         (HEAD + chunked(b'{"text": "US'), "cut_off"),
     ],

@@ -1,4 +1,4 @@
-"""A page in a real browser: Debian's Chromium without a window, and the page as a program of its own."""
+"""A page in a real browser: Debian's Chromium, headless, and the page as a separate program."""
 
 import contextlib
 import json
@@ -24,7 +24,7 @@ DESKTOP, PHONE = (1280, 860), (390, 844)
 
 @contextlib.contextmanager
 def serving_page(service: str, *options: str) -> Iterator[str]:
-    """The address of a page that `llava page` serves until the block ends as Ctrl-C ends it."""
+    """Yield the address of a page that `llava page` serves; the end of the block stops it like Ctrl-C."""
     port = free_port()
     with started(llava("page", "--url", service, "--port", str(port), *options)) as (process, _):
         read_until(process, f"http://127.0.0.1:{port}/")
@@ -43,7 +43,7 @@ def _answers(url: str) -> bool:
 
 @dataclass
 class Browser:
-    """One window, and what a visitor does in it. Waits for what is to come, and never for a time."""
+    """One window, and a visitor's actions in it. Waits for conditions, never for a fixed time."""
 
     driver: webdriver.Chrome
 
@@ -52,7 +52,7 @@ class Browser:
         self.until(lambda: self.all("#box textarea"))
 
     def look(self, size: tuple[int, int], *, dark: bool = False) -> None:
-        """A window of this size, as a phone's below 600 pixels; takes effect for what is opened next."""
+        """Set the window's size, a phone's below 600 pixels; takes effect for the next page opened."""
         self.command(
             "Emulation.setDeviceMetricsOverride",
             width=size[0],
@@ -83,7 +83,7 @@ class Browser:
         self.one(".status.ready")
 
     def text(self, selector: str) -> str:
-        """Of all of them; nothing where they have just changed."""
+        """Return the text of all matching elements; empty if they have just changed."""
         try:
             return "\n".join(element.text for element in self.all(selector))
         except StaleElementReferenceException:
@@ -93,27 +93,27 @@ class Browser:
         self.until(lambda: text in self.text(selector))
 
     def until_idle(self) -> None:
-        """The box takes questions."""
+        """Wait until the box takes questions."""
         self.one("#box .submit-button")
 
     def type(self, text: str) -> None:
-        """Into the box, with the keys of a keyboard; a line feed is the key that sends."""
+        """Type into the box with keyboard events; a line feed is the key that sends."""
         self.one("#box textarea").send_keys(text.replace("\n", Keys.ENTER))
 
     def upload(self, *paths: Any) -> None:
         field = self.one("#box input[type=file]")
-        # The driver would choose the files of last time as well.
+        # Otherwise the driver would also choose the files of last time.
         self.driver.execute_script("arguments[0].value = ''", field)
         field.send_keys("\n".join(map(str, paths)))
         self.until(lambda: len(self.all("#box .thumbnail-item")) == len(paths))
 
     def press(self, label: str) -> None:
-        """The last button of this name in the conversation."""
+        """Press the last button of this name in the conversation."""
         self.one(f'#talk button[aria-label="{label}"]')
         self.all(f'#talk button[aria-label="{label}"]')[-1].click()
 
     def setting(self, label: str) -> WebElement:
-        """A field of the settings by what stands above it."""
+        """Return a field of the settings by its label."""
         found: list[WebElement] = []
 
         def find() -> list[WebElement]:
@@ -125,26 +125,26 @@ class Browser:
         return found[0].find_element(By.CSS_SELECTOR, "textarea, input")
 
     def requested(self) -> list[str]:
-        """The addresses that the browser has asked for since this was last called."""
+        """Return the addresses that the browser has requested since the last call."""
         messages = (json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance"))  # type: ignore[no-untyped-call]
         sent = (message for message in messages if message["method"] == "Network.requestWillBeSent")
         return [str(message["params"]["request"]["url"]) for message in sent]
 
     def complaints(self) -> list[str]:
-        """What the browser finds wrong since this was last called."""
+        """Return the browser's error messages since the last call."""
         entries = self.driver.get_log("browser")  # type: ignore[no-untyped-call]
         return [entry["message"] for entry in entries if entry["level"] == "SEVERE"]
 
 
 @contextlib.contextmanager
 def browsing() -> Iterator[Browser]:
-    """A browser of its own. Skips the test where there is none."""
+    """Yield a new browser. Skips the test where none is installed."""
     program, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if program is None or driver is None:
         pytest.skip("no chromium with chromedriver (apt-get install chromium chromium-driver)")
     options = webdriver.ChromeOptions()
     options.binary_location = program
-    # As root, in a container with little shared memory, without calls of its own.
+    # For root, in a container with little shared memory, without requests of the browser's own.
     for argument in ("headless=new", "no-sandbox", "disable-dev-shm-usage", "disable-gpu", "hide-scrollbars"):
         options.add_argument(f"--{argument}")
     for argument in ("disable-background-networking", "disable-component-update", "no-first-run"):

@@ -91,7 +91,7 @@ def test_nobody_who_answers_is_told_and_raises_where_models_are_looked_for() -> 
 
 @pytest.mark.parametrize("is_cancelled", [False, True])
 def test_a_visitor_who_leaves_ends_the_request_on_the_service(*, is_cancelled: bool) -> None:
-    """Whether Gradio closes the states or cancels the task that waits for the next one."""
+    """This holds whether Gradio closes the generator or cancels the task that waits for the next state."""
     engine = ScriptedEngine(answer("a", "b")[:1], hangs=True)
 
     async def leave(url: str) -> None:
@@ -115,7 +115,7 @@ def test_a_visitor_who_leaves_ends_the_request_on_the_service(*, is_cancelled: b
 
 
 def test_while_nothing_is_written_the_state_is_shown_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gradio notices a browser that was closed when there is something to show."""
+    """Gradio detects a closed browser only when there is something to show."""
     monkeypatch.setattr("deployments.page.answering._STANDSTILL_S", 0.01)
     engine = ScriptedEngine(hangs=True)
 

@@ -1,4 +1,4 @@
-"""`llava page` as it is typed: options become settings, and mistakes one line."""
+"""`llava page` from its command line: options become settings, and a mistake is reported in one line."""
 
 from pathlib import Path
 from typing import Any

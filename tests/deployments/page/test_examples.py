@@ -1,4 +1,4 @@
-"""Questions to begin with are about pictures that come with the package."""
+"""Example questions are about pictures that come with the package."""
 
 from PIL import Image
 

@@ -1,4 +1,4 @@
-"""What a browser may send that no page of ours would: turns and examples that there are not, votes without consent."""
+"""What a browser may send although our page never would: missing turns and examples, votes without consent."""
 
 import asyncio
 from pathlib import Path

@@ -42,8 +42,8 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def page(kept: Path) -> Iterator[tuple[str, int]]:
-    """Where the page is, and the port at which it asks a service. One for all tests: it takes seconds to start, and
-    nothing of a visitor's stays with it but what that visitor agrees to."""
+    """The page's address, and the port at which it asks a service. One page for all tests: it takes seconds to start,
+    and keeps nothing of a visitor except what that visitor agrees to."""
     port = free_port()
     with serving_page(f"http://127.0.0.1:{port}", "--log", str(kept), "--log-days", "7") as url:
         yield url, port
@@ -51,7 +51,7 @@ def page(kept: Path) -> Iterator[tuple[str, int]]:
 
 @pytest.fixture
 def url(page: tuple[str, int], engine: ScriptedEngine) -> Iterator[str]:
-    """The page, behind which this test's engine answers."""
+    """The address of the page, with this test's engine behind it."""
     url, port = page
     with serving_engine(engine, port=port):
         yield url
@@ -59,7 +59,7 @@ def url(page: tuple[str, int], engine: ScriptedEngine) -> Iterator[str]:
 
 @pytest.fixture
 def browser(window: Browser, url: str) -> Iterator[Browser]:
-    """The page, freshly opened."""
+    """A browser with the page freshly opened."""
     window.look(DESKTOP)
     window.requested()
     window.complaints()
@@ -76,7 +76,7 @@ def last(engine: ScriptedEngine) -> GenerationRequest:
 
 
 def pictures(request: GenerationRequest) -> list[list[bytes]]:
-    """Of each message."""
+    """Return the pictures of each message."""
     return [[part.data for part in message.parts if isinstance(part, ImagePart)] for message in request.messages]
 
 
@@ -161,7 +161,7 @@ def test_escape_stops_an_answer_whose_beginning_stays(browser: Browser, engine: 
     browser.until_said("stopped")
     browser.until_idle()
     engine.items, engine.hangs = answer("All", "."), False
-    # The slash goes to the box, and is not typed there.
+    # The slash focuses the box, and is not typed there.
     browser.driver.execute_script("document.activeElement.blur()")
     browser.one("body").send_keys("/")
     browser.driver.switch_to.active_element.send_keys("Go on", Keys.ENTER)
@@ -177,7 +177,7 @@ def test_a_browser_that_is_closed_ends_its_request(url: str, engine: ScriptedEng
         browser.type("What?\n")
         browser.until_said("Only")
         assert engine.num_open == 1
-    # It has been closed.
+    # The browser has been closed.
     with browsing() as browser:
         browser.until(lambda: engine.num_open == 0)
     assert engine.num_left_early == 1
@@ -205,7 +205,7 @@ def test_an_answer_is_regenerated_an_earlier_question_edited_and_all_cleared(
     browser.until(lambda: len(engine.requests) == 4)
     browser.until(lambda: len(browser.all("#talk .bot-row")) == 1)
     browser.until_idle()
-    # About the same picture, and without what came after.
+    # About the same picture, and without the later turns.
     assert texts(last(engine)) == ["Edited?"]
     assert last(engine).num_images == 1
     browser.type("Third?\n")

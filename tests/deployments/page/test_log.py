@@ -1,4 +1,4 @@
-"""What is kept of visitors who agreed: lines as LLaVA's own page wrote them, for so many days, for one reader."""
+"""The log of visitors who agreed: lines in the format of LLaVA's own page, kept for some days, for one reader."""
 
 import hashlib
 import json

@@ -1,5 +1,5 @@
-"""Who judges questions before they are asked: a function, or an address in OpenAI's form. What cannot be judged is not
-asked."""
+"""Moderation of questions before they are asked: by a function, or by an address with OpenAI's API. A question that
+cannot be checked is not asked."""
 
 import asyncio
 import json
@@ -16,7 +16,7 @@ from deployments.page.moderation import ModerationError, NotAllowedError, check,
 
 @pytest.fixture
 def rules() -> Iterator[str]:
-    """A module with functions that judge."""
+    """Yield the name of a module with moderating functions."""
     module = types.ModuleType("rules_of_a_page")
 
     async def later(text: str) -> str | None:

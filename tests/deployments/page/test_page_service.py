@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.browser, pytest.mark.timeout(400)]
 
 @pytest.fixture(scope="module")
 def service(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
-    """Where the page is, and the metrics."""
+    """The addresses of the page and of the metrics."""
     folder, port = tmp_path_factory.mktemp("service"), free_port()
     endless = long_checkpoint(tiny_checkpoint, folder)
     stages = {stage: {"num_cpus": 0.05} for stage in ("gateway", "preprocessor", "vision_encoder", "generator")}
@@ -47,7 +47,7 @@ def test_the_default_model_answers_about_an_example(service: tuple[str, str]) ->
         assert "PAN" in said
         for stage in ("preprocess", "encode", "prefill", "decode"):
             assert f"{stage} " in said
-        # The default model knows one picture at a time.
+        # The default model takes one picture at a time.
         browser.until_idle()
         browser.press("Clear")
         browser.one("#talk .example")
@@ -63,7 +63,7 @@ def test_a_browser_that_is_closed_cancels_its_request_at_the_gateway(service: tu
         browser.open(f"{url}/?model=endless")
         browser.until_said("endless is ready", ".status")
         browser.one("#settings .toggle-button").click()
-        most = browser.one('#settings input[aria-label="number input for Most tokens of an answer"]')
+        most = browser.one('#settings input[aria-label="number input for Longest answer in tokens"]')
         browser.until(most.is_displayed)
         most.clear()
         most.send_keys("4096\t")

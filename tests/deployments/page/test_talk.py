@@ -1,4 +1,4 @@
-"""What a visitor's turns become when they are sent."""
+"""How a visitor's turns are sent."""
 
 from pathlib import Path
 

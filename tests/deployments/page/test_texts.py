@@ -1,4 +1,4 @@
-"""What visitors agree to says what is kept, and for how long."""
+"""The text that visitors agree to says what is kept, and for how long."""
 
 from pathlib import Path
 

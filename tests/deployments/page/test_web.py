@@ -1,4 +1,4 @@
-"""Who can reach the page, and what its browser is told about everybody else."""
+"""Who can reach the page, and that its browser is told to contact no other host."""
 
 import httpx
 import pytest

@@ -1,4 +1,4 @@
-"""Every error that a service can give is told with what to do about it, and figures are told in one line."""
+"""Every error of a service is explained with what to do about it, and figures are shown in one line."""
 
 import pytest
 
@@ -14,7 +14,7 @@ from llava_core.views import ImageTransform, Window
     ("status", "code", "after", "told"),
     [
         (401, "invalid_api_key", None, "Enter yours in the settings"),
-        (403, "permission_denied", None, "not for that"),
+        (403, "permission_denied", None, "does not permit that"),
         (429, "overloaded", 2.4, "busy. Because. Try again in 3 seconds."),
         (429, "rate_limit_exceeded", 1, "Try again in 1 second."),
         (429, "overloaded", None, "Try again in a moment."),
@@ -62,4 +62,4 @@ def test_one_token_has_no_rate_and_a_server_that_tells_nothing_gets_no_figures()
 def test_an_answer_that_was_cut_off_and_a_window_are_told() -> None:
     seen = ImageTransform("DICOM", "MONOCHROME2", 12, window=Window(40, 400, "LINEAR", "file"))
     reply = Reply((Choice("x", "length"),), image_transforms=(None, seen))
-    assert figures(reply) == "cut off at the most tokens allowed · DICOM 12 bit, window 40/400"
+    assert figures(reply) == "cut off at the token limit · DICOM 12 bit, window 40/400"
