@@ -1,6 +1,6 @@
 #!/bin/sh
-# Before a node of the cluster ends: tell Ray, which starts this node's replicas elsewhere and takes its proxy out of
-# service, and wait until what runs here has ended, for up to so many seconds.
+# Drains this node before it shuts down: notifies Ray, which starts the node's replicas elsewhere and takes its proxy
+# out of service, and waits up to SECONDS for the running work to finish.
 #
 #   drain-node SECONDS [/proc]
 set -eu
@@ -8,10 +8,10 @@ set -eu
 seconds=$1
 processes=${2:-/proc}
 
-# A head that is gone as well, as when the whole cluster goes, is told nothing; answers may still end.
+# Fails if the head is gone too, as when the whole cluster shuts down; running answers may still finish.
 ray drain-node \
     --reason DRAIN_NODE_REASON_PREEMPTION \
-    --reason-message "the machine is going" \
+    --reason-message "the machine is shutting down" \
     --deadline-remaining-seconds "$seconds" || true
 
 # Ray names the processes of actors after their classes: replicas, and the proxy with its streams.

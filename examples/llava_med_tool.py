@@ -1,8 +1,8 @@
 """MedRAX's `LlavaMedTool` with the model on a service: the same name, arguments and answers, no weights in the agent.
 
-In place of MedRAX's own: `from llava_med_tool import LlavaMedTool`. Needs `langchain-core`, which MedRAX has. The
-prompt is the tool's own, in `vicuna_v1` as LLaVA-Med renders it, decoded greedily. A question without a picture, which
-the original fails on, is answered.
+Replace MedRAX's own import by `from llava_med_tool import LlavaMedTool`. Requires `langchain-core`, which MedRAX
+includes. The prompt format is the original tool's, `vicuna_v1` as LLaVA-Med renders it, decoded greedily. Unlike the
+original, it also answers questions without a picture.
 """
 
 from typing import Any
@@ -17,19 +17,19 @@ OPTIONS: dict[str, Any] = {"temperature": 0, "max_tokens": 500, "extra": {"templ
 
 
 class LlavaMedInput(BaseModel):
-    """What the agent gives."""
+    """The arguments that the agent passes."""
 
     question: str = Field(description="The question about medicine, or about the picture")
-    image_path: str | None = Field(None, description="The path of a JPG, PNG or DICOM picture, where there is one")
+    image_path: str | None = Field(None, description="The path of a JPG, PNG or DICOM picture, if there is one")
 
 
 class LlavaMedTool(BaseTool):
-    """Asks the model that `url` serves under the name `model`, or the only one there is. The original's arguments for
-    loading weights (`model_path`, `device`, `load_in_8bit`, ...) are the service's to decide."""
+    """Asks the model that `url` serves under the name `model`, or its only model. The service's configuration replaces
+    the original's arguments for loading weights (`model_path`, `device`, `load_in_8bit`, ...)."""
 
     name: str = "llava_med_qa"
     description: str = (
-        "Answers questions about medicine and about biomedical pictures. Give it a question and, where it is about a "
+        "Answers questions about medicine and about biomedical pictures. Give it a question and, if it is about a "
         "picture, its path. It may not be reliable for the detailed analysis of chest X-rays."
     )
     args_schema: type[BaseModel] = LlavaMedInput
@@ -66,6 +66,6 @@ def _answered(reply: Reply, question: str, image_path: str | None) -> tuple[str,
 
 
 def _failed(error: LlavaError, question: str, image_path: str | None) -> tuple[str, dict[str, Any]]:
-    """No error gets out, because the agent goes on with what it is told."""
+    """Returns the error as the answer instead of raising it, so that the agent can continue."""
     told = {"question": question, "image_path": image_path, "analysis_status": "failed"}
     return f"Error generating answer: {error}", told
