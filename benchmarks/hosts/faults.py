@@ -29,8 +29,11 @@ _POLL_S = 0.25
 @dataclass(frozen=True)
 class Seen:
     """What clients saw from the fault on: requests, how many failed and how, answers that differ from those of an
-    undisturbed run, and the longest silence within an answer. `recovered_s` is when the last client had a complaint,
-    `complete_s` when all replicas were back, None where that was not waited for."""
+    undisturbed run, and the longest silence within an answer and wait for its first token, of requests that did not fail.
+
+    `recovered_s` is when the last client had a complaint, `complete_s` when all replicas were back, None where that was
+    not waited for.
+    """
 
     requests: int
     failed: dict[str, int]
@@ -45,12 +48,13 @@ def see(outcomes: Sequence[Asked], struck: float, complete_s: float | None = Non
     """Summarise a load during which a fault struck at `struck`."""
     after = [asked for asked in outcomes if asked.ended > struck]
     failed = [asked for asked in after if asked.error not in ("", "unfinished")]
+    lasted = [asked for asked in after if asked not in failed]
     return Seen(
         requests=len(after),
         failed=dict(Counter(asked.error for asked in failed)),
         wrong=_num_wrong(outcomes),
-        longest_gap_s=round(max((asked.gap_s for asked in after), default=0.0), 2),
-        longest_wait_s=round(max((asked.first_s for asked in after), default=0.0), 2),
+        longest_gap_s=round(max((asked.gap_s for asked in lasted), default=0.0), 2),
+        longest_wait_s=round(max((asked.first_s for asked in lasted), default=0.0), 2),
         recovered_s=round(max([0.0, *(when - struck for when in complaints(outcomes, struck))]), 2),
         complete_s=complete_s,
     )

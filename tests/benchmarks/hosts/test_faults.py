@@ -38,7 +38,8 @@ def test_recovery_is_after_the_last_complaint(outcome: Asked, when: float) -> No
 
 
 def test_failures_are_told_apart_and_the_longest_times_are_kept() -> None:
-    outcomes = [asked(99, 103, error=error) for error in ("silence", "status 503", "silence")]
+    errors = ("silence", "status 503", "silence")
+    outcomes = [asked(99, 103, error=error, gap_s=35.0, first_s=35.0) for error in errors]
     seen = see([*outcomes, asked(99, 130, gap_s=6.0), asked(99, 130, first_s=8.0)], STRUCK)
     assert seen.failed == {"silence": 2, "status 503": 1}
     assert (seen.longest_gap_s, seen.longest_wait_s) == (6.0, 8.0)
