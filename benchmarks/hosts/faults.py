@@ -29,7 +29,7 @@ _POLL_S = 0.25
 @dataclass(frozen=True)
 class Seen:
     """What clients saw from the fault on: requests, how many failed and how, answers that differ from those of an
-    undisturbed run, and the longest silence within an answer and wait for its first token, of requests that did not fail.
+    undisturbed run, and, of requests that did not fail, the longest silence and the longest wait for a first token.
 
     `recovered_s` is when the last client had a complaint, `complete_s` when all replicas were back, None where that was
     not waited for.
