@@ -101,8 +101,8 @@ class Handlers:
         return gr.MultimodalTextbox(submit_btn=True, stop_btn=False), render(talk), talk, gr.Timer(active=has_failed)
 
     def clear(self) -> Shown:
-        """Clear the conversation."""
-        return gr.MultimodalTextbox(_EMPTY), [], ()
+        """Clear the conversation, and leave what is being typed: the visitor may have begun the next question."""
+        return gr.MultimodalTextbox(submit_btn=True, stop_btn=False), [], ()
 
     def vote(self, event: gr.LikeData, talk: Talk, *chosen: Any) -> Talk:
         """Log a visitor's vote on an answer, if they agreed to that."""

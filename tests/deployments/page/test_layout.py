@@ -219,9 +219,11 @@ def test_an_answer_is_regenerated_an_earlier_question_edited_and_all_cleared(
     browser.until(lambda: len(engine.requests) == 6)
     browser.until_idle()
     assert texts(last(engine)) == ["Edited?", "A blue square.", "Third? Now?"]
+    browser.type("Fresh")
     browser.press("Clear")
     browser.one("#talk .example")
-    browser.type("Fresh?\n")
+    # What was being typed is still there.
+    browser.type("?\n")
     browser.until_said("A blue square.")
     assert texts(last(engine)) == ["Fresh?"]
 
