@@ -65,7 +65,7 @@ class Window:
 class ImageTransform:
     """How the stored values of a DICOM picture, or of 16-bit grey, became the values seen.
 
-    In the order of the fields: one frame's values of `bits` bits are rescaled by slope and intercept or by a lookup
+    In the order of the fields: one frame's values of `bits` bits are rescaled by slope and intercept or by a look-up
     table, mapped through a window or another table, and inverted. Colours pass through none of these.
     """
 
