@@ -1,6 +1,6 @@
 """One chat from its first prompt to its end: lines become pictures, commands or questions.
 
-Knows who answers as a Backend alone.
+Knows the source of answers only as a Backend.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from llava_core.views import DicomView, read_frame, read_window
 
 PROMPT = ">>> "
 HELP = f"""\
-/image PATH    a picture for the next question; a file dropped onto the terminal is one as well
-/window C,W    see DICOM files from here on through this centre and width, or through the window of theirs with this
-               number; without either, through their first
-/frame N       see this frame of DICOM files from here on; without N, the first
-/system TEXT   replace the system text; without TEXT, the model's own again
-/clear         forget what was said and shown
+/image PATH    add a picture to the next question; you can also drop a file onto the terminal
+/window C,W    view DICOM files from here on with this centre and width, or with the file's own window of this number;
+               without an argument, with the file's first
+/frame N       view this frame of DICOM files from here on; without N, the first
+/system TEXT   replace the system text; without TEXT, return to the model's own
+/clear         forget the conversation and its pictures
 /save FILE     write the conversation to FILE
-/load FILE     go on with the conversation in FILE
-/help          this
-/exit          the end, as is Ctrl-D; Ctrl-C stops an answer
+/load FILE     resume the conversation in FILE
+/help          show this help
+/exit          end the chat, as does Ctrl-D; Ctrl-C stops an answer
 {FENCE}            begins and ends a text of several lines"""
 
 
 @dataclass
 class Session:
-    """`view` is how DICOM files are seen that are still to come. `num_failed` counts questions that got no answer."""
+    """`view` is the view of DICOM files added from here on. `num_failed` counts lines that could not be answered."""
 
     backend: Backend
     terminal: Terminal
@@ -46,11 +46,11 @@ class Session:
     messages: list[Message] = field(default_factory=list)
     num_failed: int = 0
     _pending: list[ImagePart | ImageUrl] = field(default_factory=list)
-    # Files that are this chat's own to write.
+    # Files that this chat may overwrite.
     _own: set[Path] = field(default_factory=set)
 
     def run(self) -> None:
-        """Until the input ends."""
+        """Read and handle lines until the input ends."""
         while True:
             try:
                 line = self.terminal.read(PROMPT)
@@ -71,7 +71,7 @@ class Session:
                 self.terminal.warn(f"error: {error}")
 
     def load(self, path: Path) -> None:
-        """Go on with a conversation that was saved."""
+        """Resume a saved conversation."""
         transcript = load_transcript(path)
         self._check(*pictures_of(transcript.messages))
         self.messages, self.system, self._pending = list(transcript.messages), transcript.system, []
@@ -99,10 +99,10 @@ class Session:
         written: list[str] = []
         reason = None
         try:
-            # Closed at once, not when somebody collects it.
+            # Closed at once, not at garbage collection.
             with closing(self.backend.answer(self.messages, question, self.system)) as answer:
                 for delta in answer:
-                    # First, so that an interrupt finds all that was shown.
+                    # Recorded first, so that on an interrupt it includes everything shown.
                     written.append(delta.text)
                     self.terminal.stream(delta.text)
                     reason = delta.finish_reason or reason
@@ -131,7 +131,7 @@ class Session:
         kind = media_type(part.data) if isinstance(part, ImagePart) else DICOM
         if kind is None:
             raise RequestError(f"{picture} is not a picture of a known kind")
-        # What is at an address nobody knows yet: it is what somebody says who chooses a frame or a window.
+        # The kind of a file behind a URL is not known yet; whoever has chosen a frame or a window means a DICOM file.
         if kind == DICOM:
             part = replace(part, dicom=self.view)
         self._check(part)

@@ -1,4 +1,4 @@
-"""A conversation as a JSON file, to be read by people and loaded again: texts first, pictures by number behind them."""
+"""A conversation as a JSON file, readable by people and loadable again: texts first, then pictures by number."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ Part = TextPart | ImagePart | ImageUrl
 
 @dataclass(frozen=True)
 class Transcript:
-    """What a file holds. `model` is who answered."""
+    """A transcript file's contents. `model` is the name of the model that answered."""
 
     model: str
     system: str | None
     messages: tuple[Message, ...]
 
     def dump(self) -> str:
-        """The text of the file; a picture that comes again stands there once."""
+        """The text of the file; a repeated picture is stored once."""
         numbers: dict[str, int] = {}
         messages = [
             {"role": message.role, "content": [_part_json(part, numbers) for part in message.parts]}
@@ -39,7 +39,7 @@ class Transcript:
 
 
 def load_transcript(path: Path) -> Transcript:
-    """Raises RequestError that names the file and what is wrong with it."""
+    """Load a transcript. Raises RequestError naming the file and the problem."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -62,7 +62,7 @@ def pictures_of(messages: Iterable[Message]) -> list[ImagePart | ImageUrl]:
 
 
 def text_of(parts: Sequence[Part]) -> str:
-    """The text among the parts."""
+    """The text of the parts, joined."""
     return "".join(part.text for part in parts if isinstance(part, TextPart))
 
 

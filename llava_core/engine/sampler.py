@@ -27,8 +27,7 @@ def is_finite(logits: Tensor) -> bool:
 
 
 def peaks(logits: Tensor) -> tuple[list[bool], list[int]]:
-    """For each row of `logits` (rows, vocab), whether `is_finite` holds, and the likeliest token (the first of equals).
-    """
+    """For each row of `logits` (rows, vocab), whether `is_finite` holds, and the (first) likeliest token."""
     largest, tokens = logits.max(-1)
     # In one copy: each copy from a device waits for the device.
     are_finite, likeliest = torch.stack((torch.isfinite(largest), tokens)).tolist()
@@ -117,8 +116,7 @@ def _min_p(probabilities: Tensor, min_p: float) -> Tensor:
 
 
 def token_logprob(logits: Tensor, token: int, num_top: int) -> TokenLogprob:
-    """The model's own log-probability of `token`, before penalties and temperature, and its `num_top` likeliest tokens.
-    """
+    """The model's log-probability of `token`, before penalties and temperature, and its `num_top` likeliest tokens."""
     logprobs = logits.float().log_softmax(-1)
     top, ids = logprobs.topk(min(num_top, len(logprobs)))
     return TokenLogprob(token, float(logprobs[token]), tuple(zip(ids.tolist(), top.tolist(), strict=True)))

@@ -35,8 +35,7 @@ def scaled_size(size: Size, target: Size) -> Size:
 
 
 def tile_grid(config: ModelConfig, size: Size | None) -> Size | None:
-    """Columns and rows of tiles besides the overview; None where pictures have one tile, or this one has (`size` None).
-    """
+    """Columns and rows of tiles besides the overview; None where pictures, or this one (`size` None), have one tile."""
     if not config.pinpoints or size is None:
         return None
     best = best_resolution(size, config.pinpoints)
