@@ -214,7 +214,7 @@ def _check_heads(decoder: JsonObject, path: str, *, needs_even_split: bool) -> N
     if width % 2:
         raise CheckpointError(
             f"{path}num_attention_heads: {heads} heads have {width} numbers each, "
-            "and positions are turned into pairs of them: the number must be even"
+            "but rotary positions need pairs: the number must be even"
         )
 
 

@@ -89,7 +89,7 @@ class Session:
             self._attach(path)
         if text.startswith("/"):
             word = text.split()[0]
-            what = "no picture that can be read" if "/" in word[1:] else "no command; /help lists them"
+            what = "not a picture that can be read" if "/" in word[1:] else "not a command; /help lists them"
             raise RequestError(f"{word} is {what}")
         if text.strip():
             self._ask(text)
@@ -113,7 +113,7 @@ class Session:
         except LlavaError:
             if written:
                 self.terminal.end_line()
-                self.terminal.note("(the answer is not whole, and not part of the conversation; ask again)")
+                self.terminal.note("(the answer is incomplete and not part of the conversation; ask again)")
             raise
         self.terminal.end_line()
         self._pending = []
@@ -140,7 +140,7 @@ class Session:
 
     def _check(self, *pictures: ImagePart | ImageUrl) -> None:
         if not self.backend.takes_addresses and any(isinstance(picture, ImageUrl) for picture in pictures):
-            raise RequestError("pictures by address are for a service to fetch (--url); give a file")
+            raise RequestError("only a service (--url) can fetch pictures by address; give a file")
 
     def _window(self, argument: str) -> None:
         try:
@@ -167,7 +167,7 @@ class Session:
 
     def _clear(self, _argument: str) -> None:
         self.messages, self._pending = [], []
-        self.terminal.note("nothing was said")
+        self.terminal.note("the conversation is empty")
 
     def _save(self, argument: str) -> None:
         _need(argument, "/save FILE")
@@ -183,7 +183,7 @@ class Session:
                 with path.open("x", encoding="utf-8") as file:
                     file.write(text)
         except FileExistsError:
-            raise RequestError(f"{path} is there already, and not of this chat; choose another name") from None
+            raise RequestError(f"{path} exists already and is not this chat's own; choose another name") from None
         except OSError as error:
             raise RequestError(f"{path} cannot be written: {error.strerror}") from error
         self._own.add(path.resolve())
@@ -199,10 +199,10 @@ class Session:
 
 def _need(argument: str, usage: str) -> None:
     if not argument:
-        raise RequestError(f"it is: {usage}")
+        raise RequestError(f"usage: {usage}")
 
 
-_REMARKS = {"interrupt": "(stopped)", "length": "(cut off at the limit of tokens)"}
+_REMARKS = {"interrupt": "(stopped)", "length": "(cut off at the token limit)"}
 _COMMANDS: dict[str, Callable[[Session, str], None]] = {
     "/image": Session._image,
     "/window": Session._window,

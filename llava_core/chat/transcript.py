@@ -45,9 +45,9 @@ def load_transcript(path: Path) -> Transcript:
     except OSError as error:
         raise RequestError(f"{path} cannot be read: {error.strerror}", param="load") from error
     except ValueError as error:
-        raise RequestError(f"{path} is no JSON: {error}", param="load") from error
+        raise RequestError(f"{path} is not JSON: {error}", param="load") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise RequestError(f"{path} is no saved chat: its `format` is not {FORMAT}", param="load")
+        raise RequestError(f"{path} is not a saved chat: its `format` is not {FORMAT}", param="load")
     try:
         images = {number: _read_image(url) for number, url in content["images"].items()}
         messages = tuple(_read_message(message, images) for message in content["messages"])
@@ -100,9 +100,9 @@ def _read_image(url: Any) -> ImagePart | ImageUrl:
         try:
             return ImagePart(base64.b64decode(payload, validate=True))
         except ValueError as error:
-            raise ValueError(f"a picture is no base64: {error}") from error
+            raise ValueError(f"a picture is not base64: {error}") from error
     if not is_address(url):
-        raise ValueError(f"{url[:50]!r} is no address of a picture")
+        raise ValueError(f"{url[:50]!r} is not the address of a picture")
     return ImageUrl(url)
 
 

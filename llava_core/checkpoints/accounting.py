@@ -106,7 +106,7 @@ def _misfits(lora: Lora, header: Mapping[str, TensorInfo], stored: Mapping[Key, 
         if found != shape:
             said[key] = (
                 f"{lora.file} changes {key.part} {key.name} of shape {shape}, where the base has {found or 'none'}: it "
-                "is the wrong base, name the right one with --base"
+                "is the wrong base, so name the right one with --base"
             )
     return said
 
@@ -129,7 +129,7 @@ def _layer_problems(part: Part, names: Iterable[Key], expected: Iterable[Key]) -
     if found == wanted:
         return []
     differing = ", ".join(f"layer {layer}" for layer in sorted(found ^ wanted))
-    kind = "missing are" if wanted - found else "too many are"
+    kind = "missing" if wanted - found else "surplus"
     return [f"{len(wanted)} {part} layers, the files hold {len(found)}; {kind}: {differing}"]
 
 
@@ -140,5 +140,5 @@ def _layers(part: Part, keys: Iterable[Key]) -> set[int]:
 
 def _left_over(key: Key, config: ModelConfig, file: Path) -> str:
     if key == NEWLINE_KEY:
-        return f"image_newline is there, which mm_patch_merge_type {config.merge_type} in {file} does not have"
-    return f"{key.part} {key.name} is there, and {file} does not call for it"
+        return f"image_newline is present, which mm_patch_merge_type {config.merge_type} in {file} does not have"
+    return f"{key.part} {key.name} is present, but {file} does not call for it"

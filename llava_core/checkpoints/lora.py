@@ -70,7 +70,7 @@ class Lora:
             found = "has none" if weight is None else f"has {tuple(weight.shape)}"
             raise CheckpointError(
                 f"{self.file} changes {key.part} {key.name} of shape {shape}, but the base {found}; "
-                "it is the wrong base, name the right one with --base"
+                "it is the wrong base, so name the right one with --base"
             )
         return weight.float() + (up @ down) * self.pairs[key].scale
 
@@ -116,7 +116,7 @@ def _key(name: str, file: Path) -> Key | None:
 
 def _check_ranks(down: tuple[int, ...], up: tuple[int, ...], rank: int, what: str) -> None:
     if len(down) != 2 or len(up) != 2:
-        raise CheckpointError(f"{what} has lora_A of shape {down} and lora_B of shape {up}, which are no matrices")
+        raise CheckpointError(f"{what} has lora_A of shape {down} and lora_B of shape {up}, which are not matrices")
     if (down[0], up[1]) != (rank, rank):
         raise CheckpointError(
             f"{what} has matrices of rank {down[0]} and {up[1]}, adapter_config.json says {rank}; "
@@ -164,7 +164,7 @@ def _pattern(fields: Fields, key: str) -> re.Pattern[str]:
     try:
         return re.compile(rf"(.*\.)?({key})$")
     except (re.error, RecursionError, OverflowError) as error:
-        raise CheckpointError(f"{fields.path}{shown(key)} is no regular expression: {error}") from error
+        raise CheckpointError(f"{fields.path}{shown(key)} is not a regular expression: {error}") from error
 
 
 def _by_pattern(patterns: Mapping[re.Pattern[str], Value], module: str, default: Value) -> Value:

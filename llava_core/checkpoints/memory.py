@@ -86,6 +86,6 @@ def check_fits(need: MemoryNeed, device: str, what: str, *, advice: str = _SMALL
     available = available_bytes(device)
     if need.total > available:
         raise CheckpointError(
-            f"{what} needs {need.total / _GIB:.2f} GiB on {device} ({need}), and {available / _GIB:.2f} GiB are free; "
-            f"{advice}"
+            f"{what} needs {need.total / _GIB:.2f} GiB on {device} ({need}), "
+            f"but only {available / _GIB:.2f} GiB are free; {advice}"
         )

@@ -144,7 +144,7 @@ def original_json(config: ModelConfig, tower: str, aspect: str) -> JsonObject:
     CheckpointError naming a field that the original cannot express.
     """
     if not config.projector_bias:
-        raise CheckpointError("multimodal_projector_bias false cannot be said in the original's config.json")
+        raise CheckpointError("multimodal_projector_bias false cannot be expressed in the original's config.json")
     decoder = config.text["model_type"]
     eos = config.eos_token_ids
     return {
@@ -183,7 +183,7 @@ def _original_text(config: ModelConfig) -> JsonObject:
         # transformers 4.37 reads `type`, and refuses the field if it holds anything besides `type` and `factor`.
         if set(rope) - {"rope_type", "type", "factor"}:
             raise CheckpointError(
-                f"text_config: rope_parameters {rope} cannot be said in the original's config.json, "
+                f"text_config: rope_parameters {rope} cannot be expressed in the original's config.json, "
                 "which knows linear and dynamic scaling by a factor"
             )
         fields["rope_scaling"] = {"type": rope["rope_type"], "factor": rope.get("factor")}

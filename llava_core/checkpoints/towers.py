@@ -114,7 +114,7 @@ def _vision_part(fields: Fields) -> JsonObject:
         return read_tower(Fields({**half.values, "model_type": f"{kind}_vision_model"}, half.path))
     if kind not in ("clip_vision_model", "siglip_vision_model"):
         raise CheckpointError(
-            f"model_type {shown(kind)} is no known tower; known are clip, clip_vision_model, siglip and "
+            f"model_type {shown(kind)} is not a known tower; known are clip, clip_vision_model, siglip and "
             "siglip_vision_model"
         )
     return read_tower(fields)

@@ -99,7 +99,9 @@ class Collector:
             self._transforms += tuple(map(_read_transform, chunk.get("image_transforms") or ()))
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             shown = json.dumps(chunk)[:200]
-            raise InvalidResponseError(f"that is no chat completion: {shown}", request_id=self._request_id) from error
+            raise InvalidResponseError(
+                f"the response is not a chat completion: {shown}", request_id=self._request_id
+            ) from error
         for delta in deltas:
             self._choices.setdefault(delta.index, []).append(delta)
         return deltas
@@ -123,7 +125,7 @@ def read_object(data: bytes, request_id: str | None = None) -> Json:
         content = None
     if not isinstance(content, dict):
         shown = data[:200].decode(errors="replace")
-        raise InvalidResponseError(f"the service sent what is no JSON object: {shown!r}", request_id=request_id)
+        raise InvalidResponseError(f"the response is not a JSON object: {shown!r}", request_id=request_id)
     return content
 
 
@@ -140,7 +142,7 @@ def read_models(body: bytes) -> list[str]:
     try:
         return [str(model["id"]) for model in read_object(body)["data"]]
     except (LookupError, TypeError) as error:
-        raise InvalidResponseError("the service sent what is no list of models") from error
+        raise InvalidResponseError("the response is not a list of models") from error
 
 
 def _in_one(deltas: list[Delta]) -> Choice:

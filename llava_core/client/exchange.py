@@ -42,9 +42,9 @@ class Service:
         try:
             url = httpx.URL(self.url)
         except httpx.InvalidURL as error:
-            raise ServiceError(f"{self.url!r} is no address: {error}") from error
+            raise ServiceError(f"{self.url!r} is not a valid address: {error}") from error
         if url.scheme not in ("http", "https") or not url.host:
-            raise ServiceError(f"{self.url!r} is no address such as {DEFAULT_URL}")
+            raise ServiceError(f"{self.url!r} is not a valid address such as {DEFAULT_URL}")
         key = self.api_key or os.environ.get(API_KEY_VARIABLE)
         return {
             # `/v1` at the end is accepted, as in OpenAI clients' URLs.

@@ -91,9 +91,7 @@ class Admission:
         self._check_known(sampling.stop_token_ids, "stop_token_ids")
         self._check_known([token for token, _ in sampling.logit_bias], "logit_bias")
         if request.begun and (len(request.begun) != sampling.n or scored is not None):
-            raise RequestError(
-                f"{len(request.begun)} answers were begun, and {sampling.n} are to be written", param="n"
-            )
+            raise RequestError(f"{len(request.begun)} answers were begun, but {sampling.n} are requested", param="n")
         if request.begun and all(answer.is_over for answer in request.begun):
             raise RequestError("every answer is finished, so there is nothing left to generate", param="n")
         if scored is None:

@@ -198,7 +198,9 @@ class AsyncEngine:
                 refused.append(RequestFailure(command.request_id, error))
             except (TypeError, ValueError, LookupError, RuntimeError, OverflowError) as error:
                 logger.exception("request %s could not be admitted", command.request_id)
-                refused.append(RequestFailure(command.request_id, EngineError(f"it could not be admitted: {error}")))
+                refused.append(
+                    RequestFailure(command.request_id, EngineError(f"the request could not be admitted: {error}"))
+                )
         return refused
 
     def _deliver(self, outputs: list[StepOutput]) -> None:

@@ -29,7 +29,7 @@ def _read_sizes(_: click.Context, __: click.Parameter, values: tuple[str, ...]) 
     matches = [re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", value.lower()) for value in values]
     for value, match in zip(values, matches, strict=True):
         if match is None:
-            raise click.BadParameter(f"{value!r} is no size in pixels; write for example 640x480")
+            raise click.BadParameter(f"{value!r} is not a size in pixels; write for example 640x480")
     return tuple(Size(int(match.group(1)), int(match.group(2))) for match in matches if match)
 
 
@@ -37,7 +37,7 @@ def _read_num_bytes(_: click.Context, __: click.Parameter, value: str) -> int:
     """`5GB`, `500MB`, `2GiB` or plain bytes; anything else is a usage error."""
     match = re.fullmatch(r"([1-9]\d*)\s*([A-Za-z]*)", value.strip())
     if match is None or match.group(2).upper() not in _UNITS:
-        raise click.BadParameter(f"{value!r} is no size; write for example 5GB, 500MB or 2GiB")
+        raise click.BadParameter(f"{value!r} is not a size; write for example 5GB, 500MB or 2GiB")
     return int(match.group(1)) * _UNITS[match.group(2).upper()]
 
 

@@ -81,7 +81,7 @@ def apply_delta(
     settings = read_json(folder, "config.json")
     if DELTA_FIELD not in settings and not force:
         raise CheckpointError(
-            f"{folder / 'config.json'} has no {DELTA_FIELD}, so this is no delta, or one that the original code made; "
+            f"{folder / 'config.json'} has no {DELTA_FIELD}, so this is not a delta, or one made by the original code; "
             "if it is a delta, apply it with --force"
         )
     pairs = _pair(folder, below)

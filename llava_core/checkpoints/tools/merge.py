@@ -113,7 +113,7 @@ def _check_pairs(lora: Lora, header: Mapping[str, TensorInfo], stored: Mapping[K
             found = f"but the base has {stored[key].info.shape}" if key in stored else "which the base does not hold"
             raise CheckpointError(
                 f"{lora.file} changes {key.part} {key.name} of shape {shape}, {found}; "
-                "it is the wrong base, name the right one with --base"
+                "it is the wrong base, so name the right one with --base"
             )
 
 
