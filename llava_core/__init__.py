@@ -1,6 +1,6 @@
 """LLaVA models as a library: prompts, pictures, towers, decoders, generation, training.
 
-The public names below are imported when first used, so importing the package costs nothing and needs no torch. Knows
+The public names below are imported on first use, so importing the package costs nothing and needs no torch. Knows
 neither Ray nor HTTP.
 """
 

@@ -1,8 +1,8 @@
-"""What the configurations of decoders and towers may say, field by field, with what transformers means by leaving out.
+"""The configuration fields of decoders and towers: how each is read, and transformers' default where it is left out.
 
-A table per kind: the fields that change what is computed, and how each is read; all other fields are left aside, so
-that whatever stands in them does no harm. Standard library only; a test compares with transformers' classes. Knows
-nothing about what a LLaVA adds to the two.
+One table per kind lists the fields that change what is computed and how each is read; all other fields are ignored, so
+their contents do no harm. Standard library only; a test compares the tables with transformers' classes. Knows nothing
+about what a LLaVA adds to the two.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Any
 from llava_core.errors import CheckpointError
 from llava_core.fields import Fields, JsonObject
 
-# Enough for every model there is, and too few to keep anybody waiting who counts their tensors.
+# Enough for every existing model, and few enough that enumerating their tensors stays fast.
 _MOST_LAYERS = 1000
-# A tile of more pixels a side would not fit any memory.
+# A tile with more pixels per side would not fit into any memory.
 _MOST_PIXELS = 2**14
 _ACTIVATIONS = ("gelu", "gelu_fast", "gelu_new", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu")
 
@@ -56,7 +56,7 @@ _ROPE_NUMBERS = (
     "mscale",
     "mscale_all_dim",
 )
-# What each way of stretching positions cannot do without.
+# The fields that each RoPE scaling type requires.
 _ROPE_NEEDS: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
@@ -80,7 +80,7 @@ def _rope(fields: Fields, name: str) -> JsonObject:
     return read
 
 
-# Of Llama and Mistral.
+# Llama and Mistral.
 DECODER_FIELDS: Mapping[str, _Reader] = {
     "hidden_size": Fields.count,
     "intermediate_size": Fields.count,
@@ -102,10 +102,10 @@ DECODER_FIELDS: Mapping[str, _Reader] = {
     "vocab_size": Fields.count,
     "bos_token_id": Fields.whole,
     "eos_token_id": _end,
-    # Released configurations have -1 where there is none.
+    # Released configurations have -1 for no padding token.
     "pad_token_id": lambda fields, name: fields.whole(name, at_least=-1),
 }
-# What transformers may leave out of a saved configuration because it is the class's default.
+# Class defaults, which transformers may leave out of a saved configuration.
 _DECODER = {
     "hidden_size": 4096,
     "num_hidden_layers": 32,
@@ -118,7 +118,7 @@ _DECODER_DEFAULTS: Mapping[str, JsonObject] = {
     "mistral": {**_DECODER, "intermediate_size": 14336, "max_position_embeddings": 131_072},
 }
 
-# Of CLIP and SigLIP.
+# CLIP and SigLIP.
 TOWER_FIELDS: Mapping[str, _Reader] = {
     "hidden_size": Fields.count,
     "intermediate_size": Fields.count,
@@ -150,14 +150,14 @@ _TOWER_DEFAULTS: Mapping[str, JsonObject] = {
 
 
 def read_decoder(fields: Fields) -> JsonObject:
-    """A decoder's configuration with its class's defaults. Raises CheckpointError for a decoder that is not ours."""
+    """A decoder's configuration with its class's defaults. Raises CheckpointError for an unsupported decoder."""
     kind = fields.text("model_type", "llama")
     if kind not in _DECODER_DEFAULTS:
         known = ", ".join(_DECODER_DEFAULTS) + decoder_hint(kind)
         raise CheckpointError(f"{fields.path}model_type: decoder {kind!r} is not supported; known are {known}")
     read = _read(fields, DECODER_FIELDS, _DECODER_DEFAULTS[kind])
     if kind == "mistral":
-        # Two fields mean one thing when they are null and another when they are left out.
+        # For these two fields, null and absent mean different things.
         if "num_key_value_heads" not in fields.values:
             read["num_key_value_heads"] = 8
         if "sliding_window" in fields.values:
@@ -171,7 +171,7 @@ def read_decoder(fields: Fields) -> JsonObject:
 
 
 def decoder_hint(decoder: str) -> str:
-    """What to do about a decoder that is known and not supported."""
+    """What to do about a decoder that is known but not supported; empty for any other."""
     if "mpt" not in decoder.lower():
         return ""
     return (
@@ -181,7 +181,7 @@ def decoder_hint(decoder: str) -> str:
 
 
 def read_tower(fields: Fields) -> JsonObject:
-    """A tower's configuration with its class's defaults. Raises CheckpointError for a tower that is not supported."""
+    """A tower's configuration with its class's defaults. Raises CheckpointError for an unsupported tower."""
     kind = fields.text("model_type", "clip_vision_model")
     if kind not in _TOWER_DEFAULTS:
         known = ", ".join(_TOWER_DEFAULTS)
@@ -197,7 +197,7 @@ def read_tower(fields: Fields) -> JsonObject:
 
 
 def _read(fields: Fields, table: Mapping[str, _Reader], defaults: JsonObject) -> dict[str, Any]:
-    """What the table knows of; what has a default must not be null, for in transformers that is no default."""
+    """The table's fields. One with a default must not be null: transformers does not replace null by the default."""
     merged = Fields({**defaults, **fields.values}, fields.path)
     names = [name for name in table if merged.has(name) or name in defaults]
     return {name: table[name](merged, name) for name in names}
@@ -214,7 +214,7 @@ def _check_heads(decoder: JsonObject, path: str, *, needs_even_split: bool) -> N
     if width % 2:
         raise CheckpointError(
             f"{path}num_attention_heads: {heads} heads have {width} numbers each, "
-            "and positions are turned into pairs of them: the number must be even"
+            "but rotary positions need pairs: the number must be even"
         )
 
 

@@ -1,7 +1,7 @@
-"""What `llava ask` does: load once, answer one question or a file of them, print text or JSON.
+"""The work of `llava ask`: load once, answer one question or a file of them, print text or JSON.
 
 The JSON holds the prompt as the model saw it, so that an answer can be compared with another program's. Knows nothing
-of how options are parsed.
+about option parsing.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ JsonObject = dict[str, Any]
 
 @dataclass(frozen=True)
 class AskOptions(ModelOptions):
-    """What `llava ask` was told."""
+    """The options given to `llava ask`."""
 
     images: tuple[Path, ...]
     questions: Path | None
@@ -51,7 +51,7 @@ class _Prepared:
 
 
 def ask_one(options: AskOptions, question: str) -> None:
-    """Print the answer: as text while it is written, or as one JSON object."""
+    """Print the answer: as text while it is generated, or as one JSON object."""
     opened = open_model(options)
     prepared = _prepare(opened.preparer, options, Question(question, options.images))
     model = load_model(opened, options)
@@ -67,10 +67,10 @@ def ask_one(options: AskOptions, question: str) -> None:
 
 
 def ask_all(options: AskOptions, file: Path) -> None:
-    """Print the answer to every question of the file, in order, a JSON object a line; the model is loaded once.
+    """Print the answer to every question of the file, in order, one JSON object per line; the model is loaded once.
 
-    With text as output the answers alone are printed. A question that cannot be answered is answered with `error`,
-    and the command then fails at the end.
+    With text as output, only the answers are printed. A question that cannot be answered gets an `error` instead, and
+    the command fails at the end. Raises LlavaError in that case.
     """
     questions = list(read_questions(file))
     opened, num_failed = open_model(options), 0
@@ -117,7 +117,7 @@ def _answer(model: LocalModel, prepared: _Prepared) -> JsonObject:
 
 
 def shown(transform: ImageTransform) -> str:
-    """How a picture's values became what the model sees, in a line."""
+    """How a picture's values became what the model sees, in one line."""
     said = [f"{transform.format}, {transform.bits} bits, {transform.photometric}"]
     if transform.num_frames > 1:
         said.append(f"frame {transform.frame} of {transform.num_frames}")

@@ -1,7 +1,7 @@
-"""The `llava` command. What needs only this package is here; other packages add commands through entry points.
+"""The `llava` command. Commands that need only this package are here; other packages add theirs through entry points.
 
-Modules with commands import nothing heavy before a command runs, so `--help` answers at once. Knows no ray, HTTP
-server or training.
+Modules with commands import nothing heavy before a command runs, so `--help` answers at once. Knows nothing about Ray,
+HTTP servers or training.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ OWN_PACKAGES = ("llava_core", "deployments", "cluster")
 
 
 class CommandGroup(click.Group):
-    """The core's own commands and those that installed packages offer under COMMAND_GROUP, imported when needed."""
+    """The core's own commands and those that installed packages register under COMMAND_GROUP, imported when needed."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Names of all commands, without importing any."""
         return sorted({*super().list_commands(ctx), *(point.name for point in entry_points(group=COMMAND_GROUP))})
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """The command of this name; an offered one is imported now."""
+        """The command with this name; one from an entry point is imported now."""
         own = super().get_command(ctx, cmd_name)
         if own is not None:
             return own
@@ -49,7 +49,7 @@ class CommandGroup(click.Group):
 
 
 def _import_command(point: EntryPoint) -> click.Command:
-    """The offered command, or one in its place that says which extra is missing when it is run."""
+    """The entry point's command, or a stand-in that names the missing dependency when it is run."""
     try:
         command: click.Command = point.load()
     except ModuleNotFoundError as error:
@@ -80,10 +80,10 @@ def main() -> None:
 
 
 class _ToStandardError(logging.Handler):
-    """For what is fetched from the hub: nobody should have to guess why a command takes an hour."""
+    """Reports downloads from the hub: nobody should have to guess why a command takes an hour."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Print the message alone."""
+        """Print only the message."""
         click.echo(record.getMessage(), err=True)
 
 
@@ -97,9 +97,9 @@ _MODEL_OPTIONS = (
     click.option("--base", help="The model that an adapter or projector was trained on."),
     click.option("--template", help="Prompt template (default: the one the checkpoint declares)."),
     click.option("--dtype", type=_DTYPES, default="auto", help="[auto]"),
-    click.option("--quantization", type=click.Choice(["8bit", "4bit"]), help="Of the decoder's linear layers."),
+    click.option("--quantization", type=click.Choice(["8bit", "4bit"]), help="Quantize the decoder's linear layers."),
     click.option("--device", default="cpu", show_default=True),
-    click.option("--offline", is_flag=True, help="Fetch nothing; what is not here is listed."),
+    click.option("--offline", is_flag=True, help="Download nothing; list missing files."),
     click.option("--padding-jitter", is_flag=True, help="Move padding by up to a pixel, as LLaVA-Med did."),
 )
 
@@ -118,14 +118,14 @@ def _check_window(_ctx: click.Context, _param: click.Parameter, value: str | Non
         raise click.BadParameter(str(error)) from None
 
 
-FRAME = click.option("--frame", type=click.IntRange(1), help="Of DICOM files, counted from 1.")
+FRAME = click.option("--frame", type=click.IntRange(1), help="Frame of a DICOM file, counted from 1.")
 WINDOW = click.option(
-    "--window", callback=_check_window, help="Of DICOM files: CENTRE,WIDTH, or the number of one of its own."
+    "--window", callback=_check_window, help="DICOM window: CENTRE,WIDTH, or the number of one in the file."
 )
 
 
 def take_view(given: dict[str, Any]) -> DicomView | None:
-    """What the two options, taken out of those given, choose; None where neither is there."""
+    """Remove --frame and --window from the options and return the view they choose, None where neither is given."""
     frame, window = given.pop("frame"), given.pop("window")
     return None if frame is None and window is None else DicomView(frame or 1, window)
 
@@ -136,7 +136,7 @@ def take_view(given: dict[str, Any]) -> DicomView | None:
 @click.option("--image", "images", multiple=True, type=click.Path(path_type=Path), help="Picture file; repeatable.")
 @FRAME
 @WINDOW
-@click.option("--questions", type=click.Path(path_type=Path), help="Many questions, one JSON object a line.")
+@click.option("--questions", type=click.Path(path_type=Path), help="Many questions, one JSON object per line.")
 @click.option("--temperature", type=click.FloatRange(0, 2), default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--max-tokens", type=click.IntRange(1), default=None, help="Longest answer (default: the context).")
 @click.option("--seed", type=int, default=None, help="Makes a sampled answer repeatable.")
@@ -144,8 +144,8 @@ def take_view(given: dict[str, Any]) -> DicomView | None:
 def ask(question: str | None, **given: Any) -> None:
     """Answer QUESTION, about pictures if there are any, in this process.
 
-    Each line of a --questions file holds `question` or `text`, and may hold `image` or `images` (paths, from the
-    file's folder) and `question_id` or `id`, which comes back with the answer, a JSON object a line.
+    Each line of a --questions file holds `question` or `text`, and may hold `image` or `images` (paths relative to the
+    file's folder) and `question_id` or `id`, which is returned with the answer. Answers are one JSON object per line.
     """
     from llava_core.asking import AskOptions, ask_all, ask_one
 
@@ -162,24 +162,24 @@ def ask(question: str | None, **given: Any) -> None:
 
 @main.command()
 @_model_options
-@click.option("--url", help="Ask a running service instead, such as http://127.0.0.1:8000; --model names one of its.")
-@click.option("--api-key", envvar="LLAVA_API_KEY", help="Where the service asks for one.")
+@click.option("--url", help="Ask a running service, such as http://127.0.0.1:8000; --model names one of its models.")
+@click.option("--api-key", envvar="LLAVA_API_KEY", help="For a service that requires one.")
 @click.option("--temperature", type=click.FloatRange(0, 2), help="0 is greedy.  [default: 0]")
-@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Draw from this share of the probability.")
-@click.option("--top-k", type=click.IntRange(1), help="Draw from so many tokens.")
+@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Sample from this share of the probability.")
+@click.option("--top-k", type=click.IntRange(1), help="Sample from this many tokens.")
 @click.option("--repetition-penalty", type=click.FloatRange(0.01, 100), help="Above 1, repeating becomes unlikelier.")
 @click.option("--max-tokens", type=click.IntRange(1), help="Longest answer (default: the context).")
 @click.option("--seed", type=int, help="Makes sampled answers repeatable.")
 @click.option("--system", help="Replaces the template's system text.")
 @FRAME
 @WINDOW
-@click.option("--load", type=click.Path(path_type=Path), help="Go on with a conversation that /save has written.")
+@click.option("--load", type=click.Path(path_type=Path), help="Resume a conversation written by /save.")
 @click.option("--no-history", is_flag=True, help="Neither read nor keep the lines typed.")
 @click.pass_context
 def chat(context: click.Context, /, **given: Any) -> None:
     """Talk about pictures in the terminal; /help there lists what can be typed.
 
-    Without a terminal each line of the standard input is a question.
+    Without a terminal, each line of standard input is a question.
     """
     from llava_core.chat.program import SAMPLING, ChatOptions
     from llava_core.chat.program import chat as run

@@ -1,7 +1,7 @@
-"""What a checkpoint's config.json says, read once into frozen dataclasses; bad values fail here, naming the field.
+"""A checkpoint's config.json, read once into frozen dataclasses; bad values fail here, naming the field.
 
-Standard library only. Reads the llava-hf dialect; the originals' is read by checkpoints/original_config.py into the
-same ModelConfig. Knows no files: whoever opened one puts its name before what is raised here.
+Standard library only. Reads the llava-hf dialect; checkpoints/original_config.py reads the original code's dialect into
+the same ModelConfig. Knows no files: the caller that opened one prefixes its name to the errors raised here.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from llava_core.types import Size
 
 SelectFeature = Literal["patch", "cls_patch"]
 MergeType = Literal["flat", "spatial", "spatial_unpad"]
-# Whose conventions a checkpoint follows where the two differ: transformers' own, or the original LLaVA code's.
+# Which conventions a checkpoint follows where the two differ: transformers' or the original LLaVA code's.
 Dialect = Literal["llava_hf", "original"]
 # RaDialog's tower, which transformers does not have: the `model_type` is ours.
 BIOVIL_T = "biovil_t"
@@ -30,7 +30,7 @@ _SELECT = {"default": "patch", "patch": "patch", "full": "cls_patch", "cls_patch
 class VisionConfig:
     """A vision tower. Sizes in pixels; `select_layer` indexes the hidden states, embedding output first.
 
-    `architecture` is what transformers calls the tower's configuration, `model_type` in it says which class.
+    `architecture` is the tower's configuration as transformers has it; its `model_type` selects the class.
     """
 
     image_size: int
@@ -42,7 +42,7 @@ class VisionConfig:
 
     @property
     def patches_per_side(self) -> int:
-        """Columns and rows of the patch grid. Towers leave out what is less than a patch: 384 pixels are 27 of 14."""
+        """Columns and rows of the patch grid. Towers drop a partial patch: 384 pixels are 27 patches of 14."""
         return self.image_size // self.patch_size
 
     @property
@@ -55,9 +55,9 @@ class VisionConfig:
 class ModelConfig:
     """A LLaVA: tower, projector and decoder. `context_length` is in tokens, image tokens included.
 
-    With `pinpoints` a picture becomes an overview and tiles of the best of these resolutions, merged by `merge_type`.
-    `tower_name` is a folder or hub id that the tower's weights come from, None where the checkpoint holds them. With
-    `s2_scales`, in pixels, the tower reads a picture at each of them.
+    With `pinpoints`, a picture becomes an overview and tiles at the best of these resolutions, merged by `merge_type`.
+    `tower_name` is the folder or hub id that the tower's weights come from, None where the checkpoint holds them. With
+    `s2_scales`, in pixels, the tower reads a picture at each scale.
     """
 
     vision: VisionConfig
@@ -102,7 +102,7 @@ class ModelConfig:
 
     @property
     def tile_size(self) -> int:
-        """The side in pixels of the tiles that the tower takes."""
+        """Side length in pixels of the tower's input tiles."""
         return max(self.s2_scales, default=self.vision.image_size)
 
     @property
@@ -114,7 +114,7 @@ class ModelConfig:
 def read_llava_hf_config(config: JsonObject) -> ModelConfig:
     """The llava-hf dialect (`model_type: llava` or `llava_next`, with `vision_config` and `text_config`).
 
-    Raises CheckpointError naming the field that is missing or not supported.
+    Raises CheckpointError naming a missing or unsupported field.
     """
     if not isinstance(config.get("vision_config"), dict) or not isinstance(config.get("text_config"), dict):
         raise CheckpointError(
@@ -151,7 +151,7 @@ def read_llava_hf_config(config: JsonObject) -> ModelConfig:
     )
 
 
-# What transformers' LlavaNextConfig has where nothing is said.
+# The default of transformers' LlavaNextConfig.
 _PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 
 
@@ -168,7 +168,7 @@ def read_pinpoints(value: object, *, is_height_first: bool = False) -> tuple[Siz
 
 
 def projector_depth(kind: str) -> int:
-    """Linear layers of a projector, by LLaVA's name for it. Raises CheckpointError for a name that is not known."""
+    """Number of linear layers in a projector, by LLaVA's name for it. Raises CheckpointError for an unknown name."""
     if kind in ("identity", "linear"):
         return int(kind == "linear")
     if match := re.fullmatch(r"mlp([1-9]\d?)x_gelu", kind):
@@ -177,7 +177,7 @@ def projector_depth(kind: str) -> int:
 
 
 def read_dtype(fields: Fields, default: str) -> str:
-    """What the weights were saved in, under transformers' new name for the field or its old one."""
+    """The dtype the weights were saved in, under transformers' new name for the field or its old one."""
     known = ("float32", "float16", "bfloat16", "float64")
     return fields.choice("dtype", known, fields.choice("torch_dtype", known, default))
 
@@ -194,13 +194,13 @@ def _vision_config(fields: Fields) -> VisionConfig:
 
 
 def build_vision_config(tower: JsonObject, layer: int, select: str, layer_field: str) -> VisionConfig:
-    """A tower of which `read_tower` has read the configuration; `select` in either dialect's words.
+    """The tower with a configuration from `read_tower`; `select` may be in either dialect's terms.
 
-    Raises CheckpointError for a layer or features that it does not have.
+    Raises CheckpointError for a layer or features that the tower does not have.
     """
     kind = tower["model_type"]
     if kind == BIOVIL_T:
-        # A ResNet has neither layers to choose from nor a class feature: config.json's fields for both mean nothing.
+        # A ResNet has neither layers to choose from nor a class feature: config.json's fields for both are meaningless.
         return VisionConfig(448, 32, 512, -1, "patch", {"model_type": BIOVIL_T})
     if kind == "siglip_vision_model":
         if select == "default":

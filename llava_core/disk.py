@@ -1,4 +1,4 @@
-"""What is written, kept through a loss of power. Standard library only."""
+"""Makes written files survive a power failure. Standard library only."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 
 
 def flush(path: Path) -> None:
-    """A file onto the disk, which may otherwise be empty under its name then; or a folder with the names in it, where
-    what was renamed may otherwise have its old one."""
+    """Sync a file or folder to disk. After a power failure, a file that was not synced may be empty, and a file renamed
+    in a folder that was not synced may have its old name."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -4,19 +4,19 @@
     ├── RequestError               the caller's mistake: 4xx; carries `param` and `code`
     │   ├── ImageError             a picture that cannot be used
     │   ├── PromptTooLongError     prompt and answer do not fit the context
-    │   └── UnknownNameError       a name that is not registered, with those that are
+    │   └── UnknownNameError       a name that is not registered; lists those that are
     ├── CheckpointError            a checkpoint that is missing, incomplete or not understood
-    ├── OverloadedError            refused now, may be tried again
-    └── EngineError                generation failed for a reason that is not the caller's
+    ├── OverloadedError            refused now, may be retried
+    └── EngineError                generation failed through no fault of the caller
 
-Standard library only. Messages may be shown to a client: they never hold prompts, pictures or keys.
+Standard library only. Messages may be shown to a client: they never contain prompts, pictures or keys.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-# Characters of a caller's own text that a message repeats.
+# Characters of the caller's own text that a message quotes at most.
 MAX_REPEATED = 100
 
 
@@ -24,7 +24,7 @@ class LlavaError(Exception):
     """Base of every deliberate error."""
 
     def __reduce__(self) -> tuple[object, ...]:
-        # Ray pickles exceptions; the default would call the class with the message alone.
+        # Ray pickles exceptions; by default, unpickling would call the class with only the message.
         return _rebuild, (type(self), self.args, vars(self))
 
 
@@ -35,7 +35,7 @@ def _rebuild(cls: type[LlavaError], args: tuple[object, ...], fields: dict[str, 
 
 
 class RequestError(LlavaError):
-    """A request that cannot be served as it is. `param` names the offending field, `code` is stable."""
+    """A request that cannot be served as it stands. `param` names the offending field; `code` is stable."""
 
     def __init__(self, message: str, *, param: str | None = None, code: str = "invalid_value") -> None:
         super().__init__(message)
@@ -67,11 +67,11 @@ class UnknownNameError(RequestError):
 
 
 class CheckpointError(LlavaError):
-    """A checkpoint that is missing, incomplete or of a layout that is not supported; the message names file and fix."""
+    """A checkpoint that is missing, incomplete or of an unsupported layout; the message names the file and the fix."""
 
 
 class OverloadedError(LlavaError):
-    """No room for another request now; `limit` is what has run out, `retry_after_s` a hint in seconds."""
+    """No room for another request now; `limit` names the exhausted limit, `retry_after_s` is a hint in seconds."""
 
     def __init__(self, message: str, *, limit: str, retry_after_s: int = 1) -> None:
         super().__init__(message)
@@ -81,4 +81,4 @@ class OverloadedError(LlavaError):
 
 
 class EngineError(LlavaError):
-    """Generation failed; the request ends, others go on."""
+    """Generation failed; this request ends, others continue."""

@@ -1,7 +1,7 @@
-"""The fields of a JSON object, each read as what it must be; anything else is a CheckpointError that names the field.
+"""The fields of a JSON object, each read as the type it must have; anything else is a CheckpointError naming the field.
 
-A field that is null counts as left out. Standard library only. Knows no files: whoever opened one puts its name before
-what is raised here.
+A field that is null counts as absent. Standard library only. Knows no files: the caller that opened one prefixes its
+name to the errors raised here.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from llava_core.errors import CheckpointError
 
 JsonObject = Mapping[str, Any]
 Value = TypeVar("Value")
-# More than any size that a model has, and little enough to reckon with.
+# More than any dimension of a model, and small enough to compute with safely.
 MOST = 2**24
 
 _shown = reprlib.Repr()
@@ -24,26 +24,26 @@ _shown.maxstring = _shown.maxother = 100
 
 
 def shown(value: object) -> str:
-    """A value as a message has it: short, whatever somebody wrote into the file."""
+    """A value as quoted in messages: short, whatever the file contains."""
     return _shown.repr(value)
 
 
 @dataclass(frozen=True)
 class Fields:
-    """One JSON object; `path` is what stands before its fields' names in messages, such as `text_config.`
+    """One JSON object; `path` is the prefix of its field names in messages, such as `text_config.`
 
-    Every reader takes a `default` for a field that is left out; without one the field must be there.
+    A reader's `default` applies where the field is absent; without a default the field is required.
     """
 
     values: JsonObject
     path: str = ""
 
     def has(self, name: str) -> bool:
-        """Whether the field says anything."""
+        """Whether the field is present and not null."""
         return self.values.get(name) is not None
 
     def wrong(self, name: str, wanted: str) -> CheckpointError:
-        """The error for a field that is not what is wanted."""
+        """The error for a field that is not `wanted`."""
         return CheckpointError(f"{self.path}{name} must be {wanted}, not {shown(self.values.get(name))}")
 
     def whole(self, name: str, default: int | None = None, *, at_least: int = 0, at_most: int = MOST) -> int:
@@ -58,7 +58,7 @@ class Fields:
         return self.whole(name, default, at_least=1, at_most=at_most)
 
     def number(self, name: str, default: float | None = None) -> float:
-        """A number that is not infinite."""
+        """A finite number."""
         value = as_number(self._value(name, default))
         if value is None:
             raise self.wrong(name, "a number")
@@ -79,7 +79,7 @@ class Fields:
         return value
 
     def flag(self, name: str, default: bool | None = None) -> bool:  # noqa: FBT001
-        """True or false; text such as "false" would count as true."""
+        """True or false. Only real booleans: Python would take the text "false" for true."""
         value = self._value(name, default)
         if not isinstance(value, bool):
             raise self.wrong(name, "true or false")
@@ -100,7 +100,7 @@ class Fields:
         return value
 
     def items(self, name: str) -> list[Any]:
-        """The values of a list; none where it is left out."""
+        """The values of a list; empty where the field is absent."""
         value = self._value(name, [])
         if not isinstance(value, list):
             raise self.wrong(name, "a list")
@@ -115,14 +115,14 @@ class Fields:
         return found
 
     def section(self, name: str) -> Fields:
-        """The fields of an object inside this one; no fields where it is left out."""
+        """The fields of an object inside this one; no fields where it is absent."""
         value = self._value(name, {})
         if not isinstance(value, Mapping):
             raise self.wrong(name, "an object")
         return Fields(value, f"{self.path}{name}.")
 
     def optional(self, name: str, read: Callable[[Fields, str], Value]) -> Value | None:
-        """What `read` makes of the field, None where it is left out."""
+        """The field as read by `read`, None where it is absent."""
         return read(self, name) if self.has(name) else None
 
     def _value(self, name: str, default: object) -> Any:
@@ -131,12 +131,12 @@ class Fields:
 
 
 def is_whole(value: object) -> bool:
-    """Whether it is a whole number; to Python true and false are, too."""
+    """Whether the value is an integer but not a boolean, which Python counts as an integer."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def as_number(value: object) -> float | None:
-    """The number as a float, None for anything else and for what no float holds."""
+    """The number as a float; None for anything else and for numbers that do not fit a finite float."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:

@@ -52,10 +52,10 @@ class LocalModel:
         tokenizer: CheckpointTokenizer | None = None,
         cache_bytes: int = 64 * 1024 * 1024,
     ) -> None:
-        """Load a folder, hub id or opened checkpoint, whose tokenizer may have been read already. Features of
-        pictures are kept in up to `cache_bytes`, for further questions about them.
+        """Load a folder, hub id or opened checkpoint; `tokenizer` is its tokenizer where already loaded. Up to
+        `cache_bytes` of picture features are cached for further questions about the same pictures.
 
-        Raises CheckpointError when it is missing, damaged or not understood.
+        Raises CheckpointError for a checkpoint that is missing, damaged or not understood.
         """
         checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
         options = options or LoadOptions()
@@ -70,7 +70,7 @@ class LocalModel:
         self._streams: dict[str, deque[StepOutput]] = {}
 
     def stream(self, request: AnyRequest | PreparedRequest) -> Iterator[TokenDelta]:
-        """Deltas of a request's answers as they are produced; several streams may be read in turns, in one thread.
+        """Yield deltas of a request's answers as they are produced; one thread may interleave several streams.
 
         Raises RequestError for the caller's mistakes.
         """
@@ -98,7 +98,7 @@ class LocalModel:
                 self._streams[output.request_id].append(output)
 
     def add(self, request: AnyRequest | PreparedRequest) -> None:
-        """Prepare, encode and queue a request; `engine.step()` then moves it on beside the others."""
+        """Prepare, encode and queue a request; `engine.step()` then advances it together with the others."""
         prepared = request if isinstance(request, PreparedRequest) else self.preparer.prepare(request)
         features = encode_images(self.tower, prepared.images, self.feature_cache)
         self.engine.add_request(
@@ -110,13 +110,13 @@ class LocalModel:
 
 @dataclass(frozen=True)
 class LocalAnswerer:
-    """An evaluation's Answerer in this process; up to `together` questions run beside one another."""
+    """An evaluation's Answerer in this process; up to `together` questions run concurrently."""
 
     model: LocalModel
     together: int = 8
 
     def answer(self, samples: Sequence[Sample]) -> Iterator[Answer]:
-        """Answers in the order they are finished. Raises the error of the first request that fails."""
+        """Yield answers in the order they finish. Raises the error of the first request that fails."""
         waiting, texts = deque(samples), defaultdict[str, str](str)
         open_samples: dict[str, Sample] = {}
         while waiting or open_samples:

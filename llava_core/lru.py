@@ -1,6 +1,6 @@
-"""Values that may be wanted again, in a bounded number of bytes: what was used longest ago goes first.
+"""A least-recently-used cache bounded in bytes.
 
-Knows nothing about what it holds, its size included: who puts a value says how large it is. Safe to use from several
+Knows nothing about its values, not even their size: the caller states it with each `put`. Safe to use from several
 threads. Standard library only.
 """
 
@@ -14,7 +14,7 @@ Value = TypeVar("Value")
 
 
 class LruCache(Generic[Value]):
-    """At most `max_bytes` of values by key; with 0 it keeps nothing. All who ask share a value: none may change it."""
+    """At most `max_bytes` of values by key; with 0 it keeps nothing. Callers share values and must not modify them."""
 
     def __init__(self, max_bytes: int) -> None:
         if max_bytes < 0:
@@ -23,16 +23,16 @@ class LruCache(Generic[Value]):
         self.num_bytes = 0
         self.num_hits = 0
         self.num_misses = 0
-        # The value that was used longest ago is the first.
+        # Least recently used first.
         self._entries: OrderedDict[str, tuple[Value, int]] = OrderedDict()
         self._lock = Lock()
 
     def __contains__(self, key: str) -> bool:
-        """Whether it is kept; asking counts for nothing."""
+        """Whether the key is cached; does not count as a use."""
         return key in self._entries
 
     def get(self, key: str) -> Value | None:
-        """The value, from now on the one that was used last; None where there is none."""
+        """The value, which becomes the most recently used; None where there is none."""
         with self._lock:
             entry = self._entries.get(key)
             if entry is None:
@@ -43,7 +43,7 @@ class LruCache(Generic[Value]):
             return entry[0]
 
     def put(self, key: str, value: Value, num_bytes: int) -> None:
-        """Keep the value in place of what the key had, and give up others for it; one that is too large is not kept."""
+        """Store the value, replacing the key's old one and evicting others as needed; one too large is not kept."""
         if num_bytes < 1:
             raise ValueError(f"a value must have at least 1 byte, not {num_bytes}")
         with self._lock:

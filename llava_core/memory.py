@@ -10,7 +10,7 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 def available_bytes(device: str) -> int:
-    """What is free on a GPU; on the CPU what the machine, or the container this process is in, has left."""
+    """Free bytes on a GPU, or, for the CPU, of the machine or the container this process runs in."""
     if device.startswith("cuda"):
         import torch
 
@@ -19,10 +19,10 @@ def available_bytes(device: str) -> int:
 
 
 def _left_in_container() -> int:
-    """cgroup v2's limit less what is used and cannot be dropped; all there is where there is no limit.
+    """cgroup v2's limit less the memory in use that cannot be reclaimed; the machine's total where there is no limit.
 
-    What can be dropped is the pages on the lists of files. `file` counts shared memory as well, Ray's object store
-    among it, which only goes when its owner goes.
+    Only pages on the file LRU lists can be reclaimed. `file` would also count shared memory, such as Ray's object
+    store, which is freed only when its owner exits.
     """
     try:
         limit = (_CGROUP / "memory.max").read_text().strip()

@@ -1,6 +1,6 @@
-"""From the options of a command to a model, in two steps: what can be told without weights, then the weights.
+"""From a command's options to a model, in two steps: first everything that needs no weights, then the weights.
 
-`llava ask` and `llava chat` share it. Imports torch in the second step alone.
+Shared by `llava ask` and `llava chat`. Only the second step imports torch.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """Which model, and how it is loaded. None: the project's own, or what the checkpoint says."""
+    """Which model, and how it is loaded. None means the project's own model, or the checkpoint's setting."""
 
     model: str | None
     base: str | None
@@ -47,11 +47,11 @@ class OpenedModel:
 
 
 def open_model(options: ModelOptions) -> OpenedModel:
-    """Whatever is wrong with the checkpoint is told here, before torch is imported and weights are read."""
+    """Open and check a checkpoint. Every error in it is raised here, before torch is imported or weights are read."""
     if options.template is not None:
         get_template(options.template)
     checkpoint = open_checkpoint(options.model or DEFAULT_MODEL, options.base, offline=options.offline)
-    # Only now, for the tokenizer library takes its time.
+    # Imported late: the tokenizer library is slow to import.
     from llava_core.checkpoints.describe import load_preparer
     from llava_core.checkpoints.tokenizer import load_tokenizer
 

@@ -1,7 +1,7 @@
 """A request becomes token ids and tiles: decode pictures, render the template, tokenize with placeholders, check.
 
-Everything a caller can get wrong is found here, on a CPU, before a GPU is touched. Knows nothing about weights, engines
-or transport, and does not import torch.
+Every caller's mistake is detected here, on a CPU, before a GPU is touched. Knows nothing about weights, engines or
+transport, and does not import torch.
 """
 
 from __future__ import annotations
@@ -51,25 +51,25 @@ from llava_core.types import (
 
 
 class TextTokenizer(Tokenizer, Protocol):
-    """A tokenizer that also knows the way back."""
+    """A tokenizer that also maps ids back to bytes."""
 
     @property
     def num_tokens(self) -> int:
-        """Ids there are."""
+        """Number of token ids."""
         ...
 
     def token_bytes(self, token: int) -> bytes:
-        """What a token stands for; of a control token, its name."""
+        """The bytes a token stands for; for a control token, its name."""
         ...
 
 
 @dataclass(frozen=True)
 class Preparer:
-    """Turns requests for one model into what its tower and its engine read. Safe to use from several threads.
+    """Turns requests for one model into inputs for its tower and engine. Safe to use from several threads.
 
-    `reserved_texts` are the texts of control tokens, which stay text where a message contains them. Pictures that have
-    been prepared are kept in `cache`: one that comes again, byte for byte, is not decoded again. Several may share one,
-    for each finds only what it would have prepared itself.
+    `reserved_texts` are the texts of control tokens, which stay text where a message contains them. Prepared pictures
+    are kept in `cache`: an identical file, byte for byte, is not decoded again. Several Preparers may share one cache,
+    as each finds only pictures prepared exactly as it would itself.
     """
 
     config: ModelConfig
@@ -82,22 +82,22 @@ class Preparer:
 
     @cached_property
     def _processing(self) -> bytes:
-        """A digest of all that decides what tiles a picture becomes, and whether it is refused."""
+        """A digest of all settings that decide what tiles a picture becomes and whether it is refused."""
         return hashlib.sha256(repr((self.preprocess, self.limits.image)).encode()).digest()
 
     def prepare(self, request: AnyRequest) -> PreparedRequest:
-        """Raises RequestError (ImageError, PromptTooLongError, ...) naming field, cause and limit."""
+        """Prepare a request. Raises RequestError (ImageError, PromptTooLongError, ...) with field, cause and limit."""
         prepared = self._prepare(request)
         is_a_wish = isinstance(request, RenderedRequest)
         wanted = None if is_a_wish else request.sampling.max_tokens
-        # The engine would refuse it as well, but only after the tower had run.
+        # The engine would refuse the prompt too, but only after the tower had run.
         room = token_budget(len(prepared.prompt_ids), wanted, self.config.context_length)
         return replace(prepared, sampling=self._fitted(request.sampling, room)) if is_a_wish else prepared
 
     def tokenize(self, request: AnyRequest) -> Tokenized:
-        """The prompt's ids, however many. Raises what `prepare` does for anything but its length.
+        """The prompt's ids, however many. Raises the same errors as `prepare`, except for the prompt's length.
 
-        An image token has the id that the checkpoint gives it, where it has one of its own.
+        Image tokens have the checkpoint's own id, where it defines one.
         """
         ids = self._prepare(request).prompt_ids
         image_id = self.config.image_token_id
@@ -108,7 +108,7 @@ class Preparer:
         )
 
     def detokenize(self, ids: Sequence[int]) -> str:
-        """The text of these ids, control tokens by their names. Raises RequestError for ids that do not exist."""
+        """The text of these ids, with control tokens as their names. Raises RequestError for ids that do not exist."""
         return b"".join(map(self._bytes_of, ids)).decode("utf-8", errors="replace")
 
     def _bytes_of(self, token: int) -> bytes:
@@ -156,7 +156,7 @@ class Preparer:
         )
 
     def _prepare_text(self, request: CompletionRequest) -> PreparedRequest:
-        """Ids as they are may hold control tokens; pictures they cannot."""
+        """Prepare a completion. Token ids are used unchanged and may hold control tokens, but no pictures."""
         prompt, sampling = request.prompt, request.sampling
         if not isinstance(prompt, str):
             return PreparedRequest(request.request_id, prompt, (), sampling, goes_on=True)
@@ -171,15 +171,15 @@ class Preparer:
         return self._with_images(request, rendered, images)
 
     def _fitted(self, sampling: SamplingParams, room: int) -> SamplingParams:
-        """No longer than there is room. A control token has no text by which an answer could be seen to end: it ends at
-        the token itself."""
+        """Limit `max_tokens` to `room`. Also turn stop strings that are control tokens into `stop_token_ids`: a control
+        token has no text to match, so the answer has to end at the token itself."""
         controls = [self.tokenizer.encode(stop) for stop in sampling.stop if stop in self.reserved_texts]
         tokens = tuple(found[0][0] for found in controls if len(found) == 1)
         max_tokens = room if sampling.max_tokens is None else min(sampling.max_tokens, room)
         return replace(sampling, max_tokens=max_tokens, stop_token_ids=(*sampling.stop_token_ids, *tokens))
 
     def check_size(self, size: Size) -> None:
-        """Raise RequestError where a picture of so many pixels would be refused, whatever else is asked about it."""
+        """Raise RequestError where a picture of this size would be refused whatever the rest of the request."""
         check_size(size, self.limits.image, "messages")
         turns = self._turns(self.template, Message("user", (ImagePart(b""),)), 0)
         rendered = render(self.template, [*turns, Turn("assistant", None)])
@@ -187,7 +187,7 @@ class Preparer:
         token_budget(len(ids), None, self.config.context_length)
 
     def _turns(self, template: Template, message: Message, index: int) -> list[Turn]:
-        """A message as the template has it; one that is wrapped in an exchange of its own is the first."""
+        """A message as turns of the template; only the first message may be wrapped in an exchange of its own."""
         texts = [self._as_text(part.text) for part in message.parts if isinstance(part, TextPart)]
         if message.role == "assistant":
             return [Turn("assistant", "\n".join(texts))]
@@ -196,7 +196,7 @@ class Preparer:
         return user_turns(template, texts, num_images, start_end=self.config.image_start_end)
 
     def check(self, request: AnyRequest) -> None:
-        """Raise RequestError for what can be told without looking at a picture."""
+        """Raise RequestError for anything detectable without looking at a picture."""
         check_request(request, self.limits, self.reserved_texts)
 
     def _as_text(self, text: str) -> str:
@@ -206,7 +206,7 @@ class Preparer:
         tiling = isinstance(self.preprocess, PreprocessConfig) and self.preprocess.aspect == "anyres"
         overview_only = part.low_detail and tiling
         digest = hashlib.sha256(self._processing)
-        # One file seen in two ways is two pictures.
+        # The same file viewed in two ways is two pictures.
         digest.update(repr((overview_only, part.dicom)).encode())
         digest.update(part.data)
         key = digest.hexdigest()
@@ -217,7 +217,7 @@ class Preparer:
         return image
 
     def _prepare_image(self, part: ImagePart, param: str, *, overview_only: bool) -> PreparedImage:
-        # BioViL-T's contrast is stretched, which 8 of 16 bits would not survive.
+        # BioViL-T stretches the contrast, so reducing 16 bits to 8 first would lose too much.
         keeps_depth = isinstance(self.preprocess, BioVilPreprocessConfig)
         image, transform = decode_image(
             part.data, self.limits.image, param=param, keeps_depth=keeps_depth, dicom=part.dicom
@@ -226,14 +226,14 @@ class Preparer:
             tiles = preprocess_biovil(image, self.preprocess)
         else:
             tiles = preprocess(image, self.preprocess, overview_only=overview_only)
-        # Requests may share them.
+        # Requests may share the tiles.
         tiles.flags.writeable = False
         size = None if overview_only else Size(*image.size)
         return PreparedImage(tile_digest(tiles), size, tiles, transform)
 
 
 def joined(messages: Sequence[Message]) -> list[Message]:
-    """Messages of one role in a row as one: templates have user and assistant alternate."""
+    """Consecutive messages of one role merged into one: templates need user and assistant to alternate."""
     runs = itertools.groupby(messages, key=lambda message: message.role)
     return [Message(role, tuple(part for message in run for part in message.parts)) for role, run in runs]
 

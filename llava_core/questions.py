@@ -1,6 +1,6 @@
-"""Questions as files hold them: a text, pictures by path or as bytes, an id; and requests made of them.
+"""Questions as stored in files: a text, pictures by path or as bytes, an id; and requests built from them.
 
-LLaVA's question files are read as they are. Knows nothing about who answers.
+Reads LLaVA's question files unchanged. Knows nothing about who answers.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from llava_core.views import DicomView
 
 @dataclass(frozen=True)
 class Question:
-    """`id` is whatever the file gave it. A picture is a file's path or what would stand in the file."""
+    """One question. `id` is whatever the file gave it. A picture is the path of a file or its contents."""
 
     text: str
     images: tuple[Path | bytes, ...] = field(default=(), repr=False)
@@ -29,7 +29,7 @@ class Question:
 
 
 def parse_row(line: str, where: str) -> dict[str, Any]:
-    """Of a line with a JSON object. Raises RequestError, which begins with `where`."""
+    """Parse a line as a JSON object. Raises RequestError, whose message begins with `where`."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -40,9 +40,9 @@ def parse_row(line: str, where: str) -> dict[str, Any]:
 
 
 def read_question(row: Mapping[str, Any], where: str, folder: Path, *, default_text: str | None = None) -> Question:
-    """`question` or `text` is the text; `image` or `images` name files, from `folder`, or are a file's bytes, also as
-    `bytes` in an object; `question_id` or `id` is the id. An empty text is none, and so is an empty list of pictures.
-    Raises RequestError, which begins with `where`."""
+    """`question` or `text` is the text; `image` or `images` name files relative to `folder`, or hold a file's bytes,
+    also as `bytes` in an object; `question_id` or `id` is the id. An empty text or list of pictures counts as absent.
+    Raises RequestError, whose message begins with `where`."""
     text = next((row[name] for name in ("question", "text") if not _is_empty(row.get(name))), None)
     images = next((row[name] for name in ("images", "image") if row.get(name) not in (None, [])), None)
     pictures = [_picture(image, folder) for image in (images if isinstance(images, list) else [images])]
@@ -57,7 +57,7 @@ def read_question(row: Mapping[str, Any], where: str, folder: Path, *, default_t
 
 
 def question_id(row: Mapping[str, Any]) -> object:
-    """Of a row that need not be a question; None where there is none, or one that is no number, as tables have."""
+    """The id of a row, question or not; None where it has none, or only NaN or infinity, as rows of tables may."""
     ids = (row.get(name) for name in ("question_id", "id"))
     return next(
         (each for each in ids if not (isinstance(each, float) and not math.isfinite(each)) and each is not None), None
@@ -73,7 +73,7 @@ def _first(row: Mapping[str, Any], *names: str) -> Any:
 
 
 def _picture(given: object, folder: Path) -> Path | bytes | None:
-    """None of what is no picture."""
+    """The picture as a path or bytes; None for anything else."""
     if isinstance(given, Mapping):
         given = _first(given, "bytes", "path")
     return folder / given if isinstance(given, str) and given else given if isinstance(given, bytes) else None
@@ -82,7 +82,7 @@ def _picture(given: object, folder: Path) -> Path | bytes | None:
 def read_questions(file: Path) -> Iterator[Question]:
     """The questions of a JSON-lines file. Raises RequestError naming the first line that is not one."""
     try:
-        # Characters that Python calls line breaks too may stand in a text.
+        # Not splitlines(): a text may contain other characters that Python counts as line breaks.
         lines = file.read_bytes().decode("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise RequestError(f"{file} cannot be read: {error}", param="questions") from error
@@ -95,13 +95,13 @@ def read_questions(file: Path) -> Iterator[Question]:
 def prepare_question(
     preparer: Preparer, question: Question, sampling: SamplingParams, request_id: str, *, view: DicomView | None = None
 ) -> PreparedRequest:
-    """Read pictures and prepare the request. Raises RequestError, which names the file where a picture is at fault."""
+    """Read pictures and prepare the request. Raises RequestError, which names the file if a picture is at fault."""
     datas = [image if isinstance(image, bytes) else read_picture(image) for image in question.images]
     message = user_message(question.text, [ImagePart(data, dicom=view) for data in datas])
     try:
         return preparer.prepare(GenerationRequest(request_id, (message,), sampling))
     except ImageError as error:
-        # The pictures come first in the message, so their numbers are the question's.
+        # The pictures come first in the message, so content indices equal picture indices.
         names = {f"messages[0].content[{i}].image_url": _name(image, i) for i, image in enumerate(question.images)}
         raise ImageError(f"{names[error.param or '']}: {error.message}", param=error.param, code=error.code) from error
 

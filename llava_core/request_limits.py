@@ -1,6 +1,6 @@
-"""What one request may hold, and whether it does: pictures, characters, answers, who speaks when, control tokens.
+"""Limits of one request, and their checks: pictures, characters, answers, the order of roles, control tokens.
 
-Everything here can be told of a request as it came, before a picture is decoded or a text tokenized.
+All checks apply to a request as received, before pictures are decoded or text is tokenized.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from llava_core.types import AnyRequest, GenerationRequest, Message, RenderedReq
 
 @dataclass(frozen=True)
 class RequestLimits:
-    """What one request may hold: pictures and characters in all messages, and answers that it asks for."""
+    """Maxima for one request: pictures and characters in all messages, and the answers it asks for."""
 
     max_images: int = 8
     max_text: int = 200_000
@@ -30,7 +30,7 @@ class RequestLimits:
 
 
 def check_request(request: AnyRequest, limits: RequestLimits, reserved_texts: Set[str]) -> None:
-    """Raise RequestError, which names the field."""
+    """Raise RequestError, which names the field, for a request outside the limits."""
     if request.sampling.n > limits.max_n:
         raise RequestError(f"n is {request.sampling.n}; at most {limits.max_n} are allowed", param="n")
     if isinstance(request, GenerationRequest):
@@ -45,11 +45,11 @@ def check_request(request: AnyRequest, limits: RequestLimits, reserved_texts: Se
 
 
 def check_rendered(prompt: str, num_images: int, limits: RequestLimits) -> None:
-    """The same of a prompt that its client has rendered, and of how many pictures come with it."""
+    """The same for a prompt rendered by the client, and for the number of pictures that come with it."""
     check_num_images(num_images, "images", limits)
     _check_length(len(prompt), "prompt", limits)
     if prompt.count(IMAGE_PLACEHOLDER) != num_images:
-        # LLaVA's own words.
+        # LLaVA's own wording.
         raise RequestError(
             f"Number of images does not match number of {IMAGE_PLACEHOLDER} tokens in prompt", param="images"
         )
@@ -99,7 +99,7 @@ def check_roles(messages: Sequence[Message]) -> None:
     """Raise RequestError unless the user speaks first and last."""
     if messages and messages[0].role != "user":
         raise RequestError(
-            f"the role is {messages[0].role!r}; the first message that is not the system's must be the user's",
+            f"the role is {messages[0].role!r}; the first message after the system's must be the user's",
             param="messages[0].role",
         )
     if not messages or messages[-1].role != "user":

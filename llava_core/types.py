@@ -1,6 +1,6 @@
-"""The values that cross a border of this project: small frozen dataclasses without behaviour of their own.
+"""The values passed between the project's components: small frozen dataclasses without behaviour of their own.
 
-Imports the standard library alone, so every process can afford it; array types appear in annotations only.
+Imports only the standard library, so every process can afford it; array types appear in annotations only.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ Quantization = Literal["8bit", "4bit"]
 
 # Alternatives listed beside a token's own log-probability; OpenAI's limit.
 MAX_LOGPROBS = 20
-# Below this temperature an answer is greedy: dividing logits by less could make infinities of them, and the likeliest
-# token is certain anyway.
+# Below this temperature an answer is greedy: dividing logits by less could overflow to infinity, and the likeliest
+# token is all but certain anyway.
 GREEDY_BELOW = 1e-4
 
 # Milliseconds by stage name: fetch, preprocess, encode, transfer, queue, prefill, decode.
@@ -32,7 +32,7 @@ StageTimes = dict[str, float]
 
 
 class Size(NamedTuple):
-    """Pixels, always width first, as Pillow and LLaVA have it."""
+    """Pixels, always width first, as in Pillow and LLaVA."""
 
     width: int
     height: int
@@ -40,13 +40,13 @@ class Size(NamedTuple):
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How an answer is drawn.
+    """How an answer is sampled.
 
     `temperature` 0 is greedy; `top_k` 0, `top_p` 1, `min_p` 0 and the penalties' defaults are off. `max_tokens` None:
     no limit but the context. `seed` makes a sampled answer repeatable whatever else is in the batch. The answer ends
-    before a string of `stop` and at a token of `stop_token_ids`; neither such a token nor the model's own end is drawn
-    before there are `min_tokens`. `logit_bias` has pairs of token id and what to add. `n` answers share one reading of
-    the prompt. `logprobs` None: none; else how many alternatives to list beside each token's own.
+    before a string of `stop` and at a token of `stop_token_ids`; neither such a token nor the model's own end token is
+    sampled before there are `min_tokens`. `logit_bias` has pairs of token id and added bias. `n` answers share one
+    prefill of the prompt. `logprobs` None: none; else how many alternatives to list beside each token's own.
     """
 
     max_tokens: int | None = None
@@ -80,7 +80,7 @@ class SamplingParams:
         self._check_shape()
 
     def _check_shape(self) -> None:
-        """Of the distribution. Written so that NaN is refused too."""
+        """Check what shapes the distribution. The comparisons are written so that NaN is refused too."""
         if not 0 <= self.temperature <= 2:
             raise ValueError(f"temperature must lie between 0 and 2, not {self.temperature}")
         if not 0 < self.top_p <= 1:
@@ -100,15 +100,15 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class TextPart:
-    """A piece of a message's text."""
+    """A piece of text in a message."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class ImagePart:
-    """A picture of a message as it came: encoded bytes (PNG, JPEG, DICOM, ...). With `low_detail` a model that cuts
-    pictures into tiles sees the overview alone; to others it is the same picture. `dicom` is of DICOM alone."""
+    """A picture in a message as received: encoded bytes (PNG, JPEG, DICOM, ...). With `low_detail`, a model that cuts
+    pictures into tiles sees only the overview; other models ignore it. `dicom` applies to DICOM files only."""
 
     data: bytes = field(repr=False)
     low_detail: bool = False
@@ -117,7 +117,7 @@ class ImagePart:
 
 @dataclass(frozen=True)
 class ImageUrl:
-    """A picture of a message by its web address, for a service that fetches it before the request is prepared."""
+    """A picture in a message by URL, for a service that fetches it before the request is prepared."""
 
     url: str = field(repr=False)
     low_detail: bool = False
@@ -134,8 +134,8 @@ class Message:
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """What a caller wants, before anything was decoded or tokenized. `system` replaces the template's system text, and
-    `template` names another one than the model's own."""
+    """A caller's request, before anything is decoded or tokenized. `system` replaces the template's system text;
+    `template` names a template other than the model's own."""
 
     request_id: str
     messages: tuple[Message, ...]
@@ -150,13 +150,13 @@ class GenerationRequest:
 
     @property
     def has_addresses(self) -> bool:
-        """Whether pictures are still to be fetched."""
+        """Whether any pictures still have to be fetched."""
         return any(isinstance(part, ImageUrl) for message in self.messages for part in message.parts)
 
 
 @dataclass(frozen=True)
 class CompletionRequest:
-    """A text that is to go on, as it is or as token ids: no template, no pictures."""
+    """A prompt to be continued, as text or as token ids: no template, no pictures."""
 
     request_id: str
     prompt: str | tuple[int, ...] = field(repr=False)
@@ -164,14 +164,14 @@ class CompletionRequest:
 
     @property
     def num_images(self) -> int:
-        """None."""
+        """Always 0."""
         return 0
 
 
 @dataclass(frozen=True)
 class RenderedRequest:
-    """A prompt whose client has rendered a template itself, `<image>` standing for each of the pictures. Control tokens
-    in it are control tokens. `max_tokens` is a wish: the answer has fewer where the context has no room for as many."""
+    """A prompt that the client has rendered from a template itself, with one `<image>` per picture. Control tokens in
+    it are control tokens. `max_tokens` is only a wish: the answer is shorter where the context has less room."""
 
     request_id: str
     prompt: str = field(repr=False)
@@ -180,7 +180,7 @@ class RenderedRequest:
 
     @property
     def num_images(self) -> int:
-        """Pictures."""
+        """Number of pictures."""
         return len(self.images)
 
 
@@ -190,7 +190,7 @@ AnyRequest = GenerationRequest | CompletionRequest | RenderedRequest
 @dataclass(frozen=True)
 class PreparedImage:
     """A decoded picture as tiles: uint8 (num_tiles, size, size, 3). `digest` is the SHA-256 of the tiles, `size` as in
-    ImageFeatures. `transform` is there of pictures whose values are not what is seen."""
+    ImageFeatures. `transform` is set for pictures whose stored values are not the values seen."""
 
     digest: str
     size: Size | None
@@ -203,8 +203,8 @@ class PreparedRequest:
     """Token ids with one sentinel per image token (prompts/tokenize.py), and the tiles of every picture, in order.
 
     `prompt` is the text the ids came from, with its `<image>`; `num_image_tokens` counts the sentinels per picture, and
-    `transforms` has what PreparedImage says of each, for those who get no tiles.
-    `goes_on` is explained at EngineRequest.
+    `transforms` repeats each PreparedImage's `transform` for receivers that get no tiles. For `goes_on` see
+    EngineRequest.
     """
 
     request_id: str
@@ -219,10 +219,10 @@ class PreparedRequest:
 
 @dataclass(frozen=True)
 class ImageFeatures:
-    """What the tower saw of one picture: (rows of all its tiles, vision_hidden), before the projector.
+    """The tower's output for one picture: (rows of all its tiles, vision_hidden), before the projector.
 
-    `size` is the picture's own in pixels, which tells how its tiles belong together; None where the overview is all
-    there is of it, though the model cuts others into tiles.
+    `size` is the picture's own in pixels, which determines how its tiles fit together; None where there is only the
+    overview although the model cuts other pictures into tiles.
     """
 
     digest: str
@@ -232,7 +232,7 @@ class ImageFeatures:
 
 @dataclass(frozen=True)
 class BegunAnswer:
-    """What was written of an answer before an interruption, and whether that is all of it."""
+    """The tokens generated before an interruption, and whether the answer was already complete."""
 
     token_ids: Sequence[int] = field(default=(), repr=False)
     is_over: bool = False
@@ -242,9 +242,9 @@ class BegunAnswer:
 class EngineRequest:
     """A prompt the engine can run: ids with sentinels, and the features that replace them, in order.
 
-    The lower `priority`, the sooner. `begun` has each of the answers where they were interrupted: those that are not
-    over go on after their tokens, as if nothing had been. With `score_from` nothing is written: the log-probabilities
-    of the prompt's tokens from there on are the answer.
+    A lower `priority` runs sooner. `begun` has each of the answers as interrupted: incomplete ones resume after their
+    tokens as if there had been no interruption. With `score_from` nothing is generated: the answer is the
+    log-probabilities of the prompt's tokens from there on.
     """
 
     request_id: str
@@ -259,7 +259,7 @@ class EngineRequest:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """The natural logarithm of what the model gave a token, and its likeliest alternatives, likeliest first."""
+    """The natural logarithm of a token's probability, and the likeliest alternatives, likeliest first."""
 
     token: int
     logprob: float
@@ -278,11 +278,11 @@ class Usage:
 
 @dataclass(frozen=True)
 class TokenDelta:
-    """What an answer grew by. The last one carries `finish_reason`, `usage` and `stage_ms`.
+    """An increment of an answer. The last one carries `finish_reason`, `usage` and `stage_ms`.
 
-    `index` tells the answers of one request apart. `logprobs` has an entry for each token where they were asked for;
-    `token_bytes` has the bytes of every token these name, and `transforms` what became of each picture's values, where
-    who sends it on knows them.
+    `index` tells the answers of one request apart. `logprobs` has an entry per token where they were requested.
+    `token_bytes` has the bytes of every token that `logprobs` names, and `transforms` each picture's transform; both
+    only where the sender knows them.
     """
 
     request_id: str

@@ -1,6 +1,6 @@
-"""How a picture's stored values are looked at: what a caller chooses of a DICOM file, and what was done in the end.
+"""How a picture's stored values are displayed: the caller's choice for a DICOM file, and the transform applied.
 
-Values without behaviour of their own, like those of types.py, and how they are written. Standard library only.
+Values without behaviour of their own, like those in types.py, and parsers for them. Standard library only.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class DicomView:
-    """What of a DICOM file is looked at: a frame, counted from 1, through a window.
+    """The view of a DICOM file: a frame, counted from 1, through a window.
 
-    `window` is centre and width, or the number of one of the file's own, counted from 1; None: as the file says.
+    `window` is centre and width, or the number of one of the file's own, counted from 1; None: the file's default.
     """
 
     frame: int = 1
@@ -31,7 +31,7 @@ class DicomView:
 
 
 def read_window(text: str) -> tuple[float, float] | int:
-    """`CENTRE,WIDTH`, or the number of one of the file's own windows. Raises ValueError that says what to write."""
+    """Parse `CENTRE,WIDTH` or the number of one of the file's own windows. Raises ValueError stating valid forms."""
     try:
         centre, comma, width = text.partition(",")
         window = (float(centre), float(width)) if comma else int(centre)
@@ -42,7 +42,7 @@ def read_window(text: str) -> tuple[float, float] | int:
 
 
 def read_frame(text: str) -> int:
-    """The number of a frame. Raises ValueError that says what to write."""
+    """Parse the number of a frame. Raises ValueError stating the valid form."""
     if not (text.isdecimal() and int(text)):
         raise ValueError("give the number of a frame, counted from 1")
     return int(text)
@@ -50,9 +50,9 @@ def read_frame(text: str) -> int:
 
 @dataclass(frozen=True)
 class Window:
-    """Which values become the darkest and the lightest, by DICOM's functions, and who said so.
+    """Which values become the darkest and the lightest, by which of DICOM's functions, and where the window came from.
 
-    `values`: those that occur in the picture. `type`: all that its type can hold.
+    Source `values`: the range of values in the picture. `type`: the full range of its type.
     """
 
     centre: float
@@ -63,10 +63,10 @@ class Window:
 
 @dataclass(frozen=True)
 class ImageTransform:
-    """How the stored values of a DICOM picture, or of 16-bit grey, became those that are seen.
+    """How the stored values of a DICOM picture, or of 16-bit grey, became the values seen.
 
-    In the order of the fields: values of so many `bits` of one frame are rescaled by slope and intercept, or by a
-    table; seen through a window, or through a table; and turned over. Colours pass through neither.
+    In the order of the fields: one frame's values of `bits` bits are rescaled by slope and intercept or by a look-up
+    table, mapped through a window or another table, and inverted. Colours pass through none of these.
     """
 
     format: str

@@ -1,6 +1,6 @@
-"""Who answers in a chat: a model in this process or a service, which look alike from here on.
+"""The source of answers in a chat: a model in this process or a service, behind one interface.
 
-Both raise KeyboardInterrupt from Ctrl-C where an answer can be left without harm. Knows no terminal.
+Both raise KeyboardInterrupt on Ctrl-C, at a point where an answer can be left safely. Knows no terminal.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Delta(Protocol):
-    """What an answer grew by."""
+    """An increment of an answer."""
 
     @property
     def text(self) -> str:
@@ -31,25 +31,25 @@ class Delta(Protocol):
 
     @property
     def finish_reason(self) -> str | None:
-        """Why it ended, on the last one."""
+        """Why the answer ended; set on the last delta."""
         ...
 
 
 class Backend(Protocol):
-    """Answers questions. `takes_addresses` is whether pictures may be given by web address."""
+    """Answers questions. `takes_addresses` is whether pictures may be given by URL."""
 
     @property
     def name(self) -> str:
-        """Who answers."""
+        """The name of the model that answers."""
         ...
 
     @property
     def takes_addresses(self) -> bool:
-        """Whether somebody fetches them."""
+        """Whether pictures given by URL are fetched."""
         ...
 
     def answer(self, history: Sequence[Message], question: Message, system: str | None) -> Generator[Delta, None, None]:
-        """The answer as it comes. Raises LlavaError, and KeyboardInterrupt; closing it ends the answer."""
+        """Stream the answer. Raises LlavaError and KeyboardInterrupt; closing the generator ends the answer."""
         ...
 
 
@@ -64,7 +64,7 @@ class LocalBackend:
         self._sampling = SamplingParams(**sampling)
 
     def answer(self, history: Sequence[Message], question: Message, system: str | None) -> Generator[Delta, None, None]:
-        """Ctrl-C takes effect between two steps of the engine, which must not be left half done."""
+        """Stream the answer. Ctrl-C takes effect between two engine steps, as a step must not be interrupted."""
         request = GenerationRequest(uuid.uuid4().hex, (*history, question), self._sampling, system)
         with _held_interrupts() as interrupted:
             for delta in self._model.stream(self._preparer.prepare(request)):
@@ -74,7 +74,7 @@ class LocalBackend:
 
 
 class ServiceBackend:
-    """A service. Ctrl-C closes the connection, which frees the request there."""
+    """A service. Ctrl-C closes the connection, which ends the request there."""
 
     takes_addresses = True
 
@@ -85,14 +85,14 @@ class ServiceBackend:
             raise LlavaError("the service serves no model")
 
     def answer(self, history: Sequence[Message], question: Message, system: str | None) -> Generator[Delta, None, None]:
-        """Ctrl-C takes effect at once."""
+        """Stream the answer. Ctrl-C takes effect at once."""
         with self._client.stream(question, history=history, system=system, model=self.name, **self._sampling) as answer:
             yield from answer
 
 
 @contextlib.contextmanager
 def _held_interrupts() -> Iterator[threading.Event]:
-    """Within the block Ctrl-C only sets the event. Python has signals in the main thread alone."""
+    """Within the block, Ctrl-C only sets the event. No effect outside the main thread, where Python has no signals."""
     interrupted = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield interrupted

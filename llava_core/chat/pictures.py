@@ -1,7 +1,7 @@
-"""Paths of pictures in a line of text, as terminals put them there when a file is dropped onto them.
+"""Finds picture paths in a line of text, as terminals insert them when a file is dropped onto them.
 
-That is in quotes, with escaped blanks, as a file: address, or as it is. A word counts as a picture only if such a file
-is there and begins like a picture; anything else stays text.
+They may be quoted, have escaped spaces, be file: URLs, or be plain. A word counts as a picture only if the file exists
+and begins like a picture; anything else stays text.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from pathlib import Path
 
 from llava_core.client.messages import HEAD_BYTES, media_type
 
-# In quotes, or with escapes, up to the next blank.
+# Quoted, or with escapes, up to the next space.
 _WORD = re.compile(r"""'[^']*'|"(?:\\.|[^"\\])*"|(?:\\.|[^\s\\])+""")
 _ESCAPE = re.compile(r"\\(.)")
 
 
 def take_pictures(line: str) -> tuple[list[Path], str]:
-    """The pictures that a line begins or ends with, in its order, and what is left of it."""
+    """The pictures that a line begins or ends with, in order, and the rest of the line."""
     whole = _as_picture(line.strip())
     if whole is not None:
         return [whole], ""
@@ -38,7 +38,7 @@ def take_pictures(line: str) -> tuple[list[Path], str]:
 
 
 def read_path(text: str) -> Path:
-    """The path that somebody typed or dropped, without quotes and escapes; a file of that very name comes first."""
+    """A typed or dropped path, without quotes and escapes; a file with literally this name takes precedence."""
     as_it_is = Path(text).expanduser()
     if as_it_is.exists():
         return as_it_is
@@ -60,7 +60,7 @@ def _unquote(word: str) -> str:
 
 
 def _as_picture(text: str) -> Path | None:
-    """A bare word may be the name of a file by chance, so it takes a suffix or a slash."""
+    """The path if it is a picture. A bare word may match a file's name by chance, so a suffix or slash is required."""
     if "\0" in text or not ("/" in text or Path(text).suffix):
         return None
     try:
@@ -70,5 +70,5 @@ def _as_picture(text: str) -> Path | None:
         with path.open("rb") as file:
             return path if media_type(file.read(HEAD_BYTES)) else None
     except (OSError, RuntimeError):
-        # Too long for a name, not ours to read, or the home of somebody who is not there: text.
+        # A name that is too long, a file that may not be read, or the home of an unknown user: text.
         return None

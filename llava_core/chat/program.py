@@ -1,4 +1,4 @@
-"""What `llava chat` does: somebody who answers is found, then the chat runs. Parses no options."""
+"""The work of `llava chat`: open a model or a service, then run the chat. Parses no options."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from llava_core.errors import LlavaError
 from llava_core.opening import ModelOptions, load_model, open_model
 from llava_core.views import DicomView
 
-# Of SamplingParams, what a chat may be told.
+# The fields of SamplingParams that a chat accepts as options.
 SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty", "max_tokens", "seed")
 
 
 @dataclass(frozen=True)
 class ChatOptions:
-    """What `llava chat` was told. `sampling` holds what was given of SamplingParams' fields; `view` is how DICOM files
-    are seen."""
+    """The options given to `llava chat`. `sampling` holds the fields of SamplingParams that were given; `view` is the
+    view of DICOM files."""
 
     model: ModelOptions
     url: str | None
@@ -36,7 +36,7 @@ class ChatOptions:
 
 
 def chat(options: ChatOptions) -> None:
-    """Until the input ends. Raises LlavaError where a script's question got no answer."""
+    """Run the chat until the input ends. Without a terminal, raises LlavaError if any line could not be answered."""
     terminal = Terminal(default_history() if options.keeps_history else None)
     with _backend(options, terminal) as backend, terminal.remembering():
         session = Session(backend, terminal, view=options.view)

@@ -1,6 +1,6 @@
 """One chat from its first prompt to its end: lines become pictures, commands or questions.
 
-Knows who answers as a Backend alone.
+Knows the source of answers only as a Backend.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from llava_core.views import DicomView, read_frame, read_window
 
 PROMPT = ">>> "
 HELP = f"""\
-/image PATH    a picture for the next question; a file dropped onto the terminal is one as well
-/window C,W    see DICOM files from here on through this centre and width, or through the window of theirs with this
-               number; without either, through their first
-/frame N       see this frame of DICOM files from here on; without N, the first
-/system TEXT   replace the system text; without TEXT, the model's own again
-/clear         forget what was said and shown
+/image PATH    add a picture to the next question; you can also drop a file onto the terminal
+/window C,W    view DICOM files from here on with this centre and width, or with the file's own window of this number;
+               without an argument, with the file's first
+/frame N       view this frame of DICOM files from here on; without N, the first
+/system TEXT   replace the system text; without TEXT, return to the model's own
+/clear         forget the conversation and its pictures
 /save FILE     write the conversation to FILE
-/load FILE     go on with the conversation in FILE
-/help          this
-/exit          the end, as is Ctrl-D; Ctrl-C stops an answer
+/load FILE     resume the conversation in FILE
+/help          show this help
+/exit          end the chat, as does Ctrl-D; Ctrl-C stops an answer
 {FENCE}            begins and ends a text of several lines"""
 
 
 @dataclass
 class Session:
-    """`view` is how DICOM files are seen that are still to come. `num_failed` counts questions that got no answer."""
+    """`view` is the view of DICOM files added from here on. `num_failed` counts lines that could not be answered."""
 
     backend: Backend
     terminal: Terminal
@@ -46,11 +46,11 @@ class Session:
     messages: list[Message] = field(default_factory=list)
     num_failed: int = 0
     _pending: list[ImagePart | ImageUrl] = field(default_factory=list)
-    # Files that are this chat's own to write.
+    # Files that this chat may overwrite.
     _own: set[Path] = field(default_factory=set)
 
     def run(self) -> None:
-        """Until the input ends."""
+        """Read and handle lines until the input ends."""
         while True:
             try:
                 line = self.terminal.read(PROMPT)
@@ -71,7 +71,7 @@ class Session:
                 self.terminal.warn(f"error: {error}")
 
     def load(self, path: Path) -> None:
-        """Go on with a conversation that was saved."""
+        """Resume a saved conversation."""
         transcript = load_transcript(path)
         self._check(*pictures_of(transcript.messages))
         self.messages, self.system, self._pending = list(transcript.messages), transcript.system, []
@@ -89,7 +89,7 @@ class Session:
             self._attach(path)
         if text.startswith("/"):
             word = text.split()[0]
-            what = "no picture that can be read" if "/" in word[1:] else "no command; /help lists them"
+            what = "not a picture that can be read" if "/" in word[1:] else "not a command; /help lists them"
             raise RequestError(f"{word} is {what}")
         if text.strip():
             self._ask(text)
@@ -99,10 +99,10 @@ class Session:
         written: list[str] = []
         reason = None
         try:
-            # Closed at once, not when somebody collects it.
+            # Closed at once, not at garbage collection.
             with closing(self.backend.answer(self.messages, question, self.system)) as answer:
                 for delta in answer:
-                    # First, so that an interrupt finds all that was shown.
+                    # Recorded first, so that on an interrupt it includes everything shown.
                     written.append(delta.text)
                     self.terminal.stream(delta.text)
                     reason = delta.finish_reason or reason
@@ -113,7 +113,7 @@ class Session:
         except LlavaError:
             if written:
                 self.terminal.end_line()
-                self.terminal.note("(the answer is not whole, and not part of the conversation; ask again)")
+                self.terminal.note("(the answer is incomplete and not part of the conversation; ask again)")
             raise
         self.terminal.end_line()
         self._pending = []
@@ -131,7 +131,7 @@ class Session:
         kind = media_type(part.data) if isinstance(part, ImagePart) else DICOM
         if kind is None:
             raise RequestError(f"{picture} is not a picture of a known kind")
-        # What is at an address nobody knows yet: it is what somebody says who chooses a frame or a window.
+        # The kind of a file behind a URL is not known yet; whoever has chosen a frame or a window means a DICOM file.
         if kind == DICOM:
             part = replace(part, dicom=self.view)
         self._check(part)
@@ -140,7 +140,7 @@ class Session:
 
     def _check(self, *pictures: ImagePart | ImageUrl) -> None:
         if not self.backend.takes_addresses and any(isinstance(picture, ImageUrl) for picture in pictures):
-            raise RequestError("pictures by address are for a service to fetch (--url); give a file")
+            raise RequestError("only a service (--url) can fetch pictures by address; give a file")
 
     def _window(self, argument: str) -> None:
         try:
@@ -167,7 +167,7 @@ class Session:
 
     def _clear(self, _argument: str) -> None:
         self.messages, self._pending = [], []
-        self.terminal.note("nothing was said")
+        self.terminal.note("the conversation is empty")
 
     def _save(self, argument: str) -> None:
         _need(argument, "/save FILE")
@@ -183,7 +183,7 @@ class Session:
                 with path.open("x", encoding="utf-8") as file:
                     file.write(text)
         except FileExistsError:
-            raise RequestError(f"{path} is there already, and not of this chat; choose another name") from None
+            raise RequestError(f"{path} exists already and is not this chat's own; choose another name") from None
         except OSError as error:
             raise RequestError(f"{path} cannot be written: {error.strerror}") from error
         self._own.add(path.resolve())
@@ -199,10 +199,10 @@ class Session:
 
 def _need(argument: str, usage: str) -> None:
     if not argument:
-        raise RequestError(f"it is: {usage}")
+        raise RequestError(f"usage: {usage}")
 
 
-_REMARKS = {"interrupt": "(stopped)", "length": "(cut off at the limit of tokens)"}
+_REMARKS = {"interrupt": "(stopped)", "length": "(cut off at the token limit)"}
 _COMMANDS: dict[str, Callable[[Session, str], None]] = {
     "/image": Session._image,
     "/window": Session._window,

@@ -1,7 +1,7 @@
-"""A terminal, or the pipe that stands in for one: asking for lines, showing text, and the history of what was typed.
+"""A terminal, or a pipe in place of one: reading lines, showing text, and the history of typed lines.
 
-With a terminal at both ends lines can be edited and recalled. Otherwise lines are read as they are, remarks go to
-standard error, and nothing but answers to standard output. Knows nothing about what is said.
+If input and output are a terminal, lines can be edited and recalled. Otherwise lines are read unedited, remarks go to
+standard error, and only answers to standard output. Knows nothing about the conversation.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ import click
 
 try:
     import readline
-except ImportError:  # A Python that was built without it still chats.
+except ImportError:  # A Python built without readline can still chat.
     readline = None  # type: ignore[assignment]
 
 # Begins and ends a text of several lines.
 FENCE = '"""'
 _HISTORY_LINES = 1000
-# A model's text is not to move the cursor or to rename the window.
+# A model's text must not move the cursor or rename the window.
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
@@ -37,23 +37,23 @@ class Terminal:
             not self.is_interactive or bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM", "dumb") == "dumb"
         )
         for stream in (sys.stdin, sys.stdout):
-            # Neither what cannot be read nor what cannot be shown ends a chat.
+            # Neither undecodable input nor unencodable output may end a chat.
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="replace")
         self._history = history if self.is_interactive and readline else None
 
     @contextlib.contextmanager
     def remembering(self) -> Iterator[None]:
-        """Lines typed within the block can be recalled in the next chat. Whatever is wrong with the file is told."""
+        """Save lines typed within the block for the next chat. Problems with the history file are reported."""
         if self._history is None:
             yield
             return
-        # Not completed, but typed: a tab is a blank like any other.
+        # No completion: a tab is inserted as typed.
         readline.parse_and_bind("tab: self-insert")
         readline.set_history_length(_HISTORY_LINES)
         try:
             self._history.parent.mkdir(parents=True, exist_ok=True)
-            # Nobody else's business.
+            # Private to the user.
             self._history.touch(mode=0o600)
             readline.read_history_file(self._history)
         except OSError as error:
@@ -66,12 +66,12 @@ class Terminal:
             readline.write_history_file(self._history)
 
     def read(self, prompt: str) -> str:
-        """A line, or the lines between two FENCEs. Raises EOFError at the end, and KeyboardInterrupt."""
+        """Read a line, or the lines between two FENCEs. Raises EOFError at the end, and KeyboardInterrupt."""
         line = self._line(prompt)
         if not line.lstrip().startswith(FENCE):
             return line
         text = line.lstrip().removeprefix(FENCE)
-        # The end of the input ends the text as well.
+        # The end of the input also ends the text.
         with contextlib.suppress(EOFError):
             while not text.rstrip().endswith(FENCE):
                 text += "\n" + self._line("... ")
@@ -80,19 +80,19 @@ class Terminal:
     def stream(self, text: str) -> None:
         """Show a piece of an answer at once."""
         shown = _CONTROLS.sub("\N{REPLACEMENT CHARACTER}", text) if self.is_interactive else text
-        # `color`, because click would drop escapes on their way into a file.
+        # `color=True`, because click would strip escape codes when writing to a file.
         click.echo(shown, nl=False, color=True)
 
     def end_line(self) -> None:
-        """After an answer."""
+        """End the line after an answer."""
         click.echo()
 
     def note(self, text: str) -> None:
-        """Say something beside the conversation."""
+        """Show a remark outside the conversation."""
         click.echo(self._paint(_CONTROLS.sub(" ", text), dim=True), err=not self.is_interactive)
 
     def warn(self, text: str) -> None:
-        """Say that something went wrong."""
+        """Show an error."""
         click.echo(self._paint(_CONTROLS.sub(" ", text), fg="red"), err=not self.is_interactive)
 
     def _line(self, prompt: str) -> str:
@@ -101,7 +101,7 @@ class Terminal:
             if not line:
                 raise EOFError
             return line.rstrip("\r\n")
-        # Between these two, readline does not count characters.
+        # readline does not count characters between \001 and \002.
         shown = prompt if self._is_plain else f"\001\033[1;32m\002{prompt}\001\033[0m\002"
         return input(shown)
 
@@ -110,6 +110,6 @@ class Terminal:
 
 
 def default_history() -> Path:
-    """Where the history is, by the XDG base directory specification."""
+    """The history file's path, by the XDG base directory specification."""
     state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
     return Path(state) / "llava" / "chat_history"

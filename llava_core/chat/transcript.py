@@ -1,4 +1,4 @@
-"""A conversation as a JSON file, to be read by people and loaded again: texts first, pictures by number behind them."""
+"""A conversation as a JSON file, readable by people and loadable again: texts first, then pictures by number."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ Part = TextPart | ImagePart | ImageUrl
 
 @dataclass(frozen=True)
 class Transcript:
-    """What a file holds. `model` is who answered."""
+    """A transcript file's contents. `model` is the name of the model that answered."""
 
     model: str
     system: str | None
     messages: tuple[Message, ...]
 
     def dump(self) -> str:
-        """The text of the file; a picture that comes again stands there once."""
+        """The text of the file; a repeated picture is stored once."""
         numbers: dict[str, int] = {}
         messages = [
             {"role": message.role, "content": [_part_json(part, numbers) for part in message.parts]}
@@ -39,15 +39,15 @@ class Transcript:
 
 
 def load_transcript(path: Path) -> Transcript:
-    """Raises RequestError that names the file and what is wrong with it."""
+    """Load a transcript. Raises RequestError naming the file and the problem."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise RequestError(f"{path} cannot be read: {error.strerror}", param="load") from error
     except ValueError as error:
-        raise RequestError(f"{path} is no JSON: {error}", param="load") from error
+        raise RequestError(f"{path} is not JSON: {error}", param="load") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise RequestError(f"{path} is no saved chat: its `format` is not {FORMAT}", param="load")
+        raise RequestError(f"{path} is not a saved chat: its `format` is not {FORMAT}", param="load")
     try:
         images = {number: _read_image(url) for number, url in content["images"].items()}
         messages = tuple(_read_message(message, images) for message in content["messages"])
@@ -62,7 +62,7 @@ def pictures_of(messages: Iterable[Message]) -> list[ImagePart | ImageUrl]:
 
 
 def text_of(parts: Sequence[Part]) -> str:
-    """The text among the parts."""
+    """The text of the parts, joined."""
     return "".join(part.text for part in parts if isinstance(part, TextPart))
 
 
@@ -100,9 +100,9 @@ def _read_image(url: Any) -> ImagePart | ImageUrl:
         try:
             return ImagePart(base64.b64decode(payload, validate=True))
         except ValueError as error:
-            raise ValueError(f"a picture is no base64: {error}") from error
+            raise ValueError(f"a picture is not base64: {error}") from error
     if not is_address(url):
-        raise ValueError(f"{url[:50]!r} is no address of a picture")
+        raise ValueError(f"{url[:50]!r} is not the address of a picture")
     return ImageUrl(url)
 
 

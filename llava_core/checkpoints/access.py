@@ -1,6 +1,6 @@
-"""Files and folders that are there and that this user may not read: they are named, with what to do.
+"""Reports files and folders that exist but that this user may not read, with the fix.
 
-Knows nothing about what is in them.
+Knows nothing about their contents.
 """
 
 import os
@@ -10,14 +10,14 @@ from llava_core.errors import CheckpointError
 
 
 def denied(path: Path) -> CheckpointError:
-    """The error for what may not be read."""
+    """The error for a path that this user may not read."""
     return CheckpointError(f"{path} cannot be read: permission denied; give this user access to it")
 
 
 def check_access(folder: Path) -> None:
-    """Raise CheckpointError where this user may not look into a folder, or into one on the way to it.
+    """Raise CheckpointError where this user may not read a folder, or enter one of its parents.
 
-    Not by Path's own questions, which raise inside such folders, and for names that no folder can have.
+    Avoids Path's own methods, which raise inside such folders and for names that no folder can have.
     """
     for parent in reversed(folder.absolute().parents):
         if os.path.isdir(parent) and not os.access(parent, os.X_OK):

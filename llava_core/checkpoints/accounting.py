@@ -1,6 +1,6 @@
-"""Does a checkpoint hold what its config.json calls for, and nothing else? Judged by headers, without torch.
+"""Checks that a checkpoint holds exactly what its config.json calls for, judging by headers, without torch.
 
-For whoever must know before slow work begins, such as starting a service. Loading (load.py) judges again.
+For callers that must know before slow work begins, such as starting a service. Loading (load.py) checks again.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _LAYER = re.compile(r"layers\.(\d+)\.")
 
 
 def check_loadable(checkpoint: Checkpoint, num_tokens: int) -> None:
-    """Raise CheckpointError for all that loading would find out only after it has read weights.
+    """Raise CheckpointError for every problem that loading would detect only after reading weights.
 
     `num_tokens` is the size of the tokenizer.
     """
@@ -31,7 +31,7 @@ def check_loadable(checkpoint: Checkpoint, num_tokens: int) -> None:
 
 
 def tensor_problems(checkpoint: Checkpoint, stored: Mapping[Key, Stored]) -> list[str]:
-    """Everything that is wrong with names and shapes of what is stored, the adapter's among them."""
+    """All problems with the names and shapes of the stored tensors, including the adapter's."""
     problems: list[str] = []
     replaced: dict[Key, Stored] = {}
     misfits: dict[Key, str] = {}
@@ -50,13 +50,13 @@ def tensor_problems(checkpoint: Checkpoint, stored: Mapping[Key, Stored]) -> lis
 
 
 def check_tensors(checkpoint: Path | Checkpoint) -> None:
-    """Raise CheckpointError for damaged files, for unknown tensors, and for missing or left-over ones; names alone."""
+    """Raise CheckpointError for damaged files, and for unknown, missing or left-over tensors; checks names only."""
     opened = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
     _raise(name_problems(opened))
 
 
 def check_shapes(config: ModelConfig, stored: Mapping[Key, Stored]) -> None:
-    """Raise CheckpointError for tensors of another shape than config.json says; reads headers alone."""
+    """Raise CheckpointError for tensors whose shape differs from config.json; reads headers only."""
     _raise(shape_problems(config, stored))
 
 
@@ -68,9 +68,9 @@ def _raise(problems: list[str], at_most: int = 5) -> None:
 
 
 def name_problems(checkpoint: Checkpoint, replaced: Iterable[Key] = ()) -> list[str]:
-    """Everything that is missing, left over, or of unknown purpose. Raises CheckpointError for damaged files.
+    """All tensors that are missing, left over, or of unknown purpose. Raises CheckpointError for damaged files.
 
-    `replaced` is what an adapter brings along in full.
+    `replaced` are the tensors that an adapter holds in full.
     """
     names = set(replaced)
     problems = []
@@ -88,7 +88,7 @@ def name_problems(checkpoint: Checkpoint, replaced: Iterable[Key] = ()) -> list[
 
 
 def shape_problems(config: ModelConfig, stored: Mapping[Key, Stored]) -> list[str]:
-    """Every tensor of another shape than config.json says."""
+    """All tensors whose shape differs from config.json."""
     expected = {HEAD_KEY: (config.vocab_size, config.hidden_size), **expected_shapes(config)}
     return [
         f"{key.part} {key.name} has shape {found.info.shape} in {found.file}, config.json says {expected[key]}"
@@ -98,7 +98,7 @@ def shape_problems(config: ModelConfig, stored: Mapping[Key, Stored]) -> list[st
 
 
 def _misfits(lora: Lora, header: Mapping[str, TensorInfo], stored: Mapping[Key, Stored]) -> dict[Key, str]:
-    """What is to be said of every weight that the adapter changes and the base has in another shape or not at all."""
+    """A message for every weight that the adapter changes but the base lacks or has in another shape."""
     said = {}
     for key, pair in lora.pairs.items():
         shape = (header[pair.up].shape[0], header[pair.down].shape[1])
@@ -106,13 +106,13 @@ def _misfits(lora: Lora, header: Mapping[str, TensorInfo], stored: Mapping[Key, 
         if found != shape:
             said[key] = (
                 f"{lora.file} changes {key.part} {key.name} of shape {shape}, where the base has {found or 'none'}: it "
-                "is the wrong base, name the right one with --base"
+                "is the wrong base, so name the right one with --base"
             )
     return said
 
 
 def vocabulary_problems(checkpoint: Checkpoint, num_tokens: int) -> list[str]:
-    """Tokens that the embeddings have no row for."""
+    """A message if the tokenizer has tokens without a row in the embeddings."""
     rows = checkpoint.config.vocab_size
     if num_tokens <= rows:
         return []
@@ -124,12 +124,12 @@ def vocabulary_problems(checkpoint: Checkpoint, num_tokens: int) -> list[str]:
 
 
 def _layer_problems(part: Part, names: Iterable[Key], expected: Iterable[Key]) -> list[str]:
-    """One line for layers that are missing or too many, which says more than the names of all their tensors."""
+    """One line for missing or surplus layers, which is clearer than the names of all their tensors."""
     found, wanted = _layers(part, names), _layers(part, expected)
     if found == wanted:
         return []
     differing = ", ".join(f"layer {layer}" for layer in sorted(found ^ wanted))
-    kind = "missing are" if wanted - found else "too many are"
+    kind = "missing" if wanted - found else "surplus"
     return [f"{len(wanted)} {part} layers, the files hold {len(found)}; {kind}: {differing}"]
 
 
@@ -140,5 +140,5 @@ def _layers(part: Part, keys: Iterable[Key]) -> set[int]:
 
 def _left_over(key: Key, config: ModelConfig, file: Path) -> str:
     if key == NEWLINE_KEY:
-        return f"image_newline is there, which mm_patch_merge_type {config.merge_type} in {file} does not have"
-    return f"{key.part} {key.name} is there, and {file} does not call for it"
+        return f"image_newline is present, which mm_patch_merge_type {config.merge_type} in {file} does not have"
+    return f"{key.part} {key.name} is present, but {file} does not call for it"

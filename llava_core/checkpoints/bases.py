@@ -1,6 +1,6 @@
-"""What a LoRA, a projector or an adapter was trained on: which model that is, and whether it is the right one.
+"""Finds the base model that a LoRA, a projector or an adapter was trained on, and checks that it is the right one.
 
-Reads configurations and headers, no weights. Knows nothing about towers, nor how one is laid over the other.
+Reads configurations and headers, no weights. Knows nothing about towers or how the weights are combined.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from llava_core.fields import Fields, shown
 
 
 def find_base(folder: Path, base: str | Path | None, hub: Hub, *, takes_tower: bool) -> tuple[Path, Weights]:
-    """The base's folder and weights. Its tower counts only where a trained one is called for."""
+    """The base's folder and weights. Its tower is used only where a trained one is called for."""
     found = hub.find(str(base_name(folder, base)), f"the base of {folder}")
     weights = find_weights(found, ALL_PARTS if takes_tower else ALL_PARTS - {"tower"})
     if not has_model(found):
@@ -25,7 +25,7 @@ def find_base(folder: Path, base: str | Path | None, hub: Hub, *, takes_tower: b
 
 
 def base_name(folder: Path, base: str | Path | None) -> str | Path:
-    """The model that was given, else the one that adapter_config.json names. Raises CheckpointError without either."""
+    """The given base, else the one that adapter_config.json names. Raises CheckpointError without either."""
     if base is not None:
         return base
     said, named = "", None
@@ -38,7 +38,7 @@ def base_name(folder: Path, base: str | Path | None) -> str | Path:
 
 
 def check_base(config: ModelConfig, folder: Path, base: Path) -> None:
-    """Raise CheckpointError when a field that tells one size of a decoder from another is not the same."""
+    """Raise CheckpointError when the decoders differ in a field that determines their size."""
     theirs = read_json(base, "config.json")
     with naming(base / "config.json"):
         fields = Fields(theirs).section("text_config") if "text_config" in theirs else Fields(theirs)

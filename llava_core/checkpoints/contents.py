@@ -1,6 +1,6 @@
-"""Which file holds which of our tensors, and how it is stored there: a checkpoint's table of contents.
+"""A checkpoint's table of contents: which file holds which of our tensors, and how it is stored there.
 
-Reads headers, no weights. Does not judge whether anything is missing; accounting.py does.
+Reads headers, no weights. Does not check whether anything is missing; accounting.py does.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from llava_core.errors import CheckpointError
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a file, under the name it has there. With `is_rounded` it counts as rounded to float16."""
+    """A tensor in a file, under its name there. With `is_rounded` it is to be rounded to float16."""
 
     file: Path
     name: str
@@ -26,9 +26,9 @@ class Stored:
 
 
 def stored_tensors(weights: Iterable[Weights]) -> dict[Key, Stored]:
-    """Every tensor by our key, file by file; of two `weights` that hold the same the later one counts.
+    """Every tensor by our key, file by file; where two `weights` hold the same tensor, the later one wins.
 
-    Raises CheckpointError for a damaged file, and for an index that names what its file does not hold.
+    Raises CheckpointError for a damaged file, and for an index that names tensors which its file does not hold.
     """
     found: dict[Key, Stored] = {}
     for each in weights:

@@ -1,4 +1,4 @@
-"""What a checkpoint wants of its requests, without its weights: image preprocessing, tokenizer and template.
+"""How a checkpoint's requests are prepared, without its weights: image preprocessing, tokenizer and template.
 
 Does not import torch, so a CPU-only preprocessing replica stays small.
 """
@@ -33,11 +33,11 @@ from llava_core.types import PreparedImage, Size
 
 
 def load_preprocess_config(checkpoint: Checkpoint) -> AnyPreprocessConfig:
-    """How the checkpoint wants its pictures. Raises CheckpointError for a way that is not ours."""
+    """How to preprocess the checkpoint's pictures. Raises CheckpointError for settings that are not supported."""
     config = checkpoint.config
     kind = config.vision.architecture["model_type"]
     if kind == BIOVIL_T:
-        # Its config.json has LLaVA-1.5's image_aspect_ratio, which says nothing about radiographs.
+        # Its config.json has LLaVA-1.5's image_aspect_ratio, which does not apply to radiographs.
         return BioVilPreprocessConfig(size=config.tile_size)
     aspect = _original_aspect(checkpoint.settings) if config.dialect == "original" else None
     folder = checkpoint.image_folder or checkpoint.folder
@@ -58,13 +58,13 @@ def load_preprocess_config(checkpoint: Checkpoint) -> AnyPreprocessConfig:
 
 
 def _original_aspect(settings: JsonObject) -> Aspect:
-    """The original's `image_aspect_ratio`; what it does not know it treats like `square`."""
+    """The original's `image_aspect_ratio`; the original code treats unknown values like `square`."""
     value = settings.get("image_aspect_ratio", "square")
     return value if value in ("pad", "anyres") else "crop"
 
 
 def _image_settings(folder: Path) -> Path:
-    """transformers 5 writes one file for image processor and tokenizer, earlier versions one for pictures alone."""
+    """The file with image settings: transformers 5 writes one for all processors, earlier versions one for images."""
     files = [folder / name for name in ("preprocessor_config.json", "processor_config.json")]
     return next((file for file in files if file.exists()), files[0])
 
@@ -72,7 +72,7 @@ def _image_settings(folder: Path) -> Path:
 def read_preprocess_config(
     folder: Path, *, aspect: Aspect | None = None, pinpoints: tuple[Size, ...] = ()
 ) -> PreprocessConfig:
-    """A folder's settings for pictures; `aspect` None: by their own fields, as transformers reads them."""
+    """A folder's settings for pictures; with `aspect` None they decide the aspect, as in transformers."""
     file = _image_settings(folder)
     fields = Fields(read_json(folder, file.name))
     with naming(file):
@@ -94,7 +94,7 @@ def read_preprocess_config(
 
 
 def _side(fields: Fields) -> int:
-    """The one number in `size` and `crop_size`, which are numbers, or objects of equal ones."""
+    """The one number in `size` and `crop_size`, each a number or an object of equal numbers."""
     values = [value for name in ("size", "crop_size") if fields.has(name) for value in _sides(fields.values[name])]
     if not values or not all(is_whole(value) and 0 < value == values[0] for value in values):
         size, crop_size = (shown(fields.values.get(name)) for name in ("size", "crop_size"))
@@ -111,7 +111,7 @@ def _sides(size: object) -> list[Any]:
 def _channels(
     fields: Fields, name: str, default: tuple[float, float, float], *, divides: bool = False
 ) -> tuple[float, float, float]:
-    """A number for each colour, on the scale on which white is 1."""
+    """One number per colour, on a scale with white as 1."""
     found = [as_number(value) for value in fields.items(name)] if fields.has(name) else default
     values = [value for value in found if value is not None and 0 <= value <= 1 and not (divides and value == 0)]
     if len(found) != 3 or len(values) != 3:
@@ -128,7 +128,7 @@ def load_preparer(
     limits: RequestLimits | None = None,
     cache: LruCache[PreparedImage] | None = None,
 ) -> Preparer:
-    """What a checkpoint needs of its requests; reads no weights. Prepared pictures are kept in `cache`."""
+    """A checkpoint's Preparer; reads no weights. Prepared pictures are kept in `cache`."""
     opened = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
     tokenizer = tokenizer or load_tokenizer(opened)
     return Preparer(

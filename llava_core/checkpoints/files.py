@@ -1,6 +1,6 @@
 """A checkpoint's folder: its JSON files, and which weight file holds which tensor. Reads headers, not weights.
 
-Knows nothing about models, nor where folders come from.
+Knows nothing about models or where folders come from.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from llava_core.checkpoints.pickles import read_pickled
 from llava_core.checkpoints.safetensors_file import open_safetensors
 from llava_core.errors import CheckpointError
 
-# What is served, asked and evaluated where no checkpoint is named.
+# The model that is served, asked and evaluated when no checkpoint is named.
 DEFAULT_MODEL = Path(__file__).parents[1] / "default_model"
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:
-    """A JSON object of the checkpoint. Raises CheckpointError naming the file when it is missing or damaged."""
+    """Read one of the checkpoint's JSON objects. Raises CheckpointError naming a missing or damaged file."""
     try:
         content = json.loads((folder / name).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -37,14 +37,14 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
 
 @contextmanager
 def naming(file: Path) -> Iterator[None]:
-    """Readers of configurations know fields and no files: put the file before what they raise."""
+    """Prefix the file's name to errors from readers of configurations, which know fields but no files."""
     try:
         yield
     except CheckpointError as error:
         raise CheckpointError(f"{file}: {error}") from error
 
 
-# The first that there is counts, as in transformers.
+# The first that exists is used, as in transformers.
 _MODELS = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -71,7 +71,7 @@ def _find_listed(index: Path) -> dict[str, Path]:
             f"{absent[0]} is missing, which weight_map in {index} names; the checkpoint is incomplete"
         )
     if index.name.startswith("pytorch"):
-        # Whether these files hold what the index says is found out with their headers, in contents.py.
+        # contents.py compares the index with these files' contents when it reads their headers.
         return listed
     found = {name: file for file in files for name in tensor_names(file)}
     if listed != found:
@@ -86,18 +86,19 @@ def has_model(folder: Path) -> bool:
 
 
 def find_file(folder: Path, stem: str) -> Path | None:
-    """`stem.safetensors` or else `stem.bin` of a folder."""
+    """`stem.safetensors` in a folder, or else `stem.bin`."""
     return next((file for suffix in ("safetensors", "bin") if (file := folder / f"{stem}.{suffix}").exists()), None)
 
 
 def find_non_lora(folder: Path) -> Path | None:
-    """What an original LoRA trained in full. Of RaDialog's two files the extended one counts, as in its code."""
+    """The tensors that an original LoRA trained in full. Of RaDialog's two files, the extended one is used, as in its
+    code."""
     return find_file(folder, "non_lora_trainables_extended") or find_file(folder, "non_lora_trainables")
 
 
 def _read_index(index: Path) -> dict[str, Path]:
     weight_map = read_json(index.parent, index.name).get("weight_map")
-    # A name with a folder in it would read files that are not the checkpoint's.
+    # A name with a folder in it would read files outside the checkpoint.
     if not isinstance(weight_map, dict) or not weight_map or not all(map(_is_file_name, weight_map.values())):
         raise CheckpointError(f"{index}: weight_map must map every tensor to a file of the same folder")
     return {name: index.parent / file for name, file in weight_map.items()}
@@ -108,7 +109,7 @@ def _is_file_name(value: object) -> bool:
 
 
 def tensor_names(file: Path) -> list[str]:
-    """Names in one weight file. Raises CheckpointError when it is missing, truncated or holds something else."""
+    """Tensor names in one weight file. Raises CheckpointError when it is missing, truncated or of another kind."""
     if file.suffix != ".safetensors":
         return list(read_pickled(file))
     with open_safetensors(file, "np") as tensors:

@@ -1,7 +1,7 @@
-"""A checkpoint that was found and looked at once, and is opened by processes on whichever machine.
+"""A checkpoint that has been found and checked once, to be opened by processes on any machine.
 
-Looking takes a second and neither reads weights nor imports torch. Whatever this misses, such as memory that is lacking
-where a process runs, the process that loads it finds.
+Checking takes a second and neither reads weights nor imports torch. The process that loads the checkpoint detects
+anything else, such as a lack of memory on its machine.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 class FoundCheckpoint:
     """Folders and hub ids, and the revision of each id.
 
-    Not the folders that ids were found in: on another machine they are elsewhere, and may have to be fetched first. So
-    may this project be, with the default model in it, which is None.
+    Does not hold the folders in which ids were found: on another machine those are elsewhere, and may have to be
+    downloaded first. The same goes for the default model, which is None: this project may be installed elsewhere.
     """
 
     model: str | None
@@ -31,7 +31,7 @@ class FoundCheckpoint:
     offline: bool
 
     def open(self) -> Checkpoint:
-        """What a part is loaded of. Raises CheckpointError when it cannot be had on this machine."""
+        """Open the checkpoint to load its parts. Raises CheckpointError when it is not available on this machine."""
         from llava_core.checkpoints.layout import open_checkpoint
 
         return open_checkpoint(_located(self.model), self.base, offline=self.offline, revisions=self.revisions)
@@ -46,11 +46,11 @@ def find_checkpoint(
     offline: bool = False,
     revisions: Mapping[str, str] | None = None,
 ) -> FoundCheckpoint:
-    """The checkpoint with base and tower, fetched if need be; None is the default model.
+    """Find and check a checkpoint with its base and tower, downloading if need be; None is the default model.
 
     Raises CheckpointError naming file and fix.
     """
-    # A second's worth of tokenizer library, not wanted for a --help.
+    # Imported here: the tokenizer library takes a second to import, too long for --help.
     from llava_core.checkpoints.accounting import check_loadable
     from llava_core.checkpoints.describe import load_preparer
     from llava_core.checkpoints.layout import open_checkpoint

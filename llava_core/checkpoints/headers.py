@@ -1,4 +1,4 @@
-"""Dtype and shape of every tensor in a weight file, from its header alone. Reads no weights and runs no code.
+"""Dtype and shape of every tensor in a weight file, from its header alone. Reads no weights and executes no code.
 
 Needs no torch. Knows nothing about models.
 """
@@ -13,7 +13,7 @@ from llava_core.checkpoints.pickles import read_pickled
 from llava_core.checkpoints.safetensors_file import open_safetensors
 from llava_core.errors import CheckpointError
 
-# safetensors' names of dtypes, with torch's and the bytes of one number.
+# safetensors' dtype names, with torch's names and bytes per number.
 DTYPES: dict[str, tuple[str, int]] = {
     "F64": ("float64", 8),
     "F32": ("float32", 4),
@@ -32,14 +32,14 @@ DTYPES: dict[str, tuple[str, int]] = {
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A tensor as stored: `dtype` in safetensors' words, `shape` in numbers."""
+    """A tensor as stored: `dtype` by safetensors' name, `shape` in numbers."""
 
     dtype: str
     shape: tuple[int, ...]
 
     @property
     def num_elements(self) -> int:
-        """How many numbers it holds."""
+        """How many numbers the tensor holds."""
         return math.prod(self.shape)
 
     @property
@@ -49,7 +49,7 @@ class TensorInfo:
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
-    """What a weight file holds. Raises CheckpointError when it is missing, damaged, or of a dtype that is not known."""
+    """A weight file's tensors. Raises CheckpointError when it is missing, damaged, or has an unknown dtype."""
     found = _read_safetensors(file) if file.suffix == ".safetensors" else _read_pickled(file)
     unknown = sorted({info.dtype for info in found.values()} - set(DTYPES))
     if unknown:

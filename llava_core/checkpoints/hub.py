@@ -1,6 +1,6 @@
-"""Hub ids become folders: found in the local cache or downloaded, here and nowhere else, and never in silence.
+"""Resolves hub ids to folders: found in the local cache or downloaded, only here, and never silently.
 
-Knows ids, revisions and names of files, and nothing about what is in them.
+Knows ids, revisions and file names, and nothing about the files' contents.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# What is wanted of a repository; of weights that are there as safetensors and as `.bin`, the first alone.
+# The files wanted from a repository; where weights exist as safetensors and as `.bin`, only the former.
 _PATTERNS = ["*.json", "*.safetensors", "*.model", "*.jinja", "mm_projector.bin", "non_lora_trainables*.bin"]
 _ALSO_WITHOUT_SAFETENSORS = ["*.bin"]
 
@@ -28,8 +28,8 @@ _ALSO_WITHOUT_SAFETENSORS = ["*.bin"]
 class Hub:
     """Finds checkpoints by folder or hub id. `found` has the revision of every id that was found.
 
-    With `offline` nothing is fetched. `revisions` are those of all the ids that may be used; None is the newest of
-    each, which for one Hub stays what it was at first.
+    With `offline` nothing is downloaded. `revisions` pins all ids that may be used; None means the newest revision of
+    each, which one Hub looks up only once.
     """
 
     def __init__(self, *, offline: bool = False, revisions: Mapping[str, str] | None = None) -> None:
@@ -38,16 +38,16 @@ class Hub:
         self.found: dict[str, str] = {}
 
     def is_pinned(self, name: str) -> bool:
-        """Whether a revision was chosen for this id, so that nothing else may be taken in its place."""
+        """Whether this id is pinned to a revision, so that nothing else may be used in its place."""
         return name in (self._revisions or ())
 
     def find(self, path_or_id: str, role: str) -> Path:
-        """The folder of a checkpoint: the path itself, or a hub id's snapshot. `role` says what it is wanted for.
+        """The folder of a checkpoint: the path itself, or a hub id's snapshot. `role` names its purpose in messages.
 
         Raises CheckpointError when there is neither.
         """
         if not self.is_pinned(path_or_id):
-            # Not Path.expanduser, which raises for a user there is not.
+            # Not Path.expanduser, which raises for an unknown user.
             path = Path(os.path.expanduser(path_or_id))
             check_access(path)
             # Not Path.is_dir, which raises for names that no folder can have.
@@ -65,9 +65,9 @@ class Hub:
         return folder
 
     def find_here(self, repo_id: str, needs: str) -> Path | None:
-        """A snapshot that is in the local cache with the file that it `needs`, and may be used; nothing is fetched.
+        """A usable snapshot in the local cache that has the file it `needs`, else None; nothing is downloaded.
 
-        One without that file, as a download that was begun leaves, is not found: no revision of it is handed on.
+        A snapshot without that file, such as an unfinished download, is not found, and its revision is not recorded.
         """
         here = Hub(offline=True, revisions=self._revisions)
         try:
@@ -99,22 +99,22 @@ class Hub:
 
 
 def _http_error() -> type[Exception]:
-    """What the HTTP client under the hub's raises, which is one package in some versions and another one in others."""
+    """The base exception of the hub client's HTTP library, which differs between versions."""
     from huggingface_hub.errors import HfHubHTTPError
 
     return HfHubHTTPError.__mro__[1]
 
 
 def _look_up(repo_id: str, revision: str | None, role: str) -> list[str]:
-    """What to fetch of a repository, announced if any of it is not here."""
+    """The patterns of files to download from a repository. Logs the download if any file is missing locally."""
     from huggingface_hub import HfApi, constants
 
     try:
         info = HfApi().model_info(repo_id, revision=revision, files_metadata=True)
     except (OSError, _http_error()) as error:
-        # Whether the cache does, whoever asks for the snapshot finds out.
+        # Requesting the snapshot will show whether the cache suffices.
         name = type(error).__name__
-        logger.info("%s, %s: nothing from %s (%s), so the local cache counts", repo_id, role, constants.ENDPOINT, name)
+        logger.info("%s, %s: no answer from %s (%s), using the local cache", repo_id, role, constants.ENDPOINT, name)
         return _PATTERNS
     files = {file.rfilename: file for file in info.siblings or ()}
     has_safetensors = any(Path(name).match("*model*.safetensors") for name in files)
@@ -130,7 +130,7 @@ def _look_up(repo_id: str, revision: str | None, role: str) -> list[str]:
 
 
 def _is_here(repo_id: str, file: RepoSibling, revision: str | None) -> bool:
-    """Whether the cache has a file, of this revision or with the same content of another."""
+    """Whether the cache has a file, in this revision or with the same content in another."""
     from huggingface_hub import constants, try_to_load_from_cache
     from huggingface_hub.file_download import repo_folder_name
 

@@ -22,13 +22,13 @@ class Key(NamedTuple):
     name: str
 
 
-# Our key of a foreign name, None for what is dropped on purpose; raises KeyError for a name no row covers.
+# Our key for a foreign name, None if it is dropped on purpose; raises KeyError for a name no row covers.
 KeyMap = Callable[[str], Key | None]
 _Rows = tuple[tuple[str, Part, str], ...]
 
 NEWLINE_KEY = Key("newline", "image_newline")
 HEAD_KEY = Key("decoder", "lm_head.weight")
-# What has a row for each token.
+# The tensors with a row for each token.
 VOCABULARY_KEYS = (Key("decoder", "model.embed_tokens.weight"), HEAD_KEY)
 
 # (foreign prefix, part, our prefix); the first match wins. Grouped by the transformers version that saves them.
@@ -40,7 +40,7 @@ _LLAVA_HF: _Rows = (
     ("language_model.model.", "decoder", "model."),
     ("language_model.lm_head.", "decoder", "lm_head."),
     ("image_newline", *NEWLINE_KEY),
-    # transformers 5: as it saves them, then as its modules are called
+    # transformers 5: names as saved, then its module names
     ("vision_tower.", "tower", "model."),
     ("model.vision_tower.vision_model.", "tower", "model."),
     ("model.vision_tower.", "tower", "model."),
@@ -56,7 +56,7 @@ _LINEAR: _Rows = (
     ("model.mm_projector.weight", "projector", "0.weight"),
     ("model.mm_projector.bias", "projector", "0.bias"),
 )
-# The original LLaVA code, and a text-only decoder by itself.
+# The original LLaVA code, and a text-only decoder on its own.
 _ORIGINAL: _Rows = (
     ("model.vision_tower.vision_tower.vision_model.", "tower", "model."),
     *_LINEAR,
@@ -68,7 +68,7 @@ _ORIGINAL: _Rows = (
     ("lm_head.", "decoder", "lm_head."),
 )
 
-# A tower by itself, as a CLIP or SigLIP model of transformers 4, then as a vision model of transformers 5.
+# A tower on its own, as a CLIP or SigLIP model of transformers 4, then as a vision model of transformers 5.
 _TOWER: _Rows = (
     ("vision_model.", "tower", "model."),
     ("embeddings.", "tower", "model.embeddings."),
@@ -83,8 +83,8 @@ _NOT_THE_TOWERS = re.compile(r"(text_model\.|visual_projection\.|text_projection
 # RaDialog's tower is a BioViL-T without a wrapper; CLIP's names have `vision_tower` twice.
 _BIOVIL = re.compile(r"model\.vision_tower\.(?=encoder\.|projector\.)")
 
-# Buffers that old versions saved, and RaDialog with all others; they are computed, so a checkpoint's copy is dropped
-# on purpose.
+# Buffers that old versions saved, and that RaDialog saves like all others; they are computed, so a checkpoint's copy is
+# dropped on purpose.
 _COMPUTED = re.compile(r"(\.position_ids|\.rotary_emb\.(inv_freq|cos_cached|sin_cached))$")
 
 
@@ -94,27 +94,27 @@ def from_llava_hf(name: str) -> Key | None:
 
 
 def from_original(name: str) -> Key | None:
-    """Our key for a name of the original code's, or of a text-only decoder; None and KeyError as above."""
+    """Our key for a name of the original code, or of a text-only decoder; None and KeyError as above."""
     if match := _BIOVIL.match(name):
         return from_biovil(name[match.end() :])
     return _look_up(_ORIGINAL, name)
 
 
 def from_biovil(name: str) -> Key | None:
-    """Our key for a name in the released file of BioViL-T; None for what only its text half reads."""
+    """Our key for a name in the released file of BioViL-T; None for tensors that only its text half reads."""
     ours = from_biovil_t(name)
     return None if ours is None else Key("tower", ours)
 
 
 def from_tower(name: str) -> Key | None:
-    """Our key for a tower's name in a checkpoint of its own; None for its text half too."""
+    """Our key for a name in a tower's own checkpoint; None for computed buffers and for its text half."""
     return None if _NOT_THE_TOWERS.match(name) else _look_up(_TOWER, name)
 
 
 def from_wrapped(name: str) -> Key | None:
-    """Our key for a name as PEFT and training wrappers save it, of either dialect.
+    """Our key for a name as PEFT and training wrappers save it, in either dialect.
 
-    Wrappers put `module.`, `base_model.` and mostly one more `model.` before it, as the original code expects.
+    Wrappers prefix `module.`, `base_model.` and usually one more `model.`, as the original code expects.
     """
     outer = name.removeprefix("module.").removeprefix("base_model.")
     inner = outer.removeprefix("model.")
@@ -137,7 +137,7 @@ def _look_up(rows: _Rows, name: str) -> Key | None:
 
 
 def to_llava_hf(key: Key) -> str:
-    """The hub's name (transformers 4 form, which every version loads) of one of our keys."""
+    """The hub's name for one of our keys, in transformers 4's form, which every version loads."""
     for prefix, part, ours in _LLAVA_HF[:_HUB_ROWS]:
         if part == key.part and key.name.startswith(ours):
             return prefix + key.name.removeprefix(ours)
@@ -145,7 +145,7 @@ def to_llava_hf(key: Key) -> str:
 
 
 def to_original(key: Key, projector_type: str) -> str:
-    """The original code's name of one of our keys; its `linear` projector is one layer, not a sequence of them."""
+    """The original code's name for one of our keys; its `linear` projector is a single layer, not a sequence."""
     rows = _ORIGINAL if projector_type == "linear" else [row for row in _ORIGINAL if row not in _LINEAR]
     for prefix, part, ours in rows:
         if part == key.part and key.name.startswith(ours):
@@ -154,7 +154,7 @@ def to_original(key: Key, projector_type: str) -> str:
 
 
 def to_tower(key: Key) -> str:
-    """The name of one of our keys in a tower's checkpoint of its own."""
+    """The name for one of our keys in a tower's own checkpoint."""
     prefix, part, ours = _TOWER[0]
     if key.part != part or not key.name.startswith(ours):
         raise KeyError(key)

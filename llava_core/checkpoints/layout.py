@@ -2,11 +2,11 @@
 
     llava-hf      config.json with vision_config and text_config, all weights
     original      config.json with mm_vision_tower, all weights; the tower inside or elsewhere
-    projector     the same config.json with mm_projector alone, over a base
+    projector     the same config.json with only mm_projector, over a base
     LoRA          the same config.json with adapter_model and non_lora_trainables, over a base; RaDialog's tower in it
-    PEFT adapter  adapter_model alone, over a base that is a complete LLaVA
+    PEFT adapter  only adapter_model, over a base that is a complete LLaVA
     delta         delta_base in config.json: differences to a base, which must be applied before anything else
-    text-only     a vocabulary and no tower: no LLaVA, but the base of one
+    text-only     a vocabulary and no tower: not a LLaVA, but the base of one
 
 Reads configurations and headers, no weights, and imports no torch for safetensors. Knows nothing about modules.
 """
@@ -39,17 +39,17 @@ logger = logging.getLogger(__name__)
 Layout = Literal[
     "llava-hf", "original", "original projector", "original LoRA", "PEFT adapter", "delta", "text-only", "unknown"
 ]
-# Of the deltas that this project makes. Those that the original code made have nothing to be told by.
+# Marks the deltas that this project makes. The original code's deltas have no such mark.
 DELTA_FIELD = "delta_base"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint ready to be loaded. Of two `weights` that hold the same tensor the later one counts.
+    """A checkpoint ready to be loaded. Where two `weights` hold the same tensor, the later one wins.
 
-    `settings` is the config.json with the model's fields, `text_folder` holds the tokenizer, `image_folder` says how
-    the tower wants its pictures (None: as the known tower does), `adapter` holds LoRA matrices. `revisions` are those
-    that hub ids were found at: of the checkpoint, its base and its tower, as far as they are on the hub.
+    `settings` is the config.json with the model's fields, `text_folder` holds the tokenizer, `image_folder` the image
+    settings of the tower (None: those of the known tower), `adapter` LoRA matrices. `revisions` has the revisions at
+    which hub ids were found: of the checkpoint, its base and its tower, as far as they are on the hub.
     """
 
     folder: Path
@@ -63,7 +63,7 @@ class Checkpoint:
 
     @property
     def is_complete(self) -> bool:
-        """Whether all of the decoder is the checkpoint's own."""
+        """Whether the whole decoder is the checkpoint's own."""
         return self.text_folder == self.folder
 
 
@@ -74,10 +74,10 @@ def open_checkpoint(
     offline: bool = False,
     revisions: Mapping[str, str] | None = None,
 ) -> Checkpoint:
-    """Find everything a checkpoint needs. With `offline` nothing is fetched; with `revisions` of one that was opened
-    before, it is that one again, wherever it is opened.
+    """Find everything a checkpoint needs. With `offline` nothing is downloaded; with the `revisions` of a checkpoint
+    opened before, the very same one is opened again, on any machine.
 
-    Raises CheckpointError naming file, field and fix, and every part that is missing at once.
+    Raises CheckpointError naming file, field and fix; missing parts are all reported at once.
     """
     hub = Hub(offline=offline, revisions=revisions)
     try:
@@ -109,7 +109,7 @@ def _open(folder: Path, base: str | Path | None, hub: Hub) -> Checkpoint:
         )
     _refuse_quantised(folder, settings)
     if layout in ("llava-hf", "text-only", "unknown"):
-        # The reader says what the others lack.
+        # The reader reports what the other two layouts lack.
         return _open_llava_hf(folder, settings, base)
     with naming(folder / "config.json"):
         check_image_pooling(settings)
@@ -130,9 +130,9 @@ def find_layout(folder: Path) -> Layout:
     if all(isinstance(settings.get(field), dict) for field in ("vision_config", "text_config")):
         return "llava-hf"
     if not is_original_config(settings):
-        # A tower by itself has no vocabulary.
+        # A tower on its own has no vocabulary.
         return "text-only" if "vocab_size" in settings else "unknown"
-    # Beside a whole model mm_projector.bin is a copy of what the model holds.
+    # Next to a whole model, mm_projector.bin is a copy of the model's own projector.
     if overlay is None or (has_model(folder) and not is_adapter):
         return "original"
     return "original LoRA" if is_adapter else "original projector"
@@ -172,7 +172,7 @@ def _open_original(folder: Path, settings: JsonObject, base: str | Path | None, 
     weights: tuple[Weights, ...] = (Weights(folder, from_original),)
     with naming(folder / "config.json"):
         is_biovil = tower_name(settings) == BIOVIL
-    # A RaDialog that was merged is saved without its tower, which stays in the file it came in.
+    # A merged RaDialog is saved without its tower, which stays in the file it came in.
     if is_biovil and (rest := find_non_lora(folder)):
         weights += (Weights(folder, from_wrapped, file=rest),)
     config, image_folder, weights = _with_tower(folder, settings, weights, hub)
@@ -186,7 +186,7 @@ def _open_over_base(
     """An original LoRA or projector: configuration and `overlay` from the folder, the decoder from the base."""
     assert overlay is not None, folder
     is_lora = (folder / "adapter_config.json").exists()
-    # The original code rounds a projector that comes alone, and nothing else, to float16.
+    # The original code rounds a separate projector, and nothing else, to float16.
     own = Weights(folder, from_wrapped, file=overlay, is_rounded=not is_lora)
     problems: list[CheckpointError] = []
     below: tuple[Path, Weights] | None = None
@@ -206,7 +206,7 @@ def _open_over_base(
 
 
 def _laid_over(below: tuple[Path, Weights] | None, own: Weights) -> tuple[Weights, ...]:
-    """The base's weights and a checkpoint's. A projector is never put together of two: one may be of another shape."""
+    """The base's weights and a checkpoint's. Two projectors are never mixed, since their shapes may differ."""
     if below is None:
         return (own,)
     has_projector = any(key.part == "projector" for key in own.keys().values())
@@ -214,7 +214,7 @@ def _laid_over(below: tuple[Path, Weights] | None, own: Weights) -> tuple[Weight
 
 
 def _open_adapter(folder: Path, base: str | Path | None, hub: Hub) -> Checkpoint:
-    """A PEFT adapter: everything but its matrices is the base's."""
+    """Open a PEFT adapter: everything but its matrices comes from the base."""
     name = base_name(folder, base)
     try:
         below = _open(hub.find(str(name), f"the base of {folder}"), None, hub)
@@ -231,10 +231,10 @@ def _open_adapter(folder: Path, base: str | Path | None, hub: Hub) -> Checkpoint
 def _with_tower(
     folder: Path, settings: JsonObject, weights: tuple[Weights, ...], hub: Hub
 ) -> tuple[ModelConfig, Path | None, tuple[Weights, ...]]:
-    """The configuration with its tower's, where pictures' settings are, and the weights with the tower's.
+    """The configuration including the tower's, the folder of image settings, and the weights including the tower's.
 
-    As in the original code a tower inside the checkpoint or its base counts if it was trained
-    (`unfreeze_mm_vision_tower`), else the one that is named, for which the copy inside stands in where it is not here.
+    As in the original code, a tower inside the checkpoint or its base is used if it was trained
+    (`unfreeze_mm_vision_tower`), otherwise the named one; if that is not available here, the copy inside replaces it.
     """
     with naming(folder / "config.json"):
         name = tower_name(settings)
@@ -245,7 +245,7 @@ def _with_tower(
     try:
         source = find_tower(name, folder, is_inside=is_inside, hub=hub)
     except CheckpointError:
-        # Where a revision was chosen, other replicas have it.
+        # Where a revision is pinned, other replicas have that one, so no copy may replace it.
         if not has_own or is_inside or hub.is_pinned(name):
             raise
         source, is_inside = find_tower(name, folder, is_inside=True, hub=hub), True
@@ -259,7 +259,7 @@ def _with_tower(
 
 
 def _without_spare_newline(folder: Path, config: ModelConfig, weights: tuple[Weights, ...]) -> tuple[Weights, ...]:
-    """Without an `image_newline` that nothing reads: training a LLaVA-1.6 further as `flat` saves it all the same."""
+    """Drop an `image_newline` that nothing reads: a LLaVA-1.6 trained further as `flat` is still saved with it."""
     if config.has_newline or not holds(weights, "newline"):
         return weights
     logger.info("%s: image_newline is not used with mm_patch_merge_type %s", folder, config.merge_type)
@@ -267,7 +267,7 @@ def _without_spare_newline(folder: Path, config: ModelConfig, weights: tuple[Wei
 
 
 def _has_trained_tower(folder: Path, settings: JsonObject) -> bool:
-    """Whether the tower that counts is among the model's own weights. RaDialog's is where its code puts it."""
+    """Whether the model's own weights include the tower to use. RaDialog's is where its code puts it."""
     with naming(folder / "config.json"):
         return Fields(settings).flag("unfreeze_mm_vision_tower", False) and tower_name(settings) != BIOVIL
 
@@ -275,7 +275,7 @@ def _has_trained_tower(folder: Path, settings: JsonObject) -> bool:
 def _with_biovil(
     folder: Path, settings: JsonObject, weights: tuple[Weights, ...]
 ) -> tuple[ModelConfig, Path | None, tuple[Weights, ...]]:
-    """RaDialog: the checkpoint brings its tower; the released file stands in for whatever of it was not trained."""
+    """RaDialog: the checkpoint includes its tower; the released file supplies tensors that were not trained."""
     with naming(folder / "config.json"):
         config = read_original_config(settings, BIOVIL_CONFIG)
     if released := find_biovil_file(folder):
@@ -286,7 +286,7 @@ def _with_biovil(
 
 
 def with_generation_config(config: ModelConfig, folder: Path) -> ModelConfig:
-    """The tokens that end an answer are generation_config.json's where there is one."""
+    """Use the end tokens in generation_config.json where there is one."""
     if not (folder / "generation_config.json").exists():
         return config
     fields = Fields(read_json(folder, "generation_config.json"))

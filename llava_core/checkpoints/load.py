@@ -1,8 +1,8 @@
 """Loading by part: a tower or a language side, each reading only its own weights and missing none.
 
 Modules are built on the meta device and filled by assignment; every key of the files is either loaded, belongs to
-another part, or is a computed buffer, else loading fails. Numbers stored in the dtype that is computed in stay mapped
-to their files, others are converted a few tensors at a time. Knows nothing about serving.
+another part, or is a computed buffer, else loading fails. Tensors stored in the compute dtype stay mapped to their
+files, others are converted a few at a time. Knows nothing about serving.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 class LoadOptions:
     """Where and how precisely to compute. `auto`: bfloat16 where the device computes it natively, else float32.
 
-    `quantization` stores the decoder's linear layers in fewer bits; tower, projector and all that is computed have the
-    dtype. Raises CheckpointError for a device or a quantization that cannot be had here.
+    `quantization` stores the decoder's linear layers in fewer bits; tower, projector and all activations have the
+    dtype. Raises CheckpointError for a device or a quantization that is not available here.
     """
 
     device: str = "cpu"
@@ -64,7 +64,7 @@ class LoadOptions:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """The dtype that `auto` stands for on this machine, or the one that was named."""
+        """The named dtype, or the one that `auto` stands for on this machine."""
         if self.dtype != "auto":
             return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[self.dtype]
         if self.device.startswith("cuda"):
@@ -73,7 +73,7 @@ class LoadOptions:
 
 
 def load_tower(checkpoint: Path | Checkpoint, options: LoadOptions, *, attention: str = DENSE) -> VisionTower:
-    """The vision tower alone, in evaluation mode."""
+    """Load only the vision tower, in evaluation mode."""
     opened = _open(checkpoint)
     config, preprocess = opened.config, load_preprocess_config(opened)
     with init_empty_weights(include_buffers=False):
@@ -87,9 +87,9 @@ def load_tower(checkpoint: Path | Checkpoint, options: LoadOptions, *, attention
 def load_language_side(
     checkpoint: Path | Checkpoint, options: LoadOptions, *, num_tokens: int | None = None, attention: str = "sdpa"
 ) -> LanguageSide:
-    """Projector and decoder, without the tower, in evaluation mode.
+    """Load projector and decoder, without the tower, in evaluation mode.
 
-    `num_tokens` is the size of the checkpoint's tokenizer, for whoever has loaded it already.
+    `num_tokens` is the size of the checkpoint's tokenizer, for callers that have loaded it already.
     """
     opened = _open(checkpoint)
     config, dtype = opened.config, options.torch_dtype
@@ -107,7 +107,7 @@ def load_language_side(
     if side.image_newline is not None:
         side.image_newline = _checked_newline(newline[NEWLINE_KEY.name], config.hidden_size, opened)
     _fill(side.projector, read_part(opened, "projector", dtype), opened, "projector", optional=frozenset())
-    # What is quantised layer by layer stays in its file until then.
+    # Layers to be quantised one by one stay in their files until then.
     as_stored, tied = options.quantization is not None and opened.adapter is None, _tied(config)
     _fill(side.decoder, read_part(opened, "decoder", None if as_stored else dtype), opened, "decoder", optional=tied)
     side.decoder.tie_weights()
@@ -118,7 +118,7 @@ def load_language_side(
 
 
 def _check_memory(side: LanguageSide, checkpoint: Checkpoint, options: LoadOptions) -> None:
-    """What is loaded must fit where it goes, and what LoRA is added to into this machine's own memory before that."""
+    """Check that the weights fit on the device, and before that, with LoRA, the decoder in this machine's memory."""
     config, itemsize = checkpoint.config, options.torch_dtype.itemsize
     decoder = {name: shape for name, shape in _shapes(side.decoder).items() if name not in _tied(config)}
     weights = weight_bytes("decoder", decoder, itemsize, options.quantization)
@@ -126,7 +126,7 @@ def _check_memory(side: LanguageSide, checkpoint: Checkpoint, options: LoadOptio
     need = language_need(config, weights, kept_dtype(options.torch_dtype, options.device).itemsize)
     _check_fits(need, options.device, f"the language side of {checkpoint.folder}")
     if checkpoint.adapter is not None and (options.quantization or options.device != "cpu"):
-        # Whatever becomes of the decoder, here it is once as a whole, in memory and not in its files.
+        # At this point the whole decoder is in memory, not mapped to its files, whatever happens to it afterwards.
         whole = MemoryNeed(weight_bytes("decoder", decoder, itemsize))
         what = f"adding the LoRA of {checkpoint.adapter} to its base"
         _check_fits(whole, "cpu", what, advice="free some, or add it tensor by tensor with `llava merge` first")
@@ -138,7 +138,7 @@ def _check_fits(need: MemoryNeed, device: str, what: str, **advice: str) -> None
 
 
 def _tied(config: ModelConfig) -> frozenset[str]:
-    """The decoder's tensors that are another one under a second name, in memory as in most files."""
+    """The decoder's tensors that share another one's memory under a second name, as in most files."""
     return frozenset({"lm_head.weight"} if config.tie_word_embeddings else ())
 
 
@@ -159,7 +159,8 @@ def _checked_newline(tensor: Tensor, hidden_size: int, checkpoint: Checkpoint) -
 
 
 def _fit_vocabulary(side: LanguageSide, checkpoint: Checkpoint, num_tokens: int) -> None:
-    """The original cuts rows that no token has, which could otherwise be drawn; a token without a row is an error."""
+    """Cut rows without a token, as the original code does, since they could be sampled; a token without a row is an
+    error."""
     if problems := vocabulary_problems(checkpoint, num_tokens):
         raise CheckpointError(problems[0])
     if checkpoint.config.dialect == "original" and num_tokens < checkpoint.config.vocab_size:
@@ -167,12 +168,12 @@ def _fit_vocabulary(side: LanguageSide, checkpoint: Checkpoint, num_tokens: int)
 
 
 def read_part(checkpoint: Path | Checkpoint, part: Part, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """One part's tensors under our names, in `dtype`, or (None) as they are stored and with LoRA added in float32.
+    """One part's tensors under our names, in `dtype`; None: as stored, with those that LoRA changes in float32.
 
     Raises CheckpointError for a key that no part accounts for.
     """
     opened = _open(checkpoint)
-    # LoRA is added to what is stored, not to what has been rounded to `dtype` already.
+    # LoRA is added to the stored weights, not to weights already rounded to `dtype`.
     early = dtype if opened.adapter is None else None
     loaded: dict[str, Tensor] = {}
     for weights in opened.weights:
@@ -191,7 +192,7 @@ def read_part(checkpoint: Path | Checkpoint, part: Part, dtype: torch.dtype | No
 def _fill(
     module: nn.Module, tensors: Mapping[str, Tensor], checkpoint: Checkpoint, part: Part, *, optional: frozenset[str]
 ) -> None:
-    """Assign every tensor; anything missing, left over or of another shape is an error."""
+    """Assign every tensor; a missing, left-over or misshapen one is an error."""
     expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     missing = sorted(set(expected) - set(tensors) - optional)
     extra = sorted(set(tensors) - set(expected))

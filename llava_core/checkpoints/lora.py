@@ -1,7 +1,7 @@
 """LoRA matrices of an adapter, added to the weights they belong to while those are loaded, part by part.
 
-Arithmetic and names are PEFT's; a test compares the two. Refuses every kind of adapter it would get wrong. Knows
-nothing about modules.
+Arithmetic and names are PEFT's; a test compares the two. Refuses every kind of adapter that it would compute wrongly.
+Knows nothing about modules.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _MATRIX = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
 
 @dataclass(frozen=True)
 class LoraPair:
-    """Names, in the adapter's file, of the two matrices of one weight, and the factor of their product."""
+    """The names in the adapter's file of one weight's two matrices, and the factor of their product."""
 
     down: str
     up: str
@@ -40,18 +40,18 @@ class LoraPair:
 
 @dataclass(frozen=True)
 class Lora:
-    """An adapter: matrices by the key of the weight they change, and whole tensors that replace others."""
+    """An adapter: pairs of matrices by the key of the weight they change, and whole tensors that replace others."""
 
     file: Path
     pairs: Mapping[Key, LoraPair]
     replaced: Mapping[Key, str]
 
     def apply(self, part: Part, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
-        """Change a part's tensors in place of the dictionary; what LoRA touches comes out in `dtype`.
+        """Replace a part's changed tensors in the dictionary; weights that LoRA changes become `dtype`.
 
-        Raises CheckpointError where a weight is missing or of another shape: the base is the wrong one.
+        Raises CheckpointError where a weight is missing or of another shape, which means the wrong base.
         """
-        # Names and factors are known without torch; numbers are not.
+        # Imported here: names and factors need no torch, numbers do.
         from llava_core.checkpoints.tensors import TensorReader, read_tensors
 
         whole = {key.name: name for key, name in self.replaced.items() if key.part == part}
@@ -70,13 +70,13 @@ class Lora:
             found = "has none" if weight is None else f"has {tuple(weight.shape)}"
             raise CheckpointError(
                 f"{self.file} changes {key.part} {key.name} of shape {shape}, but the base {found}; "
-                "it is the wrong base, name the right one with --base"
+                "it is the wrong base, so name the right one with --base"
             )
         return weight.float() + (up @ down) * self.pairs[key].scale
 
 
 def open_lora(folder: Path) -> Lora:
-    """An adapter's names and factors. Raises CheckpointError for a kind that is not plain LoRA, naming the field."""
+    """Read an adapter's names and factors. Raises CheckpointError naming the field if it is not plain LoRA."""
     with naming(folder / "adapter_config.json"):
         scaling = _read_scaling(Fields(read_json(folder, "adapter_config.json")))
     file = find_file(folder, "adapter_model")
@@ -116,7 +116,7 @@ def _key(name: str, file: Path) -> Key | None:
 
 def _check_ranks(down: tuple[int, ...], up: tuple[int, ...], rank: int, what: str) -> None:
     if len(down) != 2 or len(up) != 2:
-        raise CheckpointError(f"{what} has lora_A of shape {down} and lora_B of shape {up}, which are no matrices")
+        raise CheckpointError(f"{what} has lora_A of shape {down} and lora_B of shape {up}, which are not matrices")
     if (down[0], up[1]) != (rank, rank):
         raise CheckpointError(
             f"{what} has matrices of rank {down[0]} and {up[1]}, adapter_config.json says {rank}; "
@@ -126,7 +126,7 @@ def _check_ranks(down: tuple[int, ...], up: tuple[int, ...], rank: int, what: st
 
 @dataclass(frozen=True)
 class _Scaling:
-    """Rank and alpha of each module; patterns name modules by the end of their path."""
+    """Rank and alpha of each module; patterns match the end of a module's path."""
 
     default_rank: int
     default_alpha: float
@@ -164,7 +164,7 @@ def _pattern(fields: Fields, key: str) -> re.Pattern[str]:
     try:
         return re.compile(rf"(.*\.)?({key})$")
     except (re.error, RecursionError, OverflowError) as error:
-        raise CheckpointError(f"{fields.path}{shown(key)} is no regular expression: {error}") from error
+        raise CheckpointError(f"{fields.path}{shown(key)} is not a regular expression: {error}") from error
 
 
 def _by_pattern(patterns: Mapping[re.Pattern[str], Value], module: str, default: Value) -> Value:

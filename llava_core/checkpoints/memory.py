@@ -1,6 +1,6 @@
-"""How much memory a model needs, reckoned from shapes alone, and whether there is as much.
+"""How much memory a model needs, computed from shapes alone, and whether that much is free.
 
-Knows what is stored in how many bytes. Activations are not counted.
+Knows the size of each stored number. Activations are not counted.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from llava_core.images.geometry import num_image_tokens
 from llava_core.memory import available_bytes
 from llava_core.types import Quantization, Size
 
-# Beside the picture in the least that a model must have room for: one question and its answer.
+# A model needs at least room for one picture and this many tokens: one question and its answer.
 _TEXT_TOKENS = 512
 _SMALLER = "free some, choose a smaller dtype, or quantise to 8bit or 4bit"
 _GIB = 2**30
@@ -25,7 +25,7 @@ _GIB = 2**30
 
 @dataclass(frozen=True)
 class MemoryNeed:
-    """Bytes of weights, and of the keys and values of one token; `tokens` is how many there must be room for."""
+    """Bytes of weights, and of one token's keys and values; `tokens` is how many tokens must fit."""
 
     weights: int
     per_token: int = 0
@@ -33,7 +33,7 @@ class MemoryNeed:
 
     @property
     def total(self) -> int:
-        """Bytes needed before anything can be answered."""
+        """Bytes needed to answer anything at all."""
         return self.weights + self.per_token * self.tokens
 
     def __str__(self) -> str:
@@ -46,7 +46,7 @@ class MemoryNeed:
 def weight_bytes(
     part: Part, shapes: Mapping[str, Shape], itemsize: int, quantization: Quantization | None = None
 ) -> int:
-    """Bytes of a part's tensors, by name, at `itemsize` bytes a number; `quantization` applies where it is applied.
+    """Bytes of a part's tensors at `itemsize` bytes per number; `quantization` affects the decoder's matrices only.
 
     A quantised matrix has a float32 scale for each row (8 bits) or for each block of 64 numbers (4 bits).
     """
@@ -64,13 +64,13 @@ def _quantised_bytes(shape: Shape, quantization: Quantization) -> int:
 
 
 def cache_bytes_per_token(config: ModelConfig, itemsize: int) -> int:
-    """Keys and values of one token in every layer."""
+    """Bytes of one token's keys and values in all layers."""
     text = decoder_fields(config)
     return int(2 * text["num_hidden_layers"] * text["num_key_value_heads"] * text["head_dim"] * itemsize)
 
 
 def language_need(config: ModelConfig, weights: int, itemsize: int) -> MemoryNeed:
-    """What weights of so many bytes need to answer one question about one square picture."""
+    """The memory needed to answer one question about one square picture, with `weights` bytes of weights."""
     image_tokens = num_image_tokens(config, Size(config.tile_size, config.tile_size))
     tokens = min(config.context_length, image_tokens + _TEXT_TOKENS)
     return MemoryNeed(weights, cache_bytes_per_token(config, itemsize), tokens)
@@ -79,13 +79,13 @@ def language_need(config: ModelConfig, weights: int, itemsize: int) -> MemoryNee
 def check_fits(need: MemoryNeed, device: str, what: str, *, advice: str = _SMALLER) -> None:
     """Raise CheckpointError, before anything is loaded, where `device` has no room for `what`.
 
-    Nothing is reserved. Processes that start on one machine at the same time all see the same bytes free, may all pass
-    and then run out together. A lock would make each wait for all of another's loading and still be no cure, since
-    caches grow only when questions come: how many replicas a machine takes is for whoever places them to say.
+    Nothing is reserved. Processes that start on one machine at the same time all see the same free memory, may all pass
+    and then run out together. A lock would make each wait while another loads, and would still not help, since caches
+    grow only as questions arrive: whoever places replicas must decide how many fit on a machine.
     """
     available = available_bytes(device)
     if need.total > available:
         raise CheckpointError(
-            f"{what} needs {need.total / _GIB:.2f} GiB on {device} ({need}), and {available / _GIB:.2f} GiB are free; "
-            f"{advice}"
+            f"{what} needs {need.total / _GIB:.2f} GiB on {device} ({need}), "
+            f"but only {available / _GIB:.2f} GiB are free; {advice}"
         )

@@ -1,7 +1,7 @@
 """The original LLaVA code's config.json (`mm_vision_tower` and the other `mm_` fields) to a ModelConfig and back.
 
-Dispatches on fields alone: `model_type` is no help, because transformers gives one of its names another meaning. Knows
-no files; where the tower's own configuration comes from is layout.py's business.
+Dispatches on fields alone: `model_type` does not help, because transformers gives one of its names another meaning.
+Knows no files; layout.py finds the tower's own configuration.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from llava_core.fields import MOST, Fields, is_whole, shown
 
 
 def is_original_config(config: JsonObject) -> bool:
-    """Whether config.json is of the originals' dialect: it names a vision tower."""
+    """Whether config.json is in the original code's dialect, that is, names a vision tower."""
     return bool(config.get("mm_vision_tower", config.get("vision_tower"))) and not isinstance(
         config.get("vision_config"), dict
     )
@@ -40,9 +40,9 @@ def tower_name(config: JsonObject) -> str:
 
 
 def read_original_config(config: JsonObject, tower: JsonObject) -> ModelConfig:
-    """The model of an original config.json, whose tower has the configuration `tower`, as `read_tower` gives it.
+    """The model of an original config.json, whose tower has the configuration `tower`, as returned by `read_tower`.
 
-    Raises CheckpointError naming the field that is missing or not supported.
+    Raises CheckpointError naming a missing or unsupported field.
     """
     fields = Fields(config)
     text = read_decoder(Fields({"bos_token_id": 1, **config, "model_type": _decoder(fields)}))
@@ -81,12 +81,12 @@ def read_original_config(config: JsonObject, tower: JsonObject) -> ModelConfig:
 
 
 def is_anyres(fields: Fields) -> bool:
-    """Whether pictures are cut into tiles, which `image_aspect_ratio` says."""
+    """Whether pictures are cut into tiles, according to `image_aspect_ratio`."""
     return fields.text("image_aspect_ratio", "square") == "anyres"
 
 
 def _decoder(fields: Fields) -> str:
-    """By `architectures`, or by `model_type` where a hand or another training left that out."""
+    """The decoder by `architectures`, or by `model_type` where the former is missing, as after other training code."""
     names = " ".join(map(str, fields.items("architectures")))
     if found := re.findall(r"(\w+)ForCausalLM", names):
         name, known = found[0].removeprefix("Llava"), {"Llama": "llama", "Mistral": "mistral"}
@@ -104,9 +104,9 @@ def _decoder(fields: Fields) -> str:
 
 
 def check_image_pooling(config: JsonObject) -> None:
-    """Raise CheckpointError where RaDialog's `mv_type` asks for the network that makes one picture's tokens of many."""
+    """Raise CheckpointError where RaDialog's `mv_type` requires the network that pools several pictures into one."""
     kind = config.get("mv_type")
-    # `False` is what its training writes where the option is not given.
+    # RaDialog's training writes `False` where the option is not given.
     if kind not in (None, False, "none", "concat"):
         raise CheckpointError(
             f"mv_type {shown(kind)} needs RaDialog's image pooler, which is not supported; use a checkpoint "
@@ -138,13 +138,13 @@ def _s2_scales(fields: Fields) -> tuple[int, ...]:
 
 
 def original_json(config: ModelConfig, tower: str, aspect: str) -> JsonObject:
-    """The config.json with which the original code, transformers 4.37 under it, loads a model whose tower is inside.
+    """The config.json with which the original code, on transformers 4.37, loads a model that includes its tower.
 
-    `tower` is the folder or hub id that the tower's configuration is found under, `aspect` is `image_aspect_ratio`.
-    Raises CheckpointError naming the field for what the original has no words for.
+    `tower` is the folder or hub id of the tower's configuration, `aspect` is `image_aspect_ratio`. Raises
+    CheckpointError naming a field that the original cannot express.
     """
     if not config.projector_bias:
-        raise CheckpointError("multimodal_projector_bias false cannot be said in the original's config.json")
+        raise CheckpointError("multimodal_projector_bias false cannot be expressed in the original's config.json")
     decoder = config.text["model_type"]
     eos = config.eos_token_ids
     return {
@@ -174,16 +174,16 @@ def original_json(config: ModelConfig, tower: str, aspect: str) -> JsonObject:
 
 
 def _original_text(config: ModelConfig) -> JsonObject:
-    """The decoder's fields; transformers 5 keeps in `rope_parameters` what was `rope_theta` and `rope_scaling`."""
+    """The decoder's fields, with `rope_theta` and `rope_scaling` for transformers 5's `rope_parameters`."""
     fields = {name: config.text[name] for name in DECODER_FIELDS if name in config.text}
     rope = dict(fields.pop("rope_parameters", {}))
     if "rope_theta" in rope:
         fields["rope_theta"] = rope.pop("rope_theta")
     if rope.get("rope_type", "default") != "default":
-        # 4.37 knows `type`, and refuses the field with anything but `type` and `factor` in it.
+        # transformers 4.37 reads `type`, and refuses the field if it holds anything besides `type` and `factor`.
         if set(rope) - {"rope_type", "type", "factor"}:
             raise CheckpointError(
-                f"text_config: rope_parameters {rope} cannot be said in the original's config.json, "
+                f"text_config: rope_parameters {rope} cannot be expressed in the original's config.json, "
                 "which knows linear and dynamic scaling by a factor"
             )
         fields["rope_scaling"] = {"type": rope["rope_type"], "factor": rope.get("factor")}

@@ -1,8 +1,8 @@
 """Dtypes and shapes of the tensors in a `.bin` file, from its pickle alone: without torch, without reading numbers.
 
-Reads both formats of torch.save: a zip archive with `data.pkl` in it, and the one before torch 1.6, pickles one after
-the other. Looks up the few names that tensors are made of and no others, so code in a pickle does not run. Knows
-nothing about models; tensors.py reads the numbers.
+Reads both formats of torch.save: a zip archive with `data.pkl` in it, and the format before torch 1.6, a sequence of
+pickles. Resolves only the few names that tensors consist of, so code in a pickle does not run. Knows nothing about
+models; tensors.py reads the numbers.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import IO, Any, NamedTuple
 from llava_core.checkpoints.access import denied
 from llava_core.errors import CheckpointError
 
-# torch's classes of storages, by the dtype of their numbers.
+# torch's storage classes, with the dtype of their numbers.
 _STORAGES = {
     "DoubleStorage": "float64",
     "FloatStorage": "float32",
@@ -34,19 +34,19 @@ _STORAGES = {
     "ComplexFloatStorage": "complex64",
     "ComplexDoubleStorage": "complex128",
 }
-# Those of newer dtypes are bytes; the dtype stands beside them under its own name.
+# Storages of newer dtypes are plain bytes; the dtype is pickled separately under its own name.
 _DTYPE = re.compile(r"(u?int|b?float|complex)\d+(_\w+)?")
 
 
 class PickledTensor(NamedTuple):
-    """A tensor as its pickle has it; `dtype` in torch's words."""
+    """A tensor as described by its pickle; `dtype` by torch's name."""
 
     dtype: str
     shape: tuple[int, ...]
 
 
 class _Storage(NamedTuple):
-    """A storage, or a dtype by itself."""
+    """A storage, or a dtype on its own."""
 
     dtype: str
 
@@ -79,7 +79,7 @@ def read_pickled(file: Path) -> dict[str, PickledTensor]:
     return dict(content)
 
 
-# What unpickling raises where bytes are missing or wrong.
+# Exceptions from unpickling where bytes are missing or wrong.
 _DAMAGE = (
     pickle.UnpicklingError,
     zipfile.BadZipFile,
@@ -109,7 +109,7 @@ def _read_zip(file: IO[bytes]) -> object:
 
 
 def _read_old(file: IO[bytes]) -> object:
-    # Before the content: a magic number, the format's version, and what machine it was written on.
+    # Before the content: a magic number, the format's version, and a description of the machine that wrote it.
     for _ in range(3):
         _Unpickler(file).load()
     return _Unpickler(file).load()
@@ -149,7 +149,7 @@ class _Unpickler(pickle.Unpickler):
         raise _ForeignObjectError(f"{module}.{name}")
 
     def persistent_load(self, pid: Any) -> _Storage:
-        """("storage", class, key, location, count): where a tensor's numbers are, of which the class is enough."""
+        """("storage", class, key, location, count): where a tensor's numbers are; only the class is needed."""
         kind, storage = pid[:2]
         if kind != "storage" or not isinstance(storage, _Storage):
             raise pickle.UnpicklingError("a storage of unknown kind")

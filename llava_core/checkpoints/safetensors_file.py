@@ -1,4 +1,4 @@
-"""A safetensors file, opened; whatever is wrong with it becomes a CheckpointError that names it.
+"""Opens a safetensors file; every error in it becomes a CheckpointError that names it.
 
 Needs no torch for names and headers. Knows nothing about what a file should hold.
 """
@@ -18,7 +18,7 @@ from llava_core.errors import CheckpointError
 
 @contextmanager
 def open_safetensors(file: Path, framework: Literal["np", "pt"]) -> Iterator[safe_open]:
-    """The file, for tensors of numpy's or torch's; asking for "pt" imports torch even for a look at the header.
+    """Open the file for numpy or torch tensors; "pt" imports torch even to read only the header.
 
     Raises CheckpointError when the file is missing, unreadable or damaged, now or while it is read.
     """
@@ -26,7 +26,7 @@ def open_safetensors(file: Path, framework: Literal["np", "pt"]) -> Iterator[saf
         with safe_open(file, framework) as opened:
             yield opened
     except FileNotFoundError:
-        # The library says the same of a file that this user may not read.
+        # The library also raises this for a file that this user may not read.
         if file.exists():
             raise denied(file) from None
         raise CheckpointError(f"{file} is missing; the checkpoint is incomplete") from None

@@ -1,7 +1,7 @@
-"""`tokenizer.model` as the originals read it: the slow Llama tokenizer of transformers 4, restated over sentencepiece.
+"""`tokenizer.model` as the originals read it: transformers 4's slow Llama tokenizer, reimplemented on sentencepiece.
 
-Later versions turn such a file into another kind of tokenizer, which is not the same at every seam. `legacy` decides
-what follows a special token, as it did there. Knows no templates and no models.
+Later versions convert such a file into another kind of tokenizer, which differs at some seams. As in transformers 4,
+`legacy` decides how text after a special token is tokenized. Knows no templates and no models.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from llava_core.checkpoints.token_bytes import spelled_in_pieces
 from llava_core.checkpoints.tokenizer_settings import AddedToken, TokenizerSettings, read_tokenizer_settings
 from llava_core.errors import CheckpointError
 
-# A generated module, whose classes no type checker sees.
+# A generated module, whose classes type checkers cannot see.
 _ModelProto: Any = vars(sentencepiece_model_pb2)["ModelProto"]
 _SPACE = "▁"
 
@@ -49,16 +49,16 @@ class SentencePieceBackend:
 
     @property
     def special_texts(self) -> frozenset[str]:
-        """Texts of the tokens that no message may contain."""
+        """Texts of the special tokens, which no message may contain."""
         return frozenset(text for text, token in self._added.items() if token.is_special)
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the file, and added ones that it does not hold."""
+        """Number of tokens in the file, plus added ones that it does not hold."""
         return len({*range(self._size), *(token.id for token in self._added.values())})
 
     def token_id(self, text: str) -> int | None:
-        """The id of exactly this token, None where there is none."""
+        """The id of the token with exactly this text, None where there is none."""
         if text in self._added:
             return self._added[text].id
         found = self._model.piece_to_id(text)
@@ -66,7 +66,7 @@ class SentencePieceBackend:
         return int(found) if is_there else None
 
     def add_special(self, text: str) -> None:
-        """A new special token with the next free id; nothing for one that is there."""
+        """Make this text a special token, with its known id or the next free one."""
         known = self.token_id(text)
         self._added[text] = AddedToken(self.num_tokens if known is None else known, is_special=True, is_named=True)
 
@@ -84,7 +84,7 @@ class SentencePieceBackend:
             tokens += self._encode_piece(piece, start, prefix=_SPACE if is_first else "")
         opening = pieces[0][2] if pieces else None
         if not self._is_legacy and opening is not None and not opening.is_named:
-            # The space that begins every text is dropped before tokens of a role, and before no others.
+            # The space that begins every text is dropped only before tokens with a role.
             return [*self._encode_piece("", 0, prefix=_SPACE), *tokens]
         return tokens
 
@@ -101,14 +101,14 @@ class SentencePieceBackend:
         return out + str(self._model.decode(run))
 
     def token_bytes(self, token: int) -> bytes:
-        """What a token stands for; of an added one, its text; nothing for one that is only a row of the model."""
+        """The bytes a token stands for; an added token's text; empty for an id that is only a row of the model."""
         added = next((text for text, each in self._added.items() if each.id == token), None)
         if added is not None:
             return added.encode()
         return spelled_in_pieces(self._model.id_to_piece(token)) if token < self._size else b""
 
     def _split(self, text: str) -> Iterator[tuple[int, str, AddedToken | None]]:
-        """Start, text and, where it is one, added token of each piece; white space that a token strips is left out."""
+        """Start, text and added token (or None) of each piece; white space that a token strips is left out."""
         if not self._added:
             yield 0, text, None
             return
@@ -122,9 +122,9 @@ class SentencePieceBackend:
         yield from _plain(text[position:], position, left=strips, right=False)
 
     def _encode_piece(self, piece: str, start: int, *, prefix: str) -> Iterator[Token]:
-        """One piece between added tokens; offsets count from `start`, and what was put before the piece has none."""
+        """Encode one piece between added tokens; offsets count from `start`, and a prefix takes up no characters."""
         text = piece if self._is_legacy else prefix + piece.replace(_SPACE, " ")
-        # Without a space of its own the model would drop one that leads; after another token it does not.
+        # Without a dummy prefix the model would drop a leading space, but not after another token.
         guard = self._unknown if not self._is_legacy and text.startswith((_SPACE, " ")) else ""
         shift = len(guard) + len(text) - len(piece)
         found = self._model.encode(guard + text, return_type="offset_mapping")
@@ -156,8 +156,8 @@ def _load(file: Path, *, adds_space: bool) -> SentencePieceProcessor:
 
 
 def _added_tokens(settings: TokenizerSettings, model: SentencePieceProcessor) -> dict[str, AddedToken]:
-    """Tokens that are cut out first: those listed with their ids, then those that play a part, in the same order as in
-    transformers, since one that nobody gave an id gets the next."""
+    """Tokens that are cut out first: those listed with their ids, then those with a role, in transformers' order, since
+    one without an id gets the next free one."""
     added = dict(settings.numbered)
     for text in settings.special:
         if text in added and added[text].is_special:

@@ -1,6 +1,6 @@
 """The name and shape of every tensor that a configuration calls for, restated from the architectures.
 
-So that a checkpoint can be judged in a moment, without torch; a test compares with the modules themselves. Knows no
+This lets a checkpoint be checked quickly and without torch; a test compares with the modules themselves. Knows no
 files.
 """
 
@@ -31,7 +31,7 @@ def expected_shapes(config: ModelConfig) -> dict[Key, Shape | None]:
 
 
 def decoder_fields(config: ModelConfig) -> dict[str, Any]:
-    """The decoder's configuration with the two fields that follow from others where they are left out."""
+    """The decoder's configuration, completed by the two fields that are derived from others where left out."""
     text = dict(config.text)
     if text.get("num_key_value_heads") is None:
         text["num_key_value_heads"] = text["num_attention_heads"]

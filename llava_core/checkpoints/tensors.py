@@ -1,6 +1,6 @@
-"""Tensors out of weight files: safetensors memory-mapped, `.bin` through weights-only unpickling and never otherwise.
+"""Reads tensors from weight files: safetensors memory-mapped, `.bin` only by weights-only unpickling.
 
-Knows formats and what can be wrong with them; nothing about models or names.
+Knows file formats and their possible defects; nothing about models or names.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from llava_core.checkpoints.pickles import read_pickled
 from llava_core.checkpoints.safetensors_file import open_safetensors
 from llava_core.errors import CheckpointError
 
-# Tensors of one file that are mapped at a time when they are converted: about a decoder's layer.
+# How many tensors of one file are mapped at a time during conversion: about one decoder layer.
 _PIECE = 9
 
 
 def read_tensors(files: Mapping[str, Path], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """The named tensors of several files, memory-mapped; floats that are not of `dtype` are converted to it.
+    """Read the named tensors of several files, memory-mapped; floats of another dtype are converted to `dtype`.
 
-    Raises CheckpointError for damage, code, or a name its file does not hold.
+    Raises CheckpointError for damage, code, or a name that its file does not hold.
     """
     by_file: dict[Path, list[str]] = defaultdict(list)
     for name, file in files.items():
@@ -33,7 +33,7 @@ def read_tensors(files: Mapping[str, Path], dtype: torch.dtype | None = None) ->
     for file, names in by_file.items():
         read = _read_safetensors if file.suffix == ".safetensors" else _read_bin
         for some in _in_pieces(names) if dtype else [names]:
-            # What is converted was read for nothing else: reading in pieces lets go of each piece's pages.
+            # Converted tensors' pages are not needed again: reading in pieces releases each piece's pages.
             loaded.update({name: _converted(tensor, dtype) for name, tensor in read(file, some).items()})
     return loaded
 
@@ -47,7 +47,7 @@ def _converted(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 class TensorReader:
-    """One tensor after another. The last `.bin` file stays open, since it must be unpickled to find anything in it."""
+    """Reads one tensor at a time. Keeps the last `.bin` file, which must be unpickled to find anything in it."""
 
     def __init__(self) -> None:
         self._file: Path | None = None
@@ -87,7 +87,7 @@ def read_bin(file: Path) -> dict[str, Tensor]:
     return {name: content[name] for name in names}
 
 
-# What torch raises where the pickle can be read, and the numbers behind it cannot.
+# Exceptions from torch where the pickle can be read but the numbers after it cannot.
 _DAMAGE = (
     pickle.UnpicklingError,
     RuntimeError,
@@ -104,6 +104,6 @@ _DAMAGE = (
 def _unpickle(file: Path) -> dict[str, Tensor]:
     with file.open("rb") as opened:
         is_zip = opened.read(2) == b"PK"
-    # The format before torch 1.6 is no zip archive and cannot be mapped.
+    # The format before torch 1.6 is not a zip archive and cannot be mapped.
     content: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
     return content

@@ -1,7 +1,7 @@
 """A checkpoint's tokenizer behind the small interfaces the project needs: prompts to ids, ids to text and to bytes.
 
-Which of a folder's files counts, and whether a prompt begins with BOS, is decided as transformers and the original code
-do. Knows nothing about weights.
+Chooses among a folder's files, and decides whether a prompt begins with BOS, as transformers and the original code do.
+Knows nothing about weights.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ from llava_core.prompts.templates import TEMPLATES, Template, get_template
 
 logger = logging.getLogger(__name__)
 _IMAGE_PATCH = "<im_patch>"
-# Classes of transformers that put BOS before a text whatever tokenizer.json says, unless `add_bos_token` is false.
+# Classes of transformers that prepend BOS whatever tokenizer.json says, unless `add_bos_token` is false.
 _LLAMA_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast", "CodeLlamaTokenizer", "CodeLlamaTokenizerFast")
 
-# What transformers 4 and 5 call a tokenizer that is nothing but its tokenizer.json.
+# Class names in transformers 4 and 5 for a tokenizer defined by its tokenizer.json alone.
 _PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 
 
 class Backend(Protocol):
-    """A tokenizer of any kind; all ids, and offsets in characters of the text."""
+    """A tokenizer of any kind. Offsets are in characters of the text."""
 
     bos_id: int | None
 
     @property
     def num_tokens(self) -> int:
-        """Ids there are."""
+        """Number of token ids."""
         ...
 
     @property
@@ -52,11 +52,11 @@ class Backend(Protocol):
         ...
 
     def token_id(self, text: str) -> int | None:
-        """The id of exactly this token."""
+        """The id of the token with exactly this text."""
         ...
 
     def add_special(self, text: str) -> None:
-        """A new special token with the next free id."""
+        """Add a special token with the next free id."""
         ...
 
     def encode(self, text: str) -> Sequence[tuple[int, int, int]]:
@@ -68,12 +68,12 @@ class Backend(Protocol):
         ...
 
     def token_bytes(self, token: int) -> bytes:
-        """What a token stands for; of a control token, its name."""
+        """The bytes a token stands for; for a control token, its name."""
         ...
 
 
 class FastBackend:
-    """tokenizer.json by the tokenizers library."""
+    """A tokenizer.json, read by the tokenizers library."""
 
     def __init__(self, inner: PreTrainedTokenizerFast, *, settings: TokenizerSettings | None = None) -> None:
         self._inner = inner
@@ -87,21 +87,21 @@ class FastBackend:
 
     @property
     def num_tokens(self) -> int:
-        """Ids there are, added ones among them."""
+        """Number of token ids, including added ones."""
         return len(self._inner)
 
     @property
     def special_texts(self) -> frozenset[str]:
-        """Not `all_special_tokens`, which leaves out those that only tokenizer.json knows."""
+        """Texts of special tokens. Not `all_special_tokens`, which omits those that only tokenizer.json knows."""
         return frozenset(token.content for token in self._inner.added_tokens_decoder.values() if token.special)
 
     def token_id(self, text: str) -> int | None:
-        """The id of exactly this token, None where there is none."""
+        """The id of the token with exactly this text, None where there is none."""
         found: int | None = self._inner.backend_tokenizer.token_to_id(text)
         return found
 
     def add_special(self, text: str) -> None:
-        """A new special token with the next free id."""
+        """Add a special token with the next free id."""
         self._inner.add_tokens([text], special_tokens=True)
         self._added = _added_texts(self._inner)
 
@@ -116,7 +116,7 @@ class FastBackend:
         return text
 
     def token_bytes(self, token: int) -> bytes:
-        """What a token stands for; of an added one, its text; nothing for one that is only a row of the model."""
+        """The bytes a token stands for; an added token's text; empty for an id that is only a row of the model."""
         if token in self._added:
             return self._added[token].encode()
         entry: str | None = self._inner.backend_tokenizer.id_to_token(token)
@@ -124,7 +124,7 @@ class FastBackend:
 
 
 def _added_texts(inner: PreTrainedTokenizerFast) -> dict[int, str]:
-    """Read once: the library makes them anew whenever it is asked."""
+    """Texts of added tokens by id. Read once, because the library rebuilds them on every access."""
     return {number: token.content for number, token in inner.added_tokens_decoder.items()}
 
 
@@ -148,7 +148,7 @@ class CheckpointTokenizer:
 
     @property
     def num_tokens(self) -> int:
-        """Ids there are, added ones among them."""
+        """Number of token ids, including added ones."""
         return self.backend.num_tokens
 
     def chat_prompt(self, messages: list[dict[str, Any]]) -> str | None:
@@ -162,7 +162,7 @@ class CheckpointTokenizer:
 
 
 def load_tokenizer(checkpoint: Path | Checkpoint) -> CheckpointTokenizer:
-    """The tokenizer of a checkpoint. Raises CheckpointError when it is missing, damaged, or lacks a token."""
+    """Load a checkpoint's tokenizer. Raises CheckpointError when it is missing, damaged, or lacks a token."""
     if isinstance(checkpoint, Path):
         is_original = (checkpoint / "config.json").exists() and is_original_config(read_json(checkpoint, "config.json"))
         if not is_original:
@@ -178,26 +178,26 @@ def load_tokenizer(checkpoint: Path | Checkpoint) -> CheckpointTokenizer:
 def _load_fast(folder: Path) -> PreTrainedTokenizerFast:
     if not (folder / "tokenizer.json").exists():
         raise CheckpointError(f"{folder / 'tokenizer.json'} is missing; save the fast form of the tokenizer with it")
-    # Not AutoTokenizer, which imports torch and every model; tokenizer.json says all that its class would.
+    # Not AutoTokenizer, which imports torch and every model; tokenizer.json holds all the class would add.
     return read_tokenizer(PreTrainedTokenizerFast, folder)
 
 
 def read_tokenizer(kind: type[PreTrainedTokenizerFast], folder: Path) -> PreTrainedTokenizerFast:
-    """A folder's tokenizer by this class of transformers. Raises CheckpointError when it cannot be read."""
+    """Read a folder's tokenizer with this transformers class. Raises CheckpointError when it cannot be read."""
     read_tokenizer_settings(folder)
     file = folder / ("tokenizer.json" if (folder / "tokenizer.json").exists() else "tokenizer.model")
     try:
         loaded: PreTrainedTokenizerFast = kind.from_pretrained(folder, local_files_only=True)
     except PermissionError:
         raise denied(file) from None
-    # The tokenizers library raises Exception itself, and nothing else.
+    # The tokenizers library raises Exception itself, not a subclass.
     except Exception as error:
         raise CheckpointError(f"{file} cannot be read ({type(error).__name__}: {error}); download it again") from error
     return loaded
 
 
 def _load_original(checkpoint: Checkpoint) -> Backend:
-    """As the original code loads it: the slow form where there is one, but for a whole Mistral the fast one."""
+    """Load as the original code does: the slow form where there is one, but the fast one for a whole Mistral."""
     folder = checkpoint.text_folder
     settings = read_tokenizer_settings(folder)
     wants_fast = checkpoint.config.text["model_type"] == "mistral" and checkpoint.is_complete
@@ -207,7 +207,7 @@ def _load_original(checkpoint: Checkpoint) -> Backend:
     if has_slow and not (wants_fast and has_fast):
         from llava_core.checkpoints.sentencepiece_tokenizer import SentencePieceBackend
 
-        # The fast form that transformers makes of a slow file is the legacy one.
+        # The fast form into which transformers converts a slow file is the legacy one.
         return SentencePieceBackend(folder, is_legacy=True if wants_fast else None)
     if not has_fast:
         raise CheckpointError(f"{folder} has neither tokenizer.model nor tokenizer.json; copy them from the base model")
@@ -215,12 +215,12 @@ def _load_original(checkpoint: Checkpoint) -> Backend:
 
 
 def _add_image_tokens(tokenizer: Backend, checkpoint: Checkpoint) -> None:
-    """The tokens that the original code adds when it loads a model, where its embeddings have rows for them."""
+    """Add the tokens that the original code adds when it loads a model, where the embeddings have rows for them."""
     rows, folder = checkpoint.config.vocab_size, checkpoint.folder
     with naming(folder / "config.json"):
         has_patch_token = Fields(checkpoint.settings).flag("mm_use_im_patch_token", True)
     wanted = [IMAGE_START, IMAGE_END] if checkpoint.config.image_start_end else []
-    # Prompts never hold it, so a missing row does no harm.
+    # Prompts never contain the patch token, so a missing row does no harm.
     if (
         has_patch_token
         and tokenizer.num_tokens + len([text for text in wanted if tokenizer.token_id(text) is None]) < rows
@@ -239,7 +239,7 @@ def _add_image_tokens(tokenizer: Backend, checkpoint: Checkpoint) -> None:
             )
 
 
-# A conversation that tells templates apart: two turns, a picture, an answer in the middle.
+# A conversation that distinguishes templates: two turns, a picture, an answer in the middle.
 _PROBE_TURNS = (
     Turn("user", f"{IMAGE_PLACEHOLDER}\nQ1"),
     Turn("assistant", "A1"),
@@ -256,8 +256,8 @@ _PROBE_MESSAGES: list[dict[str, Any]] = [
 def choose_template(tokenizer: CheckpointTokenizer, name: str | None, config: ModelConfig | None = None) -> Template:
     """The named template, else the one that renders exactly as the checkpoint's chat template does.
 
-    An original checkpoint has no chat template; its `config` tells as far as it can. Raises CheckpointError when
-    nothing does: a guess would answer badly without a sign of it.
+    An original checkpoint has no chat template; its `config` decides as far as possible. Raises CheckpointError when
+    nothing does: a wrong guess would silently give bad answers.
     """
     if name is not None:
         return get_template(name)
@@ -274,7 +274,7 @@ def choose_template(tokenizer: CheckpointTokenizer, name: str | None, config: Mo
 
 
 def _template_of(config: ModelConfig) -> Template:
-    """What the released models of this shape were trained with; Vicuna's is that of LLaVA-1.5 and 1.6."""
+    """The template that released models of this shape were trained with; LLaVA-1.5 and 1.6 use Vicuna's."""
     if config.vision.architecture["model_type"] == BIOVIL_T:
         name = "radialog"
     elif config.text["model_type"] == "mistral":

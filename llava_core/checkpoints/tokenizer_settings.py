@@ -1,7 +1,7 @@
-"""What a folder says about its tokenizer beside the vocabulary: tokenizer_config.json and the small files next to it.
+"""A folder's tokenizer settings besides the vocabulary: tokenizer_config.json and the small files next to it.
 
-Read with types, for either kind of tokenizer, before a library reads them that names neither file nor field. Knows
-nothing about how text becomes tokens.
+They are read and type-checked here, for either kind of tokenizer, before a library whose errors name neither file nor
+field reads them. Knows nothing about how text becomes tokens.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from llava_core.checkpoints.files import naming, read_json
 from llava_core.fields import Fields
 
-# In the order in which those get an id that nobody gave one, as in transformers.
+# In the order in which tokens without an id get one, as in transformers.
 _ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _OTHERS = "additional_special_tokens"
 _DEFAULTS = {"bos_token": ["<s>"], "eos_token": ["</s>"], "unk_token": ["<unk>"]}
@@ -21,9 +21,9 @@ _DEFAULTS = {"bos_token": ["<s>"], "eos_token": ["</s>"], "unk_token": ["<unk>"]
 
 @dataclass(frozen=True)
 class AddedToken:
-    """A token that is cut out of the text before anything else; the strips take white space from its neighbours.
+    """A token that is cut out of the text first; `strips_left` and `strips_right` remove white space next to it.
 
-    `is_named` are those that play a part, such as EOS or `additional_special_tokens`, and those that loading adds.
+    `is_named` marks tokens with a role, such as EOS or `additional_special_tokens`, and tokens that loading adds.
     """
 
     id: int
@@ -35,9 +35,9 @@ class AddedToken:
 
 @dataclass(frozen=True)
 class TokenizerSettings:
-    """`numbered` are the tokens that are listed with their ids, `special` the texts of all that play a part.
+    """`numbered` are the tokens listed with their ids, `special` the texts of all tokens with a role.
 
-    `kind` is the class that transformers would take; it and `is_legacy` are None where the files do not say.
+    `kind` is the class that transformers would use; it and `is_legacy` are None where the files do not set them.
     """
 
     kind: str | None
@@ -76,13 +76,13 @@ def read_tokenizer_settings(folder: Path) -> TokenizerSettings:
 
 
 def _parts(fields: Fields) -> dict[str, list[str]]:
-    """The tokens of each part that the file mentions, none where it says null."""
+    """The tokens of each role that the file mentions, none where it is null."""
     parts = {name: _texts(fields, name, [fields.values[name]]) for name in _ROLES if name in fields.values}
     return {**parts, _OTHERS: _texts(fields, _OTHERS, fields.items(_OTHERS))} if fields.has(_OTHERS) else parts
 
 
 def _texts(fields: Fields, name: str, tokens: list[object]) -> list[str]:
-    """Tokens as these files have them: text, or an object with it."""
+    """The texts of tokens, each given as text or as an object with its content."""
     texts = [token.get("content", ()) if isinstance(token, Mapping) else token for token in tokens]
     if not all(text is None or isinstance(text, str) for text in texts):
         raise fields.wrong(name, "a token's text, or an object with its content")
@@ -99,7 +99,7 @@ def _numbered(fields: Fields) -> Iterator[tuple[str, AddedToken]]:
 
 
 def _check_for_transformers(config: Fields) -> None:
-    """What only transformers reads: it would say neither file nor field, or break off later."""
+    """Check fields that only transformers reads: its errors would name neither file nor field, or come later."""
     for name in ("clean_up_tokenization_spaces", "add_prefix_space", "add_eos_token"):
         config.optional(name, Fields.flag)
     for name in ("padding_side", "truncation_side"):

@@ -30,22 +30,22 @@ _LARGE: JsonObject = {
     "patch_size": 14,
     "projection_dim": 768,
 }
-# Those that released checkpoints name, so that one that brings their weights along needs nothing else.
+# The towers that released checkpoints name, so that a checkpoint including their weights needs nothing else.
 KNOWN_TOWERS: dict[str, JsonObject] = {
     "openai/clip-vit-large-patch14": {**_LARGE, "image_size": 224},
     "openai/clip-vit-large-patch14-336": {**_LARGE, "image_size": 336},
 }
-# What RaDialog's config.json calls its tower, and the file that holds the one it was trained from.
+# The tower's name in RaDialog's config.json, and the file with the released tower it was trained from.
 BIOVIL = "biovil"
 BIOVIL_CONFIG: JsonObject = {"model_type": BIOVIL_T}
 BIOVIL_FILE = "biovil_t_image_model_proj_size_128.pt"
-# Hub ids that the original code takes for towers, and SigLIP's: nothing else is worth asking the network about.
+# Hub ids that the original code accepts as towers, and SigLIP's: no others are looked up on the network.
 _ON_THE_HUB = re.compile(r"^(openai|laion|apple)/|ShareGPT4V|clip|siglip", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class TowerSource:
-    """A tower's configuration as `read_tower` gives it, and the folder it came from, None for a known one by name."""
+    """A tower's configuration as from `read_tower`, and the folder it came from; None for a known tower."""
 
     config: JsonObject
     folder: Path | None
@@ -54,12 +54,12 @@ class TowerSource:
 def find_tower(name: str, checkpoint: Path, *, is_inside: bool, hub: Hub) -> TowerSource:
     """The tower that config.json names; with `is_inside` its weights are not needed from elsewhere.
 
-    A name is a folder (as it stands, beside the checkpoint, or inside it) or a hub id. Raises CheckpointError naming
-    the field when it is neither, or when what it names is no tower.
+    A name is a folder (taken literally, next to the checkpoint, or inside it) or a hub id. Raises CheckpointError
+    naming the field when it is neither, or does not name a tower.
     """
     folder = None if hub.is_pinned(name) else local_folder(name, checkpoint)
     if folder is None and is_inside and name in KNOWN_TOWERS and not hub.is_pinned(name):
-        # What is here may differ from what is usual.
+        # A cached configuration takes precedence: it may differ from the known one.
         folder = hub.find_here(name, "config.json")
         if folder is None:
             return TowerSource(KNOWN_TOWERS[name], None)
@@ -78,7 +78,7 @@ def find_tower(name: str, checkpoint: Path, *, is_inside: bool, hub: Hub) -> Tow
 
 
 def find_biovil_file(checkpoint: Path) -> Path | None:
-    """The released BioViL-T inside a checkpoint or beside it, where somebody put it."""
+    """The released BioViL-T file inside a checkpoint or next to it, if it is there."""
     return next((file for folder in (checkpoint, checkpoint.parent) if (file := folder / BIOVIL_FILE).exists()), None)
 
 
@@ -94,7 +94,7 @@ def check_biovil(checkpoint: Path, names: Set[str]) -> None:
 
 
 def local_folder(name: str, checkpoint: Path) -> Path | None:
-    """The folder a name stands for. One that was moved together with its checkpoint is found by its last part."""
+    """The folder that a name refers to. A tower moved together with its checkpoint is found by its folder's name."""
     candidates = [Path(name), checkpoint / name, checkpoint.parent / name]
     if Path(name).is_absolute():
         candidates += [checkpoint / Path(name).name, checkpoint.parent / Path(name).name]
@@ -107,14 +107,14 @@ def local_folder(name: str, checkpoint: Path) -> Path | None:
 
 
 def _vision_part(fields: Fields) -> JsonObject:
-    """A tower's own configuration, alone or as half of a CLIP or SigLIP."""
+    """A tower's configuration, from its own file or from the vision half of a CLIP or SigLIP."""
     kind = fields.values.get("model_type")
     if kind in ("clip", "siglip"):
         half = fields.section("vision_config")
         return read_tower(Fields({**half.values, "model_type": f"{kind}_vision_model"}, half.path))
     if kind not in ("clip_vision_model", "siglip_vision_model"):
         raise CheckpointError(
-            f"model_type {shown(kind)} is no known tower; known are clip, clip_vision_model, siglip and "
+            f"model_type {shown(kind)} is not a known tower; known are clip, clip_vision_model, siglip and "
             "siglip_vision_model"
         )
     return read_tower(fields)

@@ -1,6 +1,6 @@
 """The weights in a folder or file under our names, and which of a model's parts are taken from them. Reads names only.
 
-Knows nothing about layouts: who lays which weights over which is layout.py's business.
+Knows nothing about layouts: layout.py decides which weights override which.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ ALL_PARTS: frozenset[Part] = frozenset({"tower", "projector", "decoder", "newlin
 
 @dataclass(frozen=True)
 class Weights:
-    """The model in a folder, or one `file` of it: how its names are read, and which parts are taken from it.
+    """The model in a folder, or one `file` of it: how its names are mapped, and which parts are taken from it.
 
-    With `is_rounded` its numbers are rounded to float16, whatever they are computed in.
+    With `is_rounded` its numbers are rounded to float16, whatever the compute dtype.
     """
 
     folder: Path
@@ -32,7 +32,7 @@ class Weights:
 
     @cached_property
     def files(self) -> dict[str, Path]:
-        """Which file holds each foreign name; looked up when first asked for, since preparing requests needs none."""
+        """Which file holds each foreign name; looked up on first use, since preparing requests does not need it."""
         if self.file is not None:
             return dict.fromkeys(tensor_names(self.file), self.file)
         return find_tensors(self.folder)
@@ -45,7 +45,7 @@ class Weights:
         return keys
 
     def sorted_keys(self) -> tuple[dict[str, Key], list[str]]:
-        """The same, and beside it the names that no row of the key table covers."""
+        """The same, along with the names that no row of the key table covers."""
         keys: dict[str, Key] = {}
         unknown = []
         for name in self.files:
@@ -60,20 +60,20 @@ class Weights:
 
 
 def find_weights(folder: Path, parts: frozenset[Part] = ALL_PARTS) -> Weights:
-    """A folder's own weights, whether or not it is a whole LLaVA: a text-only decoder has the originals' names."""
+    """A folder's own weights, whether or not it is a whole LLaVA: a text-only decoder uses the originals' names."""
     is_llava_hf = isinstance(read_json(folder, "config.json").get("vision_config"), dict)
     return Weights(folder, from_llava_hf if is_llava_hf else from_original, parts)
 
 
 def holds(weights: Iterable[Weights], part: Part) -> bool:
-    """Whether any of them has tensors of this part that are taken from it. Unknown names do not matter."""
+    """Whether tensors of this part are taken from any of the `weights`. Unknown names are ignored."""
     return any(
         part in each.parts and any(key.part == part for key in each.sorted_keys()[0].values()) for each in weights
     )
 
 
 def without(weights: Iterable[Weights], part: Part) -> tuple[Weights, ...]:
-    """The same, this part taken from none of them."""
+    """The same `weights`, but with this part taken from none of them."""
     return tuple(replace(each, parts=each.parts - {part}) for each in weights)
 
 

@@ -1,9 +1,9 @@
-"""A client of the service, or of any server that speaks OpenAI's chat completions; the public names.
+"""A client for the service, or for any server with OpenAI's chat completions API; the public names.
 
     client = Client("http://127.0.0.1:8000")
     print(client.ask("What is in the picture?", "scene.png").text)
 
-Needs httpx and no part of a model.
+Needs httpx, but none of the model code's dependencies.
 """
 
 from llava_core.client.answers import Choice, Delta, Logprob, Reply

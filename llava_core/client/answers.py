@@ -1,6 +1,6 @@
-"""Answers as values, put together from OpenAI's JSON, whole or chunk by chunk.
+"""Answers as values, assembled from OpenAI's JSON, whole or chunk by chunk.
 
-What the JSON of a stranger holds is judged here: anything that is no chat completion is an InvalidResponseError.
+Validates untrusted JSON: anything that is not a chat completion is an InvalidResponseError.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Logprob:
 
 @dataclass(frozen=True)
 class Delta:
-    """What an answer grew by; `index` tells the answers of one request apart."""
+    """An increment of an answer; `index` tells the answers of one request apart."""
 
     text: str
     index: int = 0
@@ -39,7 +39,7 @@ class Delta:
 
 @dataclass(frozen=True)
 class Choice:
-    """One answer. `finish_reason` is `stop` or `length`, None where it was left before its end."""
+    """One answer. `finish_reason` is `stop` or `length`, None where reading stopped before its end."""
 
     text: str
     finish_reason: str | None = None
@@ -48,10 +48,10 @@ class Choice:
 
 @dataclass(frozen=True)
 class Reply:
-    """All answers to a request, of which `n` may have asked for several, and what they cost.
+    """All answers to a request, several with the option `n`, and their cost.
 
-    `stage_ms` has milliseconds by stage, `image_transforms` how each picture's values were seen, where that was asked
-    for and they are not what is seen. `request_id` is what the service's logs call the request.
+    `stage_ms` has milliseconds by stage. `image_transforms` has each picture's transform, if requested; None for a
+    picture whose stored values are the values seen. `request_id` identifies the request in the service's logs.
     """
 
     choices: tuple[Choice, ...]
@@ -64,22 +64,22 @@ class Reply:
 
     @property
     def text(self) -> str:
-        """Of the first answer."""
+        """The first answer's text."""
         return self.choices[0].text
 
     @property
     def finish_reason(self) -> str | None:
-        """Of the first answer."""
+        """The first answer's finish reason."""
         return self.choices[0].finish_reason
 
     @property
     def logprobs(self) -> tuple[Logprob, ...]:
-        """Of the first answer."""
+        """The first answer's log-probabilities."""
         return self.choices[0].logprobs
 
 
 class Collector:
-    """Puts chunks together. The whole completion counts as one chunk."""
+    """Assembles chunks. A whole completion counts as one chunk."""
 
     def __init__(self, request_id: str | None = None) -> None:
         self._request_id = request_id
@@ -90,7 +90,7 @@ class Collector:
         self._transforms: tuple[ImageTransform | None, ...] = ()
 
     def add(self, chunk: Json) -> list[Delta]:
-        """What a chunk says."""
+        """Add a chunk and return its deltas. Raises InvalidResponseError."""
         try:
             deltas = [_read_choice(choice) for choice in chunk["choices"]]
             self._head |= {name: str(chunk[name]) for name in ("id", "model") if chunk.get(name)}
@@ -99,36 +99,38 @@ class Collector:
             self._transforms += tuple(map(_read_transform, chunk.get("image_transforms") or ()))
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             shown = json.dumps(chunk)[:200]
-            raise InvalidResponseError(f"that is no chat completion: {shown}", request_id=self._request_id) from error
+            raise InvalidResponseError(
+                f"the response is not a chat completion: {shown}", request_id=self._request_id
+            ) from error
         for delta in deltas:
             self._choices.setdefault(delta.index, []).append(delta)
         return deltas
 
     @property
     def text(self) -> str:
-        """Of the first answer, as far as it has come."""
+        """The first answer's text so far."""
         return "".join(delta.text for delta in self._choices.get(0, ()))
 
     def reply(self) -> Reply:
-        """All that has come."""
+        """Everything received so far."""
         choices = tuple(_in_one(self._choices[index]) for index in sorted(self._choices)) or (Choice(""),)
         return Reply(choices, self._usage, self._stage_ms, self._transforms, **self._head, request_id=self._request_id)
 
 
 def read_object(data: bytes, request_id: str | None = None) -> Json:
-    """A JSON object."""
+    """Parse a JSON object. Raises InvalidResponseError for anything else."""
     try:
         content = json.loads(data)
     except ValueError:
         content = None
     if not isinstance(content, dict):
         shown = data[:200].decode(errors="replace")
-        raise InvalidResponseError(f"the service sent what is no JSON object: {shown!r}", request_id=request_id)
+        raise InvalidResponseError(f"the response is not a JSON object: {shown!r}", request_id=request_id)
     return content
 
 
 def read_reply(body: bytes, request_id: str | None = None) -> Reply:
-    """A completion that came in one piece."""
+    """Parse a completion that was sent as a whole. Raises InvalidResponseError."""
     collector = Collector(request_id)
     if not collector.add(read_object(body, request_id)):
         raise InvalidResponseError("the service sent a completion without an answer", request_id=request_id)
@@ -136,11 +138,11 @@ def read_reply(body: bytes, request_id: str | None = None) -> Reply:
 
 
 def read_models(body: bytes) -> list[str]:
-    """The names in a list of models."""
+    """The names in a list of models. Raises InvalidResponseError."""
     try:
         return [str(model["id"]) for model in read_object(body)["data"]]
     except (LookupError, TypeError) as error:
-        raise InvalidResponseError("the service sent what is no list of models") from error
+        raise InvalidResponseError("the response is not a list of models") from error
 
 
 def _in_one(deltas: list[Delta]) -> Choice:
@@ -154,7 +156,7 @@ def _read_choice(choice: Json) -> Delta:
     logprobs = (choice.get("logprobs") or {}).get("content") or ()
     reason = choice.get("finish_reason")
     return Delta(
-        # Some servers send null for nothing.
+        # Some servers send null for no text.
         _text(piece.get("content") or ""),
         int(choice.get("index", 0)),
         None if reason is None else _text(reason),

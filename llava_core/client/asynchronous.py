@@ -1,4 +1,4 @@
-"""The client for asyncio: what `synchronous.py` is for blocking code. A task that is cancelled ends its request."""
+"""The client for asyncio, the counterpart of `synchronous.py`. Cancelling a task ends its request."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from llava_core.types import Message
 
 
 class AsyncAnswerStream(AsyncIterator[Delta]):
-    """An answer as it comes: iterate over its deltas; `reply` is what has come so far."""
+    """A streamed answer: iterate over its deltas; `reply` is everything received so far."""
 
     def __init__(self, response: httpx.Response, attempts: Attempts) -> None:
         self._response, self._attempts = response, attempts
@@ -34,7 +34,7 @@ class AsyncAnswerStream(AsyncIterator[Delta]):
 
     async def _read(self) -> AsyncIterator[Delta]:
         with reading(self._answer):
-            # To the end, so that the connection can be used again.
+            # Read to the end, so that the connection can be reused.
             async for data in self._response.aiter_bytes():
                 self._attempts.check_time()
                 for delta in self._answer.feed(data):
@@ -43,12 +43,12 @@ class AsyncAnswerStream(AsyncIterator[Delta]):
 
     @property
     def reply(self) -> Reply:
-        """The answer as far as it has come; with its usage and times once it has been read to its end."""
+        """The answer received so far, with usage and times once it has been read to its end."""
         return self._answer.reply
 
 
 class AsyncClient:
-    """Asks a service, any number of questions at a time. The arguments are those of Client."""
+    """Asks a service, any number of questions concurrently. Takes the same arguments as Client."""
 
     def __init__(
         self,
@@ -72,8 +72,8 @@ class AsyncClient:
         system: str | None = None,
         **options: Unpack[Options],
     ) -> Reply:
-        """The answer to a question about pictures, paths or addresses or bytes or Pillow's, after what was said
-        before. Raises ServiceError, or RequestError for a file that cannot be read."""
+        """Answer a question about pictures (paths, URLs, bytes or Pillow images), after the turns in `history`. Raises
+        ServiceError, or RequestError for a file that cannot be read."""
         call = await self._call(question, images, history, system, options, stream=False)
         body, request_id = await self._fetch(call)
         return read_reply(body, request_id)
@@ -87,7 +87,7 @@ class AsyncClient:
         system: str | None = None,
         **options: Unpack[Options],
     ) -> AsyncIterator[AsyncAnswerStream]:
-        """As `ask`, but as it is written. Leaving the block early ends the request on the service, too."""
+        """As `ask`, but streamed. Leaving the block early also ends the request in the service."""
         call = await self._call(question, images, history, system, options, stream=True)
         attempts = Attempts(self._service, call)
         response = await self._send(attempts)
@@ -99,16 +99,17 @@ class AsyncClient:
     def conversation(
         self, system: str | None = None, history: Iterable[Message] = (), **options: Unpack[Options]
     ) -> AsyncConversation:
-        """Questions that know what was said before."""
+        """A conversation, in which each question is sent with the previous turns."""
         return AsyncConversation(self, system, history, options)
 
     def batch(
         self, questions: Iterable[Question], *, concurrency: int = 8, in_order: bool = True
     ) -> AsyncGenerator[Result, None]:
-        """The result of each question, up to `concurrency` of them asked at a time; as they come unless `in_order`.
+        """Yield the result of each question, with up to `concurrency` in flight; in order of completion unless
+        `in_order`.
 
-        `questions` is read as far as it is needed. A question that fails is a Result with its error, and the others
-        go on. Closing the generator ends what still runs.
+        `questions` is consumed lazily. A failed question yields a Result with its error, and the others continue.
+        Closing the generator cancels the questions in flight.
         """
         return ask_in_tasks(self._ask_question, questions, concurrency=concurrency, in_order=in_order)
 
@@ -118,7 +119,7 @@ class AsyncClient:
         return read_models(body)
 
     async def is_healthy(self) -> bool:
-        """Whether the service can answer now; False where nobody does."""
+        """Whether the service can answer now; False if it is unreachable."""
         try:
             await self._fetch(health_call(self._service.timeout_s), NO_RETRIES)
         except ServiceError:
@@ -145,7 +146,7 @@ class AsyncClient:
         *,
         stream: bool,
     ) -> Call:
-        """On a thread: reading and encoding pictures takes tens of milliseconds."""
+        """Build the request on a thread: reading and encoding pictures takes tens of milliseconds."""
         wanted: Options = {**self._options, **options}
 
         def make() -> Call:
@@ -158,7 +159,7 @@ class AsyncClient:
         return await self.ask(question.text, *question.images, system=question.system, **options)
 
     async def _fetch(self, call: Call, retries: Retries | None = None) -> tuple[bytes, str | None]:
-        """The body of a response, and its request's id."""
+        """The body of a response, and the request's id."""
         response = await self._send(Attempts(self._service, call, retries))
         answer = StreamedAnswer(response.headers.get("x-request-id"))
         async with contextlib.aclosing(response):
@@ -166,7 +167,7 @@ class AsyncClient:
                 return await response.aread(), answer.request_id
 
     async def _send(self, attempts: Attempts) -> httpx.Response:
-        """A response that has begun well. Raises ServiceError once there is no further attempt."""
+        """Send until a response begins with status 200. Raises ServiceError when no attempts are left."""
         while True:
             request = self._http.build_request(**attempts.request())
             try:

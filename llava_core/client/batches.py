@@ -1,6 +1,6 @@
-"""Many questions, so many at a time, on threads or as tasks; each ends as a Result, so that no error loses the others.
+"""Many questions with bounded concurrency, on threads or as tasks; each yields a Result, so no error loses the others.
 
-Whoever answers a question is handed in. Questions are taken from their source only as there is room for them.
+The function that answers a question is passed in. Questions are taken from their source only as capacity frees up.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from llava_core.errors import LlavaError
 
 @dataclass(frozen=True)
 class Question:
-    """One of many, with pictures and options of its own."""
+    """One question of a batch, with its own pictures and options."""
 
     text: str
     images: tuple[Picture, ...] = ()
@@ -29,7 +29,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Result:
-    """What became of the question that stood at `index`: a reply or an error."""
+    """The outcome of the question at `index`: a reply or an error."""
 
     index: int
     question: Question
@@ -46,7 +46,7 @@ class Result:
 def ask_in_threads(
     ask: Callable[[Question], Reply], questions: Iterable[Question], *, concurrency: int, in_order: bool
 ) -> Iterator[Result]:
-    """Results from a pool of threads. Leaving early waits for the questions that are being answered."""
+    """Yield results from a pool of threads. Leaving early waits for the questions in flight."""
     _check(concurrency)
 
     def answer(index: int, question: Question) -> Result:
@@ -61,7 +61,7 @@ def ask_in_threads(
         running: list[Future[Result]] = []
         try:
             while True:
-                # In order, the first one may be slow: as many again keep the others busy meanwhile.
+                # In order, the first question may be slow: a second set of questions keeps the other threads busy.
                 room = (2 if in_order else 1) * concurrency - len(running)
                 running += [pool.submit(answer, *numbered) for numbered in islice(source, room)]
                 if not running:
@@ -78,7 +78,7 @@ def ask_in_threads(
 async def ask_in_tasks(
     ask: Callable[[Question], Awaitable[Reply]], questions: Iterable[Question], *, concurrency: int, in_order: bool
 ) -> AsyncGenerator[Result, None]:
-    """Results from tasks. Leaving early cancels those that run."""
+    """Yield results from tasks. Leaving early cancels those that are running."""
     _check(concurrency)
     free = asyncio.Semaphore(concurrency)
 

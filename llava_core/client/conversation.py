@@ -1,7 +1,7 @@
-"""A conversation: what was said is sent along with each new question, pictures of every turn included.
+"""A conversation: each new question is sent with all previous turns, including their pictures.
 
-A question whose answer fails leaves no trace, so it can be asked again; of an answer that was left early stays what had
-come. Knows a client only as who answers.
+A question whose answer fails leaves no trace, so it can be asked again; an answer that was left early is kept as far as
+it was received. Knows the client only as the source of answers.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 
 class _Turns:
-    """What both kinds have: `messages` is the history, which may be changed between questions, and `system` the text
-    that replaces the template's."""
+    """State of both kinds of conversation: `messages` is the history, which may be changed between questions; `system`
+    replaces the template's system text."""
 
     def __init__(self, system: str | None, history: Iterable[Message], options: Options) -> None:
         self.system = system
@@ -38,7 +38,7 @@ class _Turns:
 
 
 class Conversation(_Turns):
-    """Blocking; made by `Client.conversation`."""
+    """A blocking conversation; created by `Client.conversation`."""
 
     def __init__(self, client: Client, system: str | None, history: Iterable[Message], options: Options) -> None:
         super().__init__(system, history, options)
@@ -61,7 +61,7 @@ class Conversation(_Turns):
 
 
 class AsyncConversation(_Turns):
-    """For asyncio; made by `AsyncClient.conversation`."""
+    """A conversation for asyncio; created by `AsyncClient.conversation`."""
 
     def __init__(self, client: AsyncClient, system: str | None, history: Iterable[Message], options: Options) -> None:
         super().__init__(system, history, options)

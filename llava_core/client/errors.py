@@ -1,10 +1,10 @@
-"""What can go wrong when a service is asked, as one tree under LlavaError.
+"""The errors of requests to a service, as one tree under LlavaError.
 
     ServiceError
-    ├── ConnectionFailedError      nobody answers, or the connection broke before there was an answer
+    ├── ConnectionFailedError      the service is unreachable, or the connection broke before there was an answer
     ├── TimeoutExceededError       no answer in time: by the client's clock, or 504 by the service's
-    ├── AnswerInterruptedError     an answer that had begun was not finished; `text` is what there is of it
-    ├── InvalidResponseError       a response that is no chat completion
+    ├── AnswerInterruptedError     an answer that had begun was not finished; `text` is what was received of it
+    ├── InvalidResponseError       a response that is not a chat completion
     ├── BadRequestError            400 and other 4xx: the request itself
     ├── AuthenticationError        401
     ├── PermissionDeniedError      403
@@ -12,7 +12,7 @@
     ├── RateLimitError             429
     └── ServerError                5xx
 
-Knows how errors look in JSON, and nothing about how they were transported.
+Knows how errors look in JSON, and nothing about how they are transported.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from typing import Any
 
 from llava_core.errors import LlavaError
 
-# Of a body that is no error of OpenAI's shape, such as a proxy's page.
+# Bytes quoted from a body that is not an error in OpenAI's format, such as a proxy's page.
 _MAX_SHOWN = 300
-# Worth another try: it says so itself, or whoever worked on the request is gone.
+# Worth a retry: the status says so itself, or the server working on the request has died.
 _TEMPORARY = frozenset({HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.BAD_GATEWAY, HTTPStatus.SERVICE_UNAVAILABLE})
 
 
 class ServiceError(LlavaError):
-    """A request without a whole answer. `code` is stable, `param` names the field at fault, `request_id` is what the
-    service's logs call the request; each is None where nobody has said it."""
+    """A request without a complete answer. `code` is stable, `param` names the field at fault, `request_id` identifies
+    the request in the service's logs; each is None where unknown."""
 
     def __init__(
         self,
@@ -58,21 +58,21 @@ class ServiceError(LlavaError):
 
     @property
     def is_temporary(self) -> bool:
-        """Whether the same request may succeed in a moment."""
+        """Whether retrying the same request may succeed soon."""
         return self.status in _TEMPORARY
 
 
 class ConnectionFailedError(ServiceError):
-    """Nobody answers, or the connection broke before there was an answer."""
+    """The service is unreachable, or the connection broke before there was an answer."""
 
     @property
     def is_temporary(self) -> bool:
-        """A service that starts again is one that nobody answers for."""
+        """True: a service that is restarting is unreachable too."""
         return True
 
 
 class TimeoutExceededError(ServiceError):
-    """There was no whole answer in time."""
+    """There was no complete answer in time."""
 
 
 class AnswerInterruptedError(ServiceError):
@@ -82,19 +82,19 @@ class AnswerInterruptedError(ServiceError):
 
 
 class InvalidResponseError(ServiceError):
-    """What was answered is no chat completion."""
+    """The response is not a chat completion."""
 
 
 class BadRequestError(ServiceError):
-    """The request cannot be answered as it is."""
+    """The request cannot be answered as it stands."""
 
 
 class AuthenticationError(ServiceError):
-    """No key, or one that is not known."""
+    """No key, or an unknown one."""
 
 
 class PermissionDeniedError(ServiceError):
-    """The key is for other routes."""
+    """The key is not valid for this route."""
 
 
 class NotFoundError(ServiceError):
@@ -102,11 +102,11 @@ class NotFoundError(ServiceError):
 
 
 class RateLimitError(ServiceError):
-    """Too much at once."""
+    """Too many requests at once."""
 
 
 class ServerError(ServiceError):
-    """It failed inside the service."""
+    """The request failed inside the service."""
 
 
 _BY_STATUS: dict[int, type[ServiceError]] = {
@@ -121,7 +121,7 @@ _BY_STATUS: dict[int, type[ServiceError]] = {
 def status_error(
     status: int, body: bytes, *, request_id: str | None = None, retry_after_s: float | None = None
 ) -> ServiceError:
-    """The error that a response of another status than 200 stands for."""
+    """The error for a response with a status other than 200."""
     details = error_details(body)
     if details is None:
         shown = body[:_MAX_SHOWN].decode(errors="replace").strip()
@@ -137,7 +137,7 @@ def _kind(status: int) -> type[ServiceError]:
 
 
 def error_details(body: bytes | dict[str, Any]) -> dict[str, Any] | None:
-    """Message, code, param and request id of an error in OpenAI's shape; None for anything else."""
+    """Message, code, param and request id of an error in OpenAI's format; None for anything else."""
     try:
         content = body if isinstance(body, dict) else json.loads(body)
     except ValueError:

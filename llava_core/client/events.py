@@ -1,7 +1,7 @@
-"""A stream's bytes as they come become deltas, and whatever ends it too early an error.
+"""Turns a stream's bytes into deltas as they arrive, and a premature end into an error.
 
-Lines end with a line feed alone: texts may hold any of the other characters that Unicode calls a line break, at which
-httpx would cut. Reads nothing itself, so that both clients share it.
+Only a line feed ends a line: texts may contain other characters that Unicode counts as line breaks, at which httpx
+would split. Reads nothing itself, so that both clients share it.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 from llava_core.client.answers import Collector, Delta, Json, Reply, read_object
 from llava_core.client.errors import AnswerInterruptedError, InvalidResponseError, error_details
 
-# More than any chunk of an answer has.
+# More than any chunk of an answer needs.
 MAX_LINE_BYTES = 16 * 1024 * 1024
 
 
 @dataclass
 class StreamedAnswer:
-    """What has come of a streamed answer. `is_done` once the service has said so."""
+    """The part of a streamed answer received so far. `is_done` once the service has sent `[DONE]`."""
 
     request_id: str | None = None
     is_done: bool = False
@@ -30,16 +30,16 @@ class StreamedAnswer:
 
     @property
     def reply(self) -> Reply:
-        """The answer as far as it has come; with its usage and times once it has been read to its end."""
+        """The answer received so far, with usage and times once it has been read to its end."""
         return self._collector.reply()
 
     def feed(self, data: bytes) -> Iterator[Delta]:
-        """What these bytes say. Raises AnswerInterruptedError for an error that the service sent as an event."""
+        """Yield the deltas in these bytes. Raises AnswerInterruptedError for an error sent as an event."""
         *lines, self._held = (self._held + data).split(b"\n")
         if len(self._held) > MAX_LINE_BYTES:
             raise InvalidResponseError("the service sent an event that has no end", request_id=self.request_id)
         for line in lines:
-            # Comments, names and numbers of events, and blank lines say nothing.
+            # Ignore comments, event names and ids, and blank lines.
             if not line.startswith(b"data:") or self.is_done:
                 continue
             content = line.removeprefix(b"data:").strip()

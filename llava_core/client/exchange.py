@@ -1,4 +1,4 @@
-"""What both clients know of HTTP: address, key, timeouts, the attempts of a request, and httpx's errors as ours.
+"""The HTTP knowledge shared by both clients: address, key, timeouts, the attempts of a request, httpx's errors as ours.
 
 Sends nothing and never waits, so that it serves blocking and asynchronous code alike.
 """
@@ -24,13 +24,13 @@ API_KEY_VARIABLE = "LLAVA_API_KEY"
 DEFAULT_URL = "http://127.0.0.1:8000"
 TIMEOUT_HEADER = "x-request-timeout-seconds"
 _CONNECT_S = 10.0
-# After its deadline a service still has this long to say so itself, which tells more than a clock here.
+# After its deadline a service has this much longer to report it itself, which is more informative than a timeout here.
 _GRACE_S = 1.0
 
 
 @dataclass(frozen=True)
 class Service:
-    """Where a service is, the key for it, how long it may be silent, and how often it is asked again."""
+    """A service's address and key, how long it may be silent, and how requests are retried."""
 
     url: str = DEFAULT_URL
     api_key: str | None = field(default=None, repr=False)
@@ -38,27 +38,27 @@ class Service:
     retries: Retries = DEFAULT_RETRIES
 
     def http_options(self) -> dict[str, Any]:
-        """For a client of httpx. Raises ServiceError for an address that is none."""
+        """Arguments for an httpx client. Raises ServiceError for an invalid address."""
         try:
             url = httpx.URL(self.url)
         except httpx.InvalidURL as error:
-            raise ServiceError(f"{self.url!r} is no address: {error}") from error
+            raise ServiceError(f"{self.url!r} is not a valid address: {error}") from error
         if url.scheme not in ("http", "https") or not url.host:
-            raise ServiceError(f"{self.url!r} is no address such as {DEFAULT_URL}")
+            raise ServiceError(f"{self.url!r} is not a valid address such as {DEFAULT_URL}")
         key = self.api_key or os.environ.get(API_KEY_VARIABLE)
         return {
-            # As clients of OpenAI's have it, `/v1` may stand at the end.
+            # `/v1` at the end is accepted, as in OpenAI clients' URLs.
             "base_url": url.copy_with(path=url.path.rstrip("/").removesuffix("/v1")),
             "headers": {} if not key else {"authorization": f"Bearer {key}"},
-            # The proxy that an environment names could not reach this machine's own addresses.
+            # A proxy set in the environment could not reach this machine's own addresses.
             "trust_env": not is_loopback(url.host),
-            # How many requests run at once is the caller's choice.
+            # The caller decides how many requests run at once.
             "limits": httpx.Limits(max_connections=None, max_keepalive_connections=64),
         }
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach what listens there. A name other than localhost may lead anywhere."""
+    """Whether the address is reachable only from this machine. A name other than localhost may resolve to anything."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -66,7 +66,7 @@ def is_loopback(host: str) -> bool:
 
 
 class Attempts:
-    """The attempts of one request, and the time that is left for them."""
+    """The attempts of one request, and the time left for them."""
 
     def __init__(self, service: Service, call: Call, retries: Retries | None = None) -> None:
         self._service, self._call = service, call
@@ -75,7 +75,8 @@ class Attempts:
         self._num_failed = 0
 
     def request(self) -> dict[str, Any]:
-        """The next attempt as httpx builds requests, which tells the service how much time is left."""
+        """Arguments for httpx's next request, which also tells the service how much time is left. Raises
+        TimeoutExceededError."""
         headers = {"content-type": "application/json"}
         silence_s = self._service.timeout_s
         if self._ends is not None:
@@ -93,7 +94,7 @@ class Attempts:
         }
 
     def wait_s(self, error: ServiceError) -> float:
-        """Seconds until the next attempt. Raises the error where there is none, or no time for it."""
+        """Seconds until the next attempt. Raises the error if there is no further attempt or no time for it."""
         wait = self._retries.wait_s(error, self._num_failed)
         self._num_failed += 1
         if wait is None or (self._ends is not None and time.monotonic() + wait >= self._ends):
@@ -101,17 +102,17 @@ class Attempts:
         return wait
 
     def check_time(self) -> None:
-        """For a stream of a server that does not know deadlines. Raises TimeoutExceededError."""
+        """Check the deadline during a stream, for servers that do not know deadlines. Raises TimeoutExceededError."""
         if self._ends is not None and time.monotonic() > self._ends + _GRACE_S:
             raise self.too_late()
 
     def too_late(self) -> TimeoutExceededError:
-        """The error for when time is over."""
+        """The error for an expired deadline."""
         return TimeoutExceededError(f"there was no whole answer within {self._call.deadline_s:g} s")
 
 
 def refusal(response: httpx.Response) -> ServiceError:
-    """What a response says that is no answer, read to its end."""
+    """The error for a refusing response that has been read to its end."""
     after = read_retry_after(response.headers.get("retry-after"))
     request_id = response.headers.get("x-request-id")
     return status_error(response.status_code, response.content, request_id=request_id, retry_after_s=after)
@@ -119,7 +120,7 @@ def refusal(response: httpx.Response) -> ServiceError:
 
 @contextlib.contextmanager
 def connecting(url: str) -> Iterator[None]:
-    """Until a response begins: httpx's errors as ours."""
+    """Translate httpx's errors into ours until a response begins."""
     try:
         yield
     except httpx.ConnectTimeout as error:
@@ -132,7 +133,7 @@ def connecting(url: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def reading(answer: StreamedAnswer) -> Iterator[None]:
-    """While a response is read: httpx's errors as ours. What happens once all was said is of no concern."""
+    """Translate httpx's errors into ours while a response is read. Errors after the answer's end are ignored."""
     try:
         yield
     except httpx.TimeoutException as error:

@@ -1,7 +1,7 @@
 """Questions and pictures as messages, and messages as OpenAI's JSON.
 
-A picture is a path, encoded bytes, an image of Pillow's or an address, or a part that also says how it is looked at. It
-travels as the bytes it has. Sends nothing, and leaves judging pictures to whoever decodes them.
+A picture is a path, encoded bytes, a Pillow image or a URL, or a message part that can also specify its view. Encoded
+pictures are sent unchanged. Sends nothing itself, and leaves validating pictures to the code that decodes them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ else:
 Json = dict[str, Any]
 
 DICOM = "application/dicom"
-# Where in the file, what stands there, and what it is called.
+# Offset in the file, the bytes there, and the media type.
 _SIGNATURES = (
     (0, b"\x89PNG\r\n\x1a\n", "image/png"),
     (0, b"\xff\xd8\xff", "image/jpeg"),
@@ -40,12 +40,12 @@ _SIGNATURES = (
     (0, b"MM\0+", "image/tiff"),
     (128, b"DICM", DICOM),
 )
-# As many bytes as `media_type` looks at.
+# The number of bytes that `media_type` looks at.
 HEAD_BYTES = 132
 
 
 def user_message(question: str | Message, pictures: Sequence[Picture] = ()) -> Message:
-    """What a user says: pictures first, as LLaVA was trained. A message is taken as it is, and has its own pictures."""
+    """A user's message: pictures first, as LLaVA was trained. A Message is used unchanged, with its own pictures."""
     if isinstance(question, Message):
         if pictures:
             raise TypeError("a Message has its own pictures; give them as its parts")
@@ -54,7 +54,7 @@ def user_message(question: str | Message, pictures: Sequence[Picture] = ()) -> M
 
 
 def picture_part(picture: Picture) -> ImagePart | ImageUrl:
-    """Whatever a picture is given as, as part of a message. Raises RequestError for a file that cannot be read."""
+    """A picture in any accepted form as a message part. Raises RequestError for a file that cannot be read."""
     if isinstance(picture, ImagePart | ImageUrl):
         return picture
     if isinstance(picture, bytes):
@@ -67,12 +67,12 @@ def picture_part(picture: Picture) -> ImagePart | ImageUrl:
 
 
 def is_address(text: str) -> bool:
-    """Whether a text is the address of a picture rather than a path."""
+    """Whether a text is a picture's URL rather than a path."""
     return text[:8].lower().startswith(("http://", "https://", "data:"))
 
 
 def read_picture(path: Path) -> bytes:
-    """The bytes of a file. Raises RequestError that names it."""
+    """The bytes of a file. Raises RequestError naming it."""
     try:
         return path.read_bytes()
     except OSError as error:
@@ -80,12 +80,12 @@ def read_picture(path: Path) -> bytes:
 
 
 def media_type(data: bytes) -> str | None:
-    """What a file that begins like this is, if it is a picture of a known kind."""
+    """The media type of a file that begins with these bytes, if it is a picture of a known kind."""
     return next((kind for at, mark, kind in _SIGNATURES if data.startswith(mark, at)), None)
 
 
 def data_url(data: bytes) -> str:
-    """The picture as an address. What is of no known kind is for the service to judge."""
+    """The picture as a data URL. The service decides about unknown kinds."""
     return f"data:{media_type(data) or 'image/unknown'};base64,{base64.b64encode(data).decode()}"
 
 
@@ -120,7 +120,7 @@ def _encode(picture: Image) -> bytes:
     try:
         picture.save(buffer, "PNG")
     except OSError:
-        # A mode that PNG does not have, such as CMYK.
+        # A mode that PNG does not support, such as CMYK.
         buffer = io.BytesIO()
         picture.convert("RGB").save(buffer, "PNG")
     return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""What is asked: options by name, and the bytes of a request. Knows OpenAI's fields, and sends nothing."""
+"""Requests: options by name, and the bytes of a request. Knows OpenAI's fields, and sends nothing."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ _HEALTH_S = 10.0
 
 
 class Options(TypedDict, total=False):
-    """Of an answer; docs/serving.md says what each does. What is left out is the service's own default.
+    """Options of an answer, described in docs/serving.md. The service's own defaults apply to options left out.
 
-    `deadline_s` bounds the whole answer, further attempts included, and is told to the service, which stops in time.
-    `timings` is True where it is left out; a server that refuses fields it does not know wants False. `extra` holds
-    fields that are not named here.
+    `deadline_s` bounds the whole answer, retries included, and is sent to the service, which stops in time. `timings`
+    defaults to True; set it to False for a server that rejects unknown fields. `extra` holds fields not named here.
     """
 
     model: str
@@ -48,7 +47,7 @@ class Options(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Call:
-    """One request, ready to be sent as often as it takes."""
+    """One request, ready to be sent as often as necessary."""
 
     method: str
     path: str
@@ -57,7 +56,7 @@ class Call:
 
 
 def chat_body(messages: Sequence[Message], system: str | None = None, **options: Any) -> Json:
-    """The JSON of a chat."""
+    """The JSON body of a chat completion."""
     spoken = [message_json(message) for message in messages]
     if system is not None:
         spoken.insert(0, {"role": "system", "content": system})
@@ -65,7 +64,7 @@ def chat_body(messages: Sequence[Message], system: str | None = None, **options:
 
 
 def chat_call(messages: Sequence[Message], system: str | None, options: Options, *, stream: bool) -> Call:
-    """A request for an answer in one piece, or as a stream that ends with what it cost."""
+    """A request for an answer as a whole, or as a stream that ends with its usage."""
     fields: dict[str, Any] = {"timings": True, **options}
     deadline_s, extra = fields.pop("deadline_s", None), fields.pop("extra", {})
     if fields["timings"] is False:
@@ -77,5 +76,5 @@ def chat_call(messages: Sequence[Message], system: str | None, options: Options,
 
 
 def health_call(timeout_s: float) -> Call:
-    """Whether the service can answer; who takes longer than this, or than it may be silent, cannot."""
+    """A health check; a service that takes longer than 10 s, or than `timeout_s`, counts as unhealthy."""
     return Call("GET", "/health", deadline_s=min(_HEALTH_S, timeout_s))

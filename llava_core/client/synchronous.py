@@ -1,4 +1,4 @@
-"""The client for blocking code. `asynchronous.py` is the same for asyncio; what they share knows of neither."""
+"""The client for blocking code. `asynchronous.py` is the same for asyncio; the code they share depends on neither."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from llava_core.types import Message
 
 
 class AnswerStream(Iterator[Delta]):
-    """An answer as it comes: iterate over its deltas; `reply` is what has come so far."""
+    """A streamed answer: iterate over its deltas; `reply` is everything received so far."""
 
     def __init__(self, response: httpx.Response, attempts: Attempts) -> None:
         self._response, self._attempts = response, attempts
@@ -34,7 +34,7 @@ class AnswerStream(Iterator[Delta]):
 
     def _read(self) -> Iterator[Delta]:
         with reading(self._answer):
-            # To the end, so that the connection can be used again.
+            # Read to the end, so that the connection can be reused.
             for data in self._response.iter_bytes():
                 self._attempts.check_time()
                 yield from self._answer.feed(data)
@@ -42,7 +42,7 @@ class AnswerStream(Iterator[Delta]):
 
     @property
     def reply(self) -> Reply:
-        """The answer as far as it has come; with its usage and times once it has been read to its end."""
+        """The answer received so far, with usage and times once it has been read to its end."""
         return self._answer.reply
 
 
@@ -50,8 +50,8 @@ class Client:
     """Asks a service, from any number of threads.
 
     `url` is the service's root. The key is `api_key`, or else the environment's LLAVA_API_KEY. The service may be
-    silent for `timeout_s`. `options` hold for every question that does not say otherwise. `transport` replaces httpx's
-    own, for tests and for connections of another kind.
+    silent for `timeout_s`. `options` apply to every question that does not override them. `transport` replaces httpx's
+    own, for tests and for other kinds of connection.
     """
 
     def __init__(
@@ -76,8 +76,8 @@ class Client:
         system: str | None = None,
         **options: Unpack[Options],
     ) -> Reply:
-        """The answer to a question about pictures, paths or addresses or bytes or Pillow's, after what was said
-        before. Raises ServiceError, or RequestError for a file that cannot be read."""
+        """Answer a question about pictures (paths, URLs, bytes or Pillow images), after the turns in `history`. Raises
+        ServiceError, or RequestError for a file that cannot be read."""
         messages = (*history, user_message(question, images))
         call = chat_call(messages, system, self._with_defaults(options), stream=False)
         body, request_id = self._fetch(call)
@@ -92,7 +92,7 @@ class Client:
         system: str | None = None,
         **options: Unpack[Options],
     ) -> Iterator[AnswerStream]:
-        """As `ask`, but as it is written. Leaving the block early ends the request on the service, too."""
+        """As `ask`, but streamed. Leaving the block early also ends the request in the service."""
         messages = (*history, user_message(question, images))
         call = chat_call(messages, system, self._with_defaults(options), stream=True)
         attempts = Attempts(self._service, call)
@@ -105,14 +105,14 @@ class Client:
     def conversation(
         self, system: str | None = None, history: Iterable[Message] = (), **options: Unpack[Options]
     ) -> Conversation:
-        """Questions that know what was said before."""
+        """A conversation, in which each question is sent with the previous turns."""
         return Conversation(self, system, history, options)
 
     def batch(self, questions: Iterable[Question], *, concurrency: int = 8, in_order: bool = True) -> Iterator[Result]:
-        """The result of each question, up to `concurrency` of them asked at a time; as they come unless `in_order`.
+        """Yield the result of each question, with up to `concurrency` in flight; in order of completion unless
+        `in_order`.
 
-        `questions` is read as far as it is needed. A question that fails is a Result with its error, and the others
-        go on.
+        `questions` is consumed lazily. A failed question yields a Result with its error, and the others continue.
         """
         return ask_in_threads(self._ask_question, questions, concurrency=concurrency, in_order=in_order)
 
@@ -122,7 +122,7 @@ class Client:
         return read_models(body)
 
     def is_healthy(self) -> bool:
-        """Whether the service can answer now; False where nobody does."""
+        """Whether the service can answer now; False if it is unreachable."""
         try:
             self._fetch(health_call(self._service.timeout_s), NO_RETRIES)
         except ServiceError:
@@ -147,14 +147,14 @@ class Client:
         return self.ask(question.text, *question.images, system=question.system, **options)
 
     def _fetch(self, call: Call, retries: Retries | None = None) -> tuple[bytes, str | None]:
-        """The body of a response, and its request's id."""
+        """The body of a response, and the request's id."""
         response = self._send(Attempts(self._service, call, retries))
         answer = StreamedAnswer(response.headers.get("x-request-id"))
         with contextlib.closing(response), reading(answer):
             return response.read(), answer.request_id
 
     def _send(self, attempts: Attempts) -> httpx.Response:
-        """A response that has begun well. Raises ServiceError once there is no further attempt."""
+        """Send until a response begins with status 200. Raises ServiceError when no attempts are left."""
         while True:
             request = self._http.build_request(**attempts.request())
             try:

@@ -1,6 +1,6 @@
-"""What a request must be before it costs anything: it fits context and cache, its tokens exist, its features are sound.
+"""Checks before a request costs anything: it fits context and cache, its tokens exist, its features are sound.
 
-Knows nothing about scheduling. What passes here becomes one state for each answer.
+Knows nothing about scheduling. An admitted request becomes one state per answer.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ class Admission:
         self._numbers = count()
 
     def admit(self, request: EngineRequest) -> list[RequestState]:
-        """A state for each answer that is not over, numbered in the order they came.
+        """A state for each unfinished answer, numbered in order of arrival.
 
-        Raises PromptTooLongError when it cannot fit, RequestError for tokens that do not exist, EngineError for
-        features that do not belong to the prompt or are no numbers.
+        Raises PromptTooLongError when the request cannot fit, RequestError for tokens that do not exist, EngineError
+        for features that do not match the prompt or are not finite.
         """
         max_tokens = self._max_tokens(request)
         self._check_tokens(request)
@@ -63,7 +63,7 @@ class Admission:
     def _max_tokens(self, request: EngineRequest) -> int:
         num_prompt, context = len(request.prompt_ids), self.model.config.context_length
         if request.score_from is not None:
-            # Nothing is written: the prompt may fill the context.
+            # Nothing is generated: the prompt may fill the context.
             if num_prompt > context:
                 raise PromptTooLongError(
                     f"the text to score has {num_prompt} tokens, but the model's context is {context}",
@@ -72,7 +72,7 @@ class Admission:
             self._check_capacity(num_prompt, 0)
             return 0
         max_tokens = token_budget(num_prompt, request.sampling.max_tokens, context)
-        # Who named no length gets what there is room for.
+        # Without a requested length, the answer gets whatever room there is.
         self._check_capacity(num_prompt, request.sampling.max_tokens or 1)
         return min(max_tokens, self.capacity - num_prompt)
 
@@ -91,17 +91,15 @@ class Admission:
         self._check_known(sampling.stop_token_ids, "stop_token_ids")
         self._check_known([token for token, _ in sampling.logit_bias], "logit_bias")
         if request.begun and (len(request.begun) != sampling.n or scored is not None):
-            raise RequestError(
-                f"{len(request.begun)} answers were begun, and {sampling.n} are to be written", param="n"
-            )
+            raise RequestError(f"{len(request.begun)} answers were begun, but {sampling.n} are requested", param="n")
         if request.begun and all(answer.is_over for answer in request.begun):
-            raise RequestError("every answer is over, so that there is nothing left to write", param="n")
+            raise RequestError("every answer is finished, so there is nothing left to generate", param="n")
         if scored is None:
             return
         if not 1 <= scored < len(request.prompt_ids):
             raise RequestError(f"score_from must lie between 1 and {len(request.prompt_ids) - 1}, not {scored}")
         if IMAGE_TOKEN_ID in request.prompt_ids[scored:]:
-            raise RequestError("pictures cannot be scored: score_from must lie behind the last one")
+            raise RequestError("pictures cannot be scored: score_from must lie after the last one")
 
     def _check_known(self, tokens: Iterable[int], param: str) -> None:
         for token in tokens:
@@ -128,16 +126,16 @@ class Admission:
 
 
 def _before(request: EngineRequest) -> list[int] | None:
-    """The prompt's last tokens, as many as can be part of the answer's first character, and one for the space."""
+    """The prompt's last tokens: as many as can be part of the answer's first character, plus one for the space."""
     if not request.goes_on:
         return None
     return [token for token in request.prompt_ids[-MOST_OPEN - 1 :] if token != IMAGE_TOKEN_ID]
 
 
 def image_spans(request: EngineRequest, num_rows: Sequence[int]) -> tuple[ImageSpan, ...]:
-    """Where the pictures are in the prompt; `num_rows` is how many placeholders each fills.
+    """The pictures' positions in the prompt; `num_rows` is the number of placeholders that each fills.
 
-    Raises EngineError when placeholders and pictures do not agree.
+    Raises EngineError when placeholders and pictures do not match.
     """
     places = [place for place, token in enumerate(request.prompt_ids) if token == IMAGE_TOKEN_ID]
     if len(places) != sum(num_rows):

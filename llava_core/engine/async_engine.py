@@ -1,7 +1,7 @@
-"""The engine on a thread of its own, seen from asyncio: one stream of deltas for each request.
+"""The engine on a thread of its own, seen from asyncio: one stream of deltas per request.
 
-One cross-thread call per engine step, however many requests it moved; a reader that is slow gets what has piled up as
-one delta. Knows nothing about models.
+One cross-thread call per engine step, however many requests it advanced; a slow reader gets everything that has piled
+up as one delta. Knows nothing about models.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def _nothing() -> None:
 
 
 class _Mailbox:
-    """What one request has produced and its reader has not fetched; used on the event loop only."""
+    """One request's outputs that its reader has not taken yet; used on the event loop only."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
@@ -38,7 +38,7 @@ class _Mailbox:
         self._timer: asyncio.TimerHandle | None = None
 
     def put(self, item: StepOutput) -> None:
-        """Wakes the reader, before its time if an answer is over: then nothing more is worth waiting for."""
+        """Add an output and wake the reader once it is due, or at once if an answer has ended."""
         self._items.append(item)
         if isinstance(item, RequestFailure) or item.finish_reason is not None or self._loop.time() >= self._due:
             self._arrived.set()
@@ -46,7 +46,7 @@ class _Mailbox:
             self._timer = self._loop.call_at(self._due, self._arrived.set)
 
     async def take(self) -> list[StepOutput]:
-        """All that there is, once the reader is to be woken."""
+        """Wait until woken, then return all outputs."""
         await self._arrived.wait()
         self._arrived.clear()
         self.close()
@@ -54,11 +54,11 @@ class _Mailbox:
         return taken
 
     def rest(self, seconds: float) -> None:
-        """Let the reader sleep so long, from now."""
+        """Do not wake the reader for this long from now, unless an answer ends."""
         self._due = self._loop.time() + seconds
 
     def close(self) -> None:
-        """Wake nobody any more."""
+        """Cancel a pending wake-up."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -67,8 +67,8 @@ class _Mailbox:
 class AsyncEngine:
     """Owns an Engine and the only thread that touches it. Create and use it on one event loop.
 
-    Between two deltas of an answer there are at least `delta_gap_s` times the requests it has, 0.2 s at most; what
-    comes meanwhile is joined. The first and the last come at once.
+    The gap between two deltas of an answer is at least `delta_gap_s` times the number of requests, but 0.2 s at most;
+    outputs within the gap are joined. The first and the last delta come at once.
     """
 
     def __init__(
@@ -84,11 +84,11 @@ class AsyncEngine:
         self._before_step, self._when_idle = before_step, when_idle
         self._loop = asyncio.get_running_loop()
         self._mailboxes: dict[str, _Mailbox] = {}
-        # New requests, and ids to abort, in the order they came.
+        # New requests, and ids to abort, in order of arrival.
         self._commands: list[EngineRequest | str] = []
         self._wake = threading.Condition()
         self._is_closed = False
-        # Why nobody answers any more; set on the event loop once the thread has ended.
+        # Why the engine has stopped; set on the event loop once the thread has ended.
         self._ended: EngineError | None = None
         self._step_started: float | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -96,12 +96,12 @@ class AsyncEngine:
 
     @property
     def stats(self) -> EngineStats:
-        """Its thread may be at work meanwhile: each number is right, if not all of one moment."""
+        """The engine's counters. Its thread may be running: each number is right, but they may not be of one moment."""
         return self._engine.stats
 
     @property
     def max_running(self) -> int:
-        """Answers that may be written at once."""
+        """Answers that may be generated at once."""
         return self._engine.config.max_running
 
     @property
@@ -110,9 +110,9 @@ class AsyncEngine:
         return len(self._mailboxes)
 
     async def generate(self, request: EngineRequest) -> AsyncGenerator[TokenDelta, None]:
-        """Yield deltas until each answer has had its last. Leaving early aborts the request at the next step.
+        """Yield deltas until every answer has ended. Closing the generator early aborts the request at the next step.
 
-        Raises whatever LlavaError the request ended with, and EngineError when the engine has stopped.
+        Raises the LlavaError that the request ended with, and EngineError when the engine has stopped.
         """
         if self._ended is not None:
             raise self._ended
@@ -134,13 +134,13 @@ class AsyncEngine:
                     yield delta
         finally:
             self._mailboxes.pop(request.request_id).close()
-            # What is over needs no abort.
+            # A finished request needs no abort.
             if num_open:
                 self._tell(request.request_id)
 
     def check_health(self, *, max_step_s: float = 120.0) -> None:
         """Raise EngineError when the thread has died or one step has taken longer than `max_step_s`."""
-        # Its readers are told a moment before it is dead.
+        # Readers learn of the end a moment before the thread has exited.
         if self._ended is not None or not self._thread.is_alive():
             raise EngineError("the engine thread is dead")
         started = self._step_started
@@ -170,13 +170,13 @@ class AsyncEngine:
                 if outputs:
                     self._loop.call_soon_threadsafe(self._deliver, outputs)
         except Exception as error:
-            # The last resort: the thread must not die without telling its readers.
+            # The last resort: the thread must not die without notifying its readers.
             logger.exception("the engine thread failed; every running request ends")
             cause = EngineError(f"the engine has stopped: {type(error).__name__}: {error}")
         self._end_all(cause)
 
     def _next_commands(self) -> list[EngineRequest | str] | None:
-        """New requests and aborts, waiting for some when the engine is idle; None once closed."""
+        """New requests and aborts; waits for some when the engine is idle. None once closed."""
         if not self._engine.has_work:
             self._when_idle()
         with self._wake:
@@ -198,7 +198,9 @@ class AsyncEngine:
                 refused.append(RequestFailure(command.request_id, error))
             except (TypeError, ValueError, LookupError, RuntimeError, OverflowError) as error:
                 logger.exception("request %s could not be admitted", command.request_id)
-                refused.append(RequestFailure(command.request_id, EngineError(f"it could not be admitted: {error}")))
+                refused.append(
+                    RequestFailure(command.request_id, EngineError(f"the request could not be admitted: {error}"))
+                )
         return refused
 
     def _deliver(self, outputs: list[StepOutput]) -> None:
@@ -218,7 +220,7 @@ class AsyncEngine:
 
 
 def merge(outputs: list[StepOutput]) -> list[TokenDelta]:
-    """One delta for each answer of a request. Raises the error of a failure, after which nothing follows."""
+    """One delta per answer of a request. Raises a failure's error; nothing follows a failure."""
     answers: dict[int, list[TokenDelta]] = {}
     for output in outputs:
         if isinstance(output, RequestFailure):

@@ -1,7 +1,7 @@
-"""Attention over a paged cache: what a step's layers share, the interface of the backends, and the plain reference.
+"""Attention over a paged cache: the state shared by a step's layers, the backend interface, and a plain reference.
 
-The tokens of all requests of a step come packed, one after another; each request's keys and values lie in its blocks.
-transformers' decoders reach it under the name `paged`. Knows neither requests nor what a block is worth.
+The tokens of all requests in a step are packed one after another; each request's keys and values are in its blocks.
+transformers' decoders use it under the name `paged`. Knows neither requests nor the management of blocks.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ NAME = "paged"
 
 @dataclass(frozen=True)
 class Span:
-    """The part of one request in a packed batch: its `num_queries` tokens are the last of `length` in `blocks`."""
+    """One request's part of a packed batch: its `num_queries` tokens are the last of the `length` in `blocks`."""
 
     num_queries: int
     length: int
@@ -41,9 +41,9 @@ class CacheShape:
 
 
 class PagedCache:
-    """Keys and values of every block: per layer (num_blocks, block_size, num_heads, head_dim). With `heads_first` they
-    lie in memory head by head, whatever the order of the dimensions. `slots` are the same memory token by token: per
-    layer keys and values, (num_blocks * block_size, num_heads, head_dim) each."""
+    """Keys and values of every block: per layer (num_blocks, block_size, num_heads, head_dim). With `heads_first` the
+    memory layout is head by head, whatever the order of the dimensions. `slots` views the same memory token by token:
+    per layer keys and values, (num_blocks * block_size, num_heads, head_dim) each."""
 
     def __init__(
         self, shape: CacheShape, dtype: torch.dtype, device: torch.device, *, heads_first: bool = False
@@ -53,8 +53,8 @@ class PagedCache:
         def pages() -> Tensor:
             blocks, heads = (shape.num_blocks, shape.block_size), (shape.num_heads,)
             size = (*heads, *blocks) if heads_first else (*blocks, *heads)
-            # Written to at once: a system gives memory away when it is touched, which in the midst of an answer takes
-            # tens of milliseconds, and finds out only then that there is none.
+            # Zeroed now: the system commits memory only when it is first touched. In the middle of an answer that would
+            # take tens of milliseconds, and would fail only then if there is no memory.
             zeros = torch.zeros(*size, shape.head_dim, dtype=dtype, device=device)
             return zeros.permute(1, 2, 0, 3) if heads_first else zeros
 
@@ -65,7 +65,7 @@ class PagedCache:
         ]
 
     def write(self, layer: int, slots: Tensor, key: Tensor, value: Tensor) -> None:
-        """Store `key` and `value` (tokens, num_heads, head_dim) in these slots: block * block_size + offset."""
+        """Store `key` and `value` (tokens, num_heads, head_dim) in these slots (block * block_size + offset)."""
         keys, values = self.slots[layer]
         if key.dtype != keys.dtype:
             key, value = key.to(keys.dtype), value.to(keys.dtype)
@@ -74,40 +74,40 @@ class PagedCache:
 
 
 class Backend(Protocol):
-    """A way to do it. Nothing else in the engine knows which one runs. `block_size` is the one it works best with, and
-    others must be multiples of `block_multiple`; `heads_first` is how it wants the cache to lie."""
+    """One implementation of attention. Nothing else in the engine knows which one runs. `block_size` is its preferred
+    block size, and any other must be a multiple of `block_multiple`; `heads_first` is the cache layout it needs."""
 
     block_size: int
     block_multiple: int
     heads_first: bool
 
     def cache_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """What keys and values of a model that computes in `dtype` are kept in."""
+        """The dtype of the cached keys and values of a model that computes in `dtype`."""
         ...
 
     def batch(self, cache: PagedCache, spans: Sequence[Span]) -> Batch:
-        """What the layers of a step with these requests share."""
+        """The state shared by the layers of a step with these requests."""
         ...
 
 
 @runtime_checkable
 class RecordingBackend(Backend, Protocol):
-    """One that can record decode steps: graphs.py."""
+    """A backend that can record decode steps (graphs.py)."""
 
     def decode_batch(self, cache: PagedCache, positions: Tensor, table: Tensor) -> Batch:
-        """What the layers of a step share in which row i is the token at `positions[i]` (rows,) of the text in the
-        blocks `table[i]` (rows, blocks). The tensors' values may change between one run of what was recorded and the
-        next."""
+        """The state shared by the layers of a decode step in which row i is the token at `positions[i]` (rows,) of the
+        text in the blocks `table[i]` (rows, blocks). The tensors' values may change between replays of the recorded
+        step."""
         ...
 
     def record(self, step: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """What does `step` again, with the values that its tensors have then, and gives its result in the same tensor.
-        Meanwhile `step` may run any number of times."""
+        """Record `step`. The returned function replays it with the current values of its tensors and returns the result
+        in the same tensor every time. Recording may run `step` any number of times."""
         ...
 
 
 def slots_of(spans: Sequence[Span], block_size: int) -> list[int]:
-    """Where the keys and values of a packed batch's tokens belong."""
+    """The slots for the keys and values of a packed batch's tokens."""
     return [
         span.blocks[place // block_size] * block_size + place % block_size
         for span in spans
@@ -116,7 +116,7 @@ def slots_of(spans: Sequence[Span], block_size: int) -> list[int]:
 
 
 def table_of(spans: Collection[Span], block_size: int) -> Tensor:
-    """Each request's blocks, as many as the longest text fills, with 0 behind its last: int32 (requests, blocks)."""
+    """Each request's blocks, padded with 0 to the number that the longest text fills: int32 (requests, blocks)."""
     table = np.zeros((len(spans), -(-max(span.length for span in spans) // block_size)), dtype=np.int32)
     for line, span in zip(table, spans, strict=True):
         blocks = span.blocks[: len(line)]
@@ -125,7 +125,7 @@ def table_of(spans: Collection[Span], block_size: int) -> Tensor:
 
 
 def slots_on_device(positions: Tensor, table: Tensor, block_size: int) -> Tensor:
-    """The same of one token per request, as in RecordingBackend.decode_batch, without looking at any number."""
+    """The slots of one token per request, as in RecordingBackend.decode_batch, without reading values on the host."""
     blocks = table.gather(1, (positions // block_size)[:, None])[:, 0]
     return blocks * block_size + positions % block_size
 
@@ -139,18 +139,18 @@ def visible(num_queries: int, length: int, window: int | None, device: torch.dev
 
 
 class ReferenceBackend:
-    """The definition: request by request, gathered, in float32."""
+    """The reference definition: request by request, gathered, in float32."""
 
     block_size = 16
     block_multiple = 1
     heads_first = False
 
     def cache_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """The model's own."""
+        """The model's own dtype."""
         return dtype
 
     def batch(self, cache: PagedCache, spans: Sequence[Span]) -> ReferenceBatch:
-        """Nothing is prepared."""
+        """A batch that computes everything in `attend`."""
         return ReferenceBatch(cache, spans)
 
 
@@ -194,8 +194,8 @@ def _forward(
     sliding_window: int | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
-    """What transformers calls in every layer, with tensors (1, heads, tokens, head_dim)."""
-    assert attention_mask is None, "a paged batch knows itself who sees whom"
+    """The function transformers calls in every layer, with tensors (1, heads, tokens, head_dim)."""
+    assert attention_mask is None, "a paged batch does its own masking"
     layer = module.layer_idx
     assert isinstance(layer, int), layer
     queries, keys, values = (states[0].transpose(0, 1) for states in (query, key, value))

@@ -1,7 +1,7 @@
-"""Paged attention on the CPU: a long stretch of blocks that several requests share, or that is all of one, is read in
-place; the others are gathered and read by one call.
+"""Paged attention on the CPU: a long run of blocks that several requests share, or that is all of one request, is read
+in place; other blocks are gathered and read by one call.
 
-Keys and values lie head by head, so that a head's lie side by side. Knows neither requests nor models.
+Keys and values are laid out head by head, so that those of one head are contiguous. Knows neither requests nor models.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
 @dataclass(frozen=True)
 class _Prompt:
-    """A request with several tokens in the batch: those from `first` on, over all of its tokens at `slots`."""
+    """A request with several tokens in the batch, from row `first` on, which attend to all of its tokens at `slots`."""
 
     first: int
     span: Span
@@ -31,7 +31,7 @@ class _Prompt:
 
 
 class CpuBackend:
-    """Kernels of our own where they can be compiled, otherwise torch's fused attention for each part of the cache."""
+    """Uses our own kernels where they can be compiled, otherwise torch's fused attention for each part of the cache."""
 
     block_size = 16
     block_multiple = 1
@@ -45,13 +45,13 @@ class CpuBackend:
         return kept_dtype(dtype, "cpu")
 
     def batch(self, cache: PagedCache, spans: Sequence[Span]) -> CpuBatch:
-        """Find the parts."""
+        """Split the requests into prompts and answers."""
         is_possible = self._use_kernels and can_attend(cache.shape.head_dim)
         return CpuBatch(cache, spans, native_kernels(cache.keys[0].dtype) if is_possible else None)
 
 
 class CpuBatch:
-    """Prompts are read one by one. Answers are written together: what lies in one run is seen by one call."""
+    """Prompts are computed one by one. Answers are computed together, with one call per contiguous run of the cache."""
 
     def __init__(self, cache: PagedCache, spans: Sequence[Span], kernels: NativeKernels | None) -> None:
         self._cache = cache
@@ -95,11 +95,11 @@ class CpuBatch:
         return block_table(self._writing, self._block_size)
 
     def _written(self, window: int | None, dtype: torch.dtype) -> Tensor | slice:
-        """The rows whose results `_write` gives, in its order."""
+        """The rows whose results `_write` returns, in its order."""
         return self._plan(window, dtype).rows if self._kernels is None else self._table.rows
 
     def _write(self, query: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None) -> Tensor:
-        """Of the requests that have one token in this step: (rows, num_heads, head_dim)."""
+        """Results of the requests that have one token in this step: (rows, num_heads, head_dim)."""
         if self._kernels is None:
             return self._write_by_plan(self._plan(window, query.dtype), query, keys, values, scale)
         table = self._table
@@ -108,7 +108,7 @@ class CpuBatch:
         return seen.to(query.dtype)
 
     def _plan(self, window: int | None, dtype: torch.dtype) -> Plan:
-        """For the requests that have one token in this step."""
+        """The plan for the requests that have one token in this step."""
         if window not in self._plans:
             kept = kept_dtype(dtype, "cpu")
             self._plans[window] = plan_reads(find_runs(self._writing, self._block_size, window), kept)
@@ -126,7 +126,7 @@ class CpuBatch:
         if plan.table is None:
             seen = [seen for seen, _ in results]
             return (seen[0] if len(seen) == 1 else torch.cat(seen)).to(dtype)
-        # Softmax over several parts: each part's result counts as much as the sum of its exponentials.
+        # Softmax over several parts: each part's result is weighted by the sum of its exponentials.
         heads, head_dim = query.shape[1:]
         together = torch.cat([*(seen for seen, _ in results), query.new_zeros(1, heads, head_dim)])
         logsumexp = torch.cat([*(sums for _, sums in results), torch.full((1, heads), -torch.inf)])
@@ -134,7 +134,7 @@ class CpuBatch:
         return (together[plan.table] * weights[..., None]).sum(1).to(dtype)
 
     def _all_slots(self, span: Span) -> Tensor | slice:
-        """Of all of a request's tokens: in place where they lie side by side."""
+        """The slots of all of a request's tokens: a slice, which needs no copy, where they are contiguous."""
         size, blocks = self._block_size, span.blocks[: -(-span.length // self._block_size)]
         if blocks[-1] - blocks[0] + 1 == len(blocks) and all(b == blocks[0] + i for i, b in enumerate(blocks)):
             return slice(blocks[0] * size, blocks[0] * size + span.length)
@@ -142,7 +142,7 @@ class CpuBatch:
         return slots.flatten()[: span.length]
 
     def _mask(self, prompt: _Prompt, groups: int, window: int | None, dtype: torch.dtype) -> Tensor:
-        """What is added to the scores, for each query of each head of a group."""
+        """The mask added to the scores, for each query of each head of a group."""
         key = prompt.first, window
         if key not in self._masks:
             seen = visible(prompt.span.num_queries, prompt.span.length, window, torch.device("cpu"))
@@ -152,15 +152,15 @@ class CpuBatch:
 
 
 def _read(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """A prompt's tokens, in the model's own precision."""
+    """Attention of a prompt's tokens, in the model's own precision."""
     folded = _fold(query, keys.shape[1])
     keys, values = (part.to(query.dtype).transpose(0, 1)[None] for part in (keys, values))
     return _unfold(attend(folded, keys, values, mask, scale=scale)[0], len(query))
 
 
 def _see_run(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Rows that all see all of these tokens: the result (rows, num_heads, head_dim), and the logarithm of the sum of
-    the scores' exponentials (rows, num_heads) in float32."""
+    """Attention of rows that all see all of these tokens: the result (rows, num_heads, head_dim), and the logarithm of
+    the sum of the scores' exponentials (rows, num_heads) in float32."""
     seen, logsumexp = _see(_fold(query, len(keys)), keys[None], values[None], None, scale)
     return _unfold(seen[0], len(query)), _unfold(logsumexp[0, :, :, None], len(query))[..., 0]
 
@@ -168,7 +168,7 @@ def _see_run(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple
 def _see_gathered(
     query: Tensor, keys: Tensor, values: Tensor, part: Gathered, scale: float, *, is_mixed: bool
 ) -> tuple[Tensor, Tensor]:
-    """The same, of rows that see each their own; the logarithms are numbers only where they are to be mixed."""
+    """The same for rows that each see their own tokens; the logarithms are valid only with `is_mixed`."""
     rows, heads = len(query), len(keys)
     keys, values = (pages.index_select(1, part.slots).unflatten(1, (rows, -1)) for pages in (keys, values))
     grouped = query.unflatten(1, (heads, -1))
@@ -181,7 +181,7 @@ def _see_gathered(
 
 
 def _see(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    """(batch, num_kv_heads, queries, head_dim) and logarithms (batch, num_kv_heads, queries)."""
+    """The result (batch, num_kv_heads, queries, head_dim) and logarithms (batch, num_kv_heads, queries)."""
     num_queries = query.shape[2]
     if num_queries == 1 and query.dtype == torch.bfloat16:
         # The kernel takes three times as long for one query as for two.
@@ -193,8 +193,8 @@ def _see(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale
 def _see_written(
     query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float, *, is_mixed: bool
 ) -> tuple[Tensor, Tensor]:
-    """The same of `query` (heads, rows, head_dim) over (heads, rows, tokens, head_dim): for many rows of one query each
-    the kernel takes several times as long as the products."""
+    """The same for `query` (heads, rows, head_dim) over (heads, rows, tokens, head_dim), written out as matrix
+    products: for many rows of one query each, the fused kernel takes several times as long."""
     heads, rows, length, head_dim = keys.shape
     query, keys, values = query.reshape(-1, 1, head_dim), keys.flatten(0, 1), values.flatten(0, 1)
     scores = torch.baddbmm(query.new_zeros(1), query, keys.transpose(1, 2), beta=0, alpha=scale)
@@ -207,12 +207,12 @@ def _see_written(
 
 
 def _fold(query: Tensor, num_kv_heads: int) -> Tensor:
-    """(tokens, heads, dim) to (1, num_kv_heads, tokens * group, dim): the heads of a group read the same keys."""
+    """Reshape (tokens, heads, dim) to (1, num_kv_heads, tokens * group, dim): a group's heads read the same keys."""
     tokens, heads, dim = query.shape
     grouped = query.view(tokens, num_kv_heads, heads // num_kv_heads, dim)
     return grouped if tokens == 1 else grouped.transpose(0, 1).reshape(1, num_kv_heads, -1, dim)
 
 
 def _unfold(seen: Tensor, tokens: int) -> Tensor:
-    """The way back, from (num_kv_heads, tokens * group, dim)."""
+    """The inverse of `_fold`, from (num_kv_heads, tokens * group, dim)."""
     return seen.view(seen.shape[0], tokens, -1, seen.shape[-1]).transpose(0, 1).flatten(1, 2)

@@ -1,4 +1,4 @@
-"""Paged attention on a GPU: answers by a kernel that reads the blocks where they lie, prompts by torch's own.
+"""Paged attention on a GPU: answers by a kernel that reads the blocks in place, prompts by torch's attention.
 
 Knows neither requests nor models.
 """
@@ -19,8 +19,8 @@ from llava_core.engine.attention import PagedCache, Span, slots_of, slots_on_dev
 
 @dataclass(frozen=True)
 class _Prompt:
-    """A request with several tokens in the batch, at `rows`, which has all of its tokens at `slots`; None where the
-    batch itself has all of them."""
+    """A request with several tokens in the batch, at `rows`. All of its tokens are at `slots`, which is None where all
+    of them are in the batch itself."""
 
     rows: slice
     span: Span
@@ -28,30 +28,30 @@ class _Prompt:
 
 
 class CudaBackend:
-    """For every precision."""
+    """Supports every precision."""
 
     block_size = 16
     block_multiple = 1
     heads_first = False
 
     def cache_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """The model's own."""
+        """The model's own dtype."""
         return dtype
 
     def batch(self, cache: PagedCache, spans: Sequence[Span]) -> MixedBatch:
-        """Put on the device, once for all layers, what these requests are."""
+        """Copy the description of these requests to the device, once for all layers."""
         return MixedBatch(cache, spans)
 
     def decode_batch(self, cache: PagedCache, positions: Tensor, table: Tensor) -> DecodeBatch:
-        """All is there already."""
+        """A batch from tensors that are on the device already."""
         return DecodeBatch(cache, positions, table)
 
     def record(self, step: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """Into a CUDA graph."""
+        """Record into a CUDA graph."""
         with torch.cuda.device_of(step()):
             self._warm_up(step)
             graph = torch.cuda.CUDAGraph()
-            # Other threads, those of a tower in this process for instance, may go on meanwhile.
+            # Other threads, such as a tower's in this process, may keep using the GPU meanwhile.
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 out = step()
 
@@ -63,7 +63,7 @@ class CudaBackend:
         return replay
 
     def _warm_up(self, step: Callable[[], Tensor]) -> None:
-        """Beside the stream that others use, as recording will: kernels are compiled and libraries find their
+        """Run `step` once on a side stream, as recording will: kernels are compiled and libraries allocate their
         workspaces before anything is recorded."""
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -73,13 +73,13 @@ class CudaBackend:
 
     @cached_property
     def _pool(self) -> Any:
-        """Memory that all graphs use in turns: none needs its own any more when the next one runs."""
+        """Memory shared by all graphs: none needs its contents any more when the next one runs."""
         return torch.cuda.graph_pool_handle()
 
 
 class DecodeBatch:
-    """Requests with one token each, at `positions` (rows,) of their texts, whose blocks `table` (rows, blocks) names.
-    What the tensors hold is looked at by the device alone, when it computes."""
+    """Requests with one token each, at `positions` (rows,) of their texts; `table` (rows, blocks) names their blocks.
+    Only the device reads the tensors' values, when it computes."""
 
     def __init__(self, cache: PagedCache, positions: Tensor, table: Tensor, max_length: int | None = None) -> None:
         self._cache, self._table, self._max_length = cache, table, max_length
@@ -92,8 +92,8 @@ class DecodeBatch:
         return self.see(layer, query, scale, window)
 
     def see(self, layer: int, query: Tensor, scale: float, window: int | None) -> Tensor:
-        """The same when everything is in the cache already."""
-        # Triton is there where CUDA is.
+        """Attention without storing: the new keys and values are in the cache already."""
+        # Triton is installed wherever CUDA is.
         from llava_core.kernels.paged_decode import attend_paged
 
         return attend_paged(
@@ -109,8 +109,8 @@ class DecodeBatch:
 
 
 class MixedBatch:
-    """Prompts are read one by one, each gathered: next to what their products cost that is little. Answers are written
-    together."""
+    """Prompts are computed one by one from gathered keys and values; the gathering costs little next to their matrix
+    products. Answers are computed together."""
 
     def __init__(self, cache: PagedCache, spans: Sequence[Span]) -> None:
         self._cache = cache
@@ -151,7 +151,7 @@ class MixedBatch:
         return out
 
     def _mask(self, prompt: _Prompt, window: int | None) -> Tensor | None:
-        """Who sees whom; None where every token sees those before it, which needs no mask."""
+        """The attention mask; None for plain causal attention, which needs none."""
         num_queries, length = prompt.span.num_queries, prompt.span.length
         if prompt.slots is None and (window is None or window >= length):
             return None
@@ -175,10 +175,10 @@ def _decode_batch(cache: PagedCache, spans: Sequence[Span]) -> DecodeBatch:
 
 
 def _read(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """One prompt's tokens, all (tokens, heads, head_dim)."""
+    """Attention of one prompt's tokens; all tensors are (tokens, heads, head_dim)."""
     query, keys, values = (part.transpose(0, 1)[None] for part in (query, keys, values))
     if mask is not None:
-        # Kernels that take a mask do not take fewer heads of keys.
+        # Kernels that take a mask do not support grouped keys.
         groups = query.shape[1] // keys.shape[1]
         keys, values = (part.repeat_interleave(groups, 1) for part in (keys, values))
     seen = F.scaled_dot_product_attention(

@@ -1,7 +1,7 @@
 """Which parts of a paged cache a CPU reads for requests that have one token in a step, and by how many calls.
 
-What several requests share, and lies side by side, is read once for all of them. Knows where keys and values lie and
-who sees them, not what they are.
+A contiguous part that several requests share is read once for all of them. Knows where keys and values are and which
+rows see them, but not their contents.
 """
 
 from __future__ import annotations
@@ -16,17 +16,18 @@ from torch import Tensor
 
 from llava_core.engine.attention import Span, table_of
 
-# Each part is a call, and two parts have to be mixed, which takes as long as to copy about so many tokens: of several
-# requests' each, and of one's alone.
+# Each part is a call, and two parts have to be mixed, which costs as much as copying about this many tokens: per
+# request where several share the part, and for one request alone.
 _LONG = 256
 _LONG_ALONE = 1024
-# Half precision's products are prepared for each new shape, which takes longer than they do: a line grows by so much.
+# Half-precision products are set up anew for each new shape, which takes longer than the product itself: lines grow in
+# steps of this size.
 _GROWTH = 32
 
 
 @dataclass(frozen=True)
 class Run:
-    """Tokens that lie side by side in the cache, and the batch's tokens that see all of them, in `rows`."""
+    """Tokens that are contiguous in the cache, and the `rows` of the batch that see all of them."""
 
     slots: slice
     rows: Tensor | slice
@@ -34,8 +35,8 @@ class Run:
 
 @dataclass(frozen=True)
 class Gathered:
-    """For each of `rows` as many `slots` as the longest has, those that `mask` (rows, longest) leaves out its own as
-    well."""
+    """For each of `rows` as many `slots` as the longest row has. `mask` (rows, longest) hides the padding, which also
+    consists of the row's own slots."""
 
     slots: Tensor
     rows: Tensor | slice
@@ -44,9 +45,9 @@ class Gathered:
 
 @dataclass
 class Plan:
-    """Which parts of the cache are read, and how their results come together: `table` has for each of `rows` the lines
-    of the parts' results, put one below the other, that are its own; those it has fewer of are an empty line at the
-    end. None where each row has one line, in order of `rows`."""
+    """Which parts of the cache are read, and how their results are combined. With the parts' results stacked as lines,
+    `table` has for each of `rows` the numbers of its own lines, padded with the number of an empty line at the end. It
+    is None where each row has one line, in the order of `rows`."""
 
     runs: list[Run] = field(default_factory=list)
     gathered: list[Gathered] = field(default_factory=list)
@@ -56,7 +57,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class BlockTable:
-    """For each of `rows` its request's `blocks`, as attention.py has them, and its tokens, `lengths` int64 (rows,)."""
+    """For each of `rows`, its request's `blocks` as from `table_of`, and its token count: `lengths` int64 (rows,)."""
 
     blocks: Tensor
     lengths: Tensor
@@ -64,13 +65,13 @@ class BlockTable:
 
 
 def block_table(spans: Mapping[int, Span], block_size: int) -> BlockTable:
-    """Of requests by row."""
+    """The block table of requests by row."""
     lengths = torch.tensor([span.length for span in spans.values()])
     return BlockTable(table_of(spans.values(), block_size), lengths, _as_index(list(spans)))
 
 
 def find_runs(spans: dict[int, Span], block_size: int, window: int | None) -> list[tuple[slice, list[int]]]:
-    """Slots that lie side by side and are seen by the same rows of a batch; `spans` are by row, of one query each."""
+    """Contiguous slots that are seen by the same rows of a batch; `spans` are by row, of one query each."""
     rows_of: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
     for row, span in spans.items():
         first = 0 if window is None else max(0, span.length - window)
@@ -90,7 +91,7 @@ def find_runs(spans: dict[int, Span], block_size: int, window: int | None) -> li
 
 
 def plan_reads(found: list[tuple[slice, list[int]]], dtype: torch.dtype) -> Plan:
-    """What is read in place and what is gathered, for queries in `dtype`."""
+    """Decide what is read in place and what is gathered, for queries in `dtype`."""
     plan, lines = Plan(), list[int]()
     parts = Counter(row for _, rows in found for row in rows)
     short: defaultdict[int, list[slice]] = defaultdict(list)
@@ -120,7 +121,7 @@ def plan_reads(found: list[tuple[slice, list[int]]], dtype: torch.dtype) -> Plan
 
 
 def _alike(short: Mapping[int, list[slice]]) -> list[dict[int, list[slice]]]:
-    """Rows that are gathered together: all lines are as long as the longest, so none may be much longer than others."""
+    """Groups of rows to gather together: lines are padded to the longest, so their lengths must not differ much."""
     groups, shortest = list[dict[int, list[slice]]](), 0
     for row, pieces in sorted(short.items(), key=lambda item: _num_slots(item[1])):
         length = _num_slots(pieces)
@@ -138,7 +139,7 @@ def _gather(pieces_by_row: Mapping[int, list[slice]], dtype: torch.dtype) -> Gat
         longest += -longest % _GROWTH
     slots = np.empty((len(lengths), longest), dtype=np.int64)
     for line, pieces in zip(slots, pieces_by_row.values(), strict=True):
-        # Whatever the mask leaves out must be the row's own: others' may be no numbers.
+        # Masked slots must be the row's own: another request's values may be NaN.
         line[:] = pieces[0].start
         first = 0
         for piece in pieces:
@@ -153,7 +154,7 @@ def _gather(pieces_by_row: Mapping[int, list[slice]], dtype: torch.dtype) -> Gat
 
 
 def _as_index(rows: Sequence[int]) -> Tensor | slice:
-    """Rows in a row are not copied."""
+    """The rows as an index: a slice, which needs no copy, where they are consecutive."""
     first = rows[0]
     return slice(first, first + len(rows)) if list(rows) == [*range(first, first + len(rows))] else torch.tensor(rows)
 

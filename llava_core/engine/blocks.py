@@ -1,8 +1,8 @@
-"""The books of the key-value cache: which blocks are free, in use, or kept because somebody may ask for them again.
+"""Bookkeeping of the key-value cache: which blocks are free, in use, or idle but kept for later requests.
 
-A block holds the keys and values of `block_size` tokens. Its key names its content and all that came before it, so a
-block that is known under a key can be used by every request whose prompt begins alike. Integers and keys only: knows
-neither tensors nor requests.
+A block holds the keys and values of `block_size` tokens. Its key identifies its content and everything before it, so
+every request whose prompt begins alike can use a block published under a key. Integers and keys only: knows neither
+tensors nor requests.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 class BlockPool:
     """`num_blocks` blocks, each free, used by at least one request, or idle: unused, but kept for its content.
 
-    Idle blocks are given away when nothing is free, the one that was used longest ago first.
+    Idle blocks are evicted when none is free, least recently used first.
     """
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
@@ -22,7 +22,7 @@ class BlockPool:
             raise ValueError(f"a pool needs blocks, and blocks need tokens: {num_blocks} of {block_size}")
         self.num_blocks = num_blocks
         self.block_size = block_size
-        # Dictionaries as ordered sets: the first is the next to be given away.
+        # Dictionaries as ordered sets: the first is the next to be allocated.
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
         self._idle: OrderedDict[int, None] = OrderedDict()
         self._users: dict[int, int] = {}
@@ -31,21 +31,21 @@ class BlockPool:
 
     @property
     def num_available(self) -> int:
-        """Blocks that `allocate` could give away."""
+        """Blocks that `allocate` could return."""
         return len(self._free) + len(self._idle)
 
     @property
     def num_used(self) -> int:
-        """Blocks that a request holds."""
+        """Blocks held by requests."""
         return len(self._users)
 
     @property
     def num_idle(self) -> int:
-        """Blocks that nobody holds and that are kept for their content."""
+        """Blocks that no request holds and that are kept for their content."""
         return len(self._idle)
 
     def find(self, keys: Iterable[bytes]) -> list[int]:
-        """The blocks known under these keys, up to the first that is not. They are not held: `hold` them."""
+        """The blocks published under these keys, up to the first unknown key. The caller must `hold` them."""
         found = []
         for key in keys:
             block = self._block_of.get(key)
@@ -55,7 +55,7 @@ class BlockPool:
         return found
 
     def hold(self, blocks: Iterable[int]) -> None:
-        """One more user for each of these blocks, which are used or idle."""
+        """Add one user to each of these used or idle blocks."""
         for block in blocks:
             if block in self._users:
                 self._users[block] += 1
@@ -64,9 +64,9 @@ class BlockPool:
                 self._users[block] = 1
 
     def allocate(self, count: int, *, after: int | None = None) -> list[int] | None:
-        """`count` blocks of unknown content with one user each, or None when there are too few.
+        """Allocate `count` blocks of unspecified content with one user each; None when there are too few.
 
-        Neighbours where it can be, the first next to `after`: memory that is read in one piece is read faster.
+        The blocks are adjacent where possible, the first next to `after`: contiguous memory is read faster.
         """
         if count > self.num_available:
             return None
@@ -81,7 +81,7 @@ class BlockPool:
         return taken
 
     def publish(self, block: int, key: bytes) -> None:
-        """Say what a used block holds. Where another block holds the same, that one stays the known one."""
+        """Record what a used block holds. Where another block is published with the same content, that one stays."""
         assert block in self._users, f"block {block} is nobody's"
         assert block not in self._key_of, f"block {block} has a key already"
         if key not in self._block_of:
@@ -89,7 +89,7 @@ class BlockPool:
             self._key_of[block] = key
 
     def release(self, blocks: Sequence[int]) -> None:
-        """One user less for each of a request's blocks; the last ones are the first to be given away."""
+        """Remove one user from each of a request's blocks. Its last blocks are the first to be reused."""
         for block in reversed(blocks):
             self._users[block] -= 1
             if self._users[block]:
@@ -98,14 +98,14 @@ class BlockPool:
             (self._idle if block in self._key_of else self._free)[block] = None
 
     def disown(self, blocks: Iterable[int]) -> None:
-        """Forget what these used blocks hold: it is not fit to be used by others."""
+        """Forget the content of these used blocks: other requests must not use it."""
         for block in blocks:
             key = self._key_of.pop(block, None)
             if key is not None:
                 del self._block_of[key]
 
     def check_integrity(self) -> None:
-        """Every block is in exactly one state and every key is known both ways. For tests."""
+        """Assert that every block is in exactly one state and that the two key maps agree. For tests."""
         states = [*self._free, *self._idle, *self._users]
         assert sorted(states) == list(range(self.num_blocks)), "a block is lost or in two states"
         assert all(users > 0 for users in self._users.values()), self._users

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-# Tokens in a step, and of prompts beside answers. Up to some 300 of them a GPU takes as long as to read the weights.
+# Tokens in a step, and prompt tokens beside answers. Up to some 300 tokens, a GPU needs no longer than to read the
+# weights.
 _STEPS = {"cpu": (1024, 128), "cuda": (4096, 512)}
 
 
 @dataclass(frozen=True)
 class StepLimits:
-    """How many tokens a step may run through the model, and how many of prompts' while answers are being written."""
+    """How many tokens a step may run through the model, and how many prompt tokens while answers are being decoded."""
 
     max_tokens: int
     prefill_chunk: int
@@ -20,11 +21,11 @@ class StepLimits:
 class EngineConfig:
     """How much the engine takes on at once.
 
-    `max_running` requests move on in every step, `max_waiting` more may queue; the next is refused. A step runs at most
-    `max_step_tokens` tokens through the model, and at most `prefill_chunk` of prompts while answers are being written:
-    so long do these wait for a new prompt. None: what suits the device, as `step_limits` says. The cache holds
-    `cache_tokens` tokens, None: as many as are useful, and as the memory at hand allows; in blocks of `block_size`,
-    None: what suits the device. With `decode_graphs` steps that only write answers are recorded at the start, on
+    `max_running` requests advance in every step, `max_waiting` more may queue; the next is refused. A step runs at most
+    `max_step_tokens` tokens through the model, and at most `prefill_chunk` prompt tokens while answers are being
+    decoded, which bounds how long a new prompt delays them. None: the device's default, see `step_limits`. The cache
+    holds `cache_tokens` tokens (None: as many as are useful and fit into the available memory) in blocks of
+    `block_size` (None: the device's default). With `decode_graphs`, pure decode steps are recorded at startup, on
     devices where that makes them faster.
     """
 
@@ -38,11 +39,11 @@ class EngineConfig:
 
     @property
     def max_requests(self) -> int:
-        """Those that run and those that wait."""
+        """Running and waiting requests together."""
         return self.max_running + self.max_waiting
 
     def step_limits(self, device: str) -> StepLimits:
-        """What a step may hold on this type of device: "cpu" or "cuda". What is not set fits to what is."""
+        """The limits of a step on a device of type "cpu" or "cuda". Unset limits are fitted to those that are set."""
         most, chunk = _STEPS[device]
         if self.prefill_chunk is not None:
             chunk = self.prefill_chunk

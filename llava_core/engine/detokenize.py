@@ -1,13 +1,13 @@
-"""Token ids to text, a little at a time: nothing is sent that a later token could change or a stop string take back.
+"""Incremental detokenization: no text is released that a later token could change or a stop string remove.
 
-Knows nothing about models or requests. Text already returned is never unsaid.
+Knows nothing about models or requests. Text once returned is never retracted.
 """
 
 from collections.abc import Sequence
 from typing import Protocol
 
 _REPLACEMENT = "\ufffd"
-# Tokens that one character can take: UTF-8 has at most four bytes, and a token at least one of them.
+# The most tokens one character can take: in UTF-8 it has at most four bytes, and a token holds at least one.
 MOST_OPEN = 4
 
 
@@ -20,10 +20,10 @@ class Decoder(Protocol):
 
 
 class IncrementalDetokenizer:
-    """The text of one answer as it grows. `is_stopped` turns true once a stop string, itself left out, was met.
+    """The text of one answer as it grows. `is_stopped` becomes true at a stop string, which is not part of the text.
 
-    Leading white space is dropped: it belongs to the prompt's last token, not to the answer. Not so where the answer
-    goes on with a text, whose last tokens are `before`: there it is what stands between the two.
+    Leading white space is dropped: it belongs to the prompt's last token, not to the answer. It is kept where the
+    answer continues a text, whose last tokens are `before`: there it separates the two.
     """
 
     def __init__(self, decoder: Decoder, stop: Sequence[str] = (), before: Sequence[int] | None = None) -> None:
@@ -38,11 +38,11 @@ class IncrementalDetokenizer:
         self.is_stopped = False
 
     def add(self, token_id: int) -> str:
-        """Take one more token and return the text that is now certain, possibly none."""
+        """Add a token and return the text that is now final, possibly none."""
         self._ids.append(token_id)
         end = len(self._ids)
         if end - self._read > MOST_OPEN:
-            # No character is as long: those before are no characters at all, and nothing will make them some.
+            # No character is that long: the earlier bytes are invalid, and no further token can complete them.
             end -= MOST_OPEN - 1
         settled = self._decoder.decode(self._ids[self._start : self._read])
         grown = self._decoder.decode(self._ids[self._start : end])
@@ -52,7 +52,7 @@ class IncrementalDetokenizer:
         return self._release(grown[len(settled) :])
 
     def finish(self) -> str:
-        """The text still held back once no token will follow."""
+        """Return the text still held back, once no token will follow."""
         if self.is_stopped:
             return ""
         settled = self._decoder.decode(self._ids[self._start : self._read])
@@ -75,7 +75,7 @@ class IncrementalDetokenizer:
         return released
 
     def _partial_stop_length(self) -> int:
-        """How much of the end of the held text could be the beginning of a stop string."""
+        """Length of the longest end of the held text that could begin a stop string."""
         longest = max((len(stop) for stop in self._stop), default=0) - 1
         for length in range(min(longest, len(self._held)), 0, -1):
             if any(stop.startswith(self._held[-length:]) for stop in self._stop):

@@ -1,8 +1,8 @@
-"""The generation engine: add requests, step, abort. A step moves every answer on by a token and reads on in prompts.
+"""The generation engine: add requests, step, abort. A step decodes one token of every answer and prefills prompts.
 
-Synchronous and single-threaded (async_engine.py adds the thread). Who runs is the scheduler's decision, the arithmetic
-the runner's; here tokens are chosen, and a failure stays with the request it belongs to. Knows nothing about HTTP,
-prompts' texts or pictures.
+Synchronous and single-threaded (async_engine.py adds the thread). The scheduler decides what runs and the runner
+computes it; this module chooses tokens and confines each failure to its own request. Knows nothing about HTTP, prompt
+texts or pictures.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ Outcome = TypeVar("Outcome")
 
 @dataclass(frozen=True)
 class _Logits:
-    """Those (rows, vocab) of a chunk's wanted positions, and what is known of each row without its neighbours."""
+    """Logits (rows, vocab) of a chunk's wanted positions; per row, whether they are finite and the likeliest token."""
 
     rows: Tensor
     are_finite: list[bool]
@@ -55,7 +55,7 @@ class _Logits:
 
 
 class Engine:
-    """Continuous generation for prompts whose image features were made elsewhere."""
+    """Continuous generation for prompts whose image features were computed elsewhere."""
 
     def __init__(
         self,
@@ -71,7 +71,7 @@ class Engine:
         block_size = self.config.block_size or backend.block_size
         if block_size % backend.block_multiple:
             raise EngineError(
-                f"block_size {block_size} is no multiple of {backend.block_multiple}, as this device needs"
+                f"block_size {block_size} is not a multiple of {backend.block_multiple}, which this device needs"
             )
         num_blocks = -(-cache_tokens(model, self.config, backend) // block_size)
         self.pool = BlockPool(num_blocks, block_size)
@@ -87,7 +87,7 @@ class Engine:
 
     @property
     def num_waiting(self) -> int:
-        """Answers admitted but not begun, and those that were set back."""
+        """Answers that have been admitted but not started, or were preempted."""
         return len(self._scheduler.waiting)
 
     @property
@@ -103,8 +103,8 @@ class Engine:
     def add_request(self, request: EngineRequest) -> None:
         """Queue a request.
 
-        Raises what `Admission.admit` does for one that cannot be served, OverloadedError when the queue is full,
-        ValueError for an id that is in use.
+        Raises the errors of `Admission.admit` for a request that cannot be served, OverloadedError when the queue is
+        full, ValueError for an id that is in use.
         """
         if request.request_id in self._states:
             raise ValueError(f"request id {request.request_id!r} is already in use")
@@ -112,7 +112,7 @@ class Engine:
         room = self.config.max_requests
         if len(states) > room:
             raise RequestError(f"n is {len(states)}, but the engine takes {room} answers at once", param="n")
-        # What was begun has been accepted once, elsewhere.
+        # A resumed request has been accepted once already, elsewhere.
         if not request.begun and self.num_waiting + self.num_running + len(states) > room:
             raise OverloadedError(f"{self.num_waiting} requests are waiting already; try again later", limit="engine")
         self._states[request.request_id] = states
@@ -123,32 +123,32 @@ class Engine:
                 self._ready.append(self._finish(state, TokenDelta(state.request_id, "", index=state.index)))
 
     def abort(self, request_id: str) -> None:
-        """Drop a request wherever it is; unknown ids are ignored, because it may just have finished."""
+        """Drop a request in whatever state; unknown ids are ignored, because it may just have finished."""
         for state in self._states.pop(request_id, ()):
             self._scheduler.remove(state)
 
     @torch.inference_mode()
     def step(self) -> list[StepOutput]:
-        """Run the tokens that the scheduler chose; what answers grew by, and failures."""
+        """Run the tokens that the scheduler chose; returns the answers' deltas, and failures."""
         outputs, self._ready = self._ready, []
         began = time.perf_counter()
         chunks = self._scheduler.schedule()
         for chunk, result in self._run(chunks):
-            # One of several answers may have taken the others with it.
+            # The failure of one answer may have ended the request's others.
             if chunk.state in self._states.get(chunk.state.request_id, ()):
                 outputs += self._settle(chunk, result)
         self._count(chunks, time.perf_counter() - began)
         return outputs
 
     def _run(self, chunks: list[Chunk]) -> Iterator[tuple[Chunk, _Logits | Exception]]:
-        """Logits of each chunk's wanted positions. What fails together is tried one by one: whose fault is it?"""
+        """Yield the logits of each chunk's wanted positions. A failed batch is retried chunk by chunk."""
         if not chunks:
             return
         logits = _attempt(lambda: self._runner.run(chunks))
         if isinstance(logits, Tensor):
             are_finite, likeliest = peaks(logits)
             if not logits.is_cpu and not all(_takes_likeliest(chunk.state) for chunk in chunks):
-                # All rows at once: whatever is read of one otherwise waits for the device.
+                # All rows at once: every separate read would wait for the device.
                 logits = logits.cpu()
             first = 0
             for chunk in chunks:
@@ -162,7 +162,7 @@ class Engine:
                 yield from self._run([chunk])
 
     def _settle(self, chunk: Chunk, result: _Logits | Exception) -> list[StepOutput]:
-        """Take what a chunk was run for, and settle what that means for its answer."""
+        """Apply a chunk's result to its answer."""
         state = chunk.state
         if isinstance(result, Exception):
             return [self._fail(state, result)]
@@ -180,12 +180,12 @@ class Engine:
         return [self._fail(state, delta) if isinstance(delta, Exception) else delta]
 
     def _write(self, state: RequestState, logits: Tensor, likeliest: int) -> TokenDelta:
-        """Choose the next token; `likeliest` is what `logits` alone would have."""
+        """Choose the next token; `likeliest` is the likeliest token by `logits` alone."""
         sampling = state.request.sampling
         ends = state.ends(self._eos_ids)
         processed = process(logits, sampling, state.request.prompt_ids, state.output_ids, ends)
         if processed is not logits and not is_finite(processed):
-            raise EngineError("the penalties or the bias make no numbers of the logits; choose smaller ones")
+            raise EngineError("with these penalties or this bias the logits are not finite; choose smaller ones")
         if processed is logits and is_greedy(sampling):
             token = likeliest
         else:
@@ -199,15 +199,15 @@ class Engine:
         return delta if state.finish_reason(self._eos_ids) is None else self._finish(state, delta)
 
     def _is_over(self, state: RequestState) -> bool:
-        """Take up what was written before an interruption; whether that was all there is to write."""
+        """Replay the tokens from before an interruption; returns whether they complete the answer."""
         for token in state.output_ids:
             if not state.is_end(token, self._eos_ids):
                 state.detokenizer.add(token)
         return state.finish_reason(self._eos_ids) is not None
 
     def _last(self, state: RequestState, delta: TokenDelta) -> TokenDelta:
-        """What an answer grew by, with all that is known at its end."""
-        # What was held back may hold a stop string.
+        """The answer's last delta, with everything known at its end."""
+        # The text held back may contain a stop string.
         text = delta.text + state.detokenizer.finish()
         reason = state.finish_reason(self._eos_ids)
         assert reason is not None, state
@@ -230,7 +230,7 @@ class Engine:
         return self._last(state, delta)
 
     def _fail(self, state: RequestState, error: Exception) -> RequestFailure:
-        """End all answers of a request. What it left in the cache is not for others."""
+        """End all answers of a request. Its blocks in the cache are withdrawn from other requests."""
         logger.error("request %s failed: %s", state.request_id, error)
         if not isinstance(error, LlavaError):
             error = EngineError(f"generation failed: {error}")
@@ -241,7 +241,7 @@ class Engine:
 
     def _count(self, chunks: list[Chunk], seconds: float) -> None:
         stats = self.stats
-        # A step after an abort may have nothing to run: it would only spoil the means.
+        # A step after an abort may have nothing to run, which would only distort the means.
         if chunks:
             stats.num_steps += 1
             stats.step_seconds += seconds
@@ -260,7 +260,7 @@ def _takes_likeliest(state: RequestState) -> bool:
 
 
 def _attempt(step: Callable[[], Outcome]) -> Outcome | Exception:
-    """What a step comes to. The last resort: whatever is wrong with one request must not end the others."""
+    """The step's result or exception. The last resort: an error in one request must not end the others."""
     try:
         return step()
     except Exception as error:

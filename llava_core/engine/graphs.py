@@ -1,9 +1,9 @@
 """Decode steps recorded once and replayed: a step of one token per request is some hundreds of small operations, which
-take a GPU longer to be told than to do.
+take longer to launch on a GPU than to run.
 
-A graph has a fixed number of rows and reads what a step is about from one sheet of integers: each row's token, its
-position, and the blocks of its request. A step takes the smallest graph that it fits into; rows that are left over
-write to a block of their own, which belongs to no request. Knows neither how a step is recorded nor what it computes.
+A graph has a fixed number of rows and reads its inputs from one sheet of integers: each row's token, its position, and
+the blocks of its request. A step uses the smallest graph that it fits into; surplus rows write to a spare block, which
+belongs to no request. Knows neither how a step is recorded nor what it computes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-# Makes of a step, which reads and writes tensors that stay the same, something that does it again.
+# Turns a step, which always reads and writes the same tensors, into a function that replays it.
 Record = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
 _TOKEN, _POSITION, _BLOCKS = 0, 1, 2
 
@@ -30,7 +30,7 @@ class DecodeRow:
 
 
 class DecodeGraphs:
-    """`decode` makes logits (rows, vocab) of a sheet's rows; all graphs are recorded here, so that no step waits."""
+    """`decode` computes logits (rows, vocab) from a sheet. All graphs are recorded up front, so that no step waits."""
 
     def __init__(
         self,
@@ -44,17 +44,17 @@ class DecodeGraphs:
     ) -> None:
         self._idle = torch.tensor([0, 0, *[spare_block] * max_blocks])
         sheet = self._idle.repeat(max_rows, 1)
-        # Only what lies in pinned memory is copied without waiting. It is written to again when the step's results have
-        # been read.
+        # Only pinned memory is copied asynchronously. It is written to again only after the step's results have been
+        # read.
         self._sheet = sheet.pin_memory() if device.type == "cuda" else sheet
         self._on_device = self._sheet.to(device, copy=True)
         self._sizes = batch_sizes(max_rows)
-        # The largest first: the others fit into the memory that it leaves.
+        # The largest first: the others can reuse its memory.
         with torch.inference_mode():
             self._replays = {size: record(partial(decode, self._on_device[:size])) for size in reversed(self._sizes)}
 
     def run(self, rows: Sequence[DecodeRow]) -> Tensor:
-        """Logits (rows, vocab), which hold until the next call."""
+        """Logits (rows, vocab), valid until the next call."""
         size = next(size for size in self._sizes if size >= len(rows))
         sheet = self._sheet.numpy()
         for line, row in zip(sheet, rows, strict=False):
@@ -71,5 +71,5 @@ def unpack_sheet(sheet: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def batch_sizes(max_rows: int) -> list[int]:
-    """Powers of two, and the largest that is asked for."""
+    """Powers of two up to `max_rows`, and `max_rows` itself."""
     return [*(2**power for power in range((max_rows - 1).bit_length())), max_rows]

@@ -1,6 +1,6 @@
-"""What a block of a prompt holds, as a key: its tokens, the pictures in it by digest, and all that came before.
+"""Keys for blocks of a prompt, from a block's tokens, the digests of its pictures, and everything before it.
 
-Every placeholder of a picture has the same id, so ids alone would let two pictures share a block; here they cannot.
+Every placeholder of a picture has the same id, so keys from ids alone would let two pictures share a block.
 Standard library only. Knows nothing about caches.
 """
 
@@ -16,7 +16,7 @@ from llava_core.types import Size
 
 @dataclass(frozen=True)
 class ImageSpan:
-    """The prompt's tokens [start, stop) are the picture of this digest, which was of this size in pixels."""
+    """The prompt's tokens [start, stop) are the picture with this digest and this size in pixels."""
 
     start: int
     stop: int
@@ -27,13 +27,13 @@ class ImageSpan:
 def next_key(
     previous: bytes, tokens: Sequence[int], start: int, images: Sequence[ImageSpan], *, block_size: int
 ) -> bytes:
-    """The key of the block that begins at token `start`; `previous` is the key of the block before it, b"" of the
+    """The key of the block that begins at token `start`; `previous` is the key of the block before it, b"" for the
     first."""
     stop = start + block_size
     content = blake2b(previous, digest_size=20)
     content.update(array("q", tokens[start:stop]).tobytes())
     for image in images:
         if image.start < stop and start < image.stop:
-            # Where in the picture the block begins is settled by the tokens before; where the picture begins is not.
+            # The tokens before determine where in the picture the block begins, but not where the picture begins.
             content.update(repr((image.start - start, image.digest, image.size)).encode())
     return content.digest()

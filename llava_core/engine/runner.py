@@ -1,4 +1,4 @@
-"""What a schedule says, done with tensors: embeddings, the paged cache, the decoder, and logits where they are wanted.
+"""Executes a schedule with tensors: embeddings, the paged cache, the decoder, and logits where they are wanted.
 
 Knows nothing about who is admitted, how a token is chosen, or how attention is computed.
 """
@@ -27,22 +27,23 @@ from llava_core.models.splice import splice
 from llava_core.prompts.tokenize import IMAGE_TOKEN_ID
 from llava_core.types import ImageFeatures
 
-# Of what is free once the model is loaded, by device. A GPU is the engine's alone; activations need some of it.
+# The cache's share of the memory that is free once the model is loaded, by device. A GPU is the engine's alone, but
+# activations need some of it.
 _MEMORY_SHARE = {"cpu": 0.4, "cuda": 0.85}
-# Frequencies that follow the longest sequence in a batch would let one request change another's answer.
+# RoPE frequencies that depend on the longest sequence in a batch would let one request change another's answer.
 _VARYING_ROPE = ("dynamic", "longrope")
 
 
 class ModelRunner:
-    """One model with its cache. Its attention is the paged one while a step runs, and what it was between steps."""
+    """One model with its cache. The model uses paged attention while a step runs, and its own between steps."""
 
     def __init__(
         self, model: LanguageSide, backend: Backend, num_blocks: int, block_size: int, *, max_recorded: int = 0
     ) -> None:
-        """Steps that write up to `max_recorded` answers and read nothing are recorded where backend and model can."""
+        """Pure decode steps of up to `max_recorded` answers are recorded where backend and model support it."""
         self.model = model
         self._backend = backend
-        # Asked for once: transformers finds each of them anew, which in every step takes longer than to embed a token.
+        # Looked up once: transformers searches for each on every access, which takes longer than embedding a token.
         self._device, self._embeddings = model.device, model.decoder.get_input_embeddings()
         self._head = model.decoder.get_output_embeddings()
         self._is_fused = isinstance(model.decoder.model, FusedDecoder)
@@ -50,7 +51,7 @@ class ModelRunner:
         rope = (config.rope_parameters or {}).get("rope_type", "default")
         if rope in _VARYING_ROPE:
             raise EngineError(f"rope_type {rope!r} depends on the longest text in a batch and is not supported")
-        # Quantised layers and adapters may ask the device in the middle of a step, which no recording allows.
+        # Quantised layers and adapters may synchronise with the device within a step, which cannot be recorded.
         records = max_recorded > 0 and self._is_fused
         recording = backend if records and isinstance(backend, RecordingBackend) else None
         shape = cache_shape(model, num_blocks + (recording is not None), block_size)
@@ -59,14 +60,14 @@ class ModelRunner:
         self._graphs = None if recording is None else self._record(recording, max_recorded, spare_block=num_blocks)
 
     def run(self, chunks: Sequence[Chunk]) -> Tensor:
-        """Run the chunks' tokens through the model, keep their keys and values, and return logits (rows, vocab) of
-        the positions that `wanted` names, chunk by chunk. They hold until the next call."""
+        """Run the chunks' tokens through the model, cache their keys and values, and return logits (rows, vocab) of
+        the positions that `wanted` names, chunk by chunk. They are valid until the next call."""
         if self._graphs is not None and all(_is_decode(chunk) for chunk in chunks):
             return self._graphs.run([_decode_row(chunk, self.cache.shape.block_size) for chunk in chunks])
         spans = [Span(chunk.length, chunk.stop, chunk.state.blocks) for chunk in chunks]
         positions = [place for chunk in chunks for place in range(chunk.start, chunk.stop)]
         decoder = self.model.decoder
-        # A fused decoder has no other attention.
+        # A fused decoder has only paged attention.
         with nullcontext() if self._is_fused else _paged_attention(decoder):
             hidden = decoder.model(
                 inputs_embeds=self._embed(chunks),
@@ -78,7 +79,7 @@ class ModelRunner:
         for chunk in chunks:
             rows += [first + place - chunk.start for place in wanted(chunk)]
             first += chunk.length
-        # Where answers alone are written, all of them.
+        # In a pure decode step, all positions are wanted.
         last = hidden if len(rows) == len(positions) else hidden[rows]
         logits: Tensor = self._head(last)
         return logits
@@ -107,12 +108,12 @@ class ModelRunner:
         )
 
     def _embed(self, chunks: Sequence[Chunk]) -> Tensor:
-        """(1, tokens, hidden), of pictures those rows that the chunks hold."""
+        """Embeddings (1, tokens, hidden), with the pictures' rows that fall into the chunks."""
         ids = [token for chunk in chunks for token in chunk.state.tokens[chunk.start : chunk.stop]]
         rows = [part for chunk in chunks for part in self._image_rows(chunk)]
         tokens = torch.tensor([ids], device=self._device)
         if not rows and IMAGE_TOKEN_ID not in ids:
-            # Of most steps.
+            # The usual case.
             embedded: Tensor = self._embeddings(tokens)
             return embedded
         return splice(tokens, self._embeddings, torch.cat(rows) if rows else None)
@@ -125,7 +126,7 @@ class ModelRunner:
                 rows = self._project(state, number)
                 parts.append(rows[start - image.start : stop - image.start])
             if image.stop <= chunk.stop:
-                # It will not be asked for again, unless the request is set back and begins anew.
+                # Not needed again, unless the request is preempted and starts over.
                 state.image_rows.pop(number, None)
         return parts
 
@@ -147,7 +148,7 @@ def _paged_attention(decoder: PreTrainedModel) -> Iterator[None]:
 
 
 def _is_decode(chunk: Chunk) -> bool:
-    """Whether a chunk is one token of text, whose logits are wanted."""
+    """Whether a chunk is a single text token whose logits are wanted."""
     state = chunk.state
     return chunk.length == 1 and chunk.is_last and state.request.score_from is None and state.tokens[-1] >= 0
 
@@ -158,7 +159,7 @@ def _decode_row(chunk: Chunk, block_size: int) -> DecodeRow:
 
 
 def wanted(chunk: Chunk) -> range:
-    """The positions of a chunk whose logits are wanted: the last token's, and those before tokens to be scored."""
+    """The positions of a chunk whose logits are wanted: the last token, or those just before tokens to be scored."""
     scored = chunk.state.request.score_from
     if scored is not None:
         return range(max(chunk.start, scored - 1), min(chunk.stop, chunk.state.num_prompt - 1))
@@ -177,8 +178,8 @@ def choose_backend(model: LanguageSide) -> Backend:
 
 
 def cache_tokens(model: LanguageSide, config: EngineConfig, backend: Backend) -> int:
-    """How many tokens the cache shall hold: as told, else what all running requests could fill, within a share of the
-    memory that is free."""
+    """Size of the cache in tokens: as configured, else as many as all running requests could fill, within a share of
+    the free memory."""
     if config.cache_tokens is not None:
         return config.cache_tokens
     shape = cache_shape(model, 1, 1)

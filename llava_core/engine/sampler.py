@@ -1,7 +1,7 @@
-"""The next token from a row of logits: penalties, temperature, top-k, top-p, min-p, and what the choice was worth.
+"""The next token from a row of logits: penalties, temperature, top-k, top-p, min-p, and log-probabilities.
 
-Pure functions of one request's logits, parameters, seed and tokens so far, never of its neighbours: what is drawn is
-the same in any batch, and after an interruption. Knows no models.
+Pure functions of one request's logits, parameters, seed and tokens so far, never of its neighbours: the sample is the
+same in any batch, and after an interruption. Knows no models.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from llava_core.types import GREEDY_BELOW, SamplingParams, TokenLogprob
 
 
 def uniform(seed: int, index: int, position: int) -> float:
-    """A number from [0, 1) that only its arguments decide: answer `index` of a seed, token `position` of the answer."""
+    """A number in [0, 1) determined only by its arguments: answer `index` of a seed, token `position` of the answer."""
     return Random(f"{seed}/{index}/{position}").random()
 
 
 def is_finite(logits: Tensor) -> bool:
-    """Whether the largest logit is a number: a NaN or an infinity wins every maximum."""
+    """Whether the largest logit is finite; that suffices, since a NaN or positive infinity would be the maximum."""
     return bool(torch.isfinite(logits.max()))
 
 
 def peaks(logits: Tensor) -> tuple[list[bool], list[int]]:
-    """Of each row of `logits` (rows, vocab), as `is_finite` and the likeliest token, the first of several."""
+    """For each row of `logits` (rows, vocab), whether `is_finite` holds, and the (first) likeliest token."""
     largest, tokens = logits.max(-1)
-    # In one piece: each copy from a device waits for it.
+    # In one copy: each copy from a device waits for the device.
     are_finite, likeliest = torch.stack((torch.isfinite(largest), tokens)).tolist()
     return list(map(bool, are_finite)), likeliest
 
 
 def takes_likeliest(params: SamplingParams, num_output: int) -> bool:
-    """Whether nothing is asked of a row of logits but its likeliest token."""
+    """Whether only the likeliest token of a row of logits is needed."""
     return is_greedy(params) and params.logprobs is None and not needs_processing(params, num_output)
 
 
@@ -45,11 +45,11 @@ def is_greedy(params: SamplingParams) -> bool:
 
 
 def choose(logits: Tensor, params: SamplingParams, draw: Callable[[], float]) -> int:
-    """A token id from processed `logits` (vocab,); `draw` is asked once for a number in [0, 1) if chance is needed."""
+    """Choose a token id from processed `logits` (vocab,); `draw` returns a number in [0, 1), called once if needed."""
     if is_greedy(params):
         return int(logits.argmax())
     cumulative = filtered_probabilities(logits, params).double().cumsum(-1)
-    # Right: a token of probability 0 is never drawn. The last sum may fall short of 1 by rounding.
+    # right=True: a token of probability 0 is never drawn. The last sum may fall short of 1 by rounding.
     chosen = int(torch.searchsorted(cumulative, draw() * float(cumulative[-1]), right=True))
     return min(chosen, int(cumulative.argmax()))
 
@@ -57,10 +57,10 @@ def choose(logits: Tensor, params: SamplingParams, draw: Callable[[], float]) ->
 def process(
     logits: Tensor, params: SamplingParams, prompt: Sequence[int], output: Sequence[int], ends: Collection[int]
 ) -> Tensor:
-    """`logits` (vocab,) in float32 with bias and penalties, and without `ends` before `min_tokens` were written.
+    """Return `logits` (vocab,) in float32 with bias and penalties, and without `ends` until there are `min_tokens`.
 
     The repetition penalty counts prompt and answer (https://arxiv.org/abs/1909.05858), presence and frequency penalties
-    the answer alone, as OpenAI has them. Whatever else narrows the choice belongs here, a grammar for instance.
+    only the answer, as in OpenAI's API. Anything else that narrows the choice, such as a grammar, would belong here.
     """
     if not needs_processing(params, len(output)):
         return logits
@@ -93,8 +93,8 @@ def needs_processing(params: SamplingParams, num_output: int) -> bool:
 
 
 def filtered_probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
-    """Probabilities (vocab,) after temperature, top-k, top-p (nucleus: the smallest set reaching top_p) and min-p (what
-    has at least that share of the likeliest token's probability), in this order; on the CPU."""
+    """Probabilities (vocab,) after temperature, top-k, top-p (nucleus: the smallest set reaching top_p) and min-p (the
+    tokens with at least that share of the likeliest token's probability), in this order; on the CPU."""
     logits = logits.float().cpu() / params.temperature
     if not params.top_k and params.top_p == 1.0:
         return _min_p(logits.softmax(-1), params.min_p)
@@ -116,7 +116,7 @@ def _min_p(probabilities: Tensor, min_p: float) -> Tensor:
 
 
 def token_logprob(logits: Tensor, token: int, num_top: int) -> TokenLogprob:
-    """What the model itself gave `token`, before penalties and temperature, and its `num_top` likeliest tokens."""
+    """The model's log-probability of `token`, before penalties and temperature, and its `num_top` likeliest tokens."""
     logprobs = logits.float().log_softmax(-1)
     top, ids = logprobs.topk(min(num_top, len(logprobs)))
     return TokenLogprob(token, float(logprobs[token]), tuple(zip(ids.tolist(), top.tolist(), strict=True)))

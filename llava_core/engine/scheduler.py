@@ -1,6 +1,6 @@
-"""Which tokens run in the next step: who is admitted, in what pieces a prompt is read, who makes room for whom.
+"""Which tokens run in the next step: which requests start, how prompts are split into chunks, who is preempted.
 
-Policy on integers, in pure Python: knows neither tensors nor models. What it decides, runner.py carries out.
+Policy on integers, in pure Python: knows neither tensors nor models. runner.py carries out its decisions.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from llava_core.engine.blocks import BlockPool
 from llava_core.engine.config import StepLimits
 from llava_core.engine.request import RequestState
 
-# Blocks that an answer is given at a time, so that they lie side by side, and of how many tokens at most.
+# Blocks allocated to an answer at a time, so that they are contiguous, and their tokens at most.
 _GROWTH, _GROWTH_TOKENS = 4, 64
 
 
@@ -32,16 +32,16 @@ class Chunk:
 
     @property
     def is_last(self) -> bool:
-        """Whether the next token can be drawn after it."""
+        """Whether the next token can be sampled after this chunk."""
         return self.stop == len(self.state.tokens)
 
 
 class Scheduler:
-    """Requests by importance: lower `priority` first, then in the order they came.
+    """Requests by importance: lower `priority` first, then in order of arrival.
 
-    Answers that are being written move on by one token in every step; what is left of the step's tokens goes to
-    prompts. Where blocks run out, the least important request is set back: it gives up its blocks, keeps its features
-    and its answer so far, and starts again when there is room.
+    Answers being decoded advance by one token in every step; the rest of the step's token budget goes to prompts. When
+    blocks run out, the least important request is preempted: it gives up its blocks, keeps its features and its answer
+    so far, and starts again when there is room.
     """
 
     def __init__(self, max_running: int, limits: StepLimits, pool: BlockPool) -> None:
@@ -50,13 +50,13 @@ class Scheduler:
         self.waiting: list[RequestState] = []
         self.running: list[RequestState] = []
         self.num_preemptions = 0
-        # Tokens that were found in the cache, also by those that were set back.
+        # Tokens that were found in the cache, including by requests that restart after preemption.
         self.num_cached = 0
         self._chunks: list[Chunk] = []
 
     @property
     def num_unread(self) -> int:
-        """Tokens that have to be read before everything is being written. Of those that wait, some may turn out to be
+        """Tokens to prefill before every request is decoding. Some of the waiting requests' tokens may turn out to be
         in the cache."""
         reading = (state for state in self.running if state.num_pending > 1)
         return sum(state.num_pending for states in (self.waiting, reading) for state in states)
@@ -66,12 +66,12 @@ class Scheduler:
         insort(self.waiting, state, key=_rank)
 
     def remove(self, state: RequestState) -> None:
-        """Forget a request, wherever it is, and take its blocks back."""
+        """Forget a request, running or waiting, and release its blocks."""
         (self.running if state.is_running else self.waiting).remove(state)
         self._give_back(state)
 
     def schedule(self) -> list[Chunk]:
-        """The tokens of the next step. Every running request that writes is in it unless it was set back."""
+        """The tokens of the next step. It includes every request that is decoding, unless it was preempted."""
         self._chunks = []
         num_before = self.num_preemptions
         budget = self._limits.max_tokens
@@ -84,7 +84,7 @@ class Scheduler:
         return self._chunks
 
     def computed(self, chunk: Chunk) -> None:
-        """The keys and values of a chunk are in the cache: the blocks that are full by now can be used by others."""
+        """Note that a chunk's keys and values are in the cache, and publish the blocks that are now full."""
         state, size = chunk.state, self.pool.block_size
         state.num_computed = chunk.stop
         for index in range(state.num_published, chunk.stop // size):
@@ -100,7 +100,7 @@ class Scheduler:
         return length
 
     def _read(self, budget: int, *, may_start: bool) -> None:
-        """Spend the budget on prompts, begun or waiting, by importance."""
+        """Spend the budget on prompts, started or waiting, by importance."""
         reading = [state for state in self.running if state.num_pending > 1]
         for state in merge(reading, list(self.waiting), key=_rank):
             if budget < 1:
@@ -108,13 +108,13 @@ class Scheduler:
             if not state.is_running:
                 if not may_start or len(self.running) >= self._max_running or self._is_being_read(state):
                     continue
-                # Nobody overtakes one for whom there is no room.
+                # No request overtakes one for which there is no room.
                 may_start = self._start(state)
             budget -= self._run(state, budget)
 
     def _is_being_read(self, state: RequestState) -> bool:
-        """Whether a running request of more importance is about to know the next block of this one's prompt: waiting
-        costs less."""
+        """Whether a more important running request is about to compute the next block of this one's prompt: waiting
+        for it costs less."""
         size = self.pool.block_size
         known = len(self.pool.find(state.prefix_keys(size)))
         return known < state.num_shareable(size) and any(
@@ -125,12 +125,12 @@ class Scheduler:
         )
 
     def _start(self, state: RequestState) -> bool:
-        """Take the blocks for a waiting request's tokens, those of its prefix that are known already among them."""
+        """Start a waiting request: hold the cached blocks of its prefix and allocate the rest; False without room."""
         size = self.pool.block_size
         found = self.pool.find(state.prefix_keys(size))
         self.pool.hold(found)
         needed = self._num_blocks(len(state.tokens)) - len(found)
-        # Each of the others can grow by a block before anybody is set back.
+        # Each running request can grow by a block before any is preempted.
         if self.pool.num_available < needed + len(self.running):
             self.pool.release(found)
             return False
@@ -145,8 +145,8 @@ class Scheduler:
         return True
 
     def _make_room(self, state: RequestState, length: int) -> bool:
-        """Blocks for `length` more tokens, taken from less important requests where none is left; False where these
-        have all been set back or move on in this step."""
+        """Allocate blocks for `length` more tokens, preempting less important requests where none is left; False where
+        the request itself had to be preempted."""
         needed = self._num_blocks(state.num_computed + length) - len(state.blocks)
         if needed < 1:
             return True
@@ -157,7 +157,7 @@ class Scheduler:
         return True
 
     def _allocate(self, state: RequestState, needed: int) -> list[int]:
-        """`needed` blocks, which there are, and some for what will follow where there are plenty."""
+        """Allocate `needed` blocks, which must be available, and some ahead where there are plenty."""
         growth = max(1, min(_GROWTH, _GROWTH_TOKENS // self.pool.block_size))
         ahead = min(needed + growth, self._num_blocks(state.max_length) - len(state.blocks))
         if self.pool.num_available - ahead < self.pool.num_blocks // 2:
@@ -170,11 +170,11 @@ class Scheduler:
         return -(-num_tokens // self.pool.block_size)
 
     def _set_one_back(self, state: RequestState) -> bool:
-        """Set back the least important request; False when that is `state` itself. It is in no chunk of this step yet:
-        those that write are scheduled by importance, and those that read never lack room."""
+        """Preempt the least important request; False when that is `state` itself. It is in no chunk of this step yet:
+        decoding requests are scheduled by importance, and prefilling ones never lack room."""
         victim = self.running.pop()
         self._give_back(victim)
-        # They will be computed again.
+        # The log-probabilities will be recomputed.
         victim.prompt_logprobs.clear()
         self.num_preemptions += 1
         victim.num_preemptions += 1

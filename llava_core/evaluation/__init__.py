@@ -1,1 +1,1 @@
-"""Evaluation: samples, answers, scores. Models and transports are handed in as an Answerer."""
+"""Evaluation: samples, answers, scores. Models and transports are passed in as an Answerer."""

@@ -1,6 +1,6 @@
-"""An Answerer behind any OpenAI-compatible endpoint: greedy, several requests at a time, through our own client.
+"""An Answerer for any OpenAI-compatible endpoint: greedy, with several requests in flight, through our own client.
 
-Fails on the first error: an unanswered question must not count as a wrong one.
+Fails on the first error: an unanswered question must not count as a wrong answer.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from llava_core.client import Client, Options, Question, ServiceError
 from llava_core.errors import LlavaError
 from llava_core.evaluation.task import Answer, Sample
 
-# Fields that are not OpenAI's are left out.
+# Only OpenAI's own fields.
 _OPTIONS = Options(temperature=0, max_tokens=256, timings=False)
 
 
 @dataclass(frozen=True)
 class OpenAIAnswerer:
-    """`url` is the server's root, such as http://127.0.0.1:8000; `api_key` is for one that asks for it."""
+    """`url` is the server's root, such as http://127.0.0.1:8000; `api_key` is for a server that requires one."""
 
     url: str
     model: str
@@ -30,7 +30,7 @@ class OpenAIAnswerer:
     transport: httpx.BaseTransport | None = field(default=None, repr=False)
 
     def answer(self, samples: Sequence[Sample]) -> Iterator[Answer]:
-        """Answers in the order of the samples. Raises LlavaError with the server's message when one is refused."""
+        """Yield answers in the order of the samples. Raises LlavaError with the server's message if one is refused."""
         questions = [Question(sample.question, (sample.image,), options=_OPTIONS) for sample in samples]
         with Client(
             self.url, api_key=self.api_key, timeout_s=self.timeout_s, transport=self.transport, model=self.model

@@ -1,6 +1,6 @@
-"""What an evaluation is made of: samples, an Answerer that replies to them, and a report of exact matches by kind.
+"""The parts of an evaluation: samples, an Answerer that answers them, and a report of exact matches by kind.
 
-Imports neither models nor engine: whoever can answer is an Answerer, in this process or behind HTTP.
+Imports neither models nor engine: an Answerer may be a model in this process or an HTTP client.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Answer:
-    """What was replied to a sample."""
+    """The answer to a sample."""
 
     sample: Sample
     text: str
@@ -40,7 +40,7 @@ class Answerer(Protocol):
     """Anything that can answer samples; answers may come in any order."""
 
     def answer(self, samples: Sequence[Sample]) -> Iterator[Answer]:
-        """One Answer per sample, as they become known."""
+        """Yield one Answer per sample, as they become available."""
         ...
 
 

@@ -1,6 +1,6 @@
-"""A decoded radiograph becomes the grey uint8 tile BioViL-T reads: contrast stretched, resized, the centre cut out.
+"""Turns a decoded radiograph into the grey uint8 tile BioViL-T reads: contrast stretched, resized, centre-cropped.
 
-Mean and standard deviation play no part: the tower divides by 255 and no more. Knows nothing about files or models.
+There is no mean or standard deviation: the tower only divides by 255. Knows nothing about files or models.
 """
 
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ class BioVilPreprocessConfig:
             raise ValueError(f"size must be at least 1 pixel and at most resize: {self}")
 
 
-# How any tower wants its pictures.
+# The preprocessing configuration of any tower.
 AnyPreprocessConfig: TypeAlias = PreprocessConfig | BioVilPreprocessConfig
 
 
@@ -43,7 +43,7 @@ def preprocess_biovil(image: Image.Image, config: BioVilPreprocessConfig) -> npt
 def stretch_contrast(image: Image.Image) -> Image.Image:
     """The picture with its darkest value at 0 and its lightest at 255, rounded down; 16 bits become 8.
 
-    Of an RGB picture all channels are stretched alike. A picture of one value becomes black.
+    All channels of an RGB picture are stretched alike. A picture of a single value becomes black.
     """
     if image.mode in ("L", "RGB"):
         values = np.asarray(image)
@@ -57,7 +57,7 @@ def stretch_contrast(image: Image.Image) -> Image.Image:
 
 
 def _stretch_table(lowest: int, highest: int) -> npt.NDArray[np.uint8]:
-    """What every value up to `highest` becomes; none lies below `lowest`."""
+    """The stretched value of every value up to `highest`; none lies below `lowest`."""
     above = np.maximum(np.arange(highest + 1) - lowest, 0).astype(np.float64)
     return (above / max(highest - lowest, 1) * 255).astype(np.uint8)
 

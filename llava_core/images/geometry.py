@@ -1,6 +1,6 @@
-"""How a picture is cut into tiles, how many tokens it becomes, and in which order. The one place that knows.
+"""How a picture is cut into tiles, how many tokens it becomes, and in which order. The one place that decides this.
 
-Prompts, scheduling and merging all ask here. Integers only; imports neither torch nor Pillow. The floating-point steps
+Prompts, scheduling and merging all use it. Integers only; imports neither torch nor Pillow. The floating-point steps
 are the originals' own, term by term: another order of multiplication would move some sizes by a pixel.
 """
 
@@ -11,12 +11,12 @@ import math
 from llava_core.config import Dialect, ModelConfig, VisionConfig
 from llava_core.types import Size
 
-# In a merge order: not a row of the tower but the learned end-of-line vector.
+# In a merge order: the learned end-of-line vector instead of a row of the tower.
 NEWLINE = -1
 
 
 def best_resolution(size: Size, candidates: tuple[Size, ...]) -> Size:
-    """The candidate that keeps most of the picture's pixels, then wastes least, then comes first."""
+    """The candidate that keeps the most of the picture's pixels, then wastes the fewest, then comes first."""
 
     def fit(candidate: Size) -> tuple[int, int]:
         scale = min(candidate.width / size.width, candidate.height / size.height)
@@ -27,7 +27,7 @@ def best_resolution(size: Size, candidates: tuple[Size, ...]) -> Size:
 
 
 def scaled_size(size: Size, target: Size) -> Size:
-    """The largest size of the picture's shape inside `target`, rounded up."""
+    """The largest size with the picture's aspect ratio that fits into `target`, rounded up."""
     across, down = target.width / size.width, target.height / size.height
     if across < down:
         return Size(target.width, min(math.ceil(size.height * across), target.height))
@@ -35,7 +35,7 @@ def scaled_size(size: Size, target: Size) -> Size:
 
 
 def tile_grid(config: ModelConfig, size: Size | None) -> Size | None:
-    """Columns and rows of tiles beside the overview; None where pictures are one tile, or this one is (`size` None)."""
+    """Columns and rows of tiles besides the overview; None where pictures, or this one (`size` None), have one tile."""
     if not config.pinpoints or size is None:
         return None
     best = best_resolution(size, config.pinpoints)
@@ -46,7 +46,7 @@ def tile_grid(config: ModelConfig, size: Size | None) -> Size | None:
 def unpadded(grid: Size, size: Size, dialect: Dialect) -> tuple[int, int, int, int]:
     """The part (left, top, right, bottom) of a feature grid that the picture fills, padding cut off on both sides.
 
-    The original cuts the kept length off at once, transformers rounds it to seven digits before.
+    The original code truncates the kept length directly; transformers first rounds it to seven digits.
     """
 
     def kept(length: int, scale: float) -> int:
@@ -61,7 +61,7 @@ def unpadded(grid: Size, size: Size, dialect: Dialect) -> tuple[int, int, int, i
 
 
 def num_image_tokens(config: ModelConfig, size: Size | None) -> int:
-    """Placeholders of one picture of `size` pixels; None: of one whose overview is all there is of it."""
+    """Number of placeholders for one picture of `size` pixels; None: a picture with only an overview."""
     per_tile = config.vision.tokens_per_tile
     tiles = tile_grid(config, size)
     if tiles is None or size is None:
@@ -73,11 +73,11 @@ def num_image_tokens(config: ModelConfig, size: Size | None) -> int:
 
 
 def merge_order(config: ModelConfig, size: Size | None) -> tuple[int, ...] | None:
-    """Which row of a picture's tiles, or NEWLINE, each of its tokens is; None where they stay as they come.
+    """For each token of a picture, the row of its tiles, or NEWLINE; None where the rows are used in their own order.
 
-    Rows are counted through all tiles, the overview first, each row by row. `spatial` reads the other tiles as one
-    large grid, line by line; `spatial_unpad` leaves the padding out and ends every line with the newline, as it does an
-    overview without other tiles.
+    Rows are numbered through all tiles, the overview first, each row by row. `spatial` reads the other tiles as one
+    large grid, line by line; `spatial_unpad` also leaves out the padding and ends every line with the newline, and an
+    overview without other tiles likewise.
     """
     tiles = tile_grid(config, size)
     if tiles is None or size is None:
@@ -100,7 +100,7 @@ def merge_order(config: ModelConfig, size: Size | None) -> tuple[int, ...] | Non
 
 
 def _ends_overview(config: ModelConfig) -> bool:
-    """Whether a newline comes after an overview that is alone."""
+    """Whether a newline follows an overview without other tiles."""
     return bool(config.pinpoints) and config.merge_type == "spatial_unpad"
 
 

@@ -1,9 +1,9 @@
-"""Encoded pictures from strangers become upright RGB images, or deep grey ones, and `data:` URLs become bytes.
+"""Decodes untrusted pictures to upright RGB images, or deep grey ones, and `data:` URLs to bytes.
 
-The format's header is read and judged before a pixel is decoded; whatever is wrong with a picture becomes an ImageError
-in our words, never in a decoder's. Of animated pictures the first frame counts, of DICOM files the one that is asked
-for (`dicom/`). Colour profiles are ignored. Fetches nothing, and knows nothing about preprocessing or models. Safe to
-use from several threads.
+The format's header is read and checked before a pixel is decoded; every error becomes an ImageError in our words, never
+a decoder's. For animated pictures the first frame is used, for DICOM files the requested one (`dicom/`). Colour
+profiles are ignored. Fetches nothing, and knows nothing about preprocessing or models. Safe to use from several
+threads.
 """
 
 import base64
@@ -37,8 +37,8 @@ from llava_core.views import DicomView, ImageTransform, Window
 _MIB = 1024 * 1024
 _ORIENTATION_TAG, _BITS_TAG, _PHOTOMETRIC_TAG, _WHITE_IS_ZERO = 0x0112, 258, 262, 0
 
-# Signature and decoder. The decoders are called by name, because Image.open answers a large picture with a process-wide
-# warning before its caller has seen the size.
+# Signature and decoder. The decoders are called by name, because Image.open issues a process-wide warning for a large
+# picture before the caller has seen its size.
 _FORMATS: tuple[tuple[tuple[bytes, ...], type[ImageFile.ImageFile]], ...] = (
     ((b"\x89PNG\r\n\x1a\n",), PngImagePlugin.PngImageFile),
     ((b"\xff\xd8\xff",), JpegImagePlugin.JpegImageFile),
@@ -47,7 +47,7 @@ _FORMATS: tuple[tuple[tuple[bytes, ...], type[ImageFile.ImageFile]], ...] = (
     ((b"BM",), BmpImagePlugin.BmpImageFile),
     ((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), TiffImagePlugin.TiffImageFile),
 )
-_FORMAT_NAMES = "PNG, JPEG, WebP, GIF, BMP and TIFF, and DICOM files that say so behind their first 128 bytes"
+_FORMAT_NAMES = "PNG, JPEG, WebP, GIF, BMP and TIFF, and DICOM files with the mark DICM after their first 128 bytes"
 _DICOM_TYPE = "application/dicom"
 
 # What decoders raise for damaged data. Warnings are here for processes that turn them into errors.
@@ -69,7 +69,7 @@ _DECODER_ERRORS = (
     Image.DecompressionBombError,
 )
 
-# EXIF orientation to the turn that makes the picture upright; 1 is upright already.
+# EXIF orientation to the transformation that makes the picture upright; 1 is upright already.
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -83,9 +83,9 @@ _TURNS = {
 
 @dataclass(frozen=True)
 class ImageLimits:
-    """What a picture may be. Bytes are encoded ones; `max_aspect` is longer side over shorter side.
+    """Limits of a picture. Bytes are encoded ones; `max_aspect` is longer side over shorter side.
 
-    The side and the aspect bound the memory of preprocessing, which pads to a square or enlarges the shorter side.
+    Side and aspect bound the memory of preprocessing, which pads to a square or enlarges the shorter side.
     """
 
     max_bytes: int = 20 * _MIB
@@ -104,7 +104,7 @@ class ImageLimits:
 
 
 class DecodedImage(NamedTuple):
-    """A picture, and how its stored values became that where they are not what is seen."""
+    """A picture, and the transform from its stored values where these are not the values seen."""
 
     image: Image.Image
     transform: ImageTransform | None = None
@@ -126,7 +126,7 @@ def decode_data_url(url: str, limits: ImageLimits, param: str) -> bytes:
 
 
 def decode_base64(payload: str, limits: ImageLimits, param: str) -> bytes:
-    """The bytes; ImageError for bad base64 or too many of them."""
+    """The decoded bytes; ImageError for bad base64 or too many bytes."""
     # Before decoding, so that an oversized upload costs nothing; exact but for the padding.
     _check_num_bytes(len(payload) // 4 * 3 - 2, limits, param)
     try:
@@ -140,11 +140,11 @@ def decode_base64(payload: str, limits: ImageLimits, param: str) -> bytes:
 def decode_image(
     data: bytes, limits: ImageLimits, *, param: str, keeps_depth: bool = False, dicom: DicomView | None = None
 ) -> DecodedImage:
-    """The picture, upright, RGB, transparency composited on white; 16-bit grey is scaled by the type's range.
+    """Decode a picture: upright, RGB, transparency composited on white; 16-bit grey is scaled by the type's range.
 
-    With `keeps_depth` grey of more than 8 bits comes in mode I;16, for whoever scales it by its contents. `dicom` says
-    what of a DICOM file is looked at, and is refused of any other.
-    Raises ImageError naming cause and limit when the bytes are no picture of a known format or exceed a limit.
+    With `keeps_depth`, grey of more than 8 bits is returned in mode I;16, for callers that scale it by its contents.
+    `dicom` selects the view of a DICOM file, and is refused for any other file.
+    Raises ImageError naming cause and limit when the bytes are not a picture of a known format or exceed a limit.
     """
     if not data:
         raise ImageError("the image is empty (0 bytes)", param=param)
@@ -152,12 +152,12 @@ def decode_image(
     if is_dicom(data):
         return _decode_dicom(data, limits, dicom or DicomView(), param=param, keeps_depth=keeps_depth)
     if dicom is not None:
-        raise ImageError("the image is no DICOM file; leave out which frame and window of one is meant", param=param)
+        raise ImageError("the image is not a DICOM file; leave out its frame and window", param=param)
     picture = _open(data, param)
     check_size(picture.size, limits, param)
     try:
         picture.load()
-        # Some formats say only now how large they are.
+        # Some formats reveal their size only now.
         check_size(picture.size, limits, param)
         image, transform = _seen(picture, param, keeps_depth=keeps_depth)
         return DecodedImage(_upright(image, picture), transform)
@@ -187,7 +187,7 @@ def _check_num_bytes(count: int, limits: ImageLimits, param: str) -> None:
 
 
 def _open(data: bytes, param: str) -> ImageFile.ImageFile:
-    """The picture with its header read and its pixels not."""
+    """The picture with only its header read, not its pixels."""
     signature = data[8:12] if data.startswith(b"RIFF") else data[:8]
     decoder = next((decoder for prefixes, decoder in _FORMATS if signature.startswith(prefixes)), None)
     if decoder is None:
@@ -203,7 +203,7 @@ def _open(data: bytes, param: str) -> ImageFile.ImageFile:
 
 
 def check_size(size: tuple[int, int], limits: ImageLimits, param: str) -> None:
-    """Raise ImageError for a width and height in pixels that are not allowed."""
+    """Raise ImageError for a width and height, in pixels, outside the limits."""
     width, height = size
     shorter, longer = min(size), max(size)
     shown = f"the image is {width} x {height} pixels"
@@ -220,7 +220,7 @@ def check_size(size: tuple[int, int], limits: ImageLimits, param: str) -> None:
 
 
 def _seen(picture: ImageFile.ImageFile, param: str, *, keeps_depth: bool) -> DecodedImage:
-    """A loaded picture of any mode as RGB; with `keeps_depth` integer grey with all its bits."""
+    """A loaded picture of any mode as RGB; with `keeps_depth`, integer grey keeps all its bits."""
     if picture.mode == "F":
         raise ImageError("the image has floating-point pixels of unknown range; save it with 8 or 16 bits", param=param)
     if picture.mode.startswith("I"):
@@ -235,7 +235,7 @@ def _seen(picture: ImageFile.ImageFile, param: str, *, keeps_depth: bool) -> Dec
 
 def _deep_grey(picture: ImageFile.ImageFile, param: str, *, keeps_depth: bool) -> DecodedImage:
     """Integer grey scaled by its type's range, not by the values that happen to occur: equal pixels look equal."""
-    # A 12-bit TIFF comes in a 16-bit mode, and a 16-bit one where 0 is white comes as it is stored.
+    # Pillow returns a 12-bit TIFF in a 16-bit mode, and does not invert a 16-bit one in which 0 is white.
     tags = picture.tag_v2 if isinstance(picture, TiffImagePlugin.TiffImageFile) else {}
     bits = 12 if tags.get(_BITS_TAG) == (12,) else 16
     white = 2**bits - 1
@@ -258,7 +258,7 @@ def _deep_grey(picture: ImageFile.ImageFile, param: str, *, keeps_depth: bool) -
 
 
 def _grey_values(picture: ImageFile.ImageFile, white: int, param: str, *, is_inverted: bool) -> npt.NDArray[np.int32]:
-    """Integer grey, 0 being black."""
+    """Integer grey with 0 as black."""
     values = np.asarray(picture).astype(np.int32)
     if values.min() < 0 or values.max() > white:
         raise ImageError(f"the image has grey values outside 0 to {white}; save it with 8 or 16 bits", param=param)
@@ -266,7 +266,7 @@ def _grey_values(picture: ImageFile.ImageFile, white: int, param: str, *, is_inv
 
 
 def _upright(rgb: Image.Image, picture: ImageFile.ImageFile) -> Image.Image:
-    """The picture turned as its EXIF data say; EXIF data that cannot be read say nothing, as in every viewer."""
+    """The picture turned upright by its EXIF data; unreadable EXIF data is ignored, as in every viewer."""
     try:
         orientation = picture.getexif().get(_ORIENTATION_TAG, 1)
     except _DECODER_ERRORS:

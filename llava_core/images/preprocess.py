@@ -1,6 +1,6 @@
-"""A decoded picture becomes the square uint8 tiles a CLIP-type tower reads: pad, crop, or an overview and tiles.
+"""Turns a decoded picture into the square uint8 tiles a CLIP-type tower reads: pad, crop, or an overview and tiles.
 
-Normalisation is not done here: tiles stay uint8 until the tower, a quarter of the bytes on every hop (`vision/`).
+Normalisation is left to the tower (`vision/`): until then tiles stay uint8, a quarter of the bytes on every hop.
 Knows nothing about files, base64 or models.
 """
 
@@ -18,19 +18,19 @@ from llava_core.types import Size
 Aspect = Literal["pad", "crop", "anyres"]
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-# Of every released SigLIP.
+# Every released SigLIP uses these.
 SIGLIP_MEAN = SIGLIP_STD = (0.5, 0.5, 0.5)
 
 
 @dataclass(frozen=True)
 class PreprocessConfig:
-    """How a tower wants its pictures. `size` is the side of the square tile in pixels.
+    """How to preprocess pictures for a tower. `size` is the side of the square tile in pixels.
 
-    `aspect` is LLaVA's `image_aspect_ratio`: `pad` fills up to a square with the mean colour, `crop` resizes the
-    shortest edge and cuts the centre square out, which is what CLIP itself does, `anyres` makes an overview and tiles
-    of the best of the `pinpoints`. With `stretches` a picture is resized to the square, as SigLIP's processor does.
-    `jitter` draws LLaVA-Med's offset of the padding, by one pixel, from the picture's own pixels. `rows_first` resizes
-    as the original code's Pillow does (see `resize`).
+    `aspect` is LLaVA's `image_aspect_ratio`: `pad` pads to a square with the mean colour; `crop` resizes the shortest
+    edge and cuts out the centre square, as CLIP itself does; `anyres` makes an overview and tiles at the best of the
+    `pinpoints`. With `stretches` a picture is resized to the square, as SigLIP's processor does. `jitter` derives
+    LLaVA-Med's one-pixel offset of the padding from the picture's own pixels. `rows_first` resizes as the original
+    code's Pillow does (see `resize`).
     """
 
     size: int
@@ -49,7 +49,7 @@ class PreprocessConfig:
         if self.aspect not in ("pad", "crop", "anyres"):
             raise ValueError(f"aspect must be 'pad', 'crop' or 'anyres', not {self.aspect!r}")
         if (self.aspect == "anyres") != bool(self.pinpoints):
-            raise ValueError(f"pinpoints belong to aspect 'anyres' and to no other: {self}")
+            raise ValueError(f"pinpoints belong to aspect 'anyres' and no other: {self}")
 
     @property
     def pad_colour(self) -> tuple[int, int, int]:
@@ -59,8 +59,8 @@ class PreprocessConfig:
 
 
 def preprocess(image: Image.Image, config: PreprocessConfig, *, overview_only: bool = False) -> npt.NDArray[np.uint8]:
-    """The tiles of an RGB picture, uint8 of shape (num_tiles, size, size, 3). Where a picture has an overview it is the
-    first, and the others can be left out."""
+    """The tiles of an RGB picture, uint8 of shape (num_tiles, size, size, 3). An overview, where there is one, comes
+    first; with `overview_only` the other tiles are left out."""
     if image.mode != "RGB":
         raise ValueError(f"expected an RGB picture, not {image.mode}; decode with images.loading first")
     if config.aspect == "anyres":
@@ -72,7 +72,7 @@ def preprocess(image: Image.Image, config: PreprocessConfig, *, overview_only: b
 
 
 def _fit(image: Image.Image, config: PreprocessConfig) -> npt.NDArray[np.uint8]:
-    """What the tower's own processor does: uint8 (size, size, 3)."""
+    """Resize or crop like the tower's own processor: uint8 (size, size, 3)."""
     if config.stretches:
         square = resize(image, (config.size, config.size), config.resample, rows_first=config.rows_first)
         return np.asarray(square, np.uint8)
@@ -96,12 +96,12 @@ def cut_tiles(image: Image.Image, config: PreprocessConfig) -> list[Image.Image]
 
 
 def overview(image: Image.Image, config: PreprocessConfig) -> Image.Image:
-    """The picture squeezed to one tile."""
+    """The picture squeezed into one tile."""
     return resize(image, (config.size, config.size), Image.Resampling.BICUBIC, rows_first=config.rows_first)
 
 
 def _jitter(image: Image.Image) -> int:
-    """0 or 1, the same for the same picture: LLaVA-Med draws it anew each time, so that no answer can be repeated."""
+    """0 or 1, always the same for the same picture; LLaVA-Med draws it anew each time, which makes answers vary."""
     return zlib.crc32(image.tobytes()) & 1
 
 
@@ -118,10 +118,10 @@ def pad_to_square(image: Image.Image, colour: tuple[int, int, int], *, shift: in
 
 
 def resize(image: Image.Image, size: tuple[int, int], resample: Image.Resampling, *, rows_first: bool) -> Image.Image:
-    """The picture at `size`, in whichever order of the two axes the installed Pillow takes, or rows first.
+    """The picture resized to `size`, one axis after the other: rows first, or in the installed Pillow's order.
 
-    Values are rounded after each axis, so the order shows. Pillow took rows first until version 13, which begins with
-    the columns of some pictures that are higher than wide.
+    Values are rounded after each axis, so the order matters. Pillow resized rows first until version 13, which begins
+    with the columns for some pictures that are taller than wide.
     """
     if rows_first:
         image = image.resize((size[0], image.height), resample)

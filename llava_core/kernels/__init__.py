@@ -1,1 +1,1 @@
-"""Operations in the form in which a processor is fastest at them. They know nothing about models."""
+"""Operations in the form that is fastest on a processor. They know nothing about models."""

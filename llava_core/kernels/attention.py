@@ -1,7 +1,7 @@
-"""Softmax attention of many queries, as the processor does it fastest.
+"""Softmax attention of many queries, in the way that is fastest on the processor.
 
-A CPU's fused kernel computes half precisions at a fraction of the rate of its matrix products. There the scores are
-written out, a few heads at a time. Knows nothing about models, caches or requests; transformers' modules reach it under
+On a CPU, the fused kernel computes half precision at a fraction of the rate of matrix products. There the scores are
+materialised, a few heads at a time. Knows nothing about models, caches or requests; transformers' modules use it under
 the name `dense`.
 """
 
@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 NAME = "dense"
-# Scores at a time. They are written and read again: more would not stay in the processor's cache.
+# Bytes of scores computed at a time. They are written and read again: more would not stay in the processor's cache.
 _SCORE_BYTES = 4 * 2**20
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *, scale: float) -> Tensor:
-    """What scaled_dot_product_attention computes, (batch, num_heads, num_queries, head_dim), of as many heads each.
+    """scaled_dot_product_attention for equally many heads of each: (batch, num_heads, num_queries, head_dim).
 
     `mask` (num_queries, num_keys) is added to the scores and has their dtype.
     """
@@ -38,12 +38,12 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
 
 
 def kept_dtype(dtype: torch.dtype, device: str) -> torch.dtype:
-    """What keys and values are kept in where a model computes in `dtype`: a CPU's attention knows no float16."""
+    """The dtype of cached keys and values for a model that computes in `dtype`: CPU attention lacks float16."""
     return torch.float32 if dtype == torch.float16 and device == "cpu" else dtype
 
 
 def _writes_out(query: Tensor) -> bool:
-    """Gradients would need all scores kept; float32 gains nothing."""
+    """Whether to materialise the scores. Gradients would need all scores kept; float32 gains nothing."""
     return (
         query.dtype == torch.bfloat16
         and query.device.type == "cpu"
@@ -63,8 +63,8 @@ def _forward(
     dropout: float = 0.0,
     **_: object,
 ) -> tuple[Tensor, None]:
-    """What transformers calls in every layer of a tower: every position sees every other."""
-    assert attention_mask is None, "towers hide nothing"
+    """The function transformers calls in every layer of a tower: every position sees every other."""
+    assert attention_mask is None, "towers have no attention mask"
     assert not dropout, "towers are not trained with dropout"
     return attend(query, key, value, scale=scaling).transpose(1, 2).contiguous(), None
 

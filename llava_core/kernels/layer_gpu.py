@@ -1,8 +1,8 @@
-"""What a layer does beside its matrix products, on a GPU, in Triton: each of these is one pass over its numbers.
+"""A layer's operations other than matrix products, on a GPU, in Triton: each is one pass over its numbers.
 
-Of torch they are several operations, each of which reads and writes all of them again. Computed in float32 and rounded
-once. Nothing is looked at by the processor, so that steps can be recorded. Knows shapes, and neither models nor
-requests. Triton comes with torch's CUDA builds.
+In torch each is several operations, every one of which reads and writes all numbers again. Computed in float32 and
+rounded once. The host reads no values, so that steps can be recorded. Knows shapes, and neither models nor requests.
+Triton comes with torch's CUDA builds.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-# Numbers, and heads, that one program takes.
+# Numbers, and heads, that one program processes.
 _NUMBERS, _HEADS = 1024, 8
 
 
 class GpuKernels:
-    """The like of native.NativeKernels for tensors on a GPU of any floating dtype, all contiguous where not said."""
+    """The counterpart of native.NativeKernels for GPU tensors of any floating dtype, contiguous unless noted."""
 
     def add_norm_(self, hidden: Tensor, added: Tensor | None, weight: Tensor, eps: float) -> Tensor:
         """`hidden` (rows, size) += `added`, in place; the result divided by its root mean square, times `weight`."""
@@ -34,8 +34,8 @@ class GpuKernels:
         return normed
 
     def rotate_(self, projected: Tensor, num_heads: int, cos: Tensor, signed_sin: Tensor, positions: Tensor) -> None:
-        """Turn the first `num_heads` heads of each row of `projected` (rows, heads, head_dim), in place, to the row's
-        place in the text, `positions` int64 (rows,); `cos` and `signed_sin` (positions, 1, head_dim) are those of
+        """Rotate the first `num_heads` heads of each row of `projected` (rows, heads, head_dim), in place, by the row's
+        position in the text, `positions` int64 (rows,); `cos` and `signed_sin` (positions, 1, head_dim) are those of
         models/fused.py."""
         rows, all_heads, dim = projected.shape
         assert all(part.is_contiguous() for part in (projected, cos, signed_sin)), "numbers of a row lie apart"
@@ -68,7 +68,7 @@ def store(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, slots: Tenso
     head_dim), both contiguous."""
     assert keys.is_contiguous(), "heads of a row lie apart"
     assert values.is_contiguous(), "heads of a row lie apart"
-    # Parts of a product lie side by side already; as modules of transformers have them, they are copied.
+    # Parts of a product are contiguous already; tensors from transformers' modules are copied here.
     key, value = key.flatten(1), value.flatten(1)
     rows, size = key.shape
     with torch.cuda.device_of(key):
@@ -78,10 +78,10 @@ def store(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, slots: Tenso
 
 
 class QuickGelu(nn.Module):
-    """x * sigmoid(1.702 x), as CLIP has it."""
+    """x * sigmoid(1.702 x), as in CLIP."""
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Of any shape."""
+        """Apply to a tensor of any shape."""
         hidden = hidden.contiguous()
         out = torch.empty_like(hidden)
         with torch.cuda.device_of(hidden):
@@ -97,7 +97,7 @@ def _add_norm(hidden, added, weight, normed, size, eps, HAS_ADDED: tl.constexpr,
     numbers = tl.load(hidden + at, mask=is_there, other=0.0)
     if HAS_ADDED:
         other = tl.load(added + at, mask=is_there, other=0.0)
-        # The sum is kept in the numbers' own precision, and it is what is kept that is divided.
+        # The sum is rounded to the numbers' own precision, and the rounded sum is normalised.
         numbers = (numbers.to(tl.float32) + other.to(tl.float32)).to(numbers.dtype)
         tl.store(hidden + at, numbers, mask=is_there)
     wide = numbers.to(tl.float32)

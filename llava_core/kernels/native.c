@@ -1,6 +1,6 @@
-/* What a decoder layer does beside its matrix products, for few tokens: norms, rotations, gates, and attention over a
- * paged cache. In float32 and bfloat16, rounded once, at the end of each function. Compiled on the machine that runs it
- * (native.py), with torch's own OpenMP threads. Knows addresses and strides, counted in elements, and no tensors.
+/* A decoder layer's operations other than matrix products, for few tokens: norms, rotations, gates, and attention over
+ * a paged cache. In float32 and bfloat16, rounded once, at the end of each function. Compiled on the machine that runs
+ * it (native.py), with torch's own OpenMP threads. Knows addresses and strides, counted in elements, and no tensors.
  */
 
 #include <math.h>
@@ -8,16 +8,16 @@
 #include <string.h>
 
 #define INLINE static inline __attribute__((always_inline))
-/* A head's dimensions, and the heads of a group that are computed together, have a place on the stack. native.py asks for
- * no larger heads. */
+/* Limits of the stack arrays: a head's dimensions, and the heads of a group that are computed together. native.py
+ * passes no larger heads. */
 #define MAX_DIM 256
 #define MAX_GROUP 16
-/* Tokens whose scores are held at a time. */
+/* Tokens whose scores are computed at a time. */
 #define TILE 64
-/* Multiplications in attention below which a second thread costs more than it does. */
+/* Multiplications in attention below which a second thread costs more than it saves. */
 #define MANY 400000
 
-/* `half` is 1 for bfloat16 and 0 for float32, and known wherever these are called: no loop asks. */
+/* `half` is 1 for bfloat16 and 0 for float32, a constant at every call site, so that no loop branches on it. */
 
 INLINE float get(const void *from, int64_t at, int half)
 {
@@ -37,12 +37,12 @@ INLINE void put(void *to, int64_t at, float value, int half)
         return;
     }
     memcpy(&bits, &value, sizeof bits);
-    /* To the nearest, of two the even one. What is no number stays none, whatever its bits. */
+    /* Round to nearest, ties to even. NaN stays NaN, whatever its bits. */
     uint16_t rounded = (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
     ((uint16_t *)to)[at] = value != value ? 0x7fc0 : rounded;
 }
 
-/* Numbers that are computed together, whatever the processor makes of them. */
+/* Numbers per vector; the compiler maps vectors to the processor's registers. */
 #define LANES 16
 typedef float lanes __attribute__((vector_size(4 * LANES)));
 typedef uint32_t words __attribute__((vector_size(4 * LANES)));
@@ -60,8 +60,8 @@ INLINE lanes load(const void *from, int64_t at, int half)
     return value;
 }
 
-/* The sums of LANES vectors, side by side: in each round, half of a vector is added to its other half, and two vectors
- * become one. */
+/* One vector with the sums of LANES vectors: in each round, half of each vector is added to its other half, and two
+ * vectors become one. */
 INLINE lanes add_up(lanes *vectors)
 {
 #define ROUND(count, ...)                                                                                              \
@@ -81,8 +81,8 @@ INLINE lanes add_up(lanes *vectors)
     return vectors[0];
 }
 
-/* e to the power of x, for x up to 0, to about 2 units in the last place: 2 to the whole part of x / ln 2 times a
- * polynomial in what is left, Taylor's to the sixth power. libm's is not made for many numbers at once. */
+/* e to the power of x, for x up to 0, to about 2 units in the last place: 2 to the whole part of x / ln 2, times a
+ * Taylor polynomial of degree six in the remainder. libm's function does not vectorise. */
 INLINE float exponential(float x)
 {
     int is_nothing = x < -87.0f;
@@ -99,14 +99,14 @@ INLINE float exponential(float x)
     sum = sum * rest + 0.5f;
     sum = sum * rest + 1.0f;
     sum = sum * rest + 1.0f;
-    /* The whole number is in the last bits of what it was rounded by. */
+    /* The whole number is in the low bits of the sum that rounded it. */
     int32_t power = (bits - 0x4b400000 + 127) << 23;
     float scale;
     memcpy(&scale, &power, sizeof scale);
     return is_nothing ? 0.0f : sum * scale;
 }
 
-/* hidden += added, unless that is null; normed = hidden / its root mean square * weight. All (rows, size). */
+/* hidden += added, unless added is null; normed = hidden / its root mean square * weight. All (rows, size). */
 INLINE void add_norm(void *hidden, const void *added, const void *weight, void *normed, int64_t rows, int64_t size,
                      float eps, int half)
 {
@@ -129,8 +129,8 @@ INLINE void add_norm(void *hidden, const void *added, const void *weight, void *
     }
 }
 
-/* The first `heads` heads of each row of `projected` (rows, all_heads, dim), turned in place to the row's position.
- * `cosine` and `sine` are (positions, dim); of the first half of a head the sine is negative. */
+/* Rotate the first `heads` heads of each row of `projected` (rows, all_heads, dim) in place by the row's position.
+ * `cosine` and `sine` are (positions, dim); the sine is negated for the first half of a head. */
 INLINE void rotate(void *projected, const void *cosine, const void *sine, const int64_t *positions, int64_t rows,
                    int64_t heads, int64_t all_heads, int64_t dim, int half)
 {
@@ -165,7 +165,7 @@ INLINE void gate(const void *both, void *out, int64_t rows, int64_t size, int ha
         }
 }
 
-/* Keys or values (rows, heads, dim), a row every `stride`, to their slots of a cache. */
+/* Copy keys or values (rows, heads, dim), a row every `stride`, to their slots of a cache. */
 INLINE void store(const void *from, int64_t stride, void *cache, int64_t slot_stride, int64_t head_stride,
                   const int64_t *slots, int64_t rows, int64_t heads, int64_t dim, int half)
 {
@@ -176,8 +176,8 @@ INLINE void store(const void *from, int64_t stride, void *cache, int64_t slot_st
                    (const char *)from + (row * stride + head * dim) * width, (size_t)(dim * width));
 }
 
-/* The `group` query heads of one row that read the same keys: softmax in one pass, as in FlashAttention, over tokens
- * from `begin` to `end`, a tile of which lies side by side. `dim` is a multiple of LANES. */
+/* Attention of the `group` query heads of one row that read the same keys: softmax in one pass, as in FlashAttention,
+ * over tokens from `begin` to `end`, in contiguous tiles. `dim` is a multiple of LANES. */
 INLINE void see(const void *query, const void *keys, const void *values, int64_t slot_stride, const int32_t *blocks,
                 int64_t block_size, int64_t begin, int64_t end, void *out, int64_t group, int64_t dim, float scale,
                 int half)
@@ -203,7 +203,7 @@ INLINE void see(const void *query, const void *keys, const void *values, int64_t
         for (int64_t token = 0; token < count; token += LANES) {
             lanes scores[MAX_GROUP][LANES];
             for (int64_t i = 0; i < LANES; i++) {
-                /* Those past the end are read again and not used. */
+                /* Past the end, the last token is read again and not used. */
                 int64_t at = (first + (token + i < count ? token + i : count - 1)) * slot_stride;
                 lanes key[MAX_DIM / LANES];
                 for (int64_t part = 0; part < parts; part++)
@@ -224,7 +224,7 @@ INLINE void see(const void *query, const void *keys, const void *values, int64_t
             float top = highest[head], sum = 0;
             for (int64_t token = 0; token < count; token++)
                 top = weights[head][token] > top ? weights[head][token] : top;
-            /* 0 the first time. */
+            /* 0 for the first tile. */
             float before = exponential(highest[head] - top);
             highest[head] = top;
 #pragma omp simd reduction(+ : sum)
@@ -249,8 +249,8 @@ INLINE void see(const void *query, const void *keys, const void *values, int64_t
             put(out, head * dim + i, seen[head * parts + i / LANES][i % LANES] / total[head], half);
 }
 
-/* One token of each of `rows` requests over the last `window` of its `lengths` tokens, whose blocks are a line of
- * `table` (rows, width); query and out (rows, heads * group, dim), a query's row every `stride`. */
+/* Attention of one token of each of `rows` requests to the last `window` of its `lengths` tokens, whose blocks are a
+ * line of `table` (rows, width); query and out (rows, heads * group, dim), a query's row every `stride`. */
 INLINE void attend(const void *query, int64_t stride, const void *keys, const void *values, int64_t slot_stride,
                    int64_t head_stride, const int32_t *table, int64_t width, const int64_t *lengths, void *out,
                    int64_t rows, int64_t heads, int64_t group, int64_t dim, int64_t block_size, int64_t window,
@@ -269,7 +269,7 @@ INLINE void attend(const void *query, int64_t stride, const void *keys, const vo
                 int64_t together = group - first < MAX_GROUP ? group - first : MAX_GROUP;
                 const char *own = (const char *)query + (row * stride + (head * group + first) * dim) * bytes;
                 char *to = (char *)out + ((row * heads + head) * group + first) * dim * bytes;
-                /* What the compiler knows it makes a straight line of. */
+                /* With constant sizes, the compiler unrolls the loops. */
 #define SEE(known_together, known_dim)                                                                                 \
     see(own, key, value, slot_stride, table + row * width, block_size, begin, lengths[row], to, known_together,        \
         known_dim, scale, half)

@@ -1,8 +1,8 @@
-"""native.c, compiled where it runs and called with tensors: what a decoder layer does beside its matrix products.
+"""Compiles native.c where it runs and calls it with tensors: a decoder layer's operations other than matrix products.
 
-An operation of torch takes microseconds to be found and to get memory for its result: longer than it computes, where
-tokens are few. Needs a C compiler at run time, as torch.compile and Triton do; without one nothing is here, and whoever
-asks has another way. Knows shapes, and neither models nor requests.
+An operation in torch takes microseconds for dispatch and for allocating its result, which with few tokens is longer
+than its computation. Needs a C compiler at run time, as torch.compile and Triton do; without one there are no kernels,
+and callers fall back to torch. Knows shapes, and neither models nor requests.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 _SOURCE = Path(__file__).with_name("native.c")
 _FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC", "-std=gnu11"]
-# Compilers think of 512 bits as expensive, which they no longer are.
+# Compilers avoid 512-bit vectors as expensive, which they no longer are.
 _FLAGS += ["-mprefer-vector-width=512"] if platform.machine() == "x86_64" else []
 _COMPILE_S = 120
 _P, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
@@ -42,7 +42,7 @@ _NO_WINDOW = 2**62
 
 
 class NativeKernels:
-    """The functions of native.c for one dtype. Tensors are of that dtype, on the CPU, and contiguous where not said."""
+    """The functions of native.c for one dtype. Tensors have that dtype, are on the CPU, and contiguous unless noted."""
 
     def __init__(self, library: ctypes.CDLL, dtype: torch.dtype) -> None:
         def function(name: str) -> ctypes._NamedFuncPointer:
@@ -63,11 +63,11 @@ class NativeKernels:
         return normed
 
     def rotate_(self, projected: Tensor, num_heads: int, cos: Tensor, signed_sin: Tensor, positions: Tensor) -> None:
-        """Turn the first `num_heads` heads of each row of `projected` (rows, heads, head_dim), in place, to the row's
-        place in the text, `positions` int64 (rows,); `cos` and `signed_sin` (positions, 1, head_dim) are those of
+        """Rotate the first `num_heads` heads of each row of `projected` (rows, heads, head_dim), in place, by the row's
+        position in the text, `positions` int64 (rows,); `cos` and `signed_sin` (positions, 1, head_dim) are those of
         fused.py."""
         rows, all_heads, dim = projected.shape
-        # It may be a column.
+        # It may be a strided column.
         places = positions.contiguous()
         self._rotate(
             projected.data_ptr(),
@@ -89,7 +89,7 @@ class NativeKernels:
 
     def store(self, states: Tensor, cache: Tensor, slots: Tensor) -> None:
         """Copy keys or values (rows, heads, head_dim) to `slots` int64 (rows,) of `cache` (slots, heads, head_dim),
-        whose slots and heads lie anyhow."""
+        whose slots and heads may have any strides."""
         states = _side_by_side(states)
         rows, heads, dim = states.shape
         self._store(
@@ -115,9 +115,9 @@ class NativeKernels:
         window: int | None,
         scale: float,
     ) -> Tensor:
-        """Each row of `query` (rows, num_heads, head_dim) over the last `window` of its `lengths` int64 (rows,) tokens,
-        which are in the blocks `table` int32 (rows, blocks) of `keys` and `values` (slots, num_kv_heads, head_dim),
-        both of which lie alike; returns (rows, num_heads, head_dim)."""
+        """Attention of each row of `query` (rows, num_heads, head_dim) to the last `window` of its `lengths` int64
+        (rows,) tokens, which are in the blocks `table` int32 (rows, blocks) of `keys` and `values` (slots,
+        num_kv_heads, head_dim), which must have equal strides; returns (rows, num_heads, head_dim)."""
         query = _side_by_side(query)
         rows, num_heads, dim = query.shape
         heads = keys.shape[1]
@@ -145,18 +145,18 @@ class NativeKernels:
 
 
 def _side_by_side(states: Tensor) -> Tensor:
-    """(rows, heads, head_dim) with the heads of a row one behind the other; rows may lie apart."""
+    """The tensor (rows, heads, head_dim) with each row contiguous; rows may be strided."""
     dim = states.shape[2]
     return states if states.stride(1) == dim and states.stride(2) == 1 else states.contiguous()
 
 
 def native_kernels(dtype: torch.dtype, device: str = "cpu") -> NativeKernels | None:
-    """The kernels, if this machine can make them and they know `dtype`."""
+    """The kernels, if this machine can compile them and they support `dtype`."""
     return _kernels(dtype) if device == "cpu" and dtype in _NAMES else None
 
 
 def can_attend(head_dim: int) -> bool:
-    """Whether `attend` knows such heads."""
+    """Whether `attend` supports heads of this size."""
     return head_dim % _LANES == 0 and head_dim <= _MAX_DIM
 
 
@@ -170,23 +170,23 @@ def _kernels(dtype: torch.dtype) -> NativeKernels | None:
 def _library() -> ctypes.CDLL | None:
     compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
-        logger.info("no C compiler (cc, gcc, clang, or what CC names): answers are written more slowly")
+        logger.info("no C compiler (cc, gcc, clang, or the one in CC): generation is slower")
         return None
     try:
         return ctypes.CDLL(str(_built(compiler)))
     except (OSError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", None) or error
-        logger.warning("%s cannot be used, and answers are written more slowly: %s", _SOURCE.name, said)
+        logger.warning("%s cannot be used, and generation is slower: %s", _SOURCE.name, said)
         return None
 
 
 def _built(compiler: str) -> Path:
-    """The compiled file, kept between starts for this source, these flags and this processor."""
+    """The compiled library, cached between starts for this source, these flags and this processor."""
     source = _SOURCE.read_bytes()
     made_of = repr((source, compiler, _FLAGS, platform.machine(), _processor()))
     path = _folder() / f"native-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.so"
     if not path.exists():
-        # Several processes may do so at once: each moves a whole file to its place.
+        # Several processes may compile at once: each moves a complete file into place.
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             made = Path(folder) / path.name
             command = [compiler, *_FLAGS, str(_SOURCE), "-o", str(made), "-lm"]
@@ -196,7 +196,7 @@ def _built(compiler: str) -> Path:
 
 
 def _folder() -> Path:
-    """Where what is compiled lies: of this user alone, because it is run."""
+    """The folder of compiled libraries, writable by this user alone, because they are executed."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llava-serve"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     status = folder.stat()
@@ -206,7 +206,7 @@ def _folder() -> Path:
 
 
 def _processor() -> str:
-    """What -march=native is here: a home may be shared by machines of several kinds."""
+    """The processor that -march=native refers to: machines of several kinds may share a home directory."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else [platform.processor()]
     return next((line for line in lines if line.startswith(("flags", "Features"))), "")

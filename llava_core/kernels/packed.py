@@ -1,7 +1,7 @@
 """Linear layers with their weights in the order in which the processor's matrix kernels read them.
 
-For inference on a CPU in bfloat16: the kernels would otherwise reorder the weights at every call, which costs as much
-as the product when there are few rows. Packed weights cannot be trained, saved or moved. Knows nothing about models.
+For inference on a CPU in bfloat16: the kernels would otherwise reorder the weights on every call, which with few rows
+costs as much as the product. Packed weights cannot be trained, saved or moved. Knows nothing about models.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ _PRODUCT = torch.ops.mkldnn._linear_pointwise.default
 
 
 class PackedLinear(nn.Module):
-    """What `linear` computes; takes its weight over."""
+    """Computes the same as `linear`, and takes over its weight."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -35,12 +35,12 @@ def pack_linears(module: nn.Module) -> int:
         (parent, name, child)
         for parent in module.modules()
         for name, child in parent.named_children()
-        # Exactly: quantised layers are linear ones too.
+        # By exact type: quantised layers are subclasses of nn.Linear.
         if type(child) is nn.Linear and child.weight.dtype == torch.bfloat16 and child.weight.device.type == "cpu"
     ]
     num_packed = len(parents)
     while parents:
-        # Each plain layer goes as soon as its packed one is there: no more than one is in memory twice.
+        # Each plain layer is freed once its packed one exists, so no more than one is in memory twice.
         parent, name, child = parents.pop()
         setattr(parent, name, PackedLinear(child))
     return num_packed

@@ -1,9 +1,9 @@
 """Attention of one query per request over a paged cache on a GPU, in Triton.
 
-Everything that changes from step to step is read from tensors, so that a recorded graph of calls stays right. Each
-request's tokens are divided into parts of equal size, which are computed beside one another and put together by the
-logarithms of their sums (FlashDecoding, Dao et al., 2023): as many as it has, whatever else is in the batch, so that
-neighbours change no rounding. Knows nothing about models or requests. Triton comes with torch's CUDA builds.
+Everything that changes from step to step is read from tensors, so that a recorded graph of calls stays correct. Each
+request's tokens are divided into parts of equal size, which are computed in parallel and combined by the logarithms of
+their sums (FlashDecoding, Dao et al., 2023). The number of parts depends only on the request, so that its neighbours in
+the batch do not change any rounding. Knows nothing about models or requests. Triton comes with torch's CUDA builds.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Tokens of a part, and of what is loaded at a time.
+# Tokens per part, and tokens loaded at a time.
 PART, _TILE = 256, 64
-# A product of matrices takes at least so many rows and columns.
+# A matrix product needs at least this many rows and columns.
 _LEAST = 16
 _UNBOUNDED = 2**31 - 1
 _LOG2_E = 1.4426950408889634
@@ -32,9 +32,9 @@ def attend_paged(
     window: int | None = None,
     max_length: int | None = None,
 ) -> Tensor:
-    """Row i of `query` (rows, num_heads, head_dim) sees the last `window` of the first `lengths[i]` tokens in the
-    blocks `table[i]` of `keys` and `values` (num_blocks, block_size, num_kv_heads, head_dim); returns the like of
-    `query`. No length is 0 or above `max_length`, by default what the table has room for.
+    """Attention in which row i of `query` (rows, num_heads, head_dim) sees the last `window` of the first `lengths[i]`
+    tokens in the blocks `table[i]` of `keys` and `values` (num_blocks, block_size, num_kv_heads, head_dim); returns a
+    tensor shaped like `query`. Lengths must be at least 1 and at most `max_length`, by default the table's capacity.
     """
     rows, num_heads, head_dim = query.shape
     block_size, kv_heads = keys.shape[1:3]
@@ -111,8 +111,8 @@ def _see_parts(
     PART: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """One part of one request for the query heads that share a head of keys: the mean of its values, and the binary
-    logarithm of the sum of its exponentials. Parts of which nothing is seen are left as they are."""
+    """Computes one part of one request for the query heads that share a key head: the weighted mean of its values, and
+    the binary logarithm of the sum of its exponentials. Parts with no visible token are not written."""
     row, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = tl.load(lengths + row * length_row).to(tl.int32)
     first = tl.maximum(length - window, 0)
@@ -128,7 +128,7 @@ def _see_parts(
     largest = tl.full([PADDED_GROUPS], float("-inf"), tl.float32)
     total = tl.zeros([PADDED_GROUPS], tl.float32)
     mean = tl.zeros([PADDED_GROUPS, PADDED_DIM], tl.float32)
-    # Every tile holds a token that is seen: the largest score is a number from the first one on.
+    # Every tile holds a visible token, so the largest score is finite from the first tile on.
     for begin in range(start, stop, TILE):
         place = begin + tl.arange(0, TILE)
         is_seen = (place >= first) & (place < stop)
@@ -163,8 +163,8 @@ def _join_parts(
     PADDED_DIM: tl.constexpr,
     PART: tl.constexpr,
 ):
-    """The parts of one request's head put together in order, whatever others have: each counts as much as the
-    sum of its exponentials."""
+    """Combines the parts of one request's head in order, independently of other requests: each is weighted by the sum
+    of its exponentials."""
     row, head = tl.program_id(0), tl.program_id(1)
     length = tl.load(lengths + row * length_row).to(tl.int32)
     dim = tl.arange(0, PADDED_DIM)

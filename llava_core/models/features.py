@@ -1,6 +1,6 @@
-"""The projected rows of a picture's tiles become one row of tokens: ordered, padding left out, lines ended.
+"""Turns the projected rows of a picture's tiles into one sequence of tokens: ordered, without padding, lines ended.
 
-Which row goes where is geometry's knowledge (images/geometry.py); this is the gather. Knows nothing about prompts.
+images/geometry.py decides which row goes where; this is the gather. Knows nothing about prompts.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from llava_core.images.geometry import NEWLINE
 def merge_tiles(rows: Tensor, order: Sequence[int] | None, newline: Tensor | None) -> Tensor:
     """`rows` (rows of all tiles, hidden) in the given order, (len(order), hidden); NEWLINE stands for `newline`.
 
-    With order None the rows stay as they are. Raises ValueError when the order asks for rows or lines there are not.
+    With order None the rows are unchanged. Raises ValueError when the order names rows or a newline that do not exist.
     """
     if order is None:
         return rows

@@ -1,8 +1,8 @@
 """Llama and Mistral decoders for inference over a paged cache, in fewer, larger operations than transformers' modules.
 
-A step that writes a few tokens takes longer to be told what to do than to do it. Here queries, keys and values are one
-product, both halves of the gate another, and the weights lie as the processor reads them. Afterwards a decoder cannot
-be trained or saved. Knows nothing about requests.
+A step that decodes a few tokens spends more time launching operations than running them. Here queries, keys and values
+are one product, both halves of the gate another, and the weights are laid out as the processor reads them. Afterwards a
+decoder cannot be trained or saved. Knows nothing about requests.
 """
 
 from __future__ import annotations
@@ -22,20 +22,21 @@ from llava_core.kernels.native import native_kernels
 from llava_core.kernels.packed import pack_linears
 from llava_core.models.language import LanguageSide
 
-# Up to so many tokens it is the number of operations that counts, not what each of them does.
+# Up to this many tokens, the number of operations dominates, not the work in each.
 _FEW = 32
 _SILU = (nn.SiLU, SiLUActivation)
 
 
 class Kernels(Protocol):
-    """Of our own, for what a layer does beside its products. Arguments are said at kernels/native.py."""
+    """Our own kernels for the operations of a layer other than its matrix products. For arguments see
+    kernels/native.py."""
 
     def add_norm_(self, hidden: Tensor, added: Tensor | None, weight: Tensor, eps: float) -> Tensor:
-        """The norm of a sum, which is made in place."""
+        """The norm of a sum, which is computed in place."""
         ...
 
     def rotate_(self, projected: Tensor, num_heads: int, cos: Tensor, signed_sin: Tensor, positions: Tensor) -> None:
-        """Heads, turned to their rows' places in the text."""
+        """Rotate heads by their rows' positions in the text."""
         ...
 
     def gate(self, both: Tensor) -> Tensor:
@@ -44,18 +45,18 @@ class Kernels(Protocol):
 
 
 class Batch(Protocol):
-    """One step's packed tokens over a cache; made once, asked by every layer."""
+    """One step's packed tokens over a cache; built once, used by every layer."""
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
         """Store the new `key` and `value` (tokens, num_kv_heads, head_dim), and let `query` (tokens, num_heads,
-        head_dim) see its request's tokens up to itself, the last `window` of them if given; returns (tokens, num_heads,
-        head_dim)."""
+        head_dim) attend to its request's tokens up to itself, the last `window` of them if given; returns (tokens,
+        num_heads, head_dim)."""
         ...
 
 
 def ready_language(side: LanguageSide, *, use_kernels: bool = True) -> None:
-    """Fuse and pack what can be, with kernels of our own where this machine can make them. A decoder with other than
-    plain linear layers, quantised ones for instance, keeps its modules."""
+    """Fuse and pack the decoder where possible, with our own kernels where this machine can build them. A decoder whose
+    linear layers are not plain, such as quantised ones, keeps its modules."""
     model: nn.Module = side.decoder.model
     if isinstance(model, LlamaModel | MistralModel) and _is_plain(model):
         kernels = _kernels(side) if use_kernels else None
@@ -65,7 +66,7 @@ def ready_language(side: LanguageSide, *, use_kernels: bool = True) -> None:
 
 def _kernels(side: LanguageSide) -> Kernels | None:
     if side.device.type == "cuda":
-        # Triton is there where CUDA is.
+        # Triton is installed wherever CUDA is.
         from llava_core.kernels.layer_gpu import GpuKernels
 
         return GpuKernels()
@@ -73,14 +74,14 @@ def _kernels(side: LanguageSide) -> Kernels | None:
 
 
 def _is_plain(model: nn.Module) -> bool:
-    # Exactly: quantised layers and adapters are linear ones too.
+    # By exact type: quantised layers and adapters are subclasses of nn.Linear.
     return all(type(child) is nn.Linear for child in model.modules() if isinstance(child, nn.Linear)) and not any(
         hasattr(child, "base_layer") for child in model.modules()
     )
 
 
 class FusedDecoder(nn.Module):
-    """Takes the place, and the weights, of a transformers model without its head."""
+    """Replaces a transformers model without its head, and takes over its weights."""
 
     cos: Tensor
     signed_sin: Tensor
@@ -95,13 +96,13 @@ class FusedDecoder(nn.Module):
         self.layers = nn.ModuleList()
         for index in range(len(model.layers)):
             self.layers.append(FusedLayer(model.layers[index], index, window, kernels))
-            # Each layer's own weights go as soon as they are fused: no more than one is in memory twice.
+            # Each layer's original weights are freed once fused, so no more than one layer is in memory twice.
             model.layers[index] = nn.Identity()
 
     def forward(self, inputs_embeds: Tensor, position_ids: Tensor, paged: Batch, **_: object) -> BaseModelOutput:
-        """`inputs_embeds` (1, tokens, hidden) and `position_ids` (1, tokens) to as many hidden states."""
+        """Hidden states (1, tokens, hidden) from `inputs_embeds` (1, tokens, hidden), `position_ids` (1, tokens)."""
         rotation = Rotation(self.cos, self.signed_sin, position_ids[0])
-        # Sums are made in place.
+        # Cloned, because sums are computed in place.
         hidden, added = inputs_embeds[0].clone(), None
         for layer in self.layers:
             hidden, added = layer(hidden, added, rotation, paged)
@@ -109,8 +110,8 @@ class FusedDecoder(nn.Module):
 
 
 def _rotations(model: LlamaModel | MistralModel) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every position, (positions, 1, head_dim), which transformers computes anew in each step; the
-    first half of the sine is negative, because that of the numbers it is multiplied with would have to be."""
+    """Cosine and sine of every position, (positions, 1, head_dim), which transformers recomputes in each step. The
+    first half of the sine is negated, in place of the half of the heads' values that it is multiplied with."""
     weight = model.embed_tokens.weight
     positions = torch.arange(model.config.max_position_embeddings, device=weight.device)[None]
     cos, sin = model.rotary_emb(weight[:0], positions)
@@ -119,14 +120,14 @@ def _rotations(model: LlamaModel | MistralModel) -> tuple[Tensor, Tensor]:
 
 
 class Rotation:
-    """One step's tokens, each turned to its place in the text: `positions` (tokens,) of the tables' rows."""
+    """The rotary embedding of one step's tokens; `positions` (tokens,) are rows of the tables."""
 
     def __init__(self, cos: Tensor, signed_sin: Tensor, positions: Tensor) -> None:
         self._cos, self._signed_sin, self._positions = cos, signed_sin, positions
         self._of_step: tuple[Tensor, Tensor] | None = None
 
     def turn(self, projected: Tensor, num_heads: int, kernels: Kernels | None) -> Tensor:
-        """The first `num_heads` heads of `projected` (tokens, heads, head_dim), which may change."""
+        """The first `num_heads` heads of `projected` (tokens, heads, head_dim), rotated; may overwrite `projected`."""
         if kernels is not None:
             kernels.rotate_(projected, num_heads, self._cos, self._signed_sin, self._positions)
             return projected[:, :num_heads]
@@ -159,7 +160,7 @@ class FusedLayer(nn.Module):
         self._gate = kernels.gate if kernels is not None and isinstance(mlp.act_fn, _SILU) else self._gate_with_torch
 
     def forward(self, hidden: Tensor, added: Tensor | None, rotation: Rotation, paged: Batch) -> tuple[Tensor, Tensor]:
-        """`hidden` and what is still to be added to it, both (tokens, hidden), to the same."""
+        """Map `hidden` and the summand still to be added to it, both (tokens, hidden), to the same pair."""
         hidden, normed = self.input_norm(hidden, added)
         projected = self.qkv(normed).view(len(hidden), -1, self.head_dim)
         turned = rotation.turn(projected, self.num_heads + self.num_kv_heads, self._kernels)
@@ -176,8 +177,8 @@ class FusedLayer(nn.Module):
 
 
 class Norm(nn.Module):
-    """Sums divided by their root mean square. Of torch, on a processor, that is ten small operations, but layer norm is
-    one: it takes the mean away first, and numbers together with their negatives have a mean of 0."""
+    """RMS norm of a sum. On a CPU, torch needs ten small operations for that, but only one for layer norm, which first
+    subtracts the mean; so it is given the numbers together with their negatives, whose mean is 0."""
 
     signs: Tensor
     doubled: Tensor
@@ -192,7 +193,7 @@ class Norm(nn.Module):
         self.register_buffer("doubled", torch.stack((weight, weight)), persistent=False)
 
     def forward(self, hidden: Tensor, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """`hidden` + `added`, both (tokens, hidden), and their norm. The sum may be made in place."""
+        """`hidden` + `added`, both (tokens, hidden), and the norm of the sum, which may be computed in place."""
         if self._kernels is not None:
             return hidden, self._kernels.add_norm_(hidden, added, self.weight, self.eps)
         hidden = hidden if added is None else hidden + added
@@ -203,7 +204,7 @@ class Norm(nn.Module):
 
 
 def _join(linears: Sequence[nn.Linear]) -> nn.Linear:
-    """One layer that gives the results of several, one behind the other."""
+    """One layer whose output is the concatenated outputs of several."""
     first = linears[0]
     weight = torch.cat([linear.weight.detach() for linear in linears])
     joined = nn.Linear(first.in_features, len(weight), bias=False, device="meta")

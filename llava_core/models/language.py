@@ -46,7 +46,7 @@ class LanguageSide(nn.Module):
         return splice(ids, self.decoder.get_input_embeddings(), rows)
 
     def image_rows(self, features: Sequence[Tensor], sizes: Sequence[Size | None] | None = None) -> Tensor:
-        """What stands for pictures in a prompt, (image tokens of all of them, hidden), from what the tower saw of them;
+        """The pictures' embeddings in a prompt, (image tokens of all pictures, hidden), from the tower's features;
         arguments as in `embed`."""
         rows: Tensor = self.projector(torch.cat([image.to(self.device, self.decoder.dtype) for image in features]))
         if self.config.pinpoints and self.config.merge_type != "flat":
@@ -54,10 +54,10 @@ class LanguageSide(nn.Module):
         return rows
 
     def num_image_rows(self, image: ImageFeatures) -> int:
-        """Rows that `image_rows` makes of a picture. Raises ValueError when it has too few to make them of."""
+        """Number of rows that `image_rows` returns for a picture. Raises ValueError when it has too few features."""
         is_one_tile = len(image.features) == self.config.vision.tokens_per_tile
         if image.size is None and not is_one_tile and self.config.pinpoints and self.config.merge_type != "flat":
-            raise ValueError("this model merges tiles, which takes the picture's size")
+            raise ValueError("this model merges tiles, which requires the picture's size")
         order = merge_order(self.config, image.size)
         if order is None:
             return len(image.features)
@@ -89,9 +89,9 @@ class LanguageSide(nn.Module):
     ) -> Tensor:
         """Logits (batch, length, vocab) of `ids` (batch, length); `cache` is extended in place when given.
 
-        `mask` is a padding mask (batch, length) or says who sees whom (batch, 1, length, length); `positions`
+        `mask` is a padding mask (batch, length) or an attention mask (batch, 1, length, length); `positions`
         (batch, length) default to 0, 1, 2, ... With `last_only` the length of the result is 1: the position that the
-        next token is drawn from. `sizes` as in `embed`.
+        next token is sampled from. `sizes` as in `embed`.
         """
         out = self.decoder(
             inputs_embeds=self.embed(ids, features, sizes),
@@ -105,7 +105,7 @@ class LanguageSide(nn.Module):
         return logits
 
     def _additive(self, mask: Tensor) -> Tensor:
-        """Who sees whom as numbers to add to scores. Not every attention takes booleans: eager would add 0 and 1."""
+        """The attention mask as numbers to add to scores. Eager attention, given booleans, would add 0 and 1."""
         if mask.ndim == 2:
             return mask
         hidden = torch.finfo(self.decoder.dtype).min

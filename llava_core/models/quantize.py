@@ -22,7 +22,7 @@ _NF4_BLOCK = 64
 
 
 def check_quantization(kind: Quantization | None) -> None:
-    """Raise CheckpointError before anything is loaded where `kind` cannot be had."""
+    """Raise CheckpointError, before anything is loaded, where `kind` is not available."""
     if kind not in (None, "8bit", "4bit"):
         raise CheckpointError(f"quantization {kind!r} is unknown; known are 8bit and 4bit")
     if kind is not None and importlib.util.find_spec("bitsandbytes") is None:
@@ -32,9 +32,9 @@ def check_quantization(kind: Quantization | None) -> None:
 
 
 def check_layers(decoder: PreTrainedModel, kind: Quantization, *, device: str) -> None:
-    """Raise CheckpointError, naming the layer, where `kind` would compute something else; needs no weights."""
+    """Raise CheckpointError, naming the layer, where `kind` would compute wrong results; needs no weights."""
     if kind == "4bit" and device == "cpu":
-        # bitsandbytes up to 0.50 takes the scales of other blocks there, and says nothing.
+        # There, bitsandbytes up to 0.50 silently uses the scales of other blocks.
         for name, layer in _layers(decoder):
             if layer.in_features % _NF4_BLOCK:
                 raise CheckpointError(
@@ -46,15 +46,15 @@ def check_layers(decoder: PreTrainedModel, kind: Quantization, *, device: str) -
 def quantize(decoder: PreTrainedModel, kind: Quantization, *, device: str, dtype: torch.dtype) -> None:
     """Replace linear layers in place, one after the other, by layers on `device` that compute in `dtype`.
 
-    Their numbers are quantised as they are, whatever `dtype` is. In 8 bits a layer's input is rounded to float16, which
-    is what LLM.int8() takes.
+    The weights are quantised from their own dtype, whatever `dtype` is. In 8 bits a layer's input is rounded to
+    float16, as LLM.int8() requires.
     """
-    # That rounding it would announce on every call of every layer, and on a CPU that a kernel from the hub is faster.
+    # bitsandbytes would log that rounding on every call of every layer, and on a CPU recommend a kernel from the hub.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     build = _build_8bit if kind == "8bit" else _build_4bit
     layers = _layers(decoder)
     while layers:
-        # Taken off the list, so that its numbers are gone before the next layer is built.
+        # Popped, so that its weights are freed before the next layer is built.
         name, layer = layers.pop()
         decoder.set_submodule(name, build(layer, dtype).to(device))
 

@@ -1,4 +1,4 @@
-"""Images into the sequence: embeddings for text positions, projected features for placeholders, counts asserted.
+"""Splices images into the sequence: embeddings for text, projected features for placeholders, counts asserted.
 
 Pure functions on tensors. Knows nothing about prompts, towers or decoders.
 """
@@ -15,7 +15,7 @@ def splice(ids: Tensor, embed: Callable[[Tensor], Tensor], image_rows: Tensor | 
     """Embeddings (*ids.shape, hidden) of `ids` (any shape, int64).
 
     `image_rows` (num_placeholders, hidden) fill the positions of IMAGE_TOKEN_ID in row-major order; the sentinel is
-    never looked up. Raises ValueError with both numbers when they differ.
+    never looked up. Raises ValueError with both counts when they differ.
     """
     is_image = ids == IMAGE_TOKEN_ID
     num_placeholders = int(is_image.sum())

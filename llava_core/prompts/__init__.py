@@ -1,1 +1,1 @@
-"""Prompts: templates as data, rendering with the answers' spans, and token ids with placeholders for images."""
+"""Prompts: templates as data, rendering with answer spans, and token ids with placeholders for images."""

@@ -1,4 +1,4 @@
-"""How long an answer may be after a prompt. Asked by whoever prepares a request and by the engine that runs it."""
+"""How long an answer may be after a prompt. Used when a request is prepared and by the engine that runs it."""
 
 from llava_core.errors import PromptTooLongError, RequestError
 
@@ -6,7 +6,8 @@ from llava_core.errors import PromptTooLongError, RequestError
 def token_budget(num_prompt_tokens: int, max_tokens: int | None, context_length: int) -> int:
     """How many tokens the answer may have. Raises PromptTooLongError naming all three numbers when they do not fit.
 
-    Raises RequestError for a prompt of none, which a bare template makes of an empty message where no BOS is added.
+    Raises RequestError for a prompt without tokens, which a bare template produces from an empty message where no BOS
+    is added.
     """
     if num_prompt_tokens < 1:
         raise RequestError("the prompt is empty; ask something", param="messages")

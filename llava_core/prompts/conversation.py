@@ -1,7 +1,7 @@
-"""A conversation and its rendering by a template: the prompt text, and where in it the assistant speaks.
+"""A conversation and its rendering by a template: the prompt text, and the spans in which the assistant speaks.
 
-The spans are what training learns and what nothing else may guess at. Knows no token ids and no pixels: an image is
-the literal `<image>` in a user's message, which `user_turns` puts where the originals do.
+Training learns exactly these spans, and no other code may guess them. Knows no token ids and no pixels: an image is the
+literal `<image>` in a user's message, which `user_turns` places as the originals do.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ IMAGE_START, IMAGE_END = "<im_start>", "<im_end>"
 
 @dataclass(frozen=True)
 class Turn:
-    """One message. `text` None is an open slot: the assistant's turn that is to be generated."""
+    """One message. `text` None is an open slot: the assistant's turn to be generated."""
 
     role: Role
     text: str | None
@@ -33,9 +33,9 @@ class Rendered:
 def user_turns(template: Template, texts: Sequence[str], num_images: int, *, start_end: bool = False) -> list[Turn]:
     """A user's message as turns: a line with `<image>` per picture, then the texts, one per line.
 
-    With `start_end` every `<image>` stands between `<im_start>` and `<im_end>`, as `mm_use_im_start_end` asks for. A
+    With `start_end`, every `<image>` is enclosed in `<im_start>` and `<im_end>`, as `mm_use_im_start_end` requires. A
     template that wraps images gets them as an exchange of their own; that is meant for a conversation's first message.
-    A text that begins as the template's `inline` says stays on the line of the last picture.
+    A text that begins with the template's `inline` stays on the line of the last picture.
     """
     image = f"{IMAGE_START}{IMAGE_PLACEHOLDER}{IMAGE_END}" if start_end else IMAGE_PLACEHOLDER
     text = "\n".join(texts)
@@ -51,7 +51,7 @@ def user_turns(template: Template, texts: Sequence[str], num_images: int, *, sta
 
 
 def render(template: Template, turns: Sequence[Turn], *, system: str | None = None) -> Rendered:
-    """Render turns that alternate user, assistant, ..., the last of which may be an open assistant slot.
+    """Render turns that alternate between user and assistant; the last may be an open assistant slot.
 
     `system` replaces the template's system text. The template's own examples come first and have no spans. Raises
     ValueError when the turns do not alternate.
@@ -100,9 +100,9 @@ def _with_system_marker(template: Template, system: str) -> str:
 
 
 def _turn(template: Template, turn: Turn, *, index: int, system: str | None) -> tuple[str, str]:
-    """What precedes the message and the message with its separator; an open slot has no message.
+    """The text before the message, and the message with its separator; an open slot has no message.
 
-    To the originals a user's empty message is an open slot too.
+    The originals also treat a user's empty message as an open slot.
     """
     is_user = turn.role == "user"
     role = template.roles[0 if is_user else 1]
@@ -112,7 +112,7 @@ def _turn(template: Template, turn: Turn, *, index: int, system: str | None) -> 
             end = template.sep if is_user or template.style is Style.SINGLE else template.sep2
             return f"{role}:", "" if text is None else f" {text}{end}"
         case Style.TWO_SPACED:
-            # The space after an answer is the next turn's: the prompt is stripped where no turn follows.
+            # The space after an answer belongs to the next turn: the prompt is stripped where no turn follows.
             lead = f" {role}:" if is_user and index else f"{role}:"
             return lead, "" if text is None else f" {text.strip()}{template.sep if is_user else template.sep2}"
         case Style.CHATML:

@@ -1,7 +1,7 @@
 """Conversation templates of the LLaVA family, as data. Rendering is in conversation.py, the long texts in texts.py.
 
-The texts are protocol constants: a checkpoint answers well only to the very characters it was trained on. Names are the
-originals' own; where a fork renders an original's name in another way, its form has a name of its own here.
+The texts are protocol constants: a checkpoint answers well only to the exact characters it was trained on. Names are
+the originals' own; where a fork uses an original's name for a different form, that form has a name of its own here.
 """
 
 from dataclasses import dataclass, replace
@@ -26,9 +26,9 @@ class Style(Enum):
 class Template:
     """One conversation format. `sep2` closes assistant turns where the style has two separators.
 
-    `examples` are turns, the user's first, that stand before every conversation. With `wraps_images` the pictures of
-    the first message become an exchange of their own. A message that begins with `inline` goes on right behind its
-    pictures, where any other begins on a line of its own.
+    `examples` are turns, the user's first, that precede every conversation. With `wraps_images` the pictures of the
+    first message become an exchange of their own. A message that begins with `inline` follows its pictures on the same
+    line; any other begins on a line of its own.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Template:
 
     @property
     def answer_end(self) -> str:
-        """What follows every assistant message, and therefore ends an answer."""
+        """The separator after every assistant message, which therefore ends an answer."""
         return self.sep2 if self.style in (Style.TWO, Style.TWO_SPACED, Style.INSTRUCT) else self.sep
 
 
@@ -77,9 +77,9 @@ TEMPLATES: dict[str, Template] = {
         replace(_V0, name="default"),
         replace(_CHATML_DIRECT, name="mistral_direct"),
         replace(_PLAIN, name="v0_plain"),
-        # What LLaVA-Med and its users call `vicuna_v1`.
+        # LLaVA-Med's form of `vicuna_v1`.
         replace(_VICUNA, name="vicuna_v1_med", style=Style.TWO_SPACED),
-        # What RaDialog calls `vicuna_v1`, and the two that only it has. It asks by `<image>. Predicted ...`.
+        # RaDialog's form of `vicuna_v1`, whose questions read `<image>. Predicted ...`, and the two only it has.
         replace(_VICUNA, name="radialog", system=texts.SYSTEM_RADIOLOGIST, inline=". "),
         Template("llava_med", Style.TWO, texts.SYSTEM_RADIOLOGIST, _USER, "###", "</s>"),
         Template("multimodal", Style.SINGLE, texts.SYSTEM_LLAVA_MED, _HUMAN, "###", examples=texts.GREETING_EXAMPLE),
@@ -88,7 +88,7 @@ TEMPLATES: dict[str, Template] = {
 
 
 def get_template(name: str) -> Template:
-    """The template of exactly this name; raises UnknownNameError listing the names there are."""
+    """The template with exactly this name; raises UnknownNameError listing the known names."""
     try:
         return TEMPLATES[name]
     except KeyError:

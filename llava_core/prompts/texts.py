@@ -1,7 +1,7 @@
 """The long constant texts of the templates: system texts, and the examples that some put before a conversation.
 
-Characters that look like slips, such as a missing space between sentences, are what the checkpoints were trained on.
-The example about energy is FastChat's (Apache-2.0). Knows nothing about how the texts are joined.
+Apparent slips, such as a missing space between sentences, are what the checkpoints were trained on. The example about
+energy is FastChat's (Apache-2.0). Knows nothing about how the texts are joined.
 """
 
 SYSTEM_HUMAN = (

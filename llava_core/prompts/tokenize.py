@@ -1,7 +1,7 @@
 """Prompt text to token ids, image by image and piece by piece, with labels from the answers' spans.
 
-This is the only place where `<image>` turns into placeholder ids. Pieces between images are tokenized on their own,
-as the reference does: the seam after an image matters to released weights. Knows no models.
+This is the only place where `<image>` becomes placeholder ids. Pieces between images are tokenized separately, as in
+the reference: the seam after an image matters to released weights. Knows no models.
 """
 
 from collections.abc import Collection, Sequence
@@ -12,7 +12,7 @@ from llava_core.prompts.conversation import IMAGE_PLACEHOLDER, Rendered
 
 # One sentinel per image token; never looked up in an embedding table. The value is the reference's.
 IMAGE_TOKEN_ID = -200
-# Where a text is to be tokenized in two pieces. A noncharacter of Unicode, which no text has a use for.
+# Splits a text into pieces that are tokenized separately. A Unicode noncharacter, for which no text has a use.
 SEAM = "\ufdd0"
 # Positions that training must not learn from; the value is PyTorch's default `ignore_index`.
 IGNORE_LABEL = -100
@@ -28,7 +28,7 @@ class Tokenized:
 
 
 class Tokenizer(Protocol):
-    """What prompts need of a tokenizer; `checkpoints.tokenizer` has it for those of transformers."""
+    """What prompts need from a tokenizer; `checkpoints.tokenizer` implements it for transformers' tokenizers."""
 
     bos_id: int | None
 
@@ -46,12 +46,12 @@ class TokenizedPrompt:
 
 
 def as_text(text: str, control_texts: Collection[str]) -> str:
-    """The text with a seam in whatever would become a control token, or an image, so that it stays what was typed.
+    """The text with a seam inside everything that would become a control token or an image, so that it stays text.
 
-    What is a control token by a single character has no room for one, and is left.
+    A control token of a single character has no room for a seam and is left unchanged.
     """
     for control in sorted(control_texts, key=len, reverse=True):
-        # Again, for occurrences that overlap.
+        # Repeated, for occurrences that overlap.
         while len(control) > 1 and control in text:
             text = text.replace(control, control[0] + SEAM + control[1:])
     return text
@@ -60,7 +60,7 @@ def as_text(text: str, control_texts: Collection[str]) -> str:
 def tokenize_prompt(rendered: Rendered, tokenizer: Tokenizer, image_tokens: Sequence[int]) -> TokenizedPrompt:
     """Ids and labels of a rendered prompt; `image_tokens` is the number of placeholders of each image, in order.
 
-    Raises ValueError when the prompt holds another number of `<image>` than there are entries in `image_tokens`.
+    Raises ValueError when the number of `<image>` in the prompt differs from the length of `image_tokens`.
     """
     pieces = rendered.text.split(IMAGE_PLACEHOLDER)
     if len(pieces) - 1 != len(image_tokens):
@@ -83,7 +83,7 @@ def tokenize_prompt(rendered: Rendered, tokenizer: Tokenizer, image_tokens: Sequ
 
 
 def _labels(tokens: Sequence[tuple[int, int, int]], spans: Sequence[tuple[int, int]], offset: int) -> list[int]:
-    """The token where it lies inside a span, else IGNORE_LABEL; `offset` is where the tokens' piece begins."""
+    """Each token that lies inside a span, else IGNORE_LABEL; `offset` is where the tokens' piece begins."""
     if not spans:
         return [IGNORE_LABEL] * len(tokens)
     return [

@@ -1,7 +1,7 @@
 """Training pictures drawn once and kept on disk: uint8 tiles as a tower reads them, and what each patch of them shows.
 
-Scene `i` of a seed is always the same scene, so only pixels and patch labels are stored; questions are made from the
-scene again. Knows nothing about models or tokenizers.
+Scene `i` of a seed is always the same scene, so only pixels and patch labels are stored; questions are regenerated from
+the scene. Knows nothing about models or tokenizers.
 """
 
 import functools
@@ -41,7 +41,7 @@ _CHUNK = 256
 
 @dataclass(frozen=True)
 class CacheSpec:
-    """What is in a cache. `size` and `patch` are the tower's tile side and patch side in pixels; `with_text` and
+    """A cache's contents. `size` and `patch` are the tower's tile side and patch side in pixels; `with_text` and
     `random_letters` as in sample_scene."""
 
     seed: int
@@ -78,14 +78,14 @@ def training_scene(spec: CacheSpec, index: int) -> Scene:
 
 
 def render_training_picture(scene: Scene) -> Image.Image:
-    """The scene's picture; three in ten have been through JPEG."""
+    """The scene's picture; three in ten are compressed as JPEG first."""
     picture = draw_scene(scene)
     rng = random.Random(scene.seed + 1)
     return compress_jpeg(picture, rng.randint(60, 95)) if rng.random() < 0.3 else picture
 
 
 def open_cache(folder: Path, spec: CacheSpec) -> SceneCache:
-    """The cache in `folder`, drawn now as far as it is missing. Raises LlavaError when it holds one of another spec."""
+    """Open the cache in `folder`, drawing what is missing. Raises LlavaError when it holds one of another spec."""
     claim(folder, **asdict(spec))
     shapes = {"tiles": (spec.size, spec.size, 3), "labels": (spec.grid**2, len(LABELS))}
     arrays = {

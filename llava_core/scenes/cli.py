@@ -1,4 +1,4 @@
-"""`llava default-model`: rebuild the default model from nothing, draw its scenes, measure its accuracy.
+"""`llava default-model`: rebuild the default model from scratch, draw its scenes, measure its accuracy.
 
 Parses options and prints; the work is in the recipe, samples and evaluation modules, imported when called.
 """
@@ -20,20 +20,20 @@ if TYPE_CHECKING:
 
 @click.group("default-model")
 def default_model() -> None:
-    """Rebuild, draw for and evaluate the small model that comes with this project."""
+    """Rebuild and evaluate the small model that comes with this project, and draw its scenes."""
 
 
 @default_model.command()
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--work", type=click.Path(path_type=Path), default=Path("runs/work"), help="Pictures, checkpoints.")
+@click.option("--work", type=click.Path(path_type=Path), default=Path("runs/work"), help="For pictures, checkpoints.")
 @click.option(
     "--scale",
     type=click.FloatRange(0, min_open=True),
     default=1.0,
-    help="Multiply pictures and steps, for a quick trial.",
+    help="Multiply the numbers of pictures and steps, for a quick trial.",
 )
 def build(out: Path, work: Path, scale: float) -> None:
-    """Draw the pictures and train every stage into OUT; run again after an interruption and it goes on."""
+    """Draw the pictures and train every stage into OUT; run it again to resume after an interruption."""
     from llava_core.scenes import recipe
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
@@ -53,7 +53,7 @@ def build(out: Path, work: Path, scale: float) -> None:
 def evaluate(
     model: str | None, url: str | None, questions: int, image_format: Literal["png", "jpeg"], errors: Path | None
 ) -> None:
-    """Exact match over unseen questions, by question type."""
+    """Measure exact matches over unseen questions, by question type."""
     from llava_core.evaluation.task import score
     from llava_core.scenes.samples import make_samples
 

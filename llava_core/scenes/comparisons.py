@@ -1,6 +1,6 @@
-"""Questions that compare two objects, or two kinds of them: beside, same, larger, more.
+"""Questions that compare two objects, or two kinds of objects: beside, same, larger, more.
 
-Asked only where the answer is beyond doubt: clearly apart, clearly different in size.
+Asked only where the answer is unambiguous: objects clearly apart, or clearly different in size.
 """
 
 import random
@@ -11,7 +11,7 @@ from llava_core.scenes.scene import Scene, SceneObject
 
 
 def ask_comparison(scene: Scene, rng: random.Random) -> Question | None:
-    """One comparison by lot, or None where the scene allows none."""
+    """A random comparison, or None where the scene allows none."""
     if len(scene.objects) < 2:
         return None
     one, other = rng.sample(scene.objects, 2)

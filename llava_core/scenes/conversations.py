@@ -1,7 +1,7 @@
 """Scenes as training conversations: many questions about one picture in one sequence, for each stage of the recipe.
 
-Index `i` always yields the same example, so an interrupted training goes on as if it had not been. Knows scenes,
-prompts and feature arrays; nothing about models.
+Index `i` always yields the same example, so interrupted training resumes exactly. Knows scenes, prompts and feature
+arrays; nothing about models.
 """
 
 import random
@@ -32,8 +32,8 @@ NO_PICTURE = "There is no picture."
 
 @dataclass(frozen=True)
 class ConversationSpec:
-    """`passes` is how often each scene comes, each time with other questions. `together` is the share of examples whose
-    questions follow one another as turns; in the others each stands alone (training/packing.py)."""
+    """`passes` is how often each scene is used, each time with other questions. `together` is the share of examples
+    whose questions are turns of one conversation; in the others each is on its own (training/packing.py)."""
 
     purpose: Purpose
     passes: int = 1
@@ -43,8 +43,8 @@ class ConversationSpec:
 
 
 class SceneConversations(Dataset[Example]):
-    """Examples of one purpose: `language` has the caption as text in place of the picture, `align` asks for the caption
-    alone, the others ask everything. `images` has a row for each scene: the tower's features, or tiles."""
+    """Examples of one purpose: `language` has the caption as text in place of the picture, `align` asks only for the
+    caption, the others ask all questions. `images` has one row per scene: the tower's features, or tiles."""
 
     def __init__(
         self,
@@ -77,7 +77,7 @@ class SceneConversations(Dataset[Example]):
     def _tokens(self, conversations: list[list[Turn]], image_tokens: list[int]) -> Packed:
         limit = self.spec.max_length
         if len(conversations) > 1:
-            # The description, last of the questions, goes first here: it must not be the one that no longer fits.
+            # The description, the last question, comes first here, so that it is not the one that no longer fits.
             prompts = [self._build(turns, image_tokens) for turns in reversed(conversations)]
             return pack_shared_prefix(prompts, max_length=limit)
         turns = conversations[0]

@@ -1,4 +1,4 @@
-"""Loss curves of the recipe's stages as one picture. Knows numbers only."""
+"""Draws the loss curves of the recipe's stages as one picture. Knows numbers only."""
 
 from pathlib import Path
 

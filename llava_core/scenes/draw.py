@@ -1,4 +1,4 @@
-"""A scene becomes a picture: shapes as polygons, printed text in several fonts, plain and uneven backgrounds.
+"""Draws a scene as a picture: shapes as polygons, printed text in several fonts, plain and uneven backgrounds.
 
 Deterministic in the scene's seed. Knows nothing about how the scene was chosen or what will be asked about it.
 """
@@ -133,7 +133,7 @@ def character_centres(text: SceneText) -> Points:
 
 
 def fit_font(text: SceneText, scale: int) -> ImageFont.FreeTypeFont:
-    """The largest size of the text's font at which it fits its box at this scale."""
+    """The text's font in the largest size at which the text fits its box at this scale."""
     names = font_files()
     name = names[text.font % len(names)]
     probe = _font(name, 100)
@@ -144,7 +144,7 @@ def fit_font(text: SceneText, scale: int) -> ImageFont.FreeTypeFont:
 
 @functools.cache
 def font_files() -> tuple[str, ...]:
-    """The fonts to print in: Pillow's own (empty name) and the DejaVu family that matplotlib carries."""
+    """The fonts to print in: Pillow's own (empty name) and the DejaVu family that ships with matplotlib."""
     import matplotlib
 
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"

@@ -20,7 +20,7 @@ _BATCH = 256
 
 @torch.inference_mode()
 def open_features(folder: Path, cache: SceneCache, tower: ClipTower) -> npt.NDArray[np.float16]:
-    """float16 (num_scenes, image_tokens, vision_hidden) in `folder`, computed as far as it is missing."""
+    """Open the features in `folder`, float16 (num_scenes, image_tokens, vision_hidden), computing missing ones."""
     folder.mkdir(parents=True, exist_ok=True)
     path, done = folder / "features.f16", folder / "encoded.json"
     start = int(json.loads(done.read_text())) if done.exists() else 0
@@ -30,7 +30,7 @@ def open_features(folder: Path, cache: SceneCache, tower: ClipTower) -> npt.NDAr
     firsts = range(start, len(cache.tiles), _BATCH)
     for first in tqdm(firsts, initial=start // _BATCH, total=len(cache.tiles) // _BATCH, unit="batch", desc="encode"):
         tiles = torch.from_numpy(np.array(cache.tiles[first : first + _BATCH])).to(device)
-        # bfloat16 is three times faster here, and what the tower was pretrained in.
+        # bfloat16 is three times faster here, and the tower was pretrained in it.
         with torch.autocast(device.type, torch.bfloat16):
             rows = tower(tiles)
         features[first : first + _BATCH] = rows.to("cpu", torch.float16).numpy()

@@ -1,4 +1,4 @@
-"""How things in a scene are put into words: descriptions, places, noun phrases that fit one object alone.
+"""Puts the things in a scene into words: descriptions, places, noun phrases that fit exactly one object.
 
 Knows scenes; nothing about which questions are asked.
 """
@@ -40,7 +40,7 @@ def refer(thing: SceneObject, scene: Scene, rng: random.Random, *, without: str 
 
 
 def noun(rng: random.Random) -> str:
-    """What any object may be called."""
+    """A noun that fits any object."""
     return rng.choice(("object", "shape", "thing", "figure"))
 
 

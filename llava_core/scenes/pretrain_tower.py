@@ -1,7 +1,7 @@
-"""Stage 0 of the default model: the tower learns to see, each patch naming the object or character it shows.
+"""Stage 0 of the default model: the tower learns to see by naming, for each patch, the object or character it shows.
 
-Dense labels teach a small tower far faster than answers do. The heads are thrown away; what stays is a CLIP-type
-tower whose patch features spell out shape, colour, size, place and characters. Knows nothing about language.
+Dense labels teach a small tower far faster than answers do. The heads are discarded; what remains is a CLIP-type tower
+whose patch features encode shape, colour, size, place and characters. Knows nothing about language.
 """
 
 from typing import TypedDict
@@ -16,7 +16,7 @@ from llava_core.images.preprocess import PreprocessConfig
 from llava_core.scenes.cache import LABELS, SceneCache
 from llava_core.vision.clip import normalise
 
-# Patches that show nothing are most of a picture; characters are the rarest and the hardest.
+# Most patches of a picture show nothing; characters are the rarest and the hardest.
 _EMPTY = 2.0
 _WEIGHTS = {"centre": 2.0, "left_character": 4.0, "right_character": 4.0}
 
@@ -73,10 +73,10 @@ class PatchNamer(nn.Module):
 
 @torch.no_grad()
 def _init_positions(tower: CLIPVisionModel, config: CLIPVisionConfig) -> None:
-    """Sine-cosine position embeddings on the patch grid (as in MoCo v3), as large as the patch embeddings.
+    """Initialise position embeddings to sine-cosine on the patch grid (as in MoCo v3), as large as patch embeddings.
 
-    CLIP's own start, noise of 0.02, is drowned by pixels: the tower would spend its first thousand steps without
-    knowing where a patch is.
+    CLIP's own initialisation, noise of 0.02, is drowned out by pixels: for its first thousand steps the tower would not
+    know where a patch is.
     """
     assert isinstance(config.image_size, int)
     assert isinstance(config.patch_size, int)

@@ -1,4 +1,4 @@
-"""What a question is: its kind, its words, and its only right answer in two forms. Plain data."""
+"""A question: its kind, its text, and its only right answer in two forms. Plain data."""
 
 from dataclasses import dataclass
 

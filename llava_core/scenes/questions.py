@@ -1,6 +1,6 @@
 """Questions about a scene with their only right answers, in many phrasings, as short and as sentence answers.
 
-A question is asked only where its answer is beyond doubt. Knows scenes, not pictures, and nothing about models.
+A question is asked only where its answer is unambiguous. Knows scenes, not pictures, and nothing about models.
 """
 
 import random
@@ -16,7 +16,7 @@ Maker = Callable[[Scene, random.Random], Question | None]
 
 
 def ask_all(scene: Scene, rng: random.Random, num_questions: int) -> list[Question]:
-    """Up to this many different questions, kinds by lot, the hard kinds more often; a description comes last."""
+    """Up to this many different questions of random kinds, hard kinds more often; a description comes last."""
     kinds = list(MAKERS)
     weights = [WEIGHTS[kind] for kind in kinds]
     asked: dict[str, Question] = {}
@@ -73,7 +73,7 @@ def _exists(scene: Scene, rng: random.Random) -> Question | None:
 
 
 def _probe(scene: Scene, rng: random.Random) -> tuple[str, str]:
-    """A colour and a shape to ask for: of one object, mixed from two (a hard negative), or by lot."""
+    """A colour and a shape to ask for: of one object, mixed from two (a hard negative), or random."""
     kind = rng.random()
     one, other = rng.choice(scene.objects), rng.choice(scene.objects)
     if kind < 0.30:

@@ -1,12 +1,12 @@
-"""The default model from nothing, in seeded stages, each of which goes on where it was interrupted.
+"""Trains the default model from scratch, in seeded stages, each of which resumes after an interruption.
 
     pictures → tower pretraining → features → language pretraining → projector alignment → instruction tuning → joint
     sharp pictures → sharpen
 
 Alignment and instruction tuning are LLaVA's own stages (`training/sft.py`); those before stand in for the CLIP and
-Vicuna that a real LLaVA starts from. In the last two the tower learns from questions too, first as it is, then on
+Vicuna that a real LLaVA starts from. In the last two, the tower also learns from questions, first unchanged, then on
 larger tiles with its positions interpolated, as vision transformers are tuned for a higher resolution. Knows files and
-order; what happens inside a stage is in the modules it calls.
+order; the modules it calls do the work inside a stage.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ class StageSpec:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides the result. `size` and `patch` are the tower's tile and patch sides in pixels,
-    `sharp_size` is the tile side in the last stage and from then on."""
+    """Everything that determines the result. `size` and `patch` are the tower's tile and patch sides in pixels,
+    `sharp_size` is the tile side from the last stage on."""
 
     seed: int = 1
     num_scenes: int = 100_000
@@ -76,7 +76,7 @@ class Recipe:
     language: StageSpec = StageSpec(400, 32, 2e-3)
     align: StageSpec = StageSpec(200, 64, 2e-3)
     instruct: StageSpec = StageSpec(3000, 32, 2e-3)
-    # Gently: at 8e-4 the tower forgot faster than it learned, and the loss rose from 0.05 to 0.14.
+    # A low rate: at 8e-4 the tower forgot faster than it learned, and the loss rose from 0.05 to 0.14.
     joint: StageSpec = StageSpec(1700, 32, 3e-4)
     sharpen: StageSpec = StageSpec(3000, 32, 4e-4)
 
@@ -88,9 +88,9 @@ class Recipe:
 
 
 def build(recipe: Recipe, work: Path, out: Path) -> None:
-    """Run every stage that is not done yet in `work`, then write the checkpoint to `out` and the curves to `work`.
+    """Run every unfinished stage in `work`, then write the checkpoint to `out` and the curves to `work`.
 
-    Raises LlavaError when `out` exists, or when `work` holds a stage of another recipe or made from other weights.
+    Raises LlavaError when `out` exists, or when `work` holds a stage of another recipe or built from other weights.
     """
     if out.exists():
         raise LlavaError(f"{out} exists; choose another folder or remove it")
@@ -125,14 +125,14 @@ def build(recipe: Recipe, work: Path, out: Path) -> None:
 
 
 def sharp_spec(recipe: Recipe) -> CacheSpec:
-    """Pictures unseen so far, more of them with something to read and more of that words: what is learned last."""
+    """New pictures for the last stage: more of them with text, and more of the text real words and numbers."""
     return CacheSpec(
         recipe.seed + 1, recipe.num_scenes, recipe.sharp_size, recipe.patch, with_text=0.7, random_letters=0.2
     )
 
 
 def model_config(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> ModelConfig:
-    """The default model's configuration before the last stage, in the words of its config.json."""
+    """The default model's configuration before the last stage, in the form of its config.json."""
     return read_llava_hf_config(
         {
             "vision_config": tower_words(recipe.size, recipe.patch),
@@ -183,10 +183,10 @@ def _train_stage(
     stage: StageSpec,
     made_from: dict[str, str],
 ) -> dict[str, str]:
-    """Train one stage unless it is done, leave its weights in the modules, and return what the next is made from."""
+    """Train one stage unless it is done, leave its weights in the modules, and return the next stage's inputs."""
     purpose = dataset.spec.purpose
     folder = work / purpose
-    # The sizes that decide the result; what else does is in the weights that the stage begins with.
+    # The sizes that determine the result; everything else is in the weights that the stage starts from.
     sizes = {"decoder": dict(language.config.text), "pictures": asdict(dataset.cache.spec)}
     claim(folder, seed=recipe.seed, stage=asdict(stage), made_from=made_from, **sizes)
     weights = folder / "weights.pt"
@@ -227,7 +227,8 @@ def _dataset(
 
 
 def _arguments(recipe: Recipe, folder: Path, stage: StageSpec, **optimizer: Any) -> TrainingArguments:
-    """`optimizer` names one and its settings, where the stage brings none of its own, which would not heed them."""
+    """Trainer's arguments. `optimizer` selects an optimizer and its settings, for stages that do not pass their own,
+    which would ignore them."""
     on_gpu = torch.cuda.is_available()
     return TrainingArguments(
         output_dir=str(folder),
@@ -252,7 +253,7 @@ def _arguments(recipe: Recipe, folder: Path, stage: StageSpec, **optimizer: Any)
 
 
 def _tokenizer(recipe: Recipe, work: Path) -> tuple[PreTrainedTokenizerFast, str]:
-    """The tokenizer, learned now if it is not there, and what tells it from any other."""
+    """The tokenizer, trained now if it does not exist, and its digest."""
     inputs = {"seed": recipe.seed, "num_scenes": min(20_000, recipe.num_scenes)}
     claim(work / "tokenizer", **inputs)
     folder = work / "tokenizer" / "files"
@@ -264,7 +265,7 @@ def _tokenizer(recipe: Recipe, work: Path) -> tuple[PreTrainedTokenizerFast, str
 
 
 def _finish(folder: Path, model: nn.Module, history: History) -> None:
-    """Keep the weights and the curve; the weights' file is what marks the stage as done."""
+    """Save the weights and the curve; the file of weights marks the stage as done."""
     (folder / "curve.json").write_text(json.dumps([row for row in history if "loss" in row]))
     torch.save(model.state_dict(), folder / "weights.pt.partial")
     (folder / "weights.pt.partial").rename(folder / "weights.pt")

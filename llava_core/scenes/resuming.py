@@ -1,6 +1,6 @@
-"""What lets interrupted work go on: small files written whole, and notes of what a folder was made from.
+"""Lets interrupted work resume: small files written atomically, and records of a folder's inputs.
 
-Knows nothing about what is made.
+Knows nothing about the work itself.
 """
 
 import hashlib
@@ -12,16 +12,16 @@ from llava_core.errors import LlavaError
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Under another name first: a stop leaves the old file or the new one, never half of one."""
+    """Write under another name first: an interruption leaves the old file or the new one, never half of one."""
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text(text)
     partial.rename(path)
 
 
 def claim(folder: Path, **inputs: Any) -> None:
-    """Make the folder, and note in it what its content is made from.
+    """Create the folder, and record in it the inputs of its content.
 
-    Raises LlavaError when it holds something that was made from something else.
+    Raises LlavaError when it holds content made from other inputs.
     """
     note, text = folder / "inputs.json", json.dumps(inputs, sort_keys=True, indent=1)
     if note.exists() and note.read_text() != text:
@@ -34,5 +34,5 @@ def claim(folder: Path, **inputs: Any) -> None:
 
 
 def digest(file: Path) -> str:
-    """SHA-256 of a file, to tell its content from any other."""
+    """SHA-256 of a file, to identify its content."""
     return hashlib.sha256(file.read_bytes()).hexdigest()

@@ -17,9 +17,9 @@ EVALUATION_SEED = 20_000
 
 
 def make_samples(num_questions: int, *, image_format: ImageFormat = "png", seed: int = EVALUATION_SEED) -> list[Sample]:
-    """Questions in equal numbers of every kind, about pictures of 64 to 1,500 pixels, each picture asked about once.
+    """Equal numbers of questions of every kind, about pictures of 64 to 1,500 pixels, one question per picture.
 
-    What is printed in them are numbers and words, as in the model card; random letters are for learning alone.
+    Printed texts are numbers and words, as in the model card; random letters are used only in training.
     """
     kinds = list(MAKERS)
     return [_make(seed, index, kinds[index % len(kinds)], image_format) for index in range(num_questions)]

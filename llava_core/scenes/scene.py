@@ -1,7 +1,6 @@
-"""What is in a scene, and how one is made by lot: objects that do not overlap, in places that have names without doubt.
+"""Scenes and how they are sampled: objects that do not overlap, in places with unambiguous names.
 
-Geometry only, in pixels of the picture to be drawn. Knows nothing about pixels' colours on canvas (draw.py) or
-language (questions.py).
+Geometry only, in pixels of the picture to be drawn. Knows nothing about drawing (draw.py) or language (questions.py).
 """
 
 import math
@@ -12,10 +11,10 @@ from llava_core.scenes.vocabulary import COLOURS, DIGITS, LETTERS, PLACES, PRINT
 
 Rgb = tuple[int, int, int]
 
-# The mean of CLIP's normalisation: the colour that pads a picture to a square. A background like it hides the frame.
+# The mean of CLIP's normalisation, with which a picture is padded to a square. A similar background hides the frame.
 PAD_COLOUR: Rgb = (122, 116, 104)
 
-# Shares of the longer side below which things are too few pixels of a tile to be told apart.
+# Shares of the longer side below which things cover too few pixels of a tile to be recognised.
 MIN_TEXT_HEIGHT = 0.11
 MIN_DIAMETER = 0.1
 
@@ -73,9 +72,9 @@ def sample_scene(
     with_text: float = 0.42,
     random_letters: float = 0.34,
 ) -> Scene:
-    """Draw a scene by lot: 1 to 6 objects, any aspect up to 3:1; in the share `with_text` a printed text, if it fits.
+    """Sample a scene: 1 to 6 objects, any aspect up to 3:1; in the share `with_text`, a printed text if it fits.
 
-    `random_letters` is the share of texts that are neither numbers nor words: who reads those has learned the letters.
+    `random_letters` is the share of texts that are neither numbers nor words: reading them takes knowing the letters.
     """
     width, height = _sample_frame(rng, longest_side)
     background = _sample_background(rng)
@@ -182,7 +181,7 @@ class _Builder:
 
     def place_text(self, text: str) -> None:
         height = self.longest * self.rng.uniform(0.115, 0.21)
-        # A capital letter is about 0.75 as wide as high with its spacing; narrow the box until it fits the frame.
+        # A capital letter with its spacing is about 0.75 times as wide as high; narrow the box until it fits the frame.
         width = min(0.78 * height * len(text), 0.9 * self.width)
         height = width / (0.78 * len(text))
         if height < MIN_TEXT_HEIGHT * self.longest or height > 0.8 * self.height:

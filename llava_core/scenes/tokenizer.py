@@ -17,7 +17,7 @@ from llava_core.scenes.scene import sample_scene
 TEMPLATE_NAME = "vicuna_v1"
 _SPELLED = r"\p{Lu}(?=\p{Lu})|(?<=\p{Lu})\p{Lu}|\p{N}"
 
-# The same characters as the vicuna_v1 template, for whoever loads the checkpoint with transformers.
+# The same characters as the vicuna_v1 template, for users who load the checkpoint with transformers.
 CHAT_TEMPLATE = (
     "{{ '%s ' }}"
     "{%% for message in messages %%}"

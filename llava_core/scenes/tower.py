@@ -24,7 +24,7 @@ def tower_config(size: int, patch: int) -> CLIPVisionConfig:
 
 
 def tower_words(size: int, patch: int) -> dict[str, Any]:
-    """The tower in the words of config.json: what differs from CLIP's defaults, and what our reader wants named."""
+    """The tower as in config.json: fields that differ from CLIP's defaults, and fields that our reader requires."""
     config = tower_config(size, patch)
     named = {"hidden_size": config.hidden_size, "image_size": size, "patch_size": patch}
     return config.to_diff_dict() | named
@@ -38,7 +38,7 @@ def new_tower(size: int, patch: int) -> ClipTower:
 
 @torch.no_grad()
 def resize_tower(tower: ClipTower, size: int) -> ClipTower:
-    """The same tower for tiles of `size` pixels: patches as before, positions interpolated over the larger grid."""
+    """The same tower for tiles of `size` pixels: patches unchanged, positions interpolated over the larger grid."""
     larger = new_tower(size, tower.config.patch_size)
     weights = tower.model.state_dict()
     grid = torch.empty(1, larger.config.tokens_per_tile + 1, tower.config.hidden_size)

@@ -5,7 +5,7 @@ Plain data. Knows nothing about geometry, drawing or questions.
 
 SHAPES = ("circle", "square", "triangle", "star", "diamond", "cross")
 
-# Every colour has several anchors: what people and drawing libraries call by that name. Drawing adds a small jitter.
+# Every colour has several anchors: shades that people and drawing libraries call so. Drawing adds a small jitter.
 COLOURS: dict[str, tuple[tuple[int, int, int], ...]] = {
     "red": ((255, 0, 0), (220, 20, 40), (200, 30, 30), (230, 50, 50)),
     "green": ((0, 128, 0), (0, 160, 60), (40, 170, 70), (0, 255, 0), (60, 200, 60)),

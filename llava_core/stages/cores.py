@@ -1,4 +1,4 @@
-"""How many cores this process may use: what the scheduler allows it, or less where a container has a quota.
+"""How many cores this process may use: as many as the scheduler allows, or fewer where a container has a quota.
 
 Every source is used where the system has it. Standard library only.
 """
@@ -14,19 +14,19 @@ _OWN_CGROUP = Path("/proc/self/cgroup")
 
 
 def usable_cores() -> int:
-    """At least one."""
+    """The number of cores this process may use, at least 1."""
     if hasattr(os, "process_cpu_count"):
         allowed = os.process_cpu_count()
     elif hasattr(os, "sched_getaffinity"):
         allowed = len(os.sched_getaffinity(0))
     else:
         allowed = os.cpu_count()
-    # Half a core's worth of time is best used by one thread.
+    # A fraction of a core is best used by one thread.
     return max(1, math.ceil(min(allowed or 1, quota())))
 
 
 def quota(root: Path = _CGROUPS, own: Path = _OWN_CGROUP) -> float:
-    """Cores' worth of time by cgroup v2, the least of this group's and its parents'; infinite where there is none."""
+    """The cgroup v2 CPU quota in cores: the least of this group's and its parents'; infinite where there is none."""
     try:
         lines = own.read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -1,7 +1,7 @@
-"""What the process of one stage sets up and loads: threads, device, and its own part of the checkpoint.
+"""Sets up the process of one stage and loads it: threads, device, and its own part of the checkpoint.
 
-Shared by whoever runs stages in processes of their own. Networks are imported inside the functions, so that a stage
-without one never imports torch. Knows neither Ray nor what is sent between stages.
+Shared by all callers that run stages in separate processes. Networks are imported inside the functions, so that a stage
+without one never imports torch. Knows neither Ray nor the messages between stages.
 """
 
 from __future__ import annotations
@@ -32,30 +32,30 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 Loaded = TypeVar("Loaded")
-# Around what one phase of a start does, which it is told by name.
+# Takes the name of a startup phase and returns the context manager to run the phase in.
 Phase = Callable[[str], AbstractContextManager[None]]
-# Of a network with fewer, an operation is too short to be divided among threads.
+# Operations of a network with fewer parameters are too short to be split among threads.
 _MANY_PARAMETERS = 50_000_000
 
-# Of a process that computes, set unless the user has set it. torch looks once, when it is imported.
+# Set in every computing process, unless the user has set it. torch reads it once, at import.
 TORCH_ENVIRONMENT: Mapping[str, str] = {
-    # Large pages, in which a processor streams weights a tenth faster.
+    # Huge pages, from which a processor streams weights a tenth faster.
     "THP_MEM_ALLOC_ENABLE": "1",
-    # oneDNN, and what torch has in front of it, keep a kernel for each of the last 1,024 shapes they have met, of
-    # hundreds of kilobytes. Prompts have any number of tokens; a step needs six shapes.
+    # oneDNN, and torch's cache in front of it, keep a kernel of hundreds of kilobytes for each of the last 1,024
+    # shapes. Prompts have any number of tokens; a step needs six shapes.
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",
     "LRU_CACHE_CAPACITY": "128",
 }
 
 
 class DeviceError(LlavaError):
-    """A process cannot compute where it is told to."""
+    """A process cannot compute on the configured device."""
 
 
 @dataclass(frozen=True)
 class Compute:
-    """Where and how a stage computes: `device` auto is the GPU where the process has been given one; `threads` None is
-    every core."""
+    """Where and how a stage computes: `device` auto is the GPU where the process has been given one; `threads` None
+    means all cores."""
 
     device: str = "auto"
     dtype: Dtype = "auto"
@@ -69,8 +69,8 @@ def _untimed(_: str) -> AbstractContextManager[None]:
 
 @contextmanager
 def _keeping_all() -> Iterator[None]:
-    """Nobody looks meanwhile for what could be thrown away: of modules nothing is, and looking through those of torch
-    and transformers again and again is a tenth of the time that they take to import."""
+    """Suspend garbage collection. Imported modules are never garbage, and scanning those of torch and transformers over
+    and over takes a tenth of their import time."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -83,8 +83,8 @@ def _keeping_all() -> Iterator[None]:
 def load_encoder(
     checkpoint: Checkpoint, compute: Compute, *, num_gpus: float, phase: Phase = _untimed
 ) -> tuple[VisionTower, Cores]:
-    """The tower, ready; it tells `Cores` by itself when it computes, and who uses it when it no longer does. The phases
-    are `imports` and `weights`."""
+    """Load the tower, ready for inference. It claims `Cores` itself when it computes; the caller must release them
+    afterwards. The phases are `imports` and `weights`."""
     with phase("imports"), _keeping_all():
         options = set_up_compute(compute, num_gpus=num_gpus)
         from llava_core.checkpoints.load import load_tower
@@ -101,8 +101,8 @@ def load_encoder(
 def load_engine(
     checkpoint: Checkpoint, compute: Compute, config: EngineConfig, *, num_gpus: float, phase: Phase = _untimed
 ) -> tuple[Engine, CheckpointTokenizer, Cores]:
-    """Projector and decoder behind an engine, with the tokenizer that it writes by. The phases are `imports`, `weights`
-    and `engine`."""
+    """Load projector and decoder into an engine, with the tokenizer that it decodes with. The phases are `imports`,
+    `weights` and `engine`."""
     with phase("imports"), _keeping_all():
         options = set_up_compute(compute, num_gpus=num_gpus)
         from llava_core.checkpoints.load import load_language_side
@@ -121,15 +121,16 @@ def load_engine(
 
 
 def in_thread_of_its_own(load: Callable[[], Loaded]) -> Loaded:
-    """What `load` gives, or raises. Each thread that has computed keeps OpenMP threads until it ends; where two of them
-    have some, these sleep between operations, and a step takes half as long again."""
+    """Run `load` in a short-lived thread; returns or raises what it does. A thread that has computed keeps OpenMP
+    threads until it ends. Where two threads have some, these sleep between operations, and a step takes half as long
+    again."""
     with ThreadPoolExecutor(1, "load") as thread:
         return thread.submit(load).result()
 
 
 def set_up_compute(compute: Compute, *, num_gpus: float) -> LoadOptions:
-    """Threads and device of this process. Whoever has started it may have left it a single thread, so they are set
-    here. `num_gpus` is how much of GPUs the process has been given."""
+    """Set the threads and choose the device of this process. The threads are set here because the parent process may
+    have left it only one. `num_gpus` is the process's share of GPUs."""
     for name, value in TORCH_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     import torch
@@ -144,7 +145,7 @@ def set_up_compute(compute: Compute, *, num_gpus: float) -> LoadOptions:
 
 
 def share_cores(compute: Compute, network: nn.Module, device: str) -> Cores:
-    """How this process gets along with others on its cores, unless its threads are set."""
+    """How this process shares its cores with others; with `threads` set explicitly, it does not adapt."""
     import torch
 
     num_cores = torch.get_num_threads()
@@ -159,9 +160,9 @@ def share_cores(compute: Compute, network: nn.Module, device: str) -> Cores:
 
 
 def choose_device(asked: str, *, num_gpus: float) -> str:
-    """`auto` is the GPU that this process has been given, the CPU if it has been given none.
+    """The device to use: for `auto`, the GPU that this process has been given, or the CPU if none.
 
-    Raises DeviceError when there is no CUDA where it is called for.
+    Raises DeviceError when a GPU is needed but there is no CUDA.
     """
     import torch
 

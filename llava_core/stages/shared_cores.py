@@ -1,8 +1,9 @@
 """How many threads to compute with while other stages compute on the same cores.
 
-Two networks with a thread on every core each wait, at every operation, for a thread that is not running, and both
-together do less than either alone. So who is busy says so, and each takes its share. Nobody waits for anybody. Knows no
-networks and no Ray: the processes of a machine see each other by locks on files, which end with them.
+Two networks that each have a thread on every core wait, at every operation, for a thread that is not running, and
+together do less than either alone. So each process announces when it is busy, and each busy one takes its share of the
+cores. No process waits for another. Knows no networks and no Ray: the processes of a machine see each other through
+locks on files, which the system releases when a process ends.
 """
 
 from __future__ import annotations
@@ -18,17 +19,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-# How often to look for processes that have come since.
+# Seconds between checks for new processes.
 _LOOK_S = 1.0
-# A process's number and some chance; numbers end at 2**22.
+# A process id and random digits; ids end at 2**22.
 _NAME = re.compile(r"[1-9][0-9]{0,6}-[0-9a-f]{8}")
 
 
 class Cores(Protocol):
-    """What a network tells who shares its cores with it; one thread does."""
+    """What a network announces to the processes that share its cores; used by one thread only."""
 
     def claim(self) -> None:
-        """There is something to compute; said again before every part of it."""
+        """There is something to compute; called again before every part of it."""
         ...
 
     def release(self) -> None:
@@ -37,7 +38,7 @@ class Cores(Protocol):
 
 
 class OwnCores:
-    """Nobody else's: nobody has to be told."""
+    """Cores that are not shared: nothing needs to be announced."""
 
     def claim(self) -> None:
         """As Cores.claim."""
@@ -47,7 +48,7 @@ class OwnCores:
 
 
 class SharedCores:
-    """This process among those that name the same `folder`. `set_threads` is called whenever its share changes."""
+    """This process's share among all that use the same `folder`. `set_threads` is called whenever the share changes."""
 
     def __init__(self, folder: Path, num_cores: int, set_threads: Callable[[int], None]) -> None:
         self._folder = folder
@@ -61,7 +62,7 @@ class SharedCores:
         self._is_busy = False
 
     def claim(self) -> None:
-        """Say that this process computes from now on, and settle its share. Costs microseconds: call it often."""
+        """Announce that this process is computing, and update its share. Costs microseconds: call it often."""
         if not self._is_busy:
             fcntl.flock(self._own, fcntl.LOCK_EX)
             self._is_busy = True
@@ -73,12 +74,12 @@ class SharedCores:
             self._set_threads(share)
 
     def release(self) -> None:
-        """Say that this process has nothing to compute."""
+        """Announce that this process has nothing to compute."""
         self._is_busy = False
         fcntl.flock(self._own, fcntl.LOCK_UN)
 
     def close(self) -> None:
-        """Leave."""
+        """Remove this process's file and close all files."""
         self._path.unlink(missing_ok=True)
         for file in (self._own, *self._others.values()):
             os.close(file)
@@ -112,25 +113,25 @@ def _is_locked(file: int) -> bool:
 
 
 def _is_alive(name: str) -> bool:
-    """Whether the process that made the file is there; its file is of no use afterwards."""
+    """Whether the process that created the file still exists; otherwise the file is obsolete."""
     try:
         os.kill(int(name.partition("-")[0]), 0)
     except ProcessLookupError:
         return False
     except PermissionError:
-        # Another user's process has the number now. Whether the file counts is a matter of its lock.
+        # Another user's process has the id now. Whether the file counts depends on its lock.
         pass
     return True
 
 
 def shared_folder() -> Path:
-    """Where the processes of this user on this machine meet. Raises PermissionError where others could, too."""
+    """The folder shared by this user's processes on this machine. Raises PermissionError if others have access."""
     folder = Path(tempfile.gettempdir()) / f"llava-serve-{os.getuid()}"
     with contextlib.suppress(FileExistsError):
         folder.mkdir(mode=0o700)
-    # Of the name itself: whoever else made a link there would choose where we write.
+    # lstat, not stat: another user's link under this name would decide where we write.
     status = folder.lstat()
     is_folder, permissions = stat.S_ISDIR(status.st_mode), status.st_mode & 0o777
     if not is_folder or status.st_uid != os.getuid() or permissions != 0o700:
-        raise PermissionError(f"{folder} is not a folder of this user alone, with mode 0700; remove it")
+        raise PermissionError(f"{folder} is not a folder owned by this user with mode 0700; remove it")
     return folder

@@ -1,4 +1,4 @@
-"""Examples to one padded batch. Knows tensors and lengths, nothing about prompts or models."""
+"""Collates examples into one padded batch. Knows tensors and lengths, nothing about prompts or models."""
 
 from collections.abc import Sequence
 from typing import TypedDict
@@ -11,8 +11,8 @@ from llava_core.training.packing import Packed
 
 
 class Example(TypedDict):
-    """`images`, of the placeholders in `tokens`, in order: a frozen tower's features (num_images, image_tokens,
-    vision_hidden), or uint8 tiles (num_images, size, size, 3) where the tower learns too."""
+    """`images` belong to the placeholders in `tokens`, in order: a frozen tower's features (num_images, image_tokens,
+    vision_hidden), or uint8 tiles (num_images, size, size, 3) where the tower is trained too."""
 
     tokens: Packed
     images: Tensor
@@ -30,8 +30,8 @@ class Batch(TypedDict):
 
 
 def collate(examples: Sequence[Example], *, multiple_of: int = 1) -> Batch:
-    """Pads on the right, to a multiple of `multiple_of` (a compiled model wants few different lengths); padding sees
-    itself alone and is seen by nobody."""
+    """Pad on the right, to a multiple of `multiple_of` (a compiled model needs few different lengths); padding sees
+    only itself and is not seen by other tokens."""
     longest = max(len(example["tokens"].ids) for example in examples)
     length = -(-longest // multiple_of) * multiple_of
     shape = (len(examples), length)

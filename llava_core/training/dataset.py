@@ -1,6 +1,6 @@
-"""LLaVA-JSON conversations to training examples: ids, and labels that come from the answers' spans.
+"""Turns LLaVA-JSON conversations into training examples: ids, and labels from the answers' spans.
 
-A sample from which nothing can be learned raises; nothing is masked out in silence. Knows nothing about models.
+A sample from which nothing can be learned raises an error; nothing is masked out silently. Knows nothing about models.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Sample:
 
 
 def load_samples(path: Path) -> list[Sample]:
-    """Every conversation of a LLaVA JSON list. Raises DatasetError naming the first sample that is malformed."""
+    """Load every conversation of a LLaVA JSON list. Raises DatasetError naming the first malformed sample."""
     try:
         rows = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -45,7 +45,7 @@ def load_samples(path: Path) -> list[Sample]:
 
 
 def parse_sample(row: Mapping[str, Any], index: int) -> Sample:
-    """One entry of the list; a first message that is not the human's is dropped, as in the reference."""
+    """Parse one entry of the list; a first message that is not the human's is dropped, as in the reference."""
     name = str(row.get("id", index))
     try:
         messages = [(_ROLES[message["from"]], str(message["value"])) for message in row["conversations"]]
@@ -64,7 +64,7 @@ def parse_sample(row: Mapping[str, Any], index: int) -> Sample:
 
 
 def _image_first(text: str) -> str:
-    """The reference moves an image to the front of its message, wherever the file has it."""
+    """Move an image to the front of its message, as the reference does, wherever the file has it."""
     if IMAGE_PLACEHOLDER not in text:
         return text
     return f"{IMAGE_PLACEHOLDER}\n{text.replace(IMAGE_PLACEHOLDER, '').strip()}".strip()
@@ -84,7 +84,7 @@ def build_example(
 
 
 def _render_plain(turns: Sequence[Turn]) -> Rendered:
-    """Alignment as in the reference: the image, its caption, a newline; the human's words are thrown away."""
+    """Render for alignment as in the reference: the image, its caption, a newline; the human's words are dropped."""
     if len(turns) != 2 or turns[1].text is None or not turns[0].text or IMAGE_PLACEHOLDER not in turns[0].text:
         raise DatasetError(f"the plain template needs one message with {IMAGE_PLACEHOLDER} and one caption")
     text = f"{IMAGE_PLACEHOLDER}{turns[1].text}\n"

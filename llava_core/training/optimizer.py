@@ -34,7 +34,7 @@ class MuonAdamW(Optimizer):
         self._share()
 
     def _share(self) -> None:
-        """The parts work on this object's state and groups: what a scheduler or a checkpoint changes, they see."""
+        """Let the parts use this object's state and groups, so that they see changes by a scheduler or a checkpoint."""
         for part, group in zip(self._parts, self.param_groups, strict=True):
             part.param_groups = [group]
             part.state = self.state
@@ -48,13 +48,13 @@ class MuonAdamW(Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As Optimizer's; the parts go on from the loaded state."""
+        """As Optimizer.load_state_dict; the parts continue from the loaded state."""
         super().load_state_dict(state_dict)
         self._share()
 
 
 def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
-    """Trainable weights of linear layers, but for the output head, which is an embedding in reverse."""
+    """Trainable weights of linear layers, except the output head, which is an embedding in reverse."""
     heads = [module.get_output_embeddings() for module in model.modules() if isinstance(module, PreTrainedModel)]
     hidden = [module for module in model.modules() if isinstance(module, nn.Linear) and module not in heads]
     weights = [module.get_parameter("weight") for module in hidden]

@@ -1,4 +1,4 @@
-"""Many questions about one picture in one sequence, each blind to the others: the shared prompt is computed once.
+"""Packs many questions about one picture into one sequence, each blind to the others: the shared prompt runs only once.
 
 A block of tokens sees the shared prefix and itself, at the positions it would have alone, so the loss equals that of
 as many separate sequences. Pure Python on ids.
@@ -15,7 +15,7 @@ from llava_core.prompts.tokenize import IGNORE_LABEL, TokenizedPrompt
 
 @dataclass(frozen=True)
 class Packed:
-    """All four have one entry per token. `blocks` is 0 for what everybody sees, else the number of the question."""
+    """All four have one entry per token. `blocks` is 0 for tokens that all others see, else the question's number."""
 
     ids: tuple[int, ...]
     labels: tuple[int, ...]
@@ -24,13 +24,13 @@ class Packed:
 
 
 def pack_alone(prompt: TokenizedPrompt) -> Packed:
-    """One conversation as it is: every token sees all tokens before it."""
+    """One conversation unchanged: every token sees all tokens before it."""
     length = len(prompt.ids)
     return Packed(prompt.ids, prompt.labels, tuple(range(length)), (0,) * length)
 
 
 def pack_shared_prefix(prompts: Sequence[TokenizedPrompt], *, max_length: int) -> Packed:
-    """Prompts that begin alike, with their longest common beginning kept once.
+    """Pack prompts that begin alike, keeping their longest common prefix once.
 
     Prompts that no longer fit `max_length` are left out, so there may be fewer blocks than prompts.
     """
@@ -50,7 +50,7 @@ def pack_shared_prefix(prompts: Sequence[TokenizedPrompt], *, max_length: int) -
 
 
 def common_prefix_length(prompts: Sequence[TokenizedPrompt]) -> int:
-    """Tokens that all prompts begin with, at most up to two before the first supervised one of any."""
+    """Length of the prompts' common prefix, ending at least one token before any supervised token."""
     columns = zip(*(prompt.ids for prompt in prompts), strict=False)
     shared = sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
     return min(shared, *(_first_supervised(prompt) - 1 for prompt in prompts))

@@ -1,7 +1,7 @@
 """Supervised fine-tuning in LLaVA's two stages, on transformers.Trainer: projector alignment, instruction tuning.
 
-Trains the language side on features of a frozen tower, or tower and language side together. What is frozen and what
-learns is logged by name. Knows nothing about where examples come from.
+Trains the language side on features of a frozen tower, or tower and language side together. Logs by name which parts
+are frozen and which are trained. Knows nothing about where examples come from.
 """
 
 import functools
@@ -28,8 +28,8 @@ MakeOptimizer = Callable[[nn.Module], Optimizer]
 
 
 class SupervisedModel(nn.Module):
-    """What learns, with a next-token loss over labelled positions, in the form Trainer expects. With a tower, images
-    are tiles, else features."""
+    """The trained model with a next-token loss over labelled positions, in the form Trainer expects. With a tower,
+    images are tiles, else features."""
 
     def __init__(self, language: LanguageSide, tower: ClipTower | None = None) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class SupervisedModel(nn.Module):
 
 
 def set_trainable(language: LanguageSide, stage: Stage) -> None:
-    """Freeze what the stage does not train: `align` trains the projector alone, `instruct` projector and decoder."""
+    """Freeze all that the stage does not train: `align` trains only the projector, `instruct` also the decoder."""
     for name, part in (("projector", language.projector), ("decoder", language.decoder)):
         learns = stage == "instruct" or name == "projector"
         part.requires_grad_(learns)
@@ -70,11 +70,11 @@ def train(
     optimizer: MakeOptimizer | None = None,
     callbacks: list[TrainerCallback] | None = None,
 ) -> list[dict[str, float]]:
-    """Run one stage, going on from the newest checkpoint in `arguments.output_dir`; returns Trainer's log history.
+    """Run one stage, resuming from the newest checkpoint in `arguments.output_dir`; returns Trainer's log history.
 
     `arguments` must have `remove_unused_columns=False`: examples are collated here. With `compiled_length` the decoder
-    is compiled and batches are padded to multiples of it. A `tower` learns too, on examples that carry tiles.
-    `optimizer` makes another optimizer than the one that `arguments` name.
+    is compiled and batches are padded to multiples of it. A `tower` is trained too, on examples with tiles.
+    `optimizer` builds an optimizer to replace the one that `arguments` name.
     """
     set_trainable(language, stage)
     model = SupervisedModel(language, tower)
@@ -83,7 +83,7 @@ def train(
     trainer = Trainer(
         model,
         arguments,
-        # Trainer asks for a plain dictionary, which at run time a typed one is.
+        # Trainer's type asks for a plain dictionary, which a typed one is at run time.
         data_collator=cast("Collator", functools.partial(collate, multiple_of=compiled_length or 1)),
         train_dataset=dataset,
         callbacks=callbacks,

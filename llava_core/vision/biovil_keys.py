@@ -1,12 +1,12 @@
 """BioViL-T's released weight names to ours and back, as a table of prefixes. Plain data and string work, no torch.
 
-Released names are those of `biovil_t_image_model_proj_size_128.pt` (hub: microsoft/BiomedVLP-BioViL-T). Whoever reads a
-checkpoint that wraps the tower takes the wrapper's prefix off first.
+Released names are those of `biovil_t_image_model_proj_size_128.pt` (hub: microsoft/BiomedVLP-BioViL-T). For a
+checkpoint that wraps the tower, the caller first strips the wrapper's prefix.
 """
 
 from collections.abc import Iterator
 
-# (released prefix, ours); the first match wins. None: read by nothing here and dropped on purpose, namely ImageNet's
+# (released prefix, ours); the first match wins. None: not used here and dropped on purpose, namely ImageNet's
 # classifier and the projection to the space shared with text.
 _BIOVIL_T: tuple[tuple[str, str | None], ...] = (
     ("encoder.encoder.fc.weight", None),
@@ -16,7 +16,7 @@ _BIOVIL_T: tuple[tuple[str, str | None], ...] = (
     ("encoder.encoder.layer", "model.trunk.layer"),
     ("encoder.backbone_to_vit.", "model.narrow."),
     ("encoder.missing_previous_emb", "model.missing_prior"),
-    # Computed; whoever saves all buffers saves it.
+    # Computed, but present in checkpoints that include all buffers.
     ("encoder.vit_pooler.pos_embed", None),
     ("encoder.vit_pooler.", "model.pooler."),
     ("projector.model.0.weight", None),
@@ -31,9 +31,9 @@ _BIOVIL_T: tuple[tuple[str, str | None], ...] = (
 
 
 def from_biovil_t(name: str) -> str | None:
-    """The name in `BioVilTTower` of a released one; None if it is dropped on purpose.
+    """The name in `BioVilTTower` for a released name; None if it is dropped on purpose.
 
-    Raises KeyError for a name no row covers.
+    Raises KeyError for a name that no row covers.
     """
     for released, ours in _BIOVIL_T:
         if ours is None and name == released:
@@ -44,7 +44,7 @@ def from_biovil_t(name: str) -> str | None:
 
 
 def to_biovil_t(name: str) -> str:
-    """The released name of one of the tower's. Raises KeyError for a name that is not the tower's."""
+    """The released name for one of the tower's. Raises KeyError for a name that is not the tower's."""
     for released, ours in _BIOVIL_T:
         if ours is not None and name.startswith(ours):
             return released + name.removeprefix(ours)
@@ -77,6 +77,6 @@ def _pooler_names() -> Iterator[str]:
 
 
 def _norm(name: str) -> Iterator[str]:
-    """A batch normalisation, its statistics and the counter of its batches included."""
+    """The tensors of a batch normalisation, including its statistics and batch counter."""
     kinds = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
     return (f"{name}.{kind}" for kind in kinds)

@@ -1,7 +1,7 @@
-"""BioViL-T's temporal pooler: a picture's patches and its prior's in, what changed out (arXiv 2301.04558).
+"""BioViL-T's temporal pooler: the patches of a picture and its prior in, what changed out (arXiv 2301.04558).
 
-A small pre-norm transformer over the patches of both. Where a patch lies and which of the two it comes from is added to
-the normalised input of every attention, to values as well as to queries and keys. Knows nothing about convolutions.
+A small pre-norm transformer over the patches of both. Embeddings of a patch's position and of its picture are added to
+the normalised input of every attention, for values as well as for queries and keys. Knows nothing about convolutions.
 """
 
 import math
@@ -100,10 +100,10 @@ def drop_path(branch: Tensor, *, training: bool) -> Tensor:
 
 
 def sine_position_embedding(grid: int, width: int, *, temperature: float = 10_000.0) -> Tensor:
-    """float32 (grid², width), row by row: the first half of the features says the row, the second the column.
+    """float32 (grid², width), row by row: the first half of the features encodes the row, the second the column.
 
-    Rows and columns are counted from 1 and scaled so that the last one is 2π; sine and cosine of equal frequency stand
-    side by side, as in DETR (arXiv 2005.12872).
+    Rows and columns are counted from 1 and scaled so that the last one is 2π; sine and cosine of equal frequency are
+    adjacent, as in DETR (arXiv 2005.12872).
     """
     half = width // 2
     place = torch.arange(1, grid + 1, dtype=torch.float32) / (grid + 1e-6) * (2 * math.pi)

@@ -1,7 +1,7 @@
 """The ResNet trunk of BioViL-T: pixels in, the last residual stage's feature map out (He et al., arXiv 1512.03385).
 
 The variant with the stride in the 3x3 convolution, as torchvision builds it, and with torchvision's weight names, which
-every checkpoint of this trunk has. Without the classifier on top. Knows nothing about X-rays.
+every checkpoint of this trunk uses. Has no classifier on top. Knows nothing about X-rays.
 """
 
 from collections.abc import Sequence

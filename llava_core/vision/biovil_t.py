@@ -1,7 +1,8 @@
 """The BioViL-T tower of RaDialog: uint8 radiographs in, one feature vector per patch out (arXiv 2301.04558).
 
-A ResNet's feature map, narrowed by a 1x1 convolution, beside what changed since a prior picture; where there is no
-prior, a learned vector says so. Knows nothing about projectors or how radiographs become tiles (`images/biovil.py`).
+A ResNet's feature map, narrowed by a 1x1 convolution, next to features of the change since a prior picture; without a
+prior, a learned vector replaces them. Knows nothing about projectors or how radiographs become tiles
+(`images/biovil.py`).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ STRIDE = 32
 
 @dataclass(frozen=True)
 class BioVilTArchitecture:
-    """Sizes of the network; the defaults are those of the only released one, a ResNet-50 with a pooler 256 wide."""
+    """Sizes of the network; the defaults are those of the only released one: a ResNet-50 with a pooler of width 256."""
 
     depths: tuple[int, int, int, int] = (3, 4, 6, 3)
     trunk_width: int = 64
@@ -54,7 +55,7 @@ class BioVilTTower(nn.Module):
     def forward(self, tiles: Tensor, prior_tiles: Tensor | None = None) -> Tensor:
         """`tiles` uint8 (num_tiles, size, size, 3) → features (num_tiles, patches_per_side², hidden_size).
 
-        `prior_tiles` are earlier pictures of the same patients, of the same shape. Patches go row by row.
+        `prior_tiles` are earlier pictures of the same patients, of the same shape. Patches are in row order.
         """
         prior = None if prior_tiles is None else self._to_pixels(prior_tiles)
         features: Tensor = self.model(self._to_pixels(tiles), prior)
@@ -82,7 +83,7 @@ class BioVilTModel(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the weights are."""
+        """The dtype of the weights."""
         return self.missing_prior.dtype
 
     def forward(self, pixels: Tensor, prior: Tensor | None = None) -> Tensor:
@@ -98,7 +99,7 @@ class BioVilTModel(nn.Module):
 
 
 def read_architecture(config: VisionConfig) -> BioVilTArchitecture:
-    """The network's sizes; CheckpointError for a field there is not, or sizes that contradict each other."""
+    """The network's sizes. Raises CheckpointError for unknown fields or sizes that contradict each other."""
     given = {name: value for name, value in config.architecture.items() if name != "model_type"}
     known = {field.name for field in fields(BioVilTArchitecture)}
     if unknown := sorted(set(given) - known):

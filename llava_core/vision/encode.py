@@ -1,4 +1,4 @@
-"""Prepared pictures through a tower, each different picture once. Knows nothing about replicas or prompts."""
+"""Runs prepared pictures through a tower, each distinct picture once. Knows nothing about replicas or prompts."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ Kept = TypeVar("Kept")
 def encode_images(
     tower: VisionTower, images: Sequence[PreparedImage], cache: LruCache[ImageFeatures] | None = None
 ) -> list[ImageFeatures]:
-    """Features of every picture, in order; those with equal digests are run once, and not at all if they are cached.
+    """Features of every picture, in order; pictures with equal digests are encoded once, and cached ones not at all.
 
-    Features in a cache are shared, and torch refuses to change them in place outside of inference mode.
+    Cached features are shared; torch refuses to modify them in place outside inference mode.
     """
     features = encode_through(tower, images, LruCache(0) if cache is None else cache, lambda made: made)
     return [replace(features[image.digest], size=image.size) for image in images]
@@ -34,17 +34,17 @@ def encode_through(
     cache: LruCache[Kept],
     keep: Callable[[ImageFeatures], Kept],
 ) -> dict[str, Kept]:
-    """What the cache has of each different picture, by its digest, and what `keep` makes of the features of the others.
+    """The cached value of each distinct picture, by digest, or else the result of `keep` for its features.
 
-    A cache belongs to one tower. Where a picture fails, nothing of what was encoded with it is kept. Pictures with
-    equal tiles may have been cut from different sizes: whoever asks puts theirs in place.
+    A cache belongs to one tower. If a picture fails, none of the features encoded with it are cached. Pictures with
+    equal tiles may have been cut from different sizes, so the caller sets each picture's own.
     """
     distinct = {image.digest: image for image in images}
     known = {digest: kept for digest in distinct if (kept := cache.get(digest)) is not None}
     rows = {digest: _encode(tower, image) for digest, image in distinct.items() if digest not in known}
     new = {digest: keep(ImageFeatures(digest, each, distinct[digest].size)) for digest, each in rows.items()}
     for digest, each in rows.items():
-        # What is no number may be this once only; the engine refuses it.
+        # Non-finite values may be a one-off, so they are not cached; the engine refuses them.
         if bool(torch.isfinite(each).all()):
             cache.put(digest, new[digest], each.untyped_storage().nbytes())
     return known | new
@@ -53,11 +53,11 @@ def encode_through(
 def _encode(tower: VisionTower, image: PreparedImage) -> Tensor:
     """The rows of all tiles of one picture, in memory of their own.
 
-    A picture runs without others: in a batch, the last bits may depend on its company, and whether it is cached would
-    show. Its tiles are a batch, whoever asks.
+    Each picture runs alone: in a batch the last bits may depend on the other pictures, so cached and fresh features
+    would differ. A picture's own tiles always form one batch.
     """
-    # Copied: the tiles may be read-only, which torch warns of.
+    # Copied: the tiles may be read-only, which makes torch warn.
     tiles = torch.tensor(image.tiles, device=tower.model.device)
-    # Cloned: a view would keep more than these rows, such as the class token's.
+    # Cloned: a view would keep more than these rows in memory, such as the class token's.
     features: Tensor = tower(tiles)
     return features.flatten(0, 1).cpu().clone(memory_format=torch.contiguous_format)

@@ -1,4 +1,4 @@
-"""A tower made ready to compute features and nothing else.
+"""Prepares a tower for inference only.
 
 Afterwards it cannot be trained or saved. Knows nothing about files or replicas.
 """
@@ -19,7 +19,7 @@ from llava_core.vision.towers import VisionTower
 
 
 def ready_tower(tower: VisionTower) -> None:
-    """Give up the layers behind the one that is read, and pack the weights of the others."""
+    """Drop the layers after the select layer, and pack the weights of the others."""
     if isinstance(tower, ClipTower | SiglipTower):
         _drop_unread_layers(tower)
         if tower.model.device.type == "cuda":
@@ -28,20 +28,20 @@ def ready_tower(tower: VisionTower) -> None:
 
 
 def call_before_layers(tower: VisionTower, call: Callable[[], None]) -> None:
-    """`call` again and again while the tower computes: before each layer, or each time where there are no layers."""
+    """Have `call` called while the tower computes: before each layer, or once per run where there are no layers."""
     parts = _encoder(tower).layers if isinstance(tower, ClipTower | SiglipTower) else [tower]
     for part in parts:
         part.register_forward_pre_hook(lambda *_: call())
 
 
 def _encoder(tower: ClipTower | SiglipTower) -> Any:
-    # Some versions of transformers have a module around it.
+    # Some versions of transformers wrap the encoder in another module.
     return getattr(tower.model, "vision_model", tower.model).encoder
 
 
 def _join_operations(encoder: Any) -> None:
-    """CLIP's activation is three operations of torch, which take half as long as the products around them."""
-    # Triton is there where CUDA is.
+    """Fuse CLIP's activation: in torch it is three operations, which take half as long as the products around them."""
+    # Triton is installed wherever CUDA is.
     from llava_core.kernels.layer_gpu import QuickGelu
 
     for layer in encoder.layers:
@@ -51,8 +51,8 @@ def _join_operations(encoder: Any) -> None:
 
 def _drop_unread_layers(tower: ClipTower | SiglipTower) -> None:
     encoder = _encoder(tower)
-    # The first of the hidden states is what goes into the first layer.
+    # The first of the hidden states is the input of the first layer.
     num_read = range(len(encoder.layers) + 1)[tower.config.select_layer]
-    # One layer stays: transformers finds the hidden states where it calls layers.
+    # Keep at least one layer: transformers collects the hidden states where it calls layers.
     encoder.layers = torch.nn.ModuleList(encoder.layers[: max(1, num_read)])
     tower.config = replace(tower.config, select_layer=num_read)

@@ -1,8 +1,8 @@
 """The CLIP-S2 tower: one picture at several scales through one CLIP, joined feature-wise (arXiv 2403.13043).
 
-A scale larger than the tower's own size is cut into squares of that size; their features are put together again and
-averaged down to the smallest scale's grid. So the number of image tokens stays, and features grow with the scales.
-Knows nothing about files: the scales come from whoever read the configuration.
+A scale larger than the tower's own size is cut into squares of that size; their features are reassembled and averaged
+down to the smallest scale's grid. So the number of image tokens stays the same, and features grow with the scales.
+Knows nothing about files: the caller passes the scales from the configuration.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ class ClipS2Tower(ClipTower):
     """A CLIP tower read at several scales; its weights and their names are those of `ClipTower`.
 
     `scales` are picture sides in pixels (LLaVA's `s2_scales`): the smallest is the tower's own, the others multiples of
-    it. Tiles come at the largest, and `config.hidden_size` counts the features of all scales.
+    it. Tiles have the largest, and `config.hidden_size` counts the features of all scales.
     """
 
     def __init__(

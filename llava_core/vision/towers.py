@@ -1,6 +1,6 @@
-"""Which vision tower a configuration asks for, by exact name. The one place that lists them.
+"""Selects the vision tower that a configuration names, by exact name. The one place that lists them.
 
-Builds modules, reads no weights and no files.
+Builds modules; reads no weights and no files.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from llava_core.vision.clip import ClipTower
 from llava_core.vision.s2 import ClipS2Tower
 from llava_core.vision.siglip import SiglipTower
 
-# All take uint8 tiles and give features, and have `config`, `preprocess`, `model.device` and `model.dtype`.
+# All take uint8 tiles and return features, and have `config`, `preprocess`, `model.device` and `model.dtype`.
 VisionTower: TypeAlias = ClipTower | SiglipTower | BioVilTTower
 
 # By the `model_type` of a tower's configuration.
@@ -33,8 +33,8 @@ def build_tower(
 ) -> VisionTower:
     """The tower of a configuration, without its weights; with `s2_scales` (pixels) CLIP becomes CLIP-S2.
 
-    `attention` is transformers' name of an implementation. Raises CheckpointError naming the field for a tower that is
-    not known, and for settings that the tower does not have.
+    `attention` is transformers' name of an implementation. Raises CheckpointError naming the field for an unknown
+    tower, and for settings that the tower does not support.
     """
     tower = tower_class(config)
     if s2_scales and tower is not ClipTower:
@@ -57,11 +57,11 @@ def tower_class(config: VisionConfig) -> type[VisionTower]:
     kind = _kind(config)
     if kind not in TOWERS:
         raise CheckpointError(
-            f"vision_config: model_type is {kind!r}, which is no known tower; known are {', '.join(sorted(TOWERS))}"
+            f"vision_config: model_type is {kind!r}, which is not a known tower; known are {', '.join(sorted(TOWERS))}"
         )
     return TOWERS[kind]
 
 
 def _kind(config: VisionConfig) -> str:
-    # LLaVA's configurations in transformers leave out what is CLIP's.
+    # LLaVA's configurations in transformers leave out the model type for CLIP.
     return str(config.architecture.get("model_type", _CLIP))

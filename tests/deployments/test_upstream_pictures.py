@@ -57,5 +57,5 @@ def test_what_cannot_be_decoded_is_refused_by_its_place(kind: str) -> None:
 
 
 def test_a_view_of_what_is_no_dicom_file_is_refused() -> None:
-    with pytest.raises(ImageError, match="no DICOM file"):
+    with pytest.raises(ImageError, match="not a DICOM file"):
         portable_images(_request(ImagePart(plain(), dicom=DicomView(frame=2))), LIMITS)

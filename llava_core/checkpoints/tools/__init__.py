@@ -1,1 +1,1 @@
-"""What is done with checkpoints other than loading them: describing, converting, merging, subtracting, writing."""
+"""Everything done with checkpoints besides loading them: inspecting, converting, merging, subtracting, writing."""

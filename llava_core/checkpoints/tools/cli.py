@@ -1,4 +1,4 @@
-"""`llava inspect`, `convert`, `merge` and `delta`: what is in a checkpoint, and checkpoints made of others.
+"""`llava inspect`, `convert`, `merge` and `delta`: show a checkpoint's contents, and build checkpoints from others.
 
 Parses options and prints; everything else is imported when a command runs, so that `--help` answers at once.
 """
@@ -29,7 +29,7 @@ def _read_sizes(_: click.Context, __: click.Parameter, values: tuple[str, ...]) 
     matches = [re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", value.lower()) for value in values]
     for value, match in zip(values, matches, strict=True):
         if match is None:
-            raise click.BadParameter(f"{value!r} is no size in pixels; write for example 640x480")
+            raise click.BadParameter(f"{value!r} is not a size in pixels; write for example 640x480")
     return tuple(Size(int(match.group(1)), int(match.group(2))) for match in matches if match)
 
 
@@ -37,13 +37,13 @@ def _read_num_bytes(_: click.Context, __: click.Parameter, value: str) -> int:
     """`5GB`, `500MB`, `2GiB` or plain bytes; anything else is a usage error."""
     match = re.fullmatch(r"([1-9]\d*)\s*([A-Za-z]*)", value.strip())
     if match is None or match.group(2).upper() not in _UNITS:
-        raise click.BadParameter(f"{value!r} is no size; write for example 5GB, 500MB or 2GiB")
+        raise click.BadParameter(f"{value!r} is not a size; write for example 5GB, 500MB or 2GiB")
     return int(match.group(1)) * _UNITS[match.group(2).upper()]
 
 
 @contextmanager
 def _ended_by_sigterm() -> Iterator[None]:
-    """SIGTERM counts as Ctrl-C, after which nothing that is half written stays."""
+    """Treat SIGTERM like Ctrl-C, after which nothing half-written is left behind."""
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
@@ -53,7 +53,7 @@ def _ended_by_sigterm() -> Iterator[None]:
 
 _OUT = click.argument("out", type=click.Path(path_type=Path))
 _BASE = click.option("--base", default=None, help="The model that an adapter or projector was trained on.")
-_OFFLINE = click.option("--offline", is_flag=True, help="Never fetch anything; all that is missing is listed.")
+_OFFLINE = click.option("--offline", is_flag=True, help="Download nothing; list missing files.")
 _SHARD = click.option(
     "--max-shard-size", callback=_read_num_bytes, default="5GB", show_default=True, help="Largest file of weights."
 )
@@ -79,9 +79,9 @@ def inspect(
     *,
     offline: bool,
 ) -> None:
-    """Show what the checkpoint MODEL is, what it needs, and everything that is wrong with it.
+    """Show what the checkpoint MODEL is, what it needs, and all problems with it.
 
-    Reads headers, not weights. Exit status 1 when something is wrong.
+    Reads headers, not weights. Exit status 1 when there is a problem.
     """
     from llava_core.checkpoints.tools.report import as_text, inspect_checkpoint
 
@@ -101,7 +101,7 @@ def inspect(
 def convert(source: str, out: Path, to: Target, max_shard_size: int, *, offline: bool) -> None:
     """Write the checkpoint SOURCE in another layout into the new folder OUT.
 
-    Numbers are never changed. In its own layout SOURCE becomes safetensors of the size asked for.
+    Numbers are never changed. In its own layout, SOURCE is rewritten as safetensors of the given size.
     """
     from llava_core.checkpoints.tools.convert import convert as run
 
@@ -116,7 +116,7 @@ def convert(source: str, out: Path, to: Target, max_shard_size: int, *, offline:
 @_OFFLINE
 @_ended_by_sigterm()
 def merge(model: str, out: Path, base: str | None, max_shard_size: int, *, offline: bool) -> None:
-    """Make one whole model of the LoRA or projector MODEL and its base, in the new folder OUT.
+    """Merge the LoRA or projector MODEL and its base into one whole model, in the new folder OUT.
 
     Computed in float32, written in the dtype of the base.
     """
@@ -148,14 +148,14 @@ def make(base: str, target: str, out: Path, max_shard_size: int, *, offline: boo
 @click.argument("base")
 @click.argument("delta")
 @_OUT
-@click.option("--force", is_flag=True, help="Without looking whether DELTA is one, and one of BASE.")
+@click.option("--force", is_flag=True, help="Do not check that DELTA is a delta of BASE.")
 @_SHARD
 @_OFFLINE
 @_ended_by_sigterm()
 def apply(base: str, delta: str, out: Path, max_shard_size: int, *, offline: bool, force: bool) -> None:
     """Write BASE plus DELTA into the new folder OUT.
 
-    DELTA must say that it is one and was made from this BASE. Deltas of the original code say nothing: --force.
+    DELTA must be marked as a delta made from this BASE. The original code's deltas have no such mark: use --force.
     """
     from llava_core.checkpoints.tools.delta import apply_delta
 

@@ -1,8 +1,8 @@
-"""llava-hf and original checkpoints, each written as the other; numbers are never changed, only their names and files.
+"""Converts between llava-hf and original checkpoints; numbers are never changed, only their names and files.
 
-What the new layout has no words for is refused by field, not dropped. An original written as llava-hf gets a row for
+A field that the new layout cannot express is refused, not dropped. An original written as llava-hf gets a row for
 `<image>`, which transformers looks up before it puts features there, and keeps its own settings in `original/`, from
-which the way back restores them. Weights are read and written one tensor at a time.
+which converting back restores them. Weights are read and written one tensor at a time.
 """
 
 from __future__ import annotations
@@ -48,18 +48,18 @@ from llava_core.images.preprocess import PreprocessConfig
 
 Target = Literal["llava-hf", "original"]
 Contents = Mapping[Key, Stored]
-# CLIP's own, which its configurations leave out.
+# CLIP's defaults, which its configurations leave out.
 _CLIP_DEFAULTS = {"hidden_act": "quick_gelu", "num_channels": 3, "layer_norm_eps": 1e-5}
-# Of the folder for a tower that no hub id stands for.
+# The name of the folder for a tower without a hub id.
 _TOWER_FOLDER = "vision_tower"
 
 
 def convert(
     source: str, out: Path, to: Target, *, offline: bool = False, max_shard_size: int = DEFAULT_SHARD_SIZE
 ) -> None:
-    """Write a whole checkpoint in the other layout, or in its own as safetensors of the size asked for.
+    """Write a whole checkpoint in the other layout, or in its own as safetensors of the given shard size.
 
-    Raises CheckpointError when `out` exists, when the source is not whole, and for what the layout cannot say.
+    Raises CheckpointError when `out` exists, when the source is not whole, and for fields the layout cannot express.
     """
     checkpoint = open_checkpoint(source, offline=offline)
     if checkpoint.adapter is not None or not checkpoint.is_complete:
@@ -112,7 +112,7 @@ def _to_original(checkpoint: Checkpoint, stored: Contents, folder: Path, out: Pa
     name_of = partial(to_original, projector_type=config.projector_type)
     write_model(folder, _plan(stored, name_of, rows), max_shard_size=max_shard_size)
     if tower is None:
-        # The original code loads the tower from its name before it takes the one inside.
+        # The original code loads the named tower before it uses the one inside.
         _write_tower(config, stored, folder / _TOWER_FOLDER, preprocess, max_shard_size)
 
 
@@ -127,7 +127,7 @@ def _preprocess_config(checkpoint: Checkpoint) -> PreprocessConfig:
 
 
 def _known_tower(config: ModelConfig, preprocess: PreprocessConfig) -> str | None:
-    """The hub id of a released tower of this very architecture, which prepares pictures in the same way."""
+    """The hub id of a released tower with exactly this architecture and the same preprocessing, if there is one."""
     plain = PreprocessConfig(size=config.tile_size, aspect=preprocess.aspect, pinpoints=config.pinpoints)
     architecture = {**_CLIP_DEFAULTS, **config.vision.architecture}
     for name, known in KNOWN_TOWERS.items():
@@ -153,7 +153,7 @@ def _write_tower(
 
 
 def _kept_settings(kept: Path, config: ModelConfig) -> JsonObject:
-    """The original's own config.json, if the model is still the one that it describes."""
+    """The original's own config.json. Raises CheckpointError if it no longer describes the model."""
     settings = read_json(kept, "config.json")
     with naming(kept / "config.json"):
         was = read_original_config(settings, config.vision.architecture)
@@ -164,7 +164,7 @@ def _kept_settings(kept: Path, config: ModelConfig) -> JsonObject:
                 f"{kept / 'config.json'}: {field} is {before[field]!r}, but the model's is {now[field]!r}; "
                 f"it has changed since it was converted: remove {kept}, then its own settings are written"
             )
-    # Only where `<image>` is right behind the original's rows was one added for it: any other is a token's.
+    # A row was added for `<image>` only where its id directly follows the original's rows; otherwise it has its own.
     rows = was.vocab_size + (config.image_token_id == was.vocab_size)
     changed = changed_tokens(kept, kept.parent)
     if config.vocab_size != rows or changed:
@@ -176,7 +176,7 @@ def _kept_settings(kept: Path, config: ModelConfig) -> JsonObject:
 
 
 def _shape(config: ModelConfig) -> JsonObject:
-    """What the original's config.json says about tensors and tiles, all but how many tokens there are."""
+    """The settings in the original's config.json for tensors and tiles, except the number of tokens."""
     fields = decoder_fields(config)
     decoder = ("model_type", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
     whole = ("hidden_size", "projector_type", "merge_type", "pinpoints", "tie_word_embeddings", "vision")
@@ -196,8 +196,8 @@ def _plan(stored: Contents, name_of: Callable[[Key], str], rows: int) -> list[Pl
 
 
 def _with_rows(planned: Planned, rows: int) -> Tensor:
-    """Cut, or filled with the mean of all rows: as a row of the head its logit is the mean of the others, so that it is
-    never the largest, and as an embedding it is never seen."""
+    """The tensor cut to `rows`, or padded with the mean of all rows. In the head, such a row's logit is the mean of the
+    others and so never the largest; as an embedding it is never used."""
     tensor = planned.make()
     if rows <= len(tensor):
         return tensor[:rows]

@@ -1,10 +1,10 @@
-"""Delta weights: a model as its differences to a base, for a base that may not be passed on; made, and applied again.
+"""Delta weights: makes and applies a model's differences to a base, for a base that may not be redistributed.
 
-As in the original code: tensors of both are subtracted or added, what the base does not have (projector, newline,
-tower) is copied, and where embeddings or head have other numbers of rows the rows of both count. The base is rounded
-to the dtype of the model or delta first, and so is the result; a delta applied again gives the model back up to that
-rounding. One tensor at a time. A delta made here says what its base was, by name and by a digest of its numbers, and is
-applied to no other. Knows nothing about what the weights mean.
+As in the original code: common tensors are subtracted or added, tensors that the base lacks (projector, newline, tower)
+are copied, and where embeddings or head differ in rows, only the common rows are combined. The base is first rounded to
+the dtype of the model or delta, and so is the result; applying a delta restores the model up to that rounding. One
+tensor at a time. A delta made here records its base by name and by a digest of its numbers, and is applied to no other.
+Knows nothing about the meaning of the weights.
 """
 
 from __future__ import annotations
@@ -39,21 +39,22 @@ from llava_core.checkpoints.tools.writing import (
 from llava_core.checkpoints.weights import find_weights, first
 from llava_core.errors import CheckpointError
 
-# In config.json beside the base's name, which may be that of a folder and so of many models.
+# In config.json next to the base's name, which may be that of a folder and thus ambiguous.
 DIGEST_FIELD = "delta_base_sha256"
-# Numbers of each tensor that count for it. Training changes some of them in one tensor or another.
+# How many numbers of each tensor enter the digest. Training changes some of them in one tensor or another.
 _SAMPLE = 1024
 Sign = Literal[1, -1]
-# Every tensor of the model or delta with the base's that is subtracted or added; None where it is copied.
+# Every tensor of the model or delta, with the base's tensor to subtract or add; None where it is copied.
 Pairs = Sequence[tuple[Stored, Stored | None]]
 
 
 def make_delta(
     base: str, target: str, out: Path, *, offline: bool = False, max_shard_size: int = DEFAULT_SHARD_SIZE
 ) -> None:
-    """Write `target` minus `base`, with the target's tokenizer. config.json names the base, so nobody asks a delta.
+    """Write `target` minus `base`, with the target's tokenizer. config.json names the base, so that no delta is
+    mistaken for a model.
 
-    Raises CheckpointError when `out` exists, or when the two are not of one architecture.
+    Raises CheckpointError when `out` exists, or when the two differ in architecture.
     """
     hub = Hub(offline=offline)
     folder, below = _model_folder(target, "the target", hub), _model_folder(base, "the base", hub)
@@ -72,16 +73,16 @@ def apply_delta(
 ) -> None:
     """Write `base` plus `delta`, with the delta's tokenizer.
 
-    Raises CheckpointError as above, and for a folder that does not say that it is a delta, or is one of another base.
-    With `force` it does not: the original code's deltas say nothing.
+    Raises CheckpointError as above, and for a folder that is not marked as a delta, or is a delta of another base.
+    `force` skips these two checks: the original code's deltas have no marks.
     """
     hub = Hub(offline=offline)
     below, folder = _model_folder(base, "the base", hub), hub.find(delta, "the delta")
     settings = read_json(folder, "config.json")
     if DELTA_FIELD not in settings and not force:
         raise CheckpointError(
-            f"{folder / 'config.json'} has no {DELTA_FIELD}, so this is no delta, or one that the original code made; "
-            "where it is one, apply it with --force"
+            f"{folder / 'config.json'} has no {DELTA_FIELD}, so this is not a delta, or one made by the original code; "
+            "if it is a delta, apply it with --force"
         )
     pairs = _pair(folder, below)
     if not force and settings.get(DIGEST_FIELD) != _digest(pairs):
@@ -100,7 +101,7 @@ def _model_folder(path_or_id: str, role: str, hub: Hub) -> Path:
 
 
 def _name(base: str) -> str:
-    """A hub id as it is; of a folder its own name alone, since the way to it is this machine's."""
+    """A hub id unchanged; for a folder only its last part, since its full path is specific to this machine."""
     path = Path(os.path.expanduser(base))
     return path.resolve().name if path.is_dir() else base
 
@@ -138,13 +139,13 @@ def _check_shapes(key: Key, own: Stored, theirs: Stored) -> None:
 
 
 def _digest(pairs: Pairs) -> str:
-    """Of the beginning of each of the base's tensors, rounded as it is before it is subtracted or added.
+    """A digest of the beginning of each of the base's tensors, rounded as for subtracting or adding it.
 
-    So files, shards and dtypes that come to the same numbers have the same digest.
+    So files, shards and dtypes that yield the same numbers have the same digest.
     """
     reader = TensorReader()
     parts = []
-    # File by file, which spares a `.bin` file being opened again for each tensor.
+    # File by file, which avoids reopening a `.bin` file for each tensor.
     for own, base in sorted(((own, base) for own, base in pairs if base), key=lambda pair: pair[1].file):
         dtype: torch.dtype = getattr(torch, DTYPES[own.info.dtype][0])
         numbers = reader.read(base.file, base.name).reshape(-1)[:_SAMPLE].to(dtype)
@@ -169,7 +170,7 @@ def _write(folder: Path, out: Path, pairs: Pairs, sign: Sign, fields: dict[str, 
 
 
 def _combined(planned: Planned, base: Stored, reader: TensorReader, sign: Sign) -> Tensor:
-    """The tensor plus or minus the base's; rows that only one of them has stay as they are, or are left out."""
+    """The tensor plus or minus the base's; rows only the tensor has are unchanged, extra rows of the base unused."""
     own, other = planned.make(), reader.read(base.file, base.name)
     exact = torch.promote_types(own.dtype, torch.float32)
     result = own.to(exact, copy=True)
@@ -177,6 +178,6 @@ def _combined(planned: Planned, base: Stored, reader: TensorReader, sign: Sign) 
     if own.shape != other.shape:
         rows = min(len(own), len(other))
         shared, other = result[:rows], other[:rows]
-    # In place, for the largest tensor is a gigabyte and more.
+    # In place, because the largest tensor is a gigabyte or more.
     shared.add_(other.to(own.dtype).to(exact), alpha=sign)
     return result.to(own.dtype)

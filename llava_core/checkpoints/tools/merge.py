@@ -1,8 +1,8 @@
-"""A LoRA or a projector and what it was trained on become one whole model, written tensor by tensor.
+"""Merges a LoRA or a projector with its base into one whole model, written tensor by tensor.
 
-Dtypes: a weight that LoRA changes is computed in float32 and rounded once, to the dtype that the base stores it in; a
-projector that came alone is float16, as the original code rounds it; every other tensor is written bit for bit as it is
-stored. So the merged model computes what the unmerged one does when both are loaded in the base's dtype.
+Dtypes: a weight that LoRA changes is computed in float32 and rounded once, to the base's stored dtype; a separate
+projector becomes float16, as the original code rounds it; every other tensor is written bit for bit as stored. So the
+merged model computes the same as the unmerged one when both are loaded in the base's dtype.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from llava_core.errors import CheckpointError
 def merge(
     path: str, out: Path, *, base: str | None = None, offline: bool = False, max_shard_size: int = DEFAULT_SHARD_SIZE
 ) -> None:
-    """Write the whole model, in the original layout, or as llava-hf where an adapter's base is that.
+    """Write the whole model, in the original layout, or as llava-hf where an adapter's base is llava-hf.
 
     Raises CheckpointError when `out` exists, when there is nothing to merge, and for a base that does not fit.
     """
@@ -54,7 +54,7 @@ def merge(
 
 
 def rewrite(checkpoint: Checkpoint, folder: Path, out: Path, *, max_shard_size: int) -> None:
-    """Write a checkpoint whole in the layout it has, LoRA added, into `folder`, which will be called `out`."""
+    """Write a whole checkpoint in its own layout, LoRA added, into `folder`, which will be renamed to `out`."""
     lora = open_lora(checkpoint.adapter) if checkpoint.adapter else None
     if checkpoint.config.dialect == "llava_hf":
         copy_settings(checkpoint.folder, folder)
@@ -66,7 +66,7 @@ def rewrite(checkpoint: Checkpoint, folder: Path, out: Path, *, max_shard_size: 
         tensors = _plan(checkpoint.config, stored_tensors(weights), lora, name_of)
         settings = {**checkpoint.settings, **_tower_fields(checkpoint, folder, out)}
         if changes_tower:
-            # A tower that is not the named one any more goes inside, and counts there.
+            # A changed tower is no longer the named one: it is stored inside, and marked to be used from there.
             settings["unfreeze_mm_vision_tower"] = True
         write_json(folder / "config.json", settings)
         copy_text_files(checkpoint.text_folder, folder)
@@ -74,9 +74,9 @@ def rewrite(checkpoint: Checkpoint, folder: Path, out: Path, *, max_shard_size: 
 
 
 def _tower_fields(checkpoint: Checkpoint, folder: Path, out: Path) -> dict[str, str]:
-    """Where the tower is found from another place: a folder is named in full, one of the checkpoint's own comes along.
+    """The field that locates the tower from the new folder: a folder by its full path, copied if the checkpoint's own.
 
-    A hub id stays as it is.
+    A hub id is unchanged.
     """
     named = local_folder(checkpoint.config.tower_name or "", checkpoint.folder)
     if named is None:
@@ -106,14 +106,14 @@ def _plan(
 
 
 def _check_pairs(lora: Lora, header: Mapping[str, TensorInfo], stored: Mapping[Key, Stored]) -> None:
-    """What would be noticed only after half of the model was written."""
+    """Check for errors that would otherwise be detected only after half of the model is written."""
     for key, pair in lora.pairs.items():
         shape = (header[pair.up].shape[0], header[pair.down].shape[1])
         if key not in stored or stored[key].info.shape != shape:
             found = f"but the base has {stored[key].info.shape}" if key in stored else "which the base does not hold"
             raise CheckpointError(
                 f"{lora.file} changes {key.part} {key.name} of shape {shape}, {found}; "
-                "it is the wrong base, name the right one with --base"
+                "it is the wrong base, so name the right one with --base"
             )
 
 

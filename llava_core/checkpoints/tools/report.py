@@ -1,7 +1,7 @@
-"""What `llava inspect` tells: one JSON object about a checkpoint, and the same as text.
+"""The report of `llava inspect`: one JSON object about a checkpoint, and the same as text.
 
-Reads configurations and headers, and imports no torch. A step that fails becomes a problem in the report, and the
-others go on. Knows nothing of how options are parsed.
+Reads configurations and headers, and imports no torch. A failed step becomes a problem in the report, and the others
+continue. Knows nothing about option parsing.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 Report = dict[str, Any]
 Result = TypeVar("Result")
 
-# Bytes of a number, and how the decoder's linear layers are stored.
+# Bytes per number, and how the decoder's linear layers are stored.
 _PRECISIONS: dict[str, tuple[int, Quantization | None]] = {
     "float32": (4, None),
     "bfloat16": (2, None),
@@ -56,7 +56,7 @@ def inspect_checkpoint(
     sizes: Sequence[Size] = (),
     template: str | None = None,
 ) -> Report:
-    """Everything that can be learnt; `problems` holds what is wrong.
+    """Everything that can be learnt about a checkpoint; `problems` lists what is wrong.
 
     Raises CheckpointError when there is no folder, and UnknownNameError when there is no such template.
     """
@@ -87,7 +87,7 @@ def _attempt(problems: list[str], step: Callable[[], Result]) -> Result | None:
 
 
 def _own_tensors(folder: Path) -> dict[Key, Stored]:
-    """Of a folder that could not be opened, for instance since its tower is missing."""
+    """The tensors of a folder that could not be opened, for instance because its tower is missing."""
     return stored_tensors([find_weights(folder)])
 
 
@@ -116,7 +116,7 @@ def _describe(checkpoint: Checkpoint, sizes: Sequence[Size], template: str | Non
 def _sources(checkpoint: Checkpoint) -> Report:
     """Where the parts come from, None where the checkpoint holds them."""
     towers = [str(each.folder.resolve()) for each in checkpoint.weights if each.key_map is from_tower]
-    # Of a PEFT adapter the opened folder is the base.
+    # For a PEFT adapter the opened folder is the base.
     is_own = checkpoint.adapter is None or checkpoint.folder == checkpoint.adapter
     base = checkpoint.text_folder if not checkpoint.is_complete or not is_own else None
     return {
@@ -127,7 +127,7 @@ def _sources(checkpoint: Checkpoint) -> Report:
 
 
 def _parts(stored: Mapping[Key, Stored]) -> Report:
-    """Tensors, numbers and dtypes of each part, as they are stored."""
+    """Tensors, numbers and dtypes of each part, as stored."""
     by_part: dict[str, list[TensorInfo]] = defaultdict(list)
     for key, each in stored.items():
         by_part[key.part].append(each.info)
@@ -189,8 +189,8 @@ def _pictures(checkpoint: Checkpoint) -> Report:
 
 
 def _prompt(checkpoint: Checkpoint, sizes: Sequence[Size], template: str | None, problems: list[str]) -> Report:
-    """Template, tokenizer, and what becomes of pictures. That a checkpoint does not tell its template is no fault of
-    it: `why` says so."""
+    """Template, tokenizer, and token counts of pictures. A checkpoint that does not determine its template is not at
+    fault: `why` gives the reason."""
     from llava_core.checkpoints.tokenizer import choose_template, load_tokenizer
 
     counts = {size: num_image_tokens(checkpoint.config, size) for size in sizes or DEFAULT_SIZES}
@@ -207,20 +207,20 @@ def _prompt(checkpoint: Checkpoint, sizes: Sequence[Size], template: str | None,
     name = chosen.name if chosen else None
     report["prompt"] = {"template": name, "why": reasons[0] if reasons else None, "num_tokens": tokenizer.num_tokens}
     refused = _refused(checkpoint, tokenizer, name or _SHORTEST, list(counts))
-    # A size that nobody asked for is no fault, unless no picture can be asked about at all.
+    # A refused default size is not a problem, unless all of them are refused.
     if sizes or len(refused) == len(counts):
         problems += [f"a picture of {size} is refused: {reason}" for size, reason in refused.items()]
     return {**report, "refused_sizes": refused}
 
 
-# The template that puts least around a picture.
+# The template that adds the fewest tokens to a picture.
 _SHORTEST = "plain"
 
 
 def _refused(
     checkpoint: Checkpoint, tokenizer: CheckpointTokenizer, template: str, sizes: Sequence[Size]
 ) -> dict[str, str]:
-    """The sizes that a service with the usual limits refuses, and why. None where pictures are not understood."""
+    """The sizes that a service with default limits refuses, and why. Empty where image settings are not understood."""
     from llava_core.checkpoints.describe import load_preparer
 
     preparer = _attempt([], lambda: load_preparer(checkpoint, tokenizer, template=template))
@@ -240,7 +240,7 @@ def _named(size: Size) -> str:
 
 
 def _shapes(config: ModelConfig, stored: Mapping[Key, Stored]) -> dict[Part, dict[str, Shape]]:
-    """By part and name what config.json calls for; where that says no shape, what is stored."""
+    """The shapes that config.json calls for, by part and name; where it implies none, the stored ones."""
     shapes: dict[Part, dict[str, Shape]] = defaultdict(dict)
     for key, shape in expected_shapes(config).items():
         if shape is not None:
@@ -261,7 +261,7 @@ def _memory(config: ModelConfig, shapes: Mapping[Part, Mapping[str, Shape]]) -> 
 
 
 def as_text(report: Report) -> str:
-    """A line for every value, those of an object indented below its name; problems last, one a line."""
+    """One line per value, those of an object indented below its name; problems last, one per line."""
     lines = list(_lines({name: value for name, value in report.items() if name != "problems"}, ""))
     problems = report["problems"]
     lines.append(f"problems: {len(problems) or 'none'}")

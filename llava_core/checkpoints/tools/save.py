@@ -1,4 +1,4 @@
-"""A model of ours written as a llava-hf checkpoint that transformers loads as it is. Never leaves half a checkpoint.
+"""Saves one of our models as a llava-hf checkpoint that transformers loads unchanged. Never leaves half a checkpoint.
 
 Knows the layout's files and names; nothing about training.
 """
@@ -33,13 +33,13 @@ def save_llava_hf(
 ) -> None:
     """Write weights, configs and tokenizer.
 
-    Raises CheckpointError when `folder` exists, since nothing is overwritten, and for what the layout has no words for.
+    Raises CheckpointError when `folder` exists, since nothing is overwritten, and for fields the layout cannot express.
     """
     check_llava_hf(language.config)
     with new_folder(folder) as partial:
         tensors = {to_llava_hf(key): tensor.to(dtype).contiguous() for key, tensor in _tensors(tower, language)}
         save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
-        # safetensors creates files for their owner alone; a checkpoint is there to be read.
+        # safetensors creates files that only their owner can read; a checkpoint should be readable by others.
         (partial / "model.safetensors").chmod(0o644)
         tokenizer.save_pretrained(partial)
         name = str(dtype).removeprefix("torch.")
@@ -49,7 +49,7 @@ def save_llava_hf(
 
 
 def check_llava_hf(config: ModelConfig) -> None:
-    """Raise CheckpointError naming the first field that the layout has no words for."""
+    """Raise CheckpointError naming the first field that the layout cannot express."""
     words = {"projector_type": "mlp2x_gelu", "image_start_end": False, "s2_scales": ()}
     words["merge_type"] = "spatial_unpad" if config.pinpoints else "flat"
     for field, only in words.items():
@@ -61,7 +61,7 @@ def check_llava_hf(config: ModelConfig) -> None:
 
 
 def write_settings(folder: Path, config: ModelConfig, preprocess: PreprocessConfig, *, dtype: str) -> None:
-    """config.json and the two files that say how pictures are prepared."""
+    """Write config.json and the two files with image settings."""
     write_json(folder / "config.json", config_json(config, dtype=dtype))
     write_json(folder / "preprocessor_config.json", preprocessor_json(preprocess))
     write_json(folder / "processor_config.json", _processor_json(config))
@@ -103,7 +103,7 @@ def _has_class_feature(config: ModelConfig) -> bool:
 
 
 def _strategy(config: ModelConfig) -> str:
-    """`default` drops the first feature, which only a CLIP has one too many of."""
+    """The feature strategy: `default` drops the first feature, which only CLIP has (the class feature)."""
     return "default" if config.vision.select_feature == "patch" and _has_class_feature(config) else "full"
 
 
@@ -122,7 +122,7 @@ def preprocessor_json(config: PreprocessConfig) -> JsonObject:
         "do_convert_rgb": True,
         "do_pad": config.aspect != "crop",
         "do_resize": True,
-        # Of a picture that is square by then, the whole: stretching and cutting are the same.
+        # By then the picture is square, so stretching and cropping give the same result.
         "size": side if is_stretched else {"shortest_edge": config.size},
         "resample": int(config.resample),
         **({} if is_stretched else {"do_center_crop": True, "crop_size": side}),

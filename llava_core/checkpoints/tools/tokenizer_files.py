@@ -1,7 +1,7 @@
 """An original checkpoint's tokenizer as transformers' llava-hf models need it: one tokenizer.json with `<image>` in it.
 
-A checkpoint that has only tokenizer.model gets the fast form that transformers makes of it, which may read a text
-that follows a special token in another way than the original's slow one. Knows no weights.
+A checkpoint that has only tokenizer.model gets the fast form into which transformers converts it, which may tokenize
+text after a special token differently from the original's slow one. Knows no weights.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
 def with_image_token(checkpoint: Checkpoint) -> tuple[PreTrainedTokenizerFast, int]:
-    """The tokenizer, and the id of `<image>`: the one it has, or the first that no token has.
+    """The tokenizer, and the id of `<image>`: its existing id, or the first free one.
 
     Raises CheckpointError when the tokenizer is missing or has more tokens than the embeddings have rows.
     """
@@ -37,22 +37,22 @@ def with_image_token(checkpoint: Checkpoint) -> tuple[PreTrainedTokenizerFast, i
         text = raw.id_to_token(bos)
         raw.post_processor = TemplateProcessing(single=f"{text} $A", special_tokens=[(text, bos)])
     roles = {role: str(token) for role in _ROLES if (token := getattr(inner, role)) is not None}
-    # Batches need one to fill up with, and Llama's tokenizers have none.
+    # Batches need a padding token, and Llama's tokenizers have none.
     if filler := roles.get("unk_token", roles.get("eos_token")):
         roles.setdefault("pad_token", filler)
-    # Not the class it was: that would put its own idea of BOS over what tokenizer.json says.
+    # Not the original class, which would override tokenizer.json's handling of BOS.
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, clean_up_tokenization_spaces=False, **roles)
     tokenizer.chat_template = inner.chat_template
     image = AddedToken(IMAGE_PLACEHOLDER, special=True, normalized=False)
     tokenizer.add_special_tokens({"additional_special_tokens": [image]})
-    # Of the new one, which holds a copy of `raw`.
+    # From the new tokenizer, which holds a copy of `raw`.
     image_id = tokenizer.backend_tokenizer.token_to_id(IMAGE_PLACEHOLDER)
     assert image_id is not None
     return tokenizer, image_id
 
 
 def changed_tokens(before: Path, now: Path) -> list[str]:
-    """Tokens that one of two folders has and the other has not, or under another id; `<image>` is none of them."""
+    """Tokens that only one of two folders has, or that have different ids in the two; `<image>` is ignored."""
     was, has = (_load(folder).get_vocab().items() for folder in (before, now))
     return sorted({text for text, _ in was ^ has} - {IMAGE_PLACEHOLDER})
 

@@ -1,6 +1,6 @@
-"""New checkpoint folders: all of it or nothing, never over an old one; weights one tensor at a time.
+"""Writes new checkpoint folders atomically, never over an existing one; weights one tensor at a time.
 
-The safetensors format is written here, because the library wants a whole file in memory first: eight bytes with the
+The safetensors format is written here, because the library needs a whole file in memory first: eight bytes with the
 header's length, the header as JSON, then the tensors. Knows no layouts.
 """
 
@@ -28,14 +28,14 @@ from llava_core.config import JsonObject
 from llava_core.disk import flush
 from llava_core.errors import CheckpointError
 
-# In a converted checkpoint: the files of the original's that say what the new layout has no words for.
+# In a converted checkpoint: the original's files with settings that the new layout cannot express.
 ORIGINAL_FOLDER = "original"
 DEFAULT_SHARD_SIZE = 5 * 10**9
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A tensor that will be written under `name`; `make` reads or computes it when its turn comes."""
+    """A tensor to be written under `name`; `make` reads or computes it when it is written."""
 
     name: str
     info: TensorInfo
@@ -44,11 +44,11 @@ class Planned:
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder to fill, which takes its name when the block ends and vanishes when the block fails.
+    """Yield a folder to fill, which gets its final name when the block ends and is removed when the block fails.
 
-    Raises CheckpointError when `folder` exists, or cannot be written: an OSError in the block counts as that, so what
-    the block reads must be read by functions that raise something else. A folder of the same name that is made
-    meanwhile is replaced if it is empty; if anything is in it, it stays and this one vanishes.
+    Raises CheckpointError when `folder` exists, or cannot be written. An OSError in the block counts as a write error,
+    so the block must read files with functions that raise something else. If a folder of the same name is created
+    meanwhile, it is replaced if empty; otherwise it stays and this one is removed.
     """
     if folder.exists() or folder.is_symlink():
         raise CheckpointError(f"{folder} exists and is not overwritten; choose another folder or remove it")
@@ -59,7 +59,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
         raise CheckpointError(f"{folder} cannot be made: {error}") from error
     try:
         yield partial
-        # Temporary folders are their owner's alone; this one is to be as any other that the user makes.
+        # Temporary folders are private to their owner; this one gets the user's usual permissions.
         partial.chmod(0o777 & ~_umask())
         for path in partial.rglob("*"):
             if path.is_file():
@@ -68,12 +68,12 @@ def new_folder(folder: Path) -> Iterator[Path]:
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be written: {error}") from error
     finally:
-        # Nothing is there any more once it has its name.
+        # After the rename, there is nothing left to remove.
         shutil.rmtree(partial, ignore_errors=True)
 
 
 def _umask() -> int:
-    """What the user keeps from others; to be told it must be set."""
+    """The process's umask, which can only be read by setting it."""
     mask = os.umask(0o077)
     os.umask(mask)
     return mask
@@ -82,7 +82,7 @@ def _umask() -> int:
 def write_model(
     folder: Path, tensors: Sequence[Planned], *, max_shard_size: int = DEFAULT_SHARD_SIZE, stem: str = "model"
 ) -> None:
-    """Write safetensors in the order given, in files of at most `max_shard_size` bytes, or one that is larger.
+    """Write safetensors in the given order, in files of at most `max_shard_size` bytes, or one larger tensor each.
 
     Holds one tensor in memory at a time; shows its progress on a terminal.
     """
@@ -112,7 +112,7 @@ def _split(tensors: Sequence[Planned], max_shard_size: int) -> list[list[Planned
 
 
 def _write_safetensors(file: Path, tensors: Sequence[Planned], report: Callable[[int], object]) -> None:
-    # Wide numbers first: so each begins at a multiple of its own size, which readers may rely on.
+    # Wide numbers first, so that each begins at a multiple of its own size, which readers may rely on.
     ordered = sorted(tensors, key=lambda planned: -DTYPES[planned.info.dtype][1])
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -142,12 +142,12 @@ def _bytes(planned: Planned) -> memoryview:
 
 
 def write_json(path: Path, content: JsonObject) -> None:
-    """JSON as configuration files have it."""
+    """Write JSON in the style of configuration files."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def copy_files(source: Path, target: Path, names: Sequence[str]) -> None:
-    """Those of the named files that there are. Raises CheckpointError when one cannot be read."""
+    """Copy those of the named files that exist. Raises CheckpointError when one cannot be read."""
     for name in names:
         if (source / name).exists():
             with (target / name).open("wb") as out:
@@ -155,7 +155,7 @@ def copy_files(source: Path, target: Path, names: Sequence[str]) -> None:
 
 
 def copy_folder(source: Path, target: Path) -> None:
-    """All that is in a folder, into a new one. Raises CheckpointError when something cannot be read."""
+    """Copy a folder's contents into a new one. Raises CheckpointError when something cannot be read."""
     for path, _, names in os.walk(source, onerror=_cannot_be_read, followlinks=True):
         folder = target / Path(path).relative_to(source)
         folder.mkdir()
@@ -175,26 +175,26 @@ def _cannot_be_read(error: OSError) -> NoReturn:
     raise CheckpointError(f"{error.filename} cannot be read: {error.strerror}") from error
 
 
-# What transformers refuses to save while `do_sample` is false.
+# The settings that transformers refuses to save while `do_sample` is false.
 _SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
 
 def clean_generation_config(config: Mapping[str, object]) -> dict[str, object]:
-    """Without sampling settings that `do_sample: false` leaves without effect: transformers would not save them."""
+    """Drop sampling settings that have no effect with `do_sample: false`: transformers would refuse to save them."""
     if config.get("do_sample"):
         return dict(config)
     return {name: value for name, value in config.items() if name not in _SAMPLING_FIELDS}
 
 
 def as_stored(name: str, stored: Stored, reader: TensorReader) -> Planned:
-    """A tensor of another checkpoint, bit for bit, or rounded to float16 where it counts so."""
+    """Plan a tensor of another checkpoint, bit for bit, or rounded to float16 with `is_rounded`."""
     if not stored.is_rounded:
         return Planned(name, stored.info, lambda: reader.read(stored.file, stored.name))
     rounded = TensorInfo("F16", stored.info.shape)
     return Planned(name, rounded, lambda: reader.read(stored.file, stored.name).half())
 
 
-# What makes a tokenizer, in any version's spelling.
+# A tokenizer's files, as named by any version.
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -207,7 +207,7 @@ TOKENIZER_FILES = (
 
 
 def copy_settings(source: Path, target: Path) -> None:
-    """All of a whole checkpoint that is not weights: settings, tokenizer, templates."""
+    """Copy everything but the weights of a whole checkpoint: settings, tokenizer, templates."""
     files = [file for pattern in ("*.json", "*.jinja", "*.model") for file in sorted(source.glob(pattern))]
     copy_files(source, target, [file.name for file in files if not file.name.endswith(".index.json")])
     if (source / ORIGINAL_FOLDER).is_dir():
@@ -216,7 +216,7 @@ def copy_settings(source: Path, target: Path) -> None:
 
 
 def copy_text_files(source: Path, target: Path) -> None:
-    """A decoder's tokenizer and its generation_config.json, cleaned."""
+    """Copy a decoder's tokenizer and its cleaned generation_config.json."""
     copy_files(source, target, [*TOKENIZER_FILES, "generation_config.json"])
     _clean_generation_config(target)
 

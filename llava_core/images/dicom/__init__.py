@@ -1,4 +1,4 @@
-"""DICOM files become pictures: the few elements that a picture needs, one frame's values, and those as grey or colour.
+"""Turns DICOM files into pictures: the few elements needed, one frame's values, and their rendering in grey or colour.
 
-Nothing that names a patient is read: header.py has the list of what is. Compressed frames are pydicom's work.
+Nothing that identifies a patient is read: header.py lists the elements that are. pydicom decodes compressed frames.
 """

@@ -1,8 +1,8 @@
-"""The elements of a DICOM file that a picture needs; every other is stepped over and its value never looked at.
+"""Reads the elements of a DICOM file that a picture needs; all others are skipped without looking at their values.
 
-Not pydicom's reader, which takes everything in, repeats values in warnings, and inflates a deflated file whatever comes
-of it. Here the work is bounded: by the number of elements, by how deep sequences nest, and by bytes once inflated.
-Knows how elements are written, and nothing of what they mean. Raises ImageError, without `param` and without any value.
+Replaces pydicom's reader, which reads everything, repeats values in warnings, and inflates a deflated file without
+limit. Here the work is bounded by the number of elements, the nesting depth of sequences, and the bytes once inflated.
+Knows how elements are encoded, but not what they mean. Raises ImageError without `param` and without any value.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import TypeAlias
 
 from llava_core.errors import ImageError
 
-# What is wanted of a data set: a tag, and of a sequence also what is wanted of its items.
+# The tags wanted from a data set; for a sequence, also the tags wanted from its items.
 Wanted: TypeAlias = "Mapping[int, Wanted | None]"
-# A value as it is stored, or the items of a sequence.
+# A value as stored, or the items of a sequence.
 Elements: TypeAlias = "dict[int, bytes | list[Elements]]"
 
 TRANSFER_SYNTAX = 0x00020010
@@ -25,29 +25,29 @@ _EXPLICIT_LITTLE, _IMPLICIT_LITTLE = "1.2.840.10008.1.2.1", "1.2.840.10008.1.2"
 _DEFLATED, _EXPLICIT_BIG = "1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.2"
 
 _MARK_AT, _DATA_AT = 128, 132
-# As it is stored: the file's own elements, always explicit, before those of the picture.
+# As stored. The group of the file's own elements, always explicit VR, which precede those of the picture.
 _HEAD_GROUP = b"\x02\0"
 _UNDEFINED = 0xFFFFFFFF
 _ITEM, _ITEM_END, _SEQUENCE_END = 0xFFFEE000, 0xFFFEE00D, 0xFFFEE0DD
 _LONG_VRS = frozenset((b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV"))
-# Far beyond any picture's: a few seconds at most.
+# Far more than any picture has; reading them takes a few seconds at most.
 _MAX_ELEMENTS, _MAX_DEPTH = 500_000, 16
 
 
 def is_dicom(data: bytes) -> bool:
-    """Whether these bytes say that they are a DICOM file."""
+    """Whether these bytes have the mark of a DICOM file."""
     return data[_MARK_AT:_DATA_AT] == b"DICM"
 
 
 def read_elements(data: bytes, wanted: Wanted, *, max_bytes: int) -> tuple[str, Elements]:
-    """The transfer syntax, and what is there of `wanted` up to the pixels, with which the reading ends.
+    """The transfer syntax, and those of the `wanted` elements that exist up to and including the pixels.
 
-    Of compressed pixels the value is all their items. Raises ImageError.
+    Reading ends with the pixels; compressed ones are returned with all their items. Raises ImageError.
     """
     head = _Reader(data, is_implicit=False, group=_HEAD_GROUP)
     stored = head.data_set({TRANSFER_SYNTAX: None}, _DATA_AT, len(data)).get(TRANSFER_SYNTAX)
     if not isinstance(stored, bytes):
-        raise ImageError("the DICOM file does not say its transfer syntax (0002,0010); save it as a Part 10 file")
+        raise ImageError("the DICOM file does not state its transfer syntax (0002,0010); save it as a Part 10 file")
     syntax, rest = stored.decode("latin-1").rstrip("\0 "), data[head.offset :]
     if syntax == _EXPLICIT_BIG:
         raise ImageError("the DICOM file is big endian, which was retired; save it as explicit VR little endian")
@@ -72,7 +72,7 @@ def _inflated(deflated: bytes, max_bytes: int) -> bytes:
 
 
 class _Reader:
-    """Reads one file's data set; `offset` is where it is. With `group`, up to the first element of another group."""
+    """Reads one file's data set; `offset` is the current position. With `group`, reads only elements of that group."""
 
     def __init__(self, data: bytes, *, is_implicit: bool, group: bytes | None = None) -> None:
         self.offset = 0
@@ -84,7 +84,7 @@ class _Reader:
     def data_set(
         self, wanted: Wanted, start: int, end: int, *, is_implicit: bool | None = None, depth: int = 0
     ) -> Elements:
-        """Of the elements from `start` on, up to the pixels or the end of the item, those that are wanted."""
+        """The wanted elements from `start` on, up to the pixels or the end of the item."""
         is_implicit = self._is_implicit if is_implicit is None else is_implicit
         found: Elements = {}
         self.offset = start
@@ -100,7 +100,7 @@ class _Reader:
                 self._skip_fragments(end)
                 found[tag] = self._data[begin : self.offset]
             elif length == _UNDEFINED or (is_wanted and inner is not None):
-                # Of undefined length, what is of unknown kind is a sequence, and implicit inside.
+                # An element of undefined length and unknown type is a sequence, with implicit VRs inside.
                 inside = is_implicit or vr == b"UN"
                 items = self._items(inner or {}, length, end, is_implicit=inside, depth=depth + 1)
                 if is_wanted:
@@ -162,7 +162,7 @@ class _Reader:
         group, element, length = struct.unpack("<HHL", self._take(8, end))
         tag = group << 16 | element
         if tag not in (_ITEM, _SEQUENCE_END):
-            raise _damaged("a sequence holds something that is no item")
+            raise _damaged("a sequence holds something that is not an item")
         return tag, length
 
     def _take(self, count: int, end: int) -> bytes:

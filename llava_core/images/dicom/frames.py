@@ -1,8 +1,8 @@
-"""One frame of a DICOM file as the values it stores, decompressed by pydicom's plugins.
+"""One frame of a DICOM file as its stored values, decompressed by pydicom's plugins.
 
-A compressed frame tells its own size, which is what a decoder makes room for; so it is compared with the file's before
-any decoder sees it. pydicom and its plugins are an extra, imported only here. Raises ImageError without `param`, and
-never with a decoder's text. Knows nothing of grey and windows.
+A compressed frame states its own size, from which a decoder allocates memory; so it is compared with the file's header
+before any decoder sees it. pydicom and its plugins are an extra, imported only here. Raises ImageError without `param`,
+and never with a decoder's text. Knows nothing about grey levels and windows.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ _NATIVE = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1")
 _RLE, _JPEG_12_BIT = "1.2.840.10008.1.2.5", "1.2.840.10008.1.2.4.51"
 _JPEG_2000 = tuple(f"1.2.840.10008.1.2.4.{number}" for number in (90, 91, 201, 202, 203))
 _GDCM, _CHARLS = "gdcm", "pyjpegls"
-# What neither ends in time nor in an exception where a frame is damaged.
+# Plugins that, on a damaged frame, may neither finish in time nor raise an exception.
 _APART = (_GDCM, _CHARLS)
-# Which of pydicom's plugins decompresses a transfer syntax, so that no picture depends on what else is installed.
+# Which of pydicom's plugins decompresses a transfer syntax, so that results do not depend on what else is installed.
 _PLUGINS = {
     "1.2.840.10008.1.2.4.50": "pillow",
     _JPEG_12_BIT: "pillow",
@@ -39,7 +39,7 @@ _PLUGINS = {
     **dict.fromkeys(_JPEG_2000, "pylibjpeg"),
 }
 _SUPPORTED = "uncompressed, RLE, JPEG of 8 bits, lossless JPEG, JPEG-LS, JPEG 2000 and HTJ2K"
-# What pydicom and its plugins raise for damaged data; warnings for processes that turn them into errors.
+# What pydicom and its plugins raise for damaged data. Warning is here for processes that turn warnings into errors.
 _DECODER_ERRORS = (
     ValueError,
     TypeError,
@@ -55,16 +55,16 @@ _DECODER_ERRORS = (
     struct.error,
     zlib.error,
 )
-# Of JPEG and JPEG-LS: the markers that a frame's size follows, and those that no length follows.
+# In JPEG and JPEG-LS: markers followed by a frame's size, and markers not followed by a length.
 _SIZE_MARKERS = (set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}) | {0xF7}
 _BARE_MARKERS = {0x01, *range(0xD0, 0xD9)}
 
 
 def stored_values(header: Header, frame: int) -> npt.NDArray[Any]:
-    """Values of a frame, counted from 1: (rows, columns), or (rows, columns, 3) of 8-bit RGB."""
+    """Values of a frame, counted from 1: (rows, columns), or (rows, columns, 3) for 8-bit RGB."""
     syntax = header.syntax
     if syntax not in (*_NATIVE, _RLE, *_PLUGINS):
-        raise ImageError(f"the DICOM file is compressed in a way that is not supported; these are: {_SUPPORTED}")
+        raise ImageError(f"the DICOM file's compression is not supported; supported are: {_SUPPORTED}")
     if syntax == _JPEG_12_BIT and header.stored > 8:
         raise ImageError("the DICOM file is lossy JPEG of 12 bits, which is not supported; export it lossless")
     decoder = _decoder(_NATIVE[1] if syntax == _RLE else syntax)
@@ -75,7 +75,7 @@ def stored_values(header: Header, frame: int) -> npt.NDArray[Any]:
         "number_of_frames": 1,
         "samples_per_pixel": header.samples,
         "photometric_interpretation": header.photometric,
-        # Unpacked runs are sample by sample.
+        # Unpacked RLE data is stored sample by sample.
         "planar_configuration": 1 if syntax == _RLE else header.planar,
         "bits_allocated": header.allocated,
         "bits_stored": header.stored,
@@ -102,7 +102,7 @@ def _shaped(data: bytes, header: Header) -> npt.NDArray[Any]:
 
 @functools.cache
 def _decoder(syntax: str) -> Any:
-    """pydicom's decoder, which logs nothing: what is wrong with a client's file is told to the client."""
+    """pydicom's decoder, with logging turned off: errors in a client's file are reported to the client."""
     try:
         pixels = import_module("pydicom.pixels")
         decoder = pixels.get_decoder(syntax)
@@ -116,7 +116,7 @@ def _decoder(syntax: str) -> Any:
 
 
 def _native_frame(header: Header, frame: int) -> bytes:
-    # Of 4:2:2 two pixels share their colours: four bytes in place of six.
+    # In 4:2:2 two pixels share their colours: four bytes in place of six.
     samples = 2 if header.photometric == "YBR_FULL_422" else header.samples
     length = header.rows * header.columns * samples * header.allocated // 8
     if len(header.pixels) < length * header.num_frames:
@@ -128,7 +128,7 @@ def _native_frame(header: Header, frame: int) -> bytes:
 
 
 def _compressed_frame(header: Header, frame: int) -> bytes:
-    """The frame alone: of RLE unpacked, else in an envelope of its own, which pydicom's decoders want."""
+    """The frame on its own: unpacked for RLE, otherwise encapsulated, as pydicom's decoders require."""
     encaps = import_module("pydicom.encaps")
     data: bytes = encaps.get_frame(
         header.pixels, frame - 1, number_of_frames=header.num_frames, extended_offsets=header.offsets
@@ -147,7 +147,7 @@ def _compressed_frame(header: Header, frame: int) -> bytes:
 
 
 def _size_jpeg(data: bytes) -> tuple[int, int, int]:
-    """Columns, rows and samples of a JPEG or JPEG-LS. Raises struct.error, or ValueError, where it does not say."""
+    """Columns, rows and samples of a JPEG or JPEG-LS. Raises struct.error or ValueError where they are missing."""
     offset = 2
     while data[:2] == b"\xff\xd8":
         mark, kind = struct.unpack_from(">BB", data, offset)
@@ -167,7 +167,7 @@ def _size_jpeg(data: bytes) -> tuple[int, int, int]:
 
 
 def _size_2000(data: bytes) -> tuple[int, int, int]:
-    """Columns, rows and samples, with which a JPEG 2000 codestream begins. Raises struct.error or ValueError."""
+    """Columns, rows and samples from the start of a JPEG 2000 codestream. Raises struct.error or ValueError."""
     if data[:4] != b"\xff\x4f\xff\x51":
         raise ValueError("no codestream")
     right, bottom, left, top = struct.unpack_from(">4L", data, 8)

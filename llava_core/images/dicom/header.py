@@ -1,8 +1,8 @@
-"""What a DICOM file says about its pixels, read once and checked: sizes, bits, colours, windows, tables.
+"""A DICOM file's description of its pixels, read once and checked: sizes, bits, colours, windows, tables.
 
-What is no picture, or one of a kind that is not supported, is refused here, before a pixel is decoded, in words that
-repeat nothing of the file but numbers and the standard's own names. Knows nothing of how pixels are decoded. Raises
-ImageError without `param`.
+Files without a picture, or with an unsupported kind, are refused here, before a pixel is decoded. Error messages repeat
+nothing from the file but numbers and the standard's own names. Knows nothing about decoding pixels. Raises ImageError
+without `param`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _CENTRE, _WIDTH, _FUNCTION, _INTERCEPT, _SLOPE = 0x00281050, 0x00281051, 0x00281
 _MODALITY_LUTS, _VOI_LUTS, _LUT_DESCRIPTOR, _LUT_DATA = 0x00283000, 0x00283010, 0x00283002, 0x00283006
 _PALETTE_DESCRIPTORS, _PALETTE_DATA = (0x00281101, 0x00281102, 0x00281103), (0x00281201, 0x00281202, 0x00281203)
 _OFFSETS, _LENGTHS = 0x7FE00001, 0x7FE00002
-# Of files whose frames each have values of their own: those of one frame, and those of all.
+# In multi-frame files: sequences with values per frame and with values shared by all frames.
 _PER_FRAME, _SHARED, _FRAME_WINDOWS, _FRAME_RESCALE = 0x52009230, 0x52009229, 0x00289132, 0x00289145
 
 _LUT: Wanted = {_LUT_DESCRIPTOR: None, _LUT_DATA: None}
@@ -35,7 +35,7 @@ _OF_FRAMES: Wanted = {
     _FRAME_WINDOWS: {_CENTRE: None, _WIDTH: None, _FUNCTION: None},
     _FRAME_RESCALE: {_INTERCEPT: None, _SLOPE: None},
 }
-# All that is ever read of a file, but its transfer syntax.
+# Everything ever read from a file, besides its transfer syntax.
 WANTED: Wanted = {
     **dict.fromkeys((_SOP_CLASS, _SAMPLES, _PHOTOMETRIC, _PLANAR, _NUM_FRAMES, _ROWS, _COLUMNS)),
     **dict.fromkeys((_ALLOCATED, _STORED, _HIGH_BIT, _SIGNED, _PADDING, _PADDING_LIMIT)),
@@ -50,7 +50,7 @@ WANTED: Wanted = {
 
 MONOCHROME = ("MONOCHROME1", "MONOCHROME2")
 PALETTE = "PALETTE COLOR"
-# Three samples a pixel; pydicom's decoders make RGB of all of them.
+# Three samples per pixel; pydicom's decoders convert all of them to RGB.
 _COLOURS = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
 _FUNCTIONS = ("LINEAR", "LINEAR_EXACT", "SIGMOID")
 _NO_PICTURES = {
@@ -66,7 +66,7 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class Lut:
-    """A table of values from `first` on; what lies below it is its first entry, what lies above its last."""
+    """A look-up table for values from `first` on; values below map to the first entry, values above to the last."""
 
     first: int
     bits: int
@@ -75,7 +75,7 @@ class Lut:
 
 @dataclass(frozen=True)
 class Header:
-    """Of one file, as it says. `elements` are for what depends on the frame."""
+    """One file's header. `elements` are kept for values that depend on the frame."""
 
     syntax: str
     rows: int
@@ -96,7 +96,7 @@ class Header:
 
     @property
     def offsets(self) -> tuple[bytes, bytes] | None:
-        """The extended table of offsets and that of lengths, where there are any."""
+        """The extended tables of offsets and lengths, where the file has both."""
         offsets, lengths = self.elements.get(_OFFSETS), self.elements.get(_LENGTHS)
         return (offsets, lengths) if isinstance(offsets, bytes) and isinstance(lengths, bytes) else None
 
@@ -113,18 +113,18 @@ class Header:
         found = self._of_frame(frame, _FRAME_WINDOWS)
         centres, widths = _floats(found, _CENTRE, "WindowCenter"), _floats(found, _WIDTH, "WindowWidth")
         if len(centres) != len(widths):
-            raise ImageError("the DICOM file has not as many WindowWidth as WindowCenter; name a window yourself")
+            raise ImageError("the DICOM file's WindowWidth and WindowCenter differ in number; give your own window")
         return tuple(zip(centres, widths, strict=True))
 
     def function(self, frame: int) -> str:
-        """How values between a window's ends become grey."""
+        """The function that maps values within a window to grey."""
         name = _text(self._of_frame(frame, _FRAME_WINDOWS), _FUNCTION) or "LINEAR"
         if name not in _FUNCTIONS:
             raise ImageError(f"the DICOM file's VOILUTFunction is none of {', '.join(_FUNCTIONS)}")
         return name
 
     def _of_frame(self, frame: int, group: int) -> Elements:
-        """Where a frame's values are: with the frame, with all frames, or with the file."""
+        """The elements that hold a frame's values: the frame's own, the shared ones, or the file's."""
         for sequence, index in ((_PER_FRAME, frame - 1), (_SHARED, 0)):
             items = self.elements.get(sequence)
             if isinstance(items, list) and index < len(items):
@@ -135,17 +135,18 @@ class Header:
 
 
 def read_header(data: bytes, *, max_bytes: int) -> Header:
-    """`max_bytes` bounds a file that is deflated. Sizes are not judged here."""
+    """Read and check a header. `max_bytes` limits a deflated file's size once inflated. Picture sizes are not checked
+    here. Raises ImageError."""
     syntax, found = read_elements(data, WANTED, max_bytes=max_bytes)
     pixels = _pixels(found)
     samples, photometric = _number(found, _SAMPLES, "SamplesPerPixel", 1), _photometric(found)
     if samples != (3 if photometric in _COLOURS else 1):
-        raise ImageError(f"the DICOM file has {samples} samples per pixel, which {photometric} has not")
+        raise ImageError(f"the DICOM file has {samples} samples per pixel, which does not fit {photometric}")
     is_signed = _number(found, _SIGNED, "PixelRepresentation", 0) == 1
     allocated = _number(found, _ALLOCATED, "BitsAllocated")
     stored = _number(found, _STORED, "BitsStored", allocated)
     _check_bits(allocated, stored, _number(found, _HIGH_BIT, "HighBit", stored - 1), photometric)
-    # An enumeration of a single value where there are several samples.
+    # Meaningful only where there are several samples; then 0 or 1.
     planar = _number(found, _PLANAR, "PlanarConfiguration", 0) & 1
     rows, columns = _number(found, _ROWS, "Rows"), _number(found, _COLUMNS, "Columns")
     return Header(
@@ -161,7 +162,7 @@ def read_header(data: bytes, *, max_bytes: int) -> Header:
         is_signed=is_signed,
         padding=_padding(found, is_signed=is_signed),
         modality=_first_lut(found, _MODALITY_LUTS, is_signed=is_signed),
-        # What comes out of a table is never signed; what comes of rescaling may be.
+        # A table's output is never signed; a rescaled value may be.
         voi=_first_lut(found, _VOI_LUTS, is_signed=_MODALITY_LUTS not in found),
         palette=_palette(found, is_signed=is_signed) if photometric == PALETTE else (),
         pixels=pixels,
@@ -203,7 +204,7 @@ def _num_frames(found: Elements) -> int:
     given = _floats(found, _NUM_FRAMES, "NumberOfFrames")
     count = given[0] if given else 1
     if not 1 <= count < 2**31 or count != int(count):
-        raise ImageError("the DICOM file's NumberOfFrames is no number of frames")
+        raise ImageError("the DICOM file's NumberOfFrames is not a valid number of frames")
     return int(count)
 
 
@@ -228,20 +229,20 @@ def _palette(found: Elements, *, is_signed: bool) -> tuple[Lut, ...]:
 
 
 def _lut(found: Elements, descriptor: int, data: int, *, is_signed: bool) -> Lut:
-    """A table whose entries fill 8 or 16 bits, whatever they say they use."""
+    """A look-up table. Its entries are stored in 8 or 16 bits, whatever width the descriptor states."""
     words, stored = _words(found, descriptor, is_signed=False), found.get(data)
     if len(words) != 3 or not 1 <= words[2] <= 16 or not isinstance(stored, bytes):
         raise _unreadable("look-up table")
     count, first, bits = words[0] or 2**16, words[1], words[2]
     if is_signed and first >= 2**15:
         first -= 2**16
-    # Entries of 8 bits may be stored in as many or, by older files, in 16.
+    # Entries of 8 bits may be stored in 8 bits or, in older files, in 16.
     is_narrow = bits <= 8 and len(stored) < 2 * count
     if len(stored) < count * (1 if is_narrow else 2):
         raise ImageError("the DICOM file has a look-up table that is shorter than it says; export it again")
     entries = np.frombuffer(stored, np.uint8 if is_narrow else "<u2", count).astype(np.uint16)
     if int(entries.max()) >> bits:
-        # Some write the entries' bits wrong; then they mean all of them.
+        # Some files state the wrong width; they then mean the full one.
         bits = 8 if is_narrow else 16
     return Lut(first, bits, entries)
 

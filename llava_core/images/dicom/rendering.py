@@ -1,8 +1,8 @@
-"""Stored values become what is seen, as DICOM's standard has it (PS3.3 C.11): modality, window or table, inversion.
+"""Renders stored values as defined by the DICOM standard (PS3.3 C.11): modality, window or table, inversion.
 
-All of it is one function of the stored value, of which there are at most 65,536: it is worked out for each of them, in
-double precision, and the picture looks its own up. Own lines rather than pydicom's functions, whose tables of 8 bits
-wrap. Knows nothing of files.
+All of it is one function of the stored value, of which there are at most 65,536: it is computed for each of them in
+double precision, and the picture's values are looked up. Not done by pydicom's functions, whose 8-bit tables wrap.
+Knows nothing about files.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from llava_core.views import DicomView, ImageTransform, Window
 Floats = npt.NDArray[np.float64]
 
 
-# No modality measures beyond; arithmetic with what does would overflow.
+# No modality measures larger values; arithmetic with them would overflow.
 _MAX_VALUE = 1e12
 
 
 def render(
     header: Header, values: npt.NDArray[Any], view: DicomView, *, keeps_depth: bool
 ) -> tuple[Image.Image, ImageTransform]:
-    """A frame as it is seen, and how its values became that: RGB of colours; grey of 8 bits, or with `keeps_depth` 16.
+    """The rendered frame and its transform: RGB for colour pictures; else 8-bit grey, or 16-bit with `keeps_depth`.
 
     Raises ImageError without `param`.
     """
     if header.photometric in MONOCHROME:
         return _grey(header, values, view, white=65_535 if keeps_depth else 255)
     if view.window is not None:
-        raise ImageError(f"windows are of grey pictures, and this one is {header.photometric}; leave the window out")
+        raise ImageError(f"windows apply to grey pictures, but this one is {header.photometric}; leave the window out")
     if header.photometric == PALETTE:
         every = _every(values)
         palette = [_looked_up(lut, every) / (2**lut.bits - 1) for lut in header.palette]
@@ -51,7 +51,7 @@ def _grey(
         every, rescale = _looked_up(header.modality, every), None
     elif rescale is not None:
         if max(map(abs, rescale)) * np.abs(every).max() > _MAX_VALUE:
-            raise ImageError("the DICOM file's rescale slope or intercept is beyond anything that is measured")
+            raise ImageError("the DICOM file's rescale slope or intercept is beyond any measurable value")
         every = every * rescale[0] + rescale[1]
     window = _window(header, view)
     if window is not None:
@@ -77,7 +77,7 @@ def _grey(
 
 
 def _window(header: Header, view: DicomView) -> Window | None:
-    """The one that was asked for, else the file's first unless it has a table instead."""
+    """The requested window, else the file's first; None where the file has a table instead, or no window."""
     if isinstance(view.window, tuple):
         return _checked(Window(*view.window, header.function(view.frame), "request"))
     if view.window is None and header.voi is not None:
@@ -102,10 +102,10 @@ def _checked(window: Window) -> Window:
 
 
 def _windowed(values: Floats, window: Window) -> Floats:
-    """0 is the darkest, 1 the lightest."""
+    """The grey levels of values seen through a window: 0 is the darkest, 1 the lightest."""
     centre, width = window.centre, window.width
     if window.function == "SIGMOID":
-        # Beyond, it is 0 or 1 to any precision, and the exponential overflows.
+        # Clipped: beyond, the result is 0 or 1 to any precision, and the exponential would overflow.
         result: Floats = 1 / (1 + np.exp(np.clip(-4 * (values - centre) / width, -500, 500)))
         return result
     if window.function == "LINEAR":
@@ -117,13 +117,13 @@ def _windowed(values: Floats, window: Window) -> Floats:
 
 
 def _range(values: Floats) -> Window:
-    """From the least to the greatest; of a single value, one in whose middle it lies."""
+    """The window from the least to the greatest value; for a single value, the window centred on it."""
     low, high = float(values.min()), float(values.max())
     return Window((low + high) / 2, (high - low) or 1.0, "LINEAR_EXACT", "values")
 
 
 def _occurring(header: Header, values: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
-    """Which of all values occur, padding left out unless there is nothing else."""
+    """Which of all possible values occur, padding left out unless there is nothing else."""
     occurs = np.zeros(2 ** (8 * values.dtype.itemsize), np.bool_)
     occurs[_unsigned(values)] = True
     if header.padding is None:
@@ -134,7 +134,7 @@ def _occurring(header: Header, values: npt.NDArray[Any]) -> npt.NDArray[np.bool_
 
 
 def _every(values: npt.NDArray[Any]) -> Floats:
-    """Each value that the type has, in the order of its bits."""
+    """Every value of the type, in the order of the bit patterns."""
     bits = np.arange(2 ** (8 * values.dtype.itemsize), dtype=_unsigned(values).dtype)
     return bits.view(values.dtype).astype(np.float64)
 

@@ -1,7 +1,7 @@
-"""DICOM's run-length encoding (PS3.5 annex G), bounded: nothing grows beyond the frame that the header announces.
+"""DICOM's run-length encoding (PS3.5 annex G), bounded: output never exceeds the frame that the header announces.
 
-Own lines because of what the libraries do with runs that go on and on: pydicom's decoder makes them all, 64 bytes of
-each, and pylibjpeg's ends in a panic that no handler of exceptions sees. Knows nothing of files.
+Implemented here because the libraries fail on data with too many runs: pydicom's decoder expands them all, to 64 bytes
+per byte, and pylibjpeg's ends in a panic that no exception handler sees. Knows nothing about files.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def unpacked(frame: bytes, *, num_pixels: int, samples: int, sample_bytes: int) 
         raise ValueError("shorter than its header")
     count, *offsets = _HEADER.unpack_from(frame)
     if count != samples * sample_bytes:
-        raise ValueError("as many segments as bytes of a pixel are needed")
+        raise ValueError("the number of segments must be that of bytes per pixel")
     ends = [*offsets[1:count], len(frame)]
     planes = np.empty((samples, num_pixels, sample_bytes), np.uint8)
     for index, (start, end) in enumerate(zip(offsets[:count], ends, strict=True)):
@@ -44,6 +44,6 @@ def _unpacked_segment(segment: bytes, length: int) -> bytes:
             if mark > 128:
                 unpacked += segment[place + 1 : place + 2] * (257 - mark)
                 place += 1
-            # 128 stands for nothing.
+            # 128 is a no-op.
             place += 1
     return bytes(unpacked[:length])

@@ -146,13 +146,13 @@ def test_help_and_mistakes_do_not_end_it(chat: PseudoTerminal, engine: ScriptedE
     chat.line("/help")
     assert "/save FILE" in chat.expect("Ctrl-C stops")
     for line, told in [
-        ("/nonsense", "/nonsense is no command"),
-        ("/image", "it is: /image PATH"),
+        ("/nonsense", "/nonsense is not a command"),
+        ("/image", "usage: /image PATH"),
         ("/image /none.png", "/none.png cannot be read"),
         (f"/image {tmp_path}/notes.txt", "is not a picture"),
-        (f"{tmp_path}/notes.txt", "no picture that can be read"),
+        (f"{tmp_path}/notes.txt", "not a picture that can be read"),
         ("/load /none.json", "/none.json cannot be read"),
-        (f"/save {tmp_path}/notes.txt", "is there already"),
+        (f"/save {tmp_path}/notes.txt", "exists already"),
     ]:
         chat.line(line)
         chat.expect(told)

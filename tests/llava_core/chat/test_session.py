@@ -75,7 +75,7 @@ def test_what_was_said_is_the_history_of_the_next_question() -> None:
     session, shown = run(backend, "One?", "", "  ", "Two?")
     assert backend.asked[-1] == ((user("One?"), HELLO, user("Two?")), None)
     assert session.messages == [user("One?"), HELLO, user("Two?"), HELLO]
-    assert shown.startswith("Hel|lo||\n|(cut off at the limit of tokens)|Hel")
+    assert shown.startswith("Hel|lo||\n|(cut off at the token limit)|Hel")
 
 
 def test_an_answer_that_was_stopped_stays_as_far_as_it_came() -> None:
@@ -109,7 +109,7 @@ def test_addresses_are_refused_where_nobody_fetches_them(tmp_path: Path) -> None
     run(backend, "/image https://example.com/a.png", "What?", f"/save {tmp_path}/talk.json")
     backend.takes_addresses = False
     session, shown = run(backend, "/image https://example.com/a.png", "Alone?", f"/load {tmp_path}/talk.json")
-    assert shown.count("pictures by address are for a service") == 2
+    assert shown.count("only a service (--url) can fetch pictures by address") == 2
     assert session.messages == [user("Alone?"), HELLO]
 
 
@@ -160,7 +160,7 @@ def test_a_chats_own_file_is_written_again_and_no_other(tmp_path: Path) -> None:
     assert len(load_transcript(file).messages) == 4
     assert [path.name for path in tmp_path.iterdir()] == ["talk.json"]
     _, shown = run(Answering(), "Other?", f"/save {file}")
-    assert "is there already" in shown
+    assert "exists already" in shown
     assert len(load_transcript(file).messages) == 4
     run(Answering(), f"/load {file}", "More?", f"/save {file}")
     assert len(load_transcript(file).messages) == 6

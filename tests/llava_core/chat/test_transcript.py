@@ -84,8 +84,8 @@ GOOD: dict[str, Any] = json.loads(TALK.dump())
                 ({"frame": 1, "window": ["a", 1]}, "damaged"),
             ]
         ),
-        ({"images": {"1": "data:image/png;base64,§"}}, "no base64"),
-        ({"images": {"1": "/etc/passwd"}}, "no address of a picture"),
+        ({"images": {"1": "data:image/png;base64,§"}}, "not base64"),
+        ({"images": {"1": "/etc/passwd"}}, "not the address of a picture"),
         ({"images": []}, "damaged"),
         ({"system": 3}, "text is wanted"),
     ],

@@ -38,7 +38,7 @@ def test_a_missing_layer_is_named(checkpoint_copy: Path) -> None:
     tensors = load_file(checkpoint_copy / "model.safetensors")
     kept = {name: value for name, value in tensors.items() if "language_model.model.layers.1." not in name}
     write_weights(checkpoint_copy, kept)
-    with pytest.raises(CheckpointError, match="2 decoder layers, the files hold 1; missing are: layer 1"):
+    with pytest.raises(CheckpointError, match="2 decoder layers, the files hold 1; missing: layer 1"):
         check_tensors(checkpoint_copy)
 
 
@@ -112,7 +112,7 @@ def test_what_an_adapter_brings_whole_counts_for_the_bases(tmp_path: Path, check
     whole = {"base_model.model.model.language_model.embed_tokens.weight": tensors[name]}
     check_loadable(write_adapter(tmp_path / "adapter", checkpoint_copy, whole), 260)
     surplus = {"base_model.model.model.language_model.layers.7.mlp.up_proj.weight": torch.zeros(1)}
-    with pytest.raises(CheckpointError, match="2 decoder layers, the files hold 3; too many are: layer 7"):
+    with pytest.raises(CheckpointError, match="2 decoder layers, the files hold 3; surplus: layer 7"):
         check_loadable(write_adapter(tmp_path / "other", checkpoint_copy, surplus), 260)
 
 
@@ -133,5 +133,5 @@ def test_a_base_of_another_shape_is_told_once_for_each_weight(tmp_path: Path) ->
         check_loadable(open_checkpoint(original.folder, original.base), original.num_tokens)
     *told, more = str(caught.value).split("; ")
     assert len(set(told)) == 5
-    assert all("it is the wrong base, name the right one with --base" in each for each in told)
+    assert all("it is the wrong base, so name the right one with --base" in each for each in told)
     assert more == f"and {len(names) - 5} more, which llava inspect lists"

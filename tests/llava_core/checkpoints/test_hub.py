@@ -117,7 +117,7 @@ def test_a_hub_that_is_not_there_leaves_the_cache(
     fill_cache(cache, "owner/name", {OLD: old})
     use_cache(monkeypatch, cache, "http://127.0.0.1:9")
     assert Hub().find("owner/name", "the model").name == OLD
-    assert "owner/name, the model: nothing from http://127.0.0.1:9 (ConnectError)" in caplog.text
+    assert "owner/name, the model: no answer from http://127.0.0.1:9 (ConnectError)" in caplog.text
     with pytest.raises(
         CheckpointError, match=r"owner/other, the base, .* fetching it failed \(.*\); download it first"
     ):

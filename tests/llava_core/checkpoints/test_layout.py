@@ -252,7 +252,7 @@ def test_a_newline_where_none_belongs_is_named(checkpoint_copy: Path) -> None:
     save_file({**load_file(file), "image_newline": torch.zeros(32)}, file)
     with pytest.raises(CheckpointError, match="must not hold image_newline"):
         load_language_side(checkpoint_copy, FP32)
-    with pytest.raises(CheckpointError, match="image_newline is there, which mm_patch_merge_type flat in"):
+    with pytest.raises(CheckpointError, match="image_newline is present, which mm_patch_merge_type flat in"):
         check_tensors(checkpoint_copy)
 
 

@@ -91,7 +91,7 @@ def test_a_tower_that_is_not_there_is_named_with_its_field(checkpoint: Path) -> 
 def test_a_folder_that_is_no_tower_is_named_with_the_known_kinds(tmp_path: Path, checkpoint: Path) -> None:
     write_tower(tmp_path / "tower", {"model_type": "vit"})
     with pytest.raises(
-        CheckpointError, match=r"tower/config\.json: model_type 'vit' is no known tower; known are clip"
+        CheckpointError, match=r"tower/config\.json: model_type 'vit' is not a known tower; known are clip"
     ):
         find_tower("tower", checkpoint, is_inside=False, hub=Hub(offline=True))
 

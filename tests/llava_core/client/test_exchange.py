@@ -40,7 +40,7 @@ def test_keys_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("url", ["nonsense", "", "ftp://x", "http://", "http://[::1", "http://x:port"])
 def test_an_address_that_is_none_is_named(url: str) -> None:
-    with pytest.raises(ServiceError, match="is no address"):
+    with pytest.raises(ServiceError, match="is not a valid address"):
         Service(url).http_options()
 
 

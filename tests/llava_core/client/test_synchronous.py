@@ -44,7 +44,7 @@ ANSWERED = whole("200 OK", b'{"choices": [{"index": 0, "message": {"content": "y
 FULL = b'{"error": {"message": "full", "type": "overloaded_error", "param": null, "code": "overloaded"}}'
 BUSY = whole("429 Too Many Requests", FULL, "retry-after: 2")
 ONCE = Retries(most=0)
-NO_ANSWER = r"no JSON object|no chat completion"
+NO_ANSWER = r"not a JSON object|not a chat completion"
 
 
 @pytest.fixture
@@ -381,7 +381,7 @@ def test_health_is_that_of_every_stage(client: Client) -> None:
 
 @pytest.mark.parametrize("url", ["nonsense", "ftp://x", "http://", "http://[::1"])
 def test_an_address_that_is_none_is_named(url: str) -> None:
-    with pytest.raises(ServiceError, match="is no address"):
+    with pytest.raises(ServiceError, match="is not a valid address"):
         Client(url)
 
 
@@ -499,7 +499,7 @@ def test_models_are_listed(client: Client) -> None:
     with (
         scripted(whole("200 OK", b'{"data": 3}')) as server,
         Client(server.url) as other,
-        pytest.raises(InvalidResponseError, match="no list of models"),
+        pytest.raises(InvalidResponseError, match="not a list of models"),
     ):
         other.models()
 

@@ -108,7 +108,7 @@ def test_transformers_finds_it_by_name_and_gets_tokens_first() -> None:
 
 
 def test_a_mask_of_transformers_is_not_overlooked() -> None:
-    with pytest.raises(AssertionError, match="who sees whom"):
+    with pytest.raises(AssertionError, match="does its own masking"):
         call(Recorder(), torch.zeros(1, 1, 5, 5))
 
 

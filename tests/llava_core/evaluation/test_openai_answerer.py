@@ -88,7 +88,7 @@ def test_a_service_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("body", [b"not json", b"{}", b'{"choices": []}', b'{"choices": [3]}'])
 def test_an_answer_that_is_none_is_named(body: bytes) -> None:
-    with pytest.raises(LlavaError, match=r"sample 7: .*(no JSON object|no chat completion|without an answer)"):
+    with pytest.raises(LlavaError, match=r"sample 7: .*(not a JSON object|not a chat completion|without an answer)"):
         list(serve(lambda _: httpx.Response(200, content=body)).answer([Sample("7", "kind", "q", "", b"x")]))
 
 

@@ -84,7 +84,7 @@ def test_scores_are_written_out_in_bfloat16_and_without_gradients_alone(monkeypa
 
 def test_a_mask_of_transformers_is_not_overlooked() -> None:
     part = torch.zeros(1, 1, 2, 4)
-    with pytest.raises(AssertionError, match="hide nothing"):
+    with pytest.raises(AssertionError, match="have no attention mask"):
         attention._forward(nn.Identity(), part, part, part, torch.zeros(2, 2), scaling=1.0)
     with pytest.raises(AssertionError, match="dropout"):
         attention._forward(nn.Identity(), part, part, part, None, scaling=1.0, dropout=0.1)

@@ -100,7 +100,7 @@ def test_the_folder_is_this_users_own(tmp_path: Path, monkeypatch: pytest.Monkey
     assert shared_folder() == folder
     monkeypatch.setattr(os, "getuid", lambda: folder.stat().st_uid + 1)
     (tmp_path / f"llava-serve-{os.getuid()}").mkdir(mode=0o700)
-    with pytest.raises(PermissionError, match="not a folder of this user alone"):
+    with pytest.raises(PermissionError, match="not a folder owned by this user"):
         shared_folder()
 
 

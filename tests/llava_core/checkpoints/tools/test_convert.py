@@ -213,7 +213,7 @@ def test_what_llava_hf_has_no_words_for_is_refused_by_field(tmp_path: Path, kind
 def test_what_the_original_has_no_words_for_is_refused_by_field(checkpoint_copy: Path, tmp_path: Path) -> None:
     scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     edit_json(checkpoint_copy / "config.json", lambda config: config["text_config"].update(rope_parameters=scaling))
-    with pytest.raises(CheckpointError, match=r"rope_parameters .* cannot be said in the original's"):
+    with pytest.raises(CheckpointError, match=r"rope_parameters .* cannot be expressed in the original's"):
         convert(str(checkpoint_copy), tmp_path / "original", "original")
 
 
@@ -328,7 +328,7 @@ def test_nothing_is_overwritten_and_an_incomplete_source_is_named(tmp_path: Path
     with pytest.raises(CheckpointError, match="out exists and is not overwritten"):
         convert(str(checkpoint_copy), tmp_path / "out", "original")
     edit_json(checkpoint_copy / "config.json", lambda config: config["text_config"].update(num_hidden_layers=3))
-    with pytest.raises(CheckpointError, match="missing are: layer 2"):
+    with pytest.raises(CheckpointError, match="missing: layer 2"):
         convert(str(checkpoint_copy), tmp_path / "new", "original")
     assert not (tmp_path / "new").exists()
 

@@ -140,7 +140,7 @@ def test_elements_without_number_are_refused_in_time() -> None:
 
 
 @pytest.mark.parametrize(
-    ("syntax", "named"), [(ExplicitVRBigEndian, "big endian"), ("", "does not say its transfer syntax")]
+    ("syntax", "named"), [(ExplicitVRBigEndian, "big endian"), ("", "does not state its transfer syntax")]
 )
 def test_what_is_written_otherwise_is_named(syntax: str, named: str) -> None:
     data = a_file()

@@ -119,7 +119,7 @@ def test_a_data_url_may_say_what_it_is(files: dict[str, bytes]) -> None:
 def test_other_pictures_have_no_frames_and_windows(tmp_path: Path) -> None:
     from tests.deployments.pictures import plain
 
-    assert "is no DICOM file" in refusal(plain(), frame=1).message
+    assert "is not a DICOM file" in refusal(plain(), frame=1).message
 
 
 def test_colours_of_a_file_are_as_they_are() -> None:
