@@ -46,7 +46,7 @@ _model = click.option(
     "model]",
 )
 _base = click.option("--base", help="What the only model, if an adapter or projector, was trained on.")
-_offline = click.option("--offline", is_flag=True, help="Fetch nothing; what is not here is listed.")
+_offline = click.option("--offline", is_flag=True, help="Download nothing; list missing files.")
 _port = click.option("--port", type=click.IntRange(1, 65535), envvar="PORT", help="[default: 8000]")
 
 
