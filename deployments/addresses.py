@@ -48,7 +48,7 @@ _NOT_PUBLIC_V4 = tuple(
         "240.0.0.0/4",  # reserved, broadcast
     )
 )
-# Nothing outside is public: loopback, private, link-local, multicast, and disguised IPv4 addresses (mapped, NAT64).
+# Nothing else is public, be it loopback, private, link-local, multicast, or a disguised IPv4 address (mapped, NAT64).
 _UNICAST_V6 = ipaddress.IPv6Network("2000::/3")
 _NOT_PUBLIC_V6 = tuple(
     ipaddress.IPv6Network(network)

@@ -37,7 +37,7 @@ class Lease:
         """Raises OverloadedError, and takes nothing, if all bodies together would exceed the limit."""
         if self._budget.num_bytes + num_bytes > self._budget.max_bytes:
             raise OverloadedError(
-                "the service holds as many bytes of requests as it may; try again later", limit="bodies"
+                "the service holds as many bytes of requests as its limit allows; try again later", limit="bodies"
             )
         self._num_bytes += num_bytes
         self._budget.num_bytes += num_bytes

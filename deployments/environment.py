@@ -32,7 +32,7 @@ ENVIRONMENT: Mapping[str, str] = {
     # Ray would run replicas at niceness 15, behind everything else on the machine.
     "RAY_worker_niceness": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
-    # A tenth of the processor time of small requests would go into what nobody looks at: a record of every call for
+    # A tenth of the processor time of small requests would go into data that nobody reads: a record of every call for
     # Ray's dashboard, Serve's counters ten times a second, and its controller's rounds equally often.
     "RAY_task_events_report_interval_ms": "0",
     "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "1000",

@@ -61,7 +61,7 @@ class HttpError:
 _UNAVAILABLE = "a stage of the service is not available; try again"
 _NO_KEYS = "keys cannot be checked at the moment; try again later"
 _WORKER_FAILED = "the registered worker that has this model does not answer correctly; try again"
-_LOST = "the part of the service that worked on this request is gone; try again"
+_LOST = "the part of the service that worked on this request was lost; try again"
 # Sent while the body may still be arriving: 401, 403, 408 and 413.
 _BEFORE_THE_BODY = frozenset(
     {

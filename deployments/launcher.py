@@ -154,7 +154,7 @@ class LocalService:
         with Client(self.plan.url) as client:
             while not client.is_healthy():
                 if time.monotonic() > deadline:
-                    raise LaunchError(f"the stages are up, but {self.plan.url}/health does not say so")
+                    raise LaunchError(f"the stages are up, but {self.plan.url}/health does not confirm it")
                 time.sleep(_POLL_S)
 
 

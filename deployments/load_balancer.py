@@ -141,7 +141,7 @@ class LoadBalancer:
         # get 503.
         while not self._has_looked():
             if time.monotonic() > deadline:
-                raise LoadBalancerError("HAProxy does not look for gateways")
+                raise LoadBalancerError("HAProxy does not check for gateways")
             time.sleep(_POLL_S)
         for port in self.ports:
             self._tell(f"set server gateways/gateway{port} weight 1")
@@ -261,7 +261,7 @@ def _http_errors() -> list[str]:
 
     errors = (
         HttpError(404, "invalid_request_error", "not_found", "Not Found"),
-        HttpError(502, "server_error", "replica_lost", "the gateway that worked on this request is gone; try again"),
+        HttpError(502, "server_error", "replica_lost", "the gateway that worked on this request was lost; try again"),
         HttpError(503, "server_error", "unavailable", "no gateway is ready; try again", retry_after_s=5),
         HttpError(504, "server_error", "unavailable", "the gateway does not answer; try again"),
     )

@@ -45,4 +45,4 @@ def ray_errors_as_ours(stage: str) -> Iterator[None]:
         if not isinstance(error, _LOST) and not isinstance(error.__cause__, _LOST):
             raise
         logger.warning("a call to a stage (%s) failed: %s: %s", stage, type(error).__name__, error)
-        raise StageLostError("the part of the service that worked on this request is gone", stage) from error
+        raise StageLostError("the part of the service that worked on this request was lost", stage) from error

@@ -67,7 +67,7 @@ class LoadPolicy:
         needed = max((value / self._targets[name] for name, value in known.items()), default=0.0)
         wanted = clamp(present, needed, self._tolerance)
         if len(known) < len(amounts):
-            # A replica that has just started or stopped reports nothing, and may have most of the load: keep them all.
+            # A replica that has just started or stopped reports nothing, and may be the busiest: keep them all.
             wanted = max(wanted, present)
         # A request on its way to a replica is not yet in the amounts.
         return max(wanted, 1 if context.total_num_requests > 0 else 0), {}

@@ -40,7 +40,7 @@ async def side_by_side(streams: Sequence[AsyncGenerator[Item, None]], num_answer
     finally:
         for each in waiting:
             each.cancel()
-        # Failures from here on interest nobody.
+        # Failures from here on no longer matter.
         await asyncio.gather(*waiting, return_exceptions=True)
         for stream in streams:
             await stream.aclose()
