@@ -66,8 +66,8 @@ def new_session(key: str = "") -> Session:
 
 
 def affinity_key(request: AnyRequest) -> str:
-    """The same for requests that share their first picture, or, without pictures, the beginnings of the system text
-    and of the first message. So all turns of a conversation have one key."""
+    """A key that is the same for requests that share their first picture, or, without pictures, the beginnings of the
+    system text and of the first message. So all turns of a conversation have one key."""
     picture = next(pictures(request), None)
     if picture is not None:
         # Sampled from the whole picture: uncompressed formats often begin and end with plain borders.

@@ -35,7 +35,7 @@ class Reply(Protocol):
 
     @property
     def form(self) -> ReplyForm:
-        """What was asked for."""
+        """The form of the answer that was asked for."""
         ...
 
     def first_chunks(self) -> Iterator[Json]:

@@ -209,7 +209,7 @@ class LoadBalancer:
 
 
 def balance_gateways(address: tuple[str, int], application: str, *, max_gateways: int) -> LoadBalancer:
-    """In front of an application's gateways, on any port of a range that Serve reads from the environment: a gateway
+    """A balancer for an application's gateways, on any port of a range that Serve reads from the environment: a gateway
     that replaces another cannot reuse its port at once."""
     first = int(os.environ.setdefault("RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT", "30000"))
     num_ports = max_gateways + _SPARE_PORTS
@@ -219,7 +219,7 @@ def balance_gateways(address: tuple[str, int], application: str, *, max_gateways
 
 
 def balance_proxy(address: tuple[str, int], application: str) -> LoadBalancer:
-    """In front of Serve's proxy, for an application that shares an address with others."""
+    """A balancer for Serve's proxy, for an application that shares an address with others."""
     port = address[1]
     return LoadBalancer(address, local_host(port), [port], application, proxy_port=port)
 

@@ -66,7 +66,7 @@ def stages_of(args: AppArgs, towers: Mapping[str, str]) -> dict[str, StageArgs]:
 
 
 def unplaceable(stages: Mapping[str, StageArgs], nodes: Sequence[Node]) -> list[str]:
-    """For each stage that fits on none of these nodes, by name: the reason."""
+    """The reason, with the stage's name, for each stage that fits on none of these nodes."""
     return [f"{name}: {problem}" for name, args in stages.items() if (problem := _problem(args, nodes)) is not None]
 
 

@@ -158,7 +158,7 @@ class ComputeArgs(StageArgs):
 
     @property
     def compute(self) -> Compute:
-        """What a process of the stage sets up."""
+        """The compute settings that a process of the stage sets up."""
         return Compute(self.device, self.dtype, self.threads)
 
 
@@ -180,7 +180,7 @@ class GeneratorArgs(ComputeArgs):
 
     @property
     def compute(self) -> Compute:
-        """What a process of the stage sets up."""
+        """The compute settings that a process of the stage sets up."""
         return replace(super().compute, quantization=self.quantization)
 
 

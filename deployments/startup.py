@@ -43,5 +43,5 @@ class Startup:
         return recorder
 
     def readings(self) -> list[Reading]:
-        """For a Recorder."""
+        """The seconds of each phase, for a Recorder."""
         return [(STARTUP, seconds, (name,)) for name, seconds in self._seconds.items()]
