@@ -1,8 +1,8 @@
-"""Who may do what: every request needs a good API key, those to routes that are named open excepted.
+"""Who may do what: every request needs a valid API key, except to routes that are explicitly open.
 
-A route is what the router itself would run for the request, found by the same matching; no URL is put together and
-taken apart again, which a Host header could change. What matches no route needs a key as well. Knows keys and quotas,
-and not what the routes do.
+A request's route is the one that the router itself would run, found by the same matching and not by parsing a rebuilt
+URL, which a Host header could change. Requests that match no route need a key, too. Knows keys and quotas, but not what
+the routes do.
 """
 
 from __future__ import annotations
@@ -34,23 +34,23 @@ _POLICY_VIOLATION = 1008
 
 
 class Caller:
-    """Whose key a request came with. One object per key, for as long as its entry in the file is the same."""
+    """The holder of the key that a request came with. One object per key, while its entry in the file is unchanged."""
 
     def __init__(self, key: ApiKey, clock: Callable[[], float] = time.monotonic) -> None:
         self.key = key
         self.quota = Quota(key, clock)
 
     def check_route(self, route: BaseRoute | None) -> None:
-        """Raise PermissionDeniedError where the key is not for this route."""
+        """Raise PermissionDeniedError if the key does not cover this route."""
         name = route.name if isinstance(route, Route) else None
         if self.key.routes is not None and name not in self.key.routes:
             raise PermissionDeniedError(f"this key is only for {', '.join(self.key.routes) or 'nothing'}")
 
 
 class KeyRing:
-    """The keys of a file, read again when it changes: a key that was revoked is no good within `max_age_s`.
+    """The keys of a file, reloaded when it changes: a revoked key stops working within `max_age_s`.
 
-    While the file cannot be read, nobody gets in.
+    While the file cannot be read, every request is refused.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class KeyRing:
         self._check()
 
     def find(self, headers: Headers, *, takes_passwords: bool = False) -> Caller:
-        """Whose `Authorization: Bearer` this is, or `Basic` with the key for a password, where that counts. Raises
+        """The caller by `Authorization: Bearer` or, if `takes_passwords`, by `Basic` with the key as password. Raises
         AuthenticationError, or KeysFileError."""
         self._refresh()
         self._check()
@@ -96,7 +96,7 @@ class KeyRing:
         self._looked_at = now
         try:
             status = os.stat(self._path)
-            # The time of the last change of anything, permissions included.
+            # The ctime changes with anything, including permissions.
             version: object = (status.st_ino, status.st_mtime_ns, status.st_ctime_ns, status.st_size)
         except OSError as error:
             version = error.errno
@@ -107,7 +107,7 @@ class KeyRing:
             keys = read_keys(self._path)
         except KeysFileError as error:
             logger.error("%s; no key is accepted until it can be used", error)
-            # Nobody is let in, but what each has used of its limits is not forgotten.
+            # Every request is refused, but the callers keep what they have used of their quotas.
             self._problem = str(error)
             return
         self._problem = None
@@ -120,7 +120,7 @@ class KeyRing:
 
 class Access:
     """Middleware in front of `routes`. Sets `caller` in the scope's state. On `password_routes` a key may also come as
-    the password of HTTP's basic authentication, for clients that know no other."""
+    the password of HTTP's basic authentication, for clients that support nothing else."""
 
     def __init__(
         self,
@@ -138,9 +138,9 @@ class Access:
         self._password_routes = password_routes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Passes on what may pass, and answers everything else."""
+        """Passes on permitted requests, and answers all others with an error."""
         if scope["type"] == "websocket":
-            # There are none, and whoever adds one has to say who may use it.
+            # No route is a websocket; whoever adds one must decide who may use it.
             await send({"type": "websocket.close", "code": _POLICY_VIOLATION})
             return
         route = self._route(scope) if scope["type"] == "http" else None
@@ -163,29 +163,29 @@ class Access:
             caller.quota.leave()
 
     def _route(self, scope: Scope) -> BaseRoute | None:
-        """The first that fits whole, as the router chooses."""
+        """The first full match, as the router chooses."""
         return next((route for route in self._routes if route.matches(scope)[0] is Match.FULL), None)
 
 
 def charged(items: AsyncGenerator[Item, None], request: Request) -> AsyncGenerator[Item, None]:
-    """The items of an answer, their tokens charged to whoever asked.
+    """The items of an answer, with their tokens charged to the caller.
 
-    What is written counts as it is written, what was read once the answer is complete: an answer that is given up pays
-    for no prompt, but is a request like any other.
+    Generated tokens are charged as they come, prompt tokens once the answer is complete: an abandoned answer does not
+    pay for its prompt, but counts as a request like any other.
     """
     caller = _caller(request)
     return items if caller is None else _charged(items, caller.quota)
 
 
 def charge(request: Request, num_tokens: int) -> None:
-    """Tokens that did not come as items, to whoever asked."""
+    """Charges the caller for tokens that did not come as items."""
     caller = _caller(request)
     if caller is not None:
         caller.quota.charge(num_tokens)
 
 
 def _caller(request: Request) -> Caller | None:
-    """Who asks, where keys are needed."""
+    """The caller, if keys are needed."""
     caller: Caller | None = getattr(request.state, "caller", None)
     return caller
 
@@ -194,7 +194,7 @@ async def _charged(items: AsyncGenerator[Item, None], quota: Quota) -> AsyncGene
     async with aclosing(items):
         async for item in items:
             if not isinstance(item, Rejected):
-                # The last of them tells of the prompt, which several answers have read once.
+                # Only the last item reports the prompt, which a request's answers share.
                 num_read = 0 if item.usage is None else item.usage.prompt_tokens
                 quota.charge(num_tokens(item) + num_read)
             yield item
@@ -216,4 +216,4 @@ def _password(credentials: str) -> str:
     try:
         return base64.b64decode(credentials, validate=True).decode().partition(":")[2]
     except ValueError:
-        raise AuthenticationError("the basic authorization is no name and password in base64") from None
+        raise AuthenticationError("the basic authorization must be a name and password in base64") from None

@@ -20,7 +20,7 @@ OWNER = "llava-serve"
 
 @dataclass(frozen=True)
 class Answer(ABC):
-    """All parts of one reply. `started` is of the monotonic clock, for the total time."""
+    """Builds all parts of one reply. `started` is by time.perf_counter(), for the total time."""
 
     id_prefix: ClassVar[str]
     kind: ClassVar[str]
@@ -34,15 +34,15 @@ class Answer(ABC):
 
     @abstractmethod
     def choice(self, whole: TokenDelta) -> Json:
-        """One answer in one piece."""
+        """The choice for one complete answer."""
 
     @abstractmethod
     def first_chunks(self) -> Iterator[Json]:
-        """What a stream begins with."""
+        """The first chunks of a stream."""
 
     @abstractmethod
     def grown(self, delta: TokenDelta) -> Iterator[Json]:
-        """Chunks of what one answer grew by, and of how it ended."""
+        """The chunks for what one answer has gained, and for how it ended."""
 
     def completion(self, deltas: Sequence[TokenDelta]) -> Json:
         """The whole reply; the last delta must carry `usage`."""
@@ -55,7 +55,7 @@ class Answer(ABC):
         return body | extensions(self.form, deltas[-1], self.started)
 
     def chunks(self, delta: TokenDelta) -> Iterator[Json]:
-        """What one delta adds to the stream; after the last one, also what it cost."""
+        """The chunks that one delta adds to the stream; for the last delta also the usage."""
         if delta.usage is None:
             yield from self.grown(delta)
             return
@@ -84,10 +84,10 @@ class Answer(ABC):
 
 
 def extensions(form: ReplyForm, last: TokenDelta, started: float) -> Json:
-    """What OpenAI's answers do not have, where it was asked for."""
+    """The requested fields that OpenAI's answers do not have."""
     asked: Json = {}
     if form.timings:
-        # `total` is what the gateway saw, and holds what no stage counts as its own.
+        # `total` is measured by the gateway, and includes time that no stage counts as its own.
         times: StageTimes = last.stage_ms | {"total": (time.perf_counter() - started) * 1e3}
         asked["timings"] = {stage: round(value, 3) for stage, value in times.items()}
     if form.image_transforms:
@@ -96,7 +96,7 @@ def extensions(form: ReplyForm, last: TokenDelta, started: float) -> Json:
 
 
 def usage_body(usage: Usage) -> Json:
-    """Token counts; image tokens and those that were cached are part of the prompt's."""
+    """Token counts; image tokens and cached tokens are part of the prompt's."""
     return {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,

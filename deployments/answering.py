@@ -1,6 +1,6 @@
-"""From a request's items to its response: in one piece or as events, errors told in the client's own terms.
+"""From a request's items to its response: in one piece or as events, with errors in the client's own terms.
 
-Imports neither torch nor Ray, and does not know what was asked: a Reply knows how its parts look.
+Imports neither torch nor Ray, and does not know what was asked: a Reply knows how to format its parts.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ Piece = TypeVar("Piece")
 
 
 class Reply(Protocol):
-    """How the items of an answer look to its client: answer.py's, and what another server has written."""
+    """Formats an answer's items for its client: those of our engines (answer.py), and those of an upstream server."""
 
     @property
     def form(self) -> ReplyForm:
-        """What was asked for."""
+        """The form of the answer that was asked for."""
         ...
 
     def first_chunks(self) -> Iterator[Json]:
-        """What a stream begins with."""
+        """The first chunks of a stream."""
         ...
 
     def chunks(self, delta: TokenDelta) -> Iterator[Json]:
-        """What one delta adds to the stream."""
+        """The chunks that one delta adds to the stream."""
         ...
 
     def completion(self, deltas: Sequence[TokenDelta]) -> Json:
@@ -54,8 +54,8 @@ class Reply(Protocol):
 async def respond(
     answer: Reply, items: AsyncGenerator[Item, None], request_id: str, heartbeat_s: float = _HEARTBEAT_S
 ) -> Response:
-    """Nothing is sent before the first item: whatever is wrong by then gets a status of its own. Only a stream that
-    waits for longer than `heartbeat_s` begins without one, and is told what is wrong as an event."""
+    """Sends nothing before the first item, so that errors up to then get their own status. Only a stream that waits
+    for longer than `heartbeat_s` begins without an item, and gets later errors as an event."""
     items = settled(items, request_id)
     first = await first_of(items, heartbeat_s if answer.form.stream else None)
     if answer.form.stream and not _is_refused(first):
@@ -68,12 +68,12 @@ async def respond(
 
 
 async def first_of(pieces: AsyncGenerator[Piece, None], wait_s: float | None) -> asyncio.Future[Piece]:
-    """The first of them, waited for no longer than `wait_s`; with None until it is there."""
+    """Waits for the first piece for at most `wait_s`; None waits until it is there."""
     first = asyncio.ensure_future(anext(pieces))
     try:
         await asyncio.wait([first], timeout=wait_s)
     except asyncio.CancelledError:
-        # So that the generator it comes from can be closed.
+        # So that its generator can be closed.
         await abandon(first)
         raise
     return first
@@ -89,9 +89,9 @@ def refusal(form: ReplyForm, rejected: Rejected, request_id: str) -> Response:
 
 
 async def settled(items: AsyncGenerator[Item, None], request_id: str) -> AsyncGenerator[Item, None]:
-    """The items; whatever goes wrong becomes the last of them.
+    """Yields the items; any error becomes the last one.
 
-    Reads to the very end, because a stream that is dropped before is a cancellation to the stage that writes it.
+    Reads to the very end, because the stage that writes a stream takes it as cancelled if it is dropped earlier.
     """
     is_complete = False
     async with aclosing(items):
@@ -102,7 +102,7 @@ async def settled(items: AsyncGenerator[Item, None], request_id: str) -> AsyncGe
             if not is_complete:
                 raise EngineError("the stream ended before the answer did")
         except Exception as error:
-            # The last resort: the client is owed an answer whatever happened.
+            # The last resort: the client gets an answer whatever happened.
             if describe(error).is_unexpected or is_complete:
                 logger.exception("request %s failed", request_id)
             if not is_complete:
@@ -124,7 +124,7 @@ async def _in_one_piece(
 async def _events(
     answer: Reply, first: asyncio.Future[Item], items: AsyncGenerator[Item, None], request_id: str
 ) -> AsyncGenerator[bytes, None]:
-    """Several events that are due together go out as one piece: every piece costs the graph a hop."""
+    """Events that are due together are sent as one piece, because every piece costs the graph a hop."""
     piece = _piece(answer, await first, request_id)
     if piece := b"".join(map(sse.event, answer.first_chunks())) + piece:
         yield piece
@@ -146,8 +146,8 @@ def _describe_for(form: ReplyForm, rejected: Rejected) -> HttpError:
 
 
 class PieceStream(StreamingResponse):
-    """Closes its source however it ends, begun or not: a client that hangs up is noticed by the stages at once. What
-    it sends when there is nothing to say is its `sign`."""
+    """Closes its source however it ends, even before it begins, so that a client's disconnect cancels the stages' work
+    at once. `sign` makes the heartbeat it sends while idle."""
 
     def __init__(
         self,

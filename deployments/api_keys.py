@@ -1,7 +1,7 @@
-"""API keys at rest: a JSON file that says of each key who has it, until when, and what it may use, but not the key.
+"""API keys at rest: a JSON file that has each key's holder, expiry and limits, but not the key itself.
 
-A key is `llava.<id>.<256 random bits>`. Its plain SHA-256 is kept: slow, salted hashes make up for secrets that can be
-guessed, and these cannot, while a slow hash of every request's key would be a way to keep the service busy. Knows
+A key is `llava.<id>.<256 random bits>`. Only its plain SHA-256 is stored: slow, salted hashes protect secrets that can
+be guessed, which these cannot, and hashing every request's key slowly would let anyone keep the service busy. Knows
 nothing about HTTP.
 """
 
@@ -31,7 +31,7 @@ _SECRET_BYTES = 32
 
 
 class ApiKey(BaseModel):
-    """What is known of a key. Limits that are None are none; `routes` None is every route."""
+    """What is stored of a key. A limit of None is no limit; `routes` None allows every route."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -45,11 +45,11 @@ class ApiKey(BaseModel):
     routes: tuple[str, ...] | None = None
 
     def is_hash_of(self, key: str) -> bool:
-        """Compared in constant time, so that how long it takes tells nothing about the hash."""
+        """Compares in constant time, so that the duration reveals nothing about the hash."""
         return hmac.compare_digest(self.sha256, hash_key(key))
 
     def has_expired(self, now: datetime) -> bool:
-        """Whether it was good once."""
+        """Whether the key's expiry has passed."""
         return self.expires_at is not None and now >= self.expires_at
 
 
@@ -67,25 +67,25 @@ class _KeysFile(BaseModel):
 
 
 def make_key(key_id: str) -> str:
-    """A new key for this id, which only its hash will remember."""
+    """A new key for this id; only its hash will be stored."""
     key = f"{_PREFIX}.{key_id}.{secrets.token_urlsafe(_SECRET_BYTES)}"
     assert _KEY.fullmatch(key), f"{key_id!r} is no id of a key"
     return key
 
 
 def key_id_of(key: str) -> str | None:
-    """The id that a key names, None where it has not the form of one. Says nothing about whether it is good."""
+    """The id in a key, or None if it does not have the form of a key. Does not check whether the key is valid."""
     match = _KEY.fullmatch(key)
     return match[1] if match else None
 
 
 def hash_key(key: str) -> str:
-    """What is kept of a key."""
+    """The hash that is stored of a key."""
     return hashlib.sha256(key.encode()).hexdigest()
 
 
 def read_keys(path: Path) -> dict[str, ApiKey]:
-    """By id. Raises KeysFileError, which repeats nothing of the file."""
+    """The keys by id. Raises KeysFileError, which quotes nothing from the file."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -101,9 +101,9 @@ def read_keys(path: Path) -> dict[str, ApiKey]:
 
 @contextmanager
 def editing(path: Path) -> Iterator[dict[str, ApiKey]]:
-    """The keys, to add to and to remove from; what is left of them when the block ends is written, whole or not at all.
+    """Yields the keys, for the block to add to and remove from; the result is written atomically when the block ends.
 
-    Whoever edits the same file waits. A file that is not there yet has no keys.
+    Concurrent edits of the same file wait. A missing file has no keys.
     """
     try:
         with _locked(path.parent):
@@ -118,7 +118,7 @@ def editing(path: Path) -> Iterator[dict[str, ApiKey]]:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """The folder and not the file, in whose place another one is put."""
+    """Locks the folder and not the file, which gets replaced."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -128,7 +128,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _write(path: Path, keys: dict[str, ApiKey]) -> None:
-    """Into a folder of its owner's alone, from which it is moved."""
+    """Writes the file in a folder that only its owner can enter, and moves it from there into place."""
     content = _KeysFile(keys=tuple(keys.values())).model_dump_json(indent=2, exclude_none=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=path.name) as folder:
         descriptor = os.open(Path(folder) / path.name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)

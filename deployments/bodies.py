@@ -1,7 +1,7 @@
-"""Request bodies: each read whole, bounded one by one and all together, because each is in memory until it is sent on.
+"""Request bodies: read whole, limited individually and in total, because each stays in memory until it is sent on.
 
-A body must also come in time: until it is whole its request holds a place that others wait for. Knows how bodies
-arrive, not what is in them.
+A body must also arrive in time: until it is complete its request occupies a place that others wait for. Knows how
+bodies arrive, not what is in them.
 """
 
 from __future__ import annotations
@@ -15,42 +15,42 @@ from llava_core.errors import OverloadedError
 
 
 class BodyBudget:
-    """How many bytes of bodies one process holds."""
+    """Counts the bytes of bodies that one process holds, at most `max_bytes`."""
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
         self.num_bytes = 0
 
     def lease(self) -> Lease:
-        """One request's share, nothing at first."""
+        """One request's share, initially empty."""
         return Lease(self)
 
 
 class Lease:
-    """Grows with what has arrived; `release` gives everything back, however often it is called."""
+    """Grows with what has arrived; `release` gives everything back, and may be called repeatedly."""
 
     def __init__(self, budget: BodyBudget) -> None:
         self._budget = budget
         self._num_bytes = 0
 
     def grow(self, num_bytes: int) -> None:
-        """Raises OverloadedError, and takes nothing, when all bodies together would be too much."""
+        """Raises OverloadedError, and takes nothing, if all bodies together would exceed the limit."""
         if self._budget.num_bytes + num_bytes > self._budget.max_bytes:
             raise OverloadedError(
-                "the service holds as many bytes of requests as it may; try again later", limit="bodies"
+                "the service holds as many bytes of requests as its limit allows; try again later", limit="bodies"
             )
         self._num_bytes += num_bytes
         self._budget.num_bytes += num_bytes
 
     def release(self) -> None:
-        """The body is no longer here."""
+        """Called when the body is no longer held."""
         self._budget.num_bytes -= self._num_bytes
         self._num_bytes = 0
 
 
 async def read_body(request: Request, lease: Lease, *, max_bytes: int, max_seconds: float) -> bytes:
-    """Raises RequestTooLargeError as soon as a body is seen to be, RequestTimeoutError when it is not whole in time,
-    OverloadedError when there are too many."""
+    """Reads the whole body. Raises RequestTooLargeError as soon as it proves too large, RequestTimeoutError when it is
+    not complete in time, OverloadedError when all bodies together are too large."""
     error = RequestTooLargeError(f"the body has more than {max_bytes} bytes, which is the limit")
     announced = request.headers.get("content-length", "")
     if announced.isdigit() and int(announced) > max_bytes:
@@ -58,7 +58,7 @@ async def read_body(request: Request, lease: Lease, *, max_bytes: int, max_secon
     pieces = []
     size = 0
     try:
-        # Of the whole body: one byte a minute is as good as nothing.
+        # For the whole body, not for each piece: a client could send one byte a minute.
         async with asyncio.timeout(max_seconds):
             async for piece in request.stream():
                 size += len(piece)
@@ -68,6 +68,6 @@ async def read_body(request: Request, lease: Lease, *, max_bytes: int, max_secon
                 pieces.append(piece)
     except TimeoutError:
         raise RequestTimeoutError(
-            f"after {max_seconds:g} seconds, which is the limit, {size} bytes of the body had come and not all of it"
+            f"after {max_seconds:g} seconds, which is the limit, only {size} bytes of the body had arrived"
         ) from None
     return b"".join(pieces)

@@ -1,6 +1,6 @@
-"""Answers of others, read whole and never beyond a limit: nobody outside decides how much is held in memory.
+"""Responses of other servers, read whole but never beyond a limit: no outsider decides how much memory they take.
 
-Knows pieces of bytes. How long they may take is the caller's.
+Knows only pieces of bytes. Time limits are the caller's.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 
 
 async def read_up_to(pieces: AsyncIterator[bytes], max_bytes: int) -> bytes | None:
-    """All of them together; None as soon as they are more than that, with the rest unread."""
+    """All pieces joined; None as soon as they exceed `max_bytes`, with the rest unread."""
     kept, size = [], 0
     async for piece in pieces:
         size += len(piece)

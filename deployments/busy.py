@@ -1,4 +1,4 @@
-"""What share of its time a thread has worked lately. Knows nothing about the work."""
+"""The share of time for which a thread has recently been busy. Knows nothing about the work."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from contextlib import contextmanager
 
 
 class BusyTime:
-    """One piece of work at a time, on one thread; the share is asked for on another."""
+    """Measures one piece of work at a time, on one thread; another thread asks for the share."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
         self._lock = threading.Lock()
         self._worked_s = 0.0
         self._began: float | None = None
-        # When the share was last asked for, and how much of the work was done by then.
+        # When the share was last asked for, and the total time worked by then.
         self._asked_at, self._asked_worked_s = clock(), 0.0
 
     @contextmanager
     def work(self) -> Iterator[None]:
-        """Around a piece of work."""
+        """A context manager around a piece of work."""
         with self._lock:
             self._began = self._clock()
         try:
@@ -32,7 +32,7 @@ class BusyTime:
                 self._began = None
 
     def share(self) -> float:
-        """From 0 to 1, of the time since this was last asked. Work that goes on counts as far as it has come."""
+        """The share of time since the last call, from 0 to 1. Unfinished work counts up to now."""
         with self._lock:
             now = self._clock()
             worked_s = self._worked_s + (0.0 if self._began is None else now - self._began)

@@ -1,7 +1,7 @@
-"""`POST /v1/chat/completions`: a body becomes a GenerationRequest, and what the gateway needs for the reply.
+"""`POST /v1/chat/completions`: parses a body into a GenerationRequest, and what the gateway needs for the reply.
 
-Tools' results are told to the model as the user's words, and earlier calls of tools as the assistant's: the family's
-templates know no other speakers. The fields are in chat_schema.py. Knows nothing about HTTP, models or Ray.
+Tool results are given to the model as user messages, and earlier tool calls as assistant messages, because the
+family's templates know no other roles. The fields are in chat_schema.py. Knows nothing about HTTP, models or Ray.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _SYSTEM_ROLES = ("system", "developer")
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages as the stages know them, the system's in one text; `num_leading` of them stood before the others."""
+    """Messages as the stages know them, the `num_leading` system messages at their head joined into one text."""
 
     messages: tuple[Message, ...]
     system: str | None
@@ -41,7 +41,7 @@ class Conversation:
 
 
 def read_chat_request(body: bytes, request_id: str, limits: RequestLimits) -> ReadRequest:
-    """Raises RequestError naming field and cause. `request_id` must be unique, so it cannot be the client's own."""
+    """Parses a body. Raises RequestError naming field and cause. `request_id` must be unique: not the client's own."""
     parsed = parse_body(body, ChatBody, max_text=limits.max_text)
     sampling = parsed.sampling(max_tokens=_max_tokens(parsed), logprobs=_logprobs(parsed))
     chat = read_conversation(parsed.messages, limits)
@@ -59,7 +59,7 @@ def read_chat_request(body: bytes, request_id: str, limits: RequestLimits) -> Re
 
 
 def read_conversation(messages: Sequence[ChatMessage], limits: RequestLimits) -> Conversation:
-    """Raises RequestError naming the message."""
+    """Converts the messages. Raises RequestError naming the message."""
     check_text(messages, limits.max_text)
     leading = list(takewhile(lambda message: message.role in _SYSTEM_ROLES, messages))
     texts = ["\n".join(_texts_only(message, index)) for index, message in enumerate(leading)]
@@ -70,7 +70,7 @@ def read_conversation(messages: Sequence[ChatMessage], limits: RequestLimits) ->
 
 
 def check_text(messages: Sequence[ChatMessage], max_text: int) -> None:
-    """The preprocessor counts as well; here nothing that is too long crosses the graph."""
+    """Refuses text that is too long before it enters the graph; the preprocessor checks it again."""
     total = sum(len(text) for message in messages for text in _texts(message))
     if total > max_text:
         raise RequestError(
@@ -81,7 +81,7 @@ def check_text(messages: Sequence[ChatMessage], max_text: int) -> None:
 
 
 def _texts(message: ChatMessage) -> Iterator[str]:
-    """Every text of a message, those of refusals and calls among them."""
+    """Every text of a message, including those of refusals and tool calls."""
     if isinstance(message.content, str):
         yield message.content
     for part in message.content if isinstance(message.content, list) else ():
@@ -114,7 +114,7 @@ def _turn(message: ChatMessage, index: int, limits: ImageLimits) -> Message:
 def read_part(
     part: TextContent | ImageContent | RefusalContent, where: str, limits: ImageLimits
 ) -> TextPart | ImagePart | ImageUrl:
-    """A part of an asker's message as the stages know it. Raises RequestError naming the field."""
+    """A part of a message to the assistant, as the stages know it. Raises RequestError naming the field."""
     if isinstance(part, TextContent):
         return TextPart(part.text)
     if isinstance(part, RefusalContent):
@@ -122,7 +122,7 @@ def read_part(
     low_detail = part.image_url.detail == "low"
     view = None if part.image_url.dicom is None else _view(part.image_url.dicom)
     if part.image_url.url[:8].lower().startswith(("https://", "http://")):
-        # Whether it may be fetched, the stage that does so knows.
+        # The stage that fetches it decides whether it may be fetched.
         return ImageUrl(part.image_url.url, low_detail, view)
     return ImagePart(decode_data_url(part.image_url.url, limits, param=f"{where}.image_url.url"), low_detail, view)
 

@@ -9,7 +9,7 @@ from typing import ClassVar
 from deployments.answer import Answer, Json
 from llava_core.types import FinishReason, TokenDelta
 
-# What OpenAI gives for a token that is hardly possible; JSON has no infinity.
+# OpenAI's value for a practically impossible token; JSON has no infinity.
 LEAST_LOGPROB = -9999.0
 
 
@@ -22,7 +22,7 @@ class ChatAnswer(Answer):
     chunk_kind: ClassVar[str] = "chat.completion.chunk"
 
     def choice(self, whole: TokenDelta) -> Json:
-        """The message."""
+        """The choice with the whole message."""
         message = {"role": "assistant", "content": whole.text, "refusal": None}
         return {
             "index": whole.index,
@@ -32,12 +32,12 @@ class ChatAnswer(Answer):
         }
 
     def first_chunks(self) -> Iterator[Json]:
-        """Say who speaks, before anything is said."""
+        """The role of each answer, before any text."""
         for index in range(self.form.num_answers):
             yield self._delta(index, {"role": "assistant", "content": ""})
 
     def grown(self, delta: TokenDelta) -> Iterator[Json]:
-        """The text, then the reason it ended with."""
+        """The new text, then the finish reason."""
         if delta.text or delta.logprobs:
             yield self._delta(delta.index, {"content": delta.text}, logprobs=_logprobs(delta))
         if delta.finish_reason is not None:
@@ -51,7 +51,7 @@ class ChatAnswer(Answer):
 
 
 def _logprobs(delta: TokenDelta) -> Json | None:
-    """An entry for each token that was written, the one that ended the answer among them."""
+    """An entry for each generated token, including the one that ended the answer."""
     if not delta.logprobs:
         return None
     content = [

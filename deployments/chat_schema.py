@@ -1,6 +1,6 @@
 """The schema of OpenAI's chat completion requests: messages and their parts, and which fields are refused.
 
-Knows JSON, and not what the fields are for.
+Knows JSON, but not what the fields are for.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from deployments.schema import Part
 from llava_core.prompts.templates import TEMPLATES
 from llava_core.types import MAX_LOGPROBS
 
-# Far beyond any conversation, and few enough to hold.
+# Far more than any conversation has, yet few enough to hold in memory.
 _MAX_MESSAGES, _MAX_PARTS, _MAX_CALLS = 1024, 256, 128
 _Asker = Literal["system", "developer", "user", "tool"]
 
@@ -29,7 +29,7 @@ class TextContent(Part):
 
 
 class RefusalContent(Part):
-    """What an assistant said when it would not answer."""
+    """The assistant's words when it refused to answer."""
 
     type: Literal["refusal"]
     refusal: str
@@ -59,7 +59,7 @@ _Window = Annotated[
 
 
 class Dicom(Part):
-    """What of a DICOM file is looked at. Ours alone, so a name that is unknown here is a mistake."""
+    """The part of a DICOM file to look at. Not one of OpenAI's fields, so any unknown name in it is a mistake."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -117,20 +117,20 @@ class _ToolCall(Part):
 
 def _check_role(value: Any) -> Any:
     if value not in get_args(_Asker):
-        # By itself the schema would name these alone; an assistant's message has one of its own.
+        # The schema's own message would list only _Asker's roles; an assistant's message has a schema of its own.
         raise PydanticCustomError("role", "must be 'system', 'developer', 'user', 'tool' or 'assistant'")
     return value
 
 
 class AskedMessage(Part):
-    """What is said to the assistant: instructions, a question, or what a tool has found."""
+    """A message to the assistant: instructions, a question, or a tool's result."""
 
     role: Annotated[_Asker, BeforeValidator(_check_role)]
     content: _Content
 
 
 class AssistantMessage(Part):
-    """What the assistant has said before. Without content there must be a call of a tool or a refusal."""
+    """An earlier message of the assistant. Without content it must have a tool call or a refusal."""
 
     role: Literal["assistant"]
     content: _Content | None = None
@@ -140,7 +140,7 @@ class AssistantMessage(Part):
 
 def _speaker(value: Any) -> str | None:
     if not isinstance(value, dict) or "role" not in value:
-        # Either branch then says what is missing.
+        # Either branch then reports what is missing.
         return "<asked>"
     return "<assistant>" if value["role"] == "assistant" else "<asked>"
 
@@ -157,10 +157,10 @@ def _check_template(name: str) -> str:
     return name
 
 
-# By name, where others take a program in Jinja as `chat_template`.
+# A template by name; other servers take a Jinja program as `chat_template`.
 TemplateName = Annotated[str, AfterValidator(_check_template), Field(json_schema_extra={"enum": sorted(TEMPLATES)})]
 
-# Of a chat, whatever is done with it.
+# Neutral values of the fields that every route with messages shares.
 CHAT_NEUTRAL: Mapping[str, Sequence[object]] = {
     "tools": ([],),
     "functions": ([],),

@@ -1,7 +1,7 @@
 """`llava serve` and `llava demo`: the service in the foreground, and one question to it from start to finish.
 
-All that is printed is printed here; what Ray prints is dropped, and stands in its logs. Found by `llava` through the
-entry-point group `llava.commands`, and imported only when one of the two is called.
+All output is printed here; Ray's own output is dropped, and can be found in its logs. `llava` finds this module through
+the entry-point group `llava.commands`, and imports it only when one of the two commands is called.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from llava_core.errors import LlavaError
 SCENE = Path(__file__).with_name("scene.png")
 QUESTION = "Describe the picture."
 
-# Between two looks at whether the service still has all it needs.
+# Seconds between two checks that the service still has all its processes.
 _CHECK_S = 1.0
 
 _config = click.option(
@@ -42,10 +42,10 @@ _config = click.option(
 )
 _model = click.option(
     "--model",
-    help="A checkpoint folder or hub id, in place of all the configuration's models. [default: these, or the default "
+    help="A checkpoint folder or hub id, in place of the configuration's models. [default: those, or the default "
     "model]",
 )
-_base = click.option("--base", help="What the only model, if an adapter or projector, was trained on.")
+_base = click.option("--base", help="The base of the only model, if that is an adapter or projector.")
 _offline = click.option("--offline", is_flag=True, help="Download nothing; list missing files.")
 _port = click.option("--port", type=click.IntRange(1, 65535), envvar="PORT", help="[default: 8000]")
 
@@ -55,24 +55,24 @@ _port = click.option("--port", type=click.IntRange(1, 65535), envvar="PORT", hel
 @_model
 @_base
 @_offline
-@click.option("--host", help="The interface to listen on; others than 127.0.0.1 need API keys. [default: 127.0.0.1]")
+@click.option("--host", help="The interface to listen on; any but 127.0.0.1 needs API keys. [default: 127.0.0.1]")
 @_port
 @click.option(
     "--metrics-port",
     type=click.IntRange(0, 65535),
-    help="Where Prometheus finds the metrics, on 127.0.0.1; 0 is any that is free. [default: the one after --port]",
+    help="The port of the metrics for Prometheus, on 127.0.0.1; 0 is any free one. [default: the one after --port]",
 )
 @click.option(
     "--drain-seconds",
     type=click.FloatRange(min=0),
     default=30.0,
     show_default=True,
-    help="How long running requests may take to end after Ctrl-C or SIGTERM; a second one cuts them off.",
+    help="How long running requests may take to finish after Ctrl-C or SIGTERM; a second signal cuts them off.",
 )
 def serve(config: Path | None, drain_seconds: float, **options: Any) -> None:
-    """Serve models over HTTP on this machine until Ctrl-C: those of the configuration, or one.
+    """Serve models over HTTP on this machine until Ctrl-C: those of the configuration, or the one given.
 
-    SIGHUP reads the configuration again: new replicas take over, old ones end their requests before they go.
+    SIGHUP reloads the configuration: new replicas take over, old ones finish their requests before they stop.
     """
     with _failing_in_one_line():
         plan = plan_launch(config, **options)
@@ -105,7 +105,7 @@ def serve(config: Path | None, drain_seconds: float, **options: Any) -> None:
     help="[default: a drawn scene that comes with this project]",
 )
 @click.option("--question", default=QUESTION, show_default=True)
-@click.option("--api-key", envvar="LLAVA_API_KEY", help="Where the configuration asks for keys.")
+@click.option("--api-key", envvar="LLAVA_API_KEY", help="Needed if the configuration requires keys.")
 def demo(config: Path | None, image: Path, question: str, api_key: str | None, **options: Any) -> None:
     """Start the service, ask its first model a question about a picture, show the answer as it streams, and stop."""
     with _failing_in_one_line():
@@ -135,7 +135,7 @@ def curl_line(url: str, image: Path, question: str, model: str) -> str:
     """A command to paste: the picture goes through a pipe, because it may be too long for an argument."""
     message = user_message(question, [f"data:{media_type(image.read_bytes()) or 'image/png'};base64,"])
     body = json.dumps(chat_body([message], model=model, stream=True))
-    # For printf: the picture takes the first place, and nothing else may look like one.
+    # For printf: the picture replaces the first %s, and nothing else may look like a placeholder.
     pattern = body.replace("\\", "\\\\").replace("%", "%%").replace(";base64,", ";base64,%s", 1)
     picture = shlex.quote(os.path.relpath(image))
     return (
@@ -150,7 +150,7 @@ def _running(plan: LaunchPlan, terminal: TextIO) -> Iterator[LocalService]:
     service = LocalService(plan)
     _say(terminal, f"Starting {_names(plan)} on {plan.url} ...")
     try:
-        # What a shell starts in the background ignores Ctrl-C.
+        # A process that a shell starts in the background ignores Ctrl-C.
         _end_on_signals()
         service.start(lambda progress: _show(progress, terminal))
         # Ray has installed a handler of its own by now.
@@ -167,7 +167,7 @@ def _end_on_signals() -> None:
 
 @contextlib.contextmanager
 def _told_to_update() -> Iterator[Callable[[], bool]]:
-    """Whether SIGHUP has come since it was last asked, as servers take it: read the configuration again."""
+    """Yields a function that tells whether SIGHUP, the usual signal for reloading, has arrived since its last call."""
     times = {"told": 0, "asked": 0}
 
     def note(_number: int, _frame: FrameType | None) -> None:
@@ -186,27 +186,27 @@ def _told_to_update() -> Iterator[Callable[[], bool]]:
 
 
 def _update(service: LocalService, config: Path | None, options: dict[str, Any], terminal: TextIO) -> None:
-    """Whatever is wrong, the service goes on, for another try."""
+    """Reloads the configuration. Whatever is wrong with it, the command keeps running, so that it can be corrected."""
     _say(terminal, "\nReading the configuration again ...")
     try:
         plan = plan_launch(config, **options, running=service.plan)
     except LlavaError as error:
-        _say(terminal, f"It stays as it is: {error}")
+        _say(terminal, f"The service stays as it is: {error}")
         return
     try:
         service.update(plan)
     except LlavaError as error:
-        _say(terminal, f"It does not start: {error}\nCorrect it and send SIGHUP again.")
+        _say(terminal, f"The new configuration does not start: {error}\nCorrect it and send SIGHUP again.")
         return
-    _say(terminal, f"Serving {_names(plan)} anew.")
+    _say(terminal, f"Serving {_names(plan)} with the new configuration.")
 
 
 def _drain(service: LocalService, seconds: float, terminal: TextIO) -> None:
     assert service.balancer is not None, "it has been started"
-    _say(terminal, f"\nLetting requests end, for {seconds:g} s at most. Ctrl-C cuts them off.")
+    _say(terminal, f"\nWaiting up to {seconds:g} s for requests to finish. Ctrl-C cuts them off.")
     with contextlib.suppress(KeyboardInterrupt):
         if not service.balancer.drain(seconds):
-            _say(terminal, "Some have not ended.")
+            _say(terminal, "Some are unfinished.")
 
 
 def _names(plan: LaunchPlan) -> str:
@@ -233,7 +233,7 @@ def _failing_in_one_line() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _terminal() -> Iterator[TextIO]:
-    """Where to print. File descriptors 1 and 2 lead nowhere meanwhile: Ray's processes write to them as well."""
+    """Yields the stream to print to. Meanwhile file descriptors 1 and 2 lead nowhere: Ray's processes write to them."""
     sys.stdout.flush()
     sys.stderr.flush()
     saved = os.dup(1), os.dup(2)

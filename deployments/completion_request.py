@@ -1,7 +1,7 @@
-"""`POST /v1/completions`: a text, or token ids, that the model goes on with as they are, without a template.
+"""`POST /v1/completions`: a text, or token ids, that the model continues as they are, without a template.
 
-No pictures, and one prompt or several. As OpenAI has it, an answer has 16 tokens where no number is given. Knows
-nothing about HTTP, models or Ray.
+No pictures; one prompt or several. As with OpenAI, an answer has up to 16 tokens by default. Knows nothing about HTTP,
+models or Ray.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class CompletionBody(SamplingBody):
 
 
 def read_completion_request(body: bytes, request_id: str, limits: RequestLimits) -> ReadRequest:
-    """Raises RequestError naming field and cause. `request_id` must be unique, so it cannot be the client's own."""
+    """Parses a body. Raises RequestError naming field and cause. `request_id` must be unique: not the client's own."""
     parsed = parse_body(body, CompletionBody, max_text=limits.max_text)
     max_tokens = _DEFAULT_MAX_TOKENS if parsed.max_tokens is None else parsed.max_tokens
     sampling = parsed.sampling(max_tokens=max_tokens, logprobs=parsed.logprobs)
@@ -88,7 +88,7 @@ def read_completion_request(body: bytes, request_id: str, limits: RequestLimits)
 def read_prompts(
     prompt: str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]], limits: RequestLimits
 ) -> tuple[str | tuple[int, ...], ...]:
-    """One or more. Raises RequestError where their texts together are too long."""
+    """One or more prompts. Raises RequestError if their texts together are too long."""
     prompts = tuple(map(_prompt, [prompt] if _is_one(prompt) else prompt))
     num_characters = sum(len(each) for each in prompts if isinstance(each, str))
     if num_characters > limits.max_text:

@@ -1,4 +1,4 @@
-"""Answers to completions in OpenAI's form: text, and log-probabilities in four lists with each token's place in it."""
+"""Answers to completions in OpenAI's form: text, and log-probabilities in four lists with each token's text offset."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class CompletionAnswer(Answer):
     _offsets: dict[int, int] = field(default_factory=lambda: defaultdict(int), repr=False)
 
     def choice(self, whole: TokenDelta) -> Json:
-        """The text."""
+        """The choice with the whole text."""
         return {
             "index": whole.index,
             "text": whole.text,
@@ -33,11 +33,11 @@ class CompletionAnswer(Answer):
         }
 
     def first_chunks(self) -> Iterator[Json]:
-        """None: nobody has to be introduced."""
+        """None: completions have no roles."""
         return iter(())
 
     def grown(self, delta: TokenDelta) -> Iterator[Json]:
-        """The text, and the reason it ended with."""
+        """The new text, and the finish reason."""
         if delta.text or delta.logprobs or delta.finish_reason is not None:
             yield self.chunk(self.choice(delta))
 
@@ -64,7 +64,7 @@ class CompletionAnswer(Answer):
 
 
 def _name(spelled: bytes) -> str:
-    """The token's text; as OpenAI has it, its bytes where they are no text: keys must differ as tokens do."""
+    """The token's text or, as with OpenAI, its bytes if they are not text: different tokens need different keys."""
     try:
         return spelled.decode()
     except UnicodeDecodeError:

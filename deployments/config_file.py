@@ -1,6 +1,6 @@
-"""The Serve configuration that `llava serve` reads: where it is, what it is without a file, and our application in it.
+"""The Serve configuration that `llava serve` reads: where it is, its default without a file, and our application in it.
 
-Knows YAML and the names of a few fields; what the settings mean is settings.py's.
+Knows YAML and the names of a few fields; settings.py knows what the settings mean.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ DEFAULT_CONFIG: Mapping[str, Any] = {
 
 
 def read_config(path: Path | None) -> dict[str, Any]:
-    """The file, or the one that is found; DEFAULT_CONFIG where there is none. Raises LaunchError."""
+    """The content of `path`, or of CONFIG_FILE if it exists, or DEFAULT_CONFIG. Raises LaunchError."""
     if path is None:
         path = Path(CONFIG_FILE)
         if not path.exists():
@@ -40,7 +40,7 @@ def read_config(path: Path | None) -> dict[str, Any]:
 
 
 def find_application(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Ours among the applications. Raises LaunchError."""
+    """Our application among those configured. Raises LaunchError."""
     applications = content.get("applications")
     for application in applications if isinstance(applications, list) else ():
         if isinstance(application, dict) and application.get("import_path") == IMPORT_PATH:

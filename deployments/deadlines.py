@@ -1,7 +1,7 @@
-"""`x-request-timeout-seconds`: when an answer is too late for its client, whatever of it there is by then.
+"""`x-request-timeout-seconds`: the client's deadline for the complete answer.
 
-Serve reads the same header: it cancels a request at that moment and answers in words of its own. So the service is done
-a little earlier. Knows how time passes, not what is waited for.
+Serve reads the same header: it cancels the request at that moment and answers with an error of its own. So the deadline
+here is a little earlier. Knows about time, but not what is waited for.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ Item = TypeVar("Item")
 
 
 class Deadline:
-    """Counts from when it is made; `seconds` None never ends anything."""
+    """Counts from its construction; with `seconds` None it never expires."""
 
     def __init__(self, seconds: float | None) -> None:
-        # A quarter of a short time: on a busy machine Serve's clock and this one are looked at a while apart.
+        # For a short timeout a quarter of it: on a busy machine Serve's clock and this one are read some time apart.
         left = None if seconds is None else seconds - min(_EARLIER_S, seconds / 4)
         self._at = None if left is None else asyncio.get_running_loop().time() + left
 
     @contextlib.asynccontextmanager
     async def around(self) -> AsyncIterator[None]:
-        """For a block that waits: raises DeadlineError in time, after what is waited for was cancelled."""
+        """A context manager around a block that waits: cancels the wait at the deadline and raises DeadlineError."""
         try:
             async with asyncio.timeout_at(self._at) as timer:
                 yield
@@ -45,7 +45,7 @@ class Deadline:
             raise DeadlineError("the answer was not complete in time") from None
 
     def watch(self, items: AsyncGenerator[Item, None]) -> AsyncGenerator[Item, None]:
-        """The items as long as there is time."""
+        """Yields the items until the deadline, then raises DeadlineError."""
         return items if self._at is None else self._watch(items)
 
     async def _watch(self, items: AsyncGenerator[Item, None]) -> AsyncGenerator[Item, None]:
@@ -60,7 +60,7 @@ class Deadline:
 
 
 def read_deadline(headers: Headers, *, max_seconds: float) -> Deadline:
-    """The client's, none where it names none. Raises RequestError that names the header."""
+    """The client's deadline; one that never expires if it sets none. Raises RequestError that names the header."""
     given = headers.getlist(TIMEOUT_HEADER)
     if not given:
         return Deadline(None)

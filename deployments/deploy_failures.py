@@ -1,6 +1,6 @@
-"""Why an application could not be deployed, in one line each, out of what Serve says of it and its stages.
+"""Why an application could not be deployed: one line per cause, from what Serve reports of it and its stages.
 
-Knows Serve's words for it and what tracebacks look like; standard library only.
+Knows Serve's status names and what tracebacks look like; standard library only.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _ERROR_LINE = re.compile(r"^(?:[\w.]+\.)?(\w*(?:Error|Exception|Exit)): (.+)$", 
 
 
 def raise_if_failed(status: str, message: str, stage_messages: Mapping[str, str]) -> None:
-    """Raise LaunchError with the cause that each stage gave, or else the application's message, if it cannot start."""
+    """Raise LaunchError if the application cannot start, with each stage's cause or else the application's message."""
     if status in ("DEPLOY_FAILED", "UNHEALTHY"):
         reasons = [f"{stage}: {cause(text)}" for stage, text in stage_messages.items() if _ERROR_LINE.search(text)]
         raise LaunchError("; ".join(reasons) or cause(message))

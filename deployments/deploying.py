@@ -1,4 +1,4 @@
-"""Applications handed to the Serve that this process is connected to, and a watch until ours runs.
+"""Deploys applications to the Serve that this process is connected to, and watches until ours runs.
 
 Ray is imported where it is used, because it reads its environment when it is imported.
 """
@@ -18,7 +18,7 @@ _POLL_S = 0.1
 
 
 def serve_schema(config: Mapping[str, Any], host: str, port: int) -> Any:
-    """Serve's own reading of a configuration, with another address for its proxy. Raises LaunchError."""
+    """A configuration as parsed by Serve itself, with the address of its proxy replaced. Raises LaunchError."""
     from ray.serve.schema import ServeDeploySchema
 
     try:
@@ -32,16 +32,16 @@ def serve_schema(config: Mapping[str, Any], host: str, port: int) -> Any:
 
 
 def deploy(schema: Any) -> None:
-    """Returns at once. As `serve deploy`, over an application of the same name replicas are replaced."""
+    """Returns at once. As with `serve deploy`, replicas of a running application of the same name are replaced."""
     _client().deploy_apps(schema)
 
 
 def watch(application: str) -> Iterator[str]:
-    """Names of deployments as they become ready, until all are. Raises LaunchError when one cannot."""
+    """Yields the names of deployments as they become ready, until all are. Raises LaunchError when one cannot start."""
     client = _client()
     ready: set[str] = set()
     while True:
-        # Not `serve.status`, which goes through every setting of every deployment each time.
+        # Not `serve.status`, which processes every setting of every deployment each time.
         overview = client.get_serve_status(application)
         stages = {each.name: each for each in overview.deployment_statuses}
         for name in sorted(set(stages) - ready):
@@ -57,7 +57,7 @@ def watch(application: str) -> Iterator[str]:
 
 
 def _client() -> Any:
-    """Of Serve's controller."""
+    """The client of Serve's controller."""
     from ray.serve.context import _get_global_client
 
     client = _get_global_client()

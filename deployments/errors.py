@@ -1,12 +1,12 @@
-"""Errors of the service that the core does not know: bodies too large or slow, keys that are not good for what they are
-used for, content that kills, deadlines, stages lost or missing, workers or servers of others that fail, no start.
+"""Errors of the service that the core does not know: bodies too large or slow, invalid or unauthorised keys, content
+that kills replicas, deadlines, stages lost or missing, failures of external workers or servers, failures to start.
 
-Plain exceptions on top of the core's tree, which every process can afford and pickle. Knows neither HTTP nor Ray.
+Plain exceptions on top of the core's tree, cheap to import and picklable in every process. Knows neither HTTP nor Ray.
 """
 
 from llava_core.errors import LlavaError, OverloadedError, RequestError
 
-# The stage of what is lost where the first two are not told apart.
+# The stage of a loss that is either the preprocessor's or the vision encoder's.
 EARLIER = "earlier"
 
 
@@ -18,36 +18,36 @@ class RequestTooLargeError(RequestError):
 
 
 class RequestTimeoutError(RequestError):
-    """The body did not come in time."""
+    """The body did not arrive in time."""
 
     def __init__(self, message: str, *, param: str | None = None, code: str = "request_timeout") -> None:
         super().__init__(message, param=param, code=code)
 
 
 class AuthenticationError(RequestError):
-    """The request comes with no key that is good now."""
+    """The request has no valid key."""
 
     def __init__(self, message: str, *, param: str | None = None, code: str = "invalid_api_key") -> None:
         super().__init__(message, param=param, code=code)
 
 
 class PermissionDeniedError(RequestError):
-    """The key is good, but not for this."""
+    """The key does not cover this route, or a worker's address is not an allowed one."""
 
     def __init__(self, message: str, *, param: str | None = None, code: str = "permission_denied") -> None:
         super().__init__(message, param=param, code=code)
 
 
 class RateLimitError(OverloadedError):
-    """The key has used up what it may."""
+    """The key has used up its quota."""
 
 
 class KeysFileError(LlavaError):
-    """The file of API keys cannot be used; the message names file and fix."""
+    """The file of API keys cannot be used; the message names the file and what is wrong."""
 
 
 class ContentRefusedError(RequestError):
-    """The request is about something that has killed a replica twice."""
+    """The request has a picture or prompt that has killed replicas."""
 
     def __init__(
         self,
@@ -60,15 +60,15 @@ class ContentRefusedError(RequestError):
 
 
 class DeadlineError(LlavaError):
-    """The answer was not complete when its client said that it would be too late."""
+    """The answer was not complete within the timeout that its client set."""
 
 
 class StageUnavailableError(LlavaError):
-    """A stage has no replica that could take the request."""
+    """A stage has no replica that can take the request."""
 
 
 class StageLostError(LlavaError):
-    """The replica that worked on the request, or what it made, is gone; `stage` is for metrics."""
+    """The replica that worked on the request, or the result it produced, is lost; `stage` is for metrics."""
 
     def __init__(self, message: str, stage: str = EARLIER) -> None:
         super().__init__(message, stage)
@@ -80,19 +80,19 @@ class StageLostError(LlavaError):
 
 
 class StageSilentError(StageLostError):
-    """Nothing is heard of the replica, so its host or the way there is gone, which no content does."""
+    """The replica is silent: its host or the network to it has failed, which no content can cause."""
 
     def __init__(
         self,
-        message: str = "the part of the service that works on this request is not heard of",
+        message: str = "the part of the service that works on this request is not responding",
         stage: str = EARLIER,
     ) -> None:
         super().__init__(message, stage)
 
 
 class WorkerFailedError(LlavaError):
-    """A registered worker (llava_protocol/) is not there, or does not keep to the protocol. `kind` is for metrics,
-    `reason` for the log."""
+    """A registered worker (llava_protocol/) is unreachable or violates the protocol. `kind` is for metrics, `reason`
+    for the log."""
 
     def __init__(self, kind: str, reason: str) -> None:
         super().__init__(kind, reason)
@@ -104,7 +104,7 @@ class WorkerFailedError(LlavaError):
 
 
 class UpstreamError(LlavaError):
-    """The server that answers for a model has failed. The message names model and cause, and no address."""
+    """The server that answers for a model has failed. The message names model and cause, but no address."""
 
     def __init__(self, message: str, *, code: str, retry_after_s: int | None = None) -> None:
         super().__init__(message)
@@ -114,14 +114,14 @@ class UpstreamError(LlavaError):
 
 
 class UpstreamTimeoutError(UpstreamError):
-    """It has not answered in time."""
+    """The upstream server has not answered in time."""
 
     def __init__(self, message: str, *, code: str = "upstream_timeout", retry_after_s: int | None = None) -> None:
         super().__init__(message, code=code, retry_after_s=retry_after_s)
 
 
 class UpstreamRefusedError(RequestError):
-    """It finds fault with the request, in words of its own; `status` is of its answer."""
+    """The upstream server has rejected the request; the message is its own, `status` that of its answer."""
 
     def __init__(self, message: str, *, status: int, param: str | None, code: str) -> None:
         super().__init__(message, param=param, code=code)

@@ -1,6 +1,6 @@
-"""Who can reach the service: one that asks nobody who they are listens on the loopback interface alone.
+"""Who can reach the service: without API keys it listens on the loopback interface only.
 
-Knows hosts as configurations write them, and not who starts what.
+Knows hosts as configurations write them, but not who starts what.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from deployments.settings import AuthArgs
 from llava_core.client.exchange import is_loopback
 from llava_core.errors import LlavaError
 
-# Set by whoever starts a Ray with an entrance of its own, for all replicas of that Ray: the host it listens on. Where
-# Serve listens is then behind it.
+# The host on which the entrance in front of Serve listens. Whoever starts a Ray with such an entrance sets it for all
+# replicas of that Ray; Serve then listens behind the entrance.
 ENTRANCE_VARIABLE = "LLAVA_SERVE_ENTRANCE_HOST"
 
 
@@ -22,13 +22,13 @@ class ExposureError(LlavaError):
 
 
 def check_exposure(host: str, auth: AuthArgs) -> None:
-    """Raise ExposureError for a host that others reach where nobody is asked for a key, KeysFileError for keys that
-    cannot be read."""
+    """Raise ExposureError for a host that others can reach without a key, KeysFileError for keys that cannot be
+    read."""
     if auth.keys_file is not None:
         read_keys(Path(auth.keys_file))
     elif not auth.allow_anyone and not is_loopback(host):
         raise ExposureError(
-            f"the service would listen on {host}, where others reach it, and asks for no API keys; make some with "
+            f"the service would listen on {host}, where others can reach it without API keys; create keys with "
             "`llava keys create` and name their file in auth.keys_file, listen on 127.0.0.1, or set auth.allow_anyone "
-            "where something in front of it knows who may ask"
+            "if something in front of the service authenticates its clients"
         )

@@ -1,6 +1,6 @@
-"""Pictures that a request names by address become pictures that it holds.
+"""Fetches the pictures that a request names by address into the request.
 
-Where they may come from outgoing.py judges; every redirect goes the same way. Knows no formats of pictures.
+outgoing.py decides where they may come from, for every redirect as well. Knows no picture formats.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from llava_core.errors import ImageError
 from llava_core.types import GenerationRequest, ImagePart, ImageUrl, Message, TextPart
 
 _REDIRECTS = (301, 302, 303, 307, 308)
-# Some stores of files know no better than the last two; what it really is, its first bytes will tell.
+# Some file stores only send the last two types; the first bytes will tell what the file really is.
 _MEDIA_TYPES = ("image/", "application/dicom", "application/octet-stream", "binary/octet-stream")
-# No compression: it would save nothing on pictures, and a few bytes could become any number.
+# No compression: it would save nothing on pictures, and a few bytes could decompress to any number.
 _HEADERS = {"accept": "image/*, application/dicom", "accept-encoding": "identity", "user-agent": "llava-serve"}
 
 
 class Fetcher:
-    """Fetches for any number of requests at once, keeping nothing between them."""
+    """Fetches for any number of requests at once, and keeps nothing between them."""
 
     def __init__(self, args: FetchArgs, *, resolve: Resolve = resolve_host, tls: ssl.SSLContext | None = None) -> None:
         self._args = args
@@ -34,7 +34,7 @@ class Fetcher:
 
     async def fetch_images(self, request: GenerationRequest) -> GenerationRequest:
         """The request with its pictures in place of their addresses. Raises ImageError for the first that fails, and
-        leaves the others alone then."""
+        cancels the others then."""
         places: dict[ImageUrl, str] = {}
         for index, message in enumerate(request.messages):
             for position, part in enumerate(message.parts):
@@ -53,10 +53,10 @@ class Fetcher:
         return replace(request, messages=tuple(_with_pictures(message, fetched) for message in request.messages))
 
     async def fetch(self, address: str, param: str) -> bytes:
-        """What lies at the address. Raises ImageError, which tells nothing about what is behind it."""
+        """The content at the address. Raises ImageError, which reveals nothing about what is behind the address."""
         if self._outgoing.is_off:
             raise ImageError(
-                "this service fetches no addresses; send the picture itself, as a data: URL with base64",
+                "this service does not fetch addresses; send the picture itself, as a data: URL with base64",
                 param=param,
                 code="image_url_not_allowed",
             )
@@ -65,12 +65,12 @@ class Fetcher:
                 return await self._follow(address, param)
         except TimeoutError:
             raise ImageError(
-                f"the image did not come within {self._args.timeout_s:g} seconds, which is the limit",
+                f"the image did not arrive within {self._args.timeout_s:g} seconds, which is the limit",
                 param=param,
                 code="image_fetch_timeout",
             ) from None
         except httpx.HTTPError:
-            raise _failed("its host cannot be reached or does not answer as it should", param) from None
+            raise _failed("its host cannot be reached or does not answer correctly", param) from None
 
     async def _follow(self, address: str, param: str) -> bytes:
         url = parse_address(address, param=param)
@@ -105,7 +105,7 @@ class Fetcher:
             raise _failed(f"its host answers {response.status_code}", param)
         media_type = response.headers.get("content-type", "image/")
         if not media_type.lower().startswith(_MEDIA_TYPES) or "content-encoding" in response.headers:
-            raise _failed("its host answers with something that is no picture", param)
+            raise _failed("its host answers with something that is not a picture", param)
         most = self._args.max_bytes
         announced = response.headers.get("content-length", "")
         is_too_large = announced.isdigit() and int(announced) > most

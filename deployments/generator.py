@@ -1,6 +1,6 @@
-"""The last stage: projector, splice and decoder behind the engine; text comes out in chunks as it is written.
+"""The last stage: projector, splice and decoder behind the engine; streams text in chunks as it is generated.
 
-A request that was rejected on the way is answered with its rejection. Knows no HTTP and no pictures, only features.
+A request that an earlier stage rejected is answered with that rejection. Knows no HTTP and no pictures, only features.
 """
 
 from __future__ import annotations
@@ -46,19 +46,20 @@ class Generator:
         token_bytes: Callable[[int], bytes] = lambda _: b"",
         recorder: Recorder | None = None,
     ) -> None:
-        """`token_bytes` is asked for the tokens that log-probabilities name."""
+        """`token_bytes` is called for the tokens that log-probabilities name."""
         self._engine = engine
         self._token_bytes = token_bytes
         self._handoff = handoff
         self._recorder = recorder or Unrecorded()
-        # How long a step may take is the engine's own concern.
+        # The engine itself limits how long a step may take.
         self._watchdog = Watchdog("generator")
         self._numbers = count()
 
     async def generate(self, given: object, begun: Sequence[BegunAnswer] = ()) -> AsyncGenerator[Item, None]:
-        """Deltas up to one with `usage`; or, first or last, a rejection. Leaving early aborts the request.
+        """Yields deltas, the last of which carries `usage`; or a rejection, as the first or last item. Closing early
+        aborts the request.
 
-        Answers that another replica has `begun` go on where they are; `usage` is then still of all of them."""
+        Answers that another replica has `begun` are resumed; `usage` still covers all of them."""
         try:
             handed = await self._taken(given)
         except LlavaError as error:
@@ -86,7 +87,7 @@ class Generator:
             yield Rejected(error)
 
     async def _taken(self, given: object) -> object:
-        """What the stage before has made, with its features in place of what these were handed over as."""
+        """The previous stage's result, with the features themselves in place of references to them."""
         handed = await self._handoff.take(given)
         if not isinstance(handed, Encoded):
             return handed
@@ -95,19 +96,19 @@ class Generator:
         return replace(handed, features=features)
 
     async def check_health(self) -> None:
-        """For Serve, which replaces a replica that raises here."""
+        """Called by Serve, which replaces a replica that raises here."""
         self._engine.check_health()
         self._watchdog.check()
 
     def _to_engine(self, handed: Prepared | Encoded, begun: Sequence[BegunAnswer]) -> EngineRequest:
         features = handed.features if isinstance(handed, Encoded) else ()
         request = engine_request(handed.request, features, begun)
-        # What is asked for again may still be at work here, where only the connection broke.
+        # The first attempt of a retried request may still be running here, if only the connection broke.
         return replace(request, request_id=f"{request.request_id}/{next(self._numbers)}")
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """For Serve, which scales by it (scaling.py): tokens of prompts that are to be read, and what share of its
-        blocks and of its places for answers the engine uses; of places more than all where answers wait."""
+        """Called by Serve, which scales on it (scaling.py). Reports the prompt tokens waiting for prefill, and the
+        shares of its blocks and of its slots that the engine uses; the share of slots exceeds 1 when answers wait."""
         stats = self._engine.stats
         return {
             "queued_prefill_tokens": stats.num_unread,
@@ -117,12 +118,12 @@ class Generator:
         }
 
     def _spelled(self, delta: TokenDelta) -> TokenDelta:
-        """With the bytes of every token that it names, for those who have no tokenizer."""
+        """Adds the bytes of every token that the delta names, for receivers without a tokenizer."""
         named = {token for each in delta.logprobs for token in (each.token, *(token for token, _ in each.top))}
         return replace(delta, token_bytes={token: self._token_bytes(token) for token in named})
 
     def _record(self, last: TokenDelta) -> None:
-        """What an answer's last delta tells. Several answers to a prompt have read it once."""
+        """Records what an answer's last delta reports. The answers to one prompt share one prefill, counted once."""
         for stage, milliseconds in last.stage_ms.items():
             metric, label = (QUEUE_WAIT, "generate") if stage == "queue" else (STAGE_DURATION, stage)
             self._recorder.observe(metric, milliseconds / 1e3, label)
@@ -139,8 +140,8 @@ def _ended(
     request: PreparedRequest,
     elapsed: Elapsed,
 ) -> TokenDelta:
-    """The end of an answer; that of the request's last one tells what all of them cost, where the time went, and how
-    the pictures were seen."""
+    """Completes the last delta of an answer. Only that of the request's last answer carries the usage of all answers,
+    the time per stage and the image transforms."""
     assert delta.usage is not None, "an engine's last delta carries its usage"
     ended.append(delta.usage)
     over = [len(answer.token_ids) for answer in begun if answer.is_over]
@@ -151,8 +152,8 @@ def _ended(
 
 
 def _together(usages: list[Usage], elsewhere: int) -> Usage:
-    """The prompt is read once; what was cached of it is what the first to read it has found. `elsewhere` is how many
-    tokens the answers have that were over before they came here."""
+    """Adds up usages. The prompt counts once; its cached tokens are those that the first answer to prefill it found.
+    `elsewhere` is the number of tokens of answers that had finished before the request came here."""
     return replace(
         usages[0],
         completion_tokens=elsewhere + sum(usage.completion_tokens for usage in usages),

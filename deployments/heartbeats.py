@@ -1,6 +1,6 @@
-"""Signs of life of a stream that has nothing to say: comments, which clients skip and proxies take for traffic.
+"""Heartbeats of an idle stream: comments, which clients skip and proxies take for traffic.
 
-Where a protocol has no comments, its own sign. Knows how an ASGI response is sent, and not what is in it.
+Protocols without comments supply a sign of their own. Knows how an ASGI response is sent, but not what is in it.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from deployments import sse
 
 
 def comment() -> bytes:
-    """That of server-sent events."""
+    """The heartbeat of server-sent events."""
     return sse.COMMENT
 
 
 class Heartbeat:
-    """Sends a sign after every `seconds` in which nothing else was sent, while the response is under way."""
+    """Sends a sign whenever nothing else was sent for `seconds`, from the first to the last piece of the response."""
 
     def __init__(self, send: Send, seconds: float, sign: Callable[[], bytes] = comment) -> None:
         self._send = send
@@ -31,7 +31,7 @@ class Heartbeat:
         self._is_under_way = False
 
     async def send(self, message: Message) -> None:
-        """ASGI's, which also tells the heart that it need not beat."""
+        """ASGI's send; it also postpones the next heartbeat."""
         async with self._sending:
             await self._send(message)
             self._sent_at = asyncio.get_running_loop().time()
@@ -39,7 +39,7 @@ class Heartbeat:
 
     @contextlib.asynccontextmanager
     async def beating(self) -> AsyncIterator[None]:
-        """While the block runs."""
+        """Sends heartbeats while the block runs."""
         task = asyncio.create_task(self._beat())
         try:
             yield
@@ -58,6 +58,6 @@ class Heartbeat:
                 try:
                     await self._send({"type": "http.response.body", "body": self._sign(), "more_body": True})
                 except OSError:
-                    # The client is gone, which whoever sends the answer finds out as well.
+                    # The client has disconnected, which the sender of the answer detects, too.
                     return
                 self._sent_at = clock.time()

@@ -1,7 +1,7 @@
-"""Which hosts this service may connect to of its own accord, as a section of the settings says it: of pictures that
-requests name by address, and of workers that register themselves.
+"""Settings for the hosts that this service may connect to because a request says so: hosts of pictures given by
+address, and of workers that register themselves.
 
-Knows names and networks, and connects to nothing.
+Knows names and networks, but connects to nothing.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from deployments.stage_settings import Settings
 
 
 class HostArgs(Settings):
-    """No host, unless it is in `allowed_hosts`: `name`, `*.name` or `*`, with `:port` where it is not the scheme's own.
-    Names must lead to public addresses or into `allowed_networks`."""
+    """Only hosts in `allowed_hosts`: `name`, `*.name` or `*`, with `:port` unless it is the scheme's default. Names
+    must resolve to public addresses or into `allowed_networks`."""
 
     allowed_hosts: tuple[str, ...] = ()
     allowed_networks: tuple[str, ...] = ()

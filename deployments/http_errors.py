@@ -1,8 +1,8 @@
-"""Errors to HTTP: one table from exception class to status, type and code, and one body, OpenAI's, for all of them.
+"""Errors as HTTP: one table from exception class to status, type and code, and one body, OpenAI's, for all of them.
 
     {"error": {"message": ..., "type": ..., "param": ..., "code": ...}, "request_id": ...}
 
-What is the client's fault is told in the error's own words; what is not, in ours, so that nothing internal gets out.
+Client errors carry the exception's own message; server errors carry a fixed one, so that nothing internal leaks.
 Knows no routes, and nothing about Ray.
 """
 
@@ -37,7 +37,7 @@ from llava_core.errors import EngineError, LlavaError, OverloadedError, RequestE
 
 @dataclass(frozen=True)
 class HttpError:
-    """What a client is told. `message` None: the exception's own."""
+    """The error as a client sees it. `message` None is replaced by the exception's own."""
 
     status: int
     type: str
@@ -45,24 +45,24 @@ class HttpError:
     message: str | None = None
     param: str | None = None
     retry_after_s: int | None = None
-    # What had run out, for the metrics.
+    # The limit that was exhausted, for the metrics.
     limit: str | None = None
 
     @property
     def is_unexpected(self) -> bool:
-        """Whether only a log can tell what happened."""
+        """Whether only the log says what happened."""
         return self.status == HTTPStatus.INTERNAL_SERVER_ERROR
 
     def at(self, param: str | None) -> HttpError:
-        """The same, about another field."""
+        """The same error, for another field."""
         return replace(self, param=param)
 
 
 _UNAVAILABLE = "a stage of the service is not available; try again"
 _NO_KEYS = "keys cannot be checked at the moment; try again later"
-_WORKER_FAILED = "the registered worker that has this model does not answer as it should; try again"
-_LOST = "the part of the service that worked on this request is gone; try again"
-# Said while the body may still be coming: 401, 403, 408 and 413.
+_WORKER_FAILED = "the registered worker that has this model does not answer correctly; try again"
+_LOST = "the part of the service that worked on this request was lost; try again"
+# Sent while the body may still be arriving: 401, 403, 408 and 413.
 _BEFORE_THE_BODY = frozenset(
     {
         HTTPStatus.UNAUTHORIZED,
@@ -74,7 +74,7 @@ _BEFORE_THE_BODY = frozenset(
 
 _TOO_LATE = "the answer was not complete within x-request-timeout-seconds"
 
-# The first row whose class fits wins; RequestErrors bring their own code and param.
+# The first row whose class matches wins; RequestErrors have their own code and param.
 TABLE: tuple[tuple[type[BaseException], HttpError], ...] = (
     (RequestTooLargeError, HttpError(413, "invalid_request_error", "request_too_large")),
     (RequestTimeoutError, HttpError(408, "invalid_request_error", "request_timeout")),
@@ -99,17 +99,17 @@ TABLE: tuple[tuple[type[BaseException], HttpError], ...] = (
 
 
 def describe(error: BaseException) -> HttpError:
-    """The table's answer, with the error's own message, code and hints where it has a say."""
+    """The table's row for this error, with the error's own message, code and hints where it has them."""
     row = next(row for kind, row in TABLE if isinstance(error, kind))
     if isinstance(error, UpstreamError):
-        # Written for clients, unlike other messages of what is not their fault.
+        # Its message is written for clients, unlike those of other server errors.
         return replace(row, message=error.message, code=error.code, retry_after_s=error.retry_after_s)
     if isinstance(error, UpstreamRefusedError):
         row = replace(row, status=error.status)
     if isinstance(error, RequestError):
         return replace(row, message=error.message, param=error.param, code=error.code)
     if isinstance(error, RateLimitError):
-        # As OpenAI does, whose clients read the code.
+        # As OpenAI does: its clients read the code.
         row = replace(row, type=error.limit)
     if isinstance(error, OverloadedError):
         return replace(row, message=error.message, retry_after_s=error.retry_after_s, limit=error.limit)
@@ -117,13 +117,13 @@ def describe(error: BaseException) -> HttpError:
 
 
 def describe_http(error: HTTPException) -> HttpError:
-    """An error of routing: no such path, or not with this method."""
+    """A routing error: unknown path, or method not allowed."""
     code = HTTPStatus(error.status_code).phrase.lower().replace(" ", "_")
     return HttpError(error.status_code, "invalid_request_error", code, error.detail)
 
 
 def error_body(error: HttpError, request_id: str) -> dict[str, Any]:
-    """The one shape all errors have. Whoever makes one tells it to a client, so it is noted for metrics and the log."""
+    """The body that all errors share. Every body made is sent to a client, so this records it for metrics and log."""
     request = current_request()
     request.error_code, request.limit = error.code, error.limit
     content = {"message": error.message, "type": error.type, "param": error.param, "code": error.code}
@@ -131,11 +131,11 @@ def error_body(error: HttpError, request_id: str) -> dict[str, Any]:
 
 
 def error_response(error: HttpError, request_id: str) -> JSONResponse:
-    """The response to a request that got no answer."""
+    """The response to a request that failed before its answer began."""
     headers = {} if error.retry_after_s is None else {"retry-after": str(error.retry_after_s)}
     if error.status == HTTPStatus.UNAUTHORIZED:
         headers["www-authenticate"] = "Bearer"
     if error.status in _BEFORE_THE_BODY:
-        # Whoever is still sending would otherwise keep the connection, for as long as it takes.
+        # A client that is still sending would otherwise keep the connection open until it is done.
         headers["connection"] = "close"
     return JSONResponse(error_body(error, request_id), error.status, headers)

@@ -1,7 +1,7 @@
-"""How many requests a gateway works on at once; one more is refused before its body is read.
+"""How many requests a gateway works on at once; any beyond that are refused before their bodies are read.
 
-Each stage has a limit of its own, but tells of it only when a request has come that far: of many at once, behind all
-the others. Knows no routes and no stages.
+Each stage has a limit of its own, but a request meets it only once it gets there: in a burst, behind all the others.
+Knows no routes and no stages.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from llava_core.errors import OverloadedError
 
 
 class InFlight:
-    """Middleware for what has a body. Questions about the service itself are answered however busy it is, and so are
+    """Middleware for requests with a body. Queries about the service itself are answered however busy it is, and so are
     `light_routes`."""
 
     def __init__(self, app: ASGIApp, *, limit: int, light_routes: Collection[Route] = ()) -> None:
@@ -26,7 +26,7 @@ class InFlight:
         self._count = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """ASGI. A request has its place until its answer is complete or its client is gone."""
+        """ASGI. A request counts until its answer is complete or its client has disconnected."""
         if scope["type"] != "http" or scope["method"] != "POST" or self._is_light(scope):
             await self._app(scope, receive, send)
             return

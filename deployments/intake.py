@@ -1,6 +1,6 @@
-"""How a request comes in, on whichever route: when it is due, its body within the limits, and what the body says.
+"""How a request is taken in, on any route: its deadline, its body within the limits, and the body's content.
 
-Knows no routes, and nothing of what is asked.
+Knows no routes, and nothing about what is asked.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ Reader = Callable[[bytes, str, RequestLimits], Given]
 
 
 class Intake:
-    """Of one gateway, which holds so many bytes of bodies at once."""
+    """The intake of one gateway, whose bodies share `limits.max_bytes_in_flight`."""
 
     def __init__(self, limits: LimitArgs) -> None:
         self.limits = limits
         self._bodies = BodyBudget(limits.max_bytes_in_flight)
 
     def lease(self) -> Lease:
-        """One request's share of the bytes, nothing at first."""
+        """One request's share of the bytes, initially empty."""
         return self._bodies.lease()
 
     def deadline(self, request: Request) -> Deadline:
-        """The client's own. Raises RequestError that names the header."""
+        """The client's own deadline. Raises RequestError that names the header."""
         return read_deadline(request.headers, max_seconds=self.limits.max_timeout_seconds)
 
     async def read(self, request: Request, lease: Lease, read: Reader[Given], request_id: str) -> Given:
-        """What the body says. Raises what `read_body` does, and what `read` does."""
+        """Reads the body and parses it with `read`. Raises what `read_body` and `read` do."""
         body = await read_body(
             request, lease, max_bytes=self.limits.max_body_bytes, max_seconds=self.limits.max_body_seconds
         )

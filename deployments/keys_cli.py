@@ -1,6 +1,7 @@
 """`llava keys`: makes, lists and revokes API keys. A key is printed once, when it is made, and kept nowhere.
 
-A running service sees the change within a second. Found by `llava` through the entry-point group `llava.commands`.
+A running service picks up changes within a second. `llava` finds this module through the entry-point group
+`llava.commands`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ _file = click.option(
     type=click.Path(dir_okay=False, path_type=Path),
     default=Path("keys.json"),
     show_default=True,
-    help="What auth.keys_file of the configuration names.",
+    help="The file that auth.keys_file of the configuration names.",
 )
 _limit = click.IntRange(min=1)
 
@@ -32,11 +33,11 @@ def _check_id(_context: click.Context, _parameter: click.Parameter, value: str) 
 
 def _check_routes(_context: click.Context, _parameter: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:
     if value:
-        # Not for a --help, which needs no HTTP.
+        # Not imported for --help, which needs no HTTP.
         from deployments.openapi import OPERATIONS
 
         if unknown := sorted(set(value) - OPERATIONS.keys()):
-            raise click.BadParameter(f"{unknown[0]} is none; there are {', '.join(sorted(OPERATIONS))}")
+            raise click.BadParameter(f"{unknown[0]} is not a route; there are {', '.join(sorted(OPERATIONS))}")
     return value
 
 
@@ -48,16 +49,16 @@ def keys() -> None:
 @keys.command()
 @click.argument("key_id", metavar="ID", callback=_check_id)
 @_file
-@click.option("--days", type=click.IntRange(1, 36_500), help="Until it expires. [default: never]")
+@click.option("--days", type=click.IntRange(1, 36_500), help="Days until the key expires. [default: never]")
 @click.option("--requests-per-minute", type=_limit)
-@click.option("--tokens-per-minute", type=_limit, help="Read and written ones together.")
+@click.option("--tokens-per-minute", type=_limit, help="Prompt and generated tokens together.")
 @click.option("--max-concurrent", type=_limit, help="Requests at once.")
 @click.option(
     "--route",
     "routes",
     multiple=True,
     callback=_check_routes,
-    help="What it is for; may be given several times. [default: everything]",
+    help="A route that the key is for; may be given several times. [default: every route]",
 )
 def create(
     *,
@@ -69,7 +70,7 @@ def create(
     max_concurrent: int | None,
     routes: tuple[str, ...],
 ) -> None:
-    """Make a key for ID, whoever that is, and print it."""
+    """Make a key for ID, a name of your choice, and print it."""
     key = make_key(key_id)
     now = datetime.now(UTC).replace(microsecond=0)
     entry = ApiKey(
@@ -96,7 +97,7 @@ def create(
 @keys.command("list")
 @_file
 def list_keys(keys_file: Path) -> None:
-    """Show who has keys, until when, and what they may use."""
+    """List all keys with their expiry and limits."""
     try:
         known = read_keys(keys_file)
     except LlavaError as error:
@@ -122,11 +123,11 @@ def list_keys(keys_file: Path) -> None:
 @click.argument("key_id", metavar="ID", callback=_check_id)
 @_file
 def revoke(*, key_id: str, keys_file: Path) -> None:
-    """Take the key of ID away."""
+    """Revoke the key of ID."""
     try:
         with editing(keys_file) as known:
             if known.pop(key_id, None) is None:
                 raise click.ClickException(f"there is no key with the id {key_id} in {keys_file}")
     except LlavaError as error:
         raise click.ClickException(str(error)) from None
-    click.echo(f"The key of {key_id} is no longer good.")
+    click.echo(f"The key of {key_id} is no longer valid.")

@@ -1,4 +1,4 @@
-"""Starts the service on this machine: its own Ray, the application of a launch plan, a watch until it is ready.
+"""Starts the service on this machine: starts its own Ray, deploys a launch plan's application, waits until it is ready.
 
 Progress goes to a callback; prints nothing. Importing this file does not import Ray, because Ray reads its environment
 when it is imported.
@@ -27,16 +27,16 @@ from deployments.settings import AppArgs
 from llava_core.client import Client
 
 _VITAL = ("gcs_server", "raylet")
-# For what is on its way between stages; features that are kept come on top of it.
+# For objects in transit between stages; cached features come on top.
 _IN_FLIGHT_BYTES = 512 * 1024**2
 _POLL_S, _HTTP_DEADLINE_S, _STOP_PATIENCE_S = 0.1, 60.0, 5.0
-# What ends sooner than this is not ended by chance.
+# An HAProxy that ends sooner than this has not ended by chance.
 _BALANCED_S = 5.0
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Something became ready, `seconds` after the start."""
+    """`what` has become ready, `seconds` after the start."""
 
     what: str
     seconds: float
@@ -44,10 +44,11 @@ class Progress:
 
 @dataclass
 class LocalService:
-    """A running service and the Ray under it. `stop` ends every process that `start` began, however far it came.
+    """A running service and the Ray under it. `stop` ends every process that `start` has begun, however far it got, and
+    leaves the caller's other processes alone.
 
-    Other processes of the caller's are none of its business. `logs` is where Serve's are, `metrics_url` Prometheus'
-    page of all processes, as soon as there is a Ray; `balancer` is in front of its gateways or of Serve's proxy.
+    Once Ray has started, `logs` is the folder of Serve's logs and `metrics_url` the Prometheus page of all processes.
+    `balancer` is in front of the gateways or of Serve's proxy.
     """
 
     plan: LaunchPlan
@@ -79,14 +80,14 @@ class LocalService:
             include_dashboard=False,
             log_to_driver=False,
             object_store_memory=_IN_FLIGHT_BYTES + _kept_bytes(self.plan.args),
-            # Ray's agent serves it, with or without a dashboard.
+            # Ray's agent serves the metrics, with or without a dashboard.
             _metrics_export_port=self.plan.metrics_port or None,
         )
         self._own = descendants(os.getpid()) - self._before
         self._vital = {process for process in self._own if name_of(process) in _VITAL}
-        # Not `session_latest`, which is whichever Ray of this machine started last.
+        # Not `session_latest`, which belongs to the Ray that was last started on this machine.
         self.logs = Path(context.address_info["session_dir"]) / "logs" / "serve"
-        # On the loopback interface alone, as all of Ray's ports (ENVIRONMENT).
+        # On the loopback interface only, as all of Ray's ports (ENVIRONMENT).
         self.metrics_url = f"http://127.0.0.1:{context.address_info['metrics_export_port']}/metrics"
         report(self._progress("Ray"))
         if "deployments" not in find_application(self.plan.config):
@@ -95,7 +96,7 @@ class LocalService:
         serve.start(
             proxy_location="HeadOnly",
             http_options=schema.http_options.model_dump(),
-            # Also the controller's and the proxy's, which `deploy_apps` is too late for.
+            # Also for the controller and the proxy, for which `deploy_apps` comes too late.
             logging_config=schema.logging_config,
             tracing_config=schema.tracing_config,
         )
@@ -108,9 +109,9 @@ class LocalService:
         report(self._progress("HTTP"))
 
     def update(self, plan: LaunchPlan) -> None:
-        """New replicas take the place of the old ones, which end their requests before they go. Returns when all the
-        new ones serve and the old ones are gone. Raises LaunchError when they cannot; then nothing serves until another
-        update."""
+        """Replaces replicas by new ones; the old ones finish their requests before they stop. Returns when all new
+        replicas serve and the old ones have stopped. Raises LaunchError when new ones cannot start; nothing is served
+        then until another update."""
         assert self.balancer is not None, "it has been started"
         schema = serve_schema(plan.config, self.balancer.host, self.balancer.proxy_port)
         self.plan = plan
@@ -120,20 +121,20 @@ class LocalService:
         self._wait_for_http()
 
     def check(self) -> None:
-        """Raise LaunchError when a process has ended without which there is no service. HAProxy is started again, the
-        first time within a while."""
+        """Raise LaunchError when a vital process has ended. HAProxy is restarted, unless it has only just been
+        started."""
         if self._vital - descendants(os.getpid()):
             raise LaunchError(f"Ray has ended; its logs are in {self.logs}")
         if self.balancer is None or self.balancer.is_running:
             return
         if time.monotonic() < self._balanced_at + _BALANCED_S:
-            raise LaunchError("HAProxy has ended, so that nobody can reach the service")
+            raise LaunchError("HAProxy has ended, so the service cannot be reached")
         self.balancer.stop()
         self.balancer.start()
         self._balanced_at = time.monotonic()
 
     def stop(self) -> None:
-        """Requests that are still being answered are cut off. Returns when the last process is gone."""
+        """Cuts off running requests. Returns when the last process has ended."""
         if self._before is None:
             return
         import ray
@@ -153,12 +154,12 @@ class LocalService:
         with Client(self.plan.url) as client:
             while not client.is_healthy():
                 if time.monotonic() > deadline:
-                    raise LaunchError(f"the stages are up, but {self.plan.url}/health does not say so")
+                    raise LaunchError(f"the stages are up, but {self.plan.url}/health does not confirm it")
                 time.sleep(_POLL_S)
 
 
 def _kept_bytes(args: AppArgs) -> int:
-    """What all vision encoders may keep in the object store, if none of them is shared."""
+    """The most that all vision encoders may cache in the object store, if none of them is shared."""
     encoders = [model.vision_encoder for model in args.own_models]
     return sum(encoder.cache_bytes * encoder.max_replicas for encoder in encoders)
 

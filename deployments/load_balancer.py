@@ -1,9 +1,9 @@
 """HAProxy in front of the gateway's replicas: the one port that clients see, on the interface that was asked for.
 
-A service on one machine has it in place of Serve's HTTP proxy, which takes each piece of an answer through a process of
-Python. Where several applications share an address, that proxy stands between HAProxy and all of them. The program
-comes with Ray Serve; started by Serve, it would open two more ports on every interface. Knows addresses, and nothing of
-what passes through.
+A service on one machine has it in place of Serve's HTTP proxy, which passes every piece of an answer through a Python
+process. Where several applications share an address, that proxy stands between HAProxy and all of them. The program
+comes with Ray Serve; if Serve started it, it would open two more ports on every interface. Knows addresses, but nothing
+about what passes through.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from llava_core.errors import LlavaError
 _PR_SET_PDEATHSIG = 1
 _STARTUP_S, _ANSWER_S, _POLL_S = 20.0, 5.0, 0.02
 _SPARE_PORTS = 16
-# Whoever owes something, the rest of a body or the reading of an answer, and is silent for so long is cut off; waiting
-# for an answer is no silence. More than a gateway waits for a body, so that it can say what is wrong.
+# A client that stops sending its body or reading its answer for this long is cut off; waiting for an answer does not
+# count. Longer than a gateway waits for a body, so that the gateway can report what is wrong.
 _CLIENT_S = 90
 
 _CONFIGURATION = """\
 global
     nbthread 1
     maxconn 8192
-    # In its own folder, which is its owner's alone.
+    # In its own folder, which only its owner can enter.
     stats socket unix@admin mode 600 level admin
 
 defaults
@@ -50,14 +50,14 @@ defaults
     timeout server 1h
     timeout http-request 30s
     timeout http-keep-alive 90s
-    # Small pieces at once.
+    # Send small pieces at once.
     option http-no-delay
-    # Who hangs up is told to the replica.
+    # Tell the replica when a client hangs up.
     option abortonclose
-    # Connections to replicas end with their answers, by the replica. HAProxy resets those it has no use for, which are
-    # most, and Serve's HTTP server then keeps what it knows of each for a minute and a half more.
+    # Replicas close their connections after each answer. HAProxy would reset those it has no use for, which are most,
+    # and Serve's HTTP server would then keep the state of each for another minute and a half.
     option http-server-close
-    # What a replica has not taken is tried once a second with another one, until a new one is there.
+    # A request that no replica has accepted is retried once a second with another one, until there is a new one.
     retries 20
     retry-on conn-failure
     option redispatch 1
@@ -66,7 +66,7 @@ defaults
 frontend clients
     bind {address}
     unique-id-format %[uuid]
-    # The client's own, where there is one and it is fit for logs and headers.
+    # The client's own id, if it sends one that is fit for logs and headers.
     acl one_id req.fhdr_cnt(x-request-id) eq 1
     acl sound_id req.fhdr(x-request-id) -m reg ^{sound_id}$
     http-request set-header x-request-id %[unique-id] unless one_id sound_id
@@ -77,10 +77,10 @@ frontend clients
     default_backend gateways
 
 backend gateways
-    # Other applications' replicas listen on these ports, too: one says which it belongs to.
+    # Other applications' replicas listen on these ports, too: each reports which application it belongs to.
     option httpchk GET /-/routes
     http-check expect rstring '{routes}'
-    # A new one is found within half a second. One that does not answer is tried for as long as another needs to start.
+    # A new one is found within half a second. One that does not answer is tried for as long as another takes to start.
     default-server check inter 1s fastinter 500ms downinter 500ms rise 1 fall 40 weight 0
 {servers}
 """
@@ -92,8 +92,8 @@ class LoadBalancerError(LlavaError):
 
 @dataclass
 class LoadBalancer:
-    """From `address` (host, port) to whichever of `ports` on `host` a replica of `application` listens on, or Serve's
-    proxy with `proxy_port`, which it has to choose itself where that is 0."""
+    """Forwards from `address` (host, port) to those of `ports` on `host` on which replicas of `application` listen, or
+    Serve's proxy on `proxy_port`. With 0 Serve's proxy chooses its port itself."""
 
     address: tuple[str, int]
     host: str
@@ -105,8 +105,8 @@ class LoadBalancer:
 
     @property
     def configuration(self) -> str:
-        """HAProxy's."""
-        # Not before a service starts: it needs an HTTP framework, which `llava --help` does not.
+        """HAProxy's configuration file."""
+        # Imported only when a service starts: it needs an HTTP framework, which `llava --help` does not.
         from deployments.request_ids import SOUND_ID
 
         return _CONFIGURATION.format(
@@ -114,13 +114,13 @@ class LoadBalancer:
             client_s=_CLIENT_S,
             sound_id=SOUND_ID,
             errors="\n".join(_http_errors()),
-            # A replica tells of its own application alone, the proxy of all of them.
+            # A replica reports only its own application, the proxy all of them.
             routes=f'"{re.escape(self.application)}"' + ("" if self.proxy_port else " *}$"),
             servers="\n".join(f"    server gateway{port} {self.host}:{port}" for port in self.ports),
         )
 
     def start(self) -> None:
-        """Returns once it sends requests on. It ends with the thread that started it, at the latest.
+        """Returns once HAProxy forwards requests. It ends at the latest with the thread that started it.
 
         Raises LoadBalancerError."""
         self._scratch = Scratch()
@@ -129,7 +129,7 @@ class LoadBalancer:
         with messages.open("wb") as output:
             self._process = _run([_program(), "-db", "-f", str(configuration)], configuration.parent, output)
         deadline = time.monotonic() + _STARTUP_S
-        # It says what is wrong, and ends, before it listens.
+        # If something is wrong, HAProxy reports it and exits before it listens.
         while self._process.poll() is None and not self._answers():
             if time.monotonic() > deadline:
                 raise LoadBalancerError("HAProxy does not listen")
@@ -137,10 +137,11 @@ class LoadBalancer:
         if not self.is_running:
             reason = messages.read_text(errors="replace").strip()
             raise LoadBalancerError(f"HAProxy does not start: {reason}")
-        # Until it has looked, it takes every port for a gateway's; so none has any weight, and clients get 503.
+        # Until it has checked them, HAProxy takes every port for a gateway's. So all begin with weight 0, and clients
+        # get 503.
         while not self._has_looked():
             if time.monotonic() > deadline:
-                raise LoadBalancerError("HAProxy does not look for gateways")
+                raise LoadBalancerError("HAProxy does not check for gateways")
             time.sleep(_POLL_S)
         for port in self.ports:
             self._tell(f"set server gateways/gateway{port} weight 1")
@@ -151,7 +152,7 @@ class LoadBalancer:
         return self._process is not None and self._process.poll() is None
 
     def drain(self, seconds: float) -> bool:
-        """New requests get 503 from now on. Whether all that were under way have ended in so many seconds.
+        """Answers new requests with 503 from now on. Returns whether all running ones have ended within `seconds`.
 
         Raises LoadBalancerError."""
         deadline = time.monotonic() + seconds
@@ -164,7 +165,7 @@ class LoadBalancer:
         return True
 
     def stop(self) -> None:
-        """What passes through is cut off."""
+        """Cuts off all connections."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
@@ -189,13 +190,13 @@ class LoadBalancer:
         return sum(int(row["scur"]) for row in self._rows() if row["svname"] == "BACKEND")
 
     def _rows(self) -> list[dict[str, str]]:
-        """What it tells of the gateways and, as "BACKEND", of all of them."""
+        """HAProxy's statistics of each gateway and, as "BACKEND", of all of them."""
         names, *rows = csv.reader(self._tell("show stat").removeprefix("# ").split("\n"))
         table = [dict(zip(names, row, strict=True)) for row in rows if row]
         return [row for row in table if row["pxname"] == "gateways"]
 
     def _tell(self, command: str) -> str:
-        """HAProxy's answer. Raises LoadBalancerError when it is gone."""
+        """Sends a command; returns HAProxy's answer. Raises LoadBalancerError when HAProxy cannot be reached."""
         try:
             with socket.socket(socket.AF_UNIX) as admin:
                 admin.settimeout(_ANSWER_S)
@@ -208,8 +209,8 @@ class LoadBalancer:
 
 
 def balance_gateways(address: tuple[str, int], application: str, *, max_gateways: int) -> LoadBalancer:
-    """In front of an application's gateways, wherever Serve, which is told by the environment, puts them: one that
-    follows another cannot have its port at once."""
+    """A balancer for an application's gateways, on any port of a range that Serve reads from the environment: a gateway
+    that replaces another cannot reuse its port at once."""
     first = int(os.environ.setdefault("RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT", "30000"))
     num_ports = max_gateways + _SPARE_PORTS
     # One past the last.
@@ -218,13 +219,13 @@ def balance_gateways(address: tuple[str, int], application: str, *, max_gateways
 
 
 def balance_proxy(address: tuple[str, int], application: str) -> LoadBalancer:
-    """In front of Serve's proxy, for an application that is not alone."""
+    """A balancer for Serve's proxy, for an application that shares an address with others."""
     port = address[1]
     return LoadBalancer(address, local_host(port), [port], application, proxy_port=port)
 
 
 def local_host(port: int) -> str:
-    """An address of this machine that only the service at `port` uses: so no other's replicas are taken for its own."""
+    """A loopback address that only the service at `port` uses, so it never takes another's replicas for its own."""
     return f"127.64.{port // 256}.{port % 256}"
 
 
@@ -245,22 +246,22 @@ def _run(command: list[str], folder: Path, output: IO[bytes]) -> subprocess.Pope
         stdin=subprocess.DEVNULL,
         stdout=output,
         stderr=output,
-        # Ctrl-C in a terminal is for this process, which lets requests end before it ends HAProxy.
+        # Ctrl-C in a terminal is for this process, which lets requests finish before it ends HAProxy.
         process_group=0,
-        # Whoever kills this process does not leave the port taken. Called in the child before it becomes HAProxy.
+        # If this process is killed, the port does not stay taken. Called in the child before it becomes HAProxy.
         preexec_fn=lambda: libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM),
     )
 
 
 def _http_errors() -> list[str]:
-    """What it answers itself, where no replica can, as lines of the configuration. What is no HTTP at all gets its own
-    few words."""
-    # As above.
+    """The errors that HAProxy answers itself when no replica can, as lines of the configuration. Anything that is not
+    HTTP gets HAProxy's own short messages."""
+    # Imported here for the same reason as above.
     from deployments.http_errors import HttpError, error_body
 
     errors = (
         HttpError(404, "invalid_request_error", "not_found", "Not Found"),
-        HttpError(502, "server_error", "replica_lost", "the gateway that worked on this request is gone; try again"),
+        HttpError(502, "server_error", "replica_lost", "the gateway that worked on this request was lost; try again"),
         HttpError(503, "server_error", "unavailable", "no gateway is ready; try again", retry_after_s=5),
         HttpError(504, "server_error", "unavailable", "the gateway does not answer; try again"),
     )

@@ -1,11 +1,11 @@
-"""What the service counts about itself: every metric, declared here once, on its way to Prometheus through Ray.
+"""The service's own metrics: each declared here once, and exported to Prometheus through Ray.
 
 Labels have few values, none of which a client chooses: no prompts, keys, names or ids. Ray puts `ray_` before the names
-on its page, and Serve adds the labels `application`, `deployment` and `replica`. Ray tells of what was observed only
-how many values were in which bucket: counts and quantiles of a histogram are right, its sum is of the buckets' middles.
+on its page, and Serve adds the labels `application`, `deployment` and `replica`. Of observed values Ray exports only
+how many fell into each bucket: a histogram's counts and quantiles are right, its sum is computed from bucket middles.
 
-Counts are kept here and handed on once a second, because each call into Ray takes about 4 µs; a value that is observed
-is one such call, so nothing does that for every token. Ray itself is imported where it is used.
+Counts are kept here and passed to Ray once a second, because each call into Ray takes about 4 µs. Every observed value
+is one such call, so nothing observes a value per token. Ray itself is imported where it is used.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ if TYPE_CHECKING:
     from llava_core.lru import LruCache
 
 EXPORTED_PREFIX = "ray_"
-# Thirds of a decade, from a prompt without pictures that is prepared at once to an answer that takes minutes.
+# Thirds of a decade, from the fast preparation of a prompt without pictures to an answer that takes minutes.
 _DURATIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0, 300.0)
-# Readers see a pause of 0.2 s, and the service makes none longer on purpose.
+# Readers notice a pause of 0.2 s; the service makes none longer on purpose.
 _GAPS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 _IMAGES = (1.0, 2.0, 4.0, 8.0, 16.0)
-# From nothing new to eight pictures of many tiles.
+# From no new pictures to eight pictures of many tiles.
 _BYTES = tuple(1024.0 * 4**power for power in range(9))
 _PUBLISH_S = 1.0
 
 
-# Compared by identity, of which a hash costs nothing: each exists once.
+# Compared and hashed by identity, which is cheap: each metric exists once.
 @dataclass(frozen=True, eq=False)
 class Metric:
-    """What is measured; `labels` are given with each value, in this order."""
+    """A metric; each value comes with values for the `labels`, in this order."""
 
     name: str
     description: str
@@ -48,12 +48,12 @@ class Counter(Metric):
 
 @dataclass(frozen=True, eq=False)
 class Gauge(Metric):
-    """How things stand."""
+    """A current value."""
 
 
 @dataclass(frozen=True, eq=False)
 class Histogram(Metric):
-    """Values in buckets up to each of these bounds."""
+    """A distribution of values, in buckets with these upper bounds."""
 
     buckets: tuple[float, ...] = _DURATIONS
 
@@ -66,14 +66,14 @@ HTTP_DURATION = Histogram("llava_http_request_duration_seconds", "From head to l
 ERRORS = Counter("llava_errors_total", "Errors that clients were told, by the code in the body.", ("code",))
 REFUSALS = Counter(
     "llava_refusals_total",
-    "Requests refused with 429, by what had run out: `bodies`, `queue`, `engine` or `upstream`, or a key's `requests`, "
-    "`tokens` or `concurrent_requests`.",
+    "Requests refused with 429, by exhausted limit: `in_flight`, `bodies`, `queue`, `engine` or `upstream`, or a key's "
+    "`requests`, `tokens` or `concurrent_requests`.",
     ("limit",),
 )
-# `stage` is generator, preprocessor (of what it alone is asked for), or earlier: it or the encoder.
+# `stage` is generator, preprocessor (for requests to it alone), or earlier: preprocessor or encoder.
 RETRIES = Counter(
     "llava_retries_total",
-    "Requests that went on with another replica because theirs died, `waiting` or `streaming`.",
+    "Requests moved to another replica because theirs died, `waiting` or `streaming`.",
     ("stage", "phase"),
 )
 QUARANTINED = Gauge("llava_quarantined_contents", "Pictures and prompts that are refused, having killed replicas.")
@@ -82,7 +82,7 @@ TIME_TO_FIRST_TOKEN = Histogram(
     "llava_time_to_first_token_seconds", "From the request's head to the first piece of its answer.", ("model",)
 )
 CHUNK_GAP = Histogram("llava_inter_chunk_seconds", "Between two pieces of one answer.", ("model",), _GAPS)
-# Not of a stage with one replica. `choice`: the key's own, another because that was busy, or any (routing.py).
+# Not for a stage with one replica. `choice`: the key's own, another because that was busy, or any (routing.py).
 ROUTED = Counter(
     "llava_routed_calls_total",
     "Calls of a stage by the replica they went to: `preferred`, `fallback` or `keyless`.",
@@ -95,49 +95,49 @@ WORKER_FAILURES = Counter(
     ("kind",),
 )
 
-# Of models that other servers answer for. `outcome`: `answered`, `cancelled`, or the code of the error.
+# For models that other servers answer for. `outcome`: `answered`, `cancelled`, or the code of the error.
 UPSTREAM_REQUESTS = Counter(
     "llava_upstream_requests_total", "Requests to a model's own server by how they ended.", ("model", "outcome")
 )
 UPSTREAM_TOKENS = Counter("llava_upstream_tokens_total", "Tokens of `prompt` and `completion`.", ("model", "kind"))
-UPSTREAM_RUNNING = Gauge("llava_upstream_requests_running", "Requests that are under way there.", ("model",))
+UPSTREAM_RUNNING = Gauge("llava_upstream_requests_running", "Requests in flight to that server.", ("model",))
 UPSTREAM_UP = Gauge("llava_upstream_up", "1 where the server can be reached and has the model.", ("model",))
 
-# The stages': `stage` is fetch, preprocess, encode, transfer, prefill or decode; those that queue are preprocess,
+# The stages': `stage` is fetch, preprocess, encode, transfer, prefill or decode; stages with queues are preprocess,
 # encode and generate.
 STAGE_DURATION = Histogram("llava_stage_duration_seconds", "Work on one request, by stage.", ("stage",))
-QUEUE_WAIT = Histogram("llava_queue_wait_seconds", "Waiting of one request inside a replica, by stage.", ("stage",))
+QUEUE_WAIT = Histogram("llava_queue_wait_seconds", "Waiting time of a request in a replica, by stage.", ("stage",))
 IMAGES = Histogram("llava_images_per_request", "Pictures of the requests that were encoded.", (), _IMAGES)
-QUEUED_TILES = Gauge("llava_queued_tiles", "Tiles of pictures that wait for the tower or are in it.")
+QUEUED_TILES = Gauge("llava_queued_tiles", "Tiles of pictures that wait for the tower or are being encoded.")
 HANDED_OVER = Counter(
     "llava_handed_over_bytes_total",
     "Tiles and features put into Ray's object store or sent, by route: `preprocess_encode` or `encode_generate`.",
     ("route",),
 )
-HANDED_OVER_EACH = Histogram("llava_handed_over_bytes_per_request", "The same of each request.", ("route",), _BYTES)
+HANDED_OVER_EACH = Histogram("llava_handed_over_bytes_per_request", "The same per request.", ("route",), _BYTES)
 CACHE_HITS = Counter("llava_cache_hits_total", "Pictures found in the cache of `tiles` or `features`.", ("cache",))
 CACHE_MISSES = Counter("llava_cache_misses_total", "Pictures not found in that cache.", ("cache",))
 CACHE_BYTES = Gauge("llava_cache_bytes", "What the cache holds.", ("cache",))
 
-# `phase`: imports, weights, or the engine with what it makes ready.
-STARTUP = Gauge("llava_startup_seconds", "What the start of this replica took, by phase.", ("phase",))
+# `phase`: imports, weights, or the engine with its own preparations.
+STARTUP = Gauge("llava_startup_seconds", "Time that the start of this replica took, by phase.", ("phase",))
 
-# The generator's. Prompts count when their answers are over, what was written as it is written.
+# The generator's. Prompt tokens count when their answers have ended, generated tokens at once.
 PROMPT_TOKENS = Counter("llava_prompt_tokens_total", "Tokens of prompts, those of pictures included.")
 IMAGE_TOKENS = Counter("llava_image_tokens_total", "Tokens of prompts that stand for pictures.")
 PREFIX_HIT_TOKENS = Counter("llava_prefix_cache_hit_tokens_total", "Tokens of prompts found in the prefix cache.")
-GENERATED_TOKENS = Counter("llava_generation_tokens_total", "Tokens written, also for clients that hung up.")
+GENERATED_TOKENS = Counter("llava_generation_tokens_total", "Tokens generated, also for clients that hung up.")
 COMPUTED_TOKENS = Counter("llava_engine_computed_tokens_total", "Tokens run through the model, prompts' included.")
-CACHED_TOKENS = Counter("llava_engine_cached_tokens_total", "Tokens not run, also of answers that were set back.")
+CACHED_TOKENS = Counter("llava_engine_cached_tokens_total", "Tokens not run, also of preempted answers.")
 STEPS = Counter("llava_engine_steps_total", "Steps of the engine.")
 STEP_SECONDS = Counter("llava_engine_step_seconds_total", "Time spent in steps.")
 SCHEDULED = Counter("llava_engine_scheduled_requests_total", "Sum of all steps' batch sizes.")
 BATCH_SIZE = Gauge("llava_engine_batch_size", "Requests in the last step.")
-PREEMPTIONS = Counter("llava_engine_preemptions_total", "Answers set back for lack of blocks.")
+PREEMPTIONS = Counter("llava_engine_preemptions_total", "Answers preempted for lack of blocks.")
 FINISHED = Counter("llava_engine_finished_total", "Answers by how they ended, `finished` or `failed`.", ("outcome",))
-RUNNING = Gauge("llava_requests_running", "Answers that are being written.")
+RUNNING = Gauge("llava_requests_running", "Answers that are being generated.")
 WAITING = Gauge("llava_requests_waiting", "Answers that wait for the engine.")
-QUEUED_PREFILL_TOKENS = Gauge("llava_queued_prefill_tokens", "Tokens of prompts that are to be read.")
+QUEUED_PREFILL_TOKENS = Gauge("llava_queued_prefill_tokens", "Tokens of prompts that wait for prefill.")
 BLOCKS = Gauge("llava_kv_cache_blocks", "Blocks of keys and values: `used`, `idle` (kept) or `free`.", ("state",))
 
 METRICS: tuple[Metric, ...] = tuple(value for value in globals().values() if isinstance(value, Metric))
@@ -150,20 +150,20 @@ class Recorder(Protocol):
     """Where values go. Labels' values come in the order of the metric's labels. Safe to use from several threads."""
 
     def count(self, counter: Counter, *labels: str, by: float = 1) -> None:
-        """The total grows."""
+        """Adds `by` to a total."""
         ...
 
     def observe(self, histogram: Histogram, value: float, *labels: str) -> None:
-        """One more value."""
+        """Records one value."""
         ...
 
     def watch(self, read: Callable[[], Iterable[Reading]]) -> None:
-        """Ask once a second from now on. Of a counter, `read` tells its total since the start."""
+        """Calls `read` once a second from now on. For a counter, `read` gives its total since the start."""
         ...
 
 
 class Unrecorded:
-    """Values go nowhere: for use without a service."""
+    """Discards all values: for use without a service."""
 
     def count(self, counter: Counter, *labels: str, by: float = 1) -> None:
         """See Recorder."""
@@ -176,12 +176,12 @@ class Unrecorded:
 
 
 class RayRecorder:
-    """Values go to Ray's metrics, labelled as this replica's. `publish` hands on what was counted and is watched."""
+    """Sends values to Ray's metrics, labelled as this replica's. `publish` sends those counted and those watched."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._counted: dict[tuple[Counter, tuple[str, ...]], float] = defaultdict(float)
-        # Totals of watched counters, as far as they were handed on.
+        # Totals of watched counters that were already sent.
         self._handed_on: dict[tuple[Counter, tuple[str, ...]], float] = defaultdict(float)
         self._watched: list[Callable[[], Iterable[Reading]]] = []
         self._exported: dict[Metric, Any] = {}
@@ -206,7 +206,7 @@ class RayRecorder:
             self._watched.append(read)
 
     def publish(self) -> None:
-        """Called by one thread at a time."""
+        """Sends all pending values. Must be called by one thread at a time."""
         with self._lock:
             counted, self._counted = self._counted, defaultdict(float)
             watched = tuple(self._watched)
@@ -217,7 +217,7 @@ class RayRecorder:
             else:
                 self._export(metric).set(value, _tags(metric, labels))
         for (counter, labels), by in counted.items():
-            # Ray refuses to count by nothing.
+            # Ray refuses increments of 0.
             if by > 0:
                 self._export(counter).inc(by, _tags(counter, labels))
 
@@ -239,10 +239,10 @@ def _tags(metric: Metric, labels: tuple[str, ...]) -> dict[str, str]:
 
 
 def _ray_metric(metric: Metric) -> Any:
-    # Which adds Serve's own labels, from the replica that this process is.
+    # Serve's classes add its own labels, those of this process's replica.
     from ray.serve import metrics
 
-    # Annotated as a tuple of one.
+    # Ray annotates it as a tuple of one.
     labels: Any = metric.labels
     if isinstance(metric, Histogram):
         return metrics.Histogram(metric.name, metric.description, boundaries=[*metric.buckets], tag_keys=labels)
@@ -251,7 +251,7 @@ def _ray_metric(metric: Metric) -> Any:
 
 
 def engine_readings(stats: EngineStats) -> list[Reading]:
-    """What an engine counts. Its thread may be at work meanwhile: each number is right, if not all of one moment."""
+    """An engine's counts. Its thread may be running meanwhile: each number is right, but not all are of one moment."""
     free = stats.num_blocks - stats.used_blocks - stats.idle_blocks
     return [
         (GENERATED_TOKENS, stats.output_tokens, ()),
@@ -274,7 +274,7 @@ def engine_readings(stats: EngineStats) -> list[Reading]:
 
 
 def cache_readings(cache: LruCache[Any], name: str) -> list[Reading]:
-    """What a cache of pictures counts."""
+    """The counts of a cache of pictures."""
     return [
         (CACHE_HITS, cache.num_hits, (name,)),
         (CACHE_MISSES, cache.num_misses, (name,)),
@@ -283,6 +283,6 @@ def cache_readings(cache: LruCache[Any], name: str) -> list[Reading]:
 
 
 def record_handed_over(recorder: Recorder, route: str, num_bytes: int) -> None:
-    """What one request with pictures has put into the store, or sends, on the way to its next stage."""
+    """Records the bytes that one request with pictures puts into the store, or sends, on its way to the next stage."""
     recorder.count(HANDED_OVER, route, by=num_bytes)
     recorder.observe(HANDED_OVER_EACH, num_bytes, route)

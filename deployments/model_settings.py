@@ -1,6 +1,6 @@
-"""One model of the application: what it is called, where it comes from, and how its own stages differ from the others'.
+"""Settings of one model: its name, where it comes from, and how its own stages differ from those of other models.
 
-Knows names, folders and bounds, and neither Ray nor torch.
+Knows names, folders and bounds, but neither Ray nor torch.
 """
 
 import re
@@ -15,7 +15,7 @@ from deployments.upstream_settings import UpstreamArgs
 from llava_core.checkpoints.files import DEFAULT_MODEL
 
 DEFAULT_MODEL_NAME = "scenes-llava"
-# Names of deployments are also those of log files and processes.
+# Deployment names also become names of log files and processes.
 _NO_LABEL = re.compile(r"[^A-Za-z0-9._-]+")
 _OWN_STAGES = ("engine", "vision_encoder", "generator")
 _OF_WEIGHTS = frozenset({"checkpoint", "base", "revisions", "template", *_OWN_STAGES})
@@ -23,12 +23,12 @@ _OF_WEIGHTS = frozenset({"checkpoint", "base", "revisions", "template", *_OWN_ST
 
 class ModelArgs(Settings):
     """`checkpoint` None is the default model; `base` is what an adapter or projector was trained on; `template` None is
-    the one that the checkpoint's own chat template agrees with; `name` None is the folder's name or the hub id.
+    the one that matches the checkpoint's own chat template; `name` None is the folder's name or the hub id.
 
-    `revisions` has the revision of every hub id that is used, those of base and tower among them; None is what is the
-    newest of each when the application is built.
+    `revisions` has the revision of every hub id in use, including those of base and tower; None is the newest revision
+    of each at the time the application is built.
 
-    With `upstream` another server answers for the model, which has a `name` then and nothing of its own here.
+    With `upstream` another server answers for the model, which then needs a `name` and has no settings for weights.
     """
 
     name: str | None = Field(default=None, min_length=1, max_length=128)
@@ -43,17 +43,17 @@ class ModelArgs(Settings):
 
     @property
     def source(self) -> str:
-        """The folder, absolute because replicas work elsewhere, or the hub id."""
+        """The folder, absolute because replicas run in another working directory, or the hub id."""
         return str(DEFAULT_MODEL) if self.checkpoint is None else _located(self.checkpoint)
 
     @property
     def base_source(self) -> str | None:
-        """The same of the base."""
+        """The folder or hub id of the base."""
         return None if self.base is None else _located(self.base)
 
     @property
     def served_name(self) -> str:
-        """What clients put into `model`."""
+        """The name that clients put into `model`."""
         if self.name is not None:
             return self.name
         folder = Path(self.source)
@@ -63,7 +63,7 @@ class ModelArgs(Settings):
 
     @property
     def label(self) -> str:
-        """The name as it can be part of a deployment's."""
+        """The name, reduced to characters that a deployment's name may have."""
         return _NO_LABEL.sub("-", self.served_name)
 
     @model_validator(mode="after")
@@ -73,7 +73,7 @@ class ModelArgs(Settings):
         if self.name is None:
             raise ValueError("a model with an upstream needs a name")
         if own := sorted(_OF_WEIGHTS & self.model_fields_set):
-            raise ValueError(f"{self.name!r} has an upstream, whose matter {', '.join(own)} would be; leave out either")
+            raise ValueError(f"{self.name!r} has an upstream, which excludes {', '.join(own)}; remove one or the other")
         return self
 
     @model_validator(mode="after")
@@ -85,9 +85,9 @@ class ModelArgs(Settings):
 
 
 def with_defaults(given: Any) -> Any:
-    """An application's settings as they were given, each model's entry completed by what is said for all of them.
+    """An application's settings as given, each model's entry completed with the settings common to all models.
 
-    What is not of the right kind is left as it is, for whoever checks the fields.
+    Values of the wrong type are left as they are, for the validation of the fields to report.
     """
     if not isinstance(given, dict) or not isinstance(models := given.get("models", ({},)), list | tuple):
         return given
@@ -107,7 +107,7 @@ def _completed(model: Any, given: Mapping[str, Any]) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """Settings that were made in Python as if they had been read: only what was said."""
+    """Settings built in Python, as if read from a file: only the fields that were set."""
     return value.model_dump(exclude_unset=True) if isinstance(value, BaseModel) else value
 
 

@@ -1,7 +1,7 @@
-"""The OpenAPI description of the service, made of its routes: a route that is not described here does not start.
+"""The OpenAPI description of the service, built from its routes: a route without a description here does not start.
 
-What a request may hold is pydantic's schema of the class that reads it; what an answer looks like is written down here.
-Knows no HTTP server and nothing of how requests are answered.
+The schema of a request is pydantic's, of the class that parses it; the schemas of answers are written down here. Knows
+no HTTP server, and nothing about how requests are answered.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ _PARAMETER = re.compile(r"\{(\w+)(:\w+)?\}")
 _OF_KEYS = (401, 403, 429)
 _OF_BODIES = (400, 404, 408, 413, 429, 500)
 _OF_NOTES = (400, 408, 413, 429)
-# Of whatever stands in front of the gateway when that is gone, not there or silent; and of a route's own.
+# From the entrance in front of the gateway when that is lost, missing or silent; some routes send them, too.
 _OF_THE_ENTRANCE = (502, 503, 504)
 
 
 @dataclass(frozen=True)
 class Operation:
-    """What a route does, what it takes, and what it may answer beside 200."""
+    """What a route does, what it takes, and what it may answer besides 200."""
 
     summary: str
     answer: str
@@ -48,7 +48,7 @@ class Operation:
     media_type: str = "application/json"
 
 
-# By the names of routes.
+# By route name.
 OPERATIONS: Mapping[str, Operation] = {
     "chat_completions": Operation(
         "The answer to a conversation with pictures, whole or, with `stream`, piece by piece.",
@@ -58,7 +58,7 @@ OPERATIONS: Mapping[str, Operation] = {
         errors=(*_OF_BODIES, 422),
     ),
     "completions": Operation(
-        "What the model goes on with after a text, or after token ids, as they are.",
+        "The model's continuation of a text, or of token ids, as they are.",
         "Completion",
         body=CompletionBody,
         chunk="CompletionChunk",
@@ -66,23 +66,23 @@ OPERATIONS: Mapping[str, Operation] = {
     ),
     "tokenize": Operation("A prompt as the model reads it.", "Tokenized", body=TokenizeBody, errors=(*_OF_BODIES, 422)),
     "detokenize": Operation("The text of token ids.", "Detokenized", body=DetokenizeBody, errors=_OF_BODIES),
-    "models": Operation("What is served.", "ModelList"),
+    "models": Operation("The models that are served.", "ModelList"),
     "model": Operation("One of the models that are served.", "Model", errors=(404,)),
     "openapi": Operation("This description.", "OpenApi"),
-    "llava_list_models": Operation("LLaVA's protocol: what is served.", "Models", errors=(400,)),
-    "llava_refresh_all_workers": Operation("LLaVA's protocol: ask all workers anew.", "Nothing", errors=(400,)),
+    "llava_list_models": Operation("LLaVA's protocol: the models that are served.", "Models", errors=(400,)),
+    "llava_refresh_all_workers": Operation("LLaVA's protocol: query all workers again.", "Nothing", errors=(400,)),
     "llava_get_worker_address": Operation(
-        "LLaVA's protocol: where a model is.", "Address", body=AddressBody, errors=_OF_NOTES
+        "LLaVA's protocol: the address for a model.", "Address", body=AddressBody, errors=_OF_NOTES
     ),
     "llava_worker_get_status": Operation("LLaVA's protocol: this service as a worker.", "Status", errors=(400,)),
     "llava_register_worker": Operation(
-        "LLaVA's protocol: a worker is there.", "Nothing", body=RegisterBody, errors=(*_OF_NOTES, 403)
+        "LLaVA's protocol: register a worker.", "Nothing", body=RegisterBody, errors=(*_OF_NOTES, 403)
     ),
     "llava_receive_heart_beat": Operation(
-        "LLaVA's protocol: a worker is still there.", "Known", body=HeartBeatBody, errors=_OF_NOTES
+        "LLaVA's protocol: a worker's heartbeat.", "Known", body=HeartBeatBody, errors=_OF_NOTES
     ),
     "llava_worker_generate_stream": Operation(
-        "LLaVA's protocol: an answer as JSON objects with a zero byte behind each.",
+        "LLaVA's protocol: an answer as JSON objects, each followed by a zero byte.",
         "Frames",
         body=GenerationBody,
         errors=(*_OF_BODIES, 422),
@@ -93,10 +93,10 @@ OPERATIONS: Mapping[str, Operation] = {
 
 
 def describe_api(routes: Sequence[Route], *, has_keys: bool, max_timeout_seconds: float) -> Json:
-    """The whole description. Raises LookupError for a route that OPERATIONS does not have."""
+    """The whole description. Raises LookupError for a route that is not in OPERATIONS."""
     timeout = _header(
         TIMEOUT_HEADER,
-        "When the answer is of no use any more, counted from the request's head; then it ends with 504.",
+        "The time after which the answer is useless, counted from the request's head; it then ends with 504.",
         {"type": "number", "exclusiveMinimum": 0, "maximum": max_timeout_seconds},
     )
     paths: Json = {}
@@ -165,7 +165,7 @@ def _header(name: str, description: str, schema: Json) -> Json:
 
 _REQUEST_ID = _header(
     REQUEST_ID_HEADER,
-    "What the answer and the logs call this request; one that is not sound is replaced.",
+    "The id of this request in the answer and in logs; one that does not match the pattern is replaced.",
     {"type": "string", "pattern": f"^{SOUND_ID}$"},
 )
 _ID_OF_ANSWER: Json = {REQUEST_ID_HEADER: {"required": True, "schema": {"type": "string"}}}
@@ -200,18 +200,18 @@ _EXTENSIONS = ("timings", "image_transforms")
 _TIMINGS: Json = {
     "type": "object",
     "additionalProperties": {"type": "number", "minimum": 0},
-    "description": "Milliseconds by stage, where the request asked for them.",
+    "description": "Milliseconds by stage, if the request asked for them.",
 }
 _TRANSFORMS: Json = {
     "type": "array",
     "items": {"type": ["object", "null"]},
-    "description": "How the stored values of each picture became what was seen, where the request asked for it; null "
-    "of pictures whose values are that.",
+    "description": "How the stored values of each picture became the visible ones, if the request asked for it; null "
+    "for pictures whose stored values are the visible ones.",
 }
 
 
 def _reply(kind: str, said: Json) -> Json:
-    """`said` is what a choice holds of the answer."""
+    """`said` is the part of a choice that holds the answer."""
     return _object(_fields(kind, said, _FINISH, _ref("Usage")), optional=_EXTENSIONS)
 
 

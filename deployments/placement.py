@@ -1,6 +1,6 @@
-"""Do the stages fit on these nodes? What no node has, or all of them have too little of, is said by name.
+"""Do the stages fit on these nodes? Names the resources that no node has, or that all nodes together lack.
 
-Judged by what nodes have in all, whoever uses it now. Knows settings, and nodes as Ray describes them, but not Ray.
+Counts the nodes' total resources, whether in use or not. Knows settings, and nodes as Ray describes them, but not Ray.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from deployments.errors import LaunchError
 from deployments.settings import AppArgs
 from deployments.stage_settings import StageArgs
 
-# How Ray writes the type of a node's accelerators among its resources.
+# The prefix with which Ray lists a node's accelerator type among its resources.
 _ACCELERATOR = "accelerator_type:"
 _ENOUGH = 1e-6
 
 
 @dataclass(frozen=True)
 class Node:
-    """What a machine of the cluster has."""
+    """The resources and labels of one machine of the cluster."""
 
     resources: Mapping[str, float]
     labels: Mapping[str, str] = field(default_factory=dict)
@@ -28,7 +28,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Need:
-    """One thing that a replica asks of its node, by the setting that asks for it; `nearest` tells what there is."""
+    """One requirement of a replica on its node, by the setting that makes it; `nearest` says what there is instead."""
 
     setting: str
     is_met: Callable[[Node], bool]
@@ -36,15 +36,15 @@ class Need:
 
 
 def nodes_of(described: Iterable[Mapping[str, Any]]) -> list[Node]:
-    """Those that are alive of what `ray.nodes()` returns."""
+    """The nodes that are alive, from what `ray.nodes()` returns."""
     return [Node(each["Resources"], each.get("Labels") or {}) for each in described if each["Alive"]]
 
 
 def check_placement(args: AppArgs, towers: Callable[[], Mapping[str, str]], nodes: Sequence[Node]) -> None:
-    """Raise LaunchError when a stage fits nowhere, or the replicas of the start ask for more than there is in all:
-    without more nodes, Serve would wait for ever.
+    """Raise LaunchError when a stage fits nowhere, or when the initial replicas together ask for more than all nodes
+    have: without more nodes, Serve would wait forever.
 
-    `towers` tells which models share one (preflight.py). It takes a while, and is called only where that matters.
+    `towers` tells which models share one (preflight.py). It takes a while, and is called only if that matters.
     """
     own = {model.served_name: model.served_name for model in args.own_models}
     if problems := unplaceable(stages_of(args, own), nodes):
@@ -54,7 +54,7 @@ def check_placement(args: AppArgs, towers: Callable[[], Mapping[str, str]], node
 
 
 def stages_of(args: AppArgs, towers: Mapping[str, str]) -> dict[str, StageArgs]:
-    """Every stage by a name for people; `towers` names the model whose tower each model uses."""
+    """Every stage by a readable name; `towers` names the model whose tower each model uses."""
     stages: dict[str, StageArgs] = {"gateway": args.gateway, "preprocessor": args.preprocessor}
     for model in args.own_models:
         name = model.served_name
@@ -66,7 +66,7 @@ def stages_of(args: AppArgs, towers: Mapping[str, str]) -> dict[str, StageArgs]:
 
 
 def unplaceable(stages: Mapping[str, StageArgs], nodes: Sequence[Node]) -> list[str]:
-    """Of each stage, by its name, that could run on none of these nodes: why not, and what to change."""
+    """The reason, with the stage's name, for each stage that fits on none of these nodes."""
     return [f"{name}: {problem}" for name, args in stages.items() if (problem := _problem(args, nodes)) is not None]
 
 

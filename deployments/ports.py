@@ -1,5 +1,5 @@
-"""Ports of this machine: how they are written, whether one can be listened on, and which one the metrics get. Standard
-library only."""
+"""Ports of this machine: how they are written, whether they are free, and which one the metrics get. Standard library
+only."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _LAST_PORT = 65535
 
 
 def host_and_port(host: str, port: int) -> str:
-    """As addresses of the web have them: an address of IPv6 in brackets."""
+    """Host and port as in a URL: an IPv6 address in brackets."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
@@ -29,10 +29,10 @@ def check_port(host: str, port: int, option: str = "--port") -> None:
 
 
 def choose_metrics_port(port: int, asked: int | None) -> int:
-    """The one asked for, else the next after the service's, else, as 0, any that is free."""
+    """The requested port, or else the one after the service's, or else 0, which is any free one."""
     if asked:
         if asked == port:
-            raise LaunchError(f"port {port} cannot be the service's and that of its metrics; choose another")
+            raise LaunchError(f"port {port} cannot be both the service's and that of its metrics; choose another")
         check_port("127.0.0.1", asked, "--metrics-port")
         return asked
     with contextlib.suppress(LaunchError):

@@ -1,7 +1,7 @@
-"""The first stage: pictures fetched, decoded and tiled, prompts tokenized, limits checked. On a CPU, without torch, for
-all models.
+"""The first stage: fetches, decodes and tiles pictures, tokenizes prompts and checks limits. On the CPU, without torch,
+for all models.
 
-Wraps llava_core.prepare and adds nothing to it but what fetches, threads, the clock and a watchdog.
+Wraps llava_core.prepare, adding only fetching, threads, timing and a watchdog.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Result = TypeVar("Result")
 
 
 class Preprocessor:
-    """Prepares up to `num_threads` requests at once: as many decoded pictures are in memory, whoever hangs up."""
+    """Prepares up to `num_threads` requests at once, which bounds the decoded pictures in memory, whoever hangs up."""
 
     def __init__(
         self,
@@ -41,8 +41,8 @@ class Preprocessor:
         fetcher: Fetcher | None = None,
         recorder: Recorder | None = None,
     ) -> None:
-        """Preparers come by the names of their models, and keep tiles in `cache`. `image_limits` are for pictures that
-        other servers will read."""
+        """`preparers` are by model name and keep tiles in `cache`. `image_limits` apply to pictures for upstream
+        servers."""
         self._preparers = preparers
         self._image_limits = image_limits or ImageLimits()
         self._fetcher = fetcher or Fetcher(FetchArgs())
@@ -52,7 +52,7 @@ class Preprocessor:
         self._recorder.watch(lambda: cache_readings(cache, "tiles"))
 
     async def prepare(self, request: AnyRequest, model: str) -> Prepared | Rejected:
-        """Ids and tiles, or what is wrong with the request."""
+        """Returns token ids and tiles, or what is wrong with the request."""
         elapsed, preparer = Elapsed(), self._preparers[model]
         fetched = await self._fetched(request, preparer)
         if isinstance(fetched, Rejected):
@@ -68,7 +68,7 @@ class Preprocessor:
         return Prepared(prepared, elapsed.finished("preprocess"))
 
     async def tokenize(self, request: AnyRequest, model: str) -> Tokenized | Rejected:
-        """Ids alone, or what is wrong with the request."""
+        """Returns token ids only, or what is wrong with the request."""
         preparer = self._preparers[model]
         fetched = await self._fetched(request, preparer)
         if isinstance(fetched, Rejected):
@@ -76,11 +76,11 @@ class Preprocessor:
         return await self._in_thread(lambda: preparer.tokenize(fetched))
 
     async def detokenize(self, ids: Sequence[int], model: str) -> str | Rejected:
-        """The text of these ids, or that some do not exist."""
+        """Returns the text of these ids, or that some of them do not exist."""
         return await self._in_thread(lambda: self._preparers[model].detokenize(ids))
 
     async def portable_images(self, request: GenerationRequest) -> tuple[PortableImage, ...] | Rejected:
-        """The request's pictures for a server that is not ours, or what is wrong with one of them."""
+        """Returns the request's pictures for an upstream server, or what is wrong with one of them."""
         fetched = await self._fetched(request)
         if isinstance(fetched, Rejected):
             return fetched
@@ -88,11 +88,11 @@ class Preprocessor:
         return await self._in_thread(lambda: portable_images(fetched, self._image_limits))
 
     async def check_health(self) -> None:
-        """For Serve, which replaces a replica that raises here."""
+        """Called by Serve, which replaces a replica that raises here."""
         self._watchdog.check()
 
     async def _fetched(self, request: AnyRequest, preparer: Preparer | None = None) -> AnyRequest | Rejected:
-        """The request with every picture in it. Nothing is fetched for one that will be refused all the same."""
+        """Returns the request with every picture in it. Fetches nothing for a request that will be refused anyway."""
         if not isinstance(request, GenerationRequest) or not request.has_addresses:
             return request
         began = time.perf_counter()
@@ -106,7 +106,7 @@ class Preprocessor:
         return fetched
 
     async def _in_thread(self, work: Callable[[], Result]) -> Result | Rejected:
-        """A thread cannot be stopped: a request that is cancelled keeps its place until its thread is done with it."""
+        """Runs `work` in a thread. A thread cannot be stopped, so a cancelled request waits here until it is done."""
         job = self._threads.submit(self._watched, work, time.perf_counter())
         result = asyncio.wrap_future(job)
         try:

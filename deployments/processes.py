@@ -1,6 +1,6 @@
-"""The processes below this one, from Linux's /proc: so that whoever starts many can see the last of them end.
+"""The descendants of a process, from Linux's /proc, so that whoever starts many can wait for the last of them to end.
 
-Elsewhere there seem to be none. Standard library only.
+On other systems none are found. Standard library only.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ _POLL_S, _KILL_PATIENCE_S = 0.05, 10.0
 
 
 class Process(NamedTuple):
-    """A process that keeps its identity when its number is used again."""
+    """A process, told apart by its start time from a later one with the same number."""
 
     pid: int
     started: str
 
 
 def descendants(*roots: int) -> set[Process]:
-    """Children, their children and so on, without those that have ended and wait to be collected."""
+    """Children, their children and so on, without zombies."""
     stats = {stat.pid: stat for stat in map(_stat, _pids()) if stat is not None}
     found: set[Process] = set()
     parents = set(roots)
@@ -38,7 +38,7 @@ def descendants(*roots: int) -> set[Process]:
 
 
 def name_of(process: Process) -> str:
-    """What it is called, in 15 letters at most; "" once it is gone."""
+    """The process's name, at most 15 characters; "" once it has ended."""
     try:
         return Path(f"/proc/{process.pid}/comm").read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
@@ -46,7 +46,7 @@ def name_of(process: Process) -> str:
 
 
 def end(processes: Iterable[Process], *, patience_s: float) -> None:
-    """Return when all of them are gone; what is left after `patience_s` is killed."""
+    """Return when all processes have ended; kills those left after `patience_s`."""
     left = _wait(list(processes), patience_s)
     for process in left:
         with contextlib.suppress(ProcessLookupError):
@@ -56,7 +56,7 @@ def end(processes: Iterable[Process], *, patience_s: float) -> None:
 
 
 def _wait(processes: list[Process], patience_s: float) -> list[Process]:
-    """Those that are still there after so long."""
+    """The processes that are still alive after `patience_s`."""
     deadline = time.monotonic() + patience_s
     while (processes := [each for each in processes if _is_alive(each)]) and time.monotonic() < deadline:
         time.sleep(_POLL_S)

@@ -1,7 +1,7 @@
-"""What a request's answers have come to so far, as far as another replica needs it to go on with them.
+"""How far a request's answers have come: what another replica needs to resume them.
 
-Token ids alone, 8 bytes each: text, log-probabilities and whatever a replica still held back follow from them. Knows
-neither stages nor formats.
+Only token ids, 8 bytes each: text, log-probabilities and any output that a replica still held back follow from them.
+Knows neither stages nor formats.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ from llava_core.types import BegunAnswer, TokenDelta
 
 
 class Progress:
-    """Of `num_answers` answers. Everything that `note` was told must have been passed on to the client."""
+    """The tokens of `num_answers` answers. Every delta given to `note` must have been passed on to the client."""
 
     def __init__(self, num_answers: int) -> None:
         self._tokens = [array("q") for _ in range(num_answers)]
         self._are_over = [False] * num_answers
 
     def note(self, delta: TokenDelta) -> None:
-        """One of the answers has grown."""
+        """Adds a delta to the answer it belongs to."""
         self._tokens[delta.index].extend(delta.token_ids)
         self._are_over[delta.index] |= delta.finish_reason is not None
 
     @property
     def begun(self) -> tuple[BegunAnswer, ...]:
-        """Each of the answers as it is now; none of them where there is nothing of any."""
+        """Each answer as it is now; empty where none of them has a token yet."""
         if not any(self._tokens):
             return ()
-        # Copies, because these go on growing.
+        # Copies, because the originals keep growing.
         return tuple(BegunAnswer(ids[:], is_over) for ids, is_over in zip(self._tokens, self._are_over, strict=True))

@@ -1,9 +1,9 @@
-"""Requests whose replica died: done again, most of them alone; content that kills again is refused for a while.
+"""Requests whose replica died: retried, most of them one at a time; content that kills again is refused for a while.
 
-What was on a replica that died is either what has killed it or was beside that. One at a time tells which, because
-nothing else that has been lost is on the next replica then. Only an answer that had begun, whose prompt and pictures
-have done no harm, goes on at once, beside others; and only the first time. Kept by each gateway for itself: digests,
-never content. Knows neither stages nor HTTP.
+A request on a replica that died either killed it or merely ran beside the one that did. Retrying one at a time tells
+which, because no other lost request is then on the next replica. Only an answer that had begun, whose prompt and
+pictures have therefore done no harm, resumes at once, beside others, and only the first time. Each gateway keeps its
+own record: digests, never content. Knows neither stages nor HTTP.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from llava_core.types import (
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
-# Whether a client had got a piece of its answer when that was lost.
+# Whether the client had received part of its answer when the replica was lost.
 Phase = Literal["waiting", "streaming"]
-# However harmless a request looks, it has to do with it when so many replicas die under it.
+# A request under which more replicas than this die is to blame, however harmless it looks.
 _MOST_AGAIN = 3
 
 
 class Quarantine:
-    """Refuses for `refused_s` seconds what a request that has killed was about, up to `max_entries` digests.
+    """Refuses for `refused_s` seconds the content of requests that have killed replicas, up to `max_entries` digests.
 
-    At most `max_waiting` lost requests wait to be done again; others end with StageLostError."""
+    At most `max_waiting` lost requests wait to be retried; others end with StageLostError."""
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ class Quarantine:
         self._max_entries = max_entries
         self._max_waiting = max_waiting
         self._clock = clock
-        # Until when, by digest, in this order.
+        # When each refusal ends, by digest, earliest first.
         self._refused: OrderedDict[str, float] = OrderedDict()
         self._num_waiting = 0
         self._turns = _Turns()
@@ -63,17 +63,17 @@ class Quarantine:
         self._recorder.watch(self._readings)
 
     async def check(self, request: AnyRequest) -> None:
-        """Raises ContentRefusedError. Costs nothing while there is nothing to refuse."""
+        """Raises ContentRefusedError for refused content. Costs nothing while nothing is refused."""
         self._forget()
         if self._refused and not self._refused.keys().isdisjoint(await asyncio.to_thread(digests, request)):
             raise ContentRefusedError
 
     def case(self, request: Callable[[], Awaitable[AnyRequest]]) -> Case:
-        """For one request, which is asked for only where it is lost."""
+        """The case of one request; `request` is called only if a replica is lost."""
         return Case(self, request)
 
     def turn(self, lost: StageLostError, *, is_harmless: bool) -> contextlib.AbstractAsyncContextManager[_WasAlone]:
-        """For the block that does it again. Raises `lost` where too many wait for that."""
+        """A context manager around the retry of a request. Raises `lost` when too many wait for theirs."""
         if is_harmless:
             return self._turns.beside()
         if self._num_waiting >= self._max_waiting:
@@ -90,14 +90,14 @@ class Quarantine:
             self._num_waiting -= 1
 
     async def check_again(self, request: Callable[[], Awaitable[AnyRequest]], stage: str, phase: Phase) -> None:
-        """Before it is done again, which is counted. Raises ContentRefusedError where one like this has been found out
-        meanwhile."""
+        """Called before each retry, which it counts. Raises ContentRefusedError if the content has meanwhile been
+        refused."""
         if self._refused:
             await self.check(await request())
         self._recorder.count(RETRIES, stage, phase)
 
     async def refuse(self, request: AnyRequest) -> None:
-        """What this is about, from now on."""
+        """Refuses the content of this request from now on."""
         found = await asyncio.to_thread(digests, request)
         until = self._clock() + self._refused_s
         logger.warning("refused for %g s, having been on replicas that died: %s", self._refused_s, sorted(found))
@@ -108,7 +108,7 @@ class Quarantine:
             self._refused.popitem(last=False)
 
     def _readings(self) -> list[Reading]:
-        """From a thread of its own, so it only counts."""
+        """Called from another thread, so it only reads."""
         now = self._clock()
         return [(QUARANTINED, sum(until > now for until in tuple(self._refused.values())), ())]
 
@@ -118,7 +118,7 @@ class Quarantine:
 
 
 class Case:
-    """One request, and how often its replica died."""
+    """One request, and how many replicas it has lost."""
 
     def __init__(self, quarantine: Quarantine, request: Callable[[], Awaitable[AnyRequest]]) -> None:
         self._quarantine = quarantine
@@ -126,7 +126,7 @@ class Case:
         self._num_lost = 0
 
     async def run(self, attempt: Callable[[], Awaitable[Result]]) -> Result:
-        """What the attempt gives; it is made again where it raises StageLostError. Raises as `again` does."""
+        """Returns the attempt's result, retrying when it raises StageLostError. Raises as `again` does."""
         try:
             return await attempt()
         except StageLostError as error:
@@ -134,20 +134,20 @@ class Case:
         return await self.again(attempt, lost, phase="waiting")
 
     async def again(self, attempt: Callable[[], Awaitable[Result]], lost: StageLostError, *, phase: Phase) -> Result:
-        """What another attempt gives.
+        """Returns the result of another attempt.
 
-        Raises ContentRefusedError when that is lost as well though nothing else that was lost is beside it, or when
-        there have been too many, StageSilentError where it was only not heard of; `lost` when too many wait.
+        Raises ContentRefusedError when a retry is lost although no other lost request ran beside it, or when there were
+        too many losses; StageSilentError instead where the replica was only silent; `lost` when too many requests wait.
         """
         while True:
             self._num_lost += 1
             if self._num_lost > _MOST_AGAIN:
                 await self._give_up(lost)
-            # What has silenced a host was no content.
+            # No content can silence a host.
             is_harmless = isinstance(lost, StageSilentError) or (phase == "streaming" and self._num_lost == 1)
             async with self._quarantine.turn(lost, is_harmless=is_harmless) as was_alone:
                 await self._quarantine.check_again(self._request, lost.stage, phase)
-                logger.info("done again, having lost its %s while %s: loss %d", lost.stage, phase, self._num_lost)
+                logger.info("retrying after losing the %s while %s: loss %d", lost.stage, phase, self._num_lost)
                 try:
                     return await attempt()
                 except StageLostError as error:
@@ -166,7 +166,7 @@ _WasAlone = Callable[[], bool]
 
 
 class _Turns:
-    """Who of what was lost is on its way to another replica: one alone, or any number of those that look harmless."""
+    """Which lost requests are being retried: a single one, or any number that look harmless."""
 
     def __init__(self) -> None:
         self._one_at_a_time = asyncio.Lock()
@@ -176,7 +176,7 @@ class _Turns:
 
     @contextlib.asynccontextmanager
     async def beside(self) -> AsyncIterator[_WasAlone]:
-        """Waits for nobody, because somebody has stopped in mid-sentence."""
+        """Enters at once, because an answer has stopped in mid-sentence."""
         self._num_came += 1
         self._num_beside += 1
         self._nobody_beside.clear()
@@ -189,7 +189,8 @@ class _Turns:
 
     @contextlib.asynccontextmanager
     async def alone(self) -> AsyncIterator[_WasAlone]:
-        """Waits until nothing else that was lost is on its way. More may come; whether that was so can be asked."""
+        """Waits until no other lost request is being retried. Harmless ones may still join; the function that it yields
+        tells whether none has."""
         async with self._one_at_a_time:
             await self._nobody_beside.wait()
             before = self._num_came
@@ -197,17 +198,17 @@ class _Turns:
 
 
 def digests(request: AnyRequest) -> set[str]:
-    """SHA-256 of each picture, or of its address where it is still to be fetched; without pictures, of the prompt."""
+    """SHA-256 of each picture, or of its address if it is not fetched yet; without pictures, of the prompt."""
     found = {hashlib.sha256(picture).hexdigest() for picture in pictures(request)}
     if found:
         return found
-    # `repr`, because a text may hold halves of characters, which have no bytes.
+    # `repr`, because a text may hold lone surrogates, which cannot be encoded.
     prompt = (request.system, request.messages) if isinstance(request, GenerationRequest) else request.prompt
     return {hashlib.sha256(repr(prompt).encode()).hexdigest()}
 
 
 def pictures(request: AnyRequest) -> Iterator[bytes]:
-    """The bytes of each picture, in order, or of its address where it is still to be fetched."""
+    """The bytes of each picture, in order, or of its address if it is not fetched yet."""
     if isinstance(request, CompletionRequest):
         return
     if isinstance(request, RenderedRequest):

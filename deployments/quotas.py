@@ -1,7 +1,6 @@
-"""What one key has used: requests and tokens of the last minute, and requests that are being answered now.
+"""What one key has used: requests and tokens of the last minute, and requests that are running now.
 
-Counted in the process that asks, so with several gateway replicas each grants the limits anew. Knows no keys' secrets
-and no HTTP.
+Counted per process, so each of several gateway replicas grants the full limits. Knows no keys' secrets and no HTTP.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ _MINUTE_S = 60.0
 
 
 class Bucket:
-    """Fills evenly up to `per_minute`. It may be overdrawn: what is taken is known only afterwards."""
+    """Fills evenly up to `per_minute`. It may be overdrawn, because the amount is known only afterwards."""
 
     def __init__(self, per_minute: int, clock: Callable[[], float]) -> None:
         self._per_minute = per_minute
@@ -26,12 +25,12 @@ class Bucket:
         self._filled_at = clock()
 
     def wait_s(self) -> float:
-        """Until there is one in it; 0 when there is."""
+        """The time until it holds at least one; 0 if it does now."""
         self._fill()
         return max(0.0, (1 - self._level) * _MINUTE_S / self._per_minute)
 
     def take(self, amount: int) -> None:
-        """Whether it is there or not."""
+        """Takes the amount, even if the bucket does not hold it."""
         self._fill()
         self._level -= amount
 
@@ -42,8 +41,8 @@ class Bucket:
 
 
 class Quota:
-    """Of one key. Tokens are charged as they are generated, so that a request begun within the limit may exceed it, and
-    the next one waits for that."""
+    """The quota of one key. Tokens are charged as they are generated, so a request that began within the limit may
+    exceed it, and the next one has to wait for that."""
 
     def __init__(self, key: ApiKey, clock: Callable[[], float] = time.monotonic) -> None:
         self._key = key
@@ -52,7 +51,7 @@ class Quota:
         self._tokens = Bucket(key.tokens_per_minute, clock) if key.tokens_per_minute else None
 
     def enter(self) -> None:
-        """One request more, until `leave`. Raises RateLimitError, and counts nothing, when it is one too many."""
+        """Counts a request, until `leave`. Raises RateLimitError, and counts nothing, if it exceeds a limit."""
         limit = self._key.max_concurrent
         if limit is not None and self._num_running >= limit:
             raise RateLimitError(f"this key may have {limit} requests at once", limit="concurrent_requests")
@@ -69,10 +68,10 @@ class Quota:
         self._num_running += 1
 
     def leave(self) -> None:
-        """The request has been answered, or given up."""
+        """Called when the request has been answered or abandoned."""
         self._num_running -= 1
 
     def charge(self, num_tokens: int) -> None:
-        """Tokens that were read or written for this key."""
+        """Charges prompt or generated tokens to this key."""
         if self._tokens is not None:
             self._tokens.take(num_tokens)

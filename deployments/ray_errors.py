@@ -1,7 +1,6 @@
-"""What Ray, Serve and gRPC raise when a call between stages fails, as errors of ours.
+"""Translates what Ray, Serve and gRPC raise when a call between stages fails into the service's own errors.
 
-So that nothing outside of the files that make such calls needs to know Ray. What a stage itself has raised is passed
-on as it is.
+So only the files that make such calls need to know Ray. Errors that a stage itself has raised pass unchanged.
 """
 
 from __future__ import annotations
@@ -25,13 +24,13 @@ from llava_core.errors import OverloadedError
 
 logger = logging.getLogger(__name__)
 
-# Serve names gRPC's UNAVAILABLE itself; a replica that is killed in the middle of an answer also shows as others.
+# Serve translates gRPC's UNAVAILABLE itself; a replica killed in the middle of an answer shows as other statuses, too.
 _LOST = (ReplicaUnavailableError, RayActorError, ObjectLostError, OutOfMemoryError, AioRpcError)
 
 
 @contextmanager
 def ray_errors_as_ours(stage: str) -> Iterator[None]:
-    """For a block that calls this stage or reads what it answers."""
+    """A context manager around a block that calls this stage or reads its answer."""
     try:
         yield
     except BackPressureError as error:
@@ -42,8 +41,8 @@ def ray_errors_as_ours(stage: str) -> Iterator[None]:
     except DeploymentUnavailableError as error:
         raise StageUnavailableError("a stage of the service is not available") from error
     except (*_LOST, RayServeException) as error:
-        # A stage that waits for what another one makes is told of its loss in a general error, by what caused it.
+        # A stage waiting for another's result gets the loss of that as the cause of a general error.
         if not isinstance(error, _LOST) and not isinstance(error.__cause__, _LOST):
             raise
         logger.warning("a call to a stage (%s) failed: %s: %s", stage, type(error).__name__, error)
-        raise StageLostError("the part of the service that worked on this request is gone", stage) from error
+        raise StageLostError("the part of the service that worked on this request was lost", stage) from error

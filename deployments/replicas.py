@@ -1,7 +1,7 @@
 """What each replica does when it starts: load its own part of the checkpoint, and nothing else, into its plain class.
 
 One class per stage, built from the settings alone. Networks are imported inside the constructors, so that replicas
-without one never import torch. Knows how replicas log, and nothing about how many of them there are.
+without one never import torch. Knows how replicas log, but nothing about how many of them there are.
 """
 
 from __future__ import annotations
@@ -67,14 +67,14 @@ class GatewayReplica:
         handoff: Handoff,
         table: Handle | None = None,
     ) -> None:
-        """Encoders and generators come by the names of the models that use them, `table` where workers of others may
-        register. Must be constructed on the event loop that will serve, as Serve does, where there are upstreams."""
+        """`encoders` and `generators` are by the names of the models that use them; `table` is given if external
+        workers may register. With upstreams it must be constructed on the event loop that will serve, as Serve does."""
         adopt_serve_logging()
         give_back_large_buffers()
         for host in in_thread_of_its_own(_listening_hosts):
             check_exposure(host, args.auth)
         recorder = RayRecorder().start()
-        # One for all: what was lost may have been on a stage that models share.
+        # One for all models: a lost request may have been on a stage that they share.
         quarantine = Quarantine(args.limits.refused_seconds, recorder=recorder)
         pipelines = {
             name: Pipeline(preprocessor, encoders[name], generator, handoff, quarantine, model=name)
@@ -85,12 +85,12 @@ class GatewayReplica:
             name: Upstream(name, each, pictures, key=read_key(each), tls=trusted(each), recorder=recorder)
             for name, each in args.upstreams.items()
         }
-        # As they are named in the settings.
+        # In the order of the settings.
         models = {model.served_name: (pipelines | upstreams)[model.served_name] for model in args.models}
         self._watches = [asyncio.get_running_loop().create_task(each.watch()) for each in upstreams.values()]
         stages: dict[str, StageArgs] = {preprocessor.deployment_name: args.preprocessor}
         for model in args.own_models:
-            # Of models that share a tower the first has made its stage.
+            # The stage of a shared tower has the settings of the first model that uses it.
             stages.setdefault(encoders[model.served_name].deployment_name, model.vision_encoder)
         for model in args.own_models:
             stages[generators[model.served_name].deployment_name] = model.generator
@@ -116,7 +116,7 @@ class GatewayReplica:
 
 
 class WorkerTableReplica(WorkerTable):
-    """Starts empty."""
+    """The table of external workers. Starts empty."""
 
     def __init__(self, args: WorkerArgs) -> None:
         adopt_serve_logging()
@@ -124,7 +124,7 @@ class WorkerTableReplica(WorkerTable):
 
 
 class PreprocessorReplica(Preprocessor):
-    """Loads tokenizer and preprocessing settings of every model. The tiles they keep share one cache."""
+    """Loads tokenizer and preprocessing settings of every model. All models share one cache of tiles."""
 
     def __init__(self, args: AppArgs, found: Mapping[str, FoundCheckpoint]) -> None:
         adopt_serve_logging()
@@ -185,15 +185,15 @@ class GeneratorReplica(Generator):
     async def generate(  # type: ignore[override]
         self, given: object, begun: Sequence[BegunAnswer] = ()
     ) -> AsyncGenerator[Item | StillHere, None]:
-        """As Generator does, and with signs of life between hosts."""
+        """As Generator does, but with signs of life between hosts."""
         async with aclosing(with_signs(super().generate(given, begun))) as items:
             async for item in items:
                 yield item
 
 
 def _listening_hosts() -> set[str]:
-    """Where Serve listens for HTTP, whoever has started it: `serve run`, another application, or Serve's HAProxy, which
-    listens everywhere; and the entrance that `llava serve` has in front of it, whoever has deployed this."""
+    """Where Serve listens for HTTP, however it was started: by `serve run`, by another application, or with Serve's
+    HAProxy, which listens everywhere; and where the entrance of `llava serve` listens, if there is one."""
     client = _get_global_client()
     assert client is not None
     entrance = os.environ.get(ENTRANCE_VARIABLE)
@@ -201,12 +201,12 @@ def _listening_hosts() -> set[str]:
 
 
 def num_gpus() -> float:
-    """How many GPUs Ray has given this replica. It hides none from it."""
+    """How many GPUs Ray has assigned to this replica. Ray hides no GPU from it."""
     return len(ray.get_gpu_ids()) if ray.is_initialized() else 0
 
 
 def adopt_serve_logging() -> None:
-    """Send our log records where Serve's go, into the replica's log file, with its request ids."""
+    """Send our log records to where Serve's go: the replica's log file, with Serve's request ids."""
     serve_logger = logging.getLogger("ray.serve")
     for name in ("deployments", "llava_core"):
         ours = logging.getLogger(name)

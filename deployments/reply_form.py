@@ -1,4 +1,4 @@
-"""How an answer is to look, and what the client calls the fields that later stages find fault with.
+"""The form an answer should have, and the client's own names for the fields that later stages may reject.
 
 Outlives the request it was read from, which holds the pictures. Knows nothing about HTTP.
 """
@@ -12,8 +12,8 @@ from llava_core.types import AnyRequest
 
 @dataclass(frozen=True)
 class ReplyForm:
-    """`num_leading` system messages stood before those that the stages get. What stages call `messages` and
-    `max_tokens` is `prompt_field` and `limit_field` to the client."""
+    """`num_leading` system messages preceded those that the stages get. The fields that stages call `messages` and
+    `max_tokens` are `prompt_field` and `limit_field` to the client."""
 
     model: str | None = None
     stream: bool = False
@@ -26,7 +26,7 @@ class ReplyForm:
     limit_field: str = "max_tokens"
 
     def locate(self, param: str | None) -> str | None:
-        """A field as later stages name it, in the client's own terms."""
+        """Translates a field's name from the later stages' terms into the client's."""
         if param == "max_tokens":
             return self.limit_field
         if param == "messages":
@@ -40,8 +40,8 @@ class ReplyForm:
 
 @dataclass(frozen=True)
 class ReadRequest:
-    """A request as the service understands it, and how its answer is to look. `others` are its further prompts, each
-    with as many answers, whose indices go on from those of the one before."""
+    """A request as the service understands it, and the form of its answer. `others` are its further prompts, each with
+    as many answers, whose indices continue those of the prompt before."""
 
     generation: AnyRequest
     form: ReplyForm

@@ -1,7 +1,7 @@
-"""What the gateway finds out about a request on the way to its answer, for the log and the metrics.
+"""What the gateway learns about a request on the way to its answer, for the log and the metrics.
 
-Each HTTP request has one of these; whoever learns something says so where it is learned, in any task of the request.
-Holds no content: identifiers and codes alone.
+Each HTTP request has a context of its own, to which any of its tasks can add. Holds no content, only identifiers and
+codes.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from dataclasses import dataclass, field
 
 @dataclass
 class RequestContext:
-    """`started` is of time.perf_counter. `key_id` names the API key that was used, and is not the key."""
+    """`started` is by time.perf_counter(). `key_id` is the id of the API key that was used, not the key."""
 
     started: float = field(default_factory=time.perf_counter)
     key_id: str | None = None
-    # What clients of the route look for in an error, beside OpenAI's.
+    # Fields that clients of the route expect in an error, besides OpenAI's.
     error_extras: Mapping[str, object] = field(default_factory=dict)
-    # Of the error that the client was told.
+    # The code of the error that was sent to the client.
     error_code: str | None = None
-    # What there was too little of, where that was the error.
+    # The limit that was exhausted, if that was the error.
     limit: str | None = None
 
 
@@ -31,13 +31,13 @@ _current: ContextVar[RequestContext | None] = ContextVar("request", default=None
 
 
 def current_request() -> RequestContext:
-    """Of the request that this task works for; one that nobody looks at where there is none."""
+    """The context of the request that this task works for; if there is none, one that nobody reads."""
     return _current.get() or RequestContext()
 
 
 @contextlib.contextmanager
 def request_context() -> Iterator[RequestContext]:
-    """A request's own, for the block and every task that begins in it."""
+    """A request's own context, for the block and every task that is started in it."""
     context = RequestContext()
     token = _current.set(context)
     try:

@@ -1,6 +1,6 @@
-"""The ids that requests go by outside: the client's own, which is told back and used for nothing else, or a new one.
+"""The external ids of requests: the client's own, which is only echoed and used for nothing else, or a new one.
 
-Knows HTTP headers, and nothing of the ids inside.
+Knows HTTP headers, but nothing about the internal ids.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 REQUEST_ID_HEADER = "x-request-id"
-# Fit for logs and headers, as a regular expression; the entrance replaces any other.
+# The ids that are fit for logs and headers, as a regular expression; the entrance replaces any other.
 SOUND_ID = "[A-Za-z0-9._:/+=-]{1,128}"
 
 
 class RequestIds:
-    """Every request has an id, the client's or a new one, in the scope's state and on the response."""
+    """Middleware that gives every request an id, the client's or a new one, in the scope's state and the response."""
 
     def __init__(self, app: ASGIApp, *, echo: bool) -> None:
         self._app = app

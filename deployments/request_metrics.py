@@ -1,6 +1,6 @@
-"""What the gateway measures: every HTTP request around the whole app, and the pieces of every answer as they come.
+"""What the gateway measures: every HTTP request, around the whole app, and the pieces of every answer as they come.
 
-Also one line in the log for each request, with its route and never its content. Knows neither bodies nor stages.
+Also logs one line for each request, with its route but never its content. Knows neither bodies nor stages.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _OTHER = "other"
 
 
 class RequestMetrics:
-    """Around an ASGI app: whatever answers, a route, a middleware or the last resort, is counted."""
+    """Wraps an ASGI app, and so counts every answer, whether from a route, a middleware or the last resort."""
 
     def __init__(self, app: ASGIApp, routes: Iterable[BaseRoute], recorder: Recorder) -> None:
         self._app = app
@@ -61,7 +61,7 @@ class RequestMetrics:
                 self._record(method if method in _METHODS else _OTHER, route, response, context)
 
     def _route(self, scope: Scope) -> str:
-        """The route's pattern: of paths, clients make up as many as they like."""
+        """The route's pattern and not the path, because clients could make up any number of paths."""
         return next((route.path for route in self._routes if route.matches(scope)[0] != Match.NONE), _OTHER)
 
     def _record(self, method: str, route: str, response: _Response, context: RequestContext) -> None:
@@ -82,7 +82,7 @@ class RequestMetrics:
 
 @dataclass
 class _Response:
-    """What was sent: one that never came to its end was left by its client."""
+    """What was sent. A response that was never completed was abandoned by its client."""
 
     status: int = 0
     is_whole: bool = False
@@ -95,7 +95,7 @@ class _Response:
 
 
 async def metered(items: AsyncGenerator[Item, None], recorder: Recorder, model: str) -> AsyncGenerator[Item, None]:
-    """The items, each noted as it comes: the first by the time since its request began, others by that since the last
+    """Yields the items and times each of them: the first since the start of its request, later ones since the previous
     piece of the same answer."""
     last: dict[int, float] = {}
     async with aclosing(items):

@@ -1,9 +1,9 @@
-"""How Serve finds a replica for a call of a stage: the one that the call's key prefers, unless it is busy.
+"""How Serve chooses a replica for a call of a stage: the one that the call's key prefers, unless it is busy.
 
-The key comes in the call's session id; affinity.py has the order. A replica that has lost a request is tried last for a
-while (suspects.py), and whoever waits for an answer is told which replica it waits for (sent_calls.py). Every
-gateway replica has one such router for each stage, and counts how its choices turned out. Serve does the rest: queues,
-limits, replicas that refuse or are dead.
+The key comes in the call's session id; affinity.py computes the order. A replica that has lost a request is
+deprioritised for a while (suspects.py), and callers can look up which replica has their call (sent_calls.py). Every
+gateway replica has one such router for each stage, which counts the outcomes of its choices. Serve does the rest:
+queues, limits, replicas that refuse or are dead.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from deployments.suspects import Suspects
 class AffinityRouter(RequestRouter):
     """Calls without a key go to the less busy of two replicas, as with Serve's own router.
 
-    Not FIFOMixin, which gives the replica that was found for one call to the one that has waited longest; and not
-    LocalityMixin, because a replica elsewhere that holds a picture is nearer than one here that does not.
+    Does not use FIFOMixin, which gives the replica found for one call to the call that has waited longest; nor
+    LocalityMixin, because a replica on another node that holds a picture is nearer than a local one that does not.
     """
 
     _recorder: Recorder
@@ -31,8 +31,8 @@ class AffinityRouter(RequestRouter):
     _capacity: int | None = None
 
     def initialize_state(self, *, capacity: int | None = None, **_: Any) -> None:
-        """For Serve, when the router begins. A replica itself refuses what is beyond `capacity`, where there is one."""
-        # Serve sends this class by value: what its file has imported is a copy, and nobody listens to that.
+        """Called by Serve when the router starts. A replica itself refuses calls beyond `capacity`, if one is given."""
+        # Serve pickles this class by value: a SENT_CALLS imported by the module would be a copy that nobody reads.
         from deployments.sent_calls import SENT_CALLS
 
         self._sent_calls = SENT_CALLS
@@ -43,7 +43,7 @@ class AffinityRouter(RequestRouter):
     async def _choose_replica_for_request(
         self, pending_request: PendingRequest, *, is_retry: bool = False
     ) -> RunningReplica:
-        """For Serve, which asks again itself (`is_retry`) where a replica has refused the call, and not in vain."""
+        """Called by Serve, which itself calls again (`is_retry`) when a replica has refused the call."""
         request, stage = _session(pending_request).request, self._deployment_id.name
         self._sent_calls.note(stage, request, Whereabouts(self._replicas_now))
         if not is_retry:
@@ -56,11 +56,11 @@ class AffinityRouter(RequestRouter):
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        """For Serve, which tries one list after the other, in each of them the least busy replica first, and asks
-        again if none has taken the call."""
+        """Called by Serve, which tries one list after the other, the least busy replica of each first, and calls again
+        if no replica has taken the call."""
         if pending_request is None:
             return [candidate_replicas]
-        # After a pause, that is.
+        # Makes Serve back off before it calls again.
         pending_request.routing_context.should_backoff = True
         key = _session(pending_request).key
         replicas = {_name(replica.replica_id): replica for replica in candidate_replicas}
@@ -70,12 +70,12 @@ class AffinityRouter(RequestRouter):
         loads = {name: self._load(replica.replica_id) for name, replica in replicas.items()}
         order = sorted(by_preference(key, loads, capacity=self._capacity), key=self._suspects.__contains__)
         available = {_name(replica.replica_id) for replica in self.select_available_replicas(candidate_replicas)}
-        # The others may have got room meanwhile; Serve asks them.
+        # The full ones may have room by now; Serve asks them.
         full = [replica for name, replica in replicas.items() if name not in available]
         return [*([replicas[name]] for name in order if name in available), full]
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
-        """For Serve, when a replica has taken the call."""
+        """Called by Serve when a replica has taken the call."""
         names = [_name(each) for each in self.curr_replicas]
         if len(names) < 2:
             return
@@ -87,8 +87,8 @@ class AffinityRouter(RequestRouter):
         return list(self.curr_replicas.values())
 
     def _load(self, replica_id: ReplicaID) -> int:
-        """What the replica said last, and what was sent since and is not over. Nothing where that is too long ago: the
-        first call that it takes then tells anew."""
+        """The queue length that the replica last reported, adjusted for calls sent and finished since. 0 where the
+        report is too old; the first call that the replica takes then refreshes it."""
         return self.replica_queue_len_cache.get(replica_id) or 0
 
 

@@ -1,4 +1,4 @@
-"""The fields that chats and completions have in common: how an answer is drawn, where it ends, and how it is sent.
+"""The fields that chats and completions have in common: how an answer is sampled, where it ends, and how it is sent.
 
 The bounds are OpenAI's; `top_k`, `min_p`, `repetition_penalty`, `stop_token_ids`, `min_tokens` and `ignore_eos` are
 named as vLLM names them, `timings` is ours. Knows no prompts.
@@ -16,16 +16,16 @@ from deployments.schema import Body, Part
 from llava_core.errors import RequestError
 from llava_core.types import GREEDY_BELOW, SamplingParams
 
-# What torch takes as a seed.
+# The range of torch's seeds.
 _SEED_BOUND = 2**63
 _MAX_STOPS, _MAX_STOP_LENGTH = 4, 256
-# Each costs time at every token.
+# Each of them costs time at every token.
 _MAX_STOP_TOKENS, _MAX_BIASES = 128, 300
 _TOKEN_ID = re.compile("0|[1-9][0-9]{0,8}")
 
 
 def text_or_list(value: Any) -> str | None:
-    """The tag of a union of the two; tags in angle brackets do not show in error messages."""
+    """The tag for a union of text and list; tags in angle brackets do not appear in error messages."""
     return "<text>" if isinstance(value, str) else "<list>" if isinstance(value, list) else None
 
 
@@ -35,19 +35,19 @@ Stop = Annotated[
         text_or_list, custom_error_type="stop_type", custom_error_message="must be a string or a list of strings"
     ),
 ]
-# Further than anything counts; numbers of thousands of digits are no numbers to whoever has to show them.
+# Larger than any count; numbers of thousands of digits would fail wherever they are formatted.
 WHOLE_BOUND = 2**31
 Token = Annotated[int, Field(ge=0, lt=WHOLE_BOUND)]
 
 
 class StreamOptions(Part):
-    """What a stream is to hold beside the answer."""
+    """What a stream should have besides the answer."""
 
     include_usage: bool = False
 
 
 class SamplingBody(Body):
-    """What chats and completions may both ask for."""
+    """The fields that chats and completions share."""
 
     neutral: ClassVar[Mapping[str, Sequence[object]]] = {
         "best_of": (1,),
@@ -94,11 +94,11 @@ class SamplingBody(Body):
 
     @property
     def wants_usage(self) -> bool:
-        """Whether a stream is to end with its token counts."""
+        """Whether a stream should end with its token counts."""
         return self.stream_options is not None and self.stream_options.include_usage
 
     def sampling(self, *, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
-        """How the answer is drawn; greedily, where no temperature is given. Raises RequestError naming the field."""
+        """How to sample the answer: greedily if no temperature is given. Raises RequestError naming the field."""
         min_tokens = self.min_tokens or 0
         if max_tokens is not None and min_tokens > max_tokens:
             raise RequestError(
@@ -127,14 +127,14 @@ class SamplingBody(Body):
 
 def _biases(given: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
     for name in given:
-        # One spelling of each, so that none comes twice.
+        # Only one spelling of each, so that no token occurs twice.
         if not _TOKEN_ID.fullmatch(name):
             raise RequestError("logit_bias: the keys must be token ids, without leading zeros", param="logit_bias")
     return tuple((int(name), bias) for name, bias in given.items())
 
 
 def read_stops(stop: str | list[str] | None) -> tuple[str, ...]:
-    """Where the answer ends. Raises RequestError for too many, or for one that is empty or too long."""
+    """The stop strings. Raises RequestError for too many, or for one that is empty or too long."""
     texts = () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
     if len(texts) > _MAX_STOPS:
         raise RequestError(f"stop holds {len(texts)} strings; at most {_MAX_STOPS} are allowed", param="stop")

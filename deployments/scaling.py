@@ -1,9 +1,9 @@
-"""How many replicas a stage needs, reckoned from how much there is to do: a policy for Serve's autoscaler.
+"""How many replicas a stage needs, computed from its load: a policy for Serve's autoscaler.
 
-A signal is an amount of work that adds up over a stage's replicas: pictures' tiles that wait, shares of caches in use.
-Over its target, which is what one replica may have, it is the number of replicas that it asks for, and the largest
-number counts. Arithmetic alone: knows neither what the signals mean nor which stage it scales. Bounds, delays and the
-first replica of none are Serve's (docs/scaling.md), which sends this file to its controller: standard library only.
+A signal is an amount of work, summed over a stage's replicas, such as queued tiles or the share of a cache in use.
+Divided by its target, the amount that one replica may have, it gives the number of replicas it asks for; the largest
+number wins. Pure arithmetic: knows neither what the signals mean nor which stage it scales. Bounds, delays and scaling
+from zero are up to Serve (docs/scaling.md), which sends this file to its controller: standard library only.
 """
 
 from __future__ import annotations
@@ -12,44 +12,44 @@ import math
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, Protocol
 
-# Not told by replicas: all requests that Serve knows of, in replicas and in the queues of gateways.
+# Not reported by replicas: all requests that Serve knows of, in replicas and in the queues of gateways.
 REQUESTS = "requests"
-# Told by replicas: how many requests the other amounts are of.
+# Reported by replicas: the number of requests that make up the other amounts.
 HELD_REQUESTS = "held_requests"
-# Of such a share each replica has 1 at most. Requests that wait in gateways make no difference to it.
+# A share of time, at most 1 per replica. Requests queued in gateways are not extrapolated into it.
 BUSY = "busy"
-# Sums of shares are not exact; no replica is started for less than this.
+# Sums of shares are inexact; no replica is started for less than this.
 _ROUNDING = 1e-6
 
 
 class Context(Protocol):
-    """What is used here of Serve's AutoscalingContext. Metrics are means over the look-back period."""
+    """The part of Serve's AutoscalingContext that is used here. Metrics are means over the look-back period."""
 
-    # Replicas that run; how many there are to be, by the decisions so far.
+    # The replicas that run now, and how many there should be by the decisions so far.
     current_num_replicas: int
     target_num_replicas: int
     running_replicas: Sequence[Any]
 
     @property
     def total_num_requests(self) -> float:
-        """In replicas and in the queues of gateways."""
+        """Requests in replicas and in the queues of gateways."""
         ...
 
     @property
     def total_queued_requests(self) -> float:
-        """Those in the queues alone."""
+        """Requests in the queues only."""
         ...
 
     @property
     def aggregated_metrics(self) -> Mapping[str, Mapping[Any, float]] | None:
-        """What replicas tell of themselves, by name and replica."""
+        """What replicas report, by name and replica."""
         ...
 
 
 class LoadPolicy:
-    """Callable for the number of replicas, with what is to be kept until the next call, which is nothing.
+    """Called for the number of replicas, and for state to keep until the next call, of which there is none.
 
-    It moves only where the number that there is to be is too small, or too large by more than `tolerance`.
+    Changes the current target number only where it is too small, or too large by more than `tolerance`.
     """
 
     def __init__(self, targets: Mapping[str, float], tolerance: float) -> None:
@@ -57,27 +57,27 @@ class LoadPolicy:
         self._tolerance = tolerance
 
     def __call__(self, context: Context) -> tuple[int, dict[str, Any]]:
-        """For Serve's controller."""
+        """Called by Serve's controller."""
         present = context.target_num_replicas
         if context.current_num_replicas == 0:
-            # Nobody can tell. Serve itself starts the first replica when there is a request.
+            # No replica reports anything. Serve itself starts the first one when there is a request.
             return present, {}
         amounts = self._amounts(context)
         known = {name: value for name, value in amounts.items() if value is not None}
         needed = max((value / self._targets[name] for name, value in known.items()), default=0.0)
         wanted = clamp(present, needed, self._tolerance)
         if len(known) < len(amounts):
-            # A replica that has just come, or gone, and may have more to do than the others: no reason to have fewer.
+            # A replica that has just started or stopped reports nothing, and may be the busiest: keep them all.
             wanted = max(wanted, present)
-        # A request that is under way to a replica is none of its amounts yet.
+        # A request on its way to a replica is not yet in the amounts.
         return max(wanted, 1 if context.total_num_requests > 0 else 0), {}
 
     def _amounts(self, context: Context) -> dict[str, float | None]:
-        """Of each signal with a target, what there is in all; None where a running replica does not tell."""
+        """The total amount of each signal with a target; None where a running replica does not report it."""
         told = context.aggregated_metrics or {}
         replicas = set(context.running_replicas)
         held = _sum(told.get(HELD_REQUESTS, {}), replicas)
-        # What waits in gateways is taken to be like what replicas hold.
+        # Requests queued in gateways are assumed to be like those in replicas.
         growth = 1 + context.total_queued_requests / held if held else 1.0
         amounts = {name: _sum(told.get(name, {}), replicas) for name in self._targets}
         amounts = {name: each if each is None or name == BUSY else each * growth for name, each in amounts.items()}
@@ -85,7 +85,7 @@ class LoadPolicy:
 
 
 def clamp(present: int, needed: float, tolerance: float) -> int:
-    """The number nearest to the `present` one that is enough for `needed`, and no more than `tolerance` too large."""
+    """The number nearest to `present` that is enough for `needed`, and too large by no more than `tolerance`."""
     fewest = math.ceil(needed - _ROUNDING)
     most = math.ceil(needed * (1 + tolerance) - _ROUNDING)
     return max(fewest, min(present, most))

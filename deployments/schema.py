@@ -1,7 +1,7 @@
 """What the schemas of all JSON bodies share: strict types, a path to whatever is wrong, and fields refused by name.
 
-What would change the answer and is not supported is refused; what is harmless or unknown is ignored, because clients
-add fields every month. Knows JSON, and not what the fields are for.
+Unsupported fields that would change the answer are refused; harmless and unknown fields are ignored, because clients
+add fields every month. Knows JSON, but not what the fields are for.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pydantic_core import ErrorDetails
 
 from llava_core.errors import MAX_REPEATED, RequestError
 
-# Commas and brackets beyond those that may stand in the text: each may cost hundreds of bytes once it is parsed.
+# Commas and brackets, besides those that the text may have: each may cost hundreds of bytes once it is parsed.
 _MAX_JSON_TOKENS = 65_536
 
 
@@ -26,8 +26,8 @@ class Part(BaseModel):
 
 
 class Body(Part):
-    """A whole body. `neutral` has the fields that are not supported, with the values that ask for nothing: any other
-    value would change the answer, and is refused."""
+    """A whole body. `neutral` has the unsupported fields with those values that change nothing; any other value would
+    change the answer, and is refused."""
 
     neutral: ClassVar[Mapping[str, Sequence[object]]] = {}
 
@@ -36,7 +36,7 @@ AnyBody = TypeVar("AnyBody", bound=Body)
 
 
 def parse_body(body: bytes, schema: type[AnyBody], *, max_text: int) -> AnyBody:
-    """Raises RequestError naming the field. `max_text` is how many characters of text any caller may send."""
+    """Parses a body. Raises RequestError naming the field. `max_text` is the limit of characters for any caller."""
     _refuse_swollen(body, max_text + _MAX_JSON_TOKENS)
     try:
         parsed = schema.model_validate_json(body)
@@ -48,8 +48,9 @@ def parse_body(body: bytes, schema: type[AnyBody], *, max_text: int) -> AnyBody:
 
 
 def _refuse_swollen(body: bytes, max_tokens: int) -> None:
-    """A few bytes of JSON can become a hundred times as many in memory; base64 has none of these characters."""
-    # numpy counts many times faster than bytes.count does, and lets other threads run meanwhile.
+    """Refuses bodies with too many values: a few bytes of JSON can become a hundred times as many in memory. Base64 has
+    none of these characters."""
+    # numpy counts many times faster than bytes.count, and lets other threads run meanwhile.
     characters = np.frombuffer(body, np.uint8)
     if sum(np.count_nonzero(characters == mark) for mark in b",[{") > max_tokens:
         raise RequestError("the body holds too many values", code="request_too_complex")
@@ -73,7 +74,7 @@ def _path(location: Sequence[int | str]) -> str:
         if isinstance(step, int):
             path += f"[{step}]"
         elif not step.startswith("<"):
-            # A name may be the caller's own.
+            # The client may have chosen the name.
             name = step[:MAX_REPEATED]
             path += f".{name}" if path else name
     return path
@@ -88,7 +89,7 @@ def _refuse_unsupported(extra: Mapping[str, Any], neutral: Mapping[str, Sequence
 
 
 def asks_for_nothing(value: Any, neutral: Sequence[object]) -> bool:
-    """Whether a field's value is one of those that change no answer."""
-    # Where a type says what is asked for, the rest of the object does not matter.
+    """Whether a field's value is one of those that do not change the answer."""
+    # If an object's type already says what is asked for, the rest of it does not matter.
     is_typed = isinstance(value, dict) and "type" in value
     return value in neutral or (is_typed and {"type": value["type"]} in neutral)

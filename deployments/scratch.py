@@ -1,6 +1,6 @@
-"""A folder for the files of one process, removed with it; what a killed one has left is removed by the next.
+"""A temporary folder for one process, removed when it ends; one left by a killed process is removed by the next one.
 
-Who uses a folder holds a lock on it, which ends with the process however that ends. Standard library only.
+The user of a folder holds a lock on it, which ends with the process however that ends. Standard library only.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import time
 from pathlib import Path
 
 _PREFIX = "llava-serve-haproxy-"
-# Its maker may not have come to lock it yet.
+# The creator of a folder this new may not have locked it yet.
 _NEW_S = 60.0
 
 
 class Scratch:
-    """In the system's folder for temporary files, and its owner's alone."""
+    """A folder in the system's temporary directory that only its owner can enter."""
 
     def __init__(self) -> None:
         _remove_abandoned(Path(tempfile.gettempdir()))
@@ -29,14 +29,14 @@ class Scratch:
         fcntl.flock(self._lock, fcntl.LOCK_EX)
 
     def close(self) -> None:
-        """Remove it."""
+        """Remove the folder."""
         shutil.rmtree(self.path, ignore_errors=True)
         os.close(self._lock)
 
 
 def _remove_abandoned(folder: Path) -> None:
     for path in folder.glob(f"{_PREFIX}*"):
-        # Others may do the same at the same time.
+        # Another process may be doing the same.
         with contextlib.suppress(FileNotFoundError):
             status = path.lstat()
             is_ours = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid()

@@ -1,6 +1,6 @@
 """The models of a gateway by their names: those with engines of this service, and those that other servers answer for.
 
-Knows what can be asked of either, and neither HTTP nor how requests are answered.
+Knows what either kind can do, but neither HTTP nor how requests are answered.
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ from llava_core.types import AnyRequest
 
 
 class EngineClient(Protocol):
-    """What the gateway needs of the graph, for one model."""
+    """What the gateway needs from the graph, for one model."""
 
     def stream(self, request: AnyRequest, on_sent: Callable[[], None]) -> AsyncGenerator[Item, None]:
-        """Items up to the last one; closing it before that ends the request. Calls `on_sent` when it lets go of it."""
+        """Yields items up to the last one; closing it earlier ends the request. Calls `on_sent` once the request has
+        been sent and is no longer held."""
         ...
 
     async def tokenize(self, request: AnyRequest) -> Tokenized | Rejected:
-        """What the request's prompt is to the model, or what is wrong with it."""
+        """The request's prompt as the model's tokens, or what is wrong with it."""
         ...
 
     async def detokenize(self, ids: Sequence[int]) -> str | Rejected:
@@ -38,7 +39,7 @@ class EngineClient(Protocol):
 
 
 class ServedModels:
-    """Who answers, by the names of the models. `engines` are this service's own."""
+    """The models by name, and who answers for each. `engines` are this service's own."""
 
     def __init__(self, models: Mapping[str, EngineClient | Upstream]) -> None:
         self.names = tuple(models)
@@ -46,7 +47,7 @@ class ServedModels:
         self._upstreams = {name: each for name, each in models.items() if isinstance(each, Upstream)}
 
     def chosen(self, name: str | None) -> str:
-        """The model to be asked: the one that is named, or the only one there is. Raises RequestError."""
+        """The name of the requested model, or of the only one if none is named. Raises RequestError."""
         if name is None and len(self.names) == 1:
             return self.names[0]
         if name is None:
@@ -59,18 +60,18 @@ class ServedModels:
         return name
 
     def engine(self, name: str | None) -> EngineClient:
-        """The engine of the chosen model. Raises RequestError where another server answers for that."""
+        """The engine of the chosen model. Raises RequestError if another server answers for that model."""
         chosen = self.chosen(name)
         if chosen in self._upstreams:
             raise RequestError(
-                f"another server answers for {chosen!r}, which is asked for chats and completions alone",
+                f"another server answers for {chosen!r}, which supports only chats and completions",
                 param="model",
                 code="model_not_here",
             )
         return self.engines[chosen]
 
     def reader(self, read: Reader[ReadRequest], kind: type[Answer]) -> Callable[..., ReadRequest | Forwarding]:
-        """Reads bodies as the server behind their model takes them, or as `read` does where that is one of ours."""
+        """Reads each body for the upstream server of its model, or with `read` if the model is one of ours."""
         if not self._upstreams:
             return read
 
@@ -85,5 +86,5 @@ class ServedModels:
 
     @property
     def upstream_states(self) -> dict[str, str]:
-        """How the other servers are, by the names of their models."""
+        """The states of the other servers, by model name."""
         return {name: upstream.state for name, upstream in self._upstreams.items()}

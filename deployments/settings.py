@@ -1,7 +1,7 @@
-"""What can be set about the service: the `args` of serve_config.yaml, checked before anything starts.
+"""Settings of the service: the `args` of serve_config.yaml, validated before anything starts.
 
-Unknown keys are errors. Knows names and bounds, and neither Ray nor torch. How many replicas, CPUs and GPUs a stage
-gets can also be overridden by Serve's own `deployments:` section.
+Unknown keys are errors. Knows names and bounds, but neither Ray nor torch. Serve's own `deployments:` section can also
+override how many replicas, CPUs and GPUs a stage gets.
 """
 
 from collections import Counter
@@ -27,12 +27,12 @@ from llava_core.request_limits import RequestLimits
 
 
 class LimitArgs(Settings):
-    """What one request may hold; more is refused with a message that names the limit.
+    """Limits of one request; anything beyond them is refused with a message that names the limit.
 
-    `max_body_seconds` is for the whole body to come, `max_timeout_seconds` what a client may set as its own limit. A
-    stream that has nothing to say for `heartbeat_seconds` shows that it is still there. What has killed two replicas is
-    refused for `refused_seconds`. Of each gateway replica: `max_bytes_in_flight`, the bodies it holds at once, until
-    they are sent on, and `max_requests_in_flight`, None being AppArgs.max_requests_in_flight.
+    `max_body_seconds` bounds the arrival of the whole body, `max_timeout_seconds` the timeout that a client may set for
+    itself. A stream that has been idle for `heartbeat_seconds` sends a heartbeat. Content that has killed two replicas
+    is refused for `refused_seconds`. Two limits are per gateway replica: `max_bytes_in_flight` bounds the bodies it
+    holds before they are sent on, `max_requests_in_flight` the requests (None: AppArgs.max_requests_in_flight).
     """
 
     max_body_bytes: int = Field(default=64 * 1024 * 1024, ge=1)
@@ -59,20 +59,20 @@ class LimitArgs(Settings):
 
     @property
     def image(self) -> ImageLimits:
-        """The bounds of one picture."""
+        """The limits of one picture."""
         return ImageLimits(
             max_bytes=self.max_image_bytes, max_pixels=self.max_image_pixels, max_side=self.max_image_side
         )
 
     @property
     def request(self) -> RequestLimits:
-        """The bounds of one request, once it has been parsed."""
+        """The limits of one parsed request."""
         return RequestLimits(max_images=self.max_images, max_text=self.max_text, max_n=self.max_n, image=self.image)
 
 
 class AuthArgs(Settings):
-    """Who may ask. `keys_file` None: nobody is asked who they are, and the service listens on the loopback interface
-    alone unless `allow_anyone` says that something else in front of it keeps strangers out."""
+    """Authentication. With `keys_file` None requests need no key, and the service listens on the loopback interface
+    only, unless `allow_anyone` states that something in front of it keeps strangers out."""
 
     keys_file: str | None = None
     allow_anyone: bool = False
@@ -80,18 +80,18 @@ class AuthArgs(Settings):
     @field_validator("keys_file")
     @classmethod
     def _locate(cls, keys_file: str | None) -> str | None:
-        # Replicas work elsewhere.
+        # Replicas run in another working directory.
         return None if keys_file is None else str(Path(keys_file).expanduser().resolve())
 
 
 class CorsArgs(Settings):
-    """Pages of which `origins` may call the service from a browser: none, unless they are named; `*` is every one."""
+    """Browser pages from `origins` may call the service: by default none; `*` allows every origin."""
 
     origins: tuple[str, ...] = ()
 
 
 class FetchArgs(HostArgs):
-    """Pictures by http(s) address. `max_bytes` is of each picture, `timeout_s` of each with all its redirects."""
+    """Pictures given by http(s) address. `max_bytes` and `timeout_s` are per picture, redirects included."""
 
     max_bytes: int = Field(default=20 * 1024 * 1024, ge=1)
     timeout_s: float = Field(default=10, gt=0)
@@ -99,8 +99,8 @@ class FetchArgs(HostArgs):
 
 
 class AppArgs(Settings):
-    """The whole service. `models` are served side by side; `engine`, `vision_encoder` and `generator` hold for each of
-    them where its own entry says nothing else. With `offline` nothing is fetched, by no replica.
+    """The whole service. `models` are served side by side; `engine`, `vision_encoder` and `generator` apply to each of
+    them, except for what its own entry overrides. With `offline` no replica downloads anything from the hub.
     """
 
     offline: bool = False
@@ -114,23 +114,23 @@ class AppArgs(Settings):
     preprocessor: PreprocessorArgs = PreprocessorArgs()
     vision_encoder: VisionEncoderArgs = VisionEncoderArgs()
     generator: GeneratorArgs = GeneratorArgs()
-    # After what its entries are completed from, so that a mistake there is told as one there.
+    # Declared after the fields that complete its entries, so that a mistake in one of those is reported there.
     models: tuple[ModelArgs, ...] = Field(default=(ModelArgs(),), min_length=1)
 
     @property
     def own_models(self) -> tuple[ModelArgs, ...]:
-        """Those that have their weights here."""
+        """The models whose weights this service loads itself."""
         return tuple(model for model in self.models if model.upstream is None)
 
     @property
     def upstreams(self) -> dict[str, UpstreamArgs]:
-        """The servers that answer for the others, by the models' names."""
+        """The servers that answer for the other models, by model name."""
         return {model.served_name: model.upstream for model in self.models if model.upstream is not None}
 
     @property
     def max_requests_in_flight(self) -> int:
-        """Of each gateway replica: as told, else what the engines of all replicas that there may be can take, and all
-        upstreams."""
+        """Per gateway replica: the configured number, or else what the engines of all replicas at `max_replicas` and
+        all upstreams can take together."""
         if self.limits.max_requests_in_flight is not None:
             return self.limits.max_requests_in_flight
         engines = sum(each.engine.config.max_requests * each.generator.max_replicas for each in self.own_models)

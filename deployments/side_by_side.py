@@ -1,6 +1,6 @@
-"""Several prompts of one request: their streams of items become one, whose answers are told apart by index.
+"""Several prompts of one request: merges their streams of items into one, whose answers are told apart by index.
 
-Knows what items are, and neither who makes them nor how they look to a client.
+Knows what items are, but neither who makes them nor how they look to a client.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from llava_core.types import Usage
 
 
 async def side_by_side(streams: Sequence[AsyncGenerator[Item, None]], num_answers: int) -> AsyncGenerator[Item, None]:
-    """Items as they come, of each stream's `num_answers` answers with indices of their own. The last to end tells what
-    all of them cost, and its own times. The first rejection, or error, ends the others; so does leaving early."""
+    """Yields items as they come; each stream's `num_answers` answers get indices of their own. The last stream to end
+    carries the usage of all, and its own times. The first rejection or error ends the others; so does closing early."""
     waiting = {asyncio.ensure_future(anext(stream)): place for place, stream in enumerate(streams)}
     ended: list[Usage] = []
     try:
@@ -40,7 +40,7 @@ async def side_by_side(streams: Sequence[AsyncGenerator[Item, None]], num_answer
     finally:
         for each in waiting:
             each.cancel()
-        # Also of what has failed meanwhile nobody needs to hear.
+        # Failures from here on no longer matter.
         await asyncio.gather(*waiting, return_exceptions=True)
         for stream in streams:
             await stream.aclose()

@@ -1,8 +1,8 @@
-"""Signs of life in a stream between two hosts: whoever has nothing to say says so, and who hears nothing has lost it.
+"""Signs of life in a stream between two hosts: an idle sender sends them, and silence means that the sender is lost.
 
-A process that dies closes its connections, and the other end knows at once. A host that loses power or a cable closes
-nothing: TCP waits for many minutes, and gRPC's own pings are no help, because servers, by its documentation, take more
-than two in five minutes for an attack. Knows nothing of what is streamed.
+When a process dies its connections close, and the other end knows at once. When a host loses power or its cable,
+nothing closes: TCP waits for many minutes, and gRPC's own pings do not help, because servers, by its documentation,
+treat more than two in five minutes as an attack. Knows nothing about what is streamed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from deployments.waiting import abandon
 
 Item = TypeVar("Item")
 
-# How often who has nothing to say says so, and how long a stream may be silent: long enough for an event loop on a busy
+# How often an idle sender sends a sign, and how long a stream may be silent: long enough for an event loop on a busy
 # machine, and for a switch that restarts.
 SIGN_S = 2.0
 SILENCE_S = 10.0
@@ -25,13 +25,13 @@ SILENCE_S = 10.0
 
 @dataclass(frozen=True)
 class StillHere:
-    """Nothing has happened, on a host that is alive."""
+    """A sign of life: there is no new item, but the host is alive."""
 
 
 async def with_signs(
     items: AsyncGenerator[Item, None], *, every_s: float = SIGN_S
 ) -> AsyncGenerator[Item | StillHere, None]:
-    """The items, and a sign after every `every_s` without one. Closing it closes what gives the items."""
+    """Yields the items, and a sign after every `every_s` without one. Closing it closes `items`."""
     async with aclosing(items):
         while True:
             async with _next(items) as coming:
@@ -48,8 +48,8 @@ async def listen(
     *,
     silence_s: float = SILENCE_S,
 ) -> AsyncGenerator[Item, None]:
-    """The items without the signs. When neither comes for `silence_s`, and again after as long, `when_silent` may raise
-    what that means: where there is no replica yet, nobody can say anything."""
+    """Yields the items without the signs. Calls `when_silent` after every `silence_s` without either; it raises if that
+    means a loss, and not, for example, while no replica has the call yet."""
     iterator = aiter(items)
     while True:
         async with _next(iterator) as coming:
@@ -64,8 +64,8 @@ async def listen(
 
 @asynccontextmanager
 async def _next(items: AsyncIterator[Item]) -> AsyncGenerator[asyncio.Future[Item | None], None]:
-    """What comes next, None at the end. Whoever leaves the block takes along what is being waited for: not by
-    `asyncio.timeout`, because Serve makes an error of its own of a cancellation, and that would not be known again."""
+    """The next item, None at the end. Leaving the block cancels the wait for it. Not done with `asyncio.timeout`,
+    because Serve turns a cancellation into an error of its own, which could not be recognised as a timeout."""
     coming = asyncio.ensure_future(anext(items, None))
     try:
         yield coming

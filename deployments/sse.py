@@ -8,7 +8,7 @@ MEDIA_TYPE = "text/event-stream"
 # Proxies that buffer would turn a stream into one late answer.
 HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 DONE = b"data: [DONE]\n\n"
-# Which is no event.
+# A comment, which is not an event.
 COMMENT = b": \n\n"
 
 

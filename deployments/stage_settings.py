@@ -1,6 +1,6 @@
-"""What can be set about each stage: replicas, resources, devices, caches, the engine; checked before anything starts.
+"""Settings of each stage: replicas, resources, devices, caches, the engine; validated before anything starts.
 
-Knows names and bounds, and neither Ray nor torch. Which stages an application has is settings.py's.
+Knows names and bounds, but neither Ray nor torch. settings.py says which stages an application has.
 """
 
 from dataclasses import replace
@@ -13,7 +13,7 @@ from llava_core.stages.loading import Compute
 from llava_core.types import Quantization
 
 _TARGET = "target_"
-# A value, one of several, or none of these, as Ray writes it: `a`, `!a`, `in(a, b)`, `!in(a, b)`.
+# A value, a set of values, or the negation of either, in Ray's syntax: `a`, `!a`, `in(a, b)`, `!in(a, b)`.
 _VALUE = r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?"
 LabelCondition = Annotated[str, Field(pattern=rf"^!?({_VALUE}|in\({_VALUE}(, ?{_VALUE})*\))$")]
 
@@ -25,11 +25,11 @@ class Settings(BaseModel):
 
 
 class ScalingArgs(Settings):
-    """When a stage gets more replicas or fewer; docs/scaling.md explains all of it.
+    """When a stage gets more or fewer replicas; docs/scaling.md has the details.
 
-    Each `target_*` of a stage is a signal: what one replica may have of it, None where it is not to count. Signals are
-    means of `look_back_s`. What they ask for must last for a delay, and a number that is no more than `tolerance` too
-    large stays.
+    Each `target_*` of a stage is a signal's target: how much of it one replica may have; None ignores the signal.
+    Signals are averaged over `look_back_s`. The number of replicas changes only after the signals have asked for it
+    throughout a delay, and a number that is no more than `tolerance` too large is kept.
     """
 
     look_back_s: float = Field(default=10, gt=0)
@@ -40,39 +40,39 @@ class ScalingArgs(Settings):
 
     @property
     def targets(self) -> dict[str, float]:
-        """By the signals' names."""
+        """The targets that are set, by signal name."""
         fields = {name: value for name, value in self if name.startswith(_TARGET)}
         return {name.removeprefix(_TARGET): float(value) for name, value in fields.items() if value is not None}
 
     @model_validator(mode="after")
     def _check_targets(self) -> Self:
         if not self.targets:
-            raise ValueError("every target is null, so that nothing would tell how many replicas are needed; set one")
+            raise ValueError("every target is null, so nothing determines how many replicas are needed; set one")
         return self
 
 
 class RequestScaling(ScalingArgs):
-    """By requests, those that wait in gateways included."""
+    """Scales by requests, including those queued in gateways."""
 
     target_requests: float = Field(default=2, gt=0)
 
 
 class GatewayScaling(RequestScaling):
-    """The same, of connections."""
+    """Scales by requests, each of which is an open connection."""
 
     target_requests: float = Field(default=200, gt=0)
 
 
 class EncoderScaling(ScalingArgs):
-    """By tiles that wait for the tower, and by the share of time for which it works."""
+    """Scales by tiles queued for the tower, and by the share of time for which the tower is busy."""
 
     target_queued_tiles: float | None = Field(default=32, gt=0)
     target_busy: float | None = Field(default=0.8, gt=0, le=1)
 
 
 class GeneratorScaling(ScalingArgs):
-    """By tokens of prompts that wait to be read, by the share of the blocks of keys and values that requests hold, and
-    by answers that are written or wait, as a share of the engine's max_running."""
+    """Scales by prompt tokens waiting for prefill, by the share of the KV cache blocks that requests hold, and by
+    running and waiting answers as a share of the engine's max_running."""
 
     target_queued_prefill_tokens: float | None = Field(default=8192, gt=0)
     target_kv_cache_use: float | None = Field(default=0.8, gt=0, le=1)
@@ -80,8 +80,8 @@ class GeneratorScaling(ScalingArgs):
 
 
 class PlacementArgs(Settings):
-    """What a replica needs of its node beside CPUs and GPUs: `resources` by the names that nodes give theirs, a GPU of
-    the `accelerator_type`, labels. `max_replicas_per_node` None is as many as fit."""
+    """What a replica requires of its node besides CPUs and GPUs: custom `resources` by name, a GPU of
+    `accelerator_type`, labels. `max_replicas_per_node` None allows as many as fit."""
 
     accelerator_type: str | None = Field(default=None, min_length=1)
     label_selector: dict[str, LabelCondition] = {}
@@ -97,13 +97,12 @@ class PlacementArgs(Settings):
 
 
 class StageArgs(PlacementArgs):
-    """Replicas of one stage. They autoscale between the two bounds; equal bounds are a fixed number. A stage begins
-    with `initial_replicas`, None being the lower bound, or one where that is 0: so whatever keeps it from running is
-    known at the start.
+    """Replicas of one stage. Their number scales between the two bounds; equal bounds fix it. A stage starts with
+    `initial_replicas`; None means the lower bound, or one replica where that is 0, so that whatever keeps a replica
+    from running is found at startup.
 
-    `max_ongoing_requests` is per replica, `max_queued_requests` per gateway replica: beyond both, requests are refused
-    with 429. The generator's engine has a limit of its own, max_running and max_waiting together, which has to be the
-    lower one.
+    `max_ongoing_requests` is per replica, `max_queued_requests` per gateway replica: requests beyond both are refused
+    with 429. The generator's engine has its own limit, max_running plus max_waiting, which must be the lower one.
     """
 
     num_cpus: float = Field(default=0.1, ge=0)
@@ -128,13 +127,13 @@ class StageArgs(PlacementArgs):
 
     @property
     def first_replicas(self) -> int:
-        """How many there are at the start."""
+        """How many replicas the stage starts with."""
         return max(1, self.min_replicas) if self.initial_replicas is None else self.initial_replicas
 
 
 class GatewayArgs(StageArgs):
-    """The stage that speaks HTTP. It holds connections and computes nothing. There is always one, because somebody has
-    to be there for the first request."""
+    """The stage that speaks HTTP. It holds connections and computes nothing. At least one replica always runs, because
+    something has to accept the first request."""
 
     min_replicas: int = Field(default=1, ge=1)
     autoscaling: GatewayScaling = GatewayScaling()
@@ -142,7 +141,7 @@ class GatewayArgs(StageArgs):
 
 
 class PreprocessorArgs(StageArgs):
-    """The stage that decodes pictures. It keeps up to `cache_bytes` of tiles of pictures it has seen; 0 keeps none."""
+    """The stage that decodes pictures. It caches the tiles of recent pictures, up to `cache_bytes`; 0 caches none."""
 
     num_cpus: float = Field(default=0.2, ge=0)
     autoscaling: RequestScaling = RequestScaling()
@@ -151,7 +150,7 @@ class PreprocessorArgs(StageArgs):
 
 
 class ComputeArgs(StageArgs):
-    """A stage that runs a network. `device` auto is the GPU where the replica has one; `threads` None is every core."""
+    """A stage that runs a network. `device` auto is the GPU if the replica has one; `threads` None uses every core."""
 
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -159,12 +158,12 @@ class ComputeArgs(StageArgs):
 
     @property
     def compute(self) -> Compute:
-        """What a process of the stage sets up."""
+        """The compute settings that a process of the stage sets up."""
         return Compute(self.device, self.dtype, self.threads)
 
 
 class VisionEncoderArgs(ComputeArgs):
-    """The stage with the tower. It keeps up to `cache_bytes` of features of pictures it has seen; 0 keeps none."""
+    """The stage with the tower. It caches the features of recent pictures, up to `cache_bytes`; 0 caches none."""
 
     num_cpus: float = Field(default=0.3, ge=0)
     autoscaling: EncoderScaling = EncoderScaling()
@@ -172,7 +171,7 @@ class VisionEncoderArgs(ComputeArgs):
 
 
 class GeneratorArgs(ComputeArgs):
-    """The stage with the decoder, whose linear layers `quantization` stores in fewer bits."""
+    """The stage with the decoder. `quantization` stores its linear layers in fewer bits."""
 
     num_cpus: float = Field(default=0.4, ge=0)
     autoscaling: GeneratorScaling = GeneratorScaling()
@@ -181,16 +180,16 @@ class GeneratorArgs(ComputeArgs):
 
     @property
     def compute(self) -> Compute:
-        """What a process of the stage sets up."""
+        """The compute settings that a process of the stage sets up."""
         return replace(super().compute, quantization=self.quantization)
 
 
 class EngineArgs(Settings):
-    """Of each generator replica: how many answers are written at once, how many more may wait before it says 429, and
-    the rest of llava_core.engine.config.EngineConfig.
+    """Per generator replica: how many answers are generated at once, how many more may wait before requests are refused
+    with 429, and the rest of llava_core.engine.config.EngineConfig.
 
-    `chunk_gap_ms` is the least time between two chunks of one answer, times the requests it holds, 200 ms at most: each
-    chunk takes its share of that as processor time, so a busy replica sends fewer and larger ones.
+    The least time between two chunks of one answer is `chunk_gap_ms` times the number of requests the engine holds, at
+    most 200 ms: every chunk costs processor time, so a busy replica sends fewer, larger ones.
     """
 
     max_running: int = Field(default=32, ge=1)
@@ -204,7 +203,7 @@ class EngineArgs(Settings):
 
     @property
     def config(self) -> EngineConfig:
-        """What the engine takes. Raises ValueError for limits that exclude each other."""
+        """The engine's own configuration. Raises ValueError for limits that exclude each other."""
         return EngineConfig(**self.model_dump(exclude={"chunk_gap_ms"}))
 
     @model_validator(mode="after")

@@ -1,6 +1,6 @@
-"""Where the time goes while a replica starts, phase by phase: told once in its log, and as metrics.
+"""Where the time goes while a replica starts, phase by phase: logged once, and exported as metrics.
 
-Knows nothing of what a phase does.
+Knows nothing about what a phase does.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 class Startup:
-    """Phases follow each other; what lies between two of them counts for none."""
+    """Times phases that follow each other; time between two of them belongs to neither."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
@@ -24,7 +24,7 @@ class Startup:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Around the work of one, which counts also where it fails."""
+        """A context manager around a phase, which counts even if it fails."""
         began = self._clock()
         try:
             yield
@@ -32,16 +32,16 @@ class Startup:
             self._seconds[name] = self._seconds.get(name, 0.0) + self._clock() - began
 
     def __str__(self) -> str:
-        """In seconds, as people read it, in the order of the phases."""
+        """A readable list of the phases in order, in seconds."""
         return ", ".join(f"{name} {seconds:.2f} s" for name, seconds in self._seconds.items())
 
     def recorder(self) -> RayRecorder:
-        """For the replica that has started; it tells of this, too."""
+        """Starts the replica's recorder, which also exports these times. To be called once the replica has started."""
         logger.info("started: %s", self)
         recorder = RayRecorder().start()
         recorder.watch(self.readings)
         return recorder
 
     def readings(self) -> list[Reading]:
-        """For a Recorder."""
+        """The seconds of each phase, for a Recorder."""
         return [(STARTUP, seconds, (name,)) for name, seconds in self._seconds.items()]

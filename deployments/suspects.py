@@ -1,7 +1,7 @@
-"""Replicas that have had a request which came again, and so are tried last for a while.
+"""Replicas that have lost a request, which is why they are deprioritised for a while.
 
-A replica whose host is silent is in every list until Ray has noticed. Who has lost a request there asks again, and that
-is all there is to know. Each router keeps its own. Knows neither Ray nor stages.
+A replica whose host is silent stays in every list until Ray detects it. Until then the only evidence is that a request
+it had is retried. Each router keeps its own record. Knows neither Ray nor stages.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 
-# By then Ray has noticed (CLUSTER_ENVIRONMENT), or the replica is back.
+# By then Ray has detected the loss (CLUSTER_ENVIRONMENT), or the replica is back.
 SUSPECTED_S = 15.0
 
 
 class Suspects:
-    """Remembers of the last `max_requests` which replicas had them."""
+    """Remembers which replicas had the last `max_requests` requests."""
 
     def __init__(
         self,
@@ -28,12 +28,12 @@ class Suspects:
         self._max_requests = max_requests
         self._clock = clock
         self._had: OrderedDict[str, str] = OrderedDict()
-        # Until when, by replica.
+        # When each suspicion ends, by replica.
         self._suspected: dict[str, float] = {}
 
     def sent(self, request: str, replica: str) -> None:
-        """The replica gets the request, which others may have refused before; "" is one that nobody would ask for
-        again."""
+        """Notes that the replica gets the request, which others may have refused before; "" is a request that is never
+        retried."""
         if not request:
             return
         self._had[request] = replica
@@ -41,7 +41,7 @@ class Suspects:
             self._had.popitem(last=False)
 
     def asked(self, request: str) -> None:
-        """Somewhere is looked for that takes the request: who had it before has lost it."""
+        """Notes that the request needs a replica; one that had it before has lost it."""
         if (replica := self._had.pop(request, None)) is not None:
             self._suspected[replica] = self._clock() + self._suspected_s
 

@@ -1,6 +1,6 @@
-"""`POST /tokenize` and `/detokenize`, as vLLM has them: what a prompt is to the model, before it is asked.
+"""`POST /tokenize` and `/detokenize`, as in vLLM: shows a prompt as the model would see it, without asking the model.
 
-Messages are rendered as a chat's are; a text is taken as it is, as completions do. Knows nothing about HTTP or models.
+Messages are rendered as for a chat; a text is taken as it is, as for a completion. Knows nothing about HTTP or models.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class DetokenizeBody(Body):
 
 @dataclass(frozen=True)
 class TokenizeRequest:
-    """What is to be tokenized, and whether each token's text is wanted too."""
+    """What to tokenize, and whether to return each token's text, too."""
 
     read: ReadRequest
     with_texts: bool
@@ -52,7 +52,7 @@ class TokenizeRequest:
 
 @dataclass(frozen=True)
 class DetokenizeRequest:
-    """Ids to be text again."""
+    """Token ids to turn into text."""
 
     model: str | None
     ids: tuple[int, ...]
@@ -75,7 +75,7 @@ def read_tokenize_request(body: bytes, request_id: str, limits: RequestLimits) -
     form = ReplyForm(model=parsed.model, prompt_field="prompt")
     prompt, *others = read_prompts(parsed.prompt, limits)
     if others:
-        raise RequestError(f"{len(others) + 1} prompts came; send a request for each", param="prompt")
+        raise RequestError(f"{len(others) + 1} prompts are given; send a request for each", param="prompt")
     completion = CompletionRequest(request_id, prompt, sampling)
     return TokenizeRequest(ReadRequest(completion, form), with_texts)
 

@@ -1,7 +1,7 @@
-"""`llava top`: what the service is doing, in a terminal, from Prometheus' page of its metrics and from nothing else.
+"""`llava top`: shows in a terminal what the service is doing, solely from the Prometheus page of its metrics.
 
-One page is read by `Page`, two of them become a screen. Found by `llava` through the entry-point group
-`llava.commands`, and imported only when it is called. Imports no Ray.
+`Page` parses one page; two pages make a screen. `llava` finds this module through the entry-point group
+`llava.commands`, and imports it only when the command is called. Does not import Ray.
 """
 
 from __future__ import annotations
@@ -48,17 +48,17 @@ from deployments.metrics import (
 from llava_core.errors import LlavaError
 
 DEFAULT_URL = "http://127.0.0.1:8001/metrics"
-# Serve's own. Each replica that lives tells the first, and only those.
+# Serve's own metrics. All living replicas report the first, and no others do.
 ONGOING = Gauge("serve_replica_processing_queries", "Requests in a replica.", ("deployment", "replica"))
 QUEUED = Gauge("serve_deployment_queued_queries", "Requests that wait for a replica.", ("deployment",))
 _STAGES = ("preprocess", "encode", "transfer", "prefill", "decode")
-# Ray's processes tell their numbers every 10 s: over less, rates would be nothing and then too much.
+# Ray's processes report their numbers every 10 s: over a shorter window rates would alternate between 0 and too much.
 _WINDOW_S = 60.0
 _CLEAR = "\x1b[H\x1b[2J"
 
 
 class MetricsPageError(LlavaError):
-    """There is no page of metrics to be read."""
+    """The page of metrics cannot be read."""
 
 
 @dataclass
@@ -70,7 +70,7 @@ class Page:
 
     @classmethod
     def parse(cls, text: str, at: float) -> Page:
-        """Of Ray's thousands of lines, those that `llava top` shows."""
+        """Parses those of Ray's thousands of lines that `llava top` shows."""
         wanted = tuple(EXPORTED_PREFIX + prefix for prefix in ("llava_", ONGOING.name, QUEUED.name))
         lines = (line for line in text.splitlines() if line.startswith(wanted))
         page = cls(at)
@@ -81,17 +81,17 @@ class Page:
         return page
 
     def total(self, metric: Metric, **labels: str) -> float:
-        """Over all processes and over the labels that are not given."""
+        """The sum over all processes, and over the labels that are not given."""
         return self._sum(metric.name, labels)
 
     def buckets(self, histogram: Histogram, **labels: str) -> list[float]:
-        """How many values were up to each bound, and after the last how many in all."""
+        """The number of values up to each bound, followed by the number of all values."""
         name = f"{histogram.name}_bucket"
         bounds = [*(str(bound) for bound in histogram.buckets), "+Inf"]
         return [self._sum(name, {**labels, "le": bound}) for bound in bounds]
 
     def values(self, metric: Metric, label: str, **labels: str) -> list[str]:
-        """What the values of a label are where the others have these."""
+        """The values of `label` in the samples that have the other labels given."""
         samples = self.samples.get(metric.name, ())
         return sorted({found[label] for found, _ in samples if labels.items() <= found.items()})
 
@@ -107,16 +107,17 @@ class Change:
     now: Page
 
     def count(self, counter: Counter, **labels: str) -> float:
-        """How many more. A service that was started anew meanwhile counts from nothing."""
+        """The increase of a counter; 0 if the service was restarted and has counted less since."""
         return max(0.0, self.now.total(counter, **labels) - self.before.total(counter, **labels))
 
     def rate(self, counter: Counter, **labels: str) -> float:
-        """How many more in a second."""
+        """The increase per second."""
         seconds = self.now.at - self.before.at
         return self.count(counter, **labels) / seconds if seconds > 0 else 0.0
 
     def quantile(self, histogram: Histogram, share: float, **labels: str) -> float | None:
-        """Of the values since the first page; None where there were none. As Prometheus does: even within a bucket."""
+        """A quantile of the values since the first page; None if there were none. As in Prometheus, values are taken to
+        be spread evenly within a bucket."""
         now, before = self.now.buckets(histogram, **labels), self.before.buckets(histogram, **labels)
         counts = [max(0.0, late - early) for late, early in zip(now, before, strict=True)]
         wanted, below, lower = share * counts[-1], 0.0, 0.0
@@ -130,14 +131,14 @@ class Change:
 
 
 def screen(change: Change) -> Iterator[str]:
-    """The lines to be shown."""
+    """Yields the lines to show."""
     now = change.now
     yield f"llava top · last {now.at - change.before.at:.0f} s"
     yield ""
     names = now.values(ONGOING, "deployment")
-    # Of several models, their names are part of these.
+    # With several models, these include the models' names.
     width = max(15, *map(len, names)) + 1 if names else 16
-    yield f"{'stage':{width}}{'replicas':>9}{'at work':>9}{'queued':>9}"
+    yield f"{'stage':{width}}{'replicas':>9}{'running':>9}{'queued':>9}"
     for name in names:
         num_replicas = len(now.values(ONGOING, "replica", deployment=name))
         ongoing, queued = (now.total(gauge, deployment=name) for gauge in (ONGOING, QUEUED))
@@ -164,14 +165,14 @@ def screen(change: Change) -> Iterator[str]:
 
 
 def _upstreams(change: Change) -> Iterator[str]:
-    """A line for each model that another server answers for, which is up when all gateways say so."""
+    """Yields a line for each model that another server answers for; the server is up if all gateways say so."""
     now = change.now
     models = now.values(UPSTREAM_UP, "model")
     if not models:
         return
     width = max(15, *map(len, models)) + 1
     yield ""
-    yield f"{'other server':{width}}{'state':>9}{'at work':>9}{'req/s':>9}{'tokens/s':>9}"
+    yield f"{'other server':{width}}{'state':>9}{'running':>9}{'req/s':>9}{'tokens/s':>9}"
     for model in models:
         is_up = now.total(UPSTREAM_UP, model=model) == len(now.values(UPSTREAM_UP, "replica", model=model))
         rates = (
@@ -205,7 +206,7 @@ def _hits(change: Change) -> Iterator[str]:
 
 
 def _preferred(change: Change) -> Iterator[str]:
-    """Of stages with several replicas: how many of the calls that prefer one were sent to it."""
+    """Yields, for each stage with several replicas, the share of calls that went to the replica they prefer."""
     for target in change.now.values(ROUTED, "target"):
         preferred, fallback = (change.count(ROUTED, target=target, choice=each) for each in ("preferred", "fallback"))
         yield f"{target} {_percent(preferred, preferred + fallback)}"
@@ -217,13 +218,13 @@ def _percent(part: float, whole: float) -> str:
 
 @click.command()
 @click.argument("url", default=DEFAULT_URL)
-@click.option("--interval", type=click.FloatRange(0.1), default=10.0, show_default=True, help="Seconds between looks.")
-@click.option("--once", is_flag=True, help="Look twice, show what happened in between, and end.")
+@click.option("--interval", type=click.FloatRange(0.1), default=10.0, show_default=True, help="Seconds between reads.")
+@click.option("--once", is_flag=True, help="Read the metrics twice, show the difference, and exit.")
 def top(url: str, interval: float, *, once: bool) -> None:
     """Replicas, queues, tokens per second and hit rates of a running service.
 
-    URL is the page of metrics that `llava serve` has printed. Rates and times are of the last minute, and each process
-    of Ray's tells its numbers every 10 seconds.
+    URL is the page of metrics that `llava serve` has printed. Rates and times are of the last minute; Ray's processes
+    report their numbers every 10 seconds.
     """
     with contextlib.suppress(KeyboardInterrupt):
         pages = deque([read_page(url)])
@@ -238,8 +239,8 @@ def top(url: str, interval: float, *, once: bool) -> None:
 
 
 def read_page(url: str, *, timeout_s: float = 10.0) -> Page:
-    """What is there now. Raises MetricsPageError."""
-    # Not through a proxy: the page is on this machine, or on one that is as near.
+    """Fetches and parses the page. Raises MetricsPageError."""
+    # Not through a proxy: the page is on this machine, or on one nearby.
     try:
         response = httpx.get(url, timeout=timeout_s, trust_env=False).raise_for_status()
     except httpx.HTTPError as error:

@@ -1,7 +1,6 @@
-"""A model that another OpenAI-compatible server answers for: a request goes there, items of its answer come back.
+"""A model that another OpenAI-compatible server answers for: sends it requests, and yields the items of its answers.
 
-Also how that server is, which is asked all the time and told to whoever looks. Knows no Ray, and of HTTP only what
-upstream_exchange.py makes of it.
+Also polls the server's state and reports it. Knows no Ray, and HTTP only through upstream_exchange.py.
 """
 
 from __future__ import annotations
@@ -42,11 +41,11 @@ from llava_core.request_limits import RequestLimits
 from llava_core.types import GenerationRequest
 
 logger = logging.getLogger(__name__)
-# The pictures of a request, fetched where they are there by address only, in formats that any engine reads.
+# Returns the pictures of a request in formats that any engine reads, fetching those given by address.
 MakePortable = Callable[[GenerationRequest], Awaitable[tuple[PortableImage, ...] | Rejected]]
 _DONE = b"[DONE]"
 _LOOK_S, _MAX_LIST_BYTES = 10.0, 4 * 1024 * 1024
-# How a server is.
+# The states of a server.
 OK, UNKNOWN = "ok", "not asked yet"
 _UNREACHABLE, _FAILING, _KEY_REFUSED, _NO_LIST, _NO_SUCH_MODEL = (
     "unreachable",
@@ -59,7 +58,8 @@ _UNREACHABLE, _FAILING, _KEY_REFUSED, _NO_LIST, _NO_SUCH_MODEL = (
 
 @dataclass(frozen=True)
 class _Route:
-    """Where a kind of answer is asked for, who reads such requests, and what a choice holds, streamed and whole."""
+    """The path for a kind of answer, the parser of its requests, and the field of a choice that holds the content,
+    streamed and whole."""
 
     path: str
     read: Callable[..., ForwardedRequest]
@@ -67,7 +67,7 @@ class _Route:
     whole: str
 
 
-# By the kinds of answers.
+# By kind of answer.
 _ROUTES = {
     "chat.completion": _Route("/chat/completions", read_forwarded_chat, "delta", "message"),
     "text_completion": _Route("/completions", read_forwarded_completion, "text", "text"),
@@ -76,7 +76,7 @@ _ROUTES = {
 
 @dataclass(frozen=True)
 class Forwarding:
-    """A request that an upstream is to answer, and how its answer will look."""
+    """A request for an upstream server, and the form of its answer."""
 
     upstream: Upstream
     asked: ForwardedRequest
@@ -85,7 +85,7 @@ class Forwarding:
 
     @property
     def form(self) -> ReplyForm:
-        """What the client asked for."""
+        """The form that the client asked for."""
         return self.asked.form
 
     def stream(self, lease: Lease, request_id: str) -> AsyncGenerator[UpstreamDelta, None]:
@@ -94,7 +94,7 @@ class Forwarding:
 
 
 class Upstream:
-    """The server behind the model `name`. `state` is how it was when it was last heard of: `ok`, or what is wrong."""
+    """The server behind the model `name`. `state` is its last known state: `ok`, or what is wrong."""
 
     def __init__(
         self,
@@ -116,15 +116,15 @@ class Upstream:
         self._recorder.watch(self._readings)
 
     def read(self, body: bytes, kind: type[Answer], completion_id: str, limits: RequestLimits) -> Forwarding:
-        """Raises RequestError naming field and cause."""
+        """Parses a body for the server. Raises RequestError naming field and cause."""
         route = _ROUTES[kind.kind]
         asked = route.read(body, completion_id, limits, model=self._args.model, forward=self._args.forward)
         return Forwarding(self, asked, UpstreamAnswer(completion_id, self.name, asked.form, kind.chunk_kind), route)
 
     async def stream(self, request: Forwarding, lease: Lease, request_id: str) -> AsyncGenerator[UpstreamDelta, None]:
-        """Items up to the last one. Leaving before that hangs up on the server, which ends its work there.
+        """Yields items up to the last one. Closing earlier disconnects from the server, which ends its work there.
 
-        `lease` is of the client's body, and let go of when that has been sent on. Raises what the client is told.
+        `lease` is that of the client's body, and released when the body has been sent on. Raises errors for the client.
         """
         outcome = "failed"
         self._num_running += 1
@@ -152,19 +152,19 @@ class Upstream:
             self._recorder.count(UPSTREAM_REQUESTS, self.name, outcome)
 
     async def watch(self) -> None:
-        """Ask how the server is, for ever."""
+        """Polls the server's state forever."""
         while True:
             self._note(await self._look())
             await asyncio.sleep(self._args.check_seconds)
 
     async def close(self) -> None:
-        """Connections end, on the event loop that they were made on."""
+        """Closes the connections. Must run on the event loop that they were made on."""
         await self._exchange.close()
 
     def _check_room(self) -> None:
         if self._num_running > self._args.max_requests:
             raise OverloadedError(
-                f"{self._args.max_requests} requests are under way to the server behind model {self.name!r}, which is "
+                f"{self._args.max_requests} requests are in flight to the server behind model {self.name!r}, which is "
                 "the limit; try again later",
                 limit="upstream",
             )
@@ -175,7 +175,7 @@ class Upstream:
         del request
         pictures = await self._pictures(asked)
         content = await asyncio.to_thread(asked.encoded, pictures)
-        # Beside the body that came, until it has been sent.
+        # Held besides the client's body until it has been sent.
         lease.grow(len(content))
         transforms = tuple(picture.transform for picture in pictures)
         del pictures, asked
@@ -213,11 +213,11 @@ class Upstream:
         return made
 
     def _object(self, data: bytes) -> Json:
-        """What came, unless it is an error that the server found out too late for a status of its own."""
+        """Parses JSON from the server. Raises the error in it, if the server found one too late for a status code."""
         content = read_object(data)
         if error := content.get("error"):
             code: Any = error.get("code") if isinstance(error, dict) else None
-            # Some engines put a status there.
+            # Some engines put an HTTP status there.
             is_status = isinstance(code, int) and code >= HTTPStatus.BAD_REQUEST
             raise self._exchange.refusal(code if is_status else HTTPStatus.INTERNAL_SERVER_ERROR, content)
         return content
@@ -230,7 +230,7 @@ class Upstream:
         if status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
             return _KEY_REFUSED
         if status != HTTPStatus.OK or body is None:
-            # Some servers have no list; whoever asks them will see.
+            # Some servers have no list of models; requests to them will tell.
             return _FAILING if status >= HTTPStatus.INTERNAL_SERVER_ERROR else OK
         try:
             listed = read_object(body).get("data")

@@ -1,7 +1,7 @@
-"""What another server has written, checked to be what it should be, as items of ours and as the client gets it.
+"""Another server's answer: validated, and turned into our items and into the client's response.
 
-Choices, their contents and counts of tokens stay as they came; the head is ours, and only what OpenAI's answers have at
-the top is passed on. Knows no HTTP.
+Choices, their contents and token counts stay as they came; the head is ours, and only the top-level fields of OpenAI's
+answers are passed on. Knows no HTTP.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _Count = Annotated[int, Field(ge=0, lt=WHOLE_BOUND)]
 
 
 class NoAnswerError(ValueError):
-    """What came is none; the message says what it is, and repeats nothing of it."""
+    """The server did not send a valid answer; the message says what it sent, without quoting it."""
 
 
 class _CachedTokens(Part):
@@ -54,8 +54,8 @@ class _Content(Part):
 
 @dataclass(frozen=True)
 class UpstreamAnswer:
-    """How these items look to the client. `completion_id` and `model` are those by which it knows the answer here, and
-    `chunk_kind` is the `object` of a chunk that this service adds."""
+    """Formats an upstream's items for the client. `completion_id` and `model` identify the answer here; `chunk_kind` is
+    the `object` of a chunk that this service adds."""
 
     completion_id: str
     model: str
@@ -68,7 +68,7 @@ class UpstreamAnswer:
         return iter(())
 
     def chunks(self, delta: TokenDelta) -> Iterator[Json]:
-        """The server's chunk; after the last one, also what this service was asked to add."""
+        """The server's chunk; at the end also the extensions that this service was asked for."""
         assert isinstance(delta, UpstreamDelta)
         more = {} if delta.usage is None else extensions(self.form, delta, self.started)
         if delta.body is not None:
@@ -78,7 +78,7 @@ class UpstreamAnswer:
             yield head | {"object": self.chunk_kind} | more
 
     def completion(self, deltas: Sequence[TokenDelta]) -> Json:
-        """The whole answer, which came as one."""
+        """The whole answer, which came in one piece."""
         [whole] = deltas
         assert isinstance(whole, UpstreamDelta)
         assert whole.body is not None
@@ -86,7 +86,7 @@ class UpstreamAnswer:
 
 
 class AnswerReader:
-    """Reads one answer. `part` is what each of its choices holds: `delta`, `message` or `text`."""
+    """Reads one answer. `part` is the field with the content of its choices: `delta`, `message` or `text`."""
 
     def __init__(self, answer: UpstreamAnswer, part: str) -> None:
         self._answer = answer
@@ -97,7 +97,7 @@ class AnswerReader:
         self._has_begun = False
 
     def chunk(self, content: Json) -> UpstreamDelta | None:
-        """A piece of a stream; None for its usage, which is kept for the end. Raises NoAnswerError."""
+        """Reads a piece of a stream; None for its usage, which is kept for the end. Raises NoAnswerError."""
         read = self._checked(content)
         body = self._body(content)
         if not read.choices and read.usage is not None:
@@ -112,7 +112,7 @@ class AnswerReader:
         return UpstreamDelta("", "", index=index, body=body, num_tokens=grown)
 
     def end(self, **known: Any) -> UpstreamDelta:
-        """The last item of a stream, with what was counted and what else is known. Raises NoAnswerError."""
+        """The last item of a stream, with its token counts and the fields `known`. Raises NoAnswerError."""
         if not self._has_begun:
             raise NoAnswerError("a stream without an answer")
         body = self._last if self._answer.form.include_usage else None
@@ -121,7 +121,7 @@ class AnswerReader:
         return UpstreamDelta("", "", usage=usage, body=body, num_tokens=left, **known)
 
     def whole(self, content: Json, **known: Any) -> UpstreamDelta:
-        """An answer in one piece, with what else is known. Raises NoAnswerError."""
+        """Reads an answer in one piece, adding the fields `known`. Raises NoAnswerError."""
         read = self._checked(content)
         if not read.choices:
             raise NoAnswerError("an answer without choices")
@@ -145,7 +145,7 @@ class AnswerReader:
         return head | {name: content[name] for name in _PASSED_ON if name in content}
 
     def _counts(self) -> Usage:
-        """What the server has counted; without that, what came."""
+        """The server's token counts; without them, our own count of what came."""
         if self._usage is None:
             return Usage(0, self._num_tokens)
         details = self._usage.prompt_tokens_details
@@ -155,7 +155,7 @@ class AnswerReader:
 
 
 def read_object(data: bytes) -> Json:
-    """A JSON object. Raises NoAnswerError."""
+    """Parses a JSON object. Raises NoAnswerError."""
     try:
         content = from_json(data, allow_inf_nan=False)
     except ValueError:

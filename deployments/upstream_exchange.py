@@ -1,8 +1,8 @@
-"""HTTP with a server that answers for a model: requests of our own making, answers bounded in bytes and in time, and
-whatever goes wrong as an error of ours that names the model and never an address or a key.
+"""HTTP with a server that answers for a model: bounds answers in bytes and time, and turns failures into errors of ours
+that name the model but never an address or a key.
 
-No header of a client's goes there and none of the server's comes back; no proxy, cookie or redirect takes part. A
-request is sent a second time only where the first found no connection. Knows bytes and statuses, and no answers.
+No client header is sent to the server, and none of the server's comes back; no proxies, cookies or redirects are used.
+A request is retried only if it found no connection. Knows bytes and statuses, but not what answers contain.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from llava_core.client.retries import read_retry_after
 from llava_core.errors import LlavaError, OverloadedError
 
 logger = logging.getLogger(__name__)
-# More than any event has, or an answer in one piece, or an error that is worth reading.
+# More than any event, any answer in one piece, or any error worth reading has.
 MAX_EVENT_BYTES, MAX_ANSWER_BYTES, _MAX_ERROR_BYTES = 4 * 1024 * 1024, 64 * 1024 * 1024, 64 * 1024
 _MAX_MESSAGE, _LONGEST_RETRY_S = 1000, 3600
-# uvicorn, which most such servers run on, closes what has been idle for 5 s; a request must not be sent just then.
+# uvicorn, which most such servers run on, closes connections idle for 5 s; no request must be sent at that moment.
 _KEEPALIVE_S = 2.0
-# What a client may be told that it has got wrong. Of other refusals this service is the cause, or its configuration.
+# Refusals that are the client's fault. Others are caused by this service or its configuration.
 _THE_CLIENTS_FAULT = {
     HTTPStatus.BAD_REQUEST,
     HTTPStatus.CONFLICT,
     HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
     HTTPStatus.UNPROCESSABLE_ENTITY,
 }
-# What a server may call that: codes that clients know, and few, because they are counted by code.
+# The codes that a server may give for them: known to clients, and few, because errors are counted by code.
 _CODES = frozenset(
     """
     content_policy_violation content_refused context_length_exceeded image_too_large invalid_image invalid_json
@@ -52,33 +52,33 @@ _SOUND_ID = re.compile(SOUND_ID)
 
 
 class Exchange:
-    """Connections to the server behind the model that is called `name` here. `key` is the server's."""
+    """Connections to the server behind the model that is called `name` here. `key` is the key for the server."""
 
     def __init__(self, name: str, args: UpstreamArgs, *, key: str | None = None, tls: ssl.SSLContext) -> None:
         self.name = name
         self._args = args
         self._key = key
         url = httpx.URL(args.url)
-        # What is between this service and the server, and what clients know it as.
+        # Words that clients must not see, and what they see instead.
         self._words = [(url.netloc.decode("ascii"), "the server"), (url.host, "the server"), (args.model, name)]
         # A transport and not a client, which would follow redirects and keep one caller's cookies for another.
         self._transport = httpx.AsyncHTTPTransport(
             verify=tls,
             trust_env=False,
             retries=1,
-            # One more, for the question how the server is.
+            # One more, for polling the server's state.
             limits=httpx.Limits(max_connections=args.max_requests + 1, keepalive_expiry=_KEEPALIVE_S),
         )
 
     async def close(self) -> None:
-        """No connection is left."""
+        """Closes all connections."""
         await self._transport.aclose()
 
     @contextlib.asynccontextmanager
     async def post(
         self, path: str, content: bytes, request_id: str, *, within_s: float
     ) -> AsyncIterator[httpx.Response]:
-        """An answer whose status is 200, to be read in the block. Leaving it early hangs up, which ends the work there.
+        """Yields a response with status 200, to be read in the block. Leaving early disconnects, which ends the work.
 
         Raises UpstreamError, UpstreamRefusedError or OverloadedError.
         """
@@ -100,7 +100,7 @@ class Exchange:
                 await response.aclose()
 
     async def get(self, path: str, *, within_s: float, max_bytes: int) -> tuple[int, bytes | None]:
-        """Status and body, None where that is longer. Raises httpx.TransportError or TimeoutError."""
+        """Status and body, which is None if it is too long. Raises httpx.TransportError or TimeoutError."""
         async with asyncio.timeout(within_s):
             response = await self._send("GET", path, {"accept": "application/json"})
             try:
@@ -114,7 +114,7 @@ class Exchange:
         own = {"host": url.netloc.decode("ascii"), "user-agent": "llava-serve", "accept-encoding": "identity"}
         if self._key is not None:
             own["authorization"] = f"Bearer {self._key}"
-        # Reading and writing are timed by whoever waits for all of it: httpx would time each piece.
+        # The callers limit the time of reading and writing as a whole: httpx would time each piece.
         timeout = httpx.Timeout(None, connect=self._args.connect_seconds)
         request = httpx.Request(
             method, url, headers={**own, **headers}, content=content, extensions={"timeout": timeout.as_dict()}
@@ -122,7 +122,7 @@ class Exchange:
         return await self._transport.handle_async_request(request)
 
     async def whole(self, response: httpx.Response, *, within_s: float) -> bytes:
-        """The body. Raises UpstreamError where it is too long or too late."""
+        """The body. Raises UpstreamError if it is too long or too late."""
         with self.errors_as_ours():
             async with asyncio.timeout(within_s):
                 body = await read_up_to(response.aiter_raw(), MAX_ANSWER_BYTES)
@@ -131,7 +131,7 @@ class Exchange:
         return body
 
     async def events(self, response: httpx.Response) -> AsyncGenerator[bytes, None]:
-        """What a stream's `data:` lines hold, up to its end. Comments show that the server is alive.
+        """Yields the content of a stream's `data:` lines. Comments count as signs of life.
 
         Raises UpstreamError for a line without end, and for silence.
         """
@@ -157,7 +157,7 @@ class Exchange:
 
     @contextlib.contextmanager
     def errors_as_ours(self) -> Iterator[None]:
-        """For a block that waits for the server."""
+        """A context manager around a block that waits for the server."""
         try:
             yield
         except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as error:
@@ -169,15 +169,15 @@ class Exchange:
             raise UpstreamTimeoutError(f"the server behind model {self.name!r} has fallen silent") from error
 
     def cut(self) -> UpstreamError:
-        """The error for an answer that ends too early, though its connection does not break."""
+        """The error for an answer that ends too early without a broken connection."""
         return self._failed("ended the stream before the answer was complete", "upstream_cut")
 
     def garbage(self, what: str) -> UpstreamError:
-        """The error for an answer that is none."""
+        """The error for something that is not an answer."""
         return self._failed(f"answered with {what}", "upstream_invalid")
 
     def refusal(self, status: int, body: bytes | dict[str, object], retry_after: str | None = None) -> LlavaError:
-        """What the client is told where the server refuses, by its status and what it says of it."""
+        """The error for the client when the server refuses a request, from the status and the server's own words."""
         said = self._said(body)
         logger.warning("model %s: its server answered %d: %s", self.name, status, said["message"])
         after = read_retry_after(retry_after)
@@ -199,7 +199,7 @@ class Exchange:
         return UpstreamError(f"{who} failed (status {status})", code="upstream_failed", retry_after_s=wait_s)
 
     def _said(self, body: bytes | dict[str, object]) -> dict[str, str | None]:
-        """Message, param and code, with nothing in them that is between this service and the server."""
+        """The server's message, param and code, without anything that clients must not see."""
         details = error_details(body) or {"message": "it gave no reason", "param": None, "code": None}
         return {name: details[name] and self._clean(details[name]) for name in ("message", "param", "code")}
 
@@ -207,7 +207,7 @@ class Exchange:
         if self._key is not None:
             text = text.replace(self._key, "***")
         for word, shown in self._words:
-            # As a word of its own: a name may be as short as a letter. Nothing in `shown` is a reference to a group.
+            # Only whole words: a name may be as short as a letter. Nothing in `shown` is a group reference.
             text = re.sub(rf"(?<![\w./-]){re.escape(word)}(?![\w/-])", shown.replace("\\", r"\\"), text)
         return text[:_MAX_MESSAGE]
 

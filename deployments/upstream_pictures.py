@@ -1,7 +1,7 @@
-"""Pictures as engines that are not ours can read them: decoded once to see that they can be, and PNG where others would
-not read them or see something else, such as DICOM and 16-bit grey.
+"""Pictures in formats that other engines can read: each is decoded once as a check, and converted to PNG if others
+could not read it or would see something else, as with DICOM and 16-bit grey.
 
-Runs where pictures are decoded for our own models too. Knows nothing about who reads them.
+Runs in the stage that decodes pictures for our own models, too. Knows nothing about who reads them.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from llava_core.images.loading import ImageLimits, decode_image
 from llava_core.types import GenerationRequest, ImagePart
 from llava_core.views import ImageTransform
 
-# Of what is decoded here, what every engine reads.
+# Of the formats decoded here, those that every engine reads.
 _READ_EVERYWHERE = {"image/png", "image/jpeg", "image/webp", "image/gif"}
 
 
 @dataclass(frozen=True)
 class PortableImage:
-    """A picture in a format of the web's, and what became of its values where they are not what is seen."""
+    """A picture in a web format, and how its stored values became the visible ones where they differ."""
 
     media_type: str
     data: bytes = field(repr=False)
@@ -41,7 +41,7 @@ def _portable(part: ImagePart, limits: ImageLimits, param: str) -> PortableImage
     image, transform = decode_image(part.data, limits, param=param, dicom=part.dicom)
     kind = media_type(part.data)
     if kind in _READ_EVERYWHERE and transform is None:
-        # As it came: another encoding would be larger, or lose something.
+        # Unchanged: another encoding would be larger, or lose something.
         return PortableImage(kind, part.data)
     encoded = io.BytesIO()
     image.save(encoded, "PNG", compress_level=1)

@@ -1,7 +1,7 @@
-"""A request for a model that another server answers for: the client's body, with only what must change changed.
+"""A request for a model that another server answers for: the client's body, with as few changes as possible.
 
-What is sent on is named here, or in the configuration; anything else is refused by name, because some fields of other
-engines name addresses, files or code. Pictures leave as data URLs alone. Knows neither HTTP nor Ray.
+Only fields named here or in the configuration are sent on; any other is refused by name, because some fields of other
+engines name addresses, files or code. Pictures are only sent as data URLs. Knows neither HTTP nor Ray.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from llava_core.images.loading import ImageLimits
 from llava_core.request_limits import RequestLimits, check_num_images
 from llava_core.types import GenerationRequest, ImagePart, ImageUrl, Message, SamplingParams, TextPart
 
-# Of OpenAI's: how an answer is drawn, whose it is and where it ends.
+# OpenAI's fields: how an answer is sampled, whose it is and where it ends.
 _OPENAI = """
     max_tokens temperature top_p frequency_penalty presence_penalty logit_bias logprobs seed stop user metadata store
     service_tier safety_identifier prompt_cache_key prompt_cache_retention
@@ -36,7 +36,7 @@ _OPENAI_CHAT = """
     max_completion_tokens top_logprobs tools tool_choice parallel_tool_calls functions function_call response_format
     reasoning_effort verbosity prediction
 """.split()
-# Of vLLM's and SGLang's, none of which names anything outside of the request.
+# Fields of vLLM and SGLang, none of which names anything outside the request.
 _ENGINES = """
     top_k min_p repetition_penalty length_penalty stop_token_ids min_tokens ignore_eos skip_special_tokens
     spaces_between_special_tokens include_stop_str_in_output bad_words allowed_token_ids truncate_prompt_tokens
@@ -46,18 +46,18 @@ _ENGINES_CHAT = ["add_generation_prompt", "continue_final_message"]
 
 
 class ModelName(Body):
-    """The one field that tells who is asked."""
+    """The one field that decides who answers."""
 
-    # Read before the rest, which may be megabytes of pictures, is made into objects.
+    # Parsed before the rest, which may be megabytes of pictures, is turned into objects.
     model_config = ConfigDict(extra="ignore")
 
     model: str | None = None
 
 
 class _ForwardedBody(Body):
-    """What is looked at of a body that is sent on."""
+    """The fields that are checked of a body that is sent on."""
 
-    # Of what is not sent on, the values that ask for nothing; `forwarded` is what is.
+    # Fields that are not sent on, with those values that change nothing; `forwarded` are sent on.
     ignored: ClassVar[Mapping[str, Sequence[object]]] = {}
     forwarded: ClassVar[Set[str]] = frozenset()
 
@@ -89,8 +89,8 @@ class ForwardedCompletion(_ForwardedBody):
 
 @dataclass(frozen=True)
 class ForwardedRequest:
-    """What goes to another server, and how its answer is to look. `pictures` has the pictures of `payload` in order, by
-    the places of their messages and parts; `_places` are the objects that get their URLs."""
+    """A body for another server, and the form of its answer. `pictures` has the pictures of `payload` in order, at the
+    same indices of messages and parts; `_places` are the objects in `payload` that get their URLs."""
 
     payload: Json = field(repr=False)
     form: ReplyForm
@@ -98,7 +98,7 @@ class ForwardedRequest:
     _places: tuple[Json, ...] = field(default=(), repr=False)
 
     def encoded(self, pictures: Sequence[PortableImage] = ()) -> bytes:
-        """The body, with these pictures in it. For one call: the URLs take their places in `payload`."""
+        """The body, with these pictures in it. To be called once: it puts the URLs into `payload`."""
         for place, picture in zip(self._places, pictures, strict=True):
             place["url"] = f"data:{picture.media_type};base64,{b64encode(picture.data).decode('ascii')}"
         return json.dumps(self.payload, separators=(",", ":")).encode()
@@ -107,7 +107,7 @@ class ForwardedRequest:
 def read_forwarded_chat(
     body: bytes, request_id: str, limits: RequestLimits, *, model: str, forward: Set[str]
 ) -> ForwardedRequest:
-    """Raises RequestError naming field and cause. `model` is its name where it is sent to."""
+    """Parses a body. Raises RequestError naming field and cause. `model` is the model's name on the other server."""
     parsed = parse_body(body, ForwardedChat, max_text=limits.max_text)
     payload = _payload(parsed, model, forward)
     _check_number(parsed.n or 1, limits, "n")
@@ -151,7 +151,7 @@ def _form(parsed: _ForwardedBody, **more: Any) -> ReplyForm:
 def _payload(parsed: _ForwardedBody, model: str, forward: Set[str]) -> Json:
     payload: Json = {"model": model, "stream": bool(parsed.stream)}
     if parsed.stream:
-        # Tokens are counted, whether the client wants to hear of them or not.
+        # This service counts tokens, whether or not the client wants to know them.
         payload["stream_options"] = {"include_usage": True}
     if parsed.n is not None:
         payload["n"] = parsed.n
@@ -177,13 +177,13 @@ def _check_number(num_answers: int, limits: RequestLimits, param: str) -> None:
 def _content(
     message: ChatMessage, where: str, limits: ImageLimits, places: list[Json]
 ) -> tuple[Json, tuple[TextPart | ImagePart | ImageUrl, ...]]:
-    """What a message says as it is sent on, and its pictures at the places they have among its parts."""
+    """A message's content as it is sent on, and its pictures at their indices among the parts."""
     if not isinstance(message.content, list):
         return ({"content": message.content} if "content" in message.model_fields_set else {}), ()
     sent: list[Json] = []
     found: list[TextPart | ImagePart | ImageUrl] = []
     for position, part in enumerate(message.content):
-        # Of each part what it is made of, and nothing else: other engines read further names in it as addresses.
+        # Only the known fields of each part: other engines take further fields for addresses.
         if isinstance(part, ImageContent):
             place: Json = {} if "detail" not in part.image_url.model_fields_set else {"detail": part.image_url.detail}
             places.append(place)

@@ -1,6 +1,6 @@
-"""What can be set about a model that another server answers for: where that is, its key, and how long it may be silent.
+"""Settings of a model that another server answers for: the server's address, key and timeouts.
 
-Knows names and bounds. The key itself is in the environment alone, and read from there when a gateway starts.
+Knows names and bounds. The key itself is only in the environment, and read from there when a gateway starts.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from deployments.stage_settings import Settings
 
 
 class UpstreamArgs(Settings):
-    """An OpenAI-compatible server. `url` is what `/chat/completions` comes behind, and as a rule ends in `/v1`; `model`
-    is what the model is called there, and `api_key_env` the environment variable that holds the key for it.
+    """An OpenAI-compatible server. `url` is the part before `/chat/completions`, and usually ends in `/v1`; `model` is
+    the model's name there, and `api_key_env` the environment variable that holds the key for the server.
 
-    Seconds: `connect_seconds` until there is a connection, `silence_seconds` until a stream begins and between two of
-    its pieces, `answer_seconds` until an answer that is not streamed is whole, `check_seconds` between two looks at how
-    the server is. `max_requests` of each gateway replica are under way at once. `forward` names fields of requests that
-    are sent on beside those that always are; `ca_file` has the certificates to trust in place of the system's.
+    Timeouts: `connect_seconds` for the connection, `silence_seconds` for the beginning of a stream and between two of
+    its pieces, `answer_seconds` for an answer that is not streamed. The server's state is checked every
+    `check_seconds`. Each gateway replica has up to `max_requests` in flight. `forward` names request fields to send on
+    besides those that always are; `ca_file` has the certificates to trust in place of the system's.
     """
 
     url: str = Field(max_length=2048)
@@ -44,24 +44,24 @@ class UpstreamArgs(Settings):
         try:
             url = httpx.URL(text)
         except httpx.InvalidURL as error:
-            raise ValueError(f"it is no address: {error}") from None
+            raise ValueError(f"it is not an address: {error}") from None
         if url.scheme not in ("http", "https") or not url.host:
             raise ValueError("it must be an address such as http://gpu-1:8000/v1")
         if url.userinfo:
             raise ValueError("it holds credentials; name the variable that has the key in api_key_env")
         if url.query or url.fragment:
-            raise ValueError("it must end with the path that /chat/completions comes behind")
+            raise ValueError("it must end with the path to which /chat/completions is added, without query or fragment")
         return text.rstrip("/")
 
     @field_validator("ca_file")
     @classmethod
     def _locate(cls, ca_file: str | None) -> str | None:
-        # Replicas work elsewhere.
+        # Replicas run in another working directory.
         return None if ca_file is None else str(Path(ca_file).expanduser().resolve())
 
 
 def read_key(args: UpstreamArgs, environment: Mapping[str, str] = os.environ) -> str | None:
-    """The key for the server. Raises LaunchError that names the variable, where there is none in it."""
+    """The key for the server. Raises LaunchError that names the variable if it holds none."""
     if args.api_key_env is None:
         return None
     key = environment.get(args.api_key_env, "").strip()
@@ -74,7 +74,7 @@ def read_key(args: UpstreamArgs, environment: Mapping[str, str] = os.environ) ->
 
 
 def trusted(args: UpstreamArgs) -> ssl.SSLContext:
-    """Whose certificates are good. Raises LaunchError for a file that has none."""
+    """The TLS context with the trusted certificates. Raises LaunchError for a file that has none."""
     try:
         return ssl.create_default_context(cafile=args.ca_file)
     except OSError as error:

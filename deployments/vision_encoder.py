@@ -1,7 +1,8 @@
-"""The second stage: tiles through the vision tower, to features before the projector. For requests with pictures only.
+"""The second stage: runs tiles through the vision tower, up to the features before the projector. Only for requests
+with pictures.
 
-What was encoded lately is kept where the next stage can read it, so a conversation about one picture encodes it once,
-and its features go to a node once. Knows no prompts and no decoder. Imports torch only where it computes.
+Recent features are kept where the next stage can read them, so a conversation about one picture encodes it once and
+sends its features to each node once. Knows no prompts and no decoder. Imports torch only where it computes.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 
 class VisionEncoder:
-    """One tower, one thread: requests are encoded in the order they come, so equal pictures never run side by side."""
+    """One tower, one thread: requests are encoded in order of arrival, so no two of them encode a picture at once."""
 
     def __init__(
         self,
@@ -54,7 +55,7 @@ class VisionEncoder:
         cores: Cores | None = None,
         recorder: Recorder | None = None,
     ) -> None:
-        """`cores` is told when a request's pictures are done."""
+        """`cores` are released whenever a request's pictures are done."""
         self.cache: LruCache[PackedFeatures] = LruCache(cache_bytes)
         self._tower = tower
         self._handoff = handoff
@@ -68,7 +69,7 @@ class VisionEncoder:
         self._watchdog = Watchdog("vision encoder")
 
     async def encode(self, given: object) -> Encoded | Rejected:
-        """Features of every picture; a request that was rejected before is passed on as it is."""
+        """Returns the features of every picture; passes on a request that was already rejected."""
         handed = await self._handoff.take(given)
         if isinstance(handed, Rejected):
             return handed
@@ -82,7 +83,7 @@ class VisionEncoder:
         try:
             features = await asyncio.get_running_loop().run_in_executor(self._thread, work)
         except (RuntimeError, ValueError) as error:
-            # RuntimeError is also torch's lack of memory: this request ends, the replica goes on.
+            # RuntimeError includes torch running out of memory: only this request fails, the replica keeps serving.
             logger.exception("request %s could not be encoded", handed.request.request_id)
             return Rejected(EngineError(f"the pictures could not be encoded: {error}"))
         finally:
@@ -91,12 +92,12 @@ class VisionEncoder:
         return Encoded(without_tiles(handed.request), features, elapsed.finished("encode"))
 
     async def check_health(self) -> None:
-        """For Serve, which replaces a replica that raises here."""
+        """Called by Serve, which replaces a replica that raises here."""
         self._watchdog.check()
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """For Serve, which scales by it (scaling.py): tiles that are not encoded yet, those of pictures that are in the
-        cache left out, and how busy the tower was since it was last asked."""
+        """Called by Serve, which scales on it (scaling.py). Reports the tiles not yet encoded, except those of cached
+        pictures, and the share of time for which the tower was busy since the last call."""
         return {"queued_tiles": self._queued_tiles, BUSY: self._busy.share(), HELD_REQUESTS: self._num_held}
 
     def _encode(self, request: PreparedRequest, asked: float) -> tuple[PackedFeatures, ...]:
@@ -112,13 +113,14 @@ class VisionEncoder:
         finally:
             self._cores.release()
         self._recorder.observe(STAGE_DURATION, time.perf_counter() - began, "encode")
-        # What is no object of its own goes with each request.
+        # Features that are not an object of their own are sent with each request.
         sent = sum(each.data.nbytes for each in encoded.values() if isinstance(each.data, np.ndarray))
         record_handed_over(self._recorder, "encode_generate", sum(put) + sent)
         return tuple(replace(encoded[image.digest], size=image.size) for image in request.images)
 
     def _share(self, put: list[int], features: ImageFeatures) -> PackedFeatures:
-        """What is kept of new features; `put` gets the bytes of those that became an object of their own."""
+        """Returns new features in the form that is cached; appends their bytes to `put` if they became an object of
+        their own."""
         # Packing copies nothing.
         packed = pack(features)
         given = self._handoff.share(packed.data)

@@ -1,4 +1,4 @@
-"""Does a replica still get work done? Each stage counts its failures here; Serve replaces a replica that has too many.
+"""Does a replica still get work done? Each stage counts its failures here; Serve replaces a replica with too many.
 
 Knows nothing about what the work is. Safe to use from several threads.
 """
@@ -14,7 +14,7 @@ from llava_core.errors import EngineError, RequestError
 class Watchdog:
     """`check` raises after `max_failures` in a row, and while a piece of work takes longer than `max_work_s`.
 
-    A client's mistake is no failure: who finds one, works.
+    A client's mistake is not a failure: a replica that detects one works.
     """
 
     def __init__(self, name: str, *, max_failures: int = 5, max_work_s: float = 600.0) -> None:
@@ -25,19 +25,19 @@ class Watchdog:
         self._started: dict[_Work, float] = {}
 
     def work(self) -> _Work:
-        """A context manager around one piece of work: counts how it ends and knows how long it takes."""
+        """A context manager around one piece of work: counts its outcome and tracks how long it takes."""
         return _Work(self)
 
     def succeeded(self) -> None:
-        """Forgets the failures before."""
+        """Resets the count of failures."""
         self._num_failures = 0
 
     def failed(self) -> None:
-        """One more in a row."""
+        """Counts one more failure in a row."""
         self._num_failures += 1
 
     def check(self) -> None:
-        """Raises EngineError when this replica had better be replaced."""
+        """Raises EngineError when this replica should be replaced."""
         if self._num_failures >= self._max_failures:
             raise EngineError(f"{self._name}: the last {self._num_failures} requests have failed")
         begun = min(list(self._started.values()), default=None)

@@ -110,7 +110,7 @@ def _allows(rule: str, address: str) -> bool:
     ["", "https://example.com", "example.com/", "a b", "*.", "exa*mple.com", "x:port", "x:0", "x:65536", "[::1]"],
 )
 def test_what_is_no_rule_is_refused(rule: str) -> None:
-    with pytest.raises(ValueError, match="is no host"):
+    with pytest.raises(ValueError, match="is not a host"):
         HostRule.parse(rule)
 
 

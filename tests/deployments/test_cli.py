@@ -100,7 +100,7 @@ def test_a_download_is_announced_before_it_begins_and_offline_there_is_none(
     assert "tokenizer.json is missing" in result.stderr
 
 
-@pytest.mark.parametrize(("ends", "said"), [(True, ""), (False, "Some have not ended.\n"), (KeyboardInterrupt(), "")])
+@pytest.mark.parametrize(("ends", "said"), [(True, ""), (False, "Some are unfinished.\n"), (KeyboardInterrupt(), "")])
 def test_requests_may_end_until_a_second_signal(
     *, ends: bool | BaseException, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -116,4 +116,4 @@ def test_requests_may_end_until_a_second_signal(
 
     monkeypatch.setattr(LoadBalancer, "drain", drain)
     _drain(service, 7, terminal)
-    assert terminal.getvalue() == f"\nLetting requests end, for 7 s at most. Ctrl-C cuts them off.\n{said}"
+    assert terminal.getvalue() == f"\nWaiting up to 7 s for requests to finish. Ctrl-C cuts them off.\n{said}"

@@ -140,7 +140,7 @@ def test_streams_end_under_a_new_configuration_and_before_it_stops(
         read_until(process, "  logs ")
         assert is_taken()
         _tell(process, config, {"max_n": 0})
-        read_until(process, "It stays as it is: the configuration is wrong at args.limits.max_n")
+        read_until(process, "The service stays as it is: the configuration is wrong at args.limits.max_n")
         # The stream lasts twice as long as starting new replicas of all stages.
         with _Stream(url, max_tokens=19_000) as stream, _Asking(url) as asking:
             _tell(process, config, {"max_n": 1})
@@ -148,7 +148,7 @@ def test_streams_end_under_a_new_configuration_and_before_it_stops(
             assert not stream.is_over, "it has ended too soon to tell anything"
             stream.assert_ends_well()
             # This is printed only when the last of the old replicas has ended.
-            read_until(process, "Serving long-llava anew")
+            read_until(process, "Serving long-llava with the new configuration")
             until(lambda: not is_taken())
         # No request was refused meanwhile.
         assert set(asking.statuses) == {200}, asking.unexpected
@@ -157,7 +157,7 @@ def test_streams_end_under_a_new_configuration_and_before_it_stops(
         # Once it has ended, nothing is left that could refuse a request.
         with _Stream(url, max_tokens=4000) as stream:
             _stop(process, number)
-            read_until(process, "Letting requests end")
+            read_until(process, "for requests to finish")
             until(lambda: httpx.get(f"{url}/health", timeout=10).status_code == 503)
             refused = httpx.post(f"{url}/v1/chat/completions", json={"messages": messages("hi")}, timeout=10)
             assert refused.status_code == 503

@@ -49,7 +49,7 @@ def test_each_kind_has_an_error_of_ours(error: Exception, expected: type[Excepti
     assert ours.__cause__ is error
     if isinstance(ours, StageLostError):
         assert (ours.stage, pickle.loads(pickle.dumps(ours)).stage) == ("generator", "generator")
-        assert str(ours) == "the part of the service that worked on this request is gone"
+        assert str(ours) == "the part of the service that worked on this request was lost"
 
 
 def test_the_loss_of_a_stage_further_up_is_a_loss() -> None:

@@ -413,7 +413,7 @@ def test_requests_to_one_server_are_bounded() -> None:
             lines = first.iter_lines()
             next(lines)
             refused = client.post(front + CHAT, json=HELLO)
-            _assert_told_json(refused, 429, "overloaded", "1 requests are under way")
+            _assert_told_json(refused, 429, "overloaded", "1 requests are in flight")
             assert refused.headers["retry-after"] == "1"
             assert len(script.requests) == 1
 

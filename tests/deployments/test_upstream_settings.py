@@ -24,7 +24,7 @@ def test_an_address_is_taken_with_or_without_a_slash_at_its_end() -> None:
         ("gpu-1:8000/v1", "must be an address"),
         ("ftp://gpu-1/v1", "must be an address"),
         ("http:///v1", "must be an address"),
-        ("http://gpu-1:notaport/v1", "no address"),
+        ("http://gpu-1:notaport/v1", "it is not an address"),
         ("http://user:secret@gpu-1/v1", "credentials"),
         ("http://gpu-1/v1?key=secret", "must end with the path"),
         ("http://gpu-1/v1#part", "must end with the path"),
