@@ -201,7 +201,7 @@ def _listening_hosts() -> set[str]:
 
 
 def num_gpus() -> float:
-    """How many GPUs Ray has assigned to this replica. Ray hides no GPU from it."""
+    """How many GPUs Ray has assigned to this replica. torch may see more: Ray need not hide the others from it."""
     return len(ray.get_gpu_ids()) if ray.is_initialized() else 0
 
 
