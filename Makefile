@@ -13,7 +13,7 @@ STAMP := $(VENV)/.installed
 
 setup: $(STAMP)
 
-# Installs again only when what is to be installed has changed.
+# Installs again only when the dependencies have changed.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed, $(PYTHON) is $$($(PYTHON) --version); set PYTHON=..." >&2; exit 1; }
@@ -31,12 +31,12 @@ format: setup
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-# Of those that start a service or a browser two files at a time: a service that starts or loses a replica waits as long
-# as it computes. In the order of their names, in which the long ones come first.
+# After the fast tests, those that start a service or a browser, two files at a time: starting or losing a replica is
+# mostly waiting. The order of file names happens to put long ones first.
 test: test-fast
 	$(BIN)/pytest -m "ray or browser" --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations=25
 
-# Beside each other on all cores, of which those that start a service or a browser need more than one.
+# In parallel on all cores. Tests that start a service or a browser are left out, because each needs several cores.
 test-fast: setup
 	$(BIN)/pytest -m "not ray and not browser" --numprocesses logical --maxprocesses 8 --dist worksteal --durations=15
 
@@ -44,12 +44,12 @@ test-fast: setup
 test-browser: setup
 	$(BIN)/pytest -m browser
 
-# LangChain and LiteLLM against the service. They bring packages that nothing else here needs.
+# LangChain and LiteLLM against the service. Their packages are needed by nothing else here.
 test-clients: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[clients]'
 	$(BIN)/pytest tests/deployments/test_clients.py tests/examples
 
-# What dies on a cluster of network namespaces: root, or a user who may make them. `make test` has a short form of it.
+# Faults on a cluster of network namespaces; needs root or the right to create them. `make test` has a short form.
 test-cluster: setup
 	LLAVA_TEST_CLUSTER=1 $(BIN)/pytest tests/benchmarks/hosts
 
@@ -62,7 +62,7 @@ serve: setup
 bench: setup
 	$(BIN)/python -m benchmarks --port $(PORT)
 
-# Rebuilds the default model and its data from nothing; goes on where an interrupted run stopped.
+# Rebuilds the default model and its data from scratch; resumes an interrupted run.
 default-model: setup
 	$(BIN)/llava default-model build $(OUT)
 
