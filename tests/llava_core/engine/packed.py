@@ -1,7 +1,7 @@
-"""Packed batches over a paged cache, and what attention over them must give: softmax on each request's own tokens.
+"""Packed batches over a paged cache, and the attention they must yield: softmax over each request's own tokens.
 
-The definition here knows no pages: requests keep their keys and values in one piece. Whatever in the cache is not a
-request's is NaN, so nothing can read it unnoticed.
+The definition here knows no pages: requests keep their keys and values in one piece. Everything in the cache that
+belongs to no request is NaN, so that any read of it shows in the result.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ SCALE = 0.3
 
 @dataclass(frozen=True)
 class Layout:
-    """Which requests are in a batch. `requests` are (tokens before, tokens new, blocks of the one before that it has
-    too); `ahead` blocks that nothing is in yet follow each one's own."""
+    """The requests of a batch. `requests` are (tokens before, new tokens, blocks shared with the previous request);
+    `ahead` empty blocks follow each request's own."""
 
     block_size: int
     num_kv_heads: int
@@ -35,7 +35,7 @@ class Layout:
 
 @st.composite
 def layouts(draw: st.DrawFn, block_sizes: tuple[int, ...] = (1, 3, 16), head_dims: tuple[int, ...] = (8, 20)) -> Layout:
-    """Mixtures of prompts and of answers that are being written."""
+    """Draws mixtures of prompts in prefill and answers in decode."""
     block_size = draw(st.sampled_from(block_sizes))
     before = st.integers(0, min(3 * block_size + 1, 700)) | st.sampled_from([0, block_size, 2 * block_size])
     new = st.just(1) | st.just(1) | st.integers(2, 9)
@@ -53,7 +53,7 @@ def layouts(draw: st.DrawFn, block_sizes: tuple[int, ...] = (1, 3, 16), head_dim
 
 
 class Packed:
-    """A layout with numbers in it. `keys` and `values` hold each request's (length, num_kv_heads, head_dim)."""
+    """A layout filled with numbers. `keys` and `values` hold (length, num_kv_heads, head_dim) per request."""
 
     def __init__(self, layout: Layout, *, device: str = "cpu") -> None:
         self.layout = layout
@@ -77,7 +77,7 @@ class Packed:
     def cache(
         self, dtype: torch.dtype = torch.float32, *, garbage: float = torch.nan, heads_first: bool = False
     ) -> PagedCache:
-        """What is there before the step; the rest is `garbage`."""
+        """Builds the cache as it is before the step; unused slots hold `garbage`."""
         cache = PagedCache(self.shape, dtype, self.query.device, heads_first=heads_first)
         for pages in (*cache.keys, *cache.values):
             pages.fill_(garbage)
@@ -97,9 +97,9 @@ class Packed:
         dtype: torch.dtype = torch.float32,
         garbage: float = torch.nan,
     ) -> Tensor:
-        """What a backend makes of it, for a model that computes in `dtype`."""
+        """Computes attention with a backend, for a model that computes in `dtype`."""
         cache = self.cache(backend.cache_dtype(dtype), garbage=garbage, heads_first=backend.heads_first)
-        # As a decoder has them: the heads first.
+        # Heads first in memory, as a decoder produces them.
         query, key, value = (
             part.to(dtype).transpose(0, 1).contiguous().transpose(0, 1)
             for part in (self.query, self._new(self.keys), self._new(self.values))
@@ -107,7 +107,7 @@ class Packed:
         return backend.batch(cache, self.spans).attend(0, query, key, value, SCALE, window)
 
     def expected(self, window: int | None = None) -> Tensor:
-        """The definition, query by query."""
+        """Computes attention by its definition, query by query."""
         rows: list[Tensor] = []
         for span, keys, values in zip(self.spans, self.keys, self.values, strict=True):
             for place in range(span.length - span.num_queries, span.length):
@@ -123,7 +123,7 @@ class Packed:
 
 
 def _num_shared(layout: Layout, index: int, wanted: int) -> int:
-    """Blocks that both had filled before this step."""
+    """Counts the blocks that both requests had filled before this step."""
     if index == 0:
         return 0
     return min(wanted, *(before // layout.block_size for before, _, _ in layout.requests[index - 1 : index + 1]))
