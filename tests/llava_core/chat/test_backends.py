@@ -1,4 +1,4 @@
-"""The same question to a model in this process and to a service; an interrupt leaves both fit for the next one."""
+"""The same question to a model in this process and to a service; after an interrupt both can answer the next one."""
 
 import os
 import signal
@@ -36,7 +36,7 @@ def said(backend: Backend, question: Message = QUESTION, history: tuple[Message,
     return "".join(delta.text for delta in backend.answer(history, question, None))
 
 
-def test_the_model_answers_as_it_does_without_a_chat(model: LocalModel) -> None:
+def test_the_model_answers_the_same_without_a_chat(model: LocalModel) -> None:
     history = (QUESTION, HELLO)
     backend = local(model, max_tokens=8)
     request = GenerationRequest("x", (*history, QUESTION), backend._sampling)
@@ -44,7 +44,7 @@ def test_the_model_answers_as_it_does_without_a_chat(model: LocalModel) -> None:
     assert [delta.finish_reason for delta in backend.answer((), QUESTION, "Be brief.")][-1] in ("stop", "length")
 
 
-def test_an_interrupt_ends_an_answer_between_steps_and_the_next_is_whole(model: LocalModel) -> None:
+def test_an_interrupt_ends_an_answer_but_not_the_next(model: LocalModel) -> None:
     backend = local(model, max_tokens=60, temperature=1.0, seed=5)
     expected = said(backend)
     before = signal.getsignal(signal.SIGINT)
@@ -59,7 +59,7 @@ def test_an_interrupt_ends_an_answer_between_steps_and_the_next_is_whole(model: 
     assert said(backend) == expected
 
 
-def test_an_answer_that_is_closed_gives_signals_back(model: LocalModel) -> None:
+def test_closing_an_answer_restores_signal_handlers(model: LocalModel) -> None:
     before = signal.getsignal(signal.SIGINT)
     deltas = local(model).answer((), QUESTION, None)
     next(deltas)
@@ -69,7 +69,7 @@ def test_an_answer_that_is_closed_gives_signals_back(model: LocalModel) -> None:
     assert not model.engine.has_work
 
 
-def test_a_thread_has_no_signals_and_answers_all_the_same(model: LocalModel) -> None:
+def test_a_thread_answers_without_signal_handlers(model: LocalModel) -> None:
     texts: list[str] = []
     thread = threading.Thread(target=lambda: texts.append(said(local(model, max_tokens=3))))
     thread.start()
@@ -77,7 +77,7 @@ def test_a_thread_has_no_signals_and_answers_all_the_same(model: LocalModel) -> 
     assert texts == [said(local(model, max_tokens=3))]
 
 
-def test_mistakes_are_the_callers(model: LocalModel) -> None:
+def test_bad_input_raises_to_the_caller(model: LocalModel) -> None:
     with pytest.raises(RequestError):
         said(local(model), user_message("?", [b"no picture"]))
     with pytest.raises(ValueError, match="temperature"):
@@ -113,14 +113,14 @@ def test_closing_an_answer_frees_it_on_the_service(served: tuple[ScriptedEngine,
     until(lambda: engine.num_open == 0)
 
 
-def test_an_answer_that_breaks_is_an_error(served: tuple[ScriptedEngine, ServiceBackend]) -> None:
+def test_an_interrupted_answer_is_an_error(served: tuple[ScriptedEngine, ServiceBackend]) -> None:
     engine, backend = served
     engine.items = [*answer("Hel", "lo")[:1], EngineError("broken")]
     with pytest.raises(AnswerInterruptedError, match="could not be generated"):
         said(backend)
 
 
-def test_a_service_without_models_is_named() -> None:
+def test_a_service_without_models_is_an_error() -> None:
     with (
         scripted(whole("200 OK", b'{"data": []}')) as server,
         Client(server.url) as client,
