@@ -1,4 +1,4 @@
-"""Attention written out against its definition, and where it is not written out."""
+"""Attention with written-out scores against its definition, and the cases where torch's fused attention is used."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def definition(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, s
     score_bytes=st.sampled_from([1, 5000, 2**22]),
 )
 @torch.no_grad()
-def test_it_is_softmax_of_scaled_scores(
+def test_attention_is_softmax_of_scaled_scores(
     shape: tuple[int, int, int, int],
     num_keys: int,
     *,
@@ -61,7 +61,7 @@ def test_it_is_softmax_of_scaled_scores(
 
 
 @needs_bf16
-def test_scores_are_written_out_in_bfloat16_and_without_gradients_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_are_written_out_only_in_bfloat16_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[torch.dtype] = []
     fused = torch.nn.functional.scaled_dot_product_attention
 
@@ -82,7 +82,7 @@ def test_scores_are_written_out_in_bfloat16_and_without_gradients_alone(monkeypa
     assert learning.grad is not None
 
 
-def test_a_mask_of_transformers_is_not_overlooked() -> None:
+def test_a_mask_or_dropout_from_transformers_is_refused() -> None:
     part = torch.zeros(1, 1, 2, 4)
     with pytest.raises(AssertionError, match="hide nothing"):
         attention._forward(nn.Identity(), part, part, part, torch.zeros(2, 2), scaling=1.0)
@@ -90,7 +90,7 @@ def test_a_mask_of_transformers_is_not_overlooked() -> None:
         attention._forward(nn.Identity(), part, part, part, None, scaling=1.0, dropout=0.1)
 
 
-def test_only_a_processor_widens_float16() -> None:
+def test_float16_is_widened_only_on_the_cpu() -> None:
     assert kept_dtype(torch.float16, "cpu") == torch.float32
     assert kept_dtype(torch.float16, "cuda:0") == torch.float16
     assert kept_dtype(torch.bfloat16, "cpu") == torch.bfloat16

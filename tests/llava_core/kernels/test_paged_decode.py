@@ -1,4 +1,4 @@
-"""One query per request over pages, against softmax written out; test_attention_cuda.py has random mixtures."""
+"""Paged attention with one query per request, against plain softmax; test_attention_cuda.py tests random mixtures."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ BLOCK_SIZE, HEAD_DIM, SCALE = 16, 24, 0.2
 
 
 def defined(query: Tensor, keys: Tensor, values: Tensor, window: int | None) -> Tensor:
-    """`query` (heads, head_dim) over (length, kv_heads, head_dim), in float64."""
+    """Computes attention of `query` (heads, head_dim) over (length, kv_heads, head_dim), in float64."""
     first = 0 if window is None else max(0, len(keys) - window)
     groups = query.shape[0] // keys.shape[1]
     key, value = (part[first:].double().repeat_interleave(groups, 1) for part in (keys, values))
@@ -29,7 +29,7 @@ def test_every_row_sees_its_own_tokens(window: int | None, groups: int, dtype: t
     blocks = torch.randperm(200, generator=generator)
     pages = torch.full((2, 200, BLOCK_SIZE, 2, HEAD_DIM), torch.nan)
     table = torch.zeros(len(lengths), 4 * PART // BLOCK_SIZE, dtype=torch.int64)
-    # As a fused projection gives them: between other numbers.
+    # A slice of a larger tensor, as a fused projection returns it.
     query = torch.randn(len(lengths), 2 * groups + 4, HEAD_DIM, generator=generator).to(dtype)[:, : 2 * groups]
     expected, used = [], 0
     for row, length in enumerate(lengths):
@@ -53,7 +53,7 @@ def test_every_row_sees_its_own_tokens(window: int | None, groups: int, dtype: t
     torch.testing.assert_close(seen.cpu().double(), torch.stack(expected), atol=tolerance, rtol=tolerance)
 
 
-def test_a_bound_on_the_length_changes_nothing() -> None:
+def test_a_bound_on_the_length_does_not_change_the_result() -> None:
     query = torch.randn(1, 2, HEAD_DIM, device=DEVICE)
     pages = torch.randn(2, 40, BLOCK_SIZE, 2, HEAD_DIM, device=DEVICE)
     table, lengths = torch.arange(40, device=DEVICE)[None], torch.tensor([300], device=DEVICE)

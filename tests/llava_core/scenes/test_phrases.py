@@ -1,4 +1,4 @@
-"""Noun phrases that fit one object alone, and the small words around them."""
+"""Noun phrases that fit exactly one object, with their prepositions, articles and plurals."""
 
 import random
 
@@ -9,7 +9,7 @@ from llava_core.scenes.scene import Scene, SceneObject, sample_scene
 
 
 def fits(phrase: str, thing: SceneObject) -> bool:
-    """A slow reading: the phrase names no attribute that the object lacks."""
+    """Tells, slowly, whether the phrase names no attribute that the object lacks."""
     head, _, place = phrase.partition(" at the ")
     if not place:
         head, _, place = phrase.partition(" on the ")
