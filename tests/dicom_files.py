@@ -62,7 +62,7 @@ def _plant(found: Dataset) -> None:
 
 
 @contextlib.contextmanager
-def _without_warnings() -> Iterator[None]:
+def _unheeded() -> Iterator[None]:
     """Silences pydicom's warning, which repeats the planted text because it is not a valid character set."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -76,7 +76,7 @@ def written(found: Dataset, *, syntax: str = ExplicitVRLittleEndian) -> bytes:
     found.file_meta.MediaStorageSOPClassUID = found.SOPClassUID
     found.file_meta.MediaStorageSOPInstanceUID = found.SOPInstanceUID
     buffer = io.BytesIO()
-    with _without_warnings():
+    with _unheeded():
         found.save_as(buffer, enforce_file_format=True)
     return buffer.getvalue()
 
@@ -95,7 +95,7 @@ def compressed(values: Values, syntax: str, **more: Any) -> bytes:
     found = data_set(values, **more)
     found.file_meta = FileMetaDataset()
     found.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    with _without_warnings():
+    with _unheeded():
         found.compress(syntax, generate_instance_uid=False)
     return written(found, syntax=syntax)
 

@@ -58,12 +58,12 @@ def refusal(read: Callable[[Fields, str], object], value: object) -> str | None:
 def test_everything_else_is_refused_by_name(name: str) -> None:
     read, accepted, wanted = READERS[name]
     for value in BAD:
-        said = refusal(read, value)
-        if said is None:
+        message = refusal(read, value)
+        if message is None:
             assert type(value) in KINDS[name], value
         else:
-            assert said.startswith(f"part.x must be {wanted}"), value
-            assert len(said) < 200
+            assert message.startswith(f"part.x must be {wanted}"), value
+            assert len(message) < 200
             assert not any(type(each) is type(value) and each == value for each in accepted), value
 
 
@@ -73,7 +73,7 @@ def test_everything_else_is_refused_by_name(name: str) -> None:
         lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
     )
 )
-def test_no_json_value_raises_anything_else(value: object) -> None:
+def test_no_json_value_raises_another_error(value: object) -> None:
     for read, _, _ in READERS.values():
         assert "part.x must be" in (refusal(read, value) or "part.x must be")
 

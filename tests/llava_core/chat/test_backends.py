@@ -32,7 +32,7 @@ def local(model: LocalModel, **sampling: object) -> LocalBackend:
     return LocalBackend("tiny", model.preparer, model, sampling)
 
 
-def said(backend: Backend, question: Message = QUESTION, history: tuple[Message, ...] = ()) -> str:
+def answer_text(backend: Backend, question: Message = QUESTION, history: tuple[Message, ...] = ()) -> str:
     return "".join(delta.text for delta in backend.answer(history, question, None))
 
 
@@ -40,13 +40,13 @@ def test_the_model_answers_the_same_without_a_chat(model: LocalModel) -> None:
     history = (QUESTION, HELLO)
     backend = local(model, max_tokens=8)
     request = GenerationRequest("x", (*history, QUESTION), backend._sampling)
-    assert said(backend, history=history) == "".join(delta.text for delta in model.stream(request))
+    assert answer_text(backend, history=history) == "".join(delta.text for delta in model.stream(request))
     assert [delta.finish_reason for delta in backend.answer((), QUESTION, "Be brief.")][-1] in ("stop", "length")
 
 
 def test_an_interrupt_ends_an_answer_but_not_the_next(model: LocalModel) -> None:
     backend = local(model, max_tokens=60, temperature=1.0, seed=5)
-    expected = said(backend)
+    expected = answer_text(backend)
     before = signal.getsignal(signal.SIGINT)
     deltas = backend.answer((), QUESTION, None)
     first = next(deltas)
@@ -56,7 +56,7 @@ def test_an_interrupt_ends_an_answer_but_not_the_next(model: LocalModel) -> None
     assert expected.startswith(first.text)
     assert not model.engine.has_work
     assert signal.getsignal(signal.SIGINT) is before
-    assert said(backend) == expected
+    assert answer_text(backend) == expected
 
 
 def test_closing_an_answer_restores_signal_handlers(model: LocalModel) -> None:
@@ -71,15 +71,15 @@ def test_closing_an_answer_restores_signal_handlers(model: LocalModel) -> None:
 
 def test_a_thread_answers_without_signal_handlers(model: LocalModel) -> None:
     texts: list[str] = []
-    thread = threading.Thread(target=lambda: texts.append(said(local(model, max_tokens=3))))
+    thread = threading.Thread(target=lambda: texts.append(answer_text(local(model, max_tokens=3))))
     thread.start()
     thread.join(60)
-    assert texts == [said(local(model, max_tokens=3))]
+    assert texts == [answer_text(local(model, max_tokens=3))]
 
 
 def test_bad_input_raises_to_the_caller(model: LocalModel) -> None:
     with pytest.raises(RequestError):
-        said(local(model), user_message("?", [b"no picture"]))
+        answer_text(local(model), user_message("?", [b"no picture"]))
     with pytest.raises(ValueError, match="temperature"):
         local(model, temperature=9)
 
@@ -94,7 +94,7 @@ def served() -> Iterator[tuple[ScriptedEngine, ServiceBackend]]:
 def test_a_service_is_asked_with_history_and_options(served: tuple[ScriptedEngine, ServiceBackend]) -> None:
     engine, backend = served
     assert backend.name == "m"
-    assert said(backend, history=(QUESTION, HELLO)) == "Hello"
+    assert answer_text(backend, history=(QUESTION, HELLO)) == "Hello"
     request = engine.requests[-1]
     assert isinstance(request, GenerationRequest)
     assert request.messages == (QUESTION, HELLO, QUESTION)
@@ -117,7 +117,7 @@ def test_an_interrupted_answer_is_an_error(served: tuple[ScriptedEngine, Service
     engine, backend = served
     engine.items = [*answer("Hel", "lo")[:1], EngineError("broken")]
     with pytest.raises(AnswerInterruptedError, match="could not be generated"):
-        said(backend)
+        answer_text(backend)
 
 
 def test_a_service_without_models_is_an_error() -> None:

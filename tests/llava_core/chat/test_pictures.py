@@ -37,7 +37,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("./cat", "cat"),
     ],
 )
-def test_a_dropped_file_is_a_picture(folder: Path, line: str, name: str) -> None:
+def test_a_dropped_picture_file_is_recognised(folder: Path, line: str, name: str) -> None:
     paths, text = take_pictures(line.format(folder))
     assert [path.resolve() for path in paths] == [folder / name]
     assert text == ""

@@ -145,7 +145,7 @@ def test_help_and_mistakes_do_not_end_the_chat(chat: PseudoTerminal, engine: Scr
     (tmp_path / "notes.txt").write_text("x")
     chat.line("/help")
     assert "/save FILE" in chat.expect("Ctrl-C stops")
-    for line, told in [
+    for line, expected in [
         ("/nonsense", "/nonsense is no command"),
         ("/image", "it is: /image PATH"),
         ("/image /none.png", "/none.png cannot be read"),
@@ -155,7 +155,7 @@ def test_help_and_mistakes_do_not_end_the_chat(chat: PseudoTerminal, engine: Scr
         (f"/save {tmp_path}/notes.txt", "is there already"),
     ]:
         chat.line(line)
-        chat.expect(told)
+        chat.expect(expected)
     assert (tmp_path / "notes.txt").read_text() == "x"
     chat.line("Still there?")
     chat.expect("Hello")

@@ -31,7 +31,7 @@ def test_lines_are_read_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
         (b'one """ two\n', 'one """ two'),
     ],
 )
-def test_a_fence_holds_several_lines(monkeypatch: pytest.MonkeyPatch, data: bytes, text: str) -> None:
+def test_triple_quotes_enclose_several_lines(monkeypatch: pytest.MonkeyPatch, data: bytes, text: str) -> None:
     assert at_a_pipe(monkeypatch, data).read("> ") == text
 
 

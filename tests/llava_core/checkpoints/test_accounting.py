@@ -131,7 +131,7 @@ def test_a_base_of_another_shape_is_reported_once_per_weight(tmp_path: Path) -> 
     save_file({**tensors, **{name: torch.zeros(3, 3) for name in names}}, original.base / "model.safetensors")
     with pytest.raises(CheckpointError) as caught:
         check_loadable(open_checkpoint(original.folder, original.base), original.num_tokens)
-    *told, more = str(caught.value).split("; ")
-    assert len(set(told)) == 5
-    assert all("it is the wrong base, name the right one with --base" in each for each in told)
+    *faults, more = str(caught.value).split("; ")
+    assert len(set(faults)) == 5
+    assert all("it is the wrong base, name the right one with --base" in each for each in faults)
     assert more == f"and {len(names) - 5} more, which llava inspect lists"

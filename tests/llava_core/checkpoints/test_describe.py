@@ -16,7 +16,7 @@ from llava_core.types import GenerationRequest, Message, SamplingParams, TextPar
 from tests.tiny import IMAGE_SIZE, build_tokenizer, edit_json, write_json
 
 
-def test_padding_is_read(tiny_checkpoint: Path) -> None:
+def test_padding_settings_are_read(tiny_checkpoint: Path) -> None:
     config = read_preprocess_config(tiny_checkpoint)
     assert (config.size, config.aspect, config.pad_colour) == (IMAGE_SIZE, "pad", (122, 116, 104))
 

@@ -9,7 +9,7 @@ from llava_core.errors import CheckpointError, UnknownNameError
 from tests.hub import NEW, OLD, fill_cache, use_cache
 
 
-def test_a_folder_is_found_as_it_is(tiny_checkpoint: Path) -> None:
+def test_a_local_folder_is_used_directly(tiny_checkpoint: Path) -> None:
     found = find_checkpoint(str(tiny_checkpoint), offline=True)
     assert found == FoundCheckpoint(str(tiny_checkpoint), None, {}, offline=True)
     assert found.open().folder == tiny_checkpoint

@@ -41,7 +41,7 @@ def test_both_formats_have_the_same_header(tmp_path: Path, suffix: str) -> None:
     assert {name: info.num_bytes for name, info in header.items()} == {name: t.nbytes for name, t in TENSORS.items()}
 
 
-def test_a_file_of_any_other_suffix_is_a_pickle(tmp_path: Path) -> None:
+def test_a_file_of_any_other_suffix_is_read_as_a_pickle(tmp_path: Path) -> None:
     torch.save(TENSORS, tmp_path / "released.pt")
     assert read_header(tmp_path / "released.pt") == EXPECTED
     assert torch.equal(TensorReader().read(tmp_path / "released.pt", "half"), TENSORS["half"])

@@ -39,7 +39,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-def test_a_folder_is_found_as_it_is(tmp_path: Path) -> None:
+def test_a_local_folder_is_used_directly(tmp_path: Path) -> None:
     hub = Hub(revisions={})
     assert hub.find(str(tmp_path), "the model") == tmp_path
     assert hub.found == {}
@@ -94,7 +94,7 @@ def test_weights_that_exist_only_as_bin_are_fetched(
     with hub_of({"owner/name": {OLD: write(tmp_path / "x", config_json="{}", model_bin="weights")}}) as server:
         use_cache(monkeypatch, cache, server.url)
         assert (Hub().find("owner/name", "the model") / "model.bin").exists()
-    # The revision listed both formats and only one was fetched; the cached copy is complete all the same.
+    # Offline, the cached copy counts as complete although it has only one of the two weight formats.
     assert (Hub(offline=True).find("owner/name", "the model") / "model.bin").exists()
 
 

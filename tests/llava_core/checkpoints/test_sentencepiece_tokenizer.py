@@ -68,7 +68,7 @@ def test_bos_follows_the_configuration(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("legacy", [True, False])
-def test_offsets_are_characters_of_the_text(tmp_path: Path, *, legacy: bool) -> None:
+def test_offsets_are_in_characters_of_the_text(tmp_path: Path, *, legacy: bool) -> None:
     text = "USER: été?</s>ASSISTANT: two"
     tokens = backend(tmp_path, legacy=legacy).encode(text)
     assert "".join(text[start:end] for _, start, end in tokens) == text

@@ -27,7 +27,7 @@ def test_ids_are_the_inner_tokenizers_without_special_tokens(tokenizer: Checkpoi
     assert tokenizer.bos_id == 1
 
 
-def test_offsets_are_characters(tokenizer: CheckpointTokenizer) -> None:
+def test_offsets_are_in_characters(tokenizer: CheckpointTokenizer) -> None:
     spans = [(start, end) for _, start, end in tokenizer.encode("aé!")]
     assert spans == [(0, 1), (1, 2), (1, 2), (2, 3)]
 

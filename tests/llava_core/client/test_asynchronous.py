@@ -198,9 +198,9 @@ def test_retry_after_is_respected_up_to_the_retry_limit(waits: list[float]) -> N
 
 def test_a_broken_stream_is_not_retried(waits: list[float]) -> None:
     engine = ScriptedEngine([*answer("Hel", "lo")[:1], EngineError("broken")])
-    with serving_engine(engine) as url, pytest.raises(AnswerInterruptedError) as told:
+    with serving_engine(engine) as url, pytest.raises(AnswerInterruptedError) as raised:
         run(url, streamed)
-    assert (told.value.code, told.value.text) == ("engine_error", "Hel")
+    assert (raised.value.code, raised.value.text) == ("engine_error", "Hel")
     for ending in (b"", b"0\r\n\r\n"):
         with scripted(SSE_HEAD + chunked(EVENT) + ending) as server, pytest.raises(AnswerInterruptedError) as cut:
             run(server.url, streamed)

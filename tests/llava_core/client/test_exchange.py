@@ -72,7 +72,7 @@ def test_without_a_deadline_no_timeout_header_is_sent() -> None:
 
 
 @pytest.mark.parametrize(
-    ("raised", "told"),
+    ("raised", "expected"),
     [
         (httpx.ConnectError("refused"), ConnectionFailedError),
         (httpx.ConnectTimeout(""), ConnectionFailedError),
@@ -81,8 +81,8 @@ def test_without_a_deadline_no_timeout_header_is_sent() -> None:
         (httpx.RemoteProtocolError("bad"), ConnectionFailedError),
     ],
 )
-def test_httpx_errors_before_an_answer_become_our_own(raised: Exception, told: type[ServiceError]) -> None:
-    with pytest.raises(told, match="http://x"), connecting("http://x"):
+def test_httpx_errors_before_an_answer_become_our_own(raised: Exception, expected: type[ServiceError]) -> None:
+    with pytest.raises(expected, match="http://x"), connecting("http://x"):
         raise raised
 
 

@@ -108,7 +108,7 @@ def test_options_reach_the_service_and_override_the_clients_defaults(engine: Scr
     assert (sampling.stop, sampling.min_p) == (("x",), 0.125)
 
 
-def test_several_answers_and_their_log_probabilities() -> None:
+def test_several_answers_have_their_log_probabilities() -> None:
     logprobs = (TokenLogprob(1, -0.5, ((1, -0.5), (2, -1.5))),)
     spelled = {1: b"\xc3", 2: b"b"}
     items = [
@@ -130,8 +130,8 @@ def test_image_transforms_are_reported_on_request() -> None:
     )
     last = TokenDelta("id", "a", (1,), finish_reason="stop", usage=Usage(3, 1), transforms=(None, seen))
     with serving_engine(ScriptedEngine([last])) as url, Client(url) as client:
-        for told in (client.ask("?", image_transforms=True), _streamed(client, image_transforms=True)):
-            assert told.image_transforms == (None, seen)
+        for response in (client.ask("?", image_transforms=True), _streamed(client, image_transforms=True)):
+            assert response.image_transforms == (None, seen)
         assert client.ask("?").image_transforms == ()
 
 

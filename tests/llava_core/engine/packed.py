@@ -57,7 +57,7 @@ class Packed:
 
     def __init__(self, layout: Layout, *, device: str = "cpu") -> None:
         self.layout = layout
-        self.spans, num_blocks = _place(layout)
+        self.spans, num_blocks = _lay_out_blocks(layout)
         self.shape = CacheShape(1, num_blocks, layout.block_size, layout.num_kv_heads, layout.head_dim)
         generator = torch.Generator().manual_seed(layout.seed)
 
@@ -110,12 +110,12 @@ class Packed:
         """Computes attention by its definition, query by query."""
         rows: list[Tensor] = []
         for span, keys, values in zip(self.spans, self.keys, self.values, strict=True):
-            for place in range(span.length - span.num_queries, span.length):
-                first = 0 if window is None else max(0, place + 1 - window)
-                seen, told = (part[first : place + 1].double() for part in (keys, values))
+            for position in range(span.length - span.num_queries, span.length):
+                first = 0 if window is None else max(0, position + 1 - window)
+                visible_keys, visible_values = (part[first : position + 1].double() for part in (keys, values))
                 query = self.query[len(rows)].double().view(self.layout.num_kv_heads, self.layout.groups, -1)
-                weights = (torch.einsum("hgd,khd->hgk", query, seen) * SCALE).softmax(-1)
-                rows.append(torch.einsum("hgk,khd->hgd", weights, told).flatten(0, 1))
+                weights = (torch.einsum("hgd,khd->hgk", query, visible_keys) * SCALE).softmax(-1)
+                rows.append(torch.einsum("hgk,khd->hgd", weights, visible_values).flatten(0, 1))
         return torch.stack(rows).float()
 
     def _new(self, parts: list[Tensor]) -> Tensor:
@@ -129,19 +129,19 @@ def _num_shared(layout: Layout, index: int, wanted: int) -> int:
     return min(wanted, *(before // layout.block_size for before, _, _ in layout.requests[index - 1 : index + 1]))
 
 
-def _place(layout: Layout) -> tuple[list[Span], int]:
+def _lay_out_blocks(layout: Layout) -> tuple[list[Span], int]:
     size = layout.block_size
     lengths = [before + new for before, new, _ in layout.requests]
     needed = [-(-length // size) + layout.ahead for length in lengths]
     num_blocks = sum(needed) + 2
-    places = list(range(num_blocks))
+    free_blocks = list(range(num_blocks))
     if layout.is_scattered:
-        Random(layout.seed).shuffle(places)
+        Random(layout.seed).shuffle(free_blocks)
     spans: list[Span] = []
     for index, (_, new, wanted) in enumerate(layout.requests):
         num_shared = _num_shared(layout, index, wanted)
         blocks = list(spans[-1].blocks[:num_shared]) if num_shared else []
         while len(blocks) < needed[index]:
-            blocks.append(places.pop(0))
+            blocks.append(free_blocks.pop(0))
         spans.append(Span(new, lengths[index], blocks))
     return spans, num_blocks

@@ -42,21 +42,21 @@ def test_concurrent_readers_each_get_their_own_answer(build_engine: BuildEngine)
 
 
 def test_callbacks_run_before_every_step_and_when_idle(build_engine: BuildEngine) -> None:
-    told: list[str] = []
+    calls: list[str] = []
 
     async def main() -> int:
         inner = build_engine()
-        engine = AsyncEngine(inner, before_step=lambda: told.append("step"), when_idle=lambda: told.append("idle"))
+        engine = AsyncEngine(inner, before_step=lambda: calls.append("step"), when_idle=lambda: calls.append("idle"))
         await collect(engine, make_request("a", max_tokens=5))
-        await until(lambda: told[-1] == "idle")
+        await until(lambda: calls[-1] == "idle")
         engine.close()
         return inner.stats.num_steps
 
     num_steps = asyncio.run(main())
-    assert told.count("step") == num_steps
-    first = told.index("step")
-    assert set(told[:first]) == {"idle"}
-    assert "idle" not in told[first : first + 5], "while there is work, the cores are not given back"
+    assert calls.count("step") == num_steps
+    first = calls.index("step")
+    assert set(calls[:first]) == {"idle"}
+    assert "idle" not in calls[first : first + 5], "while there is work, the cores are not given back"
 
 
 def test_finished_refused_and_cancelled_requests_leave_the_batch(build_engine: BuildEngine) -> None:
@@ -203,7 +203,7 @@ def test_piled_up_deltas_merge_per_answer_and_a_failure_wins() -> None:
 
 def test_deltas_respect_the_gap_and_the_last_comes_at_once() -> None:
     first, second, third, last = (TokenDelta("a", str(i), (i,)) for i in range(4))
-    over = replace(last, finish_reason="stop")
+    finished = replace(last, finish_reason="stop")
 
     async def main() -> None:
         loop = asyncio.get_running_loop()
@@ -211,16 +211,16 @@ def test_deltas_respect_the_gap_and_the_last_comes_at_once() -> None:
         mailbox.put(first)
         assert await mailbox.take() == [first]
         mailbox.rest(0.05)
-        rested = loop.time()
+        rest_started = loop.time()
         mailbox.put(second)
         mailbox.put(third)
         assert await mailbox.take() == [second, third]
-        assert loop.time() - rested >= 0.05
+        assert loop.time() - rest_started >= 0.05
         mailbox.rest(3600)
         mailbox.put(last)
-        mailbox.put(over)
+        mailbox.put(finished)
         async with asyncio.timeout(20):
-            assert await mailbox.take() == [last, over]
+            assert await mailbox.take() == [last, finished]
 
     asyncio.run(main())
 

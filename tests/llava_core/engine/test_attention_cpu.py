@@ -22,17 +22,17 @@ MIXED = Layout(3, 2, 3, 8, ((8, 1, 0), (9, 1, 2), (4, 5, 1), (0, 1, 0)), 1, is_s
 @given(layout=shapes, window=windows)
 def test_cpu_attention_equals_reference_and_definition(layout: Layout, window: int | None) -> None:
     packed = Packed(layout)
-    seen = packed.attend(CpuBackend(), window)
-    torch.testing.assert_close(seen, packed.attend(ReferenceBackend(), window), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(seen, packed.expected(window), atol=1e-5, rtol=1e-5)
+    output = packed.attend(CpuBackend(), window)
+    torch.testing.assert_close(output, packed.attend(ReferenceBackend(), window), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(output, packed.expected(window), atol=1e-5, rtol=1e-5)
 
 
 @given(layout=shapes, window=windows)
 def test_half_precision_is_close_to_the_definition(layout: Layout, window: int | None) -> None:
     packed = Packed(layout)
-    seen = packed.attend(CpuBackend(), window, dtype=torch.bfloat16)
-    assert seen.dtype == torch.bfloat16
-    torch.testing.assert_close(seen.float(), packed.expected(window), atol=0.05, rtol=0.05)
+    output = packed.attend(CpuBackend(), window, dtype=torch.bfloat16)
+    assert output.dtype == torch.bfloat16
+    torch.testing.assert_close(output.float(), packed.expected(window), atol=0.05, rtol=0.05)
 
 
 @given(layout=shapes, window=windows)
@@ -48,8 +48,8 @@ def test_the_threshold_for_long_texts_does_not_change_the_result(layout: Layout,
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention_plan, "_LONG", long)
         patch.setattr(attention_plan, "_LONG_ALONE", 2 * long)
-        seen, half = packed.attend(CpuBackend(), window), packed.attend(CpuBackend(), window, dtype=torch.bfloat16)
-    torch.testing.assert_close(seen, packed.expected(window), atol=1e-5, rtol=1e-5)
+        output, half = packed.attend(CpuBackend(), window), packed.attend(CpuBackend(), window, dtype=torch.bfloat16)
+    torch.testing.assert_close(output, packed.expected(window), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(half.float(), packed.expected(window), atol=0.05, rtol=0.05)
 
 
@@ -58,9 +58,9 @@ def test_nan_in_one_request_does_not_reach_others() -> None:
     healthy = packed.attend(CpuBackend())
     packed.keys[1][0] = torch.nan
     packed.values[2][0] = torch.nan
-    seen = packed.attend(CpuBackend())
-    assert torch.equal(seen[[0, 7]], healthy[[0, 7]])
-    assert seen[1:7].isnan().any(-1).all()
+    output = packed.attend(CpuBackend())
+    assert torch.equal(output[[0, 7]], healthy[[0, 7]])
+    assert output[1:7].isnan().any(-1).all()
 
 
 def test_layers_with_and_without_a_window_share_a_batch() -> None:
@@ -71,8 +71,8 @@ def test_layers_with_and_without_a_window_share_a_batch() -> None:
         for parts in (packed.keys, packed.values)
     )
     for window in (None, 4, None, 2):
-        seen = batch.attend(0, packed.query, key, value, SCALE, window)
-        torch.testing.assert_close(seen, packed.expected(window), atol=1e-5, rtol=1e-5)
+        output = batch.attend(0, packed.query, key, value, SCALE, window)
+        torch.testing.assert_close(output, packed.expected(window), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("factor", [30.0, 1e3])
@@ -86,17 +86,17 @@ def test_extreme_scores_do_not_overflow(factor: float) -> None:
 def test_without_a_compiler_torch_gives_the_same_result(layout: Layout, window: int | None) -> None:
     packed = Packed(layout)
     backend = CpuBackend(use_kernels=False)
-    seen, half = packed.attend(backend, window), packed.attend(backend, window, dtype=torch.bfloat16)
-    torch.testing.assert_close(seen, packed.expected(window), atol=1e-5, rtol=1e-5)
+    output, half = packed.attend(backend, window), packed.attend(backend, window, dtype=torch.bfloat16)
+    torch.testing.assert_close(output, packed.expected(window), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(half.float(), packed.expected(window), atol=0.05, rtol=0.05)
 
 
 @given(layout=layouts(head_dims=(16,)), window=windows)
-def test_a_model_in_float16_is_attended_in_float32(layout: Layout, window: int | None) -> None:
+def test_attention_of_a_float16_model_runs_in_float32(layout: Layout, window: int | None) -> None:
     packed = Packed(layout)
-    seen = packed.attend(CpuBackend(), window, dtype=torch.float16)
-    assert seen.dtype == torch.float16
-    torch.testing.assert_close(seen.float(), packed.expected(window), atol=0.01, rtol=0.01)
+    output = packed.attend(CpuBackend(), window, dtype=torch.float16)
+    assert output.dtype == torch.float16
+    torch.testing.assert_close(output.float(), packed.expected(window), atol=0.01, rtol=0.01)
 
 
 def test_a_result_does_not_depend_on_the_rest_of_the_batch() -> None:

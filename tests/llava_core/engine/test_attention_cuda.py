@@ -36,9 +36,9 @@ any_layout = layouts(block_sizes=(3, 16, 256), head_dims=(20, 64))
 @given(layout=any_layout, window=windows)
 def test_gpu_attention_equals_reference_and_definition(layout: Layout, window: int | None) -> None:
     packed = Packed(layout, device=DEVICE)
-    seen = packed.attend(CudaBackend(), window)
-    torch.testing.assert_close(seen, packed.attend(ReferenceBackend(), window), atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(seen.cpu(), packed.expected(window).cpu(), atol=1e-4, rtol=1e-4)
+    output = packed.attend(CudaBackend(), window)
+    torch.testing.assert_close(output, packed.attend(ReferenceBackend(), window), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(output.cpu(), packed.expected(window).cpu(), atol=1e-4, rtol=1e-4)
 
 
 @settings(max_examples=15)
@@ -62,8 +62,8 @@ def test_a_decode_step_reads_positions_and_table_from_tensors(window: int | None
     cache = packed.cache()
     batch = DecodeBatch(cache, positions, table.to(DEVICE))
     new = [torch.cat([part[-1:] for part in parts]) for parts in (packed.keys, packed.values)]
-    seen = batch.attend(0, packed.query, *new, SCALE, window)
-    torch.testing.assert_close(seen, packed.expected(window), atol=1e-5, rtol=1e-5)
+    output = batch.attend(0, packed.query, *new, SCALE, window)
+    torch.testing.assert_close(output, packed.expected(window), atol=1e-5, rtol=1e-5)
 
 
 def test_neighbours_do_not_change_a_bit() -> None:
@@ -88,11 +88,11 @@ def test_keys_and_values_keep_the_models_dtype() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_close(layout: Layout, window: int | None, dtype: torch.dtype) -> None:
     packed = Packed(layout, device="cuda")
-    seen = packed.attend(CudaBackend(), window, dtype=dtype)
-    assert seen.dtype == dtype
+    output = packed.attend(CudaBackend(), window, dtype=dtype)
+    assert output.dtype == dtype
     reference = packed.attend(ReferenceBackend(), window, dtype=dtype)
-    torch.testing.assert_close(seen.float(), reference.float(), atol=0.02, rtol=0.02)
-    torch.testing.assert_close(seen.float().cpu(), packed.expected(window).cpu(), atol=0.05, rtol=0.05)
+    torch.testing.assert_close(output.float(), reference.float(), atol=0.02, rtol=0.02)
+    torch.testing.assert_close(output.float().cpu(), packed.expected(window).cpu(), atol=0.05, rtol=0.05)
 
 
 class RerunCudaBackend(CudaBackend):

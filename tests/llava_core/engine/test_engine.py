@@ -378,7 +378,7 @@ def test_several_answers_share_the_prefill_and_follow_their_seed(build_engine: B
 
 
 @torch.inference_mode()
-def test_log_probabilities_are_the_models_own(build_engine: BuildEngine, language_side: LanguageSide) -> None:
+def test_log_probabilities_equal_the_models(build_engine: BuildEngine, language_side: LanguageSide) -> None:
     request = make_request("a", num_images=1, logprobs=3, max_tokens=6)
     outputs = collect(build_engine(), request)
     answer = tokens_of(outputs, "a")
@@ -424,7 +424,7 @@ def test_a_preempted_score_has_each_logprob_once(build_engine: BuildEngine) -> N
         engine.add_request(request)
     (last,) = [output for output in collect(engine) if output.request_id == "scored"]
     assert engine.stats.num_preemptions > 0
-    assert [worth.token for worth in last.logprobs] == ids[1:]
+    assert [each_logprob.token for each_logprob in last.logprobs] == ids[1:]
 
 
 def test_a_prompt_of_pictures_alone_can_be_penalised(build_engine: BuildEngine) -> None:

@@ -94,13 +94,13 @@ def test_filters_match_the_slow_reference(logits: list[float], params: SamplingP
 )
 def test_each_filter_does_what_its_name_says(params: dict[str, Any], expected: list[float]) -> None:
     logits = torch.tensor([0.5, 0.25, 0.15, 0.1]).log()
-    seen = filtered_probabilities(logits, SamplingParams(temperature=1.0, **params))
-    torch.testing.assert_close(seen, torch.tensor(expected))
+    probabilities = filtered_probabilities(logits, SamplingParams(temperature=1.0, **params))
+    torch.testing.assert_close(probabilities, torch.tensor(expected))
 
 
 def test_top_k_keeps_the_first_of_equal_tokens() -> None:
-    seen = filtered_probabilities(torch.zeros(5), SamplingParams(temperature=1.0, top_k=2))
-    assert seen.tolist() == [0.5, 0.5, 0, 0, 0]
+    probabilities = filtered_probabilities(torch.zeros(5), SamplingParams(temperature=1.0, top_k=2))
+    assert probabilities.tolist() == [0.5, 0.5, 0, 0, 0]
 
 
 def test_temperature_sharpens_and_flattens() -> None:
@@ -234,12 +234,12 @@ def test_random_numbers_are_uniform_whichever_argument_varies(varied: int) -> No
 @given(logits=rows, token=tokens, num_top=st.integers(0, VOCAB + 3))
 def test_logprobs_equal_a_softmax_and_come_with_the_top_tokens(logits: list[float], token: int, num_top: int) -> None:
     expected = [math.log(probability) for probability in softmax(logits)]
-    worth = token_logprob(torch.tensor(logits), token, num_top)
-    assert worth.token == token
-    assert worth.logprob == pytest.approx(expected[token], abs=1e-5)
-    assert [value for _, value in worth.top] == pytest.approx(sorted(expected, reverse=True)[:num_top], abs=1e-5)
-    assert all(value == pytest.approx(expected[other], abs=1e-5) for other, value in worth.top)
-    assert len({other for other, _ in worth.top}) == min(num_top, VOCAB)
+    result = token_logprob(torch.tensor(logits), token, num_top)
+    assert result.token == token
+    assert result.logprob == pytest.approx(expected[token], abs=1e-5)
+    assert [value for _, value in result.top] == pytest.approx(sorted(expected, reverse=True)[:num_top], abs=1e-5)
+    assert all(value == pytest.approx(expected[other], abs=1e-5) for other, value in result.top)
+    assert len({other for other, _ in result.top}) == min(num_top, VOCAB)
 
 
 def test_logprobs_of_half_precision_logits_are_computed_in_float32() -> None:
@@ -288,7 +288,7 @@ def test_rows_processed_together_give_the_same_as_alone(dtype: torch.dtype, rows
     assert likeliest == [choose(row, SamplingParams(temperature=0), lambda: 0.5) for row in logits]
 
 
-def test_no_rows_have_no_peaks() -> None:
+def test_peaks_of_no_rows_are_empty() -> None:
     assert peaks(torch.empty(0, 7)) == ([], [])
 
 

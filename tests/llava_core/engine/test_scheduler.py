@@ -94,7 +94,7 @@ class World:
     def abort(self, state: RequestState) -> None:
         self.scheduler.remove(state)
         self.states.remove(state)
-        self._check_books()
+        self._check_bookkeeping()
 
     def step(self) -> list[Chunk]:
         scheduler = self.scheduler
@@ -108,9 +108,9 @@ class World:
         self._check_blocks(chunks)
         self._check_preempted(chunks, before, writing, num_available)
         self._check_order(before)
-        self._check_books()
+        self._check_bookkeeping()
         self._run(chunks)
-        self._check_books()
+        self._check_bookkeeping()
         return chunks
 
     def run(self) -> None:
@@ -201,7 +201,7 @@ class World:
             alike += 1
         return reader.num_computed // size < alike // size
 
-    def _check_books(self) -> None:
+    def _check_bookkeeping(self) -> None:
         self.pool.check_integrity()
         running, waiting = self.scheduler.running, self.scheduler.waiting
         assert sorted(map(rank, self.states)) == sorted(map(rank, [*running, *waiting]))
@@ -228,7 +228,7 @@ events = st.one_of(
 )
 
 
-def happen(world: World, event: Any) -> None:
+def apply_event(world: World, event: Any) -> None:
     if isinstance(event, list):
         for arrival in event:
             arrive(world, **arrival)
@@ -266,7 +266,7 @@ def test_any_sequence_of_events_completes_and_keeps_all_invariants(
     num_blocks = num_tokens // block_size
     world = World(num_blocks, block_size, max_step_tokens=max_running + prefill_chunk + slack, **limits)
     for event in script:
-        happen(world, event)
+        apply_event(world, event)
     world.run()
 
 

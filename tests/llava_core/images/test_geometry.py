@@ -95,14 +95,14 @@ def test_tiles_and_tokens_match_the_references_table(
     tokens: int,
     dialect: Dialect,
 ) -> None:
-    size, of = Size(*given_size), config(dialect=dialect)
+    size, model = Size(*given_size), config(dialect=dialect)
     assert best_resolution(size, PINPOINTS) == chosen
-    tiles = tile_grid(of, size)
+    tiles = tile_grid(model, size)
     assert tiles is not None
     assert 1 + tiles.width * tiles.height == num_tiles
     left, top, right, bottom = unpadded(Size(tiles.width * 24, tiles.height * 24), size, dialect)
     assert (bottom - top, right - left) == grid
-    assert num_image_tokens(of, size) == tokens
+    assert num_image_tokens(model, size) == tokens
 
 
 def test_a_tie_goes_to_the_first_candidate() -> None:
@@ -130,16 +130,16 @@ SIDES = st.integers(1, 3000)
 
 @given(width=SIDES, height=SIDES, merge=st.sampled_from(["flat", "spatial", "spatial_unpad"]), hf=st.booleans())
 def test_counting_and_ordering_agree_for_every_size(width: int, height: int, merge: MergeType, *, hf: bool) -> None:
-    of, size = config(merge, "llava_hf" if hf else "original"), Size(width, height)
-    tiles = tile_grid(of, size)
+    model, size = config(merge, "llava_hf" if hf else "original"), Size(width, height)
+    tiles = tile_grid(model, size)
     assert tiles is not None
     num_rows = 576 * (1 + tiles.width * tiles.height)
-    order = merge_order(of, size)
+    order = merge_order(model, size)
     if order is None:
-        assert num_image_tokens(of, size) == num_rows
+        assert num_image_tokens(model, size) == num_rows
         return
     rows = [row for row in order if row != NEWLINE]
-    assert num_image_tokens(of, size) == len(order)
+    assert num_image_tokens(model, size) == len(order)
     assert len(set(rows)) == len(rows)
     assert rows[:576] == list(range(576))
     assert all(0 <= row < num_rows for row in rows)

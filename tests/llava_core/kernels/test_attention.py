@@ -53,11 +53,11 @@ def test_attention_is_softmax_of_scaled_scores(
         mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "_SCORE_BYTES", score_bytes)
-        seen = attend(query, key, value, mask, scale=0.3)
-    assert seen.dtype == dtype
+        output = attend(query, key, value, mask, scale=0.3)
+    assert output.dtype == dtype
     expected = definition(query, key, value, mask, 0.3)
     tolerance = 1e-5 if dtype == torch.float32 else 0.03
-    torch.testing.assert_close(seen.double(), expected, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(output.double(), expected, atol=tolerance, rtol=tolerance)
 
 
 @needs_bf16

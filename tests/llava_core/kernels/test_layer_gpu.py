@@ -19,9 +19,9 @@ def random(*size: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(*size, device=DEVICE).to(dtype)
 
 
-def near(seen: Tensor, exact: Tensor) -> None:
-    tolerance = TOLERANCE[seen.dtype]
-    torch.testing.assert_close(seen.double(), exact, atol=tolerance, rtol=tolerance)
+def near(output: Tensor, exact: Tensor) -> None:
+    tolerance = TOLERANCE[output.dtype]
+    torch.testing.assert_close(output.double(), exact, atol=tolerance, rtol=tolerance)
 
 
 @dtypes
@@ -48,11 +48,11 @@ def test_heads_are_rotated_in_place_and_the_rest_is_unchanged(
     sin = torch.cat([-angles.sin(), angles.sin()], -1).to(dtype)
     # A column of a larger tensor, as in a sheet of integers.
     positions = torch.randint(0, 300, (rows, 2), device=DEVICE)[:, 1]
-    straight = projected.double()
-    expected = straight * cos.double()[positions] + straight.roll(dim // 2, -1) * sin.double()[positions]
+    unrotated = projected.double()
+    expected = unrotated * cos.double()[positions] + unrotated.roll(dim // 2, -1) * sin.double()[positions]
     kernels.rotate_(projected, num_heads, cos, sin, positions)
     near(projected[:, :num_heads], expected[:, :num_heads])
-    assert torch.equal(projected[:, num_heads:].double(), straight[:, num_heads:])
+    assert torch.equal(projected[:, num_heads:].double(), unrotated[:, num_heads:])
 
 
 @dtypes

@@ -32,9 +32,9 @@ def kernels(dtype: torch.dtype) -> NativeKernels:
     return found
 
 
-def near(seen: Tensor, exact: Tensor) -> None:
-    tolerance = TOLERANCE[seen.dtype]
-    torch.testing.assert_close(seen.double(), exact, atol=tolerance, rtol=tolerance, equal_nan=True)
+def near(output: Tensor, exact: Tensor) -> None:
+    tolerance = TOLERANCE[output.dtype]
+    torch.testing.assert_close(output.double(), exact, atol=tolerance, rtol=tolerance, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -48,8 +48,8 @@ def test_a_gate_is_silu_times_the_other_half(rows: int, dtype: torch.dtype) -> N
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_gate_is_correct_at_edge_cases(dtype: torch.dtype) -> None:
     gate = torch.tensor(SPECIAL).to(dtype)
-    seen = kernels(dtype).gate(torch.cat([gate, torch.ones_like(gate)])[None])[0]
-    near(seen, torch.nn.functional.silu(gate.double()).to(dtype).double())
+    output = kernels(dtype).gate(torch.cat([gate, torch.ones_like(gate)])[None])[0]
+    near(output, torch.nn.functional.silu(gate.double()).to(dtype).double())
 
 
 @given(values=st.lists(st.floats(width=32), min_size=1, max_size=40))
@@ -70,11 +70,11 @@ def test_heads_are_rotated_in_place_and_the_rest_is_unchanged(rows: int, dtype: 
     cos = torch.cat([angles.cos(), angles.cos()], -1).to(dtype)
     sin = torch.cat([-angles.sin(), angles.sin()], -1).to(dtype)
     positions = torch.randint(0, 1000, (rows, 2))[:, 1]
-    straight = projected.double()
-    expected = straight * cos.double()[positions] + straight.roll(16, -1) * sin.double()[positions]
+    unrotated = projected.double()
+    expected = unrotated * cos.double()[positions] + unrotated.roll(16, -1) * sin.double()[positions]
     kernels(dtype).rotate_(projected, 5, cos, sin, positions)
     near(projected[:, :5], expected[:, :5])
-    assert torch.equal(projected[:, 5:].double(), straight[:, 5:])
+    assert torch.equal(projected[:, 5:].double(), unrotated[:, 5:])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -105,12 +105,12 @@ def test_a_token_sees_its_own_blocks(dim: int, groups: int, window: int | None, 
             line[place] = next(blocks)
     keys, values = (torch.randn(heads, len(order) * size, dim).to(dtype).transpose(0, 1) for _ in range(2))
     query = torch.randn(len(lengths), heads * groups, dim).to(dtype)
-    seen = kernels(dtype).attend(query, keys, values, table, torch.tensor(lengths), size, window, 0.2)
+    output = kernels(dtype).attend(query, keys, values, table, torch.tensor(lengths), size, window, 0.2)
     for row, length in enumerate(lengths):
         slots = (table[row].long()[:, None] * size + torch.arange(size)).flatten()[:length][-(window or length) :]
         asked = query[row].double().view(heads, groups, dim)
         weights = (torch.einsum("hgd,khd->hgk", asked, keys[slots].double()) * 0.2).softmax(-1)
-        near(seen[row], torch.einsum("hgk,khd->hgd", weights, values[slots].double()).flatten(0, 1))
+        near(output[row], torch.einsum("hgk,khd->hgd", weights, values[slots].double()).flatten(0, 1))
 
 
 def test_supported_head_sizes() -> None:

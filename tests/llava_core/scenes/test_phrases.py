@@ -38,11 +38,11 @@ def test_a_phrase_fits_its_object_and_no_other(without: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("place", "said"),
+    ("place", "expected"),
     [("center", "in the center"), ("left", "on the left"), ("top right", "at the top right"), ("top", "at the top")],
 )
-def test_places_have_their_preposition(place: str, said: str) -> None:
-    assert at(place) == said
+def test_places_have_their_preposition(place: str, expected: str) -> None:
+    assert at(place) == expected
 
 
 def test_articles_and_plurals() -> None:

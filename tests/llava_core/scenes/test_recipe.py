@@ -48,7 +48,7 @@ class Built:
     out: Path
     given: dict[str, tuple[TrainingArguments, bool]]
 
-    def work_again(self, folder: Path) -> Path:
+    def copy_work(self, folder: Path) -> Path:
         """Copies the stages' results, so that a test can change them."""
         return Path(shutil.copytree(self.work, folder / "work"))
 
@@ -71,14 +71,14 @@ def built(_without_compiling: None, tmp_path_factory: pytest.TempPathFactory) ->
         given["tower"] = (arguments, False)
         return trainer(model, arguments, **options)
 
-    def record_too(language: Any, dataset: Any, arguments: TrainingArguments, **options: Any) -> Any:
+    def record_training(language: Any, dataset: Any, arguments: TrainingArguments, **options: Any) -> Any:
         given[dataset.spec.purpose] = (arguments, options["optimizer"] is not None)
         return train(language, dataset, arguments, **options)
 
     folder = tmp_path_factory.mktemp("recipe")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(recipe_module, "Trainer", record)
-        patch.setattr(recipe_module, "train", record_too)
+        patch.setattr(recipe_module, "train", record_training)
         build(TINY, folder / "work", folder / "model")
     return Built(folder / "work", folder / "model", given)
 
@@ -106,7 +106,7 @@ def test_adamw_is_configured_only_for_the_stage_that_uses_it(built: Built, tmp_p
 
 
 def test_finished_stages_are_not_run_again(built: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    work = built.work_again(tmp_path)
+    work = built.copy_work(tmp_path)
     (work / "sharpen" / "weights.pt").unlink()
     ran: list[str] = []
     train = recipe_module.train
@@ -124,7 +124,7 @@ def test_finished_stages_are_not_run_again(built: Built, tmp_path: Path, monkeyp
 
 
 def test_a_stage_from_another_recipe_is_refused(built: Built, tmp_path: Path) -> None:
-    work = built.work_again(tmp_path)
+    work = built.copy_work(tmp_path)
     other = replace(TINY, align=replace(SMALL, learning_rate=2e-3))
     with pytest.raises(LlavaError, match=r"work/align was made by another recipe"):
         build(other, work, tmp_path / "other")

@@ -22,7 +22,7 @@ for line in sys.stdin:
 """
 
 
-class Here:
+class Claimant:
     """This process's claim on the cores; it looks for other processes each time."""
 
     def __init__(self, folder: Path, num_cores: int = 8) -> None:
@@ -40,13 +40,13 @@ def look_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_single_process_gets_all_cores_and_is_notified_once(tmp_path: Path) -> None:
-    here = Here(tmp_path)
-    assert [here.claim(), here.claim()] == [8, 8]
-    assert here.threads == [8]
+    claimant = Claimant(tmp_path)
+    assert [claimant.claim(), claimant.claim()] == [8, 8]
+    assert claimant.threads == [8]
 
 
 def test_busy_processes_share_cores_and_idle_ones_do_not_count(tmp_path: Path) -> None:
-    first, second, third = (Here(tmp_path) for _ in range(3))
+    first, second, third = (Claimant(tmp_path) for _ in range(3))
     assert first.claim() == 8
     assert second.claim() == 4
     assert first.claim() == 4
@@ -59,12 +59,12 @@ def test_busy_processes_share_cores_and_idle_ones_do_not_count(tmp_path: Path) -
 
 
 def test_every_process_has_at_least_one_thread(tmp_path: Path) -> None:
-    many = [Here(tmp_path, num_cores=2) for _ in range(4)]
-    assert [here.claim() for here in many] == [2, 1, 1, 1]
+    many = [Claimant(tmp_path, num_cores=2) for _ in range(4)]
+    assert [claimant.claim() for claimant in many] == [2, 1, 1, 1]
 
 
 def test_a_closed_claim_is_forgotten(tmp_path: Path) -> None:
-    first, second = Here(tmp_path), Here(tmp_path)
+    first, second = Claimant(tmp_path), Claimant(tmp_path)
     second.claim()
     assert first.claim() == 4
     second.cores.close()
@@ -79,17 +79,17 @@ def test_the_share_of_a_dead_process_is_freed(tmp_path: Path, signal_number: int
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdin is not None
         assert other.stdout is not None
-        here = Here(tmp_path)
-        assert here.claim() == 8
+        claimant = Claimant(tmp_path)
+        assert claimant.claim() == 8
         print("claim", file=other.stdin, flush=True)
         assert other.stdout.readline() == "threads 4\n"
         assert other.stdout.readline() == "done\n"
-        assert here.claim() == 4
+        assert claimant.claim() == 4
         other.send_signal(signal_number)
         other.wait(timeout=30)
-    assert here.claim() == 8
+    assert claimant.claim() == 8
     # The next process to arrive cleans up.
-    assert Here(tmp_path).claim() == 4
+    assert Claimant(tmp_path).claim() == 4
     assert len(list(tmp_path.iterdir())) == 2
 
 
@@ -126,7 +126,7 @@ def test_a_shared_folder_open_to_others_is_refused(kind: str, tmp_path: Path, mo
 @pytest.mark.parametrize("name", ["notes.txt", "-1", "0-00000000", "1.5-00000000", "12345678901234567890-00000000"])
 def test_unrelated_files_are_ignored_and_kept(name: str, tmp_path: Path) -> None:
     (tmp_path / name).touch()
-    assert Here(tmp_path).claim() == 8
+    assert Claimant(tmp_path).claim() == 8
     assert (tmp_path / name).exists()
 
 
@@ -136,4 +136,4 @@ def test_a_pid_reused_by_another_user_is_ignored(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(os, "kill", kill)
     (tmp_path / "17-00000000").touch()
-    assert Here(tmp_path).claim() == 8
+    assert Claimant(tmp_path).claim() == 8

@@ -58,7 +58,7 @@ def attend(tokens: list[Tensor], weights: dict[str, Tensor], name: str) -> list[
     return attended
 
 
-def restated(pooler: TemporalPooler, current: Tensor, prior: Tensor) -> Tensor:
+def reference_pooling(pooler: TemporalPooler, current: Tensor, prior: Tensor) -> Tensor:
     """Computes the pooler for one pair of maps (WIDTH, GRID, GRID), token by token."""
     weights = pooler.state_dict()
     cells = [(row, column) for row in range(GRID) for column in range(GRID)]
@@ -85,7 +85,7 @@ def restated(pooler: TemporalPooler, current: Tensor, prior: Tensor) -> Tensor:
 @torch.inference_mode()
 def test_difference_features_equal_the_reference(pooler: TemporalPooler, maps: tuple[Tensor, Tensor]) -> None:
     got = pooler(*maps)
-    expected = torch.stack([restated(pooler, current, prior) for current, prior in zip(*maps, strict=True)])
+    expected = torch.stack([reference_pooling(pooler, current, prior) for current, prior in zip(*maps, strict=True)])
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 

@@ -41,7 +41,7 @@ def test_features_are_in_the_order_of_the_pictures(tower: ClipTower) -> None:
         assert torch.equal(image.features, encode_images(tower, [alone])[0].features)
 
 
-def test_equal_pictures_are_run_once(tower: ClipTower) -> None:
+def test_equal_pictures_are_encoded_once(tower: ClipTower) -> None:
     runs = watched(tower)
     same = encode_images(tower, [picture(0), picture(1), picture(0)])
     assert runs == [1, 1]

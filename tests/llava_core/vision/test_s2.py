@@ -47,7 +47,7 @@ def build(reference: CLIPVisionModel, vision: VisionConfig = VISION) -> ClipS2To
     return tower.eval()
 
 
-def restated(clip: CLIPVisionModel, tile: torch.Tensor, layer: int) -> torch.Tensor:
+def reference_features(clip: CLIPVisionModel, tile: torch.Tensor, layer: int) -> torch.Tensor:
     """Computes the features of one tile (84, 84, 3) → (GRID², 3 * WIDTH), in loops."""
     pixels = normalise(tile[None], PREPROCESS)
     result = torch.zeros(GRID, GRID, 3 * WIDTH)
@@ -73,7 +73,7 @@ def restated(clip: CLIPVisionModel, tile: torch.Tensor, layer: int) -> torch.Ten
 def test_features_equal_the_reference(reference: CLIPVisionModel, tiles: torch.Tensor, layer: int) -> None:
     vision = replace(VISION, select_layer=layer)
     features = build(reference, vision)(tiles)
-    expected = torch.stack([restated(reference, tile, layer) for tile in tiles])
+    expected = torch.stack([reference_features(reference, tile, layer) for tile in tiles])
     torch.testing.assert_close(features, expected, atol=1e-5, rtol=1e-5)
     assert features.shape == (2, vision.patches_per_side**2, vision.hidden_size)
 

@@ -152,7 +152,7 @@ def test_a_whole_model_has_nothing_to_merge(tmp_path: Path, tiny_checkpoint: Pat
         merge(str(tiny_checkpoint), tmp_path / "merged")
 
 
-def test_a_wrong_base_is_named_and_nothing_is_left(tmp_path: Path) -> None:
+def test_a_wrong_base_is_named_and_no_files_are_left(tmp_path: Path) -> None:
     original = write_original(tmp_path / "source", Kind(layout="lora"))
     file = original.folder / "adapter_model.bin"
     matrices = torch.load(file, weights_only=True)

@@ -143,7 +143,7 @@ def fail_in_the_middle(folder: Path, error: BaseException) -> None:
 
 
 @pytest.mark.parametrize("error", [ValueError(), KeyboardInterrupt()])
-def test_a_failure_leaves_nothing(tmp_path: Path, error: BaseException) -> None:
+def test_a_failure_leaves_no_files(tmp_path: Path, error: BaseException) -> None:
     with pytest.raises(type(error)):
         fail_in_the_middle(tmp_path / "model", error)
     assert not list(tmp_path.iterdir())

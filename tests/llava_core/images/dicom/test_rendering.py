@@ -95,11 +95,11 @@ def test_the_files_window_is_applied_by_each_function(
     data = dicom(
         values, bits=12, photometric=photometric, WindowCenter=1500.5, WindowWidth=900, VOILUTFunction=function
     )
-    turned = [inverted] if photometric == "MONOCHROME1" else []
-    check(data, expected(values, rule(1500.5, 900), *turned))
+    inversion = [inverted] if photometric == "MONOCHROME1" else []
+    check(data, expected(values, rule(1500.5, 900), *inversion))
     found = transform(data)
     assert found.window == Window(1500.5, 900, function, "file")
-    assert (found.is_inverted, found.bits, found.photometric) == (bool(turned), 12, photometric)
+    assert (found.is_inverted, found.bits, found.photometric) == (bool(inversion), 12, photometric)
 
 
 def test_the_first_window_is_used_unless_another_is_chosen() -> None:
