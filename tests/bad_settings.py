@@ -1,6 +1,6 @@
-"""Small checkpoints of every layout, and every field of their JSON files made wrong in every way.
+"""Small checkpoints of every layout, with every field of their JSON files set to every bad value.
 
-`cases` gives all of them; a test tries some of each field, for all take minutes.
+`cases` yields all of them; a test tries some per field, because trying all takes minutes.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ Way = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Layout:
-    """A checkpoint that loads; `root` holds it with its base and its tower."""
+    """A checkpoint that loads; `root` holds it together with its base and its tower."""
 
     root: Path
     folder: Path
@@ -55,7 +55,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Case:
-    """A field, by its way through the file's objects, and the value that is put there."""
+    """A field, given by its path through the file's objects, and the value to put there."""
 
     file: Path
     way: Way
@@ -65,7 +65,7 @@ class Case:
         return f"{self.file.parent.name}/{self.file.name} {'.'.join(self.way)} = {repr(self.value)[:20]}"
 
 
-# What may stand in a file and does not in the small ones.
+# Fields that a file may have and the small checkpoints do not.
 _ORIGINAL = ("mm_use_im_patch_token", "delta_base", "quantization_config", "mv_type", "vision_tower", "dtype")
 _LLAVA_HF = ("projector_hidden_act", "multimodal_projector_bias", "image_grid_pinpoints", "torch_dtype", "model_type")
 _ADAPTER = ("use_dora", "use_rslora", "fan_in_fan_out", "rank_pattern", "alpha_pattern")
@@ -75,7 +75,7 @@ _TOKENS += ("unk_token", "eos_token", "pad_token", "tokenizer_class", "model_max
 
 
 def write_layouts(root: Path, reference: LlavaForConditionalGeneration) -> dict[str, Layout]:
-    """A checkpoint of each, with all the files that one may have."""
+    """Writes a checkpoint of each layout, with every file that it may have."""
     hf = write_checkpoint(root / "hf" / "model", reference)
     layouts = {"llava-hf": Layout(root / "hf", hf, None)}
     adapter = root / "adapter" / "adapter"
@@ -102,7 +102,7 @@ def write_layouts(root: Path, reference: LlavaForConditionalGeneration) -> dict[
 
 
 def _complete(layout: Layout) -> None:
-    """Files that a checkpoint may have beside what it needs."""
+    """Adds the optional files of a checkpoint."""
     for config in sorted(layout.root.rglob("config.json")):
         if "vocab_size" in (content := json.loads(config.read_text())) or "text_config" in content:
             write_json(config.with_name("generation_config.json"), {"bos_token_id": 1, "eos_token_id": 2})
@@ -115,7 +115,7 @@ def _complete(layout: Layout) -> None:
 
 
 def cases(layout: Layout) -> Iterator[Case]:
-    """Every field of every file, and every way of being wrong."""
+    """Yields every bad value for every field of every file."""
     for file in sorted(layout.root.rglob("*.json")):
         for way in ways(file):
             for value in BAD:
@@ -123,9 +123,9 @@ def cases(layout: Layout) -> Iterator[Case]:
 
 
 def ways(file: Path) -> list[Way]:
-    """All fields that a file has, and those that it might have."""
+    """Lists all fields that a file has or might have."""
     content = json.loads(file.read_text())
-    # The vocabulary is one field; its entries are thousands.
+    # The vocabulary counts as one field, because it has thousands of entries.
     found = list(_ways(content, () if file.name != "tokenizer.json" else None))
     if file.name == "config.json":
         if "text_config" in content:
@@ -147,7 +147,7 @@ def _ways(content: dict[str, Any], inside: Way | None) -> Iterator[Way]:
     for name, value in content.items():
         yield (*(inside or ()), name)
         if inside is not None and isinstance(value, dict):
-            # Of an index some tensors stand for all.
+            # A few tensors of an index stand for all.
             some = dict(list(value.items())[:3]) if name == "weight_map" else value
             yield from _ways(some, (*inside, name))
 
@@ -166,7 +166,7 @@ _CONTRADICTION = "|".join(
 
 @contextmanager
 def applied(case: Case) -> Iterator[None]:
-    """The file with the value in it, for as long as the block lasts."""
+    """Writes the value to the file for the duration of the block."""
     before = case.file.read_text()
     content = json.loads(before)
     part = content
@@ -181,7 +181,7 @@ def applied(case: Case) -> Iterator[None]:
 
 
 def fault(case: Case, look: Callable[[], object], error_kind: type[Exception]) -> str | None:
-    """What is wrong with how a case is met: another exception, or one that does not name file and field."""
+    """Returns what is wrong with the handling of a case: another exception, or a message without file and field."""
     with applied(case):
         try:
             look()
@@ -192,8 +192,8 @@ def fault(case: Case, look: Callable[[], object], error_kind: type[Exception]) -
         else:
             return None
     is_named = case.file.name in message and any(name in message for name in case.way)
-    # A value that could be right, but for what the weights are or the tokenizer has.
+    # The value would be valid if it did not contradict the weights or the tokenizer.
     contradicts = re.search(_CONTRADICTION, message)
-    # Of these the library tells no field.
+    # For these the library does not report a field.
     is_whole = case.file.name == "tokenizer.json" and "tokenizer.json cannot be read" in message
     return None if is_named or contradicts or is_whole else f"{case}: not named in {message[:300]!r}"

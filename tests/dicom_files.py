@@ -1,4 +1,4 @@
-"""DICOM files for tests, made with pydicom, each with a patient's data planted wherever a patient's data may be."""
+"""DICOM files for tests, made with pydicom, each with patient data planted wherever a file may hold it."""
 
 import contextlib
 import io
@@ -15,12 +15,13 @@ from pydicom.encaps import encapsulate
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, generate_uid
 
 Values = npt.NDArray[Any]
-# No part of it occurs anywhere else in this project.
+# No part of this name occurs anywhere else in the project.
 PLANTED = "Quxley"
 
 
 def data_set(values: Values, *, bits: int | None = None, photometric: str = "MONOCHROME2", **more: Any) -> Dataset:
-    """One frame (rows, columns), several (frames, rows, columns), or colours (..., 3) where `photometric` is so."""
+    """Builds a data set from one frame (rows, columns) or several (frames, rows, columns); a colour `photometric` needs
+    (..., 3)."""
     found = Dataset()
     found.SOPClassUID = "1.2.840.10008.5.1.4.1.1.1.1"
     found.SOPInstanceUID = generate_uid()
@@ -62,14 +63,14 @@ def _plant(found: Dataset) -> None:
 
 @contextlib.contextmanager
 def _unheeded() -> Iterator[None]:
-    """pydicom warns of what is planted, which is no character set, and repeats it."""
+    """Silences pydicom's warning, which repeats the planted text because it is not a valid character set."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
 def written(found: Dataset, *, syntax: str = ExplicitVRLittleEndian) -> bytes:
-    """The file. `syntax` is how its elements are written, and its pixels are taken to be."""
+    """Writes the file. `syntax` is how its elements are written and how its pixels are declared to be encoded."""
     found.file_meta = FileMetaDataset()
     found.file_meta.TransferSyntaxUID = syntax
     found.file_meta.MediaStorageSOPClassUID = found.SOPClassUID
@@ -81,7 +82,7 @@ def written(found: Dataset, *, syntax: str = ExplicitVRLittleEndian) -> bytes:
 
 
 def dicom(values: Values, *, syntax: str = ExplicitVRLittleEndian, **more: Any) -> bytes:
-    """A file of these values, uncompressed."""
+    """Writes these values to an uncompressed file."""
     return written(data_set(values, **more), syntax=syntax)
 
 
@@ -90,7 +91,7 @@ def implicit(values: Values, **more: Any) -> bytes:
 
 
 def compressed(values: Values, syntax: str, **more: Any) -> bytes:
-    """By pydicom's own encoders."""
+    """Compresses with pydicom's own encoders."""
     found = data_set(values, **more)
     found.file_meta = FileMetaDataset()
     found.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
@@ -100,7 +101,7 @@ def compressed(values: Values, syntax: str, **more: Any) -> bytes:
 
 
 def with_frames(found: Dataset, frames: list[bytes], syntax: str) -> bytes:
-    """A file whose compressed frames are these, whatever they are."""
+    """Writes a file with these bytes as its compressed frames, valid or not."""
     found.PixelData = encapsulate(frames)
     found["PixelData"].VR = "OB"
     found["PixelData"].is_undefined_length = True
@@ -108,7 +109,7 @@ def with_frames(found: Dataset, frames: list[bytes], syntax: str) -> bytes:
 
 
 def lossless_jpeg(values: Values, folder: Path, **more: Any) -> bytes:
-    """By GDCM, for pydicom has no encoder of it."""
+    """Compresses with GDCM, because pydicom has no encoder for lossless JPEG."""
     import gdcm
 
     plain, packed = folder / "plain.dcm", folder / "packed.dcm"
@@ -127,7 +128,7 @@ def lossless_jpeg(values: Values, folder: Path, **more: Any) -> bytes:
 
 
 def radiograph(rows: int = 48, columns: int = 40, *, bits: int = 12) -> Values:
-    """Smooth, with every quarter of its range in it."""
+    """Returns a smooth picture that covers every quarter of its value range."""
     y, x = np.mgrid[0:rows, 0:columns]
     top: int = 2**bits - 1
     return ((y * 3 + x * 7) % (rows + columns) * top // (rows + columns - 1)).astype(np.uint16)

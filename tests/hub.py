@@ -1,6 +1,6 @@
-"""A hub on the loopback interface, and a cache as the hub's client leaves it: no more of either than the client needs.
+"""A hub on the loopback interface, and a cache as the hub's client leaves it; each has only what the client needs.
 
-Written from the hub's API and not from the code that uses the client, so that the client itself is tested along.
+Written from the hub's API rather than from the code that uses the client, so the client itself is tested too.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from tests.original import Kind, write_original
 from tests.tiny import edit_json
 
 OLD, NEW = "a" * 40, "b" * 40
-# Each id's folders by revision, the newest last.
+# For each id, its folders by revision, newest last.
 Repositories = Mapping[str, Mapping[str, Path]]
 
 
 def write_lora(folder: Path) -> dict[str, Path]:
-    """A LoRA that names base and tower by hub ids, and those, by id."""
+    """Writes a LoRA that names its base and tower by hub id; returns the folders of all three by id."""
     original = write_original(folder, Kind(layout="lora"))
     assert original.base is not None
     edit_json(original.folder / "adapter_config.json", lambda c: c.update(base_model_name_or_path="owner/base"))
@@ -36,7 +36,7 @@ def write_lora(folder: Path) -> dict[str, Path]:
 
 
 def fill_cache(cache: Path, repo_id: str, folders: Mapping[str, Path]) -> None:
-    """A folder for each revision, and which of them was the newest."""
+    """Writes a snapshot folder for each revision, and a `main` reference to the newest."""
     root = cache / f"models--{repo_id.replace('/', '--')}"
     (root / "refs").mkdir(parents=True, exist_ok=True)
     for revision, folder in folders.items():
@@ -45,7 +45,7 @@ def fill_cache(cache: Path, repo_id: str, folders: Mapping[str, Path]) -> None:
 
 
 def use_cache(monkeypatch: pytest.MonkeyPatch, cache: Path, url: str | None = None) -> None:
-    """What this process's client uses; without a `url` there is no network."""
+    """Points this process's client at a cache and a hub; without a `url` the client is offline."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", url is None)
     if url is not None:
@@ -67,7 +67,7 @@ def hub_of(repositories: Repositories) -> Iterator[Hub]:
 
 
 class Hub(ThreadingHTTPServer):
-    """`asked` is what it has been asked for."""
+    """Serves repositories. `asked` lists the requests it has received."""
 
     def __init__(self, repositories: Repositories) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -80,7 +80,7 @@ class Hub(ThreadingHTTPServer):
 
     @property
     def sent(self) -> list[str]:
-        """Names of the files it has sent."""
+        """Names of the files that were downloaded."""
         return sorted(path.rsplit("/", 1)[1] for path in self.asked if re.match("GET .*/resolve/", path))
 
 
@@ -102,7 +102,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.answer(b"", 404)
 
     def tell(self, repo_id: str, revision: str, *, is_tree: bool) -> None:
-        """What is in a revision, in two spellings."""
+        """Sends the list of a revision's files, in the format of either endpoint."""
         if (found := self.find(repo_id, revision)) is None:
             return
         files = [(file.name, file.stat().st_size, digest(file)) for file in sorted(found[1].iterdir())]

@@ -1,8 +1,8 @@
-"""Small random checkpoints in the original LLaVA code's layouts, and a slow, plain restatement of how it answers.
+"""Small random checkpoints in the original LLaVA code's layouts, and a slow, plain reference of how it answers.
 
 Names and shapes of weights are written key by key from the format's description, not from the loader's tables. The
-restatement handles one prompt at a time, looks at everything anew for every token, and shares no code with what it
-checks but transformers' CLIP and Llama.
+reference handles one prompt at a time, recomputes everything for every token, and shares only transformers' CLIP and
+Llama with the code it checks.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Kind:
-    """What is told apart: architecture, layout, files, and how pictures become tokens."""
+    """How checkpoints differ: architecture, layout, files, and how pictures become tokens."""
 
     decoder: str = "llama"
     layout: str = "full"
@@ -57,13 +57,13 @@ class Kind:
 
     @property
     def num_features(self) -> int:
-        """Of the tower, per patch: at two scales twice as many."""
+        """The tower's features per patch: twice as many at two scales."""
         return VISION * (2 if self.s2 else 1)
 
 
 @dataclass
 class Original:
-    """A checkpoint on disk and, in memory, what it must come to."""
+    """A checkpoint on disk and, in memory, the configuration and weights that loading it must yield."""
 
     kind: Kind
     folder: Path
@@ -79,7 +79,7 @@ def random_tensor(generator: torch.Generator, *shape: int, scale: float = 0.15) 
 
 
 def decoder_weights(generator: torch.Generator, rows: int, *, kv_heads: int) -> Tensors:
-    """Llama and Mistral alike."""
+    """Draws a decoder's weights; Llama and Mistral have the same names."""
     weights = {
         "model.embed_tokens.weight": random_tensor(generator, rows, HIDDEN, scale=1.0),
         "model.norm.weight": 1 + random_tensor(generator, HIDDEN),
@@ -100,7 +100,7 @@ def decoder_weights(generator: torch.Generator, rows: int, *, kv_heads: int) -> 
 
 
 def tower_weights(generator: torch.Generator) -> Tensors:
-    """A CLIP vision model as transformers 4 saves it."""
+    """Draws the weights of a CLIP vision model, named as transformers 4 saves them."""
     name = "vision_model.embeddings"
     weights = {
         f"{name}.class_embedding": random_tensor(generator, VISION),
@@ -145,7 +145,7 @@ def projector_weights(generator: torch.Generator, kind: Kind) -> Tensors:
 
 
 def write_original(root: Path, kind: Kind, seed: int = 0) -> Original:
-    """The checkpoint, its base if it has one, and its tower beside it."""
+    """Writes the checkpoint, its base if it has one, and its tower beside it."""
     generator = torch.Generator().manual_seed(seed)
     base = None if kind.layout == "full" else root / "decoder"
     folder = root / "checkpoint"
@@ -195,7 +195,7 @@ def write_original(root: Path, kind: Kind, seed: int = 0) -> Original:
         write_model(base, decoder, kind)
     if kind.layout == "projector":
         torch.save(own, folder / "mm_projector.bin")
-        # The original code rounds it so, and only it.
+        # The original code rounds the projector to float16, and nothing else.
         weights |= {name: value.half().float() for name, value in own.items()}
     if kind.layout == "lora":
         weights |= write_lora(folder, own, decoder, generator)
@@ -222,7 +222,7 @@ def text_config(kind: Kind, rows: int, kv_heads: int) -> dict[str, Any]:
 
 
 def write_lora(folder: Path, own: Tensors, decoder: Tensors, generator: torch.Generator) -> Tensors:
-    """Adapter and other trained weights, under PEFT's names; returns the decoder's weights that change."""
+    """Writes adapter and other trained weights under PEFT's names; returns the decoder's weights that change."""
     rank, alpha, changed = 4, 16, {}
     adapter: Tensors = {}
     for name in [name for name in decoder if name.endswith("_proj.weight")]:
@@ -256,7 +256,7 @@ def write_model(folder: Path, tensors: Tensors, kind: Kind) -> None:
 
 
 def write_tower(folder: Path, tensors: Tensors) -> None:
-    """As the hub has CLIP: both halves in one model."""
+    """Writes a tower as CLIP is on the hub: both halves in one model."""
     folder.mkdir()
     text_half = {"logit_scale": torch.ones(()), "text_model.final_layer_norm.bias": torch.zeros(3)}
     torch.save({**tensors, **text_half}, folder / "pytorch_model.bin")
@@ -277,7 +277,7 @@ TOWER_CONFIG = {
 
 
 def write_tokenizer(folder: Path, kind: Kind) -> int:
-    """A byte-level one as tokenizer.json, or a trained sentencepiece model; returns how many tokens there are."""
+    """Writes a byte-level tokenizer.json or a trained sentencepiece model; returns the number of tokens."""
     extra = ["<im_start>", "<im_end>"] if kind.start_end else []
     if kind.tokenizer == "fast":
         tokenizer = build_tokenizer()
@@ -316,11 +316,11 @@ def write_json(path: Path, content: object) -> None:
     path.write_text(json.dumps(content, indent=2))
 
 
-# --- the restatement -------------------------------------------------------------------------------------------------
+# --- the reference implementation ------------------------------------------------------------------------------------
 
 
 def prompt_ids(prompt: str, tokenize: Any, bos: int) -> list[int]:
-    """Every piece between images is tokenized as a text of its own; one BOS stays, at the front."""
+    """Tokenizes every piece between images as a separate text; only the first BOS is kept."""
     pieces = [tokenize(piece) for piece in prompt.split("<image>")]
     assert all(piece[0] == bos for piece in pieces)
     ids = [bos, *pieces[0][1:]]
@@ -330,12 +330,12 @@ def prompt_ids(prompt: str, tokenize: Any, bos: int) -> list[int]:
 
 
 def resized(image: Image.Image, size: tuple[int, int], filter_: Image.Resampling) -> Image.Image:
-    """As Pillow up to 12 resizes every picture: the rows, then the columns."""
+    """Resizes as Pillow up to version 12 does for every picture: the rows, then the columns."""
     return image.resize((size[0], image.height), filter_).resize(size, filter_)
 
 
 def to_pixels(image: Image.Image, side: int = SIDE) -> torch.Tensor:
-    """What CLIP's processor does: shortest edge, centre, scale, normalise."""
+    """Does what CLIP's processor does: resizes the shortest edge, crops the centre, scales, normalises."""
     width, height = image.size
     target = (side, int(side * height / width)) if width <= height else (int(side * width / height), side)
     image = resized(image, target, Image.Resampling.BICUBIC)
@@ -377,7 +377,7 @@ def anyres_pixels(image: Image.Image) -> torch.Tensor:
 
 
 def image_rows(original: Original, image: Image.Image) -> torch.Tensor:
-    """(image tokens, hidden) of one picture."""
+    """Returns one picture's embeddings, (image tokens, hidden)."""
     kind, weights = original.kind, original.weights
     if kind.aspect == "anyres":
         pixels = anyres_pixels(image)
@@ -404,7 +404,7 @@ def image_rows(original: Original, image: Image.Image) -> torch.Tensor:
 
 
 def two_scales(tower: CLIPVisionModel, pixels: torch.Tensor) -> torch.Tensor:
-    """S2: the picture as a whole, beside the mean over its four quarters' patches at twice the size."""
+    """Computes S2: the whole picture's features beside the pooled features of its four quarters at twice the size."""
     small = functional.interpolate(pixels, size=(SIDE, SIDE), mode="bicubic")
     whole = tower(small, output_hidden_states=True).hidden_states[-2][:, 1:]
     large = torch.zeros(2 * GRID, 2 * GRID, VISION)
@@ -445,7 +445,7 @@ def answer_plainly(
     num_tokens: int,
     encode: Callable[[Original, Image.Image], torch.Tensor] = image_rows,
 ) -> tuple[list[int], torch.Tensor]:
-    """Greedy tokens up to the end token, and the logits they were drawn from; the whole sequence anew each time."""
+    """Returns greedy tokens up to the end token, and their logits; recomputes the whole sequence for each token."""
     text = {name: original.config[name] for name in text_config(original.kind, 1, 1)}
     config = AutoConfig.for_model(original.kind.decoder, **{**text, "vocab_size": original.num_tokens})
     decoder = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval().float()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 class Payload:
-    """Would run a command where it is unpickled without care."""
+    """Runs a command if it is unpickled without care."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker

@@ -1,7 +1,7 @@
-"""A RaDialog checkpoint with a tower of full size and a small decoder, and a slow, plain restatement of how it looks.
+"""A RaDialog checkpoint with a full-size tower and a small decoder, and a slow, plain reference of its image encoding.
 
-Names are written key by key as its training saves them: all that was trained beside the LoRA, and every buffer, also
-those that can be computed. The restatement computes with tensors by name and shares no code with what it checks.
+Names are written key by key as its training saves them: everything trained beside the LoRA, and every buffer, even
+those that can be computed. The reference computes with tensors by name and shares no code with what it checks.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ Make = Callable[..., torch.Tensor]
 
 
 def empty(*shape: int) -> torch.Tensor:
-    """Zeros that take no space on disk."""
+    """Returns zeros that take no space on disk."""
     return torch.zeros(()).expand(shape)
 
 
 def random_like_trained(seed: int) -> Make:
-    """Weights of a size that keeps the activations of a deep network near one, in bfloat16 as they are released."""
+    """Returns a maker of weights scaled to keep a deep network's activations near one, in bfloat16 as released."""
     generator = torch.Generator().manual_seed(seed)
 
     def make(*shape: int) -> torch.Tensor:
@@ -79,7 +79,7 @@ def pooler_weights(make: Make) -> Tensors:
 
 
 def tower_weights(make: Make) -> Tensors:
-    """Everything in BioViL-T's image model, with what no language model reads."""
+    """Makes every weight of BioViL-T's image model, including those that no language model reads."""
     return {
         **{f"encoder.encoder.{name}": value for name, value in trunk_weights(make).items()},
         "encoder.backbone_to_vit.weight": make(256, 2048, 1, 1),
@@ -93,7 +93,7 @@ def tower_weights(make: Make) -> Tensors:
 
 
 def own_weights(make: Make) -> Tensors:
-    """What the training saves beside the LoRA, without PEFT's prefix."""
+    """Makes the weights that the training saves beside the LoRA, without PEFT's prefix."""
     weights = {f"model.vision_tower.{name}": value for name, value in tower_weights(make).items()}
     for index, width in ((0, FEATURES), (2, HIDDEN)):
         weights[f"model.mm_projector.{index}.weight"] = make(HIDDEN, width)
@@ -105,7 +105,7 @@ def own_weights(make: Make) -> Tensors:
 
 
 def write_radialog(root: Path, make: Make) -> Original:
-    """The checkpoint over a whole LLaVA-1.5, whose projector is of another shape and whose tower is another."""
+    """Writes the checkpoint on top of a complete LLaVA-1.5 that has another tower and a projector of another shape."""
     base = write_original(root / "base", Kind(tokenizer="slow"))
     folder = root / "checkpoint"
     folder.mkdir()
@@ -127,7 +127,7 @@ def write_radialog(root: Path, make: Make) -> Original:
 
 
 def edit_own(folder: Path, edit: Callable[[Tensors], object]) -> None:
-    """Read what lies beside the LoRA, let `edit` change it in place, write."""
+    """Reads the weights saved beside the LoRA, lets `edit` change them in place, and writes them back."""
     tensors = torch.load(folder / FILE, weights_only=True)
     edit(tensors)
     torch.save(tensors, folder / FILE)
@@ -137,11 +137,12 @@ def edit_config(folder: Path, **changes: object) -> None:
     write_json(folder / "config.json", {**json.loads((folder / "config.json").read_text()), **changes})
 
 
-# --- the restatement -------------------------------------------------------------------------------------------------
+# --- the reference implementation ------------------------------------------------------------------------------------
 
 
 def to_pixels(image: Image.Image) -> torch.Tensor:
-    """Contrast by the picture's own values, the shorter side 512, the central 448; no mean, no deviation."""
+    """Stretches contrast to the picture's own range, resizes the shorter side to 512, crops the central 448; subtracts
+    no mean and divides by no deviation."""
     values = np.asarray(image).astype(float)
     values -= values.min()
     values /= values.max()
@@ -180,7 +181,7 @@ def trunk_features(weights: Tensors, pixels: torch.Tensor) -> torch.Tensor:
 
 @torch.inference_mode()
 def radiograph_rows(original: Original, image: Image.Image) -> torch.Tensor:
-    """(196, hidden) of one picture that has no prior."""
+    """Returns the embeddings of one picture without a prior, (196, hidden)."""
     tower = {name: value.float() for name, value in original.tower.items()}
     trunk = {name.removeprefix("encoder.encoder."): value for name, value in tower.items()}
     static = functional.conv2d(trunk_features(trunk, to_pixels(image)), tower["encoder.backbone_to_vit.weight"])

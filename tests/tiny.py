@@ -1,6 +1,6 @@
-"""A LLaVA small enough to make in a test: random weights, a byte-level tokenizer, llava-hf layout, about 250 kB.
+"""A LLaVA small enough to build in a test: random weights, a byte-level tokenizer, llava-hf layout, about 250 kB.
 
-The names of weights are derived here from the transformers module, not from our key tables: each checks the other.
+Weight names are derived here from the transformers module, not from our key tables: each checks the other.
 """
 
 import json
@@ -44,7 +44,7 @@ CHAT_TEMPLATE = (
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte, and `<unk> <s> </s> <image>`."""
+    """Builds a tokenizer with one token per byte, plus `<unk> <s> </s> <image>`."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     raw = Tokenizer(models.BPE({text: index for index, text in enumerate(["<unk>", "<s>", "</s>", *alphabet])}, []))
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -59,7 +59,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_vision_config() -> CLIPVisionConfig:
-    """A tower of three layers; weights large enough for varied answers."""
+    """Describes a tower of three layers with weights large enough for varied answers."""
     return CLIPVisionConfig(
         hidden_size=VISION_HIDDEN,
         intermediate_size=32,
@@ -72,7 +72,7 @@ def build_vision_config() -> CLIPVisionConfig:
 
 
 def build_text_config(vocab_size: int, context_length: int) -> LlamaConfig:
-    """A decoder of two layers with two heads to a KV group; weights large enough for varied answers."""
+    """Describes a decoder of two layers, two heads per KV group, with weights large enough for varied answers."""
     return LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=HIDDEN,
@@ -89,7 +89,7 @@ def build_text_config(vocab_size: int, context_length: int) -> LlamaConfig:
 
 
 def build_reference_model(seed: int = 0) -> LlavaForConditionalGeneration:
-    """The model as transformers builds it, float32, in evaluation mode; weights large enough for varied answers."""
+    """Builds the model with transformers: float32, in evaluation mode, with weights large enough for varied answers."""
     tokenizer = build_tokenizer()
     config = LlavaConfig(
         vision_config=build_vision_config(),
@@ -111,8 +111,8 @@ def build_reference_model(seed: int = 0) -> LlavaForConditionalGeneration:
 def write_checkpoint(
     folder: Path, model: LlavaForConditionalGeneration, *, names: Names = "hub", num_shards: int = 1
 ) -> Path:
-    """Everything a llava-hf folder holds. `names`: as on the hub (transformers 4), as transformers 5 saves them, or as
-    its modules are called."""
+    """Writes everything a llava-hf folder holds. `names`: weight names as on the hub (transformers 4), as transformers
+    5 saves them, or as its modules are called."""
     folder.mkdir(parents=True, exist_ok=True)
     rename = {"hub": hub_name, "saved": saved_name, "module": str}[names]
     write_weights(folder, {rename(name): value for name, value in model.state_dict().items()}, num_shards=num_shards)
@@ -138,7 +138,7 @@ def write_checkpoint(
 
 
 def write_weights(folder: Path, tensors: dict[str, torch.Tensor], *, num_shards: int = 1) -> None:
-    """One safetensors file, or several with an index."""
+    """Writes one safetensors file, or several with an index."""
     contiguous = {name: value.contiguous() for name, value in tensors.items()}
     if num_shards == 1:
         save_file(contiguous, folder / "model.safetensors", metadata={"format": "pt"})
@@ -153,14 +153,14 @@ def write_weights(folder: Path, tensors: dict[str, torch.Tensor], *, num_shards:
 
 
 def hub_name(name: str) -> str:
-    """transformers 4: the tower inside `vision_model`, the decoder with its head inside `language_model`."""
+    """Names as in transformers 4: the tower inside `vision_model`, the decoder and its head inside `language_model`."""
     if name.startswith("model.vision_tower."):
         return name.replace("model.vision_tower.", "vision_tower.vision_model.", 1)
     return saved_name(name)
 
 
 def saved_name(name: str) -> str:
-    """transformers 5 writes the old prefixes, but leaves `vision_model` out."""
+    """Names as in transformers 5, which writes the old prefixes but leaves `vision_model` out."""
     if name == "lm_head.weight":
         return "language_model.lm_head.weight"
     if name.startswith("model.language_model."):
@@ -173,12 +173,12 @@ def write_json(path: Path, content: object) -> None:
 
 
 def edit_json(path: Path, edit: Callable[[dict], object]) -> None:
-    """Read, let `edit` change it in place, write."""
+    """Reads a JSON file, lets `edit` change its content in place, and writes it back."""
     content = json.loads(path.read_text())
     edit(content)
     write_json(path, content)
 
 
 def cut_short(path: Path, *, keep: int) -> None:
-    """Leave only the first `keep` bytes of a file."""
+    """Truncates a file to its first `keep` bytes."""
     os.truncate(path, keep)

@@ -1,4 +1,4 @@
-"""The tables hold every field of transformers' classes that changes what is computed, with the same defaults."""
+"""The tables hold every field of transformers' classes that affects the computation, with the same defaults."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from llava_core.fields import Fields
 
 CLASSES = {"llama": LlamaConfig, "mistral": MistralConfig, "clip_vision_model": CLIPVisionConfig}
 CLASSES |= {"siglip_vision_model": SiglipVisionConfig}
-# How a model is run, and what a LLaVA says for itself.
+# Fields about how a model is run, and fields that a LLaVA has on its own level.
 NOT_COMPUTED = {"model_type", "use_cache", "pretraining_tp", "tie_word_embeddings"}
 
 
@@ -23,21 +23,21 @@ def read(kind: str, **values: Any) -> Any:
 
 
 @pytest.mark.parametrize("kind", CLASSES)
-def test_no_field_that_changes_what_is_computed_is_left_out(kind: str) -> None:
+def test_no_field_that_affects_the_computation_is_missing(kind: str) -> None:
     table = DECODER_FIELDS if kind in ("llama", "mistral") else TOWER_FIELDS
     declared = set(CLASSES[kind]().to_dict()) - set(PreTrainedConfig().to_dict())
     assert declared - NOT_COMPUTED <= set(table)
 
 
 @pytest.mark.parametrize("kind", CLASSES)
-def test_what_is_left_out_is_what_the_class_has(kind: str) -> None:
+def test_missing_fields_take_the_defaults_of_the_class(kind: str) -> None:
     expected = CLASSES[kind]().to_dict()
     got = CLASSES[kind](**read(kind)).to_dict()
     assert got == expected
 
 
 @pytest.mark.parametrize("kind", CLASSES)
-def test_all_that_a_class_saves_is_read_again(kind: str) -> None:
+def test_everything_a_class_saves_is_read_back(kind: str) -> None:
     config = CLASSES[kind](hidden_size=64, num_attention_heads=8, intermediate_size=7, hidden_act="relu")
     once = read(kind, **config.to_dict())
     assert read(kind, **once) == once
@@ -45,11 +45,11 @@ def test_all_that_a_class_saves_is_read_again(kind: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(KNOWN_TOWERS))
-def test_the_known_towers_are_what_the_table_reads(name: str) -> None:
+def test_known_towers_are_read_unchanged(name: str) -> None:
     assert read_tower(Fields(KNOWN_TOWERS[name])) == KNOWN_TOWERS[name]
 
 
-def test_null_is_not_the_default_where_it_means_something_else() -> None:
+def test_null_differs_from_a_missing_field_where_it_has_a_meaning() -> None:
     assert "sliding_window" not in read("mistral")
     assert read("mistral", sliding_window=None)["sliding_window"] is None
     assert read("mistral")["num_key_value_heads"] == 8
@@ -59,7 +59,7 @@ def test_null_is_not_the_default_where_it_means_something_else() -> None:
 
 
 @pytest.mark.parametrize("name", ["gelu", "gelu_fast", "gelu_new", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu"])
-def test_every_known_activation_is_one_of_transformers(name: str) -> None:
+def test_every_known_activation_exists_in_transformers(name: str) -> None:
     assert read("llama", hidden_act=name)["hidden_act"] == name
     assert name in ACT2FN
 
@@ -81,7 +81,7 @@ ROPES: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("rope", ROPES)
-def test_every_way_of_stretching_positions_is_kept_as_it_is(rope: dict[str, Any]) -> None:
+def test_every_kind_of_rope_scaling_is_kept(rope: dict[str, Any]) -> None:
     for name, value in rope.items():
         assert read("llama", **rope)[name] == value
 
@@ -105,6 +105,6 @@ def test_every_way_of_stretching_positions_is_kept_as_it_is(rope: dict[str, Any]
         ("siglip_vision_model", {"image_size": 10**400}, "image_size must be a whole number"),
     ],
 )
-def test_what_cannot_be_built_is_named(kind: str, values: dict[str, Any], named: str) -> None:
+def test_unbuildable_configurations_name_the_field(kind: str, values: dict[str, Any], named: str) -> None:
     with pytest.raises(CheckpointError, match=rf"^part\..*{named}"):
         read(kind, **values)

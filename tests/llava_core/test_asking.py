@@ -1,4 +1,4 @@
-"""`llava ask`: JSON with exactly what other programs compare, files of questions, and mistakes named by line."""
+"""`llava ask`: JSON with exactly the fields that other programs compare, question files, and one-line errors."""
 
 import json
 import random
@@ -45,7 +45,7 @@ def ask(checkpoint: Path, *arguments: str) -> dict[str, object]:
     return answer
 
 
-def test_json_has_prompt_ids_counts_answer_and_times(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_json_has_prompt_ids_counts_answer_and_timings(tiny_checkpoint: Path, tmp_path: Path) -> None:
     Image.new("RGB", (40, 30), "red").save(tmp_path / "red.png")
     picture = str(tmp_path / "red.png")
     answer = ask(tiny_checkpoint, "--image", picture, "--image", picture, "")
@@ -79,7 +79,7 @@ def write(tmp_path: Path, text: str) -> Path:
     return file
 
 
-def test_a_question_that_fails_does_not_stop_the_others(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_a_failed_question_does_not_stop_the_others(tiny_checkpoint: Path, tmp_path: Path) -> None:
     file = write(tmp_path, '{"text": "a", "image": "none.png", "id": 1}\n{"text": "b", "id": 2}\n')
     given = ["ask", "--model", str(tiny_checkpoint), "--max-tokens", "2", "--format", "json", "--questions", str(file)]
     result = CliRunner().invoke(main, given)
@@ -90,7 +90,7 @@ def test_a_question_that_fails_does_not_stop_the_others(tiny_checkpoint: Path, t
     assert "1 of 2 questions" in result.stderr
 
 
-def test_the_picture_that_is_none_is_named_among_those_that_are(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_an_invalid_picture_among_valid_ones_is_named(tiny_checkpoint: Path, tmp_path: Path) -> None:
     Image.new("RGB", (40, 30), "red").save(tmp_path / "red.png")
     (tmp_path / "text.png").write_text("not a picture")
     file = write(tmp_path, '{"text": "a", "images": ["red.png", "text.png", "red.png"]}\n')
@@ -132,7 +132,7 @@ BROKEN: dict[str, tuple[Callable[[Path], list[str]], str]] = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_what_is_wrong_is_told_before_anything_is_loaded(
+def test_mistakes_are_reported_before_anything_is_loaded(
     checkpoint_copy: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.setattr(asking, "load_model", lambda *_: pytest.fail("weights were read"))
@@ -142,7 +142,7 @@ def test_what_is_wrong_is_told_before_anything_is_loaded(
     assert named in result.stderr
 
 
-def test_torch_is_not_imported_for_what_can_be_told_without_it(checkpoint_copy: Path) -> None:
+def test_torch_is_not_imported_for_errors_found_without_it(checkpoint_copy: Path) -> None:
     break_shape(checkpoint_copy)
     code = (
         "import sys; from llava_core.cli import main\n"
@@ -154,7 +154,7 @@ def test_torch_is_not_imported_for_what_can_be_told_without_it(checkpoint_copy: 
 
 
 def scene_as_dicom(folder: Path) -> tuple[Path, Path]:
-    """A drawn scene in grey, as a PNG and as what a detector of 12 bits would store, where 0 is white."""
+    """Writes a drawn scene in grey as a PNG and as a 12-bit detector would store it, where 0 is white."""
     grey = draw_scene(sample_scene(random.Random(5))).convert("L")
     grey.save(folder / "scene.png")
     stored = 4095 - np.rint(np.asarray(grey) * (4095 / 255)).astype(np.uint16)
@@ -163,7 +163,7 @@ def scene_as_dicom(folder: Path) -> tuple[Path, Path]:
     return folder / "scene.png", folder / "scene.dcm"
 
 
-def test_a_radiograph_is_answered_as_the_picture_that_is_seen_in_it(tmp_path: Path) -> None:
+def test_a_dicom_file_is_answered_like_the_same_scene_as_png(tmp_path: Path) -> None:
     png, dcm = scene_as_dicom(tmp_path)
     answers = []
     for options in (["--image", str(png)], ["--image", str(dcm), "--window", "2"]):
@@ -178,7 +178,7 @@ def test_a_radiograph_is_answered_as_the_picture_that_is_seen_in_it(tmp_path: Pa
     )
 
 
-def test_json_tells_how_a_picture_was_seen_and_no_name(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_json_reports_the_image_transform_but_no_patient_data(tiny_checkpoint: Path, tmp_path: Path) -> None:
     _, dcm = scene_as_dicom(tmp_path)
     answer = ask(tiny_checkpoint, "--image", str(dcm), "--window", "100,4000.5", "--frame", "1", "What?")
     assert answer["image_transforms"][0]["window"] == {  # type: ignore[index]
@@ -188,7 +188,7 @@ def test_json_tells_how_a_picture_was_seen_and_no_name(tiny_checkpoint: Path, tm
 
 
 @pytest.mark.parametrize("window", ["0", "x", "40", "40,0", "40,-3", "1,2,3", "nan,1"])
-def test_a_window_that_is_none_or_not_there_is_refused(tiny_checkpoint: Path, tmp_path: Path, window: str) -> None:
+def test_an_invalid_or_missing_window_is_refused(tiny_checkpoint: Path, tmp_path: Path, window: str) -> None:
     _, dcm = scene_as_dicom(tmp_path)
     arguments = ["ask", "--model", str(tiny_checkpoint), "--image", str(dcm), "--window", window, "What?"]
     result = CliRunner().invoke(main, arguments)
@@ -196,7 +196,7 @@ def test_a_window_that_is_none_or_not_there_is_refused(tiny_checkpoint: Path, tm
     assert "there is no window 40" in result.stderr if window == "40" else "CENTRE,WIDTH" in result.stderr
 
 
-def test_how_a_picture_was_seen_is_a_line() -> None:
+def test_an_image_transform_is_shown_on_one_line() -> None:
     window = Window(40, 400.5, "SIGMOID", "values")
     seen = ImageTransform("DICOM", "MONOCHROME2", 16, True, 2, 3, (2.0, -1024.0), window=window)
     assert shown(seen) == (

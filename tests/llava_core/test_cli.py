@@ -1,4 +1,4 @@
-"""The `llava` command: answers as text and as JSON, mistakes as one line, offered commands found without an import."""
+"""The `llava` command: answers as text and JSON, one-line errors, plug-in commands listed without importing them."""
 
 import json
 import subprocess
@@ -32,14 +32,14 @@ def ask(checkpoint: Path, *arguments: str) -> tuple[int, str, str]:
     return run("ask", "--model", str(checkpoint), "--dtype", "float32", "--max-tokens", "6", *arguments, "What is it?")
 
 
-def test_an_answer_is_printed_and_is_the_same_every_time(tiny_checkpoint: Path, picture: Path) -> None:
+def test_an_answer_is_printed_and_reproducible(tiny_checkpoint: Path, picture: Path) -> None:
     first = ask(tiny_checkpoint, "--image", str(picture))
     assert first[0] == 0
     assert first == ask(tiny_checkpoint, "--image", str(picture))
     assert first[1].endswith("\n")
 
 
-def test_a_file_of_questions_is_answered_with_one_load(tiny_checkpoint: Path, picture: Path) -> None:
+def test_a_file_of_questions_is_answered(tiny_checkpoint: Path, picture: Path) -> None:
     lines = [{"question_id": 7, "text": "What?", "image": picture.name}, {"question": "Why?"}]
     file = picture.parent / "questions.jsonl"
     file.write_text("\n".join(map(json.dumps, lines)))
@@ -71,7 +71,7 @@ def test_a_seed_repeats_a_sampled_answer(tiny_checkpoint: Path) -> None:
         (("--max-tokens", "5000"), "context of 512"),
     ],
 )
-def test_a_mistake_is_one_line_without_a_traceback(
+def test_a_mistake_gives_an_error_without_a_traceback(
     tiny_checkpoint: Path, arguments: tuple[str, ...], named: str
 ) -> None:
     code, _, err = ask(tiny_checkpoint, *arguments)
@@ -80,17 +80,15 @@ def test_a_mistake_is_one_line_without_a_traceback(
     assert "Traceback" not in err
 
 
-def test_a_file_that_is_no_picture_is_one_line(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_a_file_that_is_no_picture_is_named(tiny_checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("not a picture")
     code, _, err = ask(tiny_checkpoint, "--image", str(tmp_path / "text.png"))
     assert code == 1
     assert err.startswith(f"Error: {tmp_path}/text.png: the data is not an image")
 
 
-def test_a_base_and_a_tower_that_are_fetched_are_named_and_do_not_spoil_the_answer(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A checkpoint of this machine that names them by id."""
+def test_downloads_are_logged_to_stderr_not_into_the_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A local checkpoint names its base and tower by hub id."""
     monkeypatch.chdir(tmp_path)
     folders = write_lora(tmp_path / "written")
     model = folders.pop("owner/lora")
@@ -110,7 +108,7 @@ def test_a_base_and_a_tower_that_are_fetched_are_named_and_do_not_spoil_the_answ
     ]
 
 
-def test_a_missing_model_is_one_line() -> None:
+def test_a_missing_model_gives_a_one_line_error() -> None:
     code, _, err = run("ask", "--model", "/no/such/model", "Hi")
     assert code == 1
     assert err.count("\n") == 1
@@ -118,7 +116,7 @@ def test_a_missing_model_is_one_line() -> None:
 
 @pytest.fixture
 def offered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Commands that packages offer: one that is there, and one whose import fails."""
+    """Commands offered by packages: one that can be imported and one that cannot."""
     points = {"hello": f"{__name__}:hello", "broken": "no_such_module:command"}
 
     def entry_points(*, group: str, name: str | None = None) -> list[EntryPoint]:
@@ -135,7 +133,7 @@ def hello() -> None:
 
 
 @pytest.mark.usefixtures("offered")
-def test_offered_commands_run_and_their_errors_are_one_line() -> None:
+def test_offered_commands_run_and_give_one_line_errors() -> None:
     assert run("hello") == (1, "", "Error: the engine has stopped\n")
 
 
@@ -163,7 +161,7 @@ def test_help_names_a_command_whose_package_is_missing(monkeypatch: pytest.Monke
     assert "pip install" in err
 
 
-def test_a_missing_module_of_our_own_is_a_defect_and_not_a_missing_extra(
+def test_a_missing_module_of_our_own_is_not_reported_as_an_extra(
     monkeypatch: pytest.MonkeyPatch, offered: None
 ) -> None:
     def load(_: EntryPoint) -> click.Command:

@@ -1,4 +1,4 @@
-"""config.json: what is read, which defaults stand in, and that every unsupported value is refused by name."""
+"""config.json: which fields are read, which defaults apply, and that every unsupported value is refused by name."""
 
 import copy
 import json
@@ -10,7 +10,7 @@ import pytest
 from llava_core.config import projector_depth, read_llava_hf_config
 from llava_core.errors import CheckpointError
 
-# As llava-hf/llava-1.5-7b-hf has it: the decoder's sizes are transformers' defaults and therefore absent.
+# From llava-hf/llava-1.5-7b-hf: the decoder's sizes are transformers' defaults and therefore absent.
 LLAVA_1_5_7B: dict[str, Any] = {
     "model_type": "llava",
     "image_token_index": 32000,
@@ -58,19 +58,19 @@ def test_a_config_saved_by_transformers_is_read(tiny_checkpoint: Path) -> None:
     assert (config.vision.image_size, config.hidden_size, config.context_length) == (28, 32, 512)
 
 
-def test_decoders_have_defaults_of_their_own() -> None:
+def test_each_decoder_has_its_own_defaults() -> None:
     minimal = {"model_type": "mistral"}
     assert read_llava_hf_config({**LLAVA_1_5_7B, "text_config": minimal}).context_length == 131_072
     assert read_llava_hf_config({**LLAVA_1_5_7B, "text_config": {}}).context_length == 2048
 
 
 @pytest.mark.parametrize(("kind", "depth"), [("identity", 0), ("linear", 1), ("mlp1x_gelu", 1), ("mlp12x_gelu", 12)])
-def test_a_projectors_name_tells_its_layers(kind: str, depth: int) -> None:
+def test_a_projectors_depth_follows_from_its_name(kind: str, depth: int) -> None:
     assert projector_depth(kind) == depth
 
 
 @pytest.mark.parametrize("kind", ["", "mlp0x_gelu", "mlp2x_relu", "mlp2x_gelu ", "resampler"])
-def test_a_projector_of_an_unknown_name_is_refused(kind: str) -> None:
+def test_an_unknown_projector_is_refused(kind: str) -> None:
     with pytest.raises(CheckpointError, match=f"mm_projector_type '{kind}' is unknown; known are linear, mlp<N>x_gelu"):
         projector_depth(kind)
 
@@ -120,6 +120,6 @@ def test_tied_embeddings_are_read_from_either_level() -> None:
         (changed(projector_hidden_act="relu"), "'relu'; only 'gelu'"),
     ],
 )
-def test_what_is_not_supported_is_named(config: dict[str, Any], named: str) -> None:
+def test_unsupported_values_are_named(config: dict[str, Any], named: str) -> None:
     with pytest.raises(CheckpointError, match=named):
         read_llava_hf_config(config)

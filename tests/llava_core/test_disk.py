@@ -1,4 +1,4 @@
-"""Files and folders that are to be on the disk before anything else happens."""
+"""Flushing files and folders to disk."""
 
 import os
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 from llava_core.disk import flush
 
 
-def test_what_is_flushed_is_what_was_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_named_file_or_folder_is_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "written"
     file.write_text("words")
     flushed: list[int] = []
@@ -18,7 +18,7 @@ def test_what_is_flushed_is_what_was_named(tmp_path: Path, monkeypatch: pytest.M
     assert flushed == [file.stat().st_ino, tmp_path.stat().st_ino]
 
 
-def test_no_file_stays_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_file_stays_open_after_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(_: int) -> None:
         raise OSError("no room")
 

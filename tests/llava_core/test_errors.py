@@ -1,4 +1,4 @@
-"""The error tree: one base, drawn in the module's docstring, and every class survives pickling with all it carries."""
+"""The error tree: one base class, the tree in the module's docstring, and pickling that keeps every field."""
 
 import pickle
 
@@ -35,7 +35,7 @@ def tree(cls: type[Exception]) -> list[type[Exception]]:
     return [cls, *(below for child in ours for below in tree(child))]
 
 
-def test_every_class_of_the_module_is_in_one_tree_and_in_its_drawing() -> None:
+def test_every_class_is_in_the_tree_and_in_the_docstring() -> None:
     defined = {value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, Exception)}
     assert set(tree(LlavaError)) == defined
     assert errors.__doc__ is not None
@@ -54,7 +54,7 @@ def test_pickling_keeps_class_message_and_fields(error: LlavaError) -> None:
     assert vars(copied) == vars(error)
 
 
-def test_request_errors_know_their_field_and_a_stable_code() -> None:
+def test_request_errors_have_a_field_and_a_stable_code() -> None:
     assert RequestError("x").code == "invalid_value"
     assert ImageError("x", param="image").code == "invalid_image"
     assert PromptTooLongError("x").code == "context_length_exceeded"
@@ -63,6 +63,6 @@ def test_request_errors_know_their_field_and_a_stable_code() -> None:
     assert str(unknown) == "unknown model 'b'; known are: a, c"
 
 
-def test_of_a_long_name_the_beginning_is_repeated() -> None:
+def test_a_long_unknown_name_is_shortened() -> None:
     message = UnknownNameError("model", "m" * 5000, ["tiny"]).message
     assert message == f"unknown model {'m' * 100!r}; known are: tiny"

@@ -1,4 +1,4 @@
-"""A whole model in one process: answers stream, equal transformers' own, and an abandoned one leaves nothing behind."""
+"""A whole model in one process: answers stream, equal transformers' own, and leave nothing behind when abandoned."""
 
 import io
 from dataclasses import replace
@@ -79,7 +79,7 @@ def test_the_default_model_answers_in_every_precision(dtype: Any, quantization: 
         assert "".join(delta.text for delta in model.stream(ask(question, buffer.getvalue()))) == answer
 
 
-def test_the_last_delta_tells_reason_usage_and_times(model: LocalModel) -> None:
+def test_the_last_delta_carries_reason_usage_and_times(model: LocalModel) -> None:
     deltas = list(model.stream(ask("Hi", picture(1), picture(2), max_tokens=5)))
     assert all(delta.finish_reason is None for delta in deltas[:-1])
     last = deltas[-1]
@@ -90,7 +90,7 @@ def test_the_last_delta_tells_reason_usage_and_times(model: LocalModel) -> None:
     assert {"queue", "prefill", "decode"} <= set(last.stage_ms)
 
 
-def test_streams_read_in_turns_do_not_mix(model: LocalModel) -> None:
+def test_interleaved_streams_do_not_mix(model: LocalModel) -> None:
     requests = [ask("What is it?", picture(1), name="a"), ask("And this?", picture(2), max_tokens=7, name="b")]
     alone = {request.request_id: list(model.stream(request)) for request in requests}
     streams = {request.request_id: model.stream(request) for request in requests}
@@ -120,7 +120,7 @@ def test_a_bad_picture_is_refused_before_anything_is_queued(model: LocalModel) -
     assert not model.engine.has_work
 
 
-def test_a_second_question_about_a_picture_runs_the_tower_no_more(model: LocalModel, tiny_checkpoint: Path) -> None:
+def test_a_second_question_about_a_picture_does_not_rerun_the_tower(model: LocalModel, tiny_checkpoint: Path) -> None:
     uncached = LocalModel(tiny_checkpoint, options=LoadOptions(dtype="float32"), cache_bytes=0)
     runs: list[object] = []
     model.tower.register_forward_pre_hook(lambda *inputs: runs.append(inputs))
@@ -128,7 +128,7 @@ def test_a_second_question_about_a_picture_runs_the_tower_no_more(model: LocalMo
         answers = [[d.token_ids for d in each.stream(ask(question, picture(1)))] for each in (model, uncached)]
         assert answers[0] == answers[1]
     assert len(runs) == 1
-    # The engine has read it and changed nothing.
+    # The engine has used the cached features without changing them.
     (prepared,) = model.preparer.prepare(ask("", picture(1))).images
     kept = model.feature_cache.get(prepared.digest)
     assert kept is not None
@@ -136,12 +136,12 @@ def test_a_second_question_about_a_picture_runs_the_tower_no_more(model: LocalMo
     assert uncached.feature_cache.num_bytes == 0
 
 
-def test_a_folder_that_is_not_there_is_named() -> None:
+def test_a_missing_folder_is_named() -> None:
     with pytest.raises(CheckpointError, match="/no/such/model"):
         LocalModel("/no/such/model")
 
 
-def test_an_answerer_gives_every_sample_the_answer_it_gets_alone(model: LocalModel) -> None:
+def test_an_answerer_gives_every_sample_the_same_answer_as_alone(model: LocalModel) -> None:
     samples = [Sample(str(index), "kind", f"Question {index}?", "", picture(index)) for index in range(5)]
     answers = {answer.sample.id: answer.text for answer in LocalAnswerer(model, together=3).answer(samples)}
     assert set(answers) == {sample.id for sample in samples}
@@ -150,7 +150,7 @@ def test_an_answerer_gives_every_sample_the_answer_it_gets_alone(model: LocalMod
         assert answers[sample.id] == "".join(delta.text for delta in alone)
 
 
-def test_a_text_that_goes_on_is_not_put_into_a_template(model: LocalModel) -> None:
+def test_a_completion_prompt_is_not_put_into_a_template(model: LocalModel) -> None:
     ids = tuple(token for token, _, _ in model.preparer.tokenizer.encode("Once upon"))
     sampling = SamplingParams(max_tokens=8, ignore_eos=True)
     by_text = list(model.stream(CompletionRequest("r", "Once upon", sampling)))
@@ -159,6 +159,6 @@ def test_a_text_that_goes_on_is_not_put_into_a_template(model: LocalModel) -> No
     assert by_text[-1].usage is not None
     assert by_text[-1].usage.prompt_tokens == 1 + len(ids)
     tokens = [token for delta in by_text for token in delta.token_ids]
-    # The tiny tokenizer has bytes for tokens: nothing of them is lost, white space neither.
+    # The tiny tokenizer's tokens are bytes, and none of them is lost, not even white space.
     spelled = b"".join(model.preparer.tokenizer.token_bytes(token) for token in tokens if token > 2)
     assert "".join(delta.text for delta in by_text) == spelled.decode(errors="replace")

@@ -1,4 +1,4 @@
-"""The cache against a slow, obvious model: what was used longest ago goes first, and never too many bytes are kept."""
+"""The cache against a slow, obvious model: least recently used entries are evicted first, and the byte limit holds."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from llava_core.lru import LruCache
 
 KEYS = st.sampled_from("abcde")
-# A key alone is looked up; one with a size is kept.
+# A key without a size is looked up; one with a size is stored.
 STEPS = st.lists(st.tuples(KEYS, st.none() | st.integers(1, 12)), max_size=40)
 
 
 class SlowCache:
-    """All that was ever kept, newest use last; what still counts is reckoned anew each time."""
+    """Keeps entries in order of use, the latest last, and recomputes the total size each time."""
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
@@ -38,7 +38,7 @@ class SlowCache:
 
 
 @given(max_bytes=st.integers(0, 20), steps=STEPS)
-def test_it_keeps_what_the_slow_one_keeps(max_bytes: int, steps: list[tuple[str, int | None]]) -> None:
+def test_the_cache_keeps_the_same_entries_as_the_slow_one(max_bytes: int, steps: list[tuple[str, int | None]]) -> None:
     cache, slow = LruCache[int](max_bytes), SlowCache(max_bytes)
     hits = looked_up = 0
     for value, (key, size) in enumerate(steps):
@@ -56,7 +56,7 @@ def test_it_keeps_what_the_slow_one_keeps(max_bytes: int, steps: list[tuple[str,
     assert [cache.get(key) for key in "abcde"] == [slow.get(key) for key in "abcde"]
 
 
-def test_threads_get_their_own_keys_values_and_the_books_stay_right() -> None:
+def test_concurrent_threads_get_the_right_values_and_counts() -> None:
     cache = LruCache[tuple[str, int]](300)
     keys = [str(number) for number in range(20)]
 
@@ -77,7 +77,7 @@ def test_threads_get_their_own_keys_values_and_the_books_stay_right() -> None:
     assert cache.num_bytes == 0
 
 
-def test_a_size_that_makes_no_sense_is_refused() -> None:
+def test_impossible_sizes_are_refused() -> None:
     with pytest.raises(ValueError, match="not -1"):
         LruCache[int](-1)
     with pytest.raises(ValueError, match="at least 1 byte"):

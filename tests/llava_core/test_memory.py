@@ -1,4 +1,4 @@
-"""Free memory: of the machine, of a container, of a GPU."""
+"""Free memory of the machine, a container and a GPU."""
 
 from pathlib import Path
 
@@ -10,11 +10,12 @@ from llava_core import memory
 from llava_core.memory import available_bytes
 
 
-def test_the_machine_has_no_more_than_it_has() -> None:
+def test_free_memory_does_not_exceed_the_machines_total() -> None:
     assert 0 < available_bytes("cpu") <= psutil.virtual_memory().total
 
 
-# Kernel names and arithmetic of Documentation/admin-guide/cgroup-v2.rst: `file` = lists of files + shmem, roughly.
+# The kernel's names and arithmetic, from Documentation/admin-guide/cgroup-v2.rst: `file` is about the file lists plus
+# `shmem`.
 STAT = """anon 150000
 file 300000
 shmem 120000
@@ -31,9 +32,7 @@ def write_cgroup(folder: Path, *, limit: str, stat: str = STAT) -> None:
         (folder / name).write_text(text)
 
 
-def test_a_container_has_its_limit_and_shared_memory_is_not_free(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_container_is_limited_and_shared_memory_is_not_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "_CGROUP", tmp_path)
     write_cgroup(tmp_path, limit="1000000")
     assert available_bytes("cpu") == 1_000_000 - 700_000 + 110_000 + 65_000
@@ -44,5 +43,5 @@ def test_a_container_has_its_limit_and_shared_memory_is_not_free(
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_gpu_says_what_is_free() -> None:
+def test_free_memory_of_a_gpu_is_reported() -> None:
     assert 0 < available_bytes("cuda") <= torch.cuda.mem_get_info("cuda")[1]

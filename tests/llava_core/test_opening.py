@@ -1,4 +1,4 @@
-"""From options to a model; what can be wrong with a checkpoint is tested through `llava ask` in test_asking.py."""
+"""From options to a model; faulty checkpoints are tested through `llava ask` in test_asking.py."""
 
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ def options(model: Path, **given: Any) -> ModelOptions:
     return ModelOptions(str(model), **{**defaults, **given})
 
 
-def test_what_was_opened_is_what_is_loaded(tiny_checkpoint: Path) -> None:
+def test_the_opened_model_is_the_one_loaded(tiny_checkpoint: Path) -> None:
     opened = open_model(options(tiny_checkpoint))
     model = load_model(opened, options(tiny_checkpoint))
     message = Message("user", (ImagePart(plain()), TextPart("What?")))
@@ -35,7 +35,7 @@ def test_what_was_opened_is_what_is_loaded(tiny_checkpoint: Path) -> None:
     assert list(model.stream(before))[-1].finish_reason is not None
 
 
-def test_jitter_is_of_the_preparer_and_of_towers_that_pad(tiny_checkpoint: Path) -> None:
+def test_padding_jitter_is_set_on_the_preparer(tiny_checkpoint: Path) -> None:
     jitters = [open_model(options(tiny_checkpoint, padding_jitter=on)).preparer for on in (True, False)]
     assert [_jitter(preparer) for preparer in jitters] == [True, False]
 
@@ -44,7 +44,7 @@ def _jitter(preparer: Preparer) -> bool:
     return bool(vars(preparer.preprocess)["jitter"])
 
 
-def test_names_that_are_none_are_told(tiny_checkpoint: Path) -> None:
+def test_unknown_names_are_errors(tiny_checkpoint: Path) -> None:
     with pytest.raises(RequestError, match="unknown template 'nonsense'"):
         open_model(options(tiny_checkpoint, template="nonsense"))
     with pytest.raises(CheckpointError, match="/no/such"):

@@ -1,4 +1,4 @@
-"""Questions as files hold them, and what is said of those that are none."""
+"""Questions in files, and the errors about invalid ones."""
 
 import io
 import math
@@ -44,19 +44,19 @@ def test_every_spelling_of_a_question_is_read(tmp_path: Path) -> None:
         '{"text": "a", "image": ""}',
     ],
 )
-def test_a_line_that_is_no_question_is_named(tmp_path: Path, line: str) -> None:
+def test_an_invalid_line_is_named(tmp_path: Path, line: str) -> None:
     with pytest.raises(RequestError, match=r"questions\.jsonl:2 "):
         list(read_questions(write(tmp_path, f'{{"text": "a"}}\n{line}\n')))
 
 
-def test_a_text_for_all_is_for_those_that_have_none() -> None:
+def test_the_default_text_is_for_questions_without_one() -> None:
     folder = Path("/pictures")
     for row in ({"image": "a.png"}, {"text": None}, {"text": ""}, {"question": " \n"}):
         assert read_question(row, "x", folder, default_text="What?").text == "What?"
     assert read_question({"text": "Why?", "image": "a.png"}, "x", folder, default_text="What?").text == "Why?"
 
 
-def test_of_two_names_the_one_that_holds_something_counts() -> None:
+def test_of_two_field_names_the_one_with_a_value_counts() -> None:
     question = read_question({"question": "", "text": "Why?", "images": [], "image": "a.png"}, "x", Path("/p"))
     assert question == Question("Why?", (Path("/p/a.png"),))
 
@@ -71,23 +71,23 @@ def test_of_two_names_the_one_that_holds_something_counts() -> None:
         ({}, None),
     ],
 )
-def test_an_id_is_whatever_is_given_but_no_number_that_is_none(row: dict[str, object], found: object) -> None:
+def test_any_id_is_kept_except_non_finite_numbers(row: dict[str, object], found: object) -> None:
     assert question_id(row) == found
 
 
-def test_a_character_that_some_call_a_line_break_is_none(tmp_path: Path) -> None:
+def test_only_newlines_separate_questions(tmp_path: Path) -> None:
     file = tmp_path / "questions.jsonl"
     file.write_bytes('\ufeff{"text":\r "a\u2028b"}\r\n{"text": "c\u0085d"}'.encode())
     assert [question.text for question in read_questions(file)] == ["a\u2028b", "c\u0085d"]
 
 
-def test_a_row_is_an_object() -> None:
+def test_a_row_must_be_a_json_object() -> None:
     assert parse_row('{"a": 1}', "x") == {"a": 1}
     with pytest.raises(RequestError, match=r"^x is not a JSON object but list"):
         parse_row("[1]", "x")
 
 
-def test_a_picture_may_be_its_bytes(tiny_checkpoint: Path) -> None:
+def test_a_picture_may_be_given_as_bytes(tiny_checkpoint: Path) -> None:
     buffer = io.BytesIO()
     Image.new("RGB", (40, 30), "red").save(buffer, "PNG")
     rows = [{"text": "a", "image": data} for data in (buffer.getvalue(), {"bytes": buffer.getvalue(), "path": None})]

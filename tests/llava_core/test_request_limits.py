@@ -1,4 +1,4 @@
-"""What a request may hold, told before anything is decoded. Of conversations and texts test_prepare.py has more."""
+"""Limits of a request, checked before anything is decoded; test_prepare.py tests conversations and texts further."""
 
 import pytest
 
@@ -13,12 +13,12 @@ def rendered(prompt: str, num_images: int, **sampling: int) -> RenderedRequest:
     return RenderedRequest("id", prompt, (ImagePart(b""),) * num_images, SamplingParams(**sampling))
 
 
-def test_a_rendered_prompt_has_a_picture_for_each_place() -> None:
+def test_a_rendered_prompt_needs_a_picture_per_placeholder() -> None:
     for prompt, num_images in (("hi", 0), ("<image>\nhi", 1), ("a <image> b <image>", 2)):
         check_request(rendered(prompt, num_images), LIMITS, {"</s>", "#"})
 
 
-def test_control_tokens_of_a_rendered_prompt_are_its_templates() -> None:
+def test_control_tokens_are_allowed_in_a_rendered_prompt() -> None:
     check_request(rendered("<s>#hi</s>", 0), LIMITS, {"<s>", "</s>", "#"})
 
 
@@ -31,16 +31,16 @@ def test_control_tokens_of_a_rendered_prompt_are_its_templates() -> None:
         ("x" * 51, 0, "prompt", "the prompt has 51 characters; at most 50 are allowed"),
     ],
 )
-def test_what_is_wrong_with_a_rendered_prompt_is_named(prompt: str, num_images: int, param: str, message: str) -> None:
+def test_faults_of_a_rendered_prompt_name_the_field(prompt: str, num_images: int, param: str, message: str) -> None:
     with pytest.raises(RequestError) as caught:
         check_rendered(prompt, num_images, LIMITS)
     assert (caught.value.param, caught.value.message) == (param, message)
 
 
-def test_answers_are_limited_whatever_is_asked() -> None:
+def test_the_number_of_answers_is_limited() -> None:
     with pytest.raises(RequestError, match="n is 4; at most 3"):
         check_request(rendered("hi", 0, n=4), LIMITS, set())
 
 
-def test_message_texts_keep_their_lines() -> None:
+def test_message_texts_are_joined_by_newlines() -> None:
     assert message_text(Message("user", (TextPart("one"), ImagePart(b""), TextPart("two")))) == "one\ntwo"

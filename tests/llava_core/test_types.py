@@ -1,4 +1,4 @@
-"""Border values: sampling parameters check themselves, requests count their pictures, nothing private is shown."""
+"""Types at the API boundary: sampling parameters are validated, pictures counted, private data kept out of reprs."""
 
 import subprocess
 import sys
@@ -42,7 +42,7 @@ def test_the_extremes_of_sampling_are_allowed() -> None:
     SamplingParams(max_tokens=1, temperature=2.0, top_p=1e-9, top_k=0, stop=("x",))
 
 
-def test_a_request_counts_the_pictures_of_all_messages() -> None:
+def test_a_request_counts_pictures_over_all_messages() -> None:
     picture = ImagePart(b"x")
     messages = (
         Message("user", (picture, TextPart("a"), picture)),

@@ -1,4 +1,4 @@
-"""The same question to a model in this process and to a service; an interrupt leaves both fit for the next one."""
+"""The same question to a model in this process and to a service; after an interrupt both can answer the next one."""
 
 import os
 import signal
@@ -32,21 +32,21 @@ def local(model: LocalModel, **sampling: object) -> LocalBackend:
     return LocalBackend("tiny", model.preparer, model, sampling)
 
 
-def said(backend: Backend, question: Message = QUESTION, history: tuple[Message, ...] = ()) -> str:
+def answer_text(backend: Backend, question: Message = QUESTION, history: tuple[Message, ...] = ()) -> str:
     return "".join(delta.text for delta in backend.answer(history, question, None))
 
 
-def test_the_model_answers_as_it_does_without_a_chat(model: LocalModel) -> None:
+def test_the_model_answers_the_same_without_a_chat(model: LocalModel) -> None:
     history = (QUESTION, HELLO)
     backend = local(model, max_tokens=8)
     request = GenerationRequest("x", (*history, QUESTION), backend._sampling)
-    assert said(backend, history=history) == "".join(delta.text for delta in model.stream(request))
+    assert answer_text(backend, history=history) == "".join(delta.text for delta in model.stream(request))
     assert [delta.finish_reason for delta in backend.answer((), QUESTION, "Be brief.")][-1] in ("stop", "length")
 
 
-def test_an_interrupt_ends_an_answer_between_steps_and_the_next_is_whole(model: LocalModel) -> None:
+def test_an_interrupt_ends_an_answer_but_not_the_next(model: LocalModel) -> None:
     backend = local(model, max_tokens=60, temperature=1.0, seed=5)
-    expected = said(backend)
+    expected = answer_text(backend)
     before = signal.getsignal(signal.SIGINT)
     deltas = backend.answer((), QUESTION, None)
     first = next(deltas)
@@ -56,10 +56,10 @@ def test_an_interrupt_ends_an_answer_between_steps_and_the_next_is_whole(model: 
     assert expected.startswith(first.text)
     assert not model.engine.has_work
     assert signal.getsignal(signal.SIGINT) is before
-    assert said(backend) == expected
+    assert answer_text(backend) == expected
 
 
-def test_an_answer_that_is_closed_gives_signals_back(model: LocalModel) -> None:
+def test_closing_an_answer_restores_signal_handlers(model: LocalModel) -> None:
     before = signal.getsignal(signal.SIGINT)
     deltas = local(model).answer((), QUESTION, None)
     next(deltas)
@@ -69,17 +69,17 @@ def test_an_answer_that_is_closed_gives_signals_back(model: LocalModel) -> None:
     assert not model.engine.has_work
 
 
-def test_a_thread_has_no_signals_and_answers_all_the_same(model: LocalModel) -> None:
+def test_a_thread_answers_without_signal_handlers(model: LocalModel) -> None:
     texts: list[str] = []
-    thread = threading.Thread(target=lambda: texts.append(said(local(model, max_tokens=3))))
+    thread = threading.Thread(target=lambda: texts.append(answer_text(local(model, max_tokens=3))))
     thread.start()
     thread.join(60)
-    assert texts == [said(local(model, max_tokens=3))]
+    assert texts == [answer_text(local(model, max_tokens=3))]
 
 
-def test_mistakes_are_the_callers(model: LocalModel) -> None:
+def test_bad_input_raises_to_the_caller(model: LocalModel) -> None:
     with pytest.raises(RequestError):
-        said(local(model), user_message("?", [b"no picture"]))
+        answer_text(local(model), user_message("?", [b"no picture"]))
     with pytest.raises(ValueError, match="temperature"):
         local(model, temperature=9)
 
@@ -94,7 +94,7 @@ def served() -> Iterator[tuple[ScriptedEngine, ServiceBackend]]:
 def test_a_service_is_asked_with_history_and_options(served: tuple[ScriptedEngine, ServiceBackend]) -> None:
     engine, backend = served
     assert backend.name == "m"
-    assert said(backend, history=(QUESTION, HELLO)) == "Hello"
+    assert answer_text(backend, history=(QUESTION, HELLO)) == "Hello"
     request = engine.requests[-1]
     assert isinstance(request, GenerationRequest)
     assert request.messages == (QUESTION, HELLO, QUESTION)
@@ -113,14 +113,14 @@ def test_closing_an_answer_frees_it_on_the_service(served: tuple[ScriptedEngine,
     until(lambda: engine.num_open == 0)
 
 
-def test_an_answer_that_breaks_is_an_error(served: tuple[ScriptedEngine, ServiceBackend]) -> None:
+def test_an_interrupted_answer_is_an_error(served: tuple[ScriptedEngine, ServiceBackend]) -> None:
     engine, backend = served
     engine.items = [*answer("Hel", "lo")[:1], EngineError("broken")]
     with pytest.raises(AnswerInterruptedError, match="could not be generated"):
-        said(backend)
+        answer_text(backend)
 
 
-def test_a_service_without_models_is_named() -> None:
+def test_a_service_without_models_is_an_error() -> None:
     with (
         scripted(whole("200 OK", b'{"data": []}')) as server,
         Client(server.url) as client,

@@ -1,4 +1,4 @@
-"""Files dropped onto a terminal, as the terminals in use write them, and text that only looks like it."""
+"""Files dropped onto a terminal, as common terminals write them, and text that only looks like a file."""
 
 import os
 from pathlib import Path
@@ -11,7 +11,7 @@ from tests.deployments.pictures import plain
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """With pictures of awkward names, a file that is none, and a picture without a suffix."""
+    """A folder with pictures of awkward names, a file that is no picture, and a picture without a suffix."""
     for name in ("a.png", "my red cat.png", "it's.png", 'a "b" \\c.png', "ä ö.png", "cat"):
         (tmp_path / name).write_bytes(plain())
     (tmp_path / "notes.txt").write_text("no picture")
@@ -37,7 +37,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("./cat", "cat"),
     ],
 )
-def test_a_dropped_file_is_a_picture(folder: Path, line: str, name: str) -> None:
+def test_a_dropped_picture_file_is_recognised(folder: Path, line: str, name: str) -> None:
     paths, text = take_pictures(line.format(folder))
     assert [path.resolve() for path in paths] == [folder / name]
     assert text == ""
@@ -55,7 +55,7 @@ def test_a_dropped_file_is_a_picture(folder: Path, line: str, name: str) -> None
         ),
     ],
 )
-def test_a_question_may_stand_beside_it(folder: Path, line: str, names: list[str], text: str) -> None:
+def test_a_question_may_accompany_dropped_files(folder: Path, line: str, names: list[str], text: str) -> None:
     paths, left = take_pictures(line)
     assert ([path.name for path in paths], left) == (names, text)
 
@@ -81,16 +81,16 @@ def test_a_question_may_stand_beside_it(folder: Path, line: str, names: list[str
     ],
 )
 @pytest.mark.usefixtures("folder")
-def test_anything_else_stays_text_to_the_letter(line: str) -> None:
+def test_anything_else_stays_unchanged_text(line: str) -> None:
     assert take_pictures(line) == ([], line)
 
 
-def test_a_file_that_may_not_be_read_is_text(folder: Path) -> None:
+def test_a_pipe_is_not_taken_as_a_picture(folder: Path) -> None:
     os.mkfifo(folder / "pipe.png")
     assert take_pictures("pipe.png") == ([], "pipe.png")
 
 
-def test_a_path_that_was_asked_for_may_be_anything(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_explicit_path_may_be_anything(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(folder))
     assert read_path(r"my\ red\ cat.png") == read_path("'my red cat.png'") == read_path("my red cat.png")
     assert read_path("~/a.png") == folder / "a.png"

@@ -1,4 +1,4 @@
-"""`llava chat` as it is used: the real program at a pseudo-terminal or a pipe, with a model here or a service."""
+"""`llava chat` in use: the real program at a pseudo-terminal or a pipe, with a local model or a service."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def engine() -> ScriptedEngine:
 
 @pytest.fixture
 def chat(engine: ScriptedEngine, tmp_path: Path) -> Iterator[PseudoTerminal]:
-    """At a terminal, with the gateway on scripted answers."""
+    """A chat at a terminal, with the gateway giving scripted answers."""
     with serving_engine(engine) as url, llava_at_a_terminal("chat", "--url", url, home=tmp_path) as terminal:
         yield terminal
 
@@ -51,8 +51,8 @@ def texts(engine: ScriptedEngine) -> list[str]:
     return [part.text for message in asked(engine) for part in message.parts if isinstance(part, TextPart)]
 
 
-def test_ctrl_c_stops_the_answer_and_the_chat_goes_on(chat: PseudoTerminal, engine: ScriptedEngine) -> None:
-    """The answer is shown as it comes: it hangs, and what there is of it is on the screen."""
+def test_ctrl_c_stops_the_answer_and_the_chat_continues(chat: PseudoTerminal, engine: ScriptedEngine) -> None:
+    """The answer is shown as it arrives: while it hangs, the text so far is on the screen."""
     engine.items, engine.hangs = answer("Hel", "lo")[:1], True
     chat.line("First?")
     chat.expect("\nHel")
@@ -131,7 +131,7 @@ def test_several_lines_are_one_question(chat: PseudoTerminal, engine: ScriptedEn
     chat.type('three"""\r')
     chat.expect("Hello")
     assert texts(engine) == ["one\ntwo\nthree"]
-    # As a terminal sends what is pasted.
+    # Pasted text, as a terminal sends it.
     chat.expect(">>> ")
     chat.type("\x1b[200~four\nfive\x1b[201~")
     chat.expect("five")
@@ -141,11 +141,11 @@ def test_several_lines_are_one_question(chat: PseudoTerminal, engine: ScriptedEn
     assert chat.end() == 0
 
 
-def test_help_and_mistakes_do_not_end_it(chat: PseudoTerminal, engine: ScriptedEngine, tmp_path: Path) -> None:
+def test_help_and_mistakes_do_not_end_the_chat(chat: PseudoTerminal, engine: ScriptedEngine, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("x")
     chat.line("/help")
     assert "/save FILE" in chat.expect("Ctrl-C stops")
-    for line, told in [
+    for line, expected in [
         ("/nonsense", "/nonsense is not a command"),
         ("/image", "usage: /image PATH"),
         ("/image /none.png", "/none.png cannot be read"),
@@ -155,7 +155,7 @@ def test_help_and_mistakes_do_not_end_it(chat: PseudoTerminal, engine: ScriptedE
         (f"/save {tmp_path}/notes.txt", "exists already"),
     ]:
         chat.line(line)
-        chat.expect(told)
+        chat.expect(expected)
     assert (tmp_path / "notes.txt").read_text() == "x"
     chat.line("Still there?")
     chat.expect("Hello")
@@ -164,7 +164,7 @@ def test_help_and_mistakes_do_not_end_it(chat: PseudoTerminal, engine: ScriptedE
     assert chat.process.wait(30) == 0
 
 
-def test_an_answer_that_breaks_is_told_and_can_be_asked_for_again(
+def test_an_interrupted_answer_is_reported_and_can_be_retried(
     chat: PseudoTerminal, engine: ScriptedEngine, tmp_path: Path
 ) -> None:
     (tmp_path / "red.png").write_bytes(RED)
@@ -179,14 +179,14 @@ def test_an_answer_that_breaks_is_told_and_can_be_asked_for_again(
     assert chat.end() == 0
 
 
-def test_a_service_that_dies_within_an_answer_is_told(tmp_path: Path) -> None:
+def test_the_death_of_the_service_during_an_answer_is_reported(tmp_path: Path) -> None:
     event = b'data: {"choices": [{"index": 0, "delta": {"content": "Hel"}}]}\n\n'
     released = threading.Event()
 
     def die(connection: socket.socket) -> None:
         connection.sendall(SSE_HEAD + chunked(event))
         assert released.wait(60)
-        # Its end of the connection is reset, as by a process that is killed.
+        # The server resets the connection, as if its process were killed.
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
 
     end = chunked(b"data: [DONE]\n\n") + b"0\r\n\r\n"
@@ -205,7 +205,7 @@ def test_a_service_that_dies_within_an_answer_is_told(tmp_path: Path) -> None:
     assert [message["content"] for message in json.loads(server.requests[-1][1])["messages"]] == ["Second?"]
 
 
-def test_lines_are_kept_for_the_next_chat_unless_it_is_not_wanted(engine: ScriptedEngine, tmp_path: Path) -> None:
+def test_lines_are_kept_for_the_next_chat_except_with_no_history(engine: ScriptedEngine, tmp_path: Path) -> None:
     history = tmp_path / ".local" / "state" / "llava" / "chat_history"
     with serving_engine(engine) as url:
         with llava_at_a_terminal("chat", "--url", url, "--no-history", home=tmp_path) as chat:
@@ -220,7 +220,7 @@ def test_lines_are_kept_for_the_next_chat_unless_it_is_not_wanted(engine: Script
         assert stat.S_IMODE(history.stat().st_mode) == 0o600
         with llava_at_a_terminal("chat", "--url", url, home=tmp_path) as chat:
             chat.expect(">>> ")
-            # The key for the line before.
+            # The up-arrow key, for the previous line.
             chat.type("\x1b[A")
             chat.expect("Remembered?")
             chat.type("\r")
@@ -229,7 +229,7 @@ def test_lines_are_kept_for_the_next_chat_unless_it_is_not_wanted(engine: Script
     assert texts(engine) == ["Remembered?"]
 
 
-def test_a_history_that_cannot_be_kept_is_told(engine: ScriptedEngine, tmp_path: Path) -> None:
+def test_an_unwritable_history_is_reported(engine: ScriptedEngine, tmp_path: Path) -> None:
     (tmp_path / "llava").write_text("a file where a folder should be")
     with (
         serving_engine(engine) as url,
@@ -241,7 +241,7 @@ def test_a_history_that_cannot_be_kept_is_told(engine: ScriptedEngine, tmp_path:
         assert chat.end() == 0
 
 
-def test_colours_are_for_terminals_that_want_them_and_a_model_has_none(engine: ScriptedEngine, tmp_path: Path) -> None:
+def test_only_terminals_get_colours_and_answers_cannot_set_any(engine: ScriptedEngine, tmp_path: Path) -> None:
     engine.items = answer("red \x1b[31mand \x07bell", "")
     with serving_engine(engine) as url:
         for environment, coloured in (({}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)):
@@ -254,7 +254,7 @@ def test_colours_are_for_terminals_that_want_them_and_a_model_has_none(engine: S
             assert ("\x1b[1;32m" in chat.shown) == coloured
 
 
-def test_a_model_in_the_same_process(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_a_chat_with_a_model_in_the_same_process(tiny_checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "my red.png").write_bytes(RED)
     given = ("--model", str(tiny_checkpoint), "--dtype", "float32", "--max-tokens", "6")
     question = f"{tmp_path}/my\\ red.png What is it?"
@@ -292,7 +292,7 @@ def test_a_pipe_is_answered_line_by_line(engine: ScriptedEngine, tmp_path: Path)
     assert not (tmp_path / ".local").exists()
 
 
-def test_a_script_learns_that_a_line_was_not_answered(engine: ScriptedEngine, tmp_path: Path) -> None:
+def test_an_unanswered_line_fails_a_script(engine: ScriptedEngine, tmp_path: Path) -> None:
     with serving_engine(engine) as url:
         done = piped("/image none.png\nOne?\n", "--url", url, home=tmp_path)
     assert (done.returncode, done.stdout) == (1, "Hello\n")
@@ -318,9 +318,7 @@ def test_options_reach_the_service(engine: ScriptedEngine, tmp_path: Path) -> No
     assert (other.exit_code, "unknown model 'other'" in other.stderr) == (1, True)
 
 
-def test_dicom_files_are_seen_as_the_options_say_until_a_line_says_otherwise(
-    engine: ScriptedEngine, tmp_path: Path
-) -> None:
+def test_commands_override_the_dicom_options(engine: ScriptedEngine, tmp_path: Path) -> None:
     scan = dicom(radiograph())
     (tmp_path / "scan.dcm").write_bytes(scan)
     (tmp_path / "red.png").write_bytes(RED)
@@ -337,7 +335,7 @@ def test_dicom_files_are_seen_as_the_options_say_until_a_line_says_otherwise(
     assert (wrong.exit_code, "CENTRE,WIDTH" in wrong.stderr) == (2, True)
 
 
-def test_a_service_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_service_gives_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llava_core.client.synchronous.sleep", lambda _: None)
     result = CliRunner().invoke(main, ["chat", "--url", "http://127.0.0.1:9"], input="Hi\n")
     assert (result.exit_code, result.stderr.count("\n")) == (1, 1)

@@ -1,4 +1,4 @@
-"""What lines do to a conversation, without a terminal and with whoever answers made up; test_program.py has both."""
+"""What lines do to a conversation, with a fake terminal and a fake backend; test_program.py uses real ones."""
 
 from collections.abc import Generator, Sequence
 from dataclasses import replace
@@ -19,7 +19,7 @@ HELLO = Message("assistant", (TextPart("Hello"),))
 
 
 class Answering:
-    """A backend that answers with `pieces`, an exception among them raised; notes what it was asked."""
+    """A backend that answers with `pieces`, raises those that are exceptions, and records its questions."""
 
     def __init__(self, *pieces: str | BaseException) -> None:
         self.name = "made up"
@@ -39,7 +39,7 @@ class Answering:
 
 
 class Typing:
-    """A terminal at which these lines are typed; an exception among them is raised."""
+    """A terminal at which these lines are typed; those that are exceptions are raised."""
 
     def __init__(self, *lines: str | BaseException, is_interactive: bool = True) -> None:
         self.is_interactive = is_interactive
@@ -70,7 +70,7 @@ def user(text: str, *pictures: ImagePart | ImageUrl) -> Message:
     return Message("user", (*pictures, TextPart(text)))
 
 
-def test_what_was_said_is_the_history_of_the_next_question() -> None:
+def test_earlier_turns_are_the_history_of_the_next_question() -> None:
     backend = Answering()
     session, shown = run(backend, "One?", "", "  ", "Two?")
     assert backend.asked[-1] == ((user("One?"), HELLO, user("Two?")), None)
@@ -78,7 +78,7 @@ def test_what_was_said_is_the_history_of_the_next_question() -> None:
     assert shown.startswith("Hel|lo||\n|(cut off at the token limit)|Hel")
 
 
-def test_an_answer_that_was_stopped_stays_as_far_as_it_came() -> None:
+def test_the_text_of_a_stopped_answer_is_kept() -> None:
     session, shown = run(Answering("Hel", KeyboardInterrupt()), "One?")
     assert session.messages == [user("One?"), Message("assistant", (TextPart("Hel"),))]
     assert "(stopped)" in shown
@@ -87,13 +87,13 @@ def test_an_answer_that_was_stopped_stays_as_far_as_it_came() -> None:
 
 
 @pytest.mark.parametrize("at_the_prompt", [True, False])
-def test_in_a_pipe_ctrl_c_ends_it(*, at_the_prompt: bool) -> None:
+def test_ctrl_c_ends_a_piped_chat(*, at_the_prompt: bool) -> None:
     backend = Answering(*() if at_the_prompt else (KeyboardInterrupt(),))
     with pytest.raises(KeyboardInterrupt):
         run(backend, KeyboardInterrupt() if at_the_prompt else "One?", is_interactive=False)
 
 
-def test_a_broken_answer_leaves_no_trace_and_its_pictures_for_the_next_try(tmp_path: Path) -> None:
+def test_a_failed_turn_is_dropped_but_its_pictures_are_kept(tmp_path: Path) -> None:
     (tmp_path / "red.png").write_bytes(RED)
     backend = Answering("Hel", EngineError("broken"))
     session, shown = run(backend, f"/image {tmp_path}/red.png", "What?", "/image https://example.com/a.png", "And?")
@@ -104,7 +104,7 @@ def test_a_broken_answer_leaves_no_trace_and_its_pictures_for_the_next_try(tmp_p
     assert backend.asked[-1][0] == (user("And?", ImagePart(RED), ImageUrl("https://example.com/a.png")),)
 
 
-def test_addresses_are_refused_where_nobody_fetches_them(tmp_path: Path) -> None:
+def test_addresses_are_refused_by_backends_that_do_not_fetch(tmp_path: Path) -> None:
     backend = Answering()
     run(backend, "/image https://example.com/a.png", "What?", f"/save {tmp_path}/talk.json")
     backend.takes_addresses = False
@@ -113,7 +113,7 @@ def test_addresses_are_refused_where_nobody_fetches_them(tmp_path: Path) -> None
     assert session.messages == [user("Alone?"), HELLO]
 
 
-def test_dicom_files_are_seen_as_was_said_last(tmp_path: Path) -> None:
+def test_dicom_files_are_viewed_by_the_last_settings(tmp_path: Path) -> None:
     scan = b"\0" * 128 + b"DICM"
     (tmp_path / "red.png").write_bytes(RED)
     (tmp_path / "ct.dcm").write_bytes(scan)
@@ -133,7 +133,7 @@ def test_dicom_files_are_seen_as_was_said_last(tmp_path: Path) -> None:
     assert session.num_failed == 0
 
 
-def test_windows_and_frames_that_are_none_change_nothing() -> None:
+def test_invalid_windows_and_frames_change_nothing() -> None:
     wrong = ("/window 40,0", "/window x", "/frame 0", "/frame -1")
     session, shown = run(Answering(), "/frame 3", "/window 40,400", *wrong)
     assert session.view == DicomView(3, (40, 400))
@@ -141,20 +141,20 @@ def test_windows_and_frames_that_are_none_change_nothing() -> None:
     assert shown.count("give the number of a frame, counted from 1") == 2
 
 
-def test_a_system_text_is_set_and_taken_back() -> None:
+def test_a_system_text_can_be_set_and_removed() -> None:
     backend = Answering()
     run(backend, "/system  Be brief. ", "One?", "/system", "Two?")
     assert [system for _, system in backend.asked] == ["Be brief.", None]
 
 
-def test_clearing_forgets_pictures_that_wait_too(tmp_path: Path) -> None:
+def test_clear_drops_pending_pictures_too(tmp_path: Path) -> None:
     (tmp_path / "red.png").write_bytes(RED)
     backend = Answering()
     run(backend, "One?", f"{tmp_path}/red.png", "/clear", "Two?")
     assert backend.asked[-1][0] == (user("Two?"),)
 
 
-def test_a_chats_own_file_is_written_again_and_no_other(tmp_path: Path) -> None:
+def test_a_chat_overwrites_only_its_own_file(tmp_path: Path) -> None:
     file = tmp_path / "talk.json"
     run(Answering(), "One?", f"/save {file}", "Two?", f"/save {file}")
     assert len(load_transcript(file).messages) == 4
@@ -168,7 +168,7 @@ def test_a_chats_own_file_is_written_again_and_no_other(tmp_path: Path) -> None:
     assert "cannot be written: No such file or directory" in shown
 
 
-def test_a_command_keeps_the_paths_it_is_given(tmp_path: Path) -> None:
+def test_paths_in_a_command_are_not_taken_as_pictures(tmp_path: Path) -> None:
     (tmp_path / "red.png").write_bytes(RED)
     backend = Answering()
     session, shown = run(backend, f"/system Ask about {tmp_path}/red.png", f"/image {tmp_path}/red.png", "What?")

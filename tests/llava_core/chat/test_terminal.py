@@ -1,4 +1,4 @@
-"""Where lines come from and remarks go without a terminal; test_program.py has one."""
+"""Input lines and messages without a terminal; test_program.py uses one."""
 
 import io
 import sys
@@ -14,7 +14,7 @@ def at_a_pipe(monkeypatch: pytest.MonkeyPatch, data: bytes) -> Terminal:
     return Terminal(None)
 
 
-def test_lines_come_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lines_are_read_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = at_a_pipe(monkeypatch, b"one\r\n  two  \nlast")
     assert [terminal.read("> ") for _ in range(3)] == ["one", "  two  ", "last"]
     with pytest.raises(EOFError):
@@ -31,15 +31,15 @@ def test_lines_come_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
         (b'one """ two\n', 'one """ two'),
     ],
 )
-def test_a_fence_holds_several_lines(monkeypatch: pytest.MonkeyPatch, data: bytes, text: str) -> None:
+def test_triple_quotes_enclose_several_lines(monkeypatch: pytest.MonkeyPatch, data: bytes, text: str) -> None:
     assert at_a_pipe(monkeypatch, data).read("> ") == text
 
 
-def test_what_is_no_text_does_not_end_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_utf_8_does_not_end_the_input(monkeypatch: pytest.MonkeyPatch) -> None:
     assert at_a_pipe(monkeypatch, b"a\xff\xfe\n").read("> ") == "a\N{REPLACEMENT CHARACTER}\N{REPLACEMENT CHARACTER}"
 
 
-def test_only_answers_go_to_standard_output_and_to_the_byte(
+def test_only_answers_go_to_standard_output_and_unchanged(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     terminal = at_a_pipe(monkeypatch, b"")
@@ -59,7 +59,7 @@ def test_there_is_no_history_without_a_terminal(monkeypatch: pytest.MonkeyPatch,
     assert not (tmp_path / "history").exists()
 
 
-def test_the_history_is_where_xdg_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_history_is_in_the_xdg_state_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     assert default_history() == tmp_path / "llava" / "chat_history"
     monkeypatch.delenv("XDG_STATE_HOME")

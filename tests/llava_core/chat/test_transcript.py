@@ -1,4 +1,4 @@
-"""What was saved is what is loaded; people can read it; damage is named."""
+"""Transcripts load as they were saved, are readable by people, and damage is reported."""
 
 import json
 from pathlib import Path
@@ -30,13 +30,13 @@ def save(folder: Path, content: str | bytes) -> Path:
     return path
 
 
-def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
+def test_a_saved_transcript_loads_unchanged(tmp_path: Path) -> None:
     assert load_transcript(save(tmp_path, TALK.dump())) == TALK
     empty = Transcript("m", None, ())
     assert load_transcript(save(tmp_path, empty.dump())) == empty
 
 
-def test_a_picture_of_any_kind_comes_back_to_the_byte(tmp_path: Path) -> None:
+def test_pictures_of_any_kind_keep_their_bytes(tmp_path: Path) -> None:
     from PIL import Image
 
     for data in (encode(Image.new("L", (3, 3)), "JPEG"), b"\0" * 128 + b"DICM", b"of no known kind"):
@@ -44,14 +44,14 @@ def test_a_picture_of_any_kind_comes_back_to_the_byte(tmp_path: Path) -> None:
         assert load_transcript(save(tmp_path, talk.dump())) == talk
 
 
-def test_how_a_picture_was_looked_at_comes_back(tmp_path: Path) -> None:
+def test_dicom_views_are_kept(tmp_path: Path) -> None:
     views = (None, DicomView(2), DicomView(window=3), DicomView(4, (-600.5, 1500)))
     pictures = tuple(ImagePart(b"\0" * 128 + b"DICM", dicom=view) for view in views)
     talk = Transcript("m", None, (Message("user", pictures),))
     assert load_transcript(save(tmp_path, talk.dump())) == talk
 
 
-def test_people_can_read_it() -> None:
+def test_a_transcript_is_readable_by_people() -> None:
     text, pictures = TALK.dump().split('"images": {')
     assert "base64" not in text
     assert max(map(len, text.splitlines())) < 100
@@ -90,7 +90,7 @@ GOOD: dict[str, Any] = json.loads(TALK.dump())
         ({"system": 3}, "text is wanted"),
     ],
 )
-def test_damage_is_named_with_the_file(tmp_path: Path, change: dict[str, Any], named: str) -> None:
+def test_damage_is_reported_with_the_file(tmp_path: Path, change: dict[str, Any], named: str) -> None:
     path = save(tmp_path, json.dumps(GOOD | change))
     with pytest.raises(RequestError, match=named) as raised:
         load_transcript(path)
@@ -98,7 +98,7 @@ def test_damage_is_named_with_the_file(tmp_path: Path, change: dict[str, Any], n
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe", b"", b"[1]", b"{"])
-def test_what_is_no_chat_is_named(tmp_path: Path, content: bytes) -> None:
+def test_files_that_are_no_transcript_are_refused(tmp_path: Path, content: bytes) -> None:
     with pytest.raises(RequestError, match=r"talk\.json is no"):
         load_transcript(save(tmp_path, content))
     with pytest.raises(RequestError, match=r"none\.json cannot be read"):

@@ -1,4 +1,4 @@
-"""Completeness by names alone: a whole checkpoint passes in each layout, and every hole is named."""
+"""Completeness, checked by tensor names alone: a complete checkpoint of any layout passes; every gap is named."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -20,11 +20,11 @@ FP32 = LoadOptions(dtype="float32")
 
 @pytest.mark.parametrize("names", ["hub", "saved", "module"])
 @pytest.mark.parametrize("num_shards", [1, 2])
-def test_a_whole_checkpoint_passes(write_copy: Callable[..., Path], names: str, num_shards: int) -> None:
+def test_a_complete_checkpoint_passes(write_copy: Callable[..., Path], names: str, num_shards: int) -> None:
     check_tensors(write_copy(names=names, num_shards=num_shards))
 
 
-def test_every_single_missing_tensor_is_noticed_and_named(checkpoint_copy: Path) -> None:
+def test_every_missing_tensor_is_named(checkpoint_copy: Path) -> None:
     tensors = load_file(checkpoint_copy / "model.safetensors")
     for name in sorted(tensors):
         write_weights(checkpoint_copy, {other: value for other, value in tensors.items() if other != name})
@@ -73,14 +73,14 @@ def num_tokens(checkpoint: Checkpoint) -> int:
 
 
 @pytest.mark.parametrize("layout", ["full", "projector", "lora"])
-def test_what_loads_is_loadable(tmp_path: Path, layout: str) -> None:
+def test_a_checkpoint_that_passes_the_check_loads(tmp_path: Path, layout: str) -> None:
     original = write_original(tmp_path, Kind(layout=layout, aspect="anyres", merge="spatial_unpad", pad_rows=3))
     checkpoint = open_checkpoint(original.folder, original.base)
     check_loadable(checkpoint, num_tokens(checkpoint))
     load_language_side(checkpoint, FP32)
 
 
-def test_shapes_and_rows_are_judged_together(checkpoint_copy: Path) -> None:
+def test_all_faults_are_reported_together(checkpoint_copy: Path) -> None:
     tensors = load_file(checkpoint_copy / "model.safetensors")
     del tensors["language_model.model.norm.weight"]
     write_weights(checkpoint_copy, {**tensors, "multi_modal_projector.linear_2.bias": torch.zeros(5)})
@@ -103,7 +103,7 @@ def write_adapter(folder: Path, base: Path, tensors: dict[str, torch.Tensor]) ->
     return open_checkpoint(folder)
 
 
-def test_what_an_adapter_brings_whole_counts_for_the_bases(tmp_path: Path, checkpoint_copy: Path) -> None:
+def test_full_tensors_of_an_adapter_replace_those_of_the_base(tmp_path: Path, checkpoint_copy: Path) -> None:
     tensors = load_file(checkpoint_copy / "model.safetensors")
     name = "language_model.model.embed_tokens.weight"
     write_weights(checkpoint_copy, {**tensors, name: tensors[name][:-5]})
@@ -116,14 +116,14 @@ def test_what_an_adapter_brings_whole_counts_for_the_bases(tmp_path: Path, check
         check_loadable(write_adapter(tmp_path / "other", checkpoint_copy, surplus), 260)
 
 
-def test_a_damaged_adapter_hides_nothing_else(tmp_path: Path, checkpoint_copy: Path) -> None:
+def test_a_damaged_adapter_does_not_hide_other_faults(tmp_path: Path, checkpoint_copy: Path) -> None:
     checkpoint = write_adapter(tmp_path / "adapter", checkpoint_copy, {})
     (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"no adapter_model\.safetensors or \.bin.*the tokenizer has 1000 tokens"):
         check_loadable(checkpoint, 1000)
 
 
-def test_a_base_of_another_shape_is_told_once_for_each_weight(tmp_path: Path) -> None:
+def test_a_base_of_another_shape_is_reported_once_per_weight(tmp_path: Path) -> None:
     original = write_original(tmp_path, Kind(layout="lora"))
     assert original.base is not None
     tensors = load_file(original.base / "model.safetensors")
@@ -131,7 +131,7 @@ def test_a_base_of_another_shape_is_told_once_for_each_weight(tmp_path: Path) ->
     save_file({**tensors, **{name: torch.zeros(3, 3) for name in names}}, original.base / "model.safetensors")
     with pytest.raises(CheckpointError) as caught:
         check_loadable(open_checkpoint(original.folder, original.base), original.num_tokens)
-    *told, more = str(caught.value).split("; ")
-    assert len(set(told)) == 5
-    assert all("it is the wrong base, so name the right one with --base" in each for each in told)
+    *faults, more = str(caught.value).split("; ")
+    assert len(set(faults)) == 5
+    assert all("it is the wrong base, so name the right one with --base" in each for each in faults)
     assert more == f"and {len(names) - 5} more, which llava inspect lists"

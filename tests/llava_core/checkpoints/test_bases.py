@@ -1,4 +1,4 @@
-"""Bases: who names them, and what tells the right one from a wrong one."""
+"""Bases: where their name comes from, and how a wrong base is detected."""
 
 from pathlib import Path
 
@@ -12,14 +12,14 @@ from tests.original import Kind, write_original
 from tests.tiny import edit_json, write_json
 
 
-def test_the_base_that_is_given_counts_before_the_one_that_the_adapter_names(tmp_path: Path) -> None:
+def test_a_given_base_takes_precedence_over_the_adapters_own(tmp_path: Path) -> None:
     write_json(tmp_path / "adapter_config.json", {"base_model_name_or_path": "owner/base"})
     assert base_name(tmp_path, None) == "owner/base"
     assert base_name(tmp_path, "another") == "another"
 
 
 @pytest.mark.parametrize("named", [None, "", 3])
-def test_a_base_without_a_name_is_asked_for(tmp_path: Path, named: object) -> None:
+def test_a_missing_base_name_is_an_error(tmp_path: Path, named: object) -> None:
     with pytest.raises(CheckpointError, match="needs the model it was trained on; name it with --base"):
         base_name(tmp_path, None)
     write_json(tmp_path / "adapter_config.json", {"base_model_name_or_path": named})
@@ -27,7 +27,7 @@ def test_a_base_without_a_name_is_asked_for(tmp_path: Path, named: object) -> No
         base_name(tmp_path, None)
 
 
-def test_all_of_a_base_is_taken_but_its_tower_only_where_it_was_trained(tmp_path: Path) -> None:
+def test_the_bases_tower_is_taken_only_on_request(tmp_path: Path) -> None:
     whole = write_original(tmp_path, Kind(tower_inside=True)).folder
     found, weights = find_base(tmp_path, whole, Hub(), takes_tower=False)
     assert found == weights.folder == whole
@@ -35,13 +35,13 @@ def test_all_of_a_base_is_taken_but_its_tower_only_where_it_was_trained(tmp_path
     assert find_base(tmp_path, whole, Hub(), takes_tower=True)[1].parts == {*weights.parts, "tower"}
 
 
-def test_a_base_without_weights_of_its_own_is_named(tmp_path: Path) -> None:
+def test_a_base_that_is_not_a_complete_model_is_named(tmp_path: Path) -> None:
     projector = write_original(tmp_path, Kind(layout="projector")).folder
     with pytest.raises(CheckpointError, match=f"{projector}, the base of /x, is not a complete model"):
         find_base(Path("/x"), projector, Hub(), takes_tower=False)
 
 
-def test_a_base_of_another_size_is_named_with_both_numbers(tmp_path: Path) -> None:
+def test_a_base_of_another_size_is_refused_with_both_numbers(tmp_path: Path) -> None:
     original = write_original(tmp_path, Kind(layout="lora"))
     assert original.base is not None
     config = open_checkpoint(original.folder, original.base).config

@@ -1,4 +1,4 @@
-"""The table of contents: every tensor under our key with its file, and the later of two weights counts."""
+"""The table of contents: every tensor by our key with its file; of two weights for a key, the later one counts."""
 
 from pathlib import Path
 
@@ -15,13 +15,13 @@ from tests.original import HIDDEN, Kind, write_original
 from tests.tiny import edit_json
 
 
-def test_every_tensor_is_found_with_its_file_and_shape(tiny_checkpoint: Path) -> None:
+def test_every_tensor_is_listed_with_its_file_and_shape(tiny_checkpoint: Path) -> None:
     stored = stored_tensors(open_checkpoint(tiny_checkpoint).weights)
     tensors = load_file(tiny_checkpoint / "model.safetensors")
     assert {each.name: each.info.shape for each in stored.values()} == {n: tuple(t.shape) for n, t in tensors.items()}
 
 
-def test_what_was_trained_counts_and_not_the_bases(tmp_path: Path) -> None:
+def test_trained_weights_replace_those_of_the_base(tmp_path: Path) -> None:
     original = write_original(tmp_path, Kind(layout="projector"))
     stored = stored_tensors(open_checkpoint(original.folder, original.base).weights)
     projector = stored[Key("projector", "2.bias")]
@@ -34,7 +34,7 @@ def test_what_was_trained_counts_and_not_the_bases(tmp_path: Path) -> None:
     assert stored[Key("tower", "model.embeddings.class_embedding")].file.parent.name == "tower"
 
 
-def test_an_index_that_names_what_its_file_does_not_hold(tmp_path: Path) -> None:
+def test_an_index_entry_missing_from_its_file_is_an_error(tmp_path: Path) -> None:
     original = write_original(tmp_path, Kind(files="bin", num_shards=2))
     index = original.folder / "pytorch_model.bin.index.json"
     edit_json(
@@ -53,7 +53,7 @@ def test_code_in_a_bin_file_is_not_run(tmp_path: Path) -> None:
 
 
 class Trap:
-    """Unpickling it would call a function."""
+    """Calls a function when it is unpickled."""
 
     def __reduce__(self) -> tuple[object, ...]:
         return pytest.fail, ("code in a checkpoint was run",)

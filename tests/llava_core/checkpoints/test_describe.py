@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself without its weights: each dialect of image settings, and no torch on the way."""
+"""A checkpoint's description without its weights: every dialect of image settings, without importing torch."""
 
 import subprocess
 import sys
@@ -16,7 +16,7 @@ from llava_core.types import GenerationRequest, Message, SamplingParams, TextPar
 from tests.tiny import IMAGE_SIZE, build_tokenizer, edit_json, write_json
 
 
-def test_padding_is_read(tiny_checkpoint: Path) -> None:
+def test_padding_settings_are_read(tiny_checkpoint: Path) -> None:
     config = read_preprocess_config(tiny_checkpoint)
     assert (config.size, config.aspect, config.pad_colour) == (IMAGE_SIZE, "pad", (122, 116, 104))
 
@@ -36,7 +36,7 @@ def test_every_spelling_of_the_side_is_read(tmp_path: Path, content: dict[str, A
     assert (config.size, config.aspect) == (side, "crop")
 
 
-def test_what_transformers_itself_saves_is_read(tmp_path: Path) -> None:
+def test_settings_saved_by_transformers_are_read(tmp_path: Path) -> None:
     image_processor = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size=28)
     LlavaProcessor(image_processor=image_processor, tokenizer=build_tokenizer(), patch_size=14).save_pretrained(
         tmp_path
@@ -56,7 +56,7 @@ def test_what_transformers_itself_saves_is_read(tmp_path: Path) -> None:
         ({"crop_size": 28, "do_center_crop": False}, "do_center_crop is false"),
     ],
 )
-def test_a_preprocessing_that_is_not_ours_is_named(tmp_path: Path, content: dict[str, Any], named: str) -> None:
+def test_unsupported_preprocessing_is_refused(tmp_path: Path, content: dict[str, Any], named: str) -> None:
     write_json(tmp_path / "preprocessor_config.json", content)
     with pytest.raises(CheckpointError, match=rf"preprocessor_config.json: .*{named}"):
         read_preprocess_config(tmp_path)
@@ -69,7 +69,7 @@ def test_a_missing_file_is_named(checkpoint_copy: Path, name: str) -> None:
         load_preparer(checkpoint_copy)
 
 
-def test_tiles_that_the_tower_does_not_take_are_named_with_both_files(checkpoint_copy: Path) -> None:
+def test_tiles_of_another_size_than_the_towers_name_both_files(checkpoint_copy: Path) -> None:
     sides = {"size": {"shortest_edge": 56}, "crop_size": 56}
     edit_json(checkpoint_copy / "preprocessor_config.json", lambda content: content.update(sides))
     with pytest.raises(CheckpointError, match=r"preprocessor_config\.json: .* 56 pixels, .*config\.json takes 28"):
@@ -82,7 +82,7 @@ def test_a_config_of_another_kind_is_refused(checkpoint_copy: Path) -> None:
         load_preparer(checkpoint_copy)
 
 
-def test_the_preparer_has_the_checkpoints_template_and_the_callers_limits(tiny_checkpoint: Path) -> None:
+def test_the_preparer_uses_the_checkpoints_template_and_given_limits(tiny_checkpoint: Path) -> None:
     preparer = load_preparer(tiny_checkpoint, limits=RequestLimits(max_images=3))
     assert preparer.template.name == "vicuna_v1"
     assert preparer.limits.max_images == 3
@@ -90,7 +90,7 @@ def test_the_preparer_has_the_checkpoints_template_and_the_callers_limits(tiny_c
     assert preparer.prepare(request).prompt_ids[0] == 1
 
 
-def test_a_named_template_wins(tiny_checkpoint: Path) -> None:
+def test_a_given_template_takes_precedence(tiny_checkpoint: Path) -> None:
     assert load_preparer(tiny_checkpoint, template="plain").template.name == "plain"
 
 

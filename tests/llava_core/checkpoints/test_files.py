@@ -1,4 +1,4 @@
-"""Which file holds which tensor, and one clear message for every way a folder can be damaged."""
+"""Finding the file of each tensor, and one clear message for every way a folder can be damaged."""
 
 import json
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""A checkpoint found once is the same one wherever it is opened."""
+"""A checkpoint that has been found is the same one wherever it is opened."""
 
 from pathlib import Path
 
@@ -9,13 +9,13 @@ from llava_core.errors import CheckpointError, UnknownNameError
 from tests.hub import NEW, OLD, fill_cache, use_cache
 
 
-def test_a_folder_is_found_as_it_is(tiny_checkpoint: Path) -> None:
+def test_a_local_folder_is_used_directly(tiny_checkpoint: Path) -> None:
     found = find_checkpoint(str(tiny_checkpoint), offline=True)
     assert found == FoundCheckpoint(str(tiny_checkpoint), None, {}, offline=True)
     assert found.open().folder == tiny_checkpoint
 
 
-def test_what_cannot_be_used_is_said_before_weights_are_read(checkpoint_copy: Path) -> None:
+def test_an_unusable_checkpoint_fails_before_weights_are_read(checkpoint_copy: Path) -> None:
     with pytest.raises(UnknownNameError, match="vicuna_v1"):
         find_checkpoint(str(checkpoint_copy), template="nonsense")
     (checkpoint_copy / "model.safetensors").unlink()

@@ -1,4 +1,4 @@
-"""Headers tell dtype and shape of every tensor, in both formats, and damage is named."""
+"""Headers give the dtype and shape of every tensor in both formats; damaged files are named."""
 
 from pathlib import Path
 
@@ -35,13 +35,13 @@ def write(folder: Path, suffix: str) -> Path:
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
-def test_both_formats_tell_the_same(tmp_path: Path, suffix: str) -> None:
+def test_both_formats_have_the_same_header(tmp_path: Path, suffix: str) -> None:
     header = read_header(write(tmp_path, suffix))
     assert header == EXPECTED
     assert {name: info.num_bytes for name, info in header.items()} == {name: t.nbytes for name, t in TENSORS.items()}
 
 
-def test_a_file_of_any_other_suffix_is_a_pickle(tmp_path: Path) -> None:
+def test_a_file_of_any_other_suffix_is_read_as_a_pickle(tmp_path: Path) -> None:
     torch.save(TENSORS, tmp_path / "released.pt")
     assert read_header(tmp_path / "released.pt") == EXPECTED
     assert torch.equal(TensorReader().read(tmp_path / "released.pt", "half"), TENSORS["half"])
@@ -57,12 +57,12 @@ def test_damaged_and_missing_files_are_named(tmp_path: Path, suffix: str) -> Non
         read_header(tmp_path / f"other.{suffix}")
 
 
-def test_numbers_that_cannot_be_written_again_are_refused(tmp_path: Path) -> None:
+def test_unsupported_dtypes_are_refused(tmp_path: Path) -> None:
     torch.save({"x": torch.zeros(1, dtype=torch.complex64)}, tmp_path / "a.bin")
     with pytest.raises(CheckpointError, match="numbers of type complex64"):
         read_header(tmp_path / "a.bin")
 
 
 @pytest.mark.parametrize(("name", "size"), DTYPES.values())
-def test_sizes_are_torchs(name: str, size: int) -> None:
+def test_item_sizes_equal_torchs(name: str, size: int) -> None:
     assert getattr(torch, name).itemsize == size

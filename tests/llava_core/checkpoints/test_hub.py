@@ -1,4 +1,4 @@
-"""Ids to folders, by the real client of the hub: what is fetched and said, which revision it is, what is refused."""
+"""Hub ids to folders, with the hub's real client: downloads and their log lines, revisions, refusals."""
 
 import logging
 import shutil
@@ -12,7 +12,7 @@ from tests.hub import NEW, OLD, fill_cache, hub_of, use_cache
 
 
 def write(folder: Path, **files: str) -> Path:
-    """Files named with underscores for dots."""
+    """Writes files; an underscore in a name stands for a dot."""
     folder.mkdir()
     for name, text in files.items():
         (folder / name.replace("_", ".")).write_text(text)
@@ -33,13 +33,13 @@ def new(tmp_path: Path, old: Path) -> Path:
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    # Where nothing is a folder that could be taken for an id.
+    # A folder here could be taken for an id, so change to a directory without such folders.
     monkeypatch.chdir(tmp_path)
     use_cache(monkeypatch, tmp_path / "cache")
     return tmp_path / "cache"
 
 
-def test_a_folder_is_found_as_it_is(tmp_path: Path) -> None:
+def test_a_local_folder_is_used_directly(tmp_path: Path) -> None:
     hub = Hub(revisions={})
     assert hub.find(str(tmp_path), "the model") == tmp_path
     assert hub.found == {}
@@ -48,12 +48,12 @@ def test_a_folder_is_found_as_it_is(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["/no/such/folder", "./missing", "~/missing-folder", "~nobody-here", "missing", "a/b/c", ""]
 )
-def test_what_is_neither_folder_nor_hub_id_is_refused(name: str) -> None:
+def test_names_that_are_neither_folder_nor_hub_id_are_refused(name: str) -> None:
     with pytest.raises(CheckpointError, match="the model: no such checkpoint folder"):
         Hub().find(name, "the model")
 
 
-def test_a_folder_that_may_not_be_read_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_unreadable_folder_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("os.access", lambda *_: False)
     with pytest.raises(CheckpointError, match="cannot be read: permission denied"):
         Hub().find(str(tmp_path), "the model")
@@ -61,14 +61,14 @@ def test_a_folder_that_may_not_be_read_is_named(monkeypatch: pytest.MonkeyPatch,
 
 @pytest.mark.usefixtures("cache")
 @pytest.mark.parametrize("name", ["nobody/nothing", "owner name/no!thing"])
-def test_an_id_that_is_not_here_says_what_to_do(name: str) -> None:
+def test_an_id_that_is_not_cached_says_how_to_get_it(name: str) -> None:
     message = rf"{name}, the model, is neither a folder here nor .* nothing may be fetched; download it first"
     for hub in (Hub(offline=True), Hub()):
         with pytest.raises(CheckpointError, match=message):
             hub.find(name, "the model")
 
 
-def test_what_is_fetched_is_announced_once_and_weights_are_fetched_once(
+def test_downloads_are_logged_once_and_weights_fetched_once(
     old: Path, new: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "llava_core")
@@ -88,19 +88,17 @@ def test_what_is_fetched_is_announced_once_and_weights_are_fetched_once(
     assert f"downloading 1 files (0.00 GB) of revision {NEW}" in caplog.text
 
 
-def test_weights_that_are_there_as_bin_alone_are_fetched(
+def test_weights_that_exist_only_as_bin_are_fetched(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with hub_of({"owner/name": {OLD: write(tmp_path / "x", config_json="{}", model_bin="weights")}}) as server:
         use_cache(monkeypatch, cache, server.url)
         assert (Hub().find("owner/name", "the model") / "model.bin").exists()
-    # Both forms were listed when one of them was fetched: what is here is whole all the same.
+    # Offline, the cached copy counts as complete although it has only one of the two weight formats.
     assert (Hub(offline=True).find("owner/name", "the model") / "model.bin").exists()
 
 
-def test_what_was_fetched_is_found_offline_although_the_hub_has_more(
-    old: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_partial_download_is_found_offline(old: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with hub_of({"owner/name": {OLD: old}}) as server:
         use_cache(monkeypatch, cache, server.url)
         folder = Hub().find("owner/name", "the model")
@@ -109,10 +107,10 @@ def test_what_was_fetched_is_found_offline_although_the_hub_has_more(
         assert len(server.asked) == asked
 
 
-def test_a_hub_that_is_not_there_leaves_the_cache(
+def test_an_unreachable_hub_falls_back_to_the_cache(
     old: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Whatever HTTP client the hub's is built on."""
+    """Holds for whichever HTTP client the hub's client is built on."""
     caplog.set_level(logging.INFO, "llava_core")
     fill_cache(cache, "owner/name", {OLD: old})
     use_cache(monkeypatch, cache, "http://127.0.0.1:9")
@@ -124,9 +122,7 @@ def test_a_hub_that_is_not_there_leaves_the_cache(
         Hub().find("owner/other", "the base")
 
 
-def test_a_revision_stays_what_it_was_at_first(
-    old: Path, new: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_revision_stays_pinned_once_found(old: Path, new: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folders = {OLD: old}
     with hub_of({"owner/name": folders}) as server:
         use_cache(monkeypatch, cache, server.url)
@@ -137,7 +133,7 @@ def test_a_revision_stays_what_it_was_at_first(
         assert Hub().find("owner/name", "the model").name == NEW
 
 
-def test_with_revisions_it_is_those_and_no_other(
+def test_only_the_given_revisions_are_used(
     old: Path, new: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fill_cache(cache, "owner/name", {OLD: old, NEW: new})
@@ -145,7 +141,7 @@ def test_with_revisions_it_is_those_and_no_other(
     assert Hub().find("owner/name", "the model").name == NEW
     hub = Hub(revisions={"owner/name": OLD, "owner/none": NEW})
     assert hub.find("owner/name", "the model").name == OLD
-    # Not even a folder of that name.
+    # Not even a folder of that name takes precedence.
     (tmp_path / "owner" / "name").mkdir(parents=True)
     assert hub.find("owner/name", "the model").name == OLD
     with pytest.raises(CheckpointError, match="owner/other, the base, is not among the revisions to use; add"):

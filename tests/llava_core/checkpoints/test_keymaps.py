@@ -1,4 +1,4 @@
-"""Key tables: every name of a real model is covered in each of its spellings, and goes to the hub's names and back."""
+"""Key tables: every name of a real model is covered in each spelling and maps to the hub's names and back."""
 
 import pytest
 from transformers import LlavaForConditionalGeneration
@@ -31,7 +31,7 @@ def test_keys_are_distinct_and_cover_every_part(module_names: list[str]) -> None
     assert {key.part for key in keys if key} == {"tower", "projector", "decoder"}
 
 
-def test_keys_go_back_to_the_hubs_names(module_names: list[str]) -> None:
+def test_keys_map_back_to_the_hubs_names(module_names: list[str]) -> None:
     for name in module_names:
         key = from_llava_hf(name)
         assert key is not None
@@ -49,7 +49,7 @@ def test_keys_go_back_to_the_hubs_names(module_names: list[str]) -> None:
         ("lm_head.weight", Key("decoder", "lm_head.weight")),
     ],
 )
-def test_names_of_released_checkpoints(name: str, key: Key) -> None:
+def test_names_of_released_checkpoints_map_to_keys(name: str, key: Key) -> None:
     assert from_llava_hf(name) == key
 
 
@@ -61,7 +61,7 @@ def test_names_of_released_checkpoints(name: str, key: Key) -> None:
         "language_model.model.rotary_emb.inv_freq",
     ],
 )
-def test_computed_buffers_are_dropped_on_purpose(name: str) -> None:
+def test_computed_buffers_are_dropped(name: str) -> None:
     assert from_llava_hf(name) is None
 
 
@@ -95,13 +95,13 @@ def test_a_key_without_a_foreign_name_is_an_error() -> None:
         ("model.vision_tower.projector.model.0.weight", None),
     ],
 )
-def test_the_originals_names_and_their_wrapped_forms(name: str, key: Key | None) -> None:
+def test_original_names_and_their_wrapped_forms(name: str, key: Key | None) -> None:
     assert from_original(name) == key
     for prefix in ("base_model.model.", "base_model.", "module.base_model.model.", ""):
         assert from_wrapped(prefix + name) == key
 
 
-def test_wrapped_names_of_llava_hf() -> None:
+def test_wrapped_llava_hf_names() -> None:
     expected = Key("decoder", "model.layers.0.mlp.up_proj.weight")
     for name in (
         "model.language_model.layers.0.mlp.up_proj.weight",
@@ -110,14 +110,14 @@ def test_wrapped_names_of_llava_hf() -> None:
         assert from_wrapped(f"base_model.model.{name}") == expected
 
 
-def test_the_names_of_the_released_biovil() -> None:
+def test_names_of_the_released_biovil() -> None:
     assert from_biovil("encoder.backbone_to_vit.weight") == Key("tower", "model.narrow.weight")
     assert from_biovil("encoder.encoder.fc.bias") is None
     with pytest.raises(KeyError):
         from_biovil("classifier.weight")
 
 
-def test_a_towers_own_names_and_its_text_half() -> None:
+def test_tower_names_and_those_of_its_text_half() -> None:
     key = Key("tower", "model.encoder.layers.0.mlp.fc1.bias")
     assert from_tower("vision_model.encoder.layers.0.mlp.fc1.bias") == key
     assert from_tower("encoder.layers.0.mlp.fc1.bias") == key
@@ -128,6 +128,6 @@ def test_a_towers_own_names_and_its_text_half() -> None:
 
 
 @pytest.mark.parametrize("name", ["model.vision_resampler.weight", "transformer.wte.weight", "image_newline"])
-def test_names_that_are_not_the_originals(name: str) -> None:
+def test_names_unknown_to_the_original_are_errors(name: str) -> None:
     with pytest.raises(KeyError):
         from_original(name)

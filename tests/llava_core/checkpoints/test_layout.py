@@ -1,4 +1,4 @@
-"""What a folder is: every layout is told by its files and fields, and what is missing or wrong is named at once."""
+"""Layout detection: every layout is recognised by its files and fields; missing or wrong parts are named at once."""
 
 import logging
 import shutil
@@ -32,7 +32,7 @@ def load(original: Original) -> None:
     load_language_side(checkpoint, FP32)
 
 
-def test_a_llava_hf_folder_needs_nothing_else(tiny_checkpoint: Path) -> None:
+def test_a_llava_hf_folder_takes_no_base(tiny_checkpoint: Path) -> None:
     checkpoint = open_checkpoint(tiny_checkpoint, offline=True)
     assert (checkpoint.config.dialect, checkpoint.is_complete, checkpoint.adapter) == ("llava_hf", True, None)
     with pytest.raises(CheckpointError, match="takes no base; leave --base out"):
@@ -40,14 +40,14 @@ def test_a_llava_hf_folder_needs_nothing_else(tiny_checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize("inside", [False, True])
-def test_weights_that_are_stored_quantised_are_refused(checkpoint_copy: Path, *, inside: bool) -> None:
+def test_weights_stored_quantised_are_refused(checkpoint_copy: Path, *, inside: bool) -> None:
     quantised = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
     edit_json(checkpoint_copy / "config.json", lambda c: (c["text_config"] if inside else c).update(quantised))
     with pytest.raises(CheckpointError, match=r"config\.json: quantization_config .*\(bitsandbytes\); load the model"):
         open_checkpoint(checkpoint_copy)
 
 
-def test_a_projector_beside_a_whole_model_is_a_copy(tmp_path: Path) -> None:
+def test_a_projector_beside_a_complete_model_is_ignored(tmp_path: Path) -> None:
     original = write_original(tmp_path, Kind())
     torch.save({}, original.folder / "mm_projector.bin")
     assert opened(original).is_complete
@@ -61,7 +61,7 @@ def test_an_adapter_names_its_base(tmp_path: Path) -> None:
     assert open_checkpoint(original.folder, offline=True).text_folder == original.base
 
 
-def test_offline_everything_that_is_missing_is_listed_at_once(tmp_path: Path) -> None:
+def test_offline_all_missing_parts_are_listed_together(tmp_path: Path) -> None:
     original = write_original(tmp_path, Kind(layout="lora"))
     edit_json(original.folder / "config.json", lambda c: c.update(mm_vision_tower="openai/no-tower"))
     message = r"somewhere/else, the base of .*, is neither.*; openai/no-tower, the mm_vision_tower of .*, is neither"
@@ -73,7 +73,7 @@ def test_offline_everything_that_is_missing_is_listed_at_once(tmp_path: Path) ->
 
 @pytest.fixture
 def hub_lora(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache where adapter, base and tower are at OLD."""
+    """A cache that holds adapter, base and tower at revision OLD."""
     monkeypatch.chdir(tmp_path)
     use_cache(monkeypatch, tmp_path / "cache")
     for repo_id, folder in write_lora(tmp_path / "written").items():
@@ -81,13 +81,13 @@ def hub_lora(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-def test_what_was_opened_is_opened_again_whatever_is_newest_by_then(hub_lora: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_is_reopened_at_its_revisions(hub_lora: Path, tmp_path: Path) -> None:
     checkpoint = open_checkpoint("owner/lora")
     assert checkpoint.revisions == {"owner/lora": OLD, "owner/base": OLD, "openai/tower": OLD}
     for repo_id in checkpoint.revisions:
         fill_cache(hub_lora, repo_id, {NEW: hub_lora / f"models--{repo_id.replace('/', '--')}" / "snapshots" / OLD})
     assert set(open_checkpoint("owner/lora").revisions.values()) == {NEW}
-    # A folder of the tower's name would be the tower.
+    # Without revisions, a folder of the tower's name is taken as the tower.
     shutil.copytree(tmp_path / "written" / "tower", tmp_path / "openai" / "tower")
     assert "openai/tower" not in open_checkpoint("owner/lora").revisions
     again = open_checkpoint("owner/lora", revisions=checkpoint.revisions)
@@ -95,7 +95,7 @@ def test_what_was_opened_is_opened_again_whatever_is_newest_by_then(hub_lora: Pa
     assert {each.folder.name for each in again.weights} == {OLD}
 
 
-def test_a_base_of_a_peft_adapter_has_its_revision_too(
+def test_the_revision_of_a_peft_adapters_base_is_recorded(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use_cache(monkeypatch, tmp_path / "cache")
@@ -105,8 +105,8 @@ def test_a_base_of_a_peft_adapter_has_its_revision_too(
     assert open_checkpoint(tmp_path / "adapter").revisions == {"owner/whole": OLD}
 
 
-def test_a_copy_stands_in_for_a_tower_everywhere_or_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One replica must not take the named tower where another one takes the copy inside."""
+def test_all_replicas_agree_on_the_tower_or_its_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One replica must not use the named tower while another uses the copy inside the checkpoint."""
     use_cache(monkeypatch, tmp_path / "cache")
     monkeypatch.setitem(KNOWN_TOWERS, "openai/tower", TOWER_CONFIG)
     original = write_original(tmp_path, Kind(tower_inside=True))
@@ -123,13 +123,13 @@ def test_a_copy_stands_in_for_a_tower_everywhere_or_nowhere(tmp_path: Path, monk
         open_checkpoint(original.folder, revisions=within.revisions)
 
 
-def test_a_text_only_model_is_named_as_such(tmp_path: Path) -> None:
+def test_a_text_only_model_is_recognised_in_the_error(tmp_path: Path) -> None:
     original = write_original(tmp_path, Kind(layout="lora"))
     with pytest.raises(CheckpointError, match=rf"{original.base}/config\.json: there is neither .*perhaps a text-only"):
         open_checkpoint(str(original.base), offline=True)
 
 
-def test_a_projector_is_never_put_together_of_two(tmp_path: Path) -> None:
+def test_a_projector_is_never_assembled_from_two(tmp_path: Path) -> None:
     base = write_original(tmp_path / "whole", Kind())
     original = write_original(tmp_path, Kind(layout="projector"))
     load_language_side(open_checkpoint(original.folder, base.folder), FP32)
@@ -141,14 +141,14 @@ def test_a_projector_is_never_put_together_of_two(tmp_path: Path) -> None:
         load_language_side(open_checkpoint(original.folder, base.folder), FP32)
 
 
-def test_an_adapter_without_its_projector_says_so(tmp_path: Path) -> None:
+def test_an_adapter_without_its_projector_is_refused(tmp_path: Path) -> None:
     original = write_original(tmp_path, Kind(layout="lora"))
     (original.folder / "non_lora_trainables.bin").unlink()
     with pytest.raises(CheckpointError, match=r"without non_lora_trainables\.bin.*text-only"):
         opened(original)
 
 
-def test_an_empty_folder_is_named(tmp_path: Path) -> None:
+def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"config\.json is missing"):
         open_checkpoint(tmp_path)
 
@@ -166,7 +166,7 @@ def test_an_adapter_over_a_complete_llava_changes_it(tmp_path: Path, tiny_checkp
     torch.testing.assert_close(got, before + 3 * (up @ down))
 
 
-def test_a_tower_that_was_not_trained_is_the_one_that_is_named(tmp_path: Path) -> None:
+def test_the_named_tower_is_used_unless_it_was_trained(tmp_path: Path) -> None:
     original = write_original(tmp_path, ANYRES)
     inside = load_tower(opened(original), FP32).state_dict()
     edit_json(original.folder / "config.json", lambda config: config.update(unfreeze_mm_vision_tower=False))
@@ -177,7 +177,7 @@ def test_a_tower_that_was_not_trained_is_the_one_that_is_named(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("layout", ["lora", "projector"])
-def test_what_is_trained_over_a_base_with_a_trained_tower_sees_with_it(tmp_path: Path, layout: str) -> None:
+def test_the_trained_tower_of_a_base_is_used(tmp_path: Path, layout: str) -> None:
     base = write_original(tmp_path / "whole", ANYRES, seed=1)
     original = write_original(tmp_path / "over", Kind(layout=layout))
     edit_json(original.folder / "config.json", lambda config: config.update(unfreeze_mm_vision_tower=True))
@@ -192,7 +192,7 @@ def test_what_is_trained_over_a_base_with_a_trained_tower_sees_with_it(tmp_path:
 
 
 def rewrite(original: Original, **changes: torch.Tensor | None) -> None:
-    """Change, add or (None) drop tensors of the single file; names with dots written with double underscores."""
+    """Changes, adds or (None) drops tensors of the single file; double underscores in names stand for dots."""
     file = original.folder / "model.safetensors"
     tensors = load_file(file)
     for name, value in changes.items():
@@ -238,7 +238,7 @@ def test_an_added_key_is_named(tmp_path: Path, name: str) -> None:
         check_tensors(opened(original))
 
 
-def test_a_newline_that_nothing_reads_is_left_and_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_unused_newline_is_skipped_and_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     original = write_original(tmp_path, Kind(aspect="anyres"))
     rewrite(original, model__image_newline=torch.zeros(32))
     with caplog.at_level(logging.INFO):
@@ -247,7 +247,7 @@ def test_a_newline_that_nothing_reads_is_left_and_told(tmp_path: Path, caplog: p
     load(original)
 
 
-def test_a_newline_where_none_belongs_is_named(checkpoint_copy: Path) -> None:
+def test_an_unexpected_newline_is_named(checkpoint_copy: Path) -> None:
     file = checkpoint_copy / "model.safetensors"
     save_file({**load_file(file), "image_newline": torch.zeros(32)}, file)
     with pytest.raises(CheckpointError, match="must not hold image_newline"):
@@ -286,7 +286,7 @@ def test_a_tokenizer_without_a_needed_token_is_named(tmp_path: Path) -> None:
         load_tokenizer(opened(original))
 
 
-def test_tokens_that_the_model_has_rows_for_are_added(tmp_path: Path) -> None:
+def test_missing_tokens_are_added_if_the_model_has_rows_for_them(tmp_path: Path) -> None:
     original = write_original(tmp_path, Kind(pad_rows=3))
     edit_json(
         original.folder / "config.json",

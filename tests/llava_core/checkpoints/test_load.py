@@ -1,4 +1,4 @@
-"""Loading by part: every spelling and sharding gives the same weights, and every key is accounted for."""
+"""Loading by part: every naming and sharding gives the same weights, and every key is accounted for."""
 
 import hashlib
 from collections.abc import Callable
@@ -19,7 +19,7 @@ ORIGINAL_RESET = torch.nn.Linear.reset_parameters
 
 
 def loaded_weights(folder: Path, options: LoadOptions = FP32) -> dict[str, torch.Tensor]:
-    """All three parts under the names of transformers' module."""
+    """Loads all three parts; returns their weights under the names of transformers' module."""
     tower, language = load_tower(folder, options), load_language_side(folder, options)
     projector = {
         name.replace("0.", "linear_1.").replace("2.", "linear_2."): value
@@ -51,7 +51,7 @@ def test_every_layout_loads_bit_for_bit(
     assert all(torch.equal(loaded[name], expected[name]) for name in expected)
 
 
-def test_a_checkpoint_that_transformers_itself_saved_loads(
+def test_a_checkpoint_saved_by_transformers_loads(
     reference_model: LlavaForConditionalGeneration, checkpoint_copy: Path
 ) -> None:
     (checkpoint_copy / "model.safetensors").unlink()
@@ -71,7 +71,7 @@ def test_loading_patches_nothing(tiny_checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_every_parameter_has_the_dtype_asked_for_and_is_real(tiny_checkpoint: Path, dtype: Any) -> None:
+def test_every_parameter_has_the_requested_dtype_and_is_not_meta(tiny_checkpoint: Path, dtype: Any) -> None:
     options = LoadOptions(dtype=dtype)
     for part in (load_tower(tiny_checkpoint, options), load_language_side(tiny_checkpoint, options)):
         assert not part.training
@@ -80,7 +80,7 @@ def test_every_parameter_has_the_dtype_asked_for_and_is_real(tiny_checkpoint: Pa
         assert not any(buffer.is_meta for buffer in part.buffers())
 
 
-def test_auto_dtype_is_one_of_the_named() -> None:
+def test_auto_dtype_is_a_known_dtype_and_others_are_refused() -> None:
     assert LoadOptions().torch_dtype in (torch.float32, torch.bfloat16)
     with pytest.raises(ValueError, match="'int8'"):
         LoadOptions(dtype="int8")  # type: ignore[arg-type]
@@ -94,7 +94,7 @@ KEYS = {
 
 
 def rewrite(folder: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> Path:
-    """Load the weights of a checkpoint's single file, let `edit` change them, write them back."""
+    """Loads the weights of a checkpoint's single file, lets `edit` change them, and writes them back."""
     tensors = load_file(folder / "model.safetensors")
     edit(tensors)
     write_weights(folder, tensors)
@@ -122,7 +122,7 @@ def test_an_added_key_of_a_part_is_named(checkpoint_copy: Path, part: str) -> No
 
 
 @pytest.mark.parametrize("part", ["tower", "decoder"])
-def test_a_key_of_no_part_stops_every_part(checkpoint_copy: Path, part: str) -> None:
+def test_an_unknown_key_fails_every_part(checkpoint_copy: Path, part: str) -> None:
     rewrite(checkpoint_copy, lambda tensors: tensors.update({"surplus": torch.zeros(1)}))
     with pytest.raises(CheckpointError, match="1 tensors of unknown purpose: surplus"):
         load_part(checkpoint_copy, part)
@@ -145,7 +145,7 @@ def test_a_wrong_shape_is_named_with_both_shapes(checkpoint_copy: Path, part: st
         load_part(checkpoint_copy, part)
 
 
-def test_a_part_does_not_read_what_belongs_to_another(checkpoint_copy: Path) -> None:
+def test_a_part_does_not_read_tensors_of_another(checkpoint_copy: Path) -> None:
     rewrite(checkpoint_copy, lambda tensors: tensors.update({KEYS["decoder"]: torch.zeros(1)}))
     load_tower(checkpoint_copy, FP32)
 
@@ -174,12 +174,12 @@ def test_tiles_and_tower_must_agree(checkpoint_copy: Path) -> None:
 
 
 @pytest.mark.parametrize("device", ["cud", "gpu", "cuda:x", "meta"])
-def test_a_device_that_is_none_is_refused_by_name(device: str) -> None:
+def test_an_unknown_device_is_refused_by_name(device: str) -> None:
     with pytest.raises(CheckpointError, match=f"device '{device}' is unknown; known are cpu, cuda and cuda:N"):
         LoadOptions(device)
 
 
-def test_cuda_is_refused_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_is_refused_where_it_is_not_available(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(CheckpointError, match=r"device cuda calls for CUDA, and torch .* finds none"):
         LoadOptions("cuda")

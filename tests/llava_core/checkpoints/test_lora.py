@@ -1,4 +1,4 @@
-"""LoRA added while loading equals what PEFT itself merges; kinds that are not plain LoRA are refused by field."""
+"""LoRA added while loading equals PEFT's own merge; adapters other than plain LoRA are refused by field."""
 
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,14 @@ from llava_core.checkpoints.lora import open_lora
 from llava_core.errors import CheckpointError
 from tests.tiny import edit_json
 
-# PEFT's own business with transformers.
+# A warning between PEFT and transformers that does not concern us.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 
 CONFIG = LlamaConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=20)
 
 
 def save_adapter(folder: Path, **options: Any) -> dict[str, torch.Tensor]:
-    """A random adapter as PEFT saves it; returns the merged weights."""
+    """Saves a random adapter with PEFT; returns the merged weights."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(CONFIG)
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -53,7 +53,7 @@ def test_merged_weights_equal_pefts(tmp_path: Path, options: dict[str, Any]) -> 
         torch.testing.assert_close(tensors[name], value)
 
 
-def test_what_is_not_touched_keeps_its_dtype(tmp_path: Path) -> None:
+def test_untouched_weights_keep_their_dtype(tmp_path: Path) -> None:
     save_adapter(tmp_path)
     tensors = {name: value.half() for name, value in torch.load(tmp_path / "base.pt", weights_only=True).items()}
     open_lora(tmp_path).apply("decoder", tensors, torch.bfloat16)
@@ -61,7 +61,7 @@ def test_what_is_not_touched_keeps_its_dtype(tmp_path: Path) -> None:
     assert tensors["model.layers.0.self_attn.k_proj.weight"].dtype == torch.float16
 
 
-def test_a_base_of_another_shape_is_the_wrong_one(tmp_path: Path) -> None:
+def test_a_base_of_another_shape_is_refused(tmp_path: Path) -> None:
     save_adapter(tmp_path)
     lora = open_lora(tmp_path)
     assert Key("decoder", "model.layers.0.self_attn.q_proj.weight") in lora.pairs
@@ -76,7 +76,7 @@ def test_a_base_of_another_shape_is_the_wrong_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("field", "value"), [("peft_type", "IA3"), ("use_dora", True), ("fan_in_fan_out", True), ("r", 0)]
 )
-def test_other_kinds_are_refused_by_field(tmp_path: Path, field: str, value: object) -> None:
+def test_unsupported_adapters_are_refused_by_field(tmp_path: Path, field: str, value: object) -> None:
     save_adapter(tmp_path)
     edit_json(tmp_path / "adapter_config.json", lambda config: config.update({field: value}))
     with pytest.raises(CheckpointError, match=rf"adapter_config\.json: {field}"):
@@ -104,7 +104,7 @@ def test_every_tensor_is_accounted_for(tmp_path: Path, change: dict[str, int | N
         open_lora(tmp_path)
 
 
-def test_an_adapter_without_weights_is_named(tmp_path: Path) -> None:
+def test_an_adapter_without_weights_is_refused(tmp_path: Path) -> None:
     save_adapter(tmp_path)
     (tmp_path / "adapter_model.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"no adapter_model\.safetensors or \.bin"):
@@ -112,14 +112,14 @@ def test_an_adapter_without_weights_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("rank", [2, 64])
-def test_a_rank_that_the_matrices_do_not_have_is_refused(tmp_path: Path, rank: int) -> None:
+def test_a_rank_that_contradicts_the_matrices_is_refused(tmp_path: Path, rank: int) -> None:
     save_adapter(tmp_path)
     edit_json(tmp_path / "adapter_config.json", lambda config: config.update(r=rank))
     with pytest.raises(CheckpointError, match=rf"matrices of rank 4 and 4, adapter_config\.json says {rank}"):
         open_lora(tmp_path)
 
 
-def test_an_alpha_that_is_no_number_is_refused(tmp_path: Path) -> None:
+def test_a_non_numeric_alpha_is_refused(tmp_path: Path) -> None:
     save_adapter(tmp_path)
     edit_json(tmp_path / "adapter_config.json", lambda config: config.update(lora_alpha="8"))
     with pytest.raises(CheckpointError, match=r"adapter_config\.json: lora_alpha must be a number above 0, not '8'"):

@@ -1,4 +1,4 @@
-"""What a model needs, against what its tensors really take, and against known models' figures."""
+"""Memory estimates, compared with the real size of tensors and with the figures of known models."""
 
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from tests.tiny import edit_json
 
 
 def stored_bytes(module: nn.Module) -> int:
-    """All that its parameters hold, bitsandbytes' scales included; tied ones once."""
+    """Returns the bytes of all parameters, including bitsandbytes' scales; tied parameters count once."""
     total = 0
     for parameter in {id(value): value for value in module.parameters()}.values():
         total += parameter.numel() * parameter.element_size()
@@ -42,7 +42,7 @@ def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def llava_7b(**text: Any) -> ModelConfig:
-    """As the configurations of llava-hf/llava-1.5-7b-hf say it: what is transformers' default is left out."""
+    """Reads a configuration like that of llava-hf/llava-1.5-7b-hf, which leaves out transformers' defaults."""
     return read_llava_hf_config(
         {
             "image_token_index": 32000,
@@ -62,7 +62,7 @@ def llava_7b(**text: Any) -> ModelConfig:
 
 @pytest.mark.parametrize("quantization", [None, "8bit", "4bit"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_weights_take_what_was_reckoned(dtype: Any, quantization: Any) -> None:
+def test_weights_take_the_estimated_bytes(dtype: Any, quantization: Any) -> None:
     options = LoadOptions(dtype=dtype, quantization=quantization)
     whole = LanguageSide(open_checkpoint(DEFAULT_MODEL).config)
     side = load_language_side(DEFAULT_MODEL, options)
@@ -79,14 +79,14 @@ def test_a_token_of_llava_1_5_7b_takes_half_a_mebibyte() -> None:
     assert cache_bytes_per_token(llava_7b(num_key_value_heads=4, head_dim=64), 2) == 2 * 32 * 4 * 64 * 2
 
 
-def test_there_must_be_room_for_a_question_about_a_picture() -> None:
+def test_the_need_includes_cache_for_a_question_about_a_picture() -> None:
     need = language_need(llava_7b(), 14 * 2**30, 2)
     assert need.tokens == 576 + 512
     assert need.total == 14 * 2**30 + 1088 * 512 * 1024
     assert str(need) == "14.00 GiB of weights and 512 KiB of cache per token, room for 1088 tokens"
 
 
-def test_what_does_not_fit_is_refused_before_a_weight_is_read(
+def test_a_model_that_does_not_fit_is_refused_before_reading_weights(
     tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory, "available_bytes", lambda _: 1000)
@@ -98,7 +98,7 @@ def test_what_does_not_fit_is_refused_before_a_weight_is_read(
 
 
 def needs(monkeypatch: pytest.MonkeyPatch, checkpoint: Checkpoint, options: LoadOptions) -> list[tuple[str, int]]:
-    """Device and bytes of weights of every check that loading the language side makes."""
+    """Returns device and weight bytes of every memory check made while loading the language side."""
     asked: list[tuple[str, int]] = []
     monkeypatch.setattr(
         "llava_core.checkpoints.load.check_fits",
@@ -109,7 +109,7 @@ def needs(monkeypatch: pytest.MonkeyPatch, checkpoint: Checkpoint, options: Load
 
 
 @pytest.mark.parametrize("is_in_file", [False, True])
-def test_a_head_that_is_the_embeddings_is_counted_once(
+def test_a_head_tied_to_the_embeddings_is_counted_once(
     checkpoint_copy: Path, monkeypatch: pytest.MonkeyPatch, *, is_in_file: bool
 ) -> None:
     edit_json(checkpoint_copy / "config.json", lambda config: config["text_config"].update(tie_word_embeddings=True))
@@ -122,7 +122,7 @@ def test_a_head_that_is_the_embeddings_is_counted_once(
     assert needs(monkeypatch, opened, options) == [("cpu", expected)]
 
 
-def test_lora_is_added_to_the_whole_decoder_before_it_is_quantised(
+def test_lora_with_quantisation_needs_room_for_the_unquantised_decoder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = write_original(tmp_path, Kind(layout="lora"))
@@ -135,9 +135,7 @@ def test_lora_is_added_to_the_whole_decoder_before_it_is_quantised(
     assert whole > small
 
 
-def test_lora_that_has_no_room_says_that_it_can_be_added_before(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_lora_that_does_not_fit_suggests_merging_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = write_original(tmp_path, Kind(layout="lora"))
     opened = open_checkpoint(original.folder, original.base, offline=True)
     monkeypatch.setattr(memory, "available_bytes", lambda device: 2**40 if device == "cuda" else 1000)

@@ -1,4 +1,4 @@
-"""The original's config.json: real ones are read with all their fields, and what is not supported is named."""
+"""The original code's config.json: real ones are read with all their fields; unsupported settings are named."""
 
 import copy
 from typing import Any
@@ -17,7 +17,7 @@ from llava_core.errors import CheckpointError
 from llava_core.types import Size
 
 TOWER = KNOWN_TOWERS["openai/clip-vit-large-patch14-336"]
-# As liuhaotian/llava-v1.5-7b has it; `model_type` means another layout to transformers.
+# From liuhaotian/llava-v1.5-7b; to transformers, its `model_type` means another layout.
 LLAVA_1_5: dict[str, Any] = {
     "model_type": "llava",
     "architectures": ["LlavaLlamaForCausalLM"],
@@ -73,7 +73,7 @@ def test_llava_1_5_is_read() -> None:
     assert not {name for name in config.text if name.startswith("mm_")}
 
 
-def test_llava_1_6_is_read_width_first() -> None:
+def test_llava_1_6_is_read_with_pinpoints_width_first() -> None:
     config = read_original_config(LLAVA_1_6, TOWER)
     assert (config.text["model_type"], config.text["rope_theta"]) == ("mistral", 1e6)
     assert config.pinpoints[0] == Size(336, 672)
@@ -82,7 +82,7 @@ def test_llava_1_6_is_read_width_first() -> None:
     assert read_original_config(text, TOWER) == config
 
 
-def test_a_window_of_null_is_none_and_no_word_about_it_is_the_usual_one() -> None:
+def test_a_null_window_disables_it_and_a_missing_field_stays_missing() -> None:
     config = read_original_config(LLAVA_1_6, TOWER)
     for text in (config.text, original_json(config, "tower", "anyres")):
         decoder: Any = AutoConfig.for_model(**{**text, "model_type": "mistral"})
@@ -91,7 +91,7 @@ def test_a_window_of_null_is_none_and_no_word_about_it_is_the_usual_one() -> Non
     assert "sliding_window" not in read_original_config(silent, TOWER).text
 
 
-def test_radialog_is_read_whatever_its_fields_say_about_layers() -> None:
+def test_radialog_ignores_the_layer_fields() -> None:
     config = read_original_config({**LLAVA_1_5, "mm_vision_tower": "biovil", "mm_hidden_size": 512}, BIOVIL_CONFIG)
     assert (config.vision.image_size, config.vision.tokens_per_tile, config.vision.hidden_size) == (448, 196, 512)
     assert (config.vision.select_layer, config.vision.select_feature) == (-1, "patch")
@@ -100,7 +100,7 @@ def test_radialog_is_read_whatever_its_fields_say_about_layers() -> None:
 
 
 @pytest.mark.parametrize("kind", ["pool", "pool_all", "pool_concat", True])
-def test_pooling_several_pictures_is_refused_by_name(kind: object) -> None:
+def test_image_pooling_is_refused_by_name(kind: object) -> None:
     with pytest.raises(CheckpointError, match=f"mv_type {kind!r} needs RaDialog's image pooler"):
         check_image_pooling({"mv_type": kind})
     check_image_pooling({"mv_type": "concat"})
@@ -113,12 +113,12 @@ def test_several_scales_multiply_the_features() -> None:
     assert config.vision.image_size == 336
 
 
-def test_without_architectures_the_model_type_tells_the_decoder() -> None:
+def test_without_architectures_model_type_decides_the_decoder() -> None:
     assert read(architectures=None, model_type="llava_mistral").text["model_type"] == "mistral"
     assert read(architectures=None, model_type="llava_llama").text["model_type"] == "llama"
 
 
-def test_a_window_that_is_null_is_none_at_all_and_stays_so() -> None:
+def test_a_null_window_survives_writing_the_config() -> None:
     config = read_original_config({**LLAVA_1_6, "sliding_window": None}, TOWER)
     assert config.text["sliding_window"] is None
     assert original_json(config, "tower", "anyres")["sliding_window"] is None
@@ -126,7 +126,7 @@ def test_a_window_that_is_null_is_none_at_all_and_stays_so() -> None:
     assert "sliding_window" not in read_original_config(silent, TOWER).text
 
 
-def test_pinpoints_count_for_anyres_alone() -> None:
+def test_pinpoints_are_used_only_with_anyres() -> None:
     assert read(image_grid_pinpoints=PINPOINTS).pinpoints == ()
 
 
@@ -139,7 +139,7 @@ def test_pinpoints_count_for_anyres_alone() -> None:
         ({"vision_config": {}, "text_config": {}}, False),
     ],
 )
-def test_a_named_tower_makes_it_an_original(config: dict[str, Any], expected: bool) -> None:  # noqa: FBT001
+def test_a_config_that_names_a_tower_is_an_original(config: dict[str, Any], expected: bool) -> None:  # noqa: FBT001
     assert is_original_config(config) is expected
 
 
@@ -176,6 +176,6 @@ def test_a_named_tower_makes_it_an_original(config: dict[str, Any], expected: bo
         ),
     ],
 )
-def test_what_is_not_supported_is_named(changes: dict[str, Any], named: str) -> None:
+def test_unsupported_settings_are_named(changes: dict[str, Any], named: str) -> None:
     with pytest.raises(CheckpointError, match=named):
         read(**changes)

@@ -1,4 +1,4 @@
-"""A `.bin` file's pickle tells what torch would load from it, and nothing in it is ever run."""
+"""A `.bin` file's pickle is read for the tensors that torch would load from it; nothing in it is ever run."""
 
 import collections
 import pickle
@@ -25,8 +25,8 @@ def save(folder: Path, content: object, *, zipped: bool) -> Path:
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_every_dtype_and_kind_of_tensor_is_told_as_torch_loads_it(tmp_path: Path, *, zipped: bool) -> None:
-    # torch itself cannot read the newest dtypes again in the old format.
+def test_dtypes_and_shapes_are_those_that_torch_loads(tmp_path: Path, *, zipped: bool) -> None:
+    # torch itself cannot read the newest dtypes back from the old format.
     kinds = [kind for kind in KINDS if zipped or "float8" not in str(kind)]
     tensors = {str(kind): torch.zeros(2, 3).to(kind) for kind in kinds}
     whole = torch.arange(12.0).view(3, 4)
@@ -38,7 +38,7 @@ def test_every_dtype_and_kind_of_tensor_is_told_as_torch_loads_it(tmp_path: Path
     assert list(expected) == list(tensors)
 
 
-def test_what_a_module_saves_is_told_with_its_version_left_out(tmp_path: Path) -> None:
+def test_a_modules_state_is_read_without_its_version(tmp_path: Path) -> None:
     state = torch.nn.Linear(2, 3).state_dict()
     assert isinstance(state, collections.OrderedDict)
     assert read_pickled(save(tmp_path, state, zipped=True)) == {
@@ -65,7 +65,7 @@ def test_code_is_refused_by_name_and_not_run(tmp_path: Path, *, zipped: bool) ->
         b"ctorch.serialization\nload\n.",
     ],
 )
-def test_no_name_but_those_of_tensors_is_looked_up(tmp_path: Path, opcodes: bytes) -> None:
+def test_only_names_that_tensors_need_are_looked_up(tmp_path: Path, opcodes: bytes) -> None:
     header = pickle.dumps(1) * 3
     (tmp_path / "model.bin").write_bytes(header + opcodes)
     with pytest.raises(CheckpointError, match="could be code and are never run"):
@@ -81,7 +81,7 @@ def test_anything_but_named_tensors_is_refused(tmp_path: Path, content: object) 
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_a_file_that_is_cut_anywhere_in_its_pickle_is_damaged(tmp_path: Path, *, zipped: bool) -> None:
+def test_a_file_truncated_anywhere_in_its_pickle_is_refused(tmp_path: Path, *, zipped: bool) -> None:
     file = save(tmp_path, {"a": torch.ones(2)}, zipped=zipped)
     for keep in range(300, -1, -7):
         cut_short(file, keep=keep)

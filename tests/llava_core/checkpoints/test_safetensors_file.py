@@ -1,4 +1,4 @@
-"""One account of what is wrong with a safetensors file, whether names, headers or tensors are wanted of it."""
+"""A faulty safetensors file gives the same message whether names, headers or tensors are read."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +24,7 @@ def file(tmp_path: Path) -> Path:
     return tmp_path / "x.safetensors"
 
 
-def test_names_and_tensors_are_there(file: Path) -> None:
+def test_names_and_tensors_are_read(file: Path) -> None:
     with open_safetensors(file, "pt") as opened:
         assert list(opened.keys()) == ["a"]
         assert torch.equal(opened.get_tensor("a"), torch.arange(3))
@@ -36,7 +36,7 @@ def message(read: Callable[[Path], object], file: Path) -> str:
     return str(caught.value)
 
 
-def test_every_reader_says_the_same(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_reader_gives_the_same_message(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cut_short(file, keep=20)
     assert len({message(read, file) for read in READERS}) == 1
     assert "x.safetensors is damaged or truncated" in message(tensor_names, file)
@@ -44,12 +44,12 @@ def test_every_reader_says_the_same(file: Path, monkeypatch: pytest.MonkeyPatch)
     assert all("is missing; the checkpoint is incomplete" in message(read, absent) for read in READERS)
 
     def refuse(path: Path, _: str) -> None:
-        # What the library does about permissions; a test that runs as root cannot take them away.
+        # The library's reaction to missing permissions, which a test that runs as root cannot revoke.
         raise FileNotFoundError(f"No such file or directory: {path}")
 
     monkeypatch.setattr(safetensors_file, "safe_open", refuse)
     assert all("x.safetensors cannot be read: permission denied" in message(read, file) for read in READERS)
 
 
-def test_a_name_that_is_not_there_is_damage(file: Path) -> None:
+def test_a_missing_tensor_is_reported_as_damage(file: Path) -> None:
     assert "x.safetensors is damaged or truncated" in message(lambda path: read_tensors({"b": path}), file)

@@ -1,4 +1,4 @@
-"""`tokenizer.model`: ids at every seam as the slow Llama tokenizer of transformers 4 gave them, offsets, and damage."""
+"""`tokenizer.model`: ids at every boundary equal transformers 4's slow Llama tokenizer; offsets; damaged files."""
 
 import json
 from pathlib import Path
@@ -26,33 +26,33 @@ def pieces(tokenizer: SentencePieceBackend, text: str) -> list[str]:
 
 
 @pytest.mark.parametrize("legacy", [True, False])
-def test_a_text_without_special_tokens_is_what_sentencepiece_makes_of_it(tmp_path: Path, *, legacy: bool) -> None:
+def test_plain_text_is_tokenized_as_by_sentencepiece(tmp_path: Path, *, legacy: bool) -> None:
     tokenizer = backend(tmp_path, legacy=legacy)
     model = SentencePieceProcessor(model_proto=CONTENT)
     for text in ("USER: What is it?", "\nWhat", " two", "é", "a  b", ""):
         assert [token for token, _, _ in tokenizer.encode(text)] == model.encode(text, out_type=int), text
 
 
-def test_what_follows_a_special_token_has_a_space_in_the_legacy_form_alone(tmp_path: Path) -> None:
+def test_only_legacy_mode_adds_a_space_after_special_tokens(tmp_path: Path) -> None:
     assert pieces(backend(tmp_path, legacy=True), "a</s>a")[1:] == ["</s>", *pieces(backend(tmp_path), "a")]
     assert pieces(backend(tmp_path, legacy=False), "a</s>a")[1:] == ["</s>", "a"]
     assert pieces(backend(tmp_path, legacy=False), "a</s> a")[1:] == ["</s>", *pieces(backend(tmp_path), "a")]
 
 
-def test_a_text_that_begins_with_a_special_token_has_no_space_before_it(tmp_path: Path) -> None:
+def test_no_space_is_added_before_a_leading_special_token(tmp_path: Path) -> None:
     assert pieces(backend(tmp_path, legacy=False), "</s>a") == ["</s>", "a"]
     assert pieces(backend(tmp_path, legacy=True), "</s>a") == ["</s>", *pieces(backend(tmp_path), "a")]
 
 
-def test_only_a_special_token_of_a_role_takes_the_space_before_it(tmp_path: Path) -> None:
-    """As transformers 4.37 had it: a token that is merely marked special keeps the space."""
+def test_only_special_tokens_with_a_role_drop_the_leading_space(tmp_path: Path) -> None:
+    """Same as in transformers 4.37: a token that is merely marked special keeps the space."""
     end = {str(SP_SIZE): {"content": "<im_end>", "special": True}}
     assert pieces(backend(tmp_path, legacy=False, added_tokens_decoder=end), "<im_end>a") == ["▁", str(SP_SIZE), "a"]
     named = backend(tmp_path, legacy=False, added_tokens_decoder=end, additional_special_tokens=["<im_end>"])
     assert pieces(named, "<im_end>a") == [str(SP_SIZE), "a"]
 
 
-def test_added_tokens_keep_their_ids_and_new_ones_come_after_them(tmp_path: Path) -> None:
+def test_added_tokens_keep_their_ids_and_new_ones_follow(tmp_path: Path) -> None:
     (tmp_path / "added_tokens.json").write_text(json.dumps({"<im_start>": SP_SIZE, "[PAD]": SP_SIZE + 1}))
     tokenizer = backend(tmp_path, pad_token="[PAD]")
     assert tokenizer.num_tokens == SP_SIZE + 2
@@ -62,13 +62,13 @@ def test_added_tokens_keep_their_ids_and_new_ones_come_after_them(tmp_path: Path
     assert {"<im_start>", "<im_end>", "[PAD]", "<s>", "</s>", "<unk>"} == tokenizer.special_texts
 
 
-def test_bos_is_as_the_configuration_says(tmp_path: Path) -> None:
+def test_bos_follows_the_configuration(tmp_path: Path) -> None:
     assert backend(tmp_path).bos_id == 1
     assert backend(tmp_path, add_bos_token=False).bos_id is None
 
 
 @pytest.mark.parametrize("legacy", [True, False])
-def test_offsets_are_characters_of_the_text(tmp_path: Path, *, legacy: bool) -> None:
+def test_offsets_are_in_characters_of_the_text(tmp_path: Path, *, legacy: bool) -> None:
     text = "USER: été?</s>ASSISTANT: two"
     tokens = backend(tmp_path, legacy=legacy).encode(text)
     assert "".join(text[start:end] for _, start, end in tokens) == text
@@ -88,7 +88,7 @@ def test_a_damaged_file_is_named(tmp_path: Path, content: bytes) -> None:
         SentencePieceBackend(tmp_path)
 
 
-def test_an_id_beyond_a_gap_is_named(tmp_path: Path) -> None:
+def test_an_id_after_a_gap_is_named(tmp_path: Path) -> None:
     tokenizer = backend(tmp_path)
     (tmp_path / "added_tokens.json").write_text(json.dumps({"<far>": tokenizer.num_tokens + 3}))
     with pytest.raises(CheckpointError, match=r"gives <far> the id 403, but has only 401 tokens"):

@@ -1,4 +1,4 @@
-"""Restated names and shapes equal those of the modules that transformers and we build."""
+"""Expected names and shapes equal those of the modules that transformers and we build."""
 
 from typing import Any
 

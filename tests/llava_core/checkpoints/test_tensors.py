@@ -1,4 +1,4 @@
-"""Reading weight files: tensors come out as they went in, and nothing but tensors ever comes out."""
+"""Reading weight files: tensors are read exactly as written, and nothing but tensors is ever read."""
 
 from pathlib import Path
 
@@ -44,7 +44,7 @@ def test_anything_but_named_tensors_is_refused(tmp_path: Path, content: object) 
 
 @pytest.mark.parametrize("keep", [0, 1, 100, 300])
 @pytest.mark.parametrize("zipped", [True, False])
-def test_a_cut_file_is_named(tmp_path: Path, keep: int, zipped: bool) -> None:  # noqa: FBT001
+def test_a_truncated_file_is_named(tmp_path: Path, keep: int, zipped: bool) -> None:  # noqa: FBT001
     torch.save(TENSORS, tmp_path / "cut.bin", _use_new_zipfile_serialization=zipped)
     cut_short(tmp_path / "cut.bin", keep=keep)
     with pytest.raises(CheckpointError, match=r"cut\.bin is damaged"):
@@ -57,7 +57,7 @@ def test_a_missing_file_is_named(tmp_path: Path, name: str) -> None:
         read_tensors({"a": tmp_path / name})
 
 
-def test_a_name_that_the_file_does_not_hold_is_named(tmp_path: Path) -> None:
+def test_a_tensor_missing_from_the_file_is_named(tmp_path: Path) -> None:
     torch.save(TENSORS, tmp_path / "model.bin")
     with pytest.raises(CheckpointError, match="does not hold c"):
         read_tensors({"c": tmp_path / "model.bin"})

@@ -1,4 +1,4 @@
-"""Bytes of tokens: those of a text's tokens, joined, are the text's own."""
+"""Token bytes: joined, the bytes of a text's tokens are those of the text."""
 
 import json
 from pathlib import Path
@@ -23,24 +23,24 @@ def _joined(backend: Backend | CheckpointTokenizer, text: str) -> bytes:
 
 @settings(max_examples=100, deadline=None)
 @given(st.text(max_size=30))
-def test_a_byte_level_vocabulary_spells_every_text(text: str) -> None:
+def test_byte_level_tokens_join_to_the_text(text: str) -> None:
     assert _joined(CheckpointTokenizer(build_tokenizer()), text) == text.encode()
 
 
 @pytest.mark.parametrize("text", ["What is it?", "a  b", "red circle\n", "Describe the picture."])
-def test_the_default_models_vocabulary_spells_a_text(text: str) -> None:
+def test_the_default_models_tokens_join_to_the_text(text: str) -> None:
     assert _joined(load_tokenizer(DEFAULT_MODEL), text).decode().strip(" ") == text.strip(" ")
 
 
 @pytest.mark.parametrize("text", ["What is it?", "a  b"])
-def test_sentencepiece_spells_a_text_with_the_space_it_puts_first(tmp_path: Path, text: str) -> None:
+def test_sentencepiece_tokens_join_to_the_text_after_a_space(tmp_path: Path, text: str) -> None:
     (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({}))
     assert _joined(SentencePieceBackend(tmp_path), text).decode() == " " + text
 
 
 @pytest.mark.parametrize("text", ["one two", "one é 🙂two", "é"])
-def test_llamas_fast_form_spells_a_text_with_the_space_it_puts_first(text: str) -> None:
+def test_fast_llama_tokens_join_to_the_text_after_a_space(text: str) -> None:
     entries = ["<unk>", *(f"<0x{value:02X}>" for value in range(256)), "▁", *"onetw"]
     raw = Tokenizer(
         models.BPE({entry: index for index, entry in enumerate(entries)}, [], unk_token="<unk>", byte_fallback=True)
@@ -54,19 +54,19 @@ def test_llamas_fast_form_spells_a_text_with_the_space_it_puts_first(text: str) 
     assert _joined(tokenizer, text).decode() == " " + text
 
 
-def test_a_token_that_is_added_later_has_its_text() -> None:
+def test_a_token_added_later_has_its_text() -> None:
     tokenizer = CheckpointTokenizer(build_tokenizer())
     tokenizer.backend.add_special("<im_start>")
     assert tokenizer.token_bytes(tokenizer.num_tokens - 1) == b"<im_start>"
 
 
-def test_control_tokens_go_by_their_names_and_rows_without_a_token_by_none() -> None:
+def test_control_tokens_give_their_names_and_unused_rows_nothing() -> None:
     tokenizer = CheckpointTokenizer(build_tokenizer())
     assert tokenizer.token_bytes(2) == b"</s>"
     assert tokenizer.token_bytes(tokenizer.num_tokens + 5) == b""
 
 
-def test_entries_of_vocabularies() -> None:
+def test_vocabulary_entries_are_decoded() -> None:
     assert spelled_in_pieces("▁red") == b" red"
     assert spelled_in_pieces("<0xE2>") == b"\xe2"
     assert spelled_in_pieces("<0xe2>") == b"<0xe2>"

@@ -1,4 +1,4 @@
-"""The tokenizer behind its two small interfaces, and the template chosen by what it renders, never by a name."""
+"""The tokenizer behind its two small interfaces, and the template, chosen by what it renders and never by name."""
 
 import json
 from pathlib import Path
@@ -17,22 +17,22 @@ def tokenizer(tiny_checkpoint: Path) -> CheckpointTokenizer:
 
 
 @pytest.mark.parametrize("text", ["Hello, world", "  two\n", "schön 日本 🙂", ""])
-def test_text_comes_back_from_its_ids(tokenizer: CheckpointTokenizer, text: str) -> None:
+def test_text_survives_encoding_and_decoding(tokenizer: CheckpointTokenizer, text: str) -> None:
     assert tokenizer.decode([token for token, _, _ in tokenizer.encode(text)]) == text
 
 
-def test_ids_are_the_inner_tokenizers_without_framing(tokenizer: CheckpointTokenizer) -> None:
+def test_ids_are_the_inner_tokenizers_without_special_tokens(tokenizer: CheckpointTokenizer) -> None:
     expected = build_tokenizer()("abc", add_special_tokens=False)["input_ids"]
     assert [token for token, _, _ in tokenizer.encode("abc")] == expected
     assert tokenizer.bos_id == 1
 
 
-def test_offsets_are_characters(tokenizer: CheckpointTokenizer) -> None:
+def test_offsets_are_in_characters(tokenizer: CheckpointTokenizer) -> None:
     spans = [(start, end) for _, start, end in tokenizer.encode("aé!")]
     assert spans == [(0, 1), (1, 2), (1, 2), (2, 3)]
 
 
-def test_special_tokens_are_left_out_of_text(tokenizer: CheckpointTokenizer) -> None:
+def test_decoding_leaves_special_tokens_out(tokenizer: CheckpointTokenizer) -> None:
     ids = [token for token, _, _ in tokenizer.encode("a</s>b")]
     assert 2 in ids
     assert tokenizer.decode(ids) == "ab"
@@ -43,7 +43,7 @@ def test_texts_of_control_tokens_are_reserved(tokenizer: CheckpointTokenizer) ->
     assert "" not in tokenizer.reserved_texts
 
 
-def test_control_tokens_that_only_the_tokenizer_file_knows_are_reserved() -> None:
+def test_control_tokens_known_only_to_the_tokenizer_file_are_reserved() -> None:
     inner = build_tokenizer()
     inner.backend_tokenizer.add_special_tokens([AddedToken("<|im_end|>", special=True)])
     inner.backend_tokenizer.add_tokens([AddedToken("USER:")])
@@ -52,18 +52,18 @@ def test_control_tokens_that_only_the_tokenizer_file_knows_are_reserved() -> Non
     assert "USER:" not in reserved
 
 
-def test_the_template_is_the_one_that_renders_alike(tokenizer: CheckpointTokenizer) -> None:
+def test_the_template_that_renders_identically_is_chosen(tokenizer: CheckpointTokenizer) -> None:
     assert choose_template(tokenizer, None).name == "vicuna_v1"
 
 
-def test_a_named_template_is_taken_as_it_is(tokenizer: CheckpointTokenizer) -> None:
+def test_a_named_template_is_used_unchecked(tokenizer: CheckpointTokenizer) -> None:
     assert choose_template(tokenizer, "chatml_direct").name == "chatml_direct"
     with pytest.raises(UnknownNameError):
         choose_template(tokenizer, "nonsense")
 
 
 @pytest.mark.parametrize("chat_template", ["{{ messages[0]['content'][1]['text'] }}", None])
-def test_a_chat_template_that_is_none_of_ours_is_not_guessed_at(chat_template: str | None) -> None:
+def test_an_unknown_chat_template_is_refused(chat_template: str | None) -> None:
     inner = build_tokenizer()
     inner.chat_template = chat_template
     with pytest.raises(CheckpointError, match=r"none of ours.*vicuna_v1"):
@@ -78,7 +78,7 @@ def test_a_broken_chat_template_is_one_clear_error(chat_template: str) -> None:
         choose_template(CheckpointTokenizer(inner), None)
 
 
-def test_a_tokenizer_without_its_fast_form_says_what_to_save(checkpoint_copy: Path) -> None:
+def test_a_missing_fast_tokenizer_says_what_to_save(checkpoint_copy: Path) -> None:
     (checkpoint_copy / "tokenizer.json").unlink()
     with pytest.raises(CheckpointError, match=r"tokenizer.json is missing; save the fast form"):
         load_tokenizer(checkpoint_copy)

@@ -1,4 +1,4 @@
-"""Tokenizer settings in every spelling, which file counts before which, and each wrong field named with its file."""
+"""Tokenizer settings in every spelling, the precedence of their files, and wrong fields named with their file."""
 
 from pathlib import Path
 from typing import Any
@@ -10,14 +10,14 @@ from llava_core.errors import CheckpointError
 from tests.tiny import write_json
 
 
-def test_without_files_it_is_a_llama() -> None:
+def test_without_files_llamas_settings_apply() -> None:
     settings = read_tokenizer_settings(Path("/no/such/folder"))
     assert (settings.kind, settings.is_legacy, settings.adds_bos) == (None, None, True)
     assert (settings.bos, settings.unknown, settings.special) == ("<s>", "<unk>", ("<s>", "</s>", "<unk>"))
     assert settings.numbered == {}
 
 
-def test_every_spelling_of_a_token_is_read_and_the_map_counts_before_the_settings(tmp_path: Path) -> None:
+def test_every_spelling_is_read_and_the_map_overrides_the_settings(tmp_path: Path) -> None:
     write_json(
         tmp_path / "tokenizer_config.json",
         {
@@ -35,7 +35,8 @@ def test_every_spelling_of_a_token_is_read_and_the_map_counts_before_the_setting
     write_json(tmp_path / "added_tokens.json", {"<z>": 3, "<w>": 8})
     settings = read_tokenizer_settings(tmp_path)
     assert (settings.kind, settings.is_legacy, settings.bos) == ("LlamaTokenizer", False, "<b>")
-    # The class's own, where the settings say null: only the text of a token that is there can be left out.
+    # Where the settings say null, the class's default applies; `special` omits it because only a token that exists can
+    # be left out of a text.
     assert settings.unknown == "<unk>"
     assert settings.special == ("<b>", "<end>", "<p>", "<x>", "<y>")
     assert settings.numbered == {
@@ -69,7 +70,7 @@ def test_every_spelling_of_a_token_is_read_and_the_map_counts_before_the_setting
         ("special_tokens_map.json", [], "must hold a JSON object"),
     ],
 )
-def test_what_is_wrong_is_named_with_its_file(tmp_path: Path, file: str, content: Any, named: str) -> None:
+def test_a_wrong_field_is_named_with_its_file(tmp_path: Path, file: str, content: Any, named: str) -> None:
     write_json(tmp_path / file, content)
     with pytest.raises(CheckpointError, match=rf"{file}:? .*{named}"):
         read_tokenizer_settings(tmp_path)

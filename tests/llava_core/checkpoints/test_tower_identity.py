@@ -1,4 +1,4 @@
-"""Digests of towers beside what the towers compute: the same for the same features, and for no others."""
+"""Tower digests compared with what the towers compute: equal exactly for equal features."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -43,26 +43,26 @@ def _add_to_one_number(part: str) -> Callable[[dict[str, Tensor]], None]:
 
 
 @pytest.mark.parametrize("options", [{}, {"names": "saved"}, {"num_shards": 3}])
-def test_it_does_not_matter_how_the_weights_are_stored(
+def test_the_digest_does_not_depend_on_how_weights_are_stored(
     options: dict[str, Any], tiny_checkpoint: Path, write_copy: Callable[..., Path]
 ) -> None:
     assert _digest(write_copy(**options)) == _digest(tiny_checkpoint)
 
 
-def test_a_fine_tune_has_its_models_tower(tiny_checkpoint: Path, checkpoint_copy: Path) -> None:
+def test_a_fine_tune_with_a_frozen_tower_keeps_the_digest(tiny_checkpoint: Path, checkpoint_copy: Path) -> None:
     for part in ("language_model", "multi_modal_projector"):
         _edit_weights(checkpoint_copy, _add_to_one_number(part))
     assert torch.equal(_features(checkpoint_copy), _features(tiny_checkpoint))
     assert _digest(checkpoint_copy) == _digest(tiny_checkpoint)
 
 
-def test_one_number_makes_another_tower(tiny_checkpoint: Path, checkpoint_copy: Path) -> None:
+def test_a_single_changed_weight_changes_the_digest(tiny_checkpoint: Path, checkpoint_copy: Path) -> None:
     _edit_weights(checkpoint_copy, _add_to_one_number("vision_tower.vision_model.encoder.layers.0"))
     assert not torch.equal(_features(checkpoint_copy), _features(tiny_checkpoint))
     assert _digest(checkpoint_copy) != _digest(tiny_checkpoint)
 
 
-def test_the_same_numbers_in_less_precision_are_the_same(checkpoint_copy: Path) -> None:
+def test_the_precision_in_which_equal_weights_are_stored_does_not_matter(checkpoint_copy: Path) -> None:
     _edit_weights(checkpoint_copy, lambda tensors: tensors.update({n: t.half().float() for n, t in tensors.items()}))
     digest, features = _digest(checkpoint_copy), _features(checkpoint_copy, "bfloat16")
     _edit_weights(checkpoint_copy, lambda tensors: tensors.update({n: t.half() for n, t in tensors.items()}))
@@ -73,7 +73,7 @@ def test_the_same_numbers_in_less_precision_are_the_same(checkpoint_copy: Path) 
 @pytest.mark.parametrize(
     ("file", "change", "is_same"),
     [
-        # Of three layers, the second from the end is the second.
+        # With three layers, layer 2 is the second from the end.
         ("config.json", {"vision_feature_layer": 2}, True),
         ("config.json", {"vision_feature_layer": -1}, False),
         ("config.json", {"vision_feature_select_strategy": "full"}, False),
@@ -83,11 +83,11 @@ def test_the_same_numbers_in_less_precision_are_the_same(checkpoint_copy: Path) 
         ("config.json", {"vision_config": {"projection_dim": 7}}, True),
         ("preprocessor_config.json", {"image_mean": [0.5, 0.5, 0.5]}, False),
         ("preprocessor_config.json", {"image_std": [0.5, 0.5, 0.5]}, False),
-        # Which tiles a picture becomes.
+        # These only decide which tiles a picture is split into.
         ("preprocessor_config.json", {"do_pad": False, "resample": 2}, True),
     ],
 )
-def test_what_changes_features_changes_the_digest_and_nothing_else_does(
+def test_exactly_the_settings_that_change_features_change_the_digest(
     file: str, change: dict[str, Any], tiny_checkpoint: Path, checkpoint_copy: Path, *, is_same: bool
 ) -> None:
     def edit(content: dict[str, Any]) -> None:
@@ -101,7 +101,7 @@ def test_what_changes_features_changes_the_digest_and_nothing_else_does(
     assert (settings[0] == settings[1]) == is_same
 
 
-def test_a_tower_is_the_same_inside_of_a_checkpoint_and_elsewhere(tmp_path: Path) -> None:
+def test_a_tower_inside_a_checkpoint_has_the_digest_of_its_source(tmp_path: Path) -> None:
     folders = [write_original(tmp_path / str(inside), Kind(tower_inside=inside)).folder for inside in (True, False)]
     inside, elsewhere = map(_features, folders)
     assert torch.equal(inside, elsewhere)

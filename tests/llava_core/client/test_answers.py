@@ -1,4 +1,4 @@
-"""Chunks put together are the completion; damage is named."""
+"""Assembled chunks equal the completion; damaged responses are reported."""
 
 import json
 
@@ -53,7 +53,7 @@ CHUNKS = [
 ]
 
 
-def test_chunks_and_the_completion_are_one_reply() -> None:
+def test_chunks_and_completion_give_the_same_reply() -> None:
     collector = Collector("r")
     texts = [delta.text for chunk in CHUNKS for delta in collector.add(chunk)]
     assert texts == ["", "Hel", "lo", ""]
@@ -69,12 +69,12 @@ def test_chunks_and_the_completion_are_one_reply() -> None:
     )
 
 
-def test_what_other_servers_leave_out_is_none() -> None:
+def test_fields_that_other_servers_omit_are_none() -> None:
     reply = read_reply(b'{"choices": [{"message": {"content": null}}]}')
     assert (reply.text, reply.finish_reason, reply.usage, reply.logprobs) == ("", None, None, ())
 
 
-def test_an_answer_that_has_not_begun_is_empty() -> None:
+def test_an_answer_that_has_not_started_is_empty() -> None:
     reply = Collector().reply()
     assert (reply.text, reply.finish_reason) == ("", None)
 
@@ -87,7 +87,7 @@ FIELDS = ["choices", "usage", "timings", "image_transforms", "index", "message",
 
 
 @given(field=st.sampled_from(FIELDS), value=JSON)
-def test_any_damage_is_either_harmless_or_named(field: str, value: object) -> None:
+def test_any_damage_is_either_harmless_or_reported(field: str, value: object) -> None:
     damaged = json.loads(json.dumps(COMPLETION))
     holder = next(each for each in (damaged, damaged["choices"][0], damaged["choices"][0]["message"]) if field in each)
     holder[field] = value
@@ -98,12 +98,12 @@ def test_any_damage_is_either_harmless_or_named(field: str, value: object) -> No
     assert isinstance(reply.text, str)
 
 
-def test_a_completion_without_an_answer_is_named() -> None:
+def test_a_completion_without_an_answer_is_an_error() -> None:
     with pytest.raises(InvalidResponseError, match="without an answer"):
         read_reply(b'{"choices": []}')
 
 
 @pytest.mark.parametrize("body", [b"{}", b'{"data": [{}]}', b'{"data": [3]}', b"[]", b"x"])
-def test_what_is_no_list_of_models_is_named(body: bytes) -> None:
+def test_an_invalid_list_of_models_is_an_error(body: bytes) -> None:
     with pytest.raises(InvalidResponseError):
         read_models(body)

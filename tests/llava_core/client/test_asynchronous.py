@@ -1,4 +1,4 @@
-"""The asynchronous client over sockets: what it has to do itself; what both share is tested with the blocking one."""
+"""The asynchronous client over sockets: only its own code; what both clients share is tested with the blocking one."""
 
 import asyncio
 import contextlib
@@ -54,7 +54,7 @@ async def streamed(client: AsyncClient) -> str:
 
 @pytest.fixture
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """How long clients would have waited."""
+    """The waits that clients asked for, without really waiting."""
     waited: list[float] = []
 
     async def sleep(seconds: float) -> None:
@@ -64,7 +64,7 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return waited
 
 
-def test_whole_and_streamed_answers_are_the_same() -> None:
+def test_whole_and_streamed_answers_are_equal() -> None:
     engine = ScriptedEngine(answer("Hel", "lo"))
 
     async def work(client: AsyncClient) -> None:
@@ -87,7 +87,7 @@ def test_whole_and_streamed_answers_are_the_same() -> None:
     assert [request.messages for request in engine.requests if isinstance(request, GenerationRequest)] == [expected] * 2
 
 
-def test_a_conversation_sends_what_was_said() -> None:
+def test_a_conversation_sends_its_history() -> None:
     engine = ScriptedEngine(answer("Hel", "lo"))
 
     async def work(client: AsyncClient) -> None:
@@ -111,7 +111,7 @@ def test_a_conversation_sends_what_was_said() -> None:
 
 
 @pytest.mark.parametrize("cancels", [False, True])
-def test_leaving_a_stream_or_cancelling_its_task_frees_the_request(*, cancels: bool) -> None:
+def test_closing_a_stream_or_cancelling_its_task_frees_the_request(*, cancels: bool) -> None:
     engine = ScriptedEngine(answer("a", "b")[:1], hangs=True)
 
     async def work(client: AsyncClient) -> None:
@@ -157,7 +157,7 @@ class Silent:
                 yield client
 
 
-def test_a_question_that_is_cancelled_hangs_up() -> None:
+def test_cancelling_a_question_closes_the_connection() -> None:
     async def work() -> None:
         silent = Silent()
         async with silent.client() as client:
@@ -171,7 +171,7 @@ def test_a_question_that_is_cancelled_hangs_up() -> None:
     asyncio.run(work())
 
 
-def test_leaving_a_batch_ends_what_still_runs_and_asks_no_more() -> None:
+def test_cancelling_a_batch_stops_running_and_pending_questions() -> None:
     async def work() -> None:
         silent = Silent()
         async with silent.client() as client:
@@ -186,7 +186,7 @@ def test_leaving_a_batch_ends_what_still_runs_and_asks_no_more() -> None:
     asyncio.run(work())
 
 
-def test_retry_after_is_respected_up_to_an_end(waits: list[float]) -> None:
+def test_retry_after_is_respected_up_to_the_retry_limit(waits: list[float]) -> None:
     with scripted(BUSY, b"", ANSWERED) as server:
         assert run(server.url, lambda client: client.ask("?")).text == "yes"
     assert 2 <= waits[0] <= 2.5
@@ -196,11 +196,11 @@ def test_retry_after_is_respected_up_to_an_end(waits: list[float]) -> None:
     assert len(server.requests) == 2
 
 
-def test_a_stream_that_broke_is_not_asked_again(waits: list[float]) -> None:
+def test_a_broken_stream_is_not_retried(waits: list[float]) -> None:
     engine = ScriptedEngine([*answer("Hel", "lo")[:1], EngineError("broken")])
-    with serving_engine(engine) as url, pytest.raises(AnswerInterruptedError) as told:
+    with serving_engine(engine) as url, pytest.raises(AnswerInterruptedError) as raised:
         run(url, streamed)
-    assert (told.value.code, told.value.text) == ("engine_error", "Hel")
+    assert (raised.value.code, raised.value.text) == ("engine_error", "Hel")
     for ending in (b"", b"0\r\n\r\n"):
         with scripted(SSE_HEAD + chunked(EVENT) + ending) as server, pytest.raises(AnswerInterruptedError) as cut:
             run(server.url, streamed)
@@ -208,7 +208,7 @@ def test_a_stream_that_broke_is_not_asked_again(waits: list[float]) -> None:
     assert (len(engine.requests), waits) == (1, [])
 
 
-def test_errors_are_those_of_the_blocking_client(waits: list[float]) -> None:
+def test_errors_are_the_same_as_the_blocking_clients(waits: list[float]) -> None:
     with scripted(whole("200 OK", b"garbage")) as server, pytest.raises(InvalidResponseError):
         run(server.url, lambda client: client.ask("?"))
     with pytest.raises(ConnectionFailedError):
@@ -221,7 +221,7 @@ def test_errors_are_those_of_the_blocking_client(waits: list[float]) -> None:
     assert waits == []
 
 
-def test_a_batch_has_an_error_by_item(tmp_path: Path) -> None:
+def test_a_batch_reports_errors_per_item(tmp_path: Path) -> None:
     questions = [Question("a", (RED,)), Question("b", (tmp_path / "none.png",)), Question("c", options={"top_p": 9})]
 
     async def work(client: AsyncClient) -> list[str]:

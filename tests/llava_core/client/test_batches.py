@@ -1,4 +1,4 @@
-"""Order, bounds and errors of many questions, on threads and as tasks, with whoever answers made up."""
+"""Order, concurrency limits and errors of question batches, in threads and as tasks, with a fake service."""
 
 import asyncio
 import threading
@@ -20,7 +20,7 @@ QUESTIONS = [Question(str(index)) for index in range(12)]
 
 
 class Answering:
-    """Answers with the question; counts how many are asked at a time. Blocks on `gates` by text."""
+    """Echoes the question as the answer and counts concurrent questions. Blocks on `gates` by text."""
 
     def __init__(self, *, refuses: str = "") -> None:
         self.refuses = refuses
@@ -64,7 +64,7 @@ Ask = Callable[..., list[Result]]
 
 @KINDS
 @pytest.mark.parametrize("in_order", [True, False])
-def test_each_question_has_one_result_and_errors_are_their_own(ask: Ask, *, in_order: bool) -> None:
+def test_each_question_has_its_own_result_or_error(ask: Ask, *, in_order: bool) -> None:
     answering = Answering(refuses="5")
     results = ask(answering, iter(QUESTIONS), in_order=in_order)
     if in_order:
@@ -78,7 +78,7 @@ def test_each_question_has_one_result_and_errors_are_their_own(ask: Ask, *, in_o
         results[5].unwrap()
 
 
-def test_results_come_as_they_are_ready_where_order_does_not_matter() -> None:
+def test_unordered_results_come_as_they_are_ready() -> None:
     answering = Answering()
     answering.gates["0"] = threading.Event()
     results = ask_in_threads(answering, QUESTIONS, concurrency=2, in_order=False)
@@ -87,14 +87,14 @@ def test_results_come_as_they_are_ready_where_order_does_not_matter() -> None:
     assert next(results).index == 0
 
 
-def test_a_slow_first_question_does_not_stop_the_others_in_order() -> None:
+def test_a_slow_first_question_does_not_block_the_others() -> None:
     answering = Answering()
     answering.gates["0"] = threading.Event()
     answering.gates["3"] = threading.Event()
 
     def ask(question: Question) -> Reply:
         if question.text == "3":
-            # It is asked while the first one still waits.
+            # This question is asked while the first one is still waiting.
             answering.gates["0"].set()
             answering.gates["3"].set()
         return answering(question)
@@ -104,7 +104,7 @@ def test_a_slow_first_question_does_not_stop_the_others_in_order() -> None:
 
 
 @KINDS
-def test_questions_are_taken_only_as_there_is_room(ask: Ask) -> None:
+def test_questions_are_taken_from_the_source_only_as_needed(ask: Ask) -> None:
     taken = 0
 
     def source() -> Iterator[Question]:
@@ -121,7 +121,7 @@ def test_questions_are_taken_only_as_there_is_room(ask: Ask) -> None:
     assert taken == 4
 
 
-def test_a_mistake_of_the_program_is_not_hidden() -> None:
+def test_programming_errors_are_not_hidden() -> None:
     def broken(_: Question) -> Reply:
         raise ZeroDivisionError
 
@@ -131,6 +131,6 @@ def test_a_mistake_of_the_program_is_not_hidden() -> None:
         list(ask_in_threads(broken, QUESTIONS, concurrency=0, in_order=True))
 
 
-def test_a_result_without_anything_is_an_error() -> None:
+def test_unwrapping_an_empty_result_is_an_error() -> None:
     with pytest.raises(LlavaError):
         Result(0, QUESTIONS[0]).unwrap()

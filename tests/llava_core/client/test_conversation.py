@@ -1,4 +1,4 @@
-"""A conversation's history, with a client that answers from a script; test_synchronous.py has it over sockets."""
+"""A conversation's history, with a scripted client; test_synchronous.py tests it over sockets."""
 
 import contextlib
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ class _Stream:
 
 
 class _Client:
-    """Notes what it was asked, and answers with `text` or an error."""
+    """Records its questions and answers with `text` or an error."""
 
     def __init__(self, text: str | None = "yes") -> None:
         self.text = text
@@ -42,7 +42,7 @@ def conversation(client: _Client, **given: Any) -> Conversation:
     return Conversation(client, **options)  # type: ignore[arg-type]
 
 
-def test_each_question_takes_what_was_said_along() -> None:
+def test_each_question_carries_the_history() -> None:
     client = _Client()
     talk = conversation(client, system="s", options={"seed": 1, "max_tokens": 2})
     talk.ask("One?", b"picture", max_tokens=3)
@@ -54,7 +54,7 @@ def test_each_question_takes_what_was_said_along() -> None:
     assert talk.messages == [one, ANSWER, Message("user", (TextPart("Two?"),)), ANSWER]
 
 
-def test_an_error_or_an_empty_answer_leaves_no_trace() -> None:
+def test_a_failed_or_empty_answer_does_not_enter_the_history() -> None:
     for text in (None, ""):
         talk = conversation(_Client(text))
         with contextlib.suppress(ServerError):

@@ -1,4 +1,4 @@
-"""Bodies of every kind as errors, and what these say of themselves."""
+"""Errors made from response bodies of every kind, and the details they carry."""
 
 import json
 import pickle
@@ -42,7 +42,7 @@ def test_each_status_has_its_class(status: int, kind: type[ServiceError]) -> Non
     assert type(status_error(status, b"")) is kind
 
 
-def test_what_the_service_says_of_itself_is_kept() -> None:
+def test_the_services_error_details_are_kept() -> None:
     body = {"error": {"message": "bad", "code": "c", "param": "p"}, "request_id": "its own"}
     error = status_error(400, json.dumps(body).encode(), request_id="of the header", retry_after_s=3)
     assert (error.message, error.code, error.param, error.request_id) == ("bad", "c", "p", "its own")
@@ -51,14 +51,14 @@ def test_what_the_service_says_of_itself_is_kept() -> None:
 
 
 @pytest.mark.parametrize("body", [b"<html>Bad Gateway</html>", b"\xff\xfe", b"[1]", b'{"error": null}', b"{}", b""])
-def test_a_page_of_a_proxy_is_shown_in_short(body: bytes) -> None:
+def test_other_error_bodies_are_shortened(body: bytes) -> None:
     error = status_error(502, body, request_id="r")
     assert error.message.startswith("the service answered 502")
     assert (error.code, error.request_id) == (None, "r")
     assert len(status_error(502, b"x" * 100_000).message) < 400
 
 
-def test_errors_of_other_shapes_are_understood() -> None:
+def test_error_bodies_of_other_shapes_are_understood() -> None:
     assert error_details(b'{"error": "broken"}') == {
         "message": "broken",
         "code": None,
@@ -70,7 +70,7 @@ def test_errors_of_other_shapes_are_understood() -> None:
     assert (details["code"], details["message"]) == ("3", "the service gave no reason")
 
 
-def test_errors_pass_between_processes_whole() -> None:
+def test_errors_survive_pickling() -> None:
     error = AnswerInterruptedError("x", status=200, code="c", param="p", request_id="r", retry_after_s=1.5)
     error.text = "so far"
     copy = pickle.loads(pickle.dumps(error))

@@ -1,4 +1,4 @@
-"""A stream cut into pieces anywhere says the same; what ends it early is told with the text so far."""
+"""A stream reads the same however it is cut into pieces; an early end is reported with the text so far."""
 
 import itertools
 import json
@@ -21,7 +21,7 @@ STREAM = b": \n\nevent: x\r\n" + b"".join(map(event, TEXTS)) + b"id: 3\r\ndata:[
 
 
 @given(cuts=st.lists(st.integers(0, len(STREAM)), max_size=30))
-def test_pieces_may_be_cut_anywhere(cuts: list[int]) -> None:
+def test_a_stream_may_be_cut_anywhere(cuts: list[int]) -> None:
     answer = StreamedAnswer()
     edges = [0, *sorted(cuts), len(STREAM)]
     pieces = [STREAM[begin:end] for begin, end in itertools.pairwise(edges)]
@@ -31,7 +31,7 @@ def test_pieces_may_be_cut_anywhere(cuts: list[int]) -> None:
     assert answer.reply.text == "".join(TEXTS)
 
 
-def test_an_error_event_ends_the_answer_with_its_own_words() -> None:
+def test_an_error_event_interrupts_the_answer_with_its_message() -> None:
     answer = StreamedAnswer("r")
     error = {"error": {"message": "gone", "code": "replica_lost", "param": None}, "request_id": None}
     with pytest.raises(AnswerInterruptedError, match="gone") as raised:
@@ -39,7 +39,7 @@ def test_an_error_event_ends_the_answer_with_its_own_words() -> None:
     assert (raised.value.code, raised.value.text, raised.value.request_id) == ("replica_lost", "Hel", "r")
 
 
-def test_an_end_before_the_end_is_told() -> None:
+def test_a_premature_end_is_reported() -> None:
     answer = StreamedAnswer()
     list(answer.feed(event("Hel") + b"data: [DO"))
     with pytest.raises(AnswerInterruptedError, match="ended before the answer did") as raised:
@@ -47,7 +47,7 @@ def test_an_end_before_the_end_is_told() -> None:
     assert raised.value.text == "Hel"
 
 
-def test_an_event_without_an_end_does_not_fill_the_memory() -> None:
+def test_an_event_without_end_is_refused_before_it_fills_memory() -> None:
     answer = StreamedAnswer()
     piece = b"x" * (MAX_LINE_BYTES // 2 + 1)
     list(answer.feed(piece))

@@ -1,4 +1,4 @@
-"""Addresses, keys and the attempts of a request, without sending one."""
+"""Addresses, keys and a request's attempts, without sending anything."""
 
 import httpx
 import pytest
@@ -26,11 +26,11 @@ from llava_core.client.requests import Call
         ("http://10.0.0.1", True),
     ],
 )
-def test_proxies_are_for_other_machines(url: str, *, asks_proxies: bool) -> None:
+def test_proxies_are_used_only_for_other_machines(url: str, *, asks_proxies: bool) -> None:
     assert Service(url).http_options()["trust_env"] is asks_proxies
 
 
-def test_keys_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keys_are_sent_but_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLAVA_API_KEY", "environments")
     service = Service(api_key="given")
     assert "given" not in repr(service)
@@ -39,12 +39,12 @@ def test_keys_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("url", ["nonsense", "", "ftp://x", "http://", "http://[::1", "http://x:port"])
-def test_an_address_that_is_none_is_named(url: str) -> None:
+def test_an_invalid_address_is_refused(url: str) -> None:
     with pytest.raises(ServiceError, match="is not a valid address"):
         Service(url).http_options()
 
 
-def test_each_attempt_has_what_is_left_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_attempt_gets_the_remaining_time(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr(exchange.time, "monotonic", lambda: now)
     attempts = Attempts(Service(timeout_s=60), Call("GET", "/", deadline_s=5))
@@ -63,7 +63,7 @@ def test_each_attempt_has_what_is_left_of_the_time(monkeypatch: pytest.MonkeyPat
         attempts.check_time()
 
 
-def test_without_a_deadline_nothing_is_said_of_time() -> None:
+def test_without_a_deadline_no_timeout_header_is_sent() -> None:
     attempts = Attempts(Service(timeout_s=60), Call("GET", "/"))
     request = attempts.request()
     assert "x-request-timeout-seconds" not in request["headers"]
@@ -72,7 +72,7 @@ def test_without_a_deadline_nothing_is_said_of_time() -> None:
 
 
 @pytest.mark.parametrize(
-    ("raised", "told"),
+    ("raised", "expected"),
     [
         (httpx.ConnectError("refused"), ConnectionFailedError),
         (httpx.ConnectTimeout(""), ConnectionFailedError),
@@ -81,13 +81,13 @@ def test_without_a_deadline_nothing_is_said_of_time() -> None:
         (httpx.RemoteProtocolError("bad"), ConnectionFailedError),
     ],
 )
-def test_httpxs_errors_before_an_answer_are_ours(raised: Exception, told: type[ServiceError]) -> None:
-    with pytest.raises(told, match="http://x"), connecting("http://x"):
+def test_httpx_errors_before_an_answer_become_our_own(raised: Exception, expected: type[ServiceError]) -> None:
+    with pytest.raises(expected, match="http://x"), connecting("http://x"):
         raise raised
 
 
 @pytest.mark.parametrize("raised", [httpx.ReadError("x"), httpx.ReadTimeout("x"), httpx.DecodingError("x")])
-def test_within_an_answer_they_interrupt_it_unless_all_was_said(raised: Exception) -> None:
+def test_httpx_errors_interrupt_an_answer_unless_it_is_complete(raised: Exception) -> None:
     answer = StreamedAnswer()
     with pytest.raises(AnswerInterruptedError), reading(answer):
         raise raised

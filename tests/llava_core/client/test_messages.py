@@ -23,20 +23,20 @@ from tests.deployments.pictures import encode, plain, unusual
     ("kind", "name"),
     [(kind, f"image/{kind.lower()}") for kind in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")],
 )
-def test_what_pillow_writes_is_recognised(kind: str, name: str) -> None:
+def test_formats_written_by_pillow_are_recognised(kind: str, name: str) -> None:
     data = encode(Image.new("RGB", (8, 8), "red"), kind)
     assert media_type(data) == name
     assert data_url(data) == f"data:{name};base64,{base64.b64encode(data).decode()}"
 
 
-def test_anything_else_is_for_the_service_to_judge() -> None:
+def test_unknown_formats_are_left_to_the_service() -> None:
     assert media_type(b"%PDF") is media_type(b"") is None
     assert data_url(b"%PDF").startswith("data:image/")
     assert media_type(b"\0" * 128 + b"DICM") == "application/dicom"
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "CMYK", "I;16", "P", "1"])
-def test_an_image_of_pillow_is_sent_without_loss(mode: str) -> None:
+def test_a_pillow_image_is_sent_losslessly(mode: str) -> None:
     image = Image.new("RGB", (5, 4), "red").convert(mode) if mode != "I;16" else Image.new("I;16", (5, 4), 40_000)
     part = picture_part(image)
     assert isinstance(part, ImagePart)
@@ -47,7 +47,7 @@ def test_an_image_of_pillow_is_sent_without_loss(mode: str) -> None:
             assert read.convert(mode).tobytes() == image.tobytes()
 
 
-def test_addresses_are_told_from_paths(tmp_path: Path) -> None:
+def test_addresses_are_distinguished_from_paths(tmp_path: Path) -> None:
     for address in ("http://a/b.png", "HTTPS://a/b.png", "data:image/png;base64,AAAA"):
         assert picture_part(address) == ImageUrl(address)
     with pytest.raises(RequestError, match=r"none\.png cannot be read"):
@@ -56,14 +56,14 @@ def test_addresses_are_told_from_paths(tmp_path: Path) -> None:
         picture_part(tmp_path)
 
 
-def test_what_is_no_picture_at_all_is_a_mistake_of_the_program() -> None:
+def test_arguments_of_wrong_type_raise_type_error() -> None:
     with pytest.raises(TypeError, match="not int"):
         picture_part(3)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="its own pictures"):
         user_message(Message("user", ()), [b"x"])
 
 
-def test_a_message_of_text_alone_is_text() -> None:
+def test_a_text_only_message_has_plain_text_content() -> None:
     assert message_json(user_message("Hi")) == {"role": "user", "content": "Hi"}
 
 
@@ -81,7 +81,7 @@ def test_parts_keep_their_order() -> None:
 @pytest.mark.parametrize("picture", [ImagePart(plain()), ImageUrl("http://x/a.png")])
 @pytest.mark.parametrize("detail", ["auto", "low"])
 @pytest.mark.parametrize("view", [None, DicomView(), DicomView(3, 2), DicomView(window=(40.5, 400))])
-def test_the_service_reads_a_picture_as_it_was_meant(
+def test_the_service_reads_the_picture_that_the_client_sent(
     picture: ImagePart | ImageUrl, detail: str, view: DicomView | None
 ) -> None:
     part = replace(picture, low_detail=detail == "low", dicom=view)
@@ -91,5 +91,5 @@ def test_the_service_reads_a_picture_as_it_was_meant(
     assert read_chat_request(body, "1", RequestLimits()).generation.messages == (message,)
 
 
-def test_unusual_pictures_are_recognised_too() -> None:
+def test_unusual_pictures_are_recognised() -> None:
     assert all(media_type(data) for data in unusual().values())

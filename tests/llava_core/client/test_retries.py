@@ -1,4 +1,4 @@
-"""Which errors are worth another attempt, and how long the wait before it may be."""
+"""Which errors are retried, and how long to wait before."""
 
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
@@ -9,7 +9,7 @@ from llava_core.client.errors import ConnectionFailedError, RateLimitError, Serv
 from llava_core.client.retries import Retries, read_retry_after
 
 
-def test_waits_grow_up_to_a_bound_and_differ() -> None:
+def test_waits_grow_to_a_bound_with_jitter() -> None:
     retries = Retries(most=20, first_s=1, longest_s=8)
     for attempt, bound in enumerate((1, 2, 4, 8, 8)):
         waits = [retries.wait_s(ConnectionFailedError("x"), attempt) for _ in range(200)]
@@ -19,7 +19,7 @@ def test_waits_grow_up_to_a_bound_and_differ() -> None:
         assert min(found) < bound / 2
 
 
-def test_nobody_comes_back_before_the_time_that_was_named() -> None:
+def test_waits_are_never_shorter_than_retry_after() -> None:
     retries = Retries(first_s=1, longest_s=8)
     waits = {retries.wait_s(RateLimitError("x", status=429, retry_after_s=3), 0) for _ in range(100)}
     assert len(waits) > 1
@@ -38,7 +38,7 @@ def test_nobody_comes_back_before_the_time_that_was_named() -> None:
         (ServiceError("x"), False),
     ],
 )
-def test_only_what_may_pass_is_tried_again(error: ServiceError, *, is_repeated: bool) -> None:
+def test_only_transient_errors_are_retried(error: ServiceError, *, is_repeated: bool) -> None:
     assert (Retries().wait_s(error, 0) is not None) == is_repeated
     assert Retries(most=3).wait_s(error, 3) is None
 
@@ -52,12 +52,12 @@ def test_bounds_are_checked(given: dict[str, float]) -> None:
 @pytest.mark.parametrize(
     ("value", "seconds"), [(None, None), ("7", 7), ("-3", None), ("soon", None), ("", None), ("9" * 5000, 999_999_999)]
 )
-def test_seconds_are_read(value: str | None, seconds: float | None) -> None:
+def test_retry_after_seconds_are_parsed(value: str | None, seconds: float | None) -> None:
     assert read_retry_after(value) == seconds
 
 
 @pytest.mark.parametrize("zone", ["GMT", "-0000"])
-def test_a_date_is_read(zone: str) -> None:
+def test_a_retry_after_date_is_parsed(zone: str) -> None:
     when = datetime.now(UTC) + timedelta(seconds=100)
     text = format_datetime(when, usegmt=True).replace("GMT", zone)
     assert read_retry_after(text) == pytest.approx(100, abs=5)

@@ -1,4 +1,4 @@
-"""The blocking client over sockets, against the real gateway on scripted answers and servers that misbehave."""
+"""The blocking client over sockets, against the real gateway with scripted answers and against misbehaving servers."""
 
 import json
 import re
@@ -49,7 +49,7 @@ NO_ANSWER = r"not a JSON object|not a chat completion"
 
 @pytest.fixture
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """How long clients would have waited."""
+    """The waits that clients asked for, without really waiting."""
     waited: list[float] = []
     monkeypatch.setattr(module, "sleep", waited.append)
     return waited
@@ -72,7 +72,7 @@ def sent(engine: ScriptedEngine) -> GenerationRequest:
     return request
 
 
-def test_a_question_about_a_picture_in_three_lines(client: Client, engine: ScriptedEngine) -> None:
+def test_a_question_about_a_picture_is_answered(client: Client, engine: ScriptedEngine) -> None:
     reply = client.ask("What?", RED)
     assert (reply.text, reply.finish_reason, reply.model) == ("Hello", "stop", "m")
     assert reply.usage == Usage(11, 2, image_tokens=4)
@@ -91,7 +91,7 @@ def test_a_stream_ends_with_the_same_reply(client: Client) -> None:
     assert stream.reply.request_id != whole.request_id
 
 
-def test_pictures_of_every_kind_travel_as_their_bytes(client: Client, engine: ScriptedEngine, tmp_path: Path) -> None:
+def test_pictures_of_every_kind_are_sent_as_their_bytes(client: Client, engine: ScriptedEngine, tmp_path: Path) -> None:
     file = tmp_path / "a b.png"
     file.write_bytes(RED)
     client.ask("?", file, str(file), Image.new("RGB", (60, 40), "red"), "http://example.com/a.png")
@@ -100,7 +100,7 @@ def test_pictures_of_every_kind_travel_as_their_bytes(client: Client, engine: Sc
     assert address == ImageUrl("http://example.com/a.png")
 
 
-def test_options_reach_the_service_and_defaults_are_the_clients(engine: ScriptedEngine) -> None:
+def test_options_reach_the_service_and_override_the_clients_defaults(engine: ScriptedEngine) -> None:
     with serving_engine(engine) as url, Client(url, max_tokens=7, temperature=0.5) as client:
         client.ask("?", temperature=0.25, top_k=3, seed=1, stop=["x"], extra={"min_p": 0.125})
     sampling = sent(engine).sampling
@@ -108,7 +108,7 @@ def test_options_reach_the_service_and_defaults_are_the_clients(engine: Scripted
     assert (sampling.stop, sampling.min_p) == (("x",), 0.125)
 
 
-def test_several_answers_and_their_log_probabilities() -> None:
+def test_several_answers_have_their_log_probabilities() -> None:
     logprobs = (TokenLogprob(1, -0.5, ((1, -0.5), (2, -1.5))),)
     spelled = {1: b"\xc3", 2: b"b"}
     items = [
@@ -124,14 +124,14 @@ def test_several_answers_and_their_log_probabilities() -> None:
             assert [other.logprob for other in token.top] == [-0.5, -1.5]
 
 
-def test_how_pictures_were_seen_is_told_where_it_is_asked() -> None:
+def test_image_transforms_are_reported_on_request() -> None:
     seen = ImageTransform(
         "DICOM", "MONOCHROME1", 12, rescale=(2.0, -1024.0), window=Window(40, 400.5, "LINEAR", "request")
     )
     last = TokenDelta("id", "a", (1,), finish_reason="stop", usage=Usage(3, 1), transforms=(None, seen))
     with serving_engine(ScriptedEngine([last])) as url, Client(url) as client:
-        for told in (client.ask("?", image_transforms=True), _streamed(client, image_transforms=True)):
-            assert told.image_transforms == (None, seen)
+        for response in (client.ask("?", image_transforms=True), _streamed(client, image_transforms=True)):
+            assert response.image_transforms == (None, seen)
         assert client.ask("?").image_transforms == ()
 
 
@@ -142,13 +142,13 @@ def _streamed(client: Client, **options: Any) -> Reply:
 
 
 def test_any_character_is_kept_in_a_stream() -> None:
-    """Also those at which a text may be cut into lines."""
+    """This includes characters that count as line breaks."""
     text = "a\u2028b\x85c\x0bd\u2029é😀\r\n"
     with serving_engine(ScriptedEngine(answer(text, text))) as url, Client(url) as client:
         assert _streamed(client).text == client.ask("?").text == text * 2
 
 
-def test_a_conversation_sends_what_was_said_and_every_picture(client: Client, engine: ScriptedEngine) -> None:
+def test_a_conversation_sends_its_history_with_all_pictures(client: Client, engine: ScriptedEngine) -> None:
     talk = client.conversation("Be brief.", max_tokens=5)
     assert talk.ask("One?", RED).text == "Hello"
     with talk.stream("Two?", plain("blue")) as stream:
@@ -166,7 +166,7 @@ def test_a_conversation_sends_what_was_said_and_every_picture(client: Client, en
     )
 
 
-def test_a_question_that_fails_is_not_part_of_the_conversation() -> None:
+def test_a_failed_question_does_not_enter_the_conversation() -> None:
     engine = ScriptedEngine([Rejected(RequestError("bad", param="messages"))])
     with serving_engine(engine) as url, Client(url) as client:
         talk = client.conversation()
@@ -182,7 +182,7 @@ def test_a_question_that_fails_is_not_part_of_the_conversation() -> None:
     assert [message.parts[-1] for message in talk.messages] == [TextPart("One?"), TextPart("Hel")]
 
 
-def test_leaving_a_stream_frees_the_request() -> None:
+def test_closing_a_stream_frees_the_request() -> None:
     engine = ScriptedEngine(answer("a", "b")[:1], hangs=True)
     with serving_engine(engine) as url, Client(url) as client:
         with client.stream("?") as stream:
@@ -202,7 +202,7 @@ def test_leaving_a_stream_frees_the_request() -> None:
         (EngineError("secret"), ServerError, 500, "engine_error", None),
     ],
 )
-def test_errors_say_what_the_service_said(
+def test_errors_carry_the_services_details(
     error: LlavaError, kind: type[ServiceError], status: int, code: str, param: str | None
 ) -> None:
     with serving_engine(ScriptedEngine([Rejected(error)])) as url, Client(url, retries=ONCE) as client:
@@ -224,7 +224,7 @@ def test_an_unknown_model_is_not_found(client: Client) -> None:
     assert raised.value.code == "model_not_found"
 
 
-def test_a_stream_that_breaks_tells_why_and_how_far_it_came() -> None:
+def test_a_broken_stream_reports_the_cause_and_the_text_so_far() -> None:
     engine = ScriptedEngine([*answer("Hel", "lo")[:1], EngineError("broken")])
     with (
         serving_engine(engine) as url,
@@ -238,8 +238,8 @@ def test_a_stream_that_breaks_tells_why_and_how_far_it_came() -> None:
     assert len(engine.requests) == 1, "what has begun is not asked again"
 
 
-def test_an_error_under_status_200_is_told_when_the_stream_began_without_a_token() -> None:
-    """After a heartbeat there is no other status any more."""
+def test_an_error_after_a_heartbeat_is_raised_despite_status_200() -> None:
+    """After a heartbeat the status can no longer change."""
     with (
         scripted(SSE_HEAD + chunked(b": \n\n") + chunked(b"data: " + FULL + b"\n\n") + b"0\r\n\r\n") as server,
         Client(server.url) as client,
@@ -260,14 +260,14 @@ def test_retry_after_is_respected(waits: list[float]) -> None:
     assert len(bodies) == 1
 
 
-def test_a_stream_is_asked_for_again_as_long_as_it_has_not_begun(waits: list[float]) -> None:
+def test_a_stream_is_retried_until_it_has_started(waits: list[float]) -> None:
     begun = SSE_HEAD + chunked(EVENT) + chunked(DONE) + b"0\r\n\r\n"
     with scripted(BUSY, begun) as server, Client(server.url) as client:
         assert _streamed(client).text == "Hel"
     assert len(waits) == 1
 
 
-def test_attempts_have_an_end_and_the_last_error_is_told(waits: list[float]) -> None:
+def test_retries_are_limited_and_the_last_error_is_raised(waits: list[float]) -> None:
     with (
         scripted(BUSY) as server,
         Client(server.url, retries=Retries(most=2)) as client,
@@ -277,7 +277,7 @@ def test_attempts_have_an_end_and_the_last_error_is_told(waits: list[float]) -> 
     assert (len(server.requests), len(waits)) == (3, 2)
 
 
-def test_nobody_waits_for_longer_than_agreed(waits: list[float]) -> None:
+def test_a_wait_above_the_limit_is_not_waited_for(waits: list[float]) -> None:
     with (
         scripted(whole("429 Too Many", FULL, "retry-after: 3600")) as server,
         Client(server.url) as client,
@@ -288,19 +288,19 @@ def test_nobody_waits_for_longer_than_agreed(waits: list[float]) -> None:
 
 
 @pytest.mark.parametrize("status", ["400 Bad Request", "422 No", "500 Internal Server Error", "504 Gateway Timeout"])
-def test_what_would_fail_again_is_not_asked_again(status: str, waits: list[float]) -> None:
+def test_permanent_errors_are_not_retried(status: str, waits: list[float]) -> None:
     with scripted(whole(status, FULL)) as server, Client(server.url) as client, pytest.raises(ServiceError):
         client.ask("?")
     assert (len(server.requests), waits) == (1, [])
 
 
-def test_a_connection_that_breaks_before_an_answer_is_made_again(waits: list[float]) -> None:
+def test_a_connection_lost_before_an_answer_is_retried(waits: list[float]) -> None:
     with scripted(b"", b"HTTP/1.1 200 OK\r\n", ANSWERED) as server, Client(server.url) as client:
         assert client.ask("?").text == "yes"
     assert len(waits) == 2
 
 
-def test_a_connection_that_breaks_after_the_first_byte_is_not(waits: list[float]) -> None:
+def test_a_connection_lost_after_the_first_byte_is_not_retried(waits: list[float]) -> None:
     for cut in (SSE_HEAD + chunked(EVENT), SSE_HEAD + b"ff\r\n" + EVENT):
         with (
             scripted(cut) as server,
@@ -315,8 +315,8 @@ def test_a_connection_that_breaks_after_the_first_byte_is_not(waits: list[float]
     assert len(server.requests) == 1
 
 
-def test_a_stream_without_its_end_is_no_answer() -> None:
-    """As a proxy leaves it that loses its server."""
+def test_a_stream_without_its_end_is_interrupted() -> None:
+    """As happens behind a proxy that loses its server."""
     with (
         scripted(SSE_HEAD + chunked(EVENT) + b"0\r\n\r\n") as server,
         Client(server.url) as client,
@@ -326,7 +326,7 @@ def test_a_stream_without_its_end_is_no_answer() -> None:
         list(stream)
 
 
-def test_what_breaks_once_all_was_said_is_no_error() -> None:
+def test_a_connection_lost_after_the_end_is_no_error() -> None:
     with scripted(SSE_HEAD + chunked(EVENT) + chunked(DONE)) as server, Client(server.url) as client:
         assert _streamed(client).text == "Hel"
 
@@ -343,7 +343,7 @@ def test_what_breaks_once_all_was_said_is_no_error() -> None:
         b"\xff\xfe",
     ],
 )
-def test_what_is_no_answer_is_named(body: bytes) -> None:
+def test_invalid_answers_are_reported(body: bytes) -> None:
     with (
         scripted(whole("200 OK", body)) as server,
         Client(server.url) as client,
@@ -359,7 +359,7 @@ def test_what_is_no_answer_is_named(body: bytes) -> None:
         list(stream)
 
 
-def test_nobody_who_answers_is_named(waits: list[float]) -> None:
+def test_an_unreachable_service_is_named(waits: list[float]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as closed:
         url = f"http://127.0.0.1:{closed.getsockname()[1]}"
     with Client(url, retries=Retries(most=1)) as client:
@@ -369,7 +369,7 @@ def test_nobody_who_answers_is_named(waits: list[float]) -> None:
     assert len(waits) == 1
 
 
-def test_health_is_that_of_every_stage(client: Client) -> None:
+def test_the_service_is_healthy_only_if_all_stages_are(client: Client) -> None:
     assert client.is_healthy()
 
     async def one_missing() -> list[StageHealth]:
@@ -380,13 +380,13 @@ def test_health_is_that_of_every_stage(client: Client) -> None:
 
 
 @pytest.mark.parametrize("url", ["nonsense", "ftp://x", "http://", "http://[::1"])
-def test_an_address_that_is_none_is_named(url: str) -> None:
+def test_an_invalid_address_is_refused(url: str) -> None:
     with pytest.raises(ServiceError, match="is not a valid address"):
         Client(url)
 
 
 @pytest.mark.parametrize("suffix", ["", "/", "/v1", "/v1/"])
-def test_an_address_may_end_as_openais_do_and_no_proxy_is_asked(suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_address_may_end_in_v1_and_localhost_bypasses_proxies(suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     with scripted(ANSWERED) as server:
         for prefix in ("", "/vision"):
@@ -396,7 +396,7 @@ def test_an_address_may_end_as_openais_do_and_no_proxy_is_asked(suffix: str, mon
     assert paths == ["/v1/chat/completions", "/vision/v1/chat/completions"]
 
 
-def test_a_key_comes_from_the_argument_or_the_environment_and_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_key_is_an_argument_or_from_the_environment_and_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LLAVA_API_KEY", raising=False)
     with scripted(ANSWERED) as server:
         with Client(server.url) as without:
@@ -432,7 +432,7 @@ def test_a_deadline_ends_the_request_on_the_service() -> None:
         until(lambda: engine.num_open == 0)
 
 
-def test_a_deadline_holds_against_a_service_that_does_not_know_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_deadline_holds_even_if_the_service_ignores_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llava_core.client.exchange._GRACE_S", 0.05)
     released = threading.Event()
 
@@ -452,7 +452,7 @@ def test_a_deadline_holds_against_a_service_that_does_not_know_it(monkeypatch: p
         released.set()
 
 
-def test_no_attempt_is_made_for_which_there_is_no_time(waits: list[float]) -> None:
+def test_no_attempt_is_made_without_enough_time_left(waits: list[float]) -> None:
     with scripted(BUSY) as server, Client(server.url) as client:
         with pytest.raises(RateLimitError):
             client.ask("?", deadline_s=1)
@@ -462,7 +462,7 @@ def test_no_attempt_is_made_for_which_there_is_no_time(waits: list[float]) -> No
     assert re.search(r"x-request-timeout-seconds: (1\.0|0\.[5-9])", server.requests[0][0])
 
 
-def test_silence_has_an_end() -> None:
+def test_a_silent_stream_times_out() -> None:
     released = threading.Event()
 
     def begin(connection: socket.socket) -> None:
@@ -475,7 +475,7 @@ def test_silence_has_an_end() -> None:
         released.set()
 
 
-def test_a_batch_comes_in_order_and_an_error_is_one_items_own(tmp_path: Path) -> None:
+def test_a_batch_is_in_order_and_reports_errors_per_item(tmp_path: Path) -> None:
     questions = [
         Question("a", (RED,)),
         Question("b", (tmp_path / "none.png",)),
@@ -504,7 +504,7 @@ def test_models_are_listed(client: Client) -> None:
         other.models()
 
 
-def test_what_is_asked_in_one_piece_is_json_that_openai_knows() -> None:
+def test_a_request_is_json_in_openais_format() -> None:
     with scripted(ANSWERED) as server, Client(server.url, timings=False) as client:
         client.ask("?", history=[Message("assistant", (TextPart("a"), TextPart("b")))], system="s")
     assert json.loads(server.requests[0][1]) == {

@@ -27,7 +27,7 @@ def build_engine(language_side: LanguageSide, tiny_checkpoint: Path) -> Callable
 
 
 def make_request(name: str, *, seed: int = 0, num_images: int = 1, **sampling: object) -> EngineRequest:
-    """A random prompt with random features, the same for the same seed."""
+    """Makes a random prompt with random features, determined by the seed."""
     generator = torch.Generator().manual_seed(seed)
     text = torch.randint(5, 250, (12,), generator=generator).tolist()
     features = [

@@ -1,7 +1,7 @@
-"""Packed batches over a paged cache, and what attention over them must give: softmax on each request's own tokens.
+"""Packed batches over a paged cache, and the attention they must yield: softmax over each request's own tokens.
 
-The definition here knows no pages: requests keep their keys and values in one piece. Whatever in the cache is not a
-request's is NaN, so nothing can read it unnoticed.
+The definition here knows no pages: requests keep their keys and values in one piece. Everything in the cache that
+belongs to no request is NaN, so that any read of it shows in the result.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ SCALE = 0.3
 
 @dataclass(frozen=True)
 class Layout:
-    """Which requests are in a batch. `requests` are (tokens before, tokens new, blocks of the one before that it has
-    too); `ahead` blocks that nothing is in yet follow each one's own."""
+    """The requests of a batch. `requests` are (tokens before, new tokens, blocks shared with the previous request);
+    `ahead` empty blocks follow each request's own."""
 
     block_size: int
     num_kv_heads: int
@@ -35,7 +35,7 @@ class Layout:
 
 @st.composite
 def layouts(draw: st.DrawFn, block_sizes: tuple[int, ...] = (1, 3, 16), head_dims: tuple[int, ...] = (8, 20)) -> Layout:
-    """Mixtures of prompts and of answers that are being written."""
+    """Draws mixtures of prompts in prefill and answers in decode."""
     block_size = draw(st.sampled_from(block_sizes))
     before = st.integers(0, min(3 * block_size + 1, 700)) | st.sampled_from([0, block_size, 2 * block_size])
     new = st.just(1) | st.just(1) | st.integers(2, 9)
@@ -53,11 +53,11 @@ def layouts(draw: st.DrawFn, block_sizes: tuple[int, ...] = (1, 3, 16), head_dim
 
 
 class Packed:
-    """A layout with numbers in it. `keys` and `values` hold each request's (length, num_kv_heads, head_dim)."""
+    """A layout filled with numbers. `keys` and `values` hold (length, num_kv_heads, head_dim) per request."""
 
     def __init__(self, layout: Layout, *, device: str = "cpu") -> None:
         self.layout = layout
-        self.spans, num_blocks = _place(layout)
+        self.spans, num_blocks = _lay_out_blocks(layout)
         self.shape = CacheShape(1, num_blocks, layout.block_size, layout.num_kv_heads, layout.head_dim)
         generator = torch.Generator().manual_seed(layout.seed)
 
@@ -77,7 +77,7 @@ class Packed:
     def cache(
         self, dtype: torch.dtype = torch.float32, *, garbage: float = torch.nan, heads_first: bool = False
     ) -> PagedCache:
-        """What is there before the step; the rest is `garbage`."""
+        """Builds the cache as it is before the step; unused slots hold `garbage`."""
         cache = PagedCache(self.shape, dtype, self.query.device, heads_first=heads_first)
         for pages in (*cache.keys, *cache.values):
             pages.fill_(garbage)
@@ -97,9 +97,9 @@ class Packed:
         dtype: torch.dtype = torch.float32,
         garbage: float = torch.nan,
     ) -> Tensor:
-        """What a backend makes of it, for a model that computes in `dtype`."""
+        """Computes attention with a backend, for a model that computes in `dtype`."""
         cache = self.cache(backend.cache_dtype(dtype), garbage=garbage, heads_first=backend.heads_first)
-        # As a decoder has them: the heads first.
+        # Heads first in memory, as a decoder produces them.
         query, key, value = (
             part.to(dtype).transpose(0, 1).contiguous().transpose(0, 1)
             for part in (self.query, self._new(self.keys), self._new(self.values))
@@ -107,15 +107,15 @@ class Packed:
         return backend.batch(cache, self.spans).attend(0, query, key, value, SCALE, window)
 
     def expected(self, window: int | None = None) -> Tensor:
-        """The definition, query by query."""
+        """Computes attention by its definition, query by query."""
         rows: list[Tensor] = []
         for span, keys, values in zip(self.spans, self.keys, self.values, strict=True):
-            for place in range(span.length - span.num_queries, span.length):
-                first = 0 if window is None else max(0, place + 1 - window)
-                seen, told = (part[first : place + 1].double() for part in (keys, values))
+            for position in range(span.length - span.num_queries, span.length):
+                first = 0 if window is None else max(0, position + 1 - window)
+                visible_keys, visible_values = (part[first : position + 1].double() for part in (keys, values))
                 query = self.query[len(rows)].double().view(self.layout.num_kv_heads, self.layout.groups, -1)
-                weights = (torch.einsum("hgd,khd->hgk", query, seen) * SCALE).softmax(-1)
-                rows.append(torch.einsum("hgk,khd->hgd", weights, told).flatten(0, 1))
+                weights = (torch.einsum("hgd,khd->hgk", query, visible_keys) * SCALE).softmax(-1)
+                rows.append(torch.einsum("hgk,khd->hgd", weights, visible_values).flatten(0, 1))
         return torch.stack(rows).float()
 
     def _new(self, parts: list[Tensor]) -> Tensor:
@@ -123,25 +123,25 @@ class Packed:
 
 
 def _num_shared(layout: Layout, index: int, wanted: int) -> int:
-    """Blocks that both had filled before this step."""
+    """Counts the blocks that both requests had filled before this step."""
     if index == 0:
         return 0
     return min(wanted, *(before // layout.block_size for before, _, _ in layout.requests[index - 1 : index + 1]))
 
 
-def _place(layout: Layout) -> tuple[list[Span], int]:
+def _lay_out_blocks(layout: Layout) -> tuple[list[Span], int]:
     size = layout.block_size
     lengths = [before + new for before, new, _ in layout.requests]
     needed = [-(-length // size) + layout.ahead for length in lengths]
     num_blocks = sum(needed) + 2
-    places = list(range(num_blocks))
+    free_blocks = list(range(num_blocks))
     if layout.is_scattered:
-        Random(layout.seed).shuffle(places)
+        Random(layout.seed).shuffle(free_blocks)
     spans: list[Span] = []
     for index, (_, new, wanted) in enumerate(layout.requests):
         num_shared = _num_shared(layout, index, wanted)
         blocks = list(spans[-1].blocks[:num_shared]) if num_shared else []
         while len(blocks) < needed[index]:
-            blocks.append(places.pop(0))
+            blocks.append(free_blocks.pop(0))
         spans.append(Span(new, lengths[index], blocks))
     return spans, num_blocks

@@ -1,4 +1,4 @@
-"""A backend whose recordings simply run the step again, on the same tensors: what is around a graph, without a GPU."""
+"""A backend whose recordings rerun the step on the same tensors: tests the code around graphs without a GPU."""
 
 from collections.abc import Callable
 
@@ -9,7 +9,7 @@ from llava_core.engine.attention import PagedCache, ReferenceBackend, slots_on_d
 
 
 class RerunBackend(ReferenceBackend):
-    """Counts, by the number of rows, what is recorded and what is replayed."""
+    """Logs the number of rows of each recording and each replay."""
 
     def __init__(self) -> None:
         self.recorded: list[int] = []
@@ -24,14 +24,14 @@ class RerunBackend(ReferenceBackend):
 
         def replay() -> Tensor:
             self.replayed.append(len(out))
-            # As a graph does: into the same memory every time.
+            # Like a graph, it writes to the same memory every time.
             return out.copy_(step())
 
         return replay
 
 
 class PlainDecodeBatch:
-    """All that the tables name is gathered, and what is not a row's own is hidden."""
+    """Gathers every block in the tables and masks what does not belong to a row."""
 
     def __init__(self, cache: PagedCache, positions: Tensor, table: Tensor) -> None:
         self._cache, self._positions, self._table = cache, positions, table

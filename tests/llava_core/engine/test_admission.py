@@ -1,4 +1,4 @@
-"""What is refused before it costs anything, each with an error of its kind; what passes, as states."""
+"""Admission: bad requests are refused at no cost with the right kind of error; valid ones become states."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -27,7 +27,7 @@ WORDS = [1, 5, 6, 7]
 
 
 class Silent:
-    """A decoder without words."""
+    """A tokenizer that decodes everything to nothing."""
 
     def decode(self, ids: Sequence[int]) -> str:
         return ""
@@ -49,7 +49,7 @@ def ask(
 
 
 def images(*counts: int) -> list[int]:
-    """A prompt with this many placeholders of each picture, and a word around each."""
+    """Builds a prompt with this many placeholders per picture, with words around them."""
     return [1, *(token for count in counts for token in (*[IMAGE_TOKEN_ID] * count, 9))]
 
 
@@ -65,14 +65,14 @@ def vocab_size(language_side: LanguageSide) -> int:
 
 @pytest.fixture
 def tiled(language_side: LanguageSide) -> Admission:
-    """Of a model that merges the tiles of a picture: those of 56 x 28 pixels are an overview and two more."""
+    """Admission of a model that merges tiles: a picture of 56 x 28 pixels has an overview and two more tiles."""
     side = copy.copy(language_side)
     side.config = replace(language_side.config, pinpoints=(Size(56, 28),), merge_type="spatial")
     return Admission(side, Silent(), CAPACITY)
 
 
 def refusal(admission: Admission, request: EngineRequest) -> LlavaError:
-    """The error; the next request is the first that counts."""
+    """Returns the error; the next request is numbered as if this one had never come."""
     with pytest.raises(LlavaError) as caught:
         admission.admit(request)
     assert [state.number for state in admission.admit(ask())] == [0]
@@ -91,7 +91,7 @@ def refusal(admission: Admission, request: EngineRequest) -> LlavaError:
         (CONTEXT_LENGTH + 1, {"score_from": 2}, f"context is {CONTEXT_LENGTH}"),
     ],
 )
-def test_what_fits_neither_context_nor_cache_is_refused_with_all_numbers(
+def test_too_long_requests_are_refused_with_all_numbers(
     admission: Admission, num_prompt: int, options: dict[str, Any], message: str
 ) -> None:
     error = refusal(admission, ask([5] * num_prompt, **options))
@@ -105,18 +105,20 @@ def test_what_fits_neither_context_nor_cache_is_refused_with_all_numbers(
     ("num_prompt", "options", "max_tokens"),
     [
         (4, {"max_tokens": CAPACITY - 4}, CAPACITY - 4),
-        # Who names no length gets what there is room for.
+        # Without a length the answer gets all the room there is.
         (4, {"max_tokens": None}, CAPACITY - 4),
         (CAPACITY - 1, {"max_tokens": None}, 1),
         (CAPACITY, {"score_from": 2}, 0),
     ],
 )
-def test_what_just_fits_passes(admission: Admission, num_prompt: int, options: dict[str, Any], max_tokens: int) -> None:
+def test_a_request_that_just_fits_is_admitted(
+    admission: Admission, num_prompt: int, options: dict[str, Any], max_tokens: int
+) -> None:
     (state,) = admission.admit(ask([5] * num_prompt, **options))
     assert state.max_tokens == max_tokens
 
 
-def test_the_context_is_the_limit_of_a_large_cache(language_side: LanguageSide) -> None:
+def test_with_a_large_cache_the_context_is_the_limit(language_side: LanguageSide) -> None:
     admission = Admission(language_side, Silent(), 10 * CONTEXT_LENGTH)
     (state,) = admission.admit(ask(max_tokens=None))
     assert state.max_tokens == CONTEXT_LENGTH - 4
@@ -133,7 +135,7 @@ def test_an_empty_prompt_is_refused(admission: Admission, options: dict[str, Any
 
 @pytest.mark.parametrize("place", ["prompt", "output", "stop_token_ids", "logit_bias"])
 @pytest.mark.parametrize("token", [-1, -199, -201, "vocab_size", 2**40])
-def test_tokens_that_do_not_exist_are_refused_wherever_they_are(
+def test_nonexistent_tokens_are_refused_everywhere(
     admission: Admission, vocab_size: int, place: str, token: int | str
 ) -> None:
     wrong = vocab_size if isinstance(token, str) else token
@@ -150,12 +152,12 @@ def test_tokens_that_do_not_exist_are_refused_wherever_they_are(
 
 
 @pytest.mark.parametrize("place", ["stop_token_ids", "logit_bias"])
-def test_the_placeholder_of_pictures_is_no_token_of_an_answer(admission: Admission, place: str) -> None:
+def test_the_image_placeholder_is_refused_in_sampling_options(admission: Admission, place: str) -> None:
     named: dict[str, Any] = {"stop_token_ids": (IMAGE_TOKEN_ID,), "logit_bias": ((IMAGE_TOKEN_ID, 1.0),)}
     assert isinstance(refusal(admission, ask(**{place: named[place]})), RequestError)
 
 
-def test_the_first_and_the_last_token_exist(admission: Admission, vocab_size: int) -> None:
+def test_the_first_and_last_token_are_accepted(admission: Admission, vocab_size: int) -> None:
     ends = (0, vocab_size - 1)
     assert admission.admit(
         ask(ends, begun=[BegunAnswer(ends)], stop_token_ids=ends, logit_bias=((0, 1.0), (ends[1], 1.0)))
@@ -180,7 +182,7 @@ def with_rows(features: Tensor) -> EngineRequest:
         (torch.ones(5, VISION_HIDDEN), "4 image placeholders but 5 feature rows"),
     ],
 )
-def test_features_that_do_not_fit_or_are_no_numbers_are_refused(
+def test_features_of_wrong_shape_or_not_finite_are_refused(
     admission: Admission, features: Tensor, message: str
 ) -> None:
     error = refusal(admission, with_rows(features))
@@ -189,13 +191,13 @@ def test_features_that_do_not_fit_or_are_no_numbers_are_refused(
         raise error
 
 
-def test_one_value_that_is_not_finite_is_enough(admission: Admission) -> None:
+def test_a_single_non_finite_value_is_refused(admission: Admission) -> None:
     features = torch.ones(4, VISION_HIDDEN)
     features[3, -1] = torch.nan
     assert "not finite" in str(refusal(admission, with_rows(features)))
 
 
-def test_the_error_says_which_picture_it_is(admission: Admission) -> None:
+def test_the_error_names_the_picture(admission: Admission) -> None:
     wrong = ImageFeatures("dog", torch.full((4, VISION_HIDDEN), torch.nan))
     assert "picture 2" in str(refusal(admission, ask(images(4, 4), picture(), wrong)))
 
@@ -211,7 +213,7 @@ def test_the_error_says_which_picture_it_is(admission: Admission) -> None:
         (images(4, 2, 2), (picture(), picture(digest="dog")), "4 placeholders of a picture are not in one piece"),
     ],
 )
-def test_placeholders_that_are_not_the_pictures_are_refused(
+def test_placeholders_that_do_not_match_the_pictures_are_refused(
     admission: Admission, prompt: list[int], features: tuple[ImageFeatures, ...], message: str
 ) -> None:
     error = refusal(admission, ask(prompt, *features))
@@ -219,12 +221,12 @@ def test_placeholders_that_are_not_the_pictures_are_refused(
     assert message in str(error)
 
 
-def test_a_picture_in_tiles_has_the_rows_that_merging_makes_of_it(tiled: Admission) -> None:
+def test_a_tiled_picture_has_the_rows_of_its_merged_tiles(tiled: Admission) -> None:
     (state,) = tiled.admit(ask(images(12), picture(12, size=Size(56, 28))))
     assert state.images == (ImageSpan(1, 13, "cat", Size(56, 28)),)
 
 
-def test_tiles_that_are_missing_are_refused(tiled: Admission) -> None:
+def test_missing_tiles_are_refused(tiled: Admission) -> None:
     error = refusal(tiled, ask(images(12), picture(8, size=Size(56, 28))))
     assert isinstance(error, EngineError)
     assert "features of picture 1: a picture of" in str(error)
@@ -243,7 +245,7 @@ def test_tiles_that_are_missing_are_refused(tiled: Admission) -> None:
         (images(4, 2), (picture(), picture(2)), 5, "pictures cannot be scored"),
     ],
 )
-def test_only_tokens_behind_all_pictures_can_be_scored(
+def test_only_tokens_after_all_pictures_can_be_scored(
     admission: Admission, prompt: list[int], features: tuple[ImageFeatures, ...], score_from: int, message: str
 ) -> None:
     error = refusal(admission, ask(prompt, *features, score_from=score_from))
@@ -251,7 +253,7 @@ def test_only_tokens_behind_all_pictures_can_be_scored(
     assert message in str(error)
 
 
-def test_the_first_token_behind_a_picture_can_be_scored(admission: Admission) -> None:
+def test_the_first_token_after_a_picture_can_be_scored(admission: Admission) -> None:
     (state,) = admission.admit(ask(images(4), picture(), score_from=5))
     assert (state.max_tokens, state.num_pending) == (0, 6)
 
@@ -265,7 +267,7 @@ def test_the_first_token_behind_a_picture_can_be_scored(admission: Admission) ->
         ([BegunAnswer([8], is_over=True)] * 2, {"n": 2}),
     ],
 )
-def test_what_goes_on_must_be_all_answers_of_which_one_is_open(
+def test_a_resumed_request_needs_all_answers_and_an_unfinished_one(
     admission: Admission, begun: list[BegunAnswer], options: dict[str, Any]
 ) -> None:
     error = refusal(admission, ask(begun=begun, **options))
@@ -273,7 +275,7 @@ def test_what_goes_on_must_be_all_answers_of_which_one_is_open(
     assert error.param == "n"
 
 
-def test_there_is_a_state_for_each_answer_numbered_as_they_came(admission: Admission) -> None:
+def test_each_answer_has_a_state_numbered_in_order_of_arrival(admission: Admission) -> None:
     states = [*admission.admit(ask(n=3)), *admission.admit(ask()), *admission.admit(ask(n=2))]
     assert [state.index for state in states] == [0, 1, 2, 0, 0, 1]
     assert [state.number for state in states] == list(range(6))
@@ -281,20 +283,20 @@ def test_there_is_a_state_for_each_answer_numbered_as_they_came(admission: Admis
     assert len({id(state.detokenizer) for state in states}) == 6
 
 
-def test_answers_share_a_seed_and_requests_without_one_do_not(admission: Admission) -> None:
+def test_answers_share_a_seed_but_unseeded_requests_do_not(admission: Admission) -> None:
     first, second = (admission.admit(ask(n=2)) for _ in range(2))
     assert first[0].seed == first[1].seed
     assert first[0].seed != second[0].seed
     assert [state.seed for state in admission.admit(ask(n=2, seed=0))] == [0, 0]
 
 
-def test_an_answer_that_was_begun_goes_on_after_its_tokens(admission: Admission) -> None:
+def test_a_begun_answer_resumes_after_its_tokens(admission: Admission) -> None:
     (state,) = admission.admit(ask(begun=[BegunAnswer((8, 9))]))
     assert (state.tokens, state.output_ids, state.num_computed) == ([*WORDS, 8, 9], [8, 9], 0)
     assert state.max_length == len(WORDS) + 3
 
 
-def test_of_several_answers_those_that_are_over_are_left_out(admission: Admission) -> None:
+def test_finished_answers_of_a_resumed_request_are_left_out(admission: Admission) -> None:
     begun = [BegunAnswer((8,)), BegunAnswer((8, 9), is_over=True), BegunAnswer()]
     states = admission.admit(ask(begun=begun, n=3, seed=4))
     assert [(state.index, state.output_ids, state.seed) for state in states] == [(0, [8], 4), (2, [], 4)]
@@ -302,7 +304,7 @@ def test_of_several_answers_those_that_are_over_are_left_out(admission: Admissio
 
 @st.composite
 def prompts(draw: st.DrawFn) -> tuple[list[int], list[tuple[int, int]]]:
-    """Words and pictures in any order, pictures next to each other among them; and where the pictures are."""
+    """Draws words and pictures in any order, also adjacent pictures; returns the prompt and the pictures' positions."""
     prompt: list[int] = []
     places: list[tuple[int, int]] = []
     for num_words, num_rows in draw(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 4)), max_size=4)):
@@ -313,7 +315,7 @@ def prompts(draw: st.DrawFn) -> tuple[list[int], list[tuple[int, int]]]:
 
 
 @given(made=prompts())
-def test_spans_are_where_the_pictures_are(made: tuple[list[int], list[tuple[int, int]]]) -> None:
+def test_spans_match_the_positions_of_the_pictures(made: tuple[list[int], list[tuple[int, int]]]) -> None:
     prompt, places = made
     features = [picture(digest=str(number), size=Size(number + 1, 9)) for number in range(len(places))]
     spans = image_spans(ask(prompt, *features), [stop - start for start, stop in places])
@@ -337,7 +339,7 @@ def test_placeholders_in_an_answer_are_refused(build_engine: BuildEngine) -> Non
         )
 
 
-def test_the_message_names_the_prompts_length(build_engine: BuildEngine) -> None:
+def test_the_error_gives_the_length_of_the_prompt(build_engine: BuildEngine) -> None:
     with pytest.raises(PromptTooLongError, match=f"has {CONTEXT_LENGTH + 1} tokens"):
         build_engine().add_request(EngineRequest("a", [5] * (CONTEXT_LENGTH + 1), (), SamplingParams(), score_from=2))
 

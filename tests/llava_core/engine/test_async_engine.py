@@ -1,4 +1,4 @@
-"""The engine's thread seen from asyncio: streams, early exits, refusals, health."""
+"""The engine's thread as seen from asyncio: streams, early exits, refusals, health."""
 
 import asyncio
 from collections.abc import Callable
@@ -27,7 +27,7 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.005)
 
 
-def test_many_readers_each_get_their_own_answer(build_engine: BuildEngine) -> None:
+def test_concurrent_readers_each_get_their_own_answer(build_engine: BuildEngine) -> None:
     requests = [make_request(f"r{i}", seed=i, max_tokens=5 + i) for i in range(8)]
     expected = [run(build_engine(), request)[request.request_id] for request in requests]
 
@@ -41,25 +41,25 @@ def test_many_readers_each_get_their_own_answer(build_engine: BuildEngine) -> No
     assert asyncio.run(main()) == expected
 
 
-def test_who_shares_the_cores_is_told_before_every_step_and_when_there_is_no_work(build_engine: BuildEngine) -> None:
-    told: list[str] = []
+def test_callbacks_run_before_every_step_and_when_idle(build_engine: BuildEngine) -> None:
+    calls: list[str] = []
 
     async def main() -> int:
         inner = build_engine()
-        engine = AsyncEngine(inner, before_step=lambda: told.append("step"), when_idle=lambda: told.append("idle"))
+        engine = AsyncEngine(inner, before_step=lambda: calls.append("step"), when_idle=lambda: calls.append("idle"))
         await collect(engine, make_request("a", max_tokens=5))
-        await until(lambda: told[-1] == "idle")
+        await until(lambda: calls[-1] == "idle")
         engine.close()
         return inner.stats.num_steps
 
     num_steps = asyncio.run(main())
-    assert told.count("step") == num_steps
-    first = told.index("step")
-    assert set(told[:first]) == {"idle"}
-    assert "idle" not in told[first : first + 5], "while there is work, the cores are not given back"
+    assert calls.count("step") == num_steps
+    first = calls.index("step")
+    assert set(calls[:first]) == {"idle"}
+    assert "idle" not in calls[first : first + 5], "while there is work, the cores are not given back"
 
 
-def test_a_request_that_is_alone_is_alone_in_every_step_that_counts(build_engine: BuildEngine) -> None:
+def test_finished_refused_and_cancelled_requests_leave_the_batch(build_engine: BuildEngine) -> None:
     async def main() -> Engine:
         inner = build_engine()
         engine = AsyncEngine(inner)
@@ -70,7 +70,7 @@ def test_a_request_that_is_alone_is_alone_in_every_step_that_counts(build_engine
         await anext(stream)
         await stream.aclose()
         await until(lambda: not inner.has_work)
-        # Whatever was still to be said to the engine has been said before this answer.
+        # This answer comes only after all pending messages to the engine have been handled.
         await collect(engine, make_request("c", max_tokens=5))
         engine.close()
         return inner
@@ -80,9 +80,7 @@ def test_a_request_that_is_alone_is_alone_in_every_step_that_counts(build_engine
     assert (stats.batch_size, stats.num_running, stats.used_blocks) == (1, 0, 0)
 
 
-def test_a_request_that_ended_by_itself_is_not_aborted(
-    build_engine: BuildEngine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_a_stream_closed_early_is_aborted(build_engine: BuildEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     inner = build_engine()
     aborted: list[str] = []
     abort = inner.abort
@@ -103,7 +101,7 @@ def test_a_request_that_ended_by_itself_is_not_aborted(
     assert aborted == ["left"]
 
 
-def test_leaving_a_stream_early_frees_the_request(build_engine: BuildEngine) -> None:
+def test_closing_a_stream_early_frees_the_request(build_engine: BuildEngine) -> None:
     async def main() -> None:
         inner = build_engine()
         engine = AsyncEngine(inner)
@@ -118,7 +116,7 @@ def test_leaving_a_stream_early_frees_the_request(build_engine: BuildEngine) -> 
     asyncio.run(main())
 
 
-def test_an_id_may_be_used_again_once_its_request_is_over(build_engine: BuildEngine) -> None:
+def test_an_id_can_be_reused_once_its_request_has_finished(build_engine: BuildEngine) -> None:
     async def main() -> None:
         engine = AsyncEngine(build_engine())
         first = await collect(engine, make_request("a"))
@@ -128,7 +126,7 @@ def test_an_id_may_be_used_again_once_its_request_is_over(build_engine: BuildEng
     asyncio.run(main())
 
 
-def test_refusals_reach_the_reader_as_their_own_errors(build_engine: BuildEngine) -> None:
+def test_the_reader_gets_the_original_error_of_a_refusal(build_engine: BuildEngine) -> None:
     async def main() -> None:
         engine = AsyncEngine(build_engine(max_running=1, max_waiting=1))
         with pytest.raises(PromptTooLongError):
@@ -147,7 +145,7 @@ def test_refusals_reach_the_reader_as_their_own_errors(build_engine: BuildEngine
     asyncio.run(main())
 
 
-def test_a_dead_thread_ends_its_readers_and_fails_the_health_check(
+def test_a_dead_thread_fails_its_readers_and_the_health_check(
     build_engine: BuildEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inner = build_engine()
@@ -196,16 +194,16 @@ def test_all_answers_of_one_request_come_in_one_stream(build_engine: BuildEngine
     assert {index: len(tokens) for index, tokens in asyncio.run(main()).items()} == {0: 12, 1: 12, 2: 12}
 
 
-def test_deltas_that_piled_up_are_one_for_each_answer_and_a_failure_wins() -> None:
+def test_piled_up_deltas_merge_per_answer_and_a_failure_wins() -> None:
     deltas = [TokenDelta("a", "x", (1,)), TokenDelta("a", "z", (3,), index=1), TokenDelta("a", "y", (2,), "stop")]
     assert merge([*deltas]) == [TokenDelta("a", "xy", (1, 2), "stop"), TokenDelta("a", "z", (3,), index=1)]
     with pytest.raises(EngineError, match="gone"):
         merge([deltas[0], RequestFailure("a", EngineError("gone"))])
 
 
-def test_deltas_come_no_faster_than_asked_for_and_the_last_at_once() -> None:
+def test_deltas_respect_the_gap_and_the_last_comes_at_once() -> None:
     first, second, third, last = (TokenDelta("a", str(i), (i,)) for i in range(4))
-    over = replace(last, finish_reason="stop")
+    finished = replace(last, finish_reason="stop")
 
     async def main() -> None:
         loop = asyncio.get_running_loop()
@@ -213,21 +211,21 @@ def test_deltas_come_no_faster_than_asked_for_and_the_last_at_once() -> None:
         mailbox.put(first)
         assert await mailbox.take() == [first]
         mailbox.rest(0.05)
-        rested = loop.time()
+        rest_started = loop.time()
         mailbox.put(second)
         mailbox.put(third)
         assert await mailbox.take() == [second, third]
-        assert loop.time() - rested >= 0.05
+        assert loop.time() - rest_started >= 0.05
         mailbox.rest(3600)
         mailbox.put(last)
-        mailbox.put(over)
+        mailbox.put(finished)
         async with asyncio.timeout(20):
-            assert await mailbox.take() == [last, over]
+            assert await mailbox.take() == [last, finished]
 
     asyncio.run(main())
 
 
-def test_a_failure_waits_for_nothing() -> None:
+def test_a_failure_is_delivered_at_once() -> None:
     async def main() -> None:
         mailbox = _Mailbox(asyncio.get_running_loop())
         mailbox.rest(3600)
@@ -238,7 +236,7 @@ def test_a_failure_waits_for_nothing() -> None:
     asyncio.run(main())
 
 
-def test_the_more_requests_there_are_the_fewer_and_larger_are_the_deltas(build_engine: BuildEngine) -> None:
+def test_many_requests_get_fewer_and_larger_deltas(build_engine: BuildEngine) -> None:
     async def main() -> list[list[int]]:
         engine = AsyncEngine(build_engine(max_running=4), delta_gap_s=3600.0)
 
@@ -247,7 +245,7 @@ def test_the_more_requests_there_are_the_fewer_and_larger_are_the_deltas(build_e
             return [len(delta.token_ids) async for delta in engine.generate(request)]
 
         try:
-            # The gap is 0.2 s at most, in which these answers are written.
+            # The gap is capped at 0.2 s, long enough for these answers to be written.
             return await asyncio.gather(*(sizes(number) for number in range(3)))
         finally:
             engine.close()

@@ -1,4 +1,4 @@
-"""The CPU's attention against the reference and the definition, on any mixture of prompts and answers."""
+"""CPU attention against the reference and the definition, on any mixture of prompts and answers."""
 
 from dataclasses import replace
 
@@ -13,54 +13,54 @@ from llava_core.engine.attention_cpu import CpuBackend
 from tests.llava_core.engine.packed import SCALE, Layout, Packed, layouts
 
 windows = st.none() | st.integers(1, 20)
-# Our own kernels take heads of 16, 32, ... numbers, and torch's the others.
+# Our own kernels handle head sizes of 16, 32, ...; torch handles the others.
 shapes = layouts(head_dims=(8, 20, 16, 64))
-# Two answers on common blocks, a prompt, one that has just begun.
+# Two answers that share blocks, a prompt, and a request that has just started.
 MIXED = Layout(3, 2, 3, 8, ((8, 1, 0), (9, 1, 2), (4, 5, 1), (0, 1, 0)), 1, is_scattered=True, seed=1)
 
 
 @given(layout=shapes, window=windows)
-def test_it_equals_reference_and_definition(layout: Layout, window: int | None) -> None:
+def test_cpu_attention_equals_reference_and_definition(layout: Layout, window: int | None) -> None:
     packed = Packed(layout)
-    seen = packed.attend(CpuBackend(), window)
-    torch.testing.assert_close(seen, packed.attend(ReferenceBackend(), window), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(seen, packed.expected(window), atol=1e-5, rtol=1e-5)
+    output = packed.attend(CpuBackend(), window)
+    torch.testing.assert_close(output, packed.attend(ReferenceBackend(), window), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(output, packed.expected(window), atol=1e-5, rtol=1e-5)
 
 
 @given(layout=shapes, window=windows)
-def test_a_model_in_half_precision_gets_nearly_the_same(layout: Layout, window: int | None) -> None:
+def test_half_precision_is_close_to_the_definition(layout: Layout, window: int | None) -> None:
     packed = Packed(layout)
-    seen = packed.attend(CpuBackend(), window, dtype=torch.bfloat16)
-    assert seen.dtype == torch.bfloat16
-    torch.testing.assert_close(seen.float(), packed.expected(window), atol=0.05, rtol=0.05)
+    output = packed.attend(CpuBackend(), window, dtype=torch.bfloat16)
+    assert output.dtype == torch.bfloat16
+    torch.testing.assert_close(output.float(), packed.expected(window), atol=0.05, rtol=0.05)
 
 
 @given(layout=shapes, window=windows)
-def test_what_is_not_a_requests_own_changes_not_a_bit(layout: Layout, window: int | None) -> None:
+def test_foreign_cache_content_does_not_change_a_bit(layout: Layout, window: int | None) -> None:
     packed = Packed(layout)
     clean, dirty = (packed.attend(CpuBackend(), window, garbage=value) for value in (0.0, torch.nan))
     assert torch.equal(clean, dirty)
 
 
 @given(layout=shapes, window=windows, long=st.integers(1, 20))
-def test_what_counts_as_long_changes_nothing(layout: Layout, window: int | None, long: int) -> None:
+def test_the_threshold_for_long_texts_does_not_change_the_result(layout: Layout, window: int | None, long: int) -> None:
     packed = Packed(layout)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention_plan, "_LONG", long)
         patch.setattr(attention_plan, "_LONG_ALONE", 2 * long)
-        seen, half = packed.attend(CpuBackend(), window), packed.attend(CpuBackend(), window, dtype=torch.bfloat16)
-    torch.testing.assert_close(seen, packed.expected(window), atol=1e-5, rtol=1e-5)
+        output, half = packed.attend(CpuBackend(), window), packed.attend(CpuBackend(), window, dtype=torch.bfloat16)
+    torch.testing.assert_close(output, packed.expected(window), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(half.float(), packed.expected(window), atol=0.05, rtol=0.05)
 
 
-def test_a_damaged_request_damages_no_other() -> None:
+def test_nan_in_one_request_does_not_reach_others() -> None:
     packed = Packed(replace(MIXED, requests=((8, 1, 0), (9, 1, 0), (4, 5, 0), (0, 1, 0))))
     healthy = packed.attend(CpuBackend())
     packed.keys[1][0] = torch.nan
     packed.values[2][0] = torch.nan
-    seen = packed.attend(CpuBackend())
-    assert torch.equal(seen[[0, 7]], healthy[[0, 7]])
-    assert seen[1:7].isnan().any(-1).all()
+    output = packed.attend(CpuBackend())
+    assert torch.equal(output[[0, 7]], healthy[[0, 7]])
+    assert output[1:7].isnan().any(-1).all()
 
 
 def test_layers_with_and_without_a_window_share_a_batch() -> None:
@@ -71,35 +71,35 @@ def test_layers_with_and_without_a_window_share_a_batch() -> None:
         for parts in (packed.keys, packed.values)
     )
     for window in (None, 4, None, 2):
-        seen = batch.attend(0, packed.query, key, value, SCALE, window)
-        torch.testing.assert_close(seen, packed.expected(window), atol=1e-5, rtol=1e-5)
+        output = batch.attend(0, packed.query, key, value, SCALE, window)
+        torch.testing.assert_close(output, packed.expected(window), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("factor", [30.0, 1e3])
-def test_scores_far_apart_are_mixed_without_overflow(factor: float) -> None:
+def test_extreme_scores_do_not_overflow(factor: float) -> None:
     packed = Packed(MIXED)
     packed.query *= factor
     torch.testing.assert_close(packed.attend(CpuBackend()), packed.expected(), atol=1e-4, rtol=1e-4)
 
 
 @given(layout=layouts(head_dims=(16, 64)), window=windows)
-def test_without_a_compiler_torch_computes_the_same(layout: Layout, window: int | None) -> None:
+def test_without_a_compiler_torch_gives_the_same_result(layout: Layout, window: int | None) -> None:
     packed = Packed(layout)
     backend = CpuBackend(use_kernels=False)
-    seen, half = packed.attend(backend, window), packed.attend(backend, window, dtype=torch.bfloat16)
-    torch.testing.assert_close(seen, packed.expected(window), atol=1e-5, rtol=1e-5)
+    output, half = packed.attend(backend, window), packed.attend(backend, window, dtype=torch.bfloat16)
+    torch.testing.assert_close(output, packed.expected(window), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(half.float(), packed.expected(window), atol=0.05, rtol=0.05)
 
 
 @given(layout=layouts(head_dims=(16,)), window=windows)
-def test_a_model_in_float16_is_attended_in_float32(layout: Layout, window: int | None) -> None:
+def test_attention_of_a_float16_model_runs_in_float32(layout: Layout, window: int | None) -> None:
     packed = Packed(layout)
-    seen = packed.attend(CpuBackend(), window, dtype=torch.float16)
-    assert seen.dtype == torch.float16
-    torch.testing.assert_close(seen.float(), packed.expected(window), atol=0.01, rtol=0.01)
+    output = packed.attend(CpuBackend(), window, dtype=torch.float16)
+    assert output.dtype == torch.float16
+    torch.testing.assert_close(output.float(), packed.expected(window), atol=0.01, rtol=0.01)
 
 
-def test_what_a_request_gets_does_not_depend_on_its_company() -> None:
+def test_a_result_does_not_depend_on_the_rest_of_the_batch() -> None:
     layout = Layout(16, 2, 2, 64, ((40, 1, 0), (9, 1, 0), (300, 1, 0)), 1, is_scattered=True, seed=1)
     packed = Packed(layout)
     together = packed.attend(CpuBackend(), dtype=torch.bfloat16)
@@ -113,6 +113,6 @@ def test_what_a_request_gets_does_not_depend_on_its_company() -> None:
         assert torch.equal(alone[0], together[row])
 
 
-def test_half_precisions_are_kept_where_processors_compute_in_them() -> None:
+def test_the_cache_dtype_is_one_the_cpu_computes_in() -> None:
     dtypes = (torch.bfloat16, torch.float16, torch.float32)
     assert [CpuBackend().cache_dtype(dtype) for dtype in dtypes] == [torch.bfloat16, torch.float32, torch.float32]

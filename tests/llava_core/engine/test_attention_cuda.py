@@ -1,5 +1,5 @@
-"""The GPU's attention against reference and definition: here in Triton's interpreter, where there is a GPU on it; and
-there what a recording gives."""
+"""GPU attention against reference and definition: on a GPU if there is one, otherwise in Triton's interpreter; and, on
+a GPU, recorded graphs."""
 
 import copy
 from collections.abc import Callable
@@ -28,30 +28,30 @@ pytestmark = pytest.mark.gpu
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="there is no GPU")
 windows = st.none() | st.integers(1, 600)
-# Blocks of which some end a part of a long text, and sizes of heads that are no powers of two.
+# Block sizes of which some end a part of a long text, and head sizes that are not powers of two.
 any_layout = layouts(block_sizes=(3, 16, 256), head_dims=(20, 64))
 
 
 @settings(max_examples=25)
 @given(layout=any_layout, window=windows)
-def test_it_equals_reference_and_definition(layout: Layout, window: int | None) -> None:
+def test_gpu_attention_equals_reference_and_definition(layout: Layout, window: int | None) -> None:
     packed = Packed(layout, device=DEVICE)
-    seen = packed.attend(CudaBackend(), window)
-    torch.testing.assert_close(seen, packed.attend(ReferenceBackend(), window), atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(seen.cpu(), packed.expected(window).cpu(), atol=1e-4, rtol=1e-4)
+    output = packed.attend(CudaBackend(), window)
+    torch.testing.assert_close(output, packed.attend(ReferenceBackend(), window), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(output.cpu(), packed.expected(window).cpu(), atol=1e-4, rtol=1e-4)
 
 
 @settings(max_examples=15)
 @given(layout=any_layout, window=windows)
-def test_what_is_not_a_requests_own_changes_not_a_bit(layout: Layout, window: int | None) -> None:
+def test_foreign_cache_content_does_not_change_a_bit(layout: Layout, window: int | None) -> None:
     packed = Packed(layout, device=DEVICE)
     clean, dirty = (packed.attend(CudaBackend(), window, garbage=value) for value in (0.0, torch.nan))
     assert torch.equal(clean, dirty)
 
 
 @pytest.mark.parametrize("window", [None, 1, 70, 300])
-def test_a_decode_step_is_read_from_its_tensors(window: int | None) -> None:
-    """With a table as wide as any text may be, whose other columns name blocks of others."""
+def test_a_decode_step_reads_positions_and_table_from_tensors(window: int | None) -> None:
+    """The table is as wide as the longest possible text; its unused columns name other requests' blocks."""
     packed = Packed(
         Layout(16, 2, 3, 20, tuple((n, 1, 0) for n in (0, 15, 16, 255, 256, 599)), 0, True, seed=3), device=DEVICE
     )
@@ -62,11 +62,11 @@ def test_a_decode_step_is_read_from_its_tensors(window: int | None) -> None:
     cache = packed.cache()
     batch = DecodeBatch(cache, positions, table.to(DEVICE))
     new = [torch.cat([part[-1:] for part in parts]) for parts in (packed.keys, packed.values)]
-    seen = batch.attend(0, packed.query, *new, SCALE, window)
-    torch.testing.assert_close(seen, packed.expected(window), atol=1e-5, rtol=1e-5)
+    output = batch.attend(0, packed.query, *new, SCALE, window)
+    torch.testing.assert_close(output, packed.expected(window), atol=1e-5, rtol=1e-5)
 
 
-def test_neighbours_change_not_a_bit() -> None:
+def test_neighbours_do_not_change_a_bit() -> None:
     requests = ((599, 1, 0), (3, 1, 0), (1200, 1, 0))
     alone, among = (
         Packed(Layout(16, 2, 2, 64, together, 0, is_scattered=True, seed=1), device=DEVICE)
@@ -78,7 +78,7 @@ def test_neighbours_change_not_a_bit() -> None:
     assert torch.equal(alone.attend(CudaBackend())[0], among.attend(CudaBackend())[0])
 
 
-def test_keys_and_values_are_kept_as_the_model_has_them() -> None:
+def test_keys_and_values_keep_the_models_dtype() -> None:
     assert CudaBackend().cache_dtype(torch.bfloat16) == torch.bfloat16
 
 
@@ -86,27 +86,27 @@ def test_keys_and_values_are_kept_as_the_model_has_them() -> None:
 @settings(max_examples=40)
 @given(layout=layouts(block_sizes=(16, 256), head_dims=(64, 128)), window=windows)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precisions_are_close(layout: Layout, window: int | None, dtype: torch.dtype) -> None:
+def test_half_precision_is_close(layout: Layout, window: int | None, dtype: torch.dtype) -> None:
     packed = Packed(layout, device="cuda")
-    seen = packed.attend(CudaBackend(), window, dtype=dtype)
-    assert seen.dtype == dtype
+    output = packed.attend(CudaBackend(), window, dtype=dtype)
+    assert output.dtype == dtype
     reference = packed.attend(ReferenceBackend(), window, dtype=dtype)
-    torch.testing.assert_close(seen.float(), reference.float(), atol=0.02, rtol=0.02)
-    torch.testing.assert_close(seen.float().cpu(), packed.expected(window).cpu(), atol=0.05, rtol=0.05)
+    torch.testing.assert_close(output.float(), reference.float(), atol=0.02, rtol=0.02)
+    torch.testing.assert_close(output.float().cpu(), packed.expected(window).cpu(), atol=0.05, rtol=0.05)
 
 
 class RerunCudaBackend(CudaBackend):
-    """Where there is no GPU there are no graphs of its own either."""
+    """Reruns steps in place of graphs, which need a GPU."""
 
     def record(self, step: Callable[[], Tensor]) -> Callable[[], Tensor]:
         return RerunBackend().record(step)
 
 
 @pytest.mark.parametrize("window", [None, 9])
-def test_an_engine_with_graphs_writes_what_the_processors_does(
+def test_an_engine_with_graphs_answers_like_one_on_the_cpu(
     language_side: LanguageSide, tiny_checkpoint: Path, window: int | None
 ) -> None:
-    """Float32 on both sides; requests of many lengths come and go, and some are set back."""
+    """Float32 on both sides; requests of many lengths come and go, and some are preempted."""
     requests = [make_request(f"{i}", seed=i, num_images=i % 3, max_tokens=3 + 5 * (i % 4)) for i in range(8)]
     on_gpu = CudaBackend() if DEVICE == "cuda" else RerunCudaBackend()
     answers, preemptions = [], []
@@ -124,8 +124,8 @@ def test_an_engine_with_graphs_writes_what_the_processors_does(
 
 
 @needs_gpu
-def test_a_graph_gives_what_the_step_gave_that_it_was_recorded_from() -> None:
-    """Other numbers in the same tensors, and two graphs in turns that share their memory."""
+def test_a_graph_computes_what_its_recorded_step_does() -> None:
+    """With new numbers in the same tensors, and two graphs that share memory and run in turns."""
     backend = CudaBackend()
     numbers = torch.arange(4.0, device="cuda")
     twice, squares = backend.record(lambda: numbers * 2), backend.record(lambda: numbers * numbers)

@@ -1,4 +1,4 @@
-"""The pool of blocks against a slow, obvious model: nothing is lost or given twice, the oldest content goes first."""
+"""The block pool against a slow, obvious model: no block is lost or handed out twice; the oldest is evicted first."""
 
 from collections import Counter
 from copy import deepcopy
@@ -14,14 +14,14 @@ KEYS = [bytes([letter]) for letter in b"abcdefgh"]
 
 
 class PoolAgainstModel(RuleBasedStateMachine):
-    """`holders` are lists of blocks, as requests have them; who uses a block is counted anew each time."""
+    """`holders` are the block lists of requests; the users of a block are recounted each time."""
 
     @initialize(num_blocks=st.integers(1, 9))
     def start(self, num_blocks: int) -> None:
         self.pool = BlockPool(num_blocks, 4)
         self.holders: list[list[int]] = []
         self.content: dict[int, bytes] = {}
-        # Nobody's blocks with content, the one that was used longest ago first.
+        # Unused blocks with content, least recently used first.
         self.idle: list[int] = []
 
     @property
@@ -52,7 +52,7 @@ class PoolAgainstModel(RuleBasedStateMachine):
             return
         assert taken is not None
         assert len(set(taken)) == len(taken) == count
-        # Content is given up only for want of free blocks, the oldest first.
+        # Content is evicted only when free blocks run out, oldest first.
         evicted = self.idle[: max(0, count - len(free))]
         assert set(taken) - free == set(evicted)
         neighbours = 0
@@ -100,7 +100,7 @@ class PoolAgainstModel(RuleBasedStateMachine):
             self.content.pop(block, None)
 
     @invariant()
-    def the_pool_says_what_the_model_says(self) -> None:
+    def the_pool_matches_the_model(self) -> None:
         self.pool.check_integrity()
         assert self.pool.num_used == len(self.used)
         assert self.pool.num_idle == len(self.idle)
@@ -119,7 +119,7 @@ def take(pool: BlockPool, count: int, *, after: int | None = None) -> list[int]:
 
 
 def fill(pool: BlockPool, keys: str) -> list[int]:
-    """A request that wrote one block for each letter and has ended."""
+    """Simulates a request that wrote one block per letter and has finished."""
     blocks = take(pool, len(keys))
     for block, key in zip(blocks, keys, strict=True):
         pool.publish(block, key.encode())
@@ -141,7 +141,7 @@ def test_the_last_blocks_of_a_request_are_evicted_first() -> None:
     assert left == ["ab", "a", ""]
 
 
-def test_what_was_used_longest_ago_is_evicted_first() -> None:
+def test_the_least_recently_used_block_is_evicted_first() -> None:
     pool = BlockPool(4, 4)
     fill(pool, "ab")
     fill(pool, "cd")
@@ -152,14 +152,14 @@ def test_what_was_used_longest_ago_is_evicted_first() -> None:
     assert known(pool, "abcd") == "ab"
 
 
-def test_content_is_kept_while_there_is_a_free_block() -> None:
+def test_content_is_kept_while_a_block_is_free() -> None:
     pool = BlockPool(4, 4)
     fill(pool, "ab")
     take(pool, 2)
     assert known(pool, "ab") == "ab"
 
 
-def test_a_block_that_is_held_is_not_evicted() -> None:
+def test_a_held_block_is_not_evicted() -> None:
     pool = BlockPool(3, 4)
     fill(pool, "abc")
     pool.hold(pool.find([b"a", b"b", b"c"]))
@@ -167,7 +167,7 @@ def test_a_block_that_is_held_is_not_evicted() -> None:
     assert known(pool, "abc") == "abc"
 
 
-def test_a_shared_block_goes_back_with_its_last_user() -> None:
+def test_a_shared_block_is_freed_with_its_last_user() -> None:
     pool = BlockPool(1, 4)
     fill(pool, "a")
     for _ in range(2):
@@ -178,13 +178,13 @@ def test_a_shared_block_goes_back_with_its_last_user() -> None:
     assert (pool.num_used, pool.num_idle) == (0, 1)
 
 
-def test_find_stops_at_the_first_block_that_is_not_known() -> None:
+def test_find_stops_at_the_first_unknown_block() -> None:
     pool = BlockPool(4, 4)
     blocks = fill(pool, "acd")
     assert pool.find([b"a", b"b", b"c"]) == blocks[:1]
 
 
-def test_a_second_block_of_the_same_content_is_not_kept() -> None:
+def test_a_second_block_with_the_same_content_is_not_kept() -> None:
     pool = BlockPool(2, 4)
     first, second = take(pool, 2)
     pool.publish(first, b"a")
@@ -194,7 +194,7 @@ def test_a_second_block_of_the_same_content_is_not_kept() -> None:
     assert pool.num_idle == 1
 
 
-def test_what_was_disowned_is_never_found_again() -> None:
+def test_a_disowned_block_is_never_found_again() -> None:
     pool = BlockPool(2, 4)
     blocks = take(pool, 2)
     pool.publish(blocks[0], b"a")
@@ -204,14 +204,14 @@ def test_what_was_disowned_is_never_found_again() -> None:
     assert pool.num_idle == 0
 
 
-def test_neighbours_are_preferred_to_what_was_freed_first() -> None:
+def test_neighbours_are_preferred_to_blocks_freed_earlier() -> None:
     pool = BlockPool(8, 4)
     blocks = take(pool, 8)
     pool.release([blocks[4], blocks[3], blocks[0], blocks[7]])
     assert take(pool, 3, after=2) == [3, 4, 7]
 
 
-def test_the_first_blocks_of_a_fresh_pool_lie_side_by_side() -> None:
+def test_the_first_blocks_of_a_fresh_pool_are_adjacent() -> None:
     assert take(BlockPool(8, 4), 5) == [0, 1, 2, 3, 4]
 
 
@@ -222,7 +222,7 @@ def test_a_pool_without_blocks_or_tokens_is_refused(sizes: tuple[int, int]) -> N
 
 
 @pytest.mark.parametrize("misuse", ["publish twice", "publish nobody's", "release nobody's", "hold a free one"])
-def test_misuse_is_an_error_at_once(misuse: str) -> None:
+def test_misuse_fails_at_once(misuse: str) -> None:
     pool = BlockPool(3, 4)
     (used,) = take(pool, 1)
     pool.publish(used, b"a")

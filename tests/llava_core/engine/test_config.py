@@ -1,4 +1,4 @@
-"""The engine's settings refuse what could never work."""
+"""The engine's settings: impossible values are refused."""
 
 from typing import Any
 
@@ -37,21 +37,21 @@ def test_impossible_limits_are_refused_with_all_settings(options: dict[str, Any]
     ("options", "expected"),
     [
         ({"max_step_tokens": 700, "prefill_chunk": 300}, StepLimits(700, 300)),
-        # What is not set makes room, or takes what there is.
+        # The limit that is not set is derived from the other.
         ({"prefill_chunk": 5000}, StepLimits(5032, 5000)),
         ({"max_step_tokens": 40}, StepLimits(40, 8)),
     ],
 )
-def test_a_step_is_as_it_was_set(device: str, options: dict[str, Any], expected: StepLimits) -> None:
+def test_step_limits_follow_the_settings(device: str, options: dict[str, Any], expected: StepLimits) -> None:
     assert EngineConfig(**options).step_limits(device) == expected
 
 
-def test_a_gpu_reads_more_at_once() -> None:
+def test_a_gpu_prefills_more_per_step() -> None:
     assert EngineConfig().step_limits("cpu") == StepLimits(1024, 128)
     assert EngineConfig().step_limits("cuda") == StepLimits(4096, 512)
 
 
-def test_the_tightest_limits_are_taken() -> None:
+def test_the_smallest_limits_are_accepted() -> None:
     config = EngineConfig(
         max_running=1, max_waiting=0, max_step_tokens=2, prefill_chunk=1, block_size=1, cache_tokens=1
     )

@@ -1,4 +1,4 @@
-"""Text as it grows: never unsaid, never half a character, never the beginning of a stop string."""
+"""Incremental text: nothing is ever retracted, no half characters, no beginnings of stop strings."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ from tests.tiny import build_tokenizer
 
 
 class Bytes:
-    """Ids are bytes of UTF-8."""
+    """A tokenizer whose ids are UTF-8 bytes."""
 
     def decode(self, ids: Sequence[int]) -> str:
         return bytes(ids).decode("utf-8", errors="replace")
@@ -37,7 +37,7 @@ def test_deltas_join_to_the_text_without_its_leading_space(text: str) -> None:
 @settings(max_examples=200, deadline=None)
 @given(st.text(alphabet="ab#", max_size=30), st.lists(st.text(alphabet="ab#", min_size=1, max_size=4), max_size=3))
 def test_the_text_ends_before_the_first_stop_string(text: str, stop: list[str]) -> None:
-    """The reference looks at the whole text after each character, which a stream must equal."""
+    """The reference searches the whole text after each character; the stream must give the same result."""
     expected = text
     for end in range(len(text) + 1):
         found = [position for mark in stop if (position := text[:end].find(mark)) >= 0]
@@ -54,11 +54,11 @@ def test_half_a_character_is_held_back() -> None:
     assert detokenizer.add(rest[0]) == "é"
 
 
-def test_a_partial_stop_string_is_released_when_it_comes_to_nothing() -> None:
+def test_a_partial_stop_string_that_does_not_complete_is_released() -> None:
     assert stream("a##b", ["###"])[:4] == ["a", "", "", "##b"]
 
 
-def test_bytes_that_never_become_a_character_are_released_at_the_end() -> None:
+def test_an_incomplete_character_is_released_at_the_end() -> None:
     detokenizer = IncrementalDetokenizer(Bytes())
     assert detokenizer.add(0xE2) == ""
     assert detokenizer.finish() == "\ufffd"
@@ -73,7 +73,7 @@ def test_a_real_byte_level_tokenizer_streams_the_same_text(text: str) -> None:
 
 
 class Pieces:
-    """A token is some bytes."""
+    """A tokenizer whose tokens are arbitrary bytes."""
 
     def __init__(self, *tokens: bytes) -> None:
         self.tokens = tokens
@@ -82,40 +82,40 @@ class Pieces:
         return b"".join(self.tokens[token] for token in ids).decode(errors="replace")
 
 
-def test_a_stop_string_before_half_a_character_ends_the_answer_too() -> None:
+def test_a_stop_string_before_half_a_character_ends_the_answer() -> None:
     detokenizer = IncrementalDetokenizer(Pieces(b"a", b"b\xe2\x82"), stop=["b"])
     assert detokenizer.add(0) + detokenizer.add(1) + detokenizer.finish() == "a"
     assert detokenizer.is_stopped
 
 
-def test_bytes_that_are_no_characters_do_not_hold_the_text_back() -> None:
+def test_invalid_bytes_do_not_hold_the_text_back() -> None:
     detokenizer = IncrementalDetokenizer(Pieces(b"x", b"\xff", "\U0001f600".encode()[:2], "\U0001f600".encode()[2:]))
     shown = [detokenizer.add(token) for token in (0, *[1] * 9, 2, 3)]
-    # Not all at the end.
+    # They are not all released at the end.
     assert sum(map(bool, shown[1:10])) >= 2
     assert "".join(shown) + detokenizer.finish() == "x" + "\ufffd" * 9 + "\U0001f600"
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.text(min_size=1, max_size=20), st.text(max_size=20))
-def test_where_a_text_goes_on_nothing_between_the_two_is_lost(before: str, text: str) -> None:
+def test_a_resumed_text_loses_nothing(before: str, text: str) -> None:
     detokenizer = IncrementalDetokenizer(Bytes(), before=list(before.encode()[-4:]))
     assert "".join([*map(detokenizer.add, text.encode()), detokenizer.finish()]) == text
 
 
-def test_a_space_that_a_decoder_drops_at_the_beginning_stays_within_a_text() -> None:
+def test_a_resumed_text_keeps_its_leading_space() -> None:
     class Pieces:
-        """As SentencePiece does."""
+        """Drops a leading space, as SentencePiece does."""
 
         def decode(self, ids: Sequence[int]) -> str:
             return "".join(["<s>", " once", " upon"][token] for token in ids if token).removeprefix(" ")
 
     assert IncrementalDetokenizer(Pieces(), before=[0, 1]).add(2) == " upon"
     assert IncrementalDetokenizer(Pieces()).add(2) == "upon"
-    # Nothing has been said before.
+    # Only special tokens came before, so there is no earlier text.
     assert IncrementalDetokenizer(Pieces(), before=[0]).add(2) == "upon"
 
 
-def test_a_stop_string_counts_from_the_answers_own_beginning() -> None:
+def test_stop_strings_are_matched_only_in_new_text() -> None:
     detokenizer = IncrementalDetokenizer(Bytes(), ["ab"], before=list(b"xa"))
     assert (detokenizer.add(ord("b")), detokenizer.is_stopped) == ("b", False)

@@ -1,4 +1,4 @@
-"""The engine: equal to transformers' generate, independent of neighbours, failures and aborts that stay alone."""
+"""The engine: answers equal transformers' generate, neighbours do not matter, failures and aborts stay isolated."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,7 +21,7 @@ BuildEngine = Callable[..., Engine]
 
 
 def collect(engine: Engine, *requests: EngineRequest) -> list[StepOutput]:
-    """All that comes of these requests; the cache's books are right after every step."""
+    """Runs these requests to the end and returns all outputs; checks the cache's integrity after every step."""
     for request in requests:
         engine.add_request(request)
     outputs = []
@@ -33,13 +33,13 @@ def collect(engine: Engine, *requests: EngineRequest) -> list[StepOutput]:
 
 
 def tokens_of(outputs: list[StepOutput], name: str, index: int = 0) -> list[int]:
-    """The tokens of one answer."""
+    """Returns the tokens of one answer."""
     deltas = [output for output in outputs if isinstance(output, TokenDelta)]
     return [t for delta in deltas if (delta.request_id, delta.index) == (name, index) for t in delta.token_ids]
 
 
 def last_of(outputs: list[StepOutput]) -> TokenDelta:
-    """The last delta, of the only request."""
+    """Returns the last delta of the only request."""
     assert isinstance(outputs[-1], TokenDelta)
     assert outputs[-1].usage is not None
     return outputs[-1]
@@ -69,13 +69,13 @@ def test_greedy_tokens_equal_transformers_generate(
     build_engine: BuildEngine, language_side: LanguageSide, num_images: int
 ) -> None:
     request = make_request("a", seed=4, num_images=num_images)
-    # generate() bans the end token below min_new_tokens; do without it here as well.
+    # generate() bans the end token below min_new_tokens, so it must not occur here either.
     expected = generate_with_transformers(language_side, request)
     assert 2 not in run(build_engine(), request)["a"], "choose another seed: this answer holds an end token"
     assert run(build_engine(), request)["a"] == expected
 
 
-def test_what_a_request_produces_does_not_depend_on_its_neighbours(build_engine: BuildEngine) -> None:
+def test_an_answer_does_not_depend_on_its_neighbours(build_engine: BuildEngine) -> None:
     def request(i: int) -> EngineRequest:
         plain = make_request(f"r{i}", seed=i, num_images=i % 3)
         return replace(plain, sampling=replace(plain.sampling, max_tokens=4 + i, temperature=0.9 * (i % 2), seed=i))
@@ -99,7 +99,7 @@ def test_the_last_delta_carries_reason_usage_and_times(build_engine: BuildEngine
     assert not engine.has_work
 
 
-def test_a_stop_string_ends_the_answer_before_itself(build_engine: BuildEngine) -> None:
+def test_an_answer_ends_before_a_stop_string(build_engine: BuildEngine) -> None:
     def text(stop: tuple[str, ...]) -> tuple[str, str | None]:
         engine = build_engine()
         request = make_request("a", seed=5, max_tokens=30)
@@ -115,7 +115,7 @@ def test_a_stop_string_ends_the_answer_before_itself(build_engine: BuildEngine) 
     assert text((mark,)) == (full[: full.index(mark)], "stop")
 
 
-def test_an_abort_takes_effect_at_the_next_step_wherever_the_request_is(build_engine: BuildEngine) -> None:
+def test_aborts_take_effect_at_the_next_step_in_any_state(build_engine: BuildEngine) -> None:
     engine = build_engine(max_running=1)
     engine.add_request(make_request("running", max_tokens=100))
     engine.add_request(make_request("waiting", seed=1))
@@ -128,7 +128,7 @@ def test_an_abort_takes_effect_at_the_next_step_wherever_the_request_is(build_en
     assert not engine.has_work
 
 
-def test_what_is_wrong_with_a_request_is_said_before_it_costs_anything(build_engine: BuildEngine) -> None:
+def test_a_bad_request_is_refused_before_it_costs_anything(build_engine: BuildEngine) -> None:
     engine = build_engine()
     poisoned = make_request("bad", seed=1)
     poisoned.features[0].features[0, 0] = float("nan")
@@ -145,7 +145,7 @@ def test_what_is_wrong_with_a_request_is_said_before_it_costs_anything(build_eng
 
 
 @pytest.mark.parametrize("when", [0, 3])
-def test_a_request_that_fails_in_the_model_fails_alone(
+def test_a_request_that_fails_in_the_model_does_not_affect_others(
     build_engine: BuildEngine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, when: int
 ) -> None:
     requests = [make_request(f"r{i}", seed=i) for i in range(3)]
@@ -169,7 +169,7 @@ def test_a_request_that_fails_in_the_model_fails_alone(
     assert engine.pool.num_used == 0
 
 
-def test_values_that_are_no_numbers_end_one_request_and_leave_nothing_for_others(
+def test_nan_logits_fail_one_request_and_its_blocks_are_not_reused(
     build_engine: BuildEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     requests = [make_request(f"r{i}", seed=i) for i in range(2)]
@@ -195,12 +195,12 @@ def test_values_that_are_no_numbers_end_one_request_and_leave_nothing_for_others
     assert last_of(collect(engine, requests[0])).usage.cached_tokens > 0
 
 
-def test_what_cannot_fit_is_refused_with_all_numbers(build_engine: BuildEngine) -> None:
+def test_a_request_that_cannot_fit_is_refused_with_all_numbers(build_engine: BuildEngine) -> None:
     with pytest.raises(PromptTooLongError, match=f"9999.*{CONTEXT_LENGTH}"):
         build_engine().add_request(make_request("a", max_tokens=9999))
 
 
-def test_a_full_queue_refuses_and_an_id_in_use_is_an_error(build_engine: BuildEngine) -> None:
+def test_a_full_queue_and_an_id_in_use_are_refused(build_engine: BuildEngine) -> None:
     engine = build_engine(max_running=1, max_waiting=0)
     engine.add_request(make_request("a"))
     with pytest.raises(ValueError, match="in use"):
@@ -215,10 +215,8 @@ def test_impossible_limits_are_refused() -> None:
 
 
 @pytest.mark.parametrize("offset", range(17))
-def test_a_picture_read_before_is_not_read_again_and_never_taken_for_another(
-    build_engine: BuildEngine, offset: int
-) -> None:
-    """At every place of the picture among the blocks."""
+def test_a_cached_picture_is_reused_and_never_confused_with_another(build_engine: BuildEngine, offset: int) -> None:
+    """Tried at every offset of the picture within a block."""
 
     def request(name: str, picture: int) -> EngineRequest:
         made = make_request(name, num_images=2)
@@ -235,12 +233,12 @@ def test_a_picture_read_before_is_not_read_again_and_never_taken_for_another(
         usage = last_of(outputs).usage
         assert usage is not None
         assert engine.stats.computed_tokens - before == usage.prompt_tokens - usage.cached_tokens + 11
-    # The second time, all but the rest of a block and the token that must be run.
+    # The second time all but a partial block and the last token, which must be computed, comes from the cache.
     assert usage.cached_tokens == (usage.prompt_tokens - 1) // 4 * 4
     assert len({tuple(tokens) for tokens in alone.values()}) == 3
 
 
-def test_requests_that_come_together_read_what_they_share_once(build_engine: BuildEngine) -> None:
+def test_concurrent_requests_prefill_a_shared_prefix_once(build_engine: BuildEngine) -> None:
     requests = [replace(make_request("r", num_images=2), request_id=f"r{i}") for i in range(5)]
     alone = run(build_engine(), requests[0])["r0"]
     engine = build_engine(block_size=4)
@@ -250,7 +248,7 @@ def test_requests_that_come_together_read_what_they_share_once(build_engine: Bui
 
 
 @pytest.mark.parametrize("prefill_chunk", [1, 3, 7])
-def test_answers_go_on_while_a_prompt_is_read_in_pieces(build_engine: BuildEngine, prefill_chunk: int) -> None:
+def test_decoding_continues_during_chunked_prefill(build_engine: BuildEngine, prefill_chunk: int) -> None:
     first, second = make_request("first", max_tokens=40), make_request("second", seed=1, num_images=3)
     alone = {**run(build_engine(), first), **run(build_engine(), second)}
     engine = build_engine(prefill_chunk=prefill_chunk, block_size=3)
@@ -264,7 +262,7 @@ def test_answers_go_on_while_a_prompt_is_read_in_pieces(build_engine: BuildEngin
     assert {name: tokens_of(outputs, name) for name in alone} == alone
 
 
-def test_requests_set_back_for_want_of_room_lose_nothing(build_engine: BuildEngine) -> None:
+def test_preempted_requests_lose_nothing(build_engine: BuildEngine) -> None:
     requests = [make_request(f"r{i}", seed=i, num_images=i % 3, max_tokens=30) for i in range(5)]
     alone = {name: ids for request in requests for name, ids in run(build_engine(), request).items()}
     engine = build_engine(block_size=4, cache_tokens=100)
@@ -284,7 +282,7 @@ def deltas_of(outputs: list[StepOutput], index: int = 0) -> list[TokenDelta]:
 
 
 def begun_by(outputs: list[StepOutput], num_answers: int) -> list[BegunAnswer]:
-    """What whoever has got these outputs knows of each answer."""
+    """Returns the state of each answer as known to the receiver of these outputs."""
     answers = [deltas_of(outputs, index) for index in range(num_answers)]
     return [
         BegunAnswer(
@@ -307,7 +305,7 @@ SAMPLINGS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 @pytest.mark.parametrize("num_images", [0, 1])
-def test_an_answer_interrupted_anywhere_goes_on_as_if_nothing_had_been(
+def test_an_answer_interrupted_anywhere_resumes_unchanged(
     build_engine: BuildEngine, sampling: dict[str, Any], num_images: int
 ) -> None:
     plain = make_request("a", num_images=num_images, logprobs=2)
@@ -324,7 +322,7 @@ def test_an_answer_interrupted_anywhere_goes_on_as_if_nothing_had_been(
             assert [token for delta in both for token in delta.token_ids] == tokens_of(whole, "a", index)
             assert "".join(delta.text for delta in both) == "".join(delta.text for delta in expected)
             assert [delta.finish_reason for delta in both if delta.finish_reason] == [expected[-1].finish_reason]
-            # What the others have left in the cache is no part of the answer.
+            # Cache hits from other answers do not count as part of the answer.
             usages = [replace(delta.usage, cached_tokens=0) for delta in (both[-1], expected[-1]) if delta.usage]
             assert len(usages) == 2
             assert usages[0] == usages[1]
@@ -334,8 +332,8 @@ def test_an_answer_interrupted_anywhere_goes_on_as_if_nothing_had_been(
             assert [each.logprob for each in found] == pytest.approx([each.logprob for each in logprobs], abs=1e-4)
 
 
-def test_text_that_was_held_back_is_sent_by_whoever_goes_on(build_engine: BuildEngine) -> None:
-    """A stop string that straddles the cut is met, and the beginning of one that is none is not lost."""
+def test_held_back_text_is_sent_on_resuming(build_engine: BuildEngine) -> None:
+    """A stop string that straddles the cut is found, and text that only resembled the start of one is not lost."""
     plain = make_request("a", max_tokens=20)
     text = "".join(delta.text for delta in deltas_of(collect(build_engine(), plain)))
     for stop in (text[6:14], f"{text[4:12]}\0", f"{text[-4:]}\0"):
@@ -350,14 +348,14 @@ def test_text_that_was_held_back_is_sent_by_whoever_goes_on(build_engine: BuildE
             assert rest[-1].usage == whole[-1].usage
 
 
-def test_what_was_over_without_its_end_having_been_told_ends_at_once(build_engine: BuildEngine) -> None:
+def test_resuming_a_complete_answer_ends_at_once(build_engine: BuildEngine) -> None:
     request = make_request("a")
     whole = collect(build_engine(), request)
     [end] = deltas_of(collect(build_engine(), replace(request, begun=[BegunAnswer(tokens_of(whole, "a"))])))
     assert (end.token_ids, end.finish_reason, end.usage) == ((), "length", last_of(whole).usage)
 
 
-def test_what_has_begun_elsewhere_is_taken_though_the_queue_is_full(build_engine: BuildEngine) -> None:
+def test_a_resumed_request_is_accepted_when_the_queue_is_full(build_engine: BuildEngine) -> None:
     engine = build_engine(max_running=1, max_waiting=0)
     request = make_request("a")
     engine.add_request(request)
@@ -367,7 +365,7 @@ def test_what_has_begun_elsewhere_is_taken_though_the_queue_is_full(build_engine
     assert len(tokens_of(collect(engine), "c")) == request.sampling.max_tokens - 1  # type: ignore[operator]
 
 
-def test_several_answers_share_the_reading_and_are_those_of_their_seed(build_engine: BuildEngine) -> None:
+def test_several_answers_share_the_prefill_and_follow_their_seed(build_engine: BuildEngine) -> None:
     plain = make_request("a")
     request = replace(plain, sampling=replace(plain.sampling, n=4, temperature=1.0, seed=9))
     engine = build_engine(block_size=4)
@@ -380,7 +378,7 @@ def test_several_answers_share_the_reading_and_are_those_of_their_seed(build_eng
 
 
 @torch.inference_mode()
-def test_log_probabilities_are_the_models_own(build_engine: BuildEngine, language_side: LanguageSide) -> None:
+def test_log_probabilities_equal_the_models(build_engine: BuildEngine, language_side: LanguageSide) -> None:
     request = make_request("a", num_images=1, logprobs=3, max_tokens=6)
     outputs = collect(build_engine(), request)
     answer = tokens_of(outputs, "a")
@@ -393,7 +391,7 @@ def test_log_probabilities_are_the_models_own(build_engine: BuildEngine, languag
         assert each.logprob == pytest.approx(float(expected[place, each.token]), abs=1e-4)
         top = expected[place].topk(3)
         assert [token for token, _ in each.top] == top.indices.tolist()
-    # The same, asked for afterwards as a prompt's, in pieces and with what the cache knows.
+    # The same tokens scored as a prompt, with chunked prefill and, the second time, with cached blocks.
     scored = EngineRequest("s", ids[0].tolist(), request.features, SamplingParams(logprobs=3), score_from=start + 1)
     engine = build_engine(max_running=16, prefill_chunk=4, max_step_tokens=20, block_size=4)
     for _ in range(2):
@@ -404,7 +402,7 @@ def test_log_probabilities_are_the_models_own(build_engine: BuildEngine, languag
     assert last.usage.cached_tokens > 0
 
 
-def test_an_answer_ends_at_a_named_token_and_not_before_the_least_length(build_engine: BuildEngine) -> None:
+def test_stop_token_ids_end_an_answer_but_not_before_min_tokens(build_engine: BuildEngine) -> None:
     tokens = run(build_engine(), make_request("a", max_tokens=20))["a"]
     stop = next(token for place, token in enumerate(tokens) if place >= 4 and token not in tokens[:place])
     ended = collect(build_engine(), make_request("a", max_tokens=20, stop_token_ids=(stop,)))
@@ -415,7 +413,7 @@ def test_an_answer_ends_at_a_named_token_and_not_before_the_least_length(build_e
     assert stop not in longer[:15]
 
 
-def test_a_score_that_was_set_back_has_each_logprob_once(build_engine: BuildEngine) -> None:
+def test_a_preempted_score_has_each_logprob_once(build_engine: BuildEngine) -> None:
     ids = [1, *range(5, 64)]
     writers = [
         EngineRequest(f"w{first}", [1, first], (), SamplingParams(max_tokens=60, ignore_eos=True)) for first in (50, 70)
@@ -426,7 +424,7 @@ def test_a_score_that_was_set_back_has_each_logprob_once(build_engine: BuildEngi
         engine.add_request(request)
     (last,) = [output for output in collect(engine) if output.request_id == "scored"]
     assert engine.stats.num_preemptions > 0
-    assert [worth.token for worth in last.logprobs] == ids[1:]
+    assert [each_logprob.token for each_logprob in last.logprobs] == ids[1:]
 
 
 def test_a_prompt_of_pictures_alone_can_be_penalised(build_engine: BuildEngine) -> None:
@@ -437,7 +435,7 @@ def test_a_prompt_of_pictures_alone_can_be_penalised(build_engine: BuildEngine) 
     collect(engine)
 
 
-def test_cached_tokens_are_part_of_the_prompts(build_engine: BuildEngine) -> None:
+def test_cached_tokens_never_exceed_prompt_tokens(build_engine: BuildEngine) -> None:
     engine = build_engine(block_size=4)
     request = make_request("a", num_images=0, max_tokens=30)
     engine.add_request(request)
@@ -449,10 +447,10 @@ def test_cached_tokens_are_part_of_the_prompts(build_engine: BuildEngine) -> Non
     assert usage.cached_tokens <= usage.prompt_tokens, usage
 
 
-def test_an_engine_without_a_queue_takes_what_it_can_run_at_once(build_engine: BuildEngine) -> None:
+def test_an_engine_without_a_queue_accepts_what_it_can_run_now(build_engine: BuildEngine) -> None:
     build_engine(max_running=1, max_waiting=0).add_request(make_request("a"))
 
 
-def test_more_answers_than_may_ever_wait_are_not_to_be_tried_again(build_engine: BuildEngine) -> None:
+def test_more_answers_than_can_ever_wait_are_not_retryable(build_engine: BuildEngine) -> None:
     with pytest.raises(RequestError):
         build_engine(max_running=2, max_waiting=2).add_request(make_request("a", n=5))

@@ -1,4 +1,4 @@
-"""Recorded decode steps: what a graph reads, which one is taken, what rows left over do; answers as of other steps."""
+"""Recorded decode steps: what a graph reads, which graph is chosen, padding rows; answers equal unrecorded steps."""
 
 import copy
 from collections.abc import Callable
@@ -40,11 +40,11 @@ def fused(request: pytest.FixtureRequest, tiny_checkpoint: Path) -> LanguageSide
     ("max_rows", "expected"),
     [(1, [1]), (2, [1, 2]), (6, [1, 2, 4, 6]), (16, [1, 2, 4, 8, 16]), (17, [1, 2, 4, 8, 16, 17])],
 )
-def test_sizes_are_powers_of_two_up_to_what_runs(max_rows: int, expected: list[int]) -> None:
+def test_graph_sizes_are_powers_of_two_up_to_the_maximum(max_rows: int, expected: list[int]) -> None:
     assert batch_sizes(max_rows) == expected
 
 
-def test_a_step_takes_the_smallest_graph_and_rows_left_over_are_idle() -> None:
+def test_a_step_uses_the_smallest_graph_and_pads_with_idle_rows() -> None:
     replays: list[Tensor] = []
 
     def record(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
@@ -58,7 +58,7 @@ def test_a_step_takes_the_smallest_graph_and_rows_left_over_are_idle() -> None:
     rows = [DecodeRow(10 + i, 5 + i, [i, 50 + i]) for i in range(6)]
     assert graphs.run(rows[:5]).tolist() == [[10 + i, 5 + i, i, 50 + i, 99] for i in range(5)]
     assert replays[-1][5:].tolist() == [idle]
-    # Those that ran before and do not now.
+    # Rows used by the previous step and not by this one are idle again.
     assert graphs.run(rows[2:5]).tolist() == [[10 + i, 5 + i, i, 50 + i, 99] for i in range(2, 5)]
     assert replays[-1][3:].tolist() == [idle]
     tokens, positions, table = unpack_sheet(replays[-1])
@@ -67,7 +67,7 @@ def test_a_step_takes_the_smallest_graph_and_rows_left_over_are_idle() -> None:
 
 @torch.inference_mode()
 @pytest.mark.parametrize("num_rows", [1, 2, 3, 5])
-def test_a_recorded_step_computes_and_keeps_what_an_unrecorded_one_does(fused: LanguageSide, num_rows: int) -> None:
+def test_a_recorded_step_computes_and_caches_the_same(fused: LanguageSide, num_rows: int) -> None:
     backend = RerunBackend()
     states = [state_of(make_request(f"{i}", seed=i, num_images=1 + i % 2), [i, 5 + i, 10 + i]) for i in range(num_rows)]
     found = []
@@ -84,7 +84,7 @@ def test_a_recorded_step_computes_and_keeps_what_an_unrecorded_one_does(fused: L
     (plain, plain_cache), (recorded, recorded_cache) = found
     torch.testing.assert_close(recorded, plain, atol=1e-5, rtol=1e-5)
     for ours, theirs in zip(recorded_cache.keys, plain_cache.keys, strict=True):
-        # Nobody's block is one more; all others are as they would be, also where nothing was ever written.
+        # There is one spare block more; all others are identical, even where nothing was ever written.
         torch.testing.assert_close(ours[:15], theirs, equal_nan=True, atol=1e-5, rtol=1e-5)
 
 
@@ -92,9 +92,7 @@ def engine_with(side: LanguageSide, checkpoint: Path, backend: ReferenceBackend,
     return Engine(side, load_tokenizer(checkpoint), EngineConfig(**limits), backend=backend)
 
 
-def test_answers_are_the_same_while_requests_come_go_and_are_set_back(
-    fused: LanguageSide, tiny_checkpoint: Path
-) -> None:
+def test_answers_are_the_same_with_arrivals_and_preemptions(fused: LanguageSide, tiny_checkpoint: Path) -> None:
     requests = [make_request(f"{i}", seed=i, num_images=i % 3, max_tokens=5 + 7 * (i % 5)) for i in range(12)]
     limits = {"max_running": 7, "max_step_tokens": 64, "prefill_chunk": 16, "cache_tokens": 160, "block_size": 4}
     backend = RerunBackend()
@@ -107,9 +105,7 @@ def test_answers_are_the_same_while_requests_come_go_and_are_set_back(
     assert engine.pool.num_blocks == 40, "the block of rows left over is nobody else's"
 
 
-def test_a_prompt_read_token_by_token_and_scores_are_not_taken_for_answers(
-    fused: LanguageSide, tiny_checkpoint: Path
-) -> None:
+def test_single_token_prefill_and_scores_are_not_replayed(fused: LanguageSide, tiny_checkpoint: Path) -> None:
     backend = RerunBackend()
     engine = engine_with(fused, tiny_checkpoint, backend, prefill_chunk=1, max_step_tokens=2, max_running=1)
     scored = replace(make_request("scored", num_images=1), score_from=14)
@@ -118,12 +114,12 @@ def test_a_prompt_read_token_by_token_and_scores_are_not_taken_for_answers(
         engine.step()
     assert not backend.replayed
     run(engine, make_request("a", seed=3, num_images=1, max_tokens=4))
-    # The prompt's last token is one whose logits are wanted, as an answer's are.
+    # The prompt's last token needs logits, as an answer's tokens do, so it is replayed too.
     assert backend.replayed == [1] * 4
 
 
-def test_what_cannot_be_recorded_runs_as_it_is(language_side: LanguageSide, tiny_checkpoint: Path) -> None:
-    """Modules that are not ours, and engines that are told not to."""
+def test_steps_that_cannot_be_recorded_run_directly(language_side: LanguageSide, tiny_checkpoint: Path) -> None:
+    """Applies to modules that are not ours and to engines with graphs disabled."""
     ours = copy.deepcopy(language_side)
     ready_language(ours)
     request = make_request("a")

@@ -1,4 +1,4 @@
-"""Random mixes of requests, of every decoder: each answer equals transformers' generate, whatever else was going on."""
+"""Random mixes of requests for every decoder: each answer equals transformers' generate, whatever else is running."""
 
 import copy
 from collections.abc import Callable
@@ -64,12 +64,12 @@ def expected(side: LanguageSide) -> Callable[[int], list[int]]:
 
 
 def request_of(name: str, kind: int) -> EngineRequest:
-    """One of twelve requests; those of equal `kind % 3` begin alike and have the same first picture."""
+    """Makes one of twelve requests; those of equal `kind % 3` share their beginning and first picture."""
     own, shared = make_request(name, seed=kind, num_images=kind % 4), make_request(name, seed=kind % 3, num_images=1)
     ids = [*shared.prompt_ids, *own.prompt_ids]
     made = replace(own, prompt_ids=ids, features=[*shared.features, *own.features])
     length = 3 + 5 * (kind % 5)
-    # As generate() does it: no end before the least length.
+    # Like generate(), allow no end token before min_tokens.
     sampling = replace(made.sampling, max_tokens=length, min_tokens=length, ignore_eos=False)
     return replace(made, sampling=sampling)
 
@@ -97,7 +97,7 @@ Arrivals = list[tuple[int, int, int | None]]
     block_size=st.sampled_from([1, 4, 16]),
     cache_tokens=st.sampled_from([80, 150, 4000]),
 )
-def test_every_answer_of_a_random_mix_is_transformers_own(
+def test_every_answer_of_a_random_mix_equals_transformers(
     served: Served,
     expected: Callable[[int], list[int]],
     tiny_checkpoint: Path,
@@ -107,7 +107,7 @@ def test_every_answer_of_a_random_mix_is_transformers_own(
     block_size: int,
     cache_tokens: int,
 ) -> None:
-    """`arrivals`: the step a request comes at, which it is, and how many steps later its client hangs up."""
+    """`arrivals`: the step at which a request arrives, its kind, and after how many steps its client disconnects."""
     config = EngineConfig(
         max_running=max_running,
         prefill_chunk=prefill_chunk,

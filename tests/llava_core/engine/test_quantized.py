@@ -1,4 +1,4 @@
-"""Decoders in 8 and 4 bits: the engine's tokens are those of transformers' generate with the same weights."""
+"""Decoders in 8 and 4 bits: the engine's tokens equal those of transformers' generate with the same weights."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +16,7 @@ from llava_core.models.quantize import quantize
 from tests.llava_core.engine.conftest import make_request
 from tests.llava_core.engine.test_engine import generate_with_transformers, run
 
-# Rows of NF4 blocks are of 64.
+# An NF4 block holds 64 values, so rows must be multiples of 64.
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
 REQUESTS = [make_request(f"{i}", seed=i, num_images=i % 3, max_tokens=6 + 5 * (i % 4)) for i in range(9)]
 
@@ -35,7 +35,7 @@ def quantized(request: pytest.FixtureRequest, plain: LanguageSide) -> LanguageSi
     side = LanguageSide(replace(plain.config, text=plain.config.text)).eval()
     side.load_state_dict(plain.state_dict())
     quantize(side.decoder, request.param, device="cpu", dtype=torch.float32)
-    # As a service does; quantised layers stay what they are.
+    # As a service does; quantised layers are left unchanged.
     ready_language(side)
     return side
 
@@ -47,9 +47,10 @@ def expected(quantized: LanguageSide) -> dict[str, list[int]]:
 
 @torch.inference_mode()
 def check(answers: dict[str, list[int]], side: LanguageSide, expected: dict[str, list[int]]) -> None:
-    """In 4 bits tokens are identical. In 8 bits inputs are rounded to 255 steps, where the last bit of a float decides
-    between two: transformers' own cached and uncached answers differ now and then. There each token must be the
-    likeliest, or as good as, in transformers' logits of the whole text."""
+    """Checks answers against transformers. In 4 bits tokens must be identical. In 8 bits inputs are rounded to 255
+    steps, and the last bit of a float may decide between two of them: even transformers' own cached and uncached
+    answers differ now and then. Each token must then be the likeliest, or nearly so, by transformers' logits of the
+    whole text."""
     is_8bit = any(type(module).__name__ == "Linear8bitLt" for module in side.modules())
     if not is_8bit:
         assert answers == expected
@@ -65,7 +66,7 @@ def check(answers: dict[str, list[int]], side: LanguageSide, expected: dict[str,
     assert len(same) >= len(REQUESTS) - 2
 
 
-def test_alone(quantized: LanguageSide, expected: dict[str, list[int]], tiny_checkpoint: Path) -> None:
+def test_requests_one_at_a_time(quantized: LanguageSide, expected: dict[str, list[int]], tiny_checkpoint: Path) -> None:
     engine = Engine(quantized, load_tokenizer(tiny_checkpoint))
     answers: dict[str, list[int]] = {}
     for request in REQUESTS:
@@ -74,7 +75,7 @@ def test_alone(quantized: LanguageSide, expected: dict[str, list[int]], tiny_che
 
 
 @pytest.mark.parametrize("prefill_chunk", [5, 64])
-def test_together_in_pieces_and_set_back(
+def test_batched_requests_with_chunked_prefill_and_preemption(
     quantized: LanguageSide, expected: dict[str, list[int]], tiny_checkpoint: Path, prefill_chunk: int
 ) -> None:
     limits = EngineConfig(max_running=6, prefill_chunk=prefill_chunk, max_step_tokens=70, block_size=4, cache_tokens=56)
@@ -83,8 +84,8 @@ def test_together_in_pieces_and_set_back(
     assert engine.stats.num_preemptions > 0
 
 
-def test_fewer_bits_are_not_the_same_answers(
+def test_quantised_answers_differ_from_unquantised_ones(
     plain: LanguageSide, expected: dict[str, list[int]], tiny_checkpoint: Path
 ) -> None:
-    """Else nothing was quantised, or the tests above would see no difference."""
+    """Otherwise nothing was quantised, or the tests above could not see a difference."""
     assert run(Engine(plain, load_tokenizer(tiny_checkpoint)), *REQUESTS) != expected

@@ -1,4 +1,4 @@
-"""A request's state: why it ends, what it counts, which of its blocks can be shared, where its time went."""
+"""A request's state: why it ends, its usage, which of its blocks can be shared, and the time of each stage."""
 
 from itertools import pairwise
 from typing import Any
@@ -49,7 +49,7 @@ def make(
         (make([7, 8, 2]), "stop"),
         (make([7, 8, 9], is_stopped=True), "stop"),
         (make([7], is_stopped=True), "stop"),
-        # Only scored: there is nothing to write.
+        # Only scored: no token is generated.
         (make([], max_tokens=0, score_from=3), "length"),
     ],
 )
@@ -57,18 +57,18 @@ def test_an_answer_ends_for_the_right_reason(state: RequestState, reason: str | 
     assert state.finish_reason(frozenset({2})) == reason
 
 
-def test_an_end_in_the_prompt_ends_nothing() -> None:
+def test_an_end_token_in_the_prompt_ends_nothing() -> None:
     assert make([]).finish_reason(frozenset({6})) is None
 
 
-def test_usage_counts_prompt_answer_picture_and_what_was_cached() -> None:
+def test_usage_counts_prompt_answer_image_and_cached_tokens() -> None:
     state = make([7, 8])
     state.num_computed = 4
     state.started()
     assert state.usage() == Usage(5, 2, 2, 4)
 
 
-def test_what_was_cached_is_what_was_found_the_first_time() -> None:
+def test_cached_tokens_are_those_found_the_first_time() -> None:
     state = make([])
     state.started()
     state.num_computed = 4
@@ -85,7 +85,7 @@ def test_lengths_follow_the_answer() -> None:
     assert state.output_ids == [7, 8]
 
 
-def test_it_runs_while_it_holds_blocks() -> None:
+def test_a_request_is_running_while_it_holds_blocks() -> None:
     state = make([])
     assert not state.is_running
     state.blocks = [0]
@@ -95,18 +95,18 @@ def test_it_runs_while_it_holds_blocks() -> None:
 @pytest.mark.parametrize("block_size", [1, 2, 3, 5, 8])
 @pytest.mark.parametrize("num_written", [0, 1, 4])
 @pytest.mark.parametrize("score_from", [None, 3, 4])
-def test_of_the_cached_blocks_as_many_are_taken_as_leave_the_wanted_tokens_to_be_run(
+def test_shareable_blocks_end_before_the_first_token_with_wanted_logits(
     block_size: int, num_written: int, score_from: int | None
 ) -> None:
     state = make([7] * num_written, score_from=score_from)
-    # The last token's logits give the next token; those of the one before score_from its first log-probability.
+    # The last token's logits give the next token; those of the token before score_from give the first log-probability.
     first_wanted = len(state.tokens) - 1 if score_from is None else score_from - 1
     fitting = [num for num in range(20) if num * block_size <= first_wanted]
     assert state.num_shareable(block_size) == max(fitting)
     assert len(list(state.prefix_keys(block_size))) == max(fitting)
 
 
-def test_keys_are_those_of_the_tokens_and_go_on_with_the_answer() -> None:
+def test_block_keys_cover_prompt_and_answer() -> None:
     state = make([])
     first = state.block_key(0, 2)
     assert first == next_key(b"", PROMPT, 0, [IMAGE], block_size=2)
@@ -118,7 +118,7 @@ def test_keys_are_those_of_the_tokens_and_go_on_with_the_answer() -> None:
     assert list(state.prefix_keys(2)) == keys[:3]
 
 
-def test_the_stages_times_are_measured_once_and_add_up() -> None:
+def test_stage_times_are_measured_once_and_add_up() -> None:
     state = make([])
     state.started()
     state.wrote()
@@ -133,7 +133,7 @@ def test_the_stages_times_are_measured_once_and_add_up() -> None:
     assert times["prefill"] == pytest.approx((ended - begun) * 1e3)
 
 
-def test_of_a_prompt_that_is_only_scored_all_time_is_reading() -> None:
+def test_a_scored_prompt_has_no_decode_time() -> None:
     state = make([], score_from=3, max_tokens=0)
     state.started()
     times = state.stage_ms()
@@ -141,7 +141,7 @@ def test_of_a_prompt_that_is_only_scored_all_time_is_reading() -> None:
     assert times["decode"] == 0
 
 
-def test_an_answer_that_was_complete_already_took_no_time_to_read() -> None:
+def test_an_already_complete_answer_has_no_queue_or_prefill_time() -> None:
     state = make([7, 8, 9])
     state.skipped()
     assert (state.stage_ms()["queue"], state.stage_ms()["prefill"]) == (0, 0)

@@ -1,4 +1,4 @@
-"""The runner: chunks through the model give the logits of the whole, and the cache is as large as told or as fits."""
+"""The runner: chunked prompts give the logits of whole ones, and the cache is as large as configured or as fits."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -33,8 +33,8 @@ def state_of(request: EngineRequest, blocks: list[int]) -> RequestState:
 
 @torch.inference_mode()
 @pytest.mark.parametrize("length", [1, 3, 7, 100])
-def test_a_prompt_in_pieces_has_the_logits_of_the_whole(language_side: LanguageSide, length: int) -> None:
-    """Two requests side by side; the borders of the pieces fall inside pictures."""
+def test_a_chunked_prompt_has_the_logits_of_the_whole(language_side: LanguageSide, length: int) -> None:
+    """Two requests share the batch; chunk boundaries fall inside pictures."""
     requests = [make_request("a", num_images=2), make_request("b", seed=1, num_images=1)]
     states = [state_of(requests[0], [5, 0, 3, 7, 1, 9]), state_of(requests[1], [2, 8, 6, 4, 11])]
     runner = ModelRunner(language_side, CpuBackend(), 12, 4)
@@ -53,7 +53,7 @@ def test_a_prompt_in_pieces_has_the_logits_of_the_whole(language_side: LanguageS
 
 
 @torch.inference_mode()
-def test_scored_tokens_have_logits_and_others_only_at_the_end() -> None:
+def test_only_scored_tokens_and_the_last_one_have_logits() -> None:
     state = state_of(make_request("a"), [0])
     num = len(state.tokens)
     assert wanted(Chunk(state, 0, num - 1)) == range(0)
@@ -64,7 +64,7 @@ def test_scored_tokens_have_logits_and_others_only_at_the_end() -> None:
     ]
 
 
-def test_the_models_attention_is_what_it_was_also_after_an_error(language_side: LanguageSide) -> None:
+def test_the_models_attention_is_restored_after_an_error(language_side: LanguageSide) -> None:
     before = language_side.decoder.config._attn_implementation
     runner = ModelRunner(language_side, CpuBackend(), 12, 4)
     state = state_of(make_request("a"), [0, 1, 2, 3, 99])
@@ -73,7 +73,7 @@ def test_the_models_attention_is_what_it_was_also_after_an_error(language_side: 
     assert language_side.decoder.config._attn_implementation == before
 
 
-def test_frequencies_that_depend_on_the_batch_are_refused(
+def test_rope_frequencies_that_depend_on_the_batch_are_refused(
     language_side: LanguageSide, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(language_side.decoder.config.rope_parameters, "rope_type", "dynamic")
@@ -81,19 +81,19 @@ def test_frequencies_that_depend_on_the_batch_are_refused(
         ModelRunner(language_side, CpuBackend(), 4, 4)
 
 
-def test_the_cache_is_as_large_as_told_as_useful_or_as_fits(
+def test_the_cache_is_as_large_as_configured_useful_or_possible(
     language_side: LanguageSide, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backend = CpuBackend()
     assert cache_tokens(language_side, EngineConfig(cache_tokens=77), backend) == 77
     assert cache_tokens(language_side, EngineConfig(max_running=3), backend) == 3 * CONTEXT_LENGTH
-    # Two layers, two heads of eight numbers, keys and values, in four bytes each.
+    # Two layers, two heads of eight numbers, keys and values, four bytes each.
     per_token = 2 * 2 * 2 * 8 * 4
     monkeypatch.setattr("llava_core.engine.runner.available_bytes", lambda _: 1000 * per_token)
     assert cache_tokens(language_side, EngineConfig(max_running=3), backend) == 400
 
 
-def test_the_backend_is_the_devices(language_side: LanguageSide) -> None:
+def test_the_device_decides_the_backend(language_side: LanguageSide) -> None:
     assert isinstance(choose_backend(language_side), CpuBackend)
     on_gpu = SimpleNamespace(device=torch.device("cuda"))
     assert isinstance(choose_backend(on_gpu), CudaBackend)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Sampling: each parameter against a slow obvious reference, chance that only its arguments decide, damaged logits."""
+"""Sampling: each parameter against a slow, obvious reference; random numbers determined by arguments; bad logits."""
 
 import math
 from collections import Counter
@@ -26,7 +26,7 @@ from llava_core.types import SamplingParams
 
 VOCAB = 8
 tokens = st.integers(0, VOCAB - 1)
-# Tenths, so that ties are made on purpose and not by rounding.
+# Tenths, so that ties arise by design and not from rounding.
 rows = st.lists(st.integers(-50, 50).map(lambda value: value / 10), min_size=VOCAB, max_size=VOCAB)
 numbers = st.floats(0, 1, exclude_max=True)
 shapes = st.builds(
@@ -54,7 +54,7 @@ def softmax(values: list[float]) -> list[float]:
 
 
 def reference_probabilities(logits: list[float], params: SamplingParams) -> list[float]:
-    """Sort, keep, normalise; one token at a time. Leaves out what hangs on the last digit."""
+    """Sorts, filters and normalises, one token at a time. Rejects examples that hinge on rounding."""
     order = sorted(range(len(logits)), key=lambda token: -logits[token])
     if params.top_k:
         order = order[: params.top_k]
@@ -87,20 +87,20 @@ def test_filters_match_the_slow_reference(logits: list[float], params: SamplingP
         ({"top_p": 0.7}, [2 / 3, 1 / 3, 0, 0]),
         ({"top_p": 0.0001}, [1.0, 0, 0, 0]),
         ({"min_p": 0.25}, [5 / 9, 2.5 / 9, 1.5 / 9, 0]),
-        # top-p counts in what top-k left, min-p in what both left.
+        # top-p applies to what top-k kept, min-p to what both kept.
         ({"top_k": 2, "top_p": 0.6}, [1.0, 0, 0, 0]),
         ({"top_p": 0.8, "min_p": 0.4}, [2 / 3, 1 / 3, 0, 0]),
     ],
 )
 def test_each_filter_does_what_its_name_says(params: dict[str, Any], expected: list[float]) -> None:
     logits = torch.tensor([0.5, 0.25, 0.15, 0.1]).log()
-    seen = filtered_probabilities(logits, SamplingParams(temperature=1.0, **params))
-    torch.testing.assert_close(seen, torch.tensor(expected))
+    probabilities = filtered_probabilities(logits, SamplingParams(temperature=1.0, **params))
+    torch.testing.assert_close(probabilities, torch.tensor(expected))
 
 
-def test_of_equal_tokens_top_k_keeps_the_first() -> None:
-    seen = filtered_probabilities(torch.zeros(5), SamplingParams(temperature=1.0, top_k=2))
-    assert seen.tolist() == [0.5, 0.5, 0, 0, 0]
+def test_top_k_keeps_the_first_of_equal_tokens() -> None:
+    probabilities = filtered_probabilities(torch.zeros(5), SamplingParams(temperature=1.0, top_k=2))
+    assert probabilities.tolist() == [0.5, 0.5, 0, 0, 0]
 
 
 def test_temperature_sharpens_and_flattens() -> None:
@@ -115,7 +115,7 @@ def test_temperature_sharpens_and_flattens() -> None:
 def reference_process(
     logits: list[float], params: SamplingParams, prompt: list[int], output: list[int], ends: set[int]
 ) -> list[float]:
-    """Token by token, in the order that the parameters are documented."""
+    """Applies penalties and bias token by token, in the documented order of the parameters."""
     values = list(logits)
     for token in range(len(values)):
         if token in prompt or token in output:
@@ -149,17 +149,17 @@ def test_penalties_and_bias_match_the_slow_reference(
         assert processed is given_logits
 
 
-def test_the_repetition_penalty_lowers_what_was_seen_on_either_side_of_zero() -> None:
+def test_the_repetition_penalty_lowers_positive_and_negative_logits() -> None:
     processed = process(torch.tensor([4.0, -4.0, 4.0]), SamplingParams(repetition_penalty=2.0), [0], [1], set())
     assert processed.tolist() == [2.0, -8.0, 4.0]
 
 
-def test_presence_and_frequency_count_the_answer_and_not_the_prompt() -> None:
+def test_presence_and_frequency_penalties_ignore_the_prompt() -> None:
     params = SamplingParams(presence_penalty=1.0, frequency_penalty=0.5)
     assert process(torch.zeros(3), params, [0, 0], [1, 1, 2], set()).tolist() == [0, -2.0, -1.5]
 
 
-def test_an_end_cannot_be_drawn_before_there_are_min_tokens() -> None:
+def test_end_tokens_are_never_drawn_before_min_tokens() -> None:
     params = SamplingParams(min_tokens=2)
     logits = torch.tensor([0.0, 5.0, 9.0])
     drawn = [choose(process(logits, params, [0], [0] * num, {1, 2}), params, lambda: 0.0) for num in range(3)]
@@ -171,7 +171,7 @@ def test_half_precision_logits_are_processed_in_float32() -> None:
     assert processed[0] > 1
 
 
-def test_temperature_zero_takes_the_largest_logit_and_asks_for_no_chance() -> None:
+def test_temperature_zero_takes_the_largest_logit_and_no_random_number() -> None:
     def never() -> float:
         raise AssertionError
 
@@ -188,9 +188,7 @@ def test_a_token_of_probability_zero_is_never_chosen(
 
 
 @given(logits=rows, params=shapes)
-def test_evenly_spread_numbers_choose_each_token_as_often_as_is_likely(
-    logits: list[float], params: SamplingParams
-) -> None:
+def test_evenly_spread_numbers_choose_tokens_in_proportion(logits: list[float], params: SamplingParams) -> None:
     num = 60
     values = torch.tensor(logits)
     drawn = Counter(choose(values, params, lambda i=i: (i + 0.5) / num) for i in range(num))
@@ -205,26 +203,26 @@ def test_drawn_frequencies_follow_the_probabilities() -> None:
     assert [drawn[token] / 4000 for token in range(3)] == pytest.approx([0.5, 0.3, 0.2], abs=0.03)
 
 
-def test_chance_is_asked_once() -> None:
+def test_one_random_number_is_drawn_per_token() -> None:
     asked = []
     choose(torch.zeros(4), SamplingParams(temperature=1.0, top_k=3, top_p=0.9), lambda: asked.append(1) or 0.3)
     assert asked == [1]
 
 
-def test_a_number_is_the_same_in_any_process() -> None:
-    """So that an answer can go on elsewhere as it would have here."""
+def test_random_numbers_are_the_same_in_every_process() -> None:
+    """Needed to resume an answer on another replica exactly as it would have continued here."""
     assert [uniform(*place) for place in ((0, 0, 0), (7, 1, 30), (2**63 - 1, 0, 5))] == pytest.approx(
         [0.5013997148167615, 0.6561753916813553, 0.5584228914381719]
     )
 
 
-def test_a_number_depends_on_each_of_its_arguments() -> None:
+def test_a_random_number_depends_on_each_argument() -> None:
     places = [(seed, index, position) for seed in (-1, 1, 11, 111) for index in (0, 1, 11) for position in (1, 11, 111)]
     assert len({uniform(*place) for place in places}) == len(places)
 
 
 @pytest.mark.parametrize("varied", range(3))
-def test_numbers_are_spread_evenly_whatever_varies(varied: int) -> None:
+def test_random_numbers_are_uniform_whichever_argument_varies(varied: int) -> None:
     drawn = [uniform(*(number if place == varied else 5 for place in range(3))) for number in range(4000)]
     assert all(0 <= number < 1 for number in drawn)
     tenths = Counter(int(number * 10) for number in drawn)
@@ -234,16 +232,14 @@ def test_numbers_are_spread_evenly_whatever_varies(varied: int) -> None:
 
 
 @given(logits=rows, token=tokens, num_top=st.integers(0, VOCAB + 3))
-def test_a_tokens_logprob_is_that_of_a_softmax_with_the_likeliest_beside_it(
-    logits: list[float], token: int, num_top: int
-) -> None:
+def test_logprobs_equal_a_softmax_and_come_with_the_top_tokens(logits: list[float], token: int, num_top: int) -> None:
     expected = [math.log(probability) for probability in softmax(logits)]
-    worth = token_logprob(torch.tensor(logits), token, num_top)
-    assert worth.token == token
-    assert worth.logprob == pytest.approx(expected[token], abs=1e-5)
-    assert [value for _, value in worth.top] == pytest.approx(sorted(expected, reverse=True)[:num_top], abs=1e-5)
-    assert all(value == pytest.approx(expected[other], abs=1e-5) for other, value in worth.top)
-    assert len({other for other, _ in worth.top}) == min(num_top, VOCAB)
+    result = token_logprob(torch.tensor(logits), token, num_top)
+    assert result.token == token
+    assert result.logprob == pytest.approx(expected[token], abs=1e-5)
+    assert [value for _, value in result.top] == pytest.approx(sorted(expected, reverse=True)[:num_top], abs=1e-5)
+    assert all(value == pytest.approx(expected[other], abs=1e-5) for other, value in result.top)
+    assert len({other for other, _ in result.top}) == min(num_top, VOCAB)
 
 
 def test_logprobs_of_half_precision_logits_are_computed_in_float32() -> None:
@@ -262,21 +258,21 @@ def test_logprobs_of_half_precision_logits_are_computed_in_float32() -> None:
         [math.inf, -math.inf, math.nan],
     ],
 )
-def test_logits_that_are_no_numbers_are_found(logits: list[float]) -> None:
+def test_logits_that_are_not_finite_are_detected(logits: list[float]) -> None:
     assert not is_finite(torch.tensor(logits))
     assert not is_finite(torch.tensor([logits, logits]))
 
 
-def test_tokens_that_a_model_rules_out_are_none() -> None:
+def test_minus_infinity_for_some_tokens_is_valid() -> None:
     assert is_finite(torch.tensor([0.0, -math.inf, -1e30]))
 
 
-def test_a_prompt_of_pictures_alone_and_a_repetition_penalty() -> None:
+def test_the_repetition_penalty_ignores_picture_placeholders() -> None:
     assert process(torch.zeros(5), SamplingParams(repetition_penalty=1.2), [-200, -200], [], ()).tolist() == [0.0] * 5
 
 
 @pytest.mark.parametrize("temperature", [1e-38, 1e-45, 5e-324])
-def test_nearly_no_temperature_is_greedy(temperature: float) -> None:
+def test_a_tiny_temperature_is_greedy(temperature: float) -> None:
     assert choose(torch.tensor([0.0, 1.0, 5.0, 2.0]), SamplingParams(temperature=temperature), lambda: 0.5) == 2
 
 
@@ -285,18 +281,18 @@ values = st.sampled_from([0.0, 1.0, -2.5, 7.0, math.nan, math.inf, -math.inf])
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @given(rows=st.lists(st.lists(values, min_size=5, max_size=5), min_size=1, max_size=6))
-def test_rows_looked_at_together_are_what_each_is_alone(dtype: torch.dtype, rows: list[list[float]]) -> None:
+def test_rows_processed_together_give_the_same_as_alone(dtype: torch.dtype, rows: list[list[float]]) -> None:
     logits = torch.tensor(rows, dtype=dtype)
     are_finite, likeliest = peaks(logits)
     assert are_finite == [is_finite(row) for row in logits]
     assert likeliest == [choose(row, SamplingParams(temperature=0), lambda: 0.5) for row in logits]
 
 
-def test_no_rows_have_no_peaks() -> None:
+def test_peaks_of_no_rows_are_empty() -> None:
     assert peaks(torch.empty(0, 7)) == ([], [])
 
 
-def test_greedy_is_what_has_next_to_no_temperature() -> None:
+def test_is_greedy_at_tiny_temperatures_only() -> None:
     assert [is_greedy(SamplingParams(temperature=value)) for value in (0.0, 1e-6, 1e-4, 1.0)] == [
         True,
         True,
@@ -317,5 +313,5 @@ def test_greedy_is_what_has_next_to_no_temperature() -> None:
         ({"presence_penalty": 0.5}, False),
     ],
 )
-def test_only_plain_greedy_answers_ask_for_the_likeliest_token_alone(params: dict[str, Any], expected: object) -> None:
+def test_only_plain_greedy_answers_need_just_the_likeliest_token(params: dict[str, Any], expected: object) -> None:
     assert takes_likeliest(SamplingParams(**{"temperature": 0.0, **params}), num_output=2) is expected

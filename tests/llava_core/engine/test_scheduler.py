@@ -1,4 +1,4 @@
-"""Scheduling on integers: an engine whose model is a digest of all that came before, watched in every step."""
+"""Scheduling with a fake model that maps each token to a digest of everything before it; every step is checked."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llava_core.engine.request import RequestState
 from llava_core.engine.scheduler import Chunk, Scheduler
 from llava_core.types import EngineRequest, SamplingParams
 
-# Pieces that prompts are put together from, so that many begin alike: words and pictures, told by their digests.
+# Pieces from which prompts are assembled, so that many share a prefix: words, and pictures given by their digests.
 PIECES: tuple[tuple[int, ...] | str, ...] = ((1, 2, 3), (4,), (5, 6, 7, 8, 9), "cat", "dog")
 PICTURE_TOKENS = 4
 
@@ -39,7 +39,7 @@ def lay_out(pieces: Sequence[tuple[int, ...] | str]) -> tuple[list[int], tuple[I
 
 
 def digests(state: RequestState) -> list[int]:
-    """For each token a number that stands for it and for all before it, as its keys and values do."""
+    """Returns a number per token that depends on it and on everything before it, like its keys and values."""
     pictures = {place: image for image in state.images for place in range(image.start, image.stop)}
     found: list[int] = []
     for place, token in enumerate(state.tokens):
@@ -54,7 +54,7 @@ def rank(state: RequestState) -> tuple[int, int]:
 
 
 class World:
-    """Runs what is scheduled, and looks at everything that must hold."""
+    """Runs the scheduled chunks and checks all invariants."""
 
     def __init__(self, num_blocks: int = 64, block_size: int = 4, **options: int) -> None:
         self.config = EngineConfig(**{"max_running": 4, "max_step_tokens": 32, "prefill_chunk": 8, **options})
@@ -64,14 +64,14 @@ class World:
         self.states: list[RequestState] = []
         self.answers: dict[int, list[int]] = {}
         self.num_steps = 0
-        # What the cache holds, by slot.
+        # The cache's content by slot.
         self.memory: dict[int, int] = {}
         self._numbers = 0
 
     def add(
         self, pieces: Sequence[Any] | int, max_tokens: int = 3, *, written: int = 0, **request: Any
     ) -> RequestState:
-        """A request; `written` tokens of its answer came with it. It must fit, as admission sees to."""
+        """Adds a request that arrives with `written` tokens of its answer. It must fit, as admission ensures."""
         number, self._numbers = self._numbers, self._numbers + 1
         prompt, images = lay_out([tuple(range(100, 100 + pieces))] if isinstance(pieces, int) else pieces)
         assert len(prompt) + max_tokens <= self.pool.num_blocks * self.pool.block_size
@@ -94,7 +94,7 @@ class World:
     def abort(self, state: RequestState) -> None:
         self.scheduler.remove(state)
         self.states.remove(state)
-        self._check_books()
+        self._check_bookkeeping()
 
     def step(self) -> list[Chunk]:
         scheduler = self.scheduler
@@ -106,15 +106,15 @@ class World:
         writing = [state for state in before if num_pending[state.number] == 1]
         self._check_amounts(chunks, writing)
         self._check_blocks(chunks)
-        self._check_set_back(chunks, before, writing, num_available)
+        self._check_preempted(chunks, before, writing, num_available)
         self._check_order(before)
-        self._check_books()
+        self._check_bookkeeping()
         self._run(chunks)
-        self._check_books()
+        self._check_bookkeeping()
         return chunks
 
     def run(self) -> None:
-        """Until all is written, in a number of steps that shows that nobody starves."""
+        """Runs until all answers are complete; limits the number of steps to show that no request starves."""
         limit = self.num_steps + 2 * sum(state.max_length for state in self.states)
         while self.states:
             assert self.step(), "there is work, but nothing was scheduled"
@@ -166,34 +166,34 @@ class World:
             for other in self.scheduler.running:
                 assert other is state or not written & set(other.blocks), "others see what is being written"
 
-    def _check_set_back(
+    def _check_preempted(
         self, chunks: list[Chunk], before: list[RequestState], writing: list[RequestState], num_available: int
     ) -> None:
-        set_back = [state for state in before if not state.is_running]
-        # The least important ones, and only if there was not a block for each that needed one.
-        assert set_back == before[len(before) - len(set_back) :]
-        assert all(state in self.scheduler.waiting and not state.num_computed for state in set_back)
-        if set_back:
+        preempted = [state for state in before if not state.is_running]
+        # Only the least important ones, and only if there was no block for every answer that needed one.
+        assert preempted == before[len(before) - len(preempted) :]
+        assert all(state in self.scheduler.waiting and not state.num_computed for state in preempted)
+        if preempted:
             size = self.pool.block_size
             assert num_available < sum((len(state.tokens) - 1) % size == 0 for state in writing)
             assert all(chunk.state in before for chunk in chunks), "one is set back, and another begins"
 
     def _check_order(self, before: list[RequestState]) -> None:
-        """Nobody is overtaken, but for one who waits for what another is reading."""
+        """Checks that no request is overtaken unless it waits for a prefix that another is reading."""
         running, waiting = self.scheduler.running, self.scheduler.waiting
         assert running == sorted(running, key=rank)
         assert waiting == sorted(waiting, key=rank)
         assert len(running) <= self.config.max_running
         admitted = [state for state in running if state not in before]
         for state in admitted:
-            # What is found in the cache leaves those tokens to be run whose logits are wanted.
+            # Tokens whose logits are wanted are never taken from the cache.
             assert state.num_computed < (state.request.score_from or len(state.tokens))
         for state in waiting:
             if any(rank(other) > rank(state) for other in admitted):
                 assert any(self._reads_for(other, state) for other in running), "it was overtaken"
 
     def _reads_for(self, reader: RequestState, waiting: RequestState) -> bool:
-        """Whether the two begin alike for longer than the reader has read."""
+        """Tells whether the two share a longer prefix than the reader has read so far."""
         size, alike = self.pool.block_size, 0
         for one, other in zip(digests(reader), digests(waiting), strict=False):
             if one != other:
@@ -201,7 +201,7 @@ class World:
             alike += 1
         return reader.num_computed // size < alike // size
 
-    def _check_books(self) -> None:
+    def _check_bookkeeping(self) -> None:
         self.pool.check_integrity()
         running, waiting = self.scheduler.running, self.scheduler.waiting
         assert sorted(map(rank, self.states)) == sorted(map(rank, [*running, *waiting]))
@@ -219,7 +219,7 @@ arrivals = st.fixed_dictionaries(
         "priority": st.sampled_from([0, 0, 0, -1, 1]),
     }
 )
-# What happens: requests come together, a few steps pass, the n-th request is dropped.
+# Events: several requests arrive together, a few steps pass, the n-th request is aborted.
 events = st.one_of(
     st.lists(arrivals, min_size=2, max_size=4),
     st.integers(1, 9).map(lambda num: ("steps", num)),
@@ -228,7 +228,7 @@ events = st.one_of(
 )
 
 
-def happen(world: World, event: Any) -> None:
+def apply_event(world: World, event: Any) -> None:
     if isinstance(event, list):
         for arrival in event:
             arrive(world, **arrival)
@@ -240,7 +240,7 @@ def happen(world: World, event: Any) -> None:
 
 
 def arrive(world: World, *, pieces: list[Any], max_tokens: int, written: int, priority: int) -> None:
-    """A request that was made to fit: its answer is cut; one that is only scored is so behind its pictures."""
+    """Adds a request that is made to fit: its answer is shortened, and scoring starts after its pictures."""
     prompt, images = lay_out(pieces)
     max_tokens = min(max_tokens, world.pool.num_blocks * world.pool.block_size - len(prompt))
     first = max((image.stop for image in images), default=1)
@@ -259,23 +259,23 @@ def arrive(world: World, *, pieces: list[Any], max_tokens: int, written: int, pr
     slack=st.integers(0, 20),
     script=st.lists(events, min_size=4, max_size=16),
 )
-def test_whatever_comes_everything_is_written_and_all_books_agree(
+def test_any_sequence_of_events_completes_and_keeps_all_invariants(
     num_tokens: int, block_size: int, max_running: int, prefill_chunk: int, slack: int, script: list[Any]
 ) -> None:
     limits = {"max_running": max_running, "prefill_chunk": prefill_chunk}
     num_blocks = num_tokens // block_size
     world = World(num_blocks, block_size, max_step_tokens=max_running + prefill_chunk + slack, **limits)
     for event in script:
-        happen(world, event)
+        apply_event(world, event)
     world.run()
 
 
 def lengths(chunks: list[Chunk]) -> dict[int, int]:
-    """Tokens in a step by the request's number."""
+    """Returns the number of tokens in a step by request number."""
     return {chunk.state.number: chunk.length for chunk in chunks}
 
 
-def test_of_equal_importance_the_first_to_come_is_the_first_to_begin() -> None:
+def test_equal_priorities_start_in_order_of_arrival() -> None:
     world = World(max_running=2)
     for _ in range(3):
         world.add(2, max_tokens=2)
@@ -283,20 +283,20 @@ def test_of_equal_importance_the_first_to_come_is_the_first_to_begin() -> None:
     world.run()
 
 
-def test_the_lower_priority_begins_first() -> None:
+def test_the_lower_priority_number_starts_first() -> None:
     world = World(max_running=1)
     for priority in (1, 0, -1, 0):
         world.add(2, max_tokens=1, priority=priority)
     assert [list(lengths(world.step())) for _ in range(4)] == [[2], [1], [3], [0]]
 
 
-def test_a_long_prompt_is_read_by_the_step_where_nothing_is_being_written() -> None:
+def test_a_long_prompt_fills_whole_steps_while_no_answer_runs() -> None:
     world = World(max_step_tokens=12)
     world.add(30, max_tokens=2)
     assert [lengths(world.step()) for _ in range(4)] == [{0: 12}, {0: 12}, {0: 6}, {0: 1}]
 
 
-def test_beside_answers_prompts_are_read_in_small_pieces() -> None:
+def test_prompts_are_read_in_small_chunks_beside_answers() -> None:
     world = World(prefill_chunk=8)
     world.add(2, max_tokens=4)
     world.step()
@@ -304,7 +304,7 @@ def test_beside_answers_prompts_are_read_in_small_pieces() -> None:
     assert [lengths(world.step()) for _ in range(4)] == [{0: 1, 1: 8}, {0: 1, 1: 4}, {0: 1, 1: 1}, {}]
 
 
-def test_answers_move_on_whatever_is_more_important() -> None:
+def test_answers_advance_even_beside_more_important_prompts() -> None:
     world = World(prefill_chunk=4)
     world.add(2, max_tokens=9, priority=1)
     world.step()
@@ -319,7 +319,7 @@ def test_several_prompts_share_a_step_in_order() -> None:
     assert [lengths(world.step()) for _ in range(2)] == [{0: 7, 1: 7, 2: 2}, {0: 1, 1: 1, 2: 5}]
 
 
-def test_who_begins_like_one_that_is_being_read_waits_and_gets_its_blocks() -> None:
+def test_a_request_waits_for_a_shared_prefix_that_is_being_read() -> None:
     world = World(max_step_tokens=12)
     world.add(20)
     alike, other = world.add(20), world.add([(1, 2, 3)])
@@ -331,7 +331,7 @@ def test_who_begins_like_one_that_is_being_read_waits_and_gets_its_blocks() -> N
     assert world.answers[0] == world.answers[1]
 
 
-def test_answers_to_one_prompt_share_its_reading() -> None:
+def test_answers_to_one_prompt_share_its_prefill() -> None:
     world = World()
     for _ in range(4):
         world.add(21)
@@ -339,16 +339,16 @@ def test_answers_to_one_prompt_share_its_reading() -> None:
     assert world.scheduler.num_cached == 60
 
 
-def test_a_common_beginning_is_waited_for_only_until_it_is_known() -> None:
+def test_a_request_waits_for_a_shared_prefix_only_until_it_is_cached() -> None:
     world = World(max_step_tokens=12)
     beginning = tuple(range(10, 18))
     world.add([beginning, tuple(range(20, 50))])
     world.add([beginning, tuple(range(60, 70))])
-    # Eight tokens are alike, and after the first step they are in the cache.
+    # Eight tokens are shared, and after the first step they are in the cache.
     assert [lengths(world.step()) for _ in range(4)] == [{0: 12}, {0: 12}, {0: 12}, {0: 2, 1: 10}]
 
 
-def test_who_waits_for_an_aborted_reading_reads_on_itself() -> None:
+def test_a_waiting_request_takes_over_an_aborted_prefill() -> None:
     world = World(max_step_tokens=12)
     reading, waiting = world.add(20), world.add(20)
     world.step()
@@ -357,17 +357,17 @@ def test_who_waits_for_an_aborted_reading_reads_on_itself() -> None:
     assert waiting.num_cached == 12
 
 
-def test_nobody_waits_for_blocks_that_are_not_fit_for_others() -> None:
+def test_no_request_waits_for_disowned_blocks() -> None:
     world = World(max_step_tokens=12)
     reading = world.add(30)
     world.step()
-    # As when a request with the same beginning fails.
+    # As happens when a request with the same prefix fails.
     world.pool.disown(reading.blocks)
     world.add(12, max_tokens=1)
     assert [lengths(world.step()) for _ in range(3)] == [{0: 12}, {0: 6, 1: 6}, {0: 1, 1: 6}]
 
 
-def test_the_same_words_about_another_picture_are_read_anew() -> None:
+def test_the_same_words_about_another_picture_are_not_shared() -> None:
     world = World()
     world.add(["cat", (1, 2, 3)])
     world.add(["dog", (1, 2, 3)])
@@ -376,17 +376,17 @@ def test_the_same_words_about_another_picture_are_read_anew() -> None:
     assert world.scheduler.num_cached == 0
 
 
-def test_a_later_question_to_a_conversation_reads_only_what_is_new() -> None:
+def test_a_follow_up_question_reads_only_new_tokens() -> None:
     world = World()
     first = world.add(["cat", (1, 2, 3)], max_tokens=6)
     world.run()
     second = world.add(["cat", (1, 2, 3), tuple(world.answers[first.number]), (5, 6, 7, 8, 9)])
     world.step()
-    # The answer's last token was never run: 12 of 18 tokens are in full blocks.
+    # The answer's last token was never computed: 12 of 18 tokens are in full blocks.
     assert second.num_cached == 12
 
 
-def test_a_score_runs_all_tokens_that_are_scored_whatever_is_cached() -> None:
+def test_scored_tokens_are_computed_even_if_cached() -> None:
     world = World()
     world.add(20)
     world.run()
@@ -396,27 +396,27 @@ def test_a_score_runs_all_tokens_that_are_scored_whatever_is_cached() -> None:
 
 
 def tight_world(*, asking: int) -> tuple[World, RequestState, RequestState]:
-    """Two answers that cannot both be held to their ends; the second one is the first to ask for room that is not
-    there."""
+    """Builds a world with two answers that cannot both be completed in the cache; the second is the first to ask for a
+    block when none is free."""
     world = World(num_blocks=7, block_size=2)
     first = world.add([(4,)], max_tokens=13)
     world.step()
     return world, first, world.add([(5,)], max_tokens=13, priority=asking)
 
 
-def test_where_blocks_run_out_the_least_important_is_set_back_and_goes_on_later() -> None:
+def test_the_least_important_is_preempted_and_resumes_later() -> None:
     world, first, asking = tight_world(asking=1)
     while not world.scheduler.num_preemptions:
         world.step()
     assert world.scheduler.waiting == [asking]
-    # Its answer so far is kept.
+    # Its partial answer is kept.
     assert (asking.num_output, asking.num_pending) == (6, 7)
     world.run()
     assert (first.num_preemptions, asking.num_preemptions) == (0, 1)
     assert [len(world.answers[number]) for number in range(2)] == [13, 13]
 
 
-def test_importance_decides_who_is_set_back_not_who_asks_for_room() -> None:
+def test_importance_decides_preemption_not_who_needs_a_block() -> None:
     world, first, asking = tight_world(asking=-1)
     while not world.scheduler.num_preemptions:
         world.step()
@@ -427,21 +427,21 @@ def test_importance_decides_who_is_set_back_not_who_asks_for_room() -> None:
     assert [len(world.answers[number]) for number in range(2)] == [13, 13]
 
 
-def test_who_was_set_back_finds_its_own_beginning_in_the_cache() -> None:
+def test_a_preempted_request_finds_its_own_prefix_in_the_cache() -> None:
     world = World(num_blocks=10, block_size=2)
     world.add([(1, 2, 3)], max_tokens=9)
     late = world.add([(5, 6, 7, 8, 9)], max_tokens=12)
     world.run()
     assert (late.num_preemptions, world.scheduler.num_cached) == (1, 8)
-    # What its caller is told is what the first reading found.
+    # Its caller is told only what the first prefill found in the cache.
     assert late.num_cached == 0
 
 
-def test_nobody_begins_where_the_others_could_not_go_on() -> None:
+def test_no_request_starts_that_would_block_running_ones() -> None:
     world = World(num_blocks=8, block_size=2)
     world.add([(1, 2, 3)], max_tokens=9)
     world.step()
-    # Six blocks are left: enough to read twelve tokens, but then the answer before could not grow.
+    # Six blocks are left: enough to read twelve tokens, but then the running answer could not grow.
     assert world.pool.num_available == 6
     waiting = world.add([tuple(range(4, 16))], max_tokens=1)
     world.step()
@@ -452,7 +452,7 @@ def test_nobody_begins_where_the_others_could_not_go_on() -> None:
     assert world.scheduler.waiting == []
 
 
-def test_nobody_overtakes_a_request_that_does_not_fit_yet() -> None:
+def test_a_request_that_does_not_fit_yet_is_not_overtaken() -> None:
     world = World(num_blocks=8, block_size=2)
     world.add([(1, 2, 3)], max_tokens=9)
     world.step()
@@ -463,7 +463,7 @@ def test_nobody_overtakes_a_request_that_does_not_fit_yet() -> None:
     world.run()
 
 
-def test_an_answers_blocks_lie_side_by_side() -> None:
+def test_the_blocks_of_an_answer_are_adjacent() -> None:
     world = World(num_blocks=64, block_size=2)
     states = [world.add([(first,)], max_tokens=10) for first in (10, 20)]
     for _ in range(9):
@@ -471,25 +471,25 @@ def test_an_answers_blocks_lie_side_by_side() -> None:
     assert [state.blocks for state in states] == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
 
 
-def test_an_answer_grows_into_the_blocks_beside_its_own() -> None:
+def test_an_answer_grows_into_adjacent_blocks() -> None:
     world = World(num_blocks=64, block_size=2)
     state, neighbour = (world.add([(first,)], max_tokens=20) for first in (10, 20))
     world.step()
     world.abort(neighbour)
     for _ in range(12):
         world.step()
-    # The neighbour's were the last to become free.
+    # The neighbour's blocks were freed last.
     assert state.blocks == list(range(10))
 
 
-def test_no_more_blocks_are_taken_ahead_than_the_longest_answer_needs() -> None:
+def test_preallocation_stops_at_what_the_longest_answer_needs() -> None:
     world = World(num_blocks=64, block_size=2)
     state = world.add([(1, 2, 3)], max_tokens=2)
     world.step()
     assert len(state.blocks) == 3
 
 
-def test_an_abort_gives_everything_back_wherever_the_request_is() -> None:
+def test_an_abort_frees_everything_in_any_state() -> None:
     world = World(max_running=2, max_step_tokens=16)
     reading = world.add(30)
     writing, waiting = world.add([(1, 2, 3)]), world.add([(4,)])
@@ -499,7 +499,7 @@ def test_an_abort_gives_everything_back_wherever_the_request_is() -> None:
     assert (world.pool.num_used, world.step()) == (0, [])
 
 
-def test_what_is_to_be_read_counts_until_it_is_whoever_has_it() -> None:
+def test_unread_prompt_tokens_are_counted_for_all_requests() -> None:
     world = World(max_running=2, max_step_tokens=16)
     for first, size in ((100, 10), (200, 20), (300, 7)):
         world.add([tuple(range(first, first + size))])
@@ -507,15 +507,15 @@ def test_what_is_to_be_read_counts_until_it_is_whoever_has_it() -> None:
     for _ in range(3):
         world.step()
         unread.append(world.scheduler.num_unread)
-    # The second one is read in three steps, beside an answer in pieces of 8; for the third there is no place.
+    # The second is read in three steps, in chunks of 8 beside an answer; there is no slot for the third.
     assert unread == [37, 21, 13, 7]
 
 
-def test_with_nothing_to_do_nothing_is_scheduled() -> None:
+def test_without_requests_nothing_is_scheduled() -> None:
     assert World().step() == []
 
 
-def test_a_prompt_of_little_importance_does_not_keep_an_urgent_one_waiting() -> None:
+def test_an_unimportant_prompt_does_not_delay_an_urgent_one() -> None:
     world = World(max_step_tokens=12)
     world.add(100, priority=5)
     world.step()
@@ -524,7 +524,7 @@ def test_a_prompt_of_little_importance_does_not_keep_an_urgent_one_waiting() -> 
     assert urgent.is_running
 
 
-def test_blocks_taken_ahead_do_not_keep_others_out() -> None:
+def test_preallocated_blocks_do_not_keep_others_out() -> None:
     world = World(num_blocks=7, block_size=2)
     world.add([(4,)], max_tokens=13)
     world.add([(5, 6, 7)], max_tokens=1)
@@ -532,7 +532,7 @@ def test_blocks_taken_ahead_do_not_keep_others_out() -> None:
     assert world.scheduler.waiting == []
 
 
-def test_nobody_waits_for_a_reader_of_less_importance() -> None:
+def test_no_request_waits_for_a_less_important_reader() -> None:
     world = World(max_step_tokens=12)
     world.add(60, priority=5)
     world.step()

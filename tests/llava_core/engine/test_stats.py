@@ -1,4 +1,4 @@
-"""What the engine counts about itself: the steps that ran anything, and how things stand."""
+"""The engine's statistics: the steps that computed something, and the current state."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,7 +9,7 @@ from tests.llava_core.engine.conftest import make_request
 BuildEngine = Callable[..., Engine]
 
 
-def test_what_steps_hold_is_counted_request_by_request(build_engine: BuildEngine) -> None:
+def test_scheduled_requests_are_counted_in_every_step(build_engine: BuildEngine) -> None:
     engine, sizes = build_engine(), []
     for name in ("a", "b"):
         engine.add_request(replace(make_request("r"), request_id=name))
@@ -21,7 +21,7 @@ def test_what_steps_hold_is_counted_request_by_request(build_engine: BuildEngine
     assert engine.stats.num_steps == len(sizes)
 
 
-def test_tokens_of_prompts_that_are_to_be_read_are_known_after_each_step(build_engine: BuildEngine) -> None:
+def test_unread_prompt_tokens_are_known_after_each_step(build_engine: BuildEngine) -> None:
     engine = build_engine()
     for name in ("a", "b"):
         engine.add_request(replace(make_request("r"), request_id=name))
@@ -32,7 +32,7 @@ def test_tokens_of_prompts_that_are_to_be_read_are_known_after_each_step(build_e
     assert engine.stats.num_unread == 0
 
 
-def test_a_step_that_had_nothing_to_run_is_none_but_what_was_given_back_is_seen(build_engine: BuildEngine) -> None:
+def test_an_empty_step_is_not_counted_but_freed_blocks_are(build_engine: BuildEngine) -> None:
     engine = build_engine()
     engine.add_request(make_request("a"))
     engine.step()

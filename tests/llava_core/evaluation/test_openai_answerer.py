@@ -1,4 +1,4 @@
-"""Asking an OpenAI-compatible service: the request's form, answers in order, and refusals raised instead of counted."""
+"""Asking an OpenAI-compatible service: the request's form, answers in order, and refusals raised, not counted."""
 
 import base64
 import json
@@ -17,7 +17,7 @@ Handler = Callable[[httpx.Request], httpx.Response]
 
 
 def serve(handler: Handler) -> OpenAIAnswerer:
-    """An answerer whose requests are handled here."""
+    """Returns an answerer whose requests go to `handler`."""
     return OpenAIAnswerer("http://service", "tiny", concurrency=2, transport=httpx.MockTransport(handler))
 
 
@@ -26,7 +26,7 @@ def echo(request: httpx.Request) -> httpx.Response:
     return httpx.Response(200, json={"choices": [{"message": {"content": f"re: {content[1]['text']}"}}]})
 
 
-def test_answers_come_in_the_order_of_the_samples() -> None:
+def test_answers_are_in_the_order_of_the_samples() -> None:
     samples = [Sample(str(index), "kind", f"q{index}", "", b"x") for index in range(7)]
     assert [answer.text for answer in serve(echo).answer(samples)] == [f"re: q{index}" for index in range(7)]
 
@@ -47,7 +47,7 @@ def test_the_request_is_greedy_and_holds_the_picture(image: bytes, kind: str) ->
     assert url == f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
 
 
-def test_a_key_is_given_where_there_is_one_and_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_key_is_sent_if_given_and_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LLAVA_API_KEY", raising=False)
     seen: list[str | None] = []
 
@@ -70,7 +70,7 @@ def test_a_refusal_stops_the_evaluation() -> None:
         list(answerer.answer([Sample("7", "kind", "q", "", b"x")]))
 
 
-def test_a_service_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_service_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     num_asked = 0
 
     def fail(request: httpx.Request) -> httpx.Response:
@@ -78,7 +78,7 @@ def test_a_service_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -
         num_asked += 1
         raise httpx.ConnectError("refused", request=request)
 
-    # What a client waits for before it asks again is tested with the client.
+    # The client's own tests cover its waits before retries.
     monkeypatch.setattr(synchronous, "sleep", lambda _: None)
 
     with pytest.raises(LlavaError, match="http://service did not answer"):
@@ -87,12 +87,12 @@ def test_a_service_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("body", [b"not json", b"{}", b'{"choices": []}', b'{"choices": [3]}'])
-def test_an_answer_that_is_none_is_named(body: bytes) -> None:
+def test_an_invalid_answer_is_reported_with_its_sample(body: bytes) -> None:
     with pytest.raises(LlavaError, match=r"sample 7: .*(not a JSON object|not a chat completion|without an answer)"):
         list(serve(lambda _: httpx.Response(200, content=body)).answer([Sample("7", "kind", "q", "", b"x")]))
 
 
-def test_the_served_model_is_asked_for() -> None:
+def test_the_served_model_is_looked_up() -> None:
     transport = httpx.MockTransport(lambda _: httpx.Response(200, json={"data": [{"id": "tiny"}]}))
     assert served_model("http://service", transport=transport) == "tiny"
 
@@ -104,6 +104,6 @@ def test_a_server_without_models_is_named(status: int) -> None:
         served_model("http://service", transport=transport)
 
 
-def test_an_address_that_is_none_is_named() -> None:
+def test_an_invalid_address_is_reported() -> None:
     with pytest.raises(LlavaError, match="does not list a model"):
         served_model("nonsense")

@@ -1,4 +1,4 @@
-"""Scoring by hand: what counts as the same answer, and how shares are counted by kind."""
+"""Scoring: which answers count as equal, and accuracy per kind."""
 
 import pytest
 
@@ -23,9 +23,7 @@ def answer(kind: str, expected: str, text: str) -> Answer:
         ("A red star.", "a red star", True),
     ],
 )
-def test_case_spaces_and_a_final_stop_do_not_matter_and_all_else_does(
-    expected: str, text: str, *, is_right: bool
-) -> None:
+def test_only_case_spaces_and_a_final_stop_are_ignored(expected: str, text: str, *, is_right: bool) -> None:
     assert answer("kind", expected, text).is_right == is_right
 
 
@@ -33,7 +31,7 @@ def test_normalising_twice_changes_nothing() -> None:
     assert normalise(normalise("  The Red\nStar. ")) == "the red star"
 
 
-def test_shares_are_counted_by_kind_and_over_all() -> None:
+def test_accuracy_is_computed_per_kind_and_overall() -> None:
     report = score(
         [
             answer("colour", "red", "red"),
@@ -46,7 +44,7 @@ def test_shares_are_counted_by_kind_and_over_all() -> None:
     assert (report.accuracy_of("colour"), report.accuracy_of("count"), report.accuracy_of("read")) == (0.5, 1.0, 0.0)
 
 
-def test_the_table_has_a_row_per_kind_and_one_for_all() -> None:
+def test_the_table_has_a_row_per_kind_and_one_overall() -> None:
     table = score([answer("colour", "red", "red"), answer("count", "2", "3")]).table()
     assert table.splitlines() == [
         "| question type | questions | exact match |",
@@ -57,5 +55,5 @@ def test_the_table_has_a_row_per_kind_and_one_for_all() -> None:
     ]
 
 
-def test_nothing_asked_is_nothing_right() -> None:
+def test_the_accuracy_of_no_answers_is_zero() -> None:
     assert score([]).accuracy == 0.0

@@ -1,4 +1,4 @@
-"""Radiographs: contrast, resize and crop equal a plain restatement, at any depth, and the odd pixel goes to even."""
+"""Radiographs: contrast, resize and crop equal a plain restatement at any depth; half pixels are rounded to even."""
 
 import numpy as np
 import numpy.typing as npt
@@ -31,7 +31,7 @@ def test_contrast_equals_the_restatement(low: int, span: int, seed: int, *, is_r
     assert (np.asarray(stretch_contrast(Image.fromarray(values))) == restated(values)).all()
 
 
-def test_twelve_bits_in_sixteen_use_the_whole_range() -> None:
+def test_twelve_bits_in_sixteen_are_stretched_to_the_full_range() -> None:
     values = np.random.default_rng(0).integers(100, 4096, (20, 30)).astype(np.uint16)
     stretched = stretch_contrast(Image.fromarray(values))
     assert stretched.mode == "L"
@@ -39,14 +39,14 @@ def test_twelve_bits_in_sixteen_use_the_whole_range() -> None:
     assert np.asarray(stretched).max() == 255
 
 
-def test_channels_are_stretched_alike_before_they_become_grey() -> None:
+def test_channels_are_stretched_together_before_becoming_grey() -> None:
     values = noise((8, 8, 3))
     expected = Image.fromarray(restated(values)).convert("L")
     got = preprocess_biovil(Image.fromarray(values), BioVilPreprocessConfig(resize=8, size=8))
     assert (got[0, :, :, 0] == np.asarray(expected)).all()
 
 
-def test_grey_and_its_rgb_copy_are_the_same_tile() -> None:
+def test_grey_and_its_rgb_copy_give_the_same_tile() -> None:
     grey = Image.fromarray(noise((70, 50)))
     config = BioVilPreprocessConfig(resize=32, size=28)
     assert (preprocess_biovil(grey, config) == preprocess_biovil(grey.convert("RGB"), config)).all()
@@ -55,7 +55,7 @@ def test_grey_and_its_rgb_copy_are_the_same_tile() -> None:
 @pytest.mark.parametrize(
     ("size", "scaled"), [((600, 512), (600, 512)), ((2544, 3056), (512, 615)), ((100, 100), (512, 512))]
 )
-def test_the_released_sizes(size: tuple[int, int], scaled: tuple[int, int]) -> None:
+def test_resize_and_crop_at_the_released_sizes(size: tuple[int, int], scaled: tuple[int, int]) -> None:
     image = Image.fromarray(restated(noise((size[1], size[0]))))
     whole = np.asarray(image.resize(scaled, Image.Resampling.BILINEAR))
     left, top = round((scaled[0] - 448) / 2), round((scaled[1] - 448) / 2)

@@ -1,4 +1,4 @@
-"""Tiles and tokens of a picture: the reference's own table, and that counting, ordering and cutting always agree."""
+"""Tiles and tokens of a picture: the reference's table, and agreement of counting, ordering and cutting."""
 
 import pytest
 from hypothesis import given
@@ -48,7 +48,7 @@ def config(
     ("side", "select", "expected"),
     [(336, "patch", 576), (224, "patch", 256), (336, "cls_patch", 577), (28, "patch", 4)],
 )
-def test_one_token_per_patch_and_one_more_for_the_class(side: int, select: SelectFeature, expected: int) -> None:
+def test_one_token_per_patch_and_one_for_the_class(side: int, select: SelectFeature, expected: int) -> None:
     assert num_image_tokens(config("flat", select=select, pinpoints=(), side=side), Size(50, 70)) == expected
 
 
@@ -56,7 +56,7 @@ def test_one_token_per_patch_and_one_more_for_the_class(side: int, select: Selec
     ("merge", "pinpoints", "ending"),
     [("spatial_unpad", PINPOINTS, (NEWLINE,)), ("spatial", PINPOINTS, ()), ("flat", PINPOINTS, ()), ("flat", (), ())],
 )
-def test_an_overview_alone_is_one_tile_and_ends_as_a_line_does(
+def test_an_overview_alone_is_one_tile_with_at_most_one_newline(
     merge: MergeType, pinpoints: tuple[Size, ...], ending: tuple[int, ...]
 ) -> None:
     of_model = config(merge, pinpoints=pinpoints)
@@ -87,7 +87,7 @@ REFERENCE = [
 
 @pytest.mark.parametrize(("given_size", "chosen", "num_tiles", "grid", "tokens"), REFERENCE)
 @pytest.mark.parametrize("dialect", ["original", "llava_hf"])
-def test_the_references_table(
+def test_tiles_and_tokens_match_the_references_table(
     given_size: tuple[int, int],
     chosen: tuple[int, int],
     num_tiles: int,
@@ -95,24 +95,24 @@ def test_the_references_table(
     tokens: int,
     dialect: Dialect,
 ) -> None:
-    size, of = Size(*given_size), config(dialect=dialect)
+    size, model = Size(*given_size), config(dialect=dialect)
     assert best_resolution(size, PINPOINTS) == chosen
-    tiles = tile_grid(of, size)
+    tiles = tile_grid(model, size)
     assert tiles is not None
     assert 1 + tiles.width * tiles.height == num_tiles
     left, top, right, bottom = unpadded(Size(tiles.width * 24, tiles.height * 24), size, dialect)
     assert (bottom - top, right - left) == grid
-    assert num_image_tokens(of, size) == tokens
+    assert num_image_tokens(model, size) == tokens
 
 
-def test_a_tie_goes_to_the_candidate_that_comes_first() -> None:
+def test_a_tie_goes_to_the_first_candidate() -> None:
     across, down = Size(672, 336), Size(336, 672)
     assert best_resolution(Size(336, 336), (across, down)) == across
     assert best_resolution(Size(336, 336), (down, across)) == down
 
 
-def test_the_two_dialects_round_differently_by_a_hair() -> None:
-    # 2379 * (24 / 1189.5) is 48, and comes out of floating-point numbers a hair below or above.
+def test_the_two_dialects_differ_by_rounding_only() -> None:
+    # 2379 * (24 / 1189.5) is 48, but floating point gives slightly less or more.
     differing = [
         Size(width, height)
         for width in range(300, 1200, 7)
@@ -130,16 +130,16 @@ SIDES = st.integers(1, 3000)
 
 @given(width=SIDES, height=SIDES, merge=st.sampled_from(["flat", "spatial", "spatial_unpad"]), hf=st.booleans())
 def test_counting_and_ordering_agree_for_every_size(width: int, height: int, merge: MergeType, *, hf: bool) -> None:
-    of, size = config(merge, "llava_hf" if hf else "original"), Size(width, height)
-    tiles = tile_grid(of, size)
+    model, size = config(merge, "llava_hf" if hf else "original"), Size(width, height)
+    tiles = tile_grid(model, size)
     assert tiles is not None
     num_rows = 576 * (1 + tiles.width * tiles.height)
-    order = merge_order(of, size)
+    order = merge_order(model, size)
     if order is None:
-        assert num_image_tokens(of, size) == num_rows
+        assert num_image_tokens(model, size) == num_rows
         return
     rows = [row for row in order if row != NEWLINE]
-    assert num_image_tokens(of, size) == len(order)
+    assert num_image_tokens(model, size) == len(order)
     assert len(set(rows)) == len(rows)
     assert rows[:576] == list(range(576))
     assert all(0 <= row < num_rows for row in rows)
@@ -148,7 +148,7 @@ def test_counting_and_ordering_agree_for_every_size(width: int, height: int, mer
 
 
 @given(width=SIDES, height=SIDES)
-def test_the_scaled_picture_touches_its_resolution_and_never_exceeds_it(width: int, height: int) -> None:
+def test_the_scaled_picture_fits_its_resolution_tightly(width: int, height: int) -> None:
     best = best_resolution(Size(width, height), PINPOINTS)
     scaled = scaled_size(Size(width, height), best)
     assert scaled.width == best.width or scaled.height == best.height
@@ -156,14 +156,14 @@ def test_the_scaled_picture_touches_its_resolution_and_never_exceeds_it(width: i
     assert 1 <= scaled.height <= best.height
 
 
-def test_spatial_reads_tiles_as_one_picture_line_by_line() -> None:
-    # Two tiles beside one another, each two patches wide: overview 0-3, left 4-7, right 8-11.
+def test_spatial_merging_reads_tiles_as_one_picture_line_by_line() -> None:
+    # Two tiles side by side, each two patches wide: overview 0-3, left 4-7, right 8-11.
     small = config("spatial", pinpoints=(Size(56, 28),), side=28)
     assert merge_order(small, Size(40, 20)) == (0, 1, 2, 3, 4, 5, 8, 9, 6, 7, 10, 11)
 
 
-def test_unpadding_leaves_lines_out_and_ends_the_others() -> None:
-    # Two tiles one above the other, a picture twice as high as four columns are wide: no padding; then a square one.
+def test_unpadding_drops_lines_and_ends_the_rest_with_newlines() -> None:
+    # Two tiles one above the other. A picture twice as high as wide has no padding; a square one has.
     small = config(pinpoints=(Size(28, 56),), side=28)
     assert merge_order(small, Size(20, 40)) == (0, 1, 2, 3, 4, 5, -1, 6, 7, -1, 8, 9, -1, 10, 11, -1)
     assert merge_order(small, Size(28, 28)) == (0, 1, 2, 3, 6, 7, -1, 8, 9, -1)

@@ -1,4 +1,4 @@
-"""Decoding strangers' pictures: all formats and pixel types come out upright and RGB, all else as an ImageError."""
+"""Decoding untrusted pictures: all formats and pixel types become upright RGB; everything else is an ImageError."""
 
 import base64
 import contextlib
@@ -55,7 +55,7 @@ def gradient(width: int = 40, height: int = 24) -> Image.Image:
 
 
 def png(width: int, height: int, *, bits: int = 8, colour: int = 2, data: bytes = b"") -> bytes:
-    """A PNG of any declared size, whatever its data."""
+    """Builds a PNG of any declared size with any data."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
@@ -64,9 +64,9 @@ def png(width: int, height: int, *, bits: int = 8, colour: int = 2, data: bytes 
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
 
 
-class TestWhatIsAccepted:
+class TestAcceptedPictures:
     @pytest.mark.parametrize("format", FORMATS)
-    def test_every_format_gives_the_picture_back(self, format: str) -> None:
+    def test_every_format_is_decoded(self, format: str) -> None:
         original = gradient()
         image = decoded(encoded(original, format))
         assert (image.mode, image.size) == ("RGB", original.size)
@@ -77,7 +77,7 @@ class TestWhatIsAccepted:
         assert decoded(encoded(gradient(), "WEBP", lossless=True)).tobytes() == gradient().tobytes()
 
     @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB"])
-    def test_opaque_modes_look_as_they_do_in_a_viewer(self, mode: str) -> None:
+    def test_opaque_modes_are_converted_to_rgb(self, mode: str) -> None:
         image = gradient().convert(mode)
         assert decoded(encoded(image)).tobytes() == image.convert("RGB").tobytes()
 
@@ -117,14 +117,14 @@ class TestWhatIsAccepted:
         assert max(abs(got - wanted) for got, wanted in zip(pixel, RED, strict=True)) <= 4
 
     @pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG"])
-    def test_of_an_animation_the_first_frame_counts(self, format: str) -> None:
+    def test_an_animation_gives_its_first_frame(self, format: str) -> None:
         frames = [Image.new("RGB", (8, 8), colour) for colour in (RED, (0, 255, 0), (0, 0, 255))]
         options = {"lossless": True} if format == "WEBP" else {}
         data = encoded(frames[0], format, save_all=True, append_images=frames[1:], duration=50, **options)
         assert Image.open(io.BytesIO(data)).n_frames == 3
         assert decoded(data).getpixel((4, 4)) == RED
 
-    def test_of_several_tiff_pages_the_first_counts(self) -> None:
+    def test_a_multi_page_tiff_gives_its_first_page(self) -> None:
         pages = [Image.new("RGB", (8, 8), colour) for colour in (RED, WHITE)]
         assert decoded(encoded(pages[0], "TIFF", save_all=True, append_images=pages[1:])).getpixel((4, 4)) == RED
 
@@ -152,10 +152,10 @@ class TestWhatIsAccepted:
 
     @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
     @pytest.mark.parametrize("exif", [b"Exif\0\0damaged", b"Exif\0\0II*\0\xff\xff\xff\xff", b""])
-    def test_exif_data_that_cannot_be_read_say_nothing(self, exif: bytes) -> None:
+    def test_unreadable_exif_data_is_ignored(self, exif: bytes) -> None:
         assert decoded(encoded(gradient(), "JPEG", exif=exif)).size == gradient().size
 
-    def test_an_unknown_orientation_says_nothing(self) -> None:
+    def test_an_unknown_orientation_is_ignored(self) -> None:
         exif = Image.Exif()
         exif[ExifTags.Base.Orientation] = 99
         assert decoded(encoded(gradient(), "PNG", exif=exif)).tobytes() == gradient().tobytes()
@@ -163,7 +163,7 @@ class TestWhatIsAccepted:
     def test_a_colour_profile_is_ignored(self) -> None:
         assert decoded(encoded(gradient(), icc_profile=b"not a profile")).tobytes() == gradient().tobytes()
 
-    def test_one_pixel_is_a_picture(self) -> None:
+    def test_a_one_pixel_picture_is_accepted(self) -> None:
         assert decoded(encoded(Image.new("RGB", (1, 1), RED))).getpixel((0, 0)) == RED
 
 
@@ -178,10 +178,10 @@ class TestDeepPixels:
         return tuple(int(value) for value in pixels[0, :, 0])
 
     @pytest.mark.parametrize("format", ["PNG", "TIFF"])
-    def test_16_bit_grey_is_scaled_by_its_range(self, format: str) -> None:
+    def test_16_bit_grey_is_scaled_by_the_range_of_its_type(self, format: str) -> None:
         assert self.grey(decoded(encoded(Image.fromarray(self.VALUES), format))) == self.EXPECTED
 
-    def test_16_bit_grey_is_not_stretched_to_what_occurs(self) -> None:
+    def test_16_bit_grey_is_not_stretched_to_its_values(self) -> None:
         dark = Image.fromarray(np.full((3, 3), 2570, np.uint16))
         assert self.grey(decoded(encoded(dark)))[0] == 10
 
@@ -189,14 +189,14 @@ class TestDeepPixels:
         image = Image.frombytes("I;16B", (4, 1), self.VALUES.astype(">u2").tobytes())
         assert self.grey(decoded(encoded(image, "TIFF"))) == self.EXPECTED
 
-    def test_16_bit_grey_whose_zero_is_white_is_turned_over(self) -> None:
+    def test_16_bit_grey_with_white_as_zero_is_inverted(self) -> None:
         tags = TiffImagePlugin.ImageFileDirectory_v2()
         data = bytearray(encoded(Image.fromarray(65535 - self.VALUES), "TIFF", tiffinfo=tags))
         entry = data.index(struct.pack("<HHI", 262, 3, 1))
         data[entry + 8] = 0
         assert self.grey(decoded(bytes(data))) == self.EXPECTED
 
-    def test_12_bit_grey_is_scaled_by_its_own_range(self) -> None:
+    def test_12_bit_grey_is_scaled_by_the_range_of_12_bits(self) -> None:
         # Two 12-bit values in three bytes: 0xFFF and 0x800.
         data = bytearray(encoded(Image.fromarray(np.zeros((1, 2), np.uint16)), "TIFF"))
         data[data.index(struct.pack("<HHI", 258, 3, 1)) + 8] = 12
@@ -205,14 +205,14 @@ class TestDeepPixels:
         assert self.grey(decoded(bytes(data))) == (255, 128)
 
     @pytest.mark.parametrize("mode", ["I;16", "I;16B", "I"])
-    def test_whoever_asks_for_it_gets_the_depth_as_it_is(self, mode: str) -> None:
+    def test_the_depth_is_kept_on_request(self, mode: str) -> None:
         order = {"I;16": "<u2", "I;16B": ">u2", "I": "<i4"}[mode]
         image = Image.frombytes(mode, (4, 1), self.VALUES.astype(order).tobytes())
         kept = decode_image(encoded(image, "TIFF"), LIMITS, param=PARAM, keeps_depth=True).image
         assert kept.mode == "I;16"
         assert (np.asarray(kept) == self.VALUES).all()
 
-    def test_depth_is_kept_upright_with_zero_black_and_8_bits_stay_8(self) -> None:
+    def test_kept_depth_is_upright_with_black_as_zero(self) -> None:
         tags = TiffImagePlugin.ImageFileDirectory_v2()
         tags[ExifTags.Base.Orientation] = 6
         data = bytearray(encoded(Image.fromarray(65535 - self.VALUES), "TIFF", tiffinfo=tags))
@@ -230,12 +230,12 @@ class TestDeepPixels:
         assert self.grey(decoded(encoded(Image.fromarray(self.VALUES.astype(np.int32)), "TIFF"))) == self.EXPECTED
 
     @pytest.mark.parametrize("value", [-1, 65536])
-    def test_32_bit_integers_beyond_are_refused(self, value: int) -> None:
+    def test_32_bit_integers_beyond_16_bits_are_refused(self, value: int) -> None:
         image = Image.fromarray(np.array([[0, value]], np.int32))
         assert "outside 0 to 65535" in refusal(encoded(image, "TIFF")).message
 
     @pytest.mark.parametrize(("format", "white"), [("PNG", 65535), ("TIFF", 65535)])
-    def test_the_rule_of_deep_grey_is_told(self, format: str, white: int) -> None:
+    def test_the_transform_of_deep_grey_is_reported(self, format: str, white: int) -> None:
         found = decode_image(encoded(Image.fromarray(self.VALUES), format), LIMITS, param=PARAM).transform
         window = Window(white / 2, white, "LINEAR_EXACT", "type")
         assert found == ImageTransform(format=format, photometric="MONOCHROME2", bits=16, window=window)
@@ -245,9 +245,9 @@ class TestDeepPixels:
         assert "floating-point" in refusal(encoded(Image.fromarray(np.zeros((2, 2), np.float32)), "TIFF")).message
 
 
-class TestWhatIsRefused:
+class TestRefusedPictures:
     @pytest.mark.parametrize("format", FORMATS)
-    def test_a_truncated_picture(self, format: str) -> None:
+    def test_a_truncated_picture_is_refused(self, format: str) -> None:
         noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
         data = encoded(noise, format)
         for keep in (len(data) // 2, 40, 12):
@@ -266,55 +266,55 @@ class TestWhatIsRefused:
             b"\x89PNG",
         ],
     )
-    def test_what_is_no_picture_of_a_known_format(self, data: bytes) -> None:
+    def test_an_unknown_format_is_refused(self, data: bytes) -> None:
         assert "PNG, JPEG, WebP, GIF, BMP and TIFF" in refusal(data).message
 
-    def test_nothing(self) -> None:
+    def test_empty_data_is_refused(self) -> None:
         assert "0 bytes" in refusal(b"").message
 
     @pytest.mark.parametrize("size", [(0, 0), (0, 5), (5, 0)])
-    def test_a_side_of_zero(self, size: tuple[int, int]) -> None:
+    def test_a_side_of_zero_is_refused(self, size: tuple[int, int]) -> None:
         assert "0 pixels" in refusal(png(*size)).message
 
-    def test_too_many_bytes(self) -> None:
+    def test_too_many_bytes_are_refused(self) -> None:
         error = refusal(encoded(gradient()), ImageLimits(max_bytes=100))
         assert "at most 100" in error.message
         assert error.code == "image_too_large"
 
-    def test_too_many_pixels_before_any_is_decoded(self) -> None:
-        # The data would not decode: the answer is about the size, so nothing was tried.
+    def test_too_many_pixels_are_refused_before_decoding(self) -> None:
+        # The data would not decode, but the error is about the size, so decoding was not tried.
         error = refusal(png(9000, 9000, data=b"rubbish"))
         assert "9000 x 9000" in error.message
         assert str(LIMITS.max_pixels) in error.message
         assert error.code == "image_too_large"
 
     @pytest.mark.parametrize("size", [(100_000, 100_000), (2**31 - 1, 2**31 - 1), (65535, 65535)])
-    def test_a_decompression_bomb(self, size: tuple[int, int]) -> None:
+    def test_a_decompression_bomb_is_refused(self, size: tuple[int, int]) -> None:
         assert refusal(png(*size, data=zlib.compress(b"\0" * 10_000))).code == "image_too_large"
 
-    def test_a_gif_whose_frame_outgrows_its_header(self) -> None:
+    def test_a_gif_frame_larger_than_its_header_is_refused(self) -> None:
         data = bytearray(encoded(Image.new("P", (4, 4)), "GIF"))
         frame = data.index(b",\0\0\0\0")
         data[frame + 5 : frame + 9] = struct.pack("<HH", 65535, 65535)
         refusal(bytes(data))
 
-    def test_a_bomb_in_a_text_chunk(self) -> None:
+    def test_a_bomb_in_a_text_chunk_is_refused(self) -> None:
         text = b"comment\0\0" + zlib.compress(b"a" * 20_000_000, 9)
         body = struct.pack(">I", len(text)) + b"zTXt" + text + struct.pack(">I", zlib.crc32(b"zTXt" + text))
         data = encoded(gradient())
         refusal(data[:33] + body + data[33:])
 
-    def test_a_long_side(self) -> None:
+    def test_a_long_side_is_refused(self) -> None:
         assert "10000 per side" in refusal(encoded(Image.new("1", (10_001, 60)))).message
 
-    def test_an_extreme_aspect(self) -> None:
+    def test_an_extreme_aspect_is_refused(self) -> None:
         assert "at most 200 times" in refusal(encoded(Image.new("1", (1, 201)))).message
         assert decoded(encoded(Image.new("1", (1, 200)))).size == (1, 200)
 
-    def test_a_side_below_the_minimum(self) -> None:
+    def test_a_side_below_the_minimum_is_refused(self) -> None:
         assert "at least 8" in refusal(encoded(Image.new("1", (9, 7))), ImageLimits(min_side=8)).message
 
-    def test_a_damaged_checksum(self) -> None:
+    def test_a_damaged_checksum_is_refused(self) -> None:
         data = bytearray(encoded(gradient()))
         data[20] ^= 1
         refusal(bytes(data))
@@ -336,7 +336,7 @@ class TestRobustness:
             with contextlib.suppress(ImageError):
                 assert decode_image(bytes(data), LIMITS, param=PARAM).image.mode == "RGB"
 
-    def test_several_threads_decode_at_once_and_leave_pillows_globals_alone(self) -> None:
+    def test_concurrent_decoding_does_not_change_pillows_globals(self) -> None:
         before = (Image.MAX_IMAGE_PIXELS, list(warnings.filters))
         good, bad = encoded(gradient()), png(9000, 9000)
         wrong: list[object] = []
@@ -378,7 +378,7 @@ class TestDataUrls:
             "data:image/svg+xml;charset=utf-8;base64,",
         ],
     )
-    def test_the_bytes_come_back(self, prefix: str) -> None:
+    def test_the_bytes_are_decoded(self, prefix: str) -> None:
         for length in range(5):
             assert decode_data_url(self.url(bytes(range(length)), prefix), LIMITS, PARAM) == bytes(range(length))
 
@@ -419,7 +419,7 @@ class TestDataUrls:
         assert len(decode_data_url(self.url(bytes(length)), ImageLimits(max_bytes=100), PARAM)) == length
 
     @pytest.mark.parametrize("length", [101, 102])
-    def test_one_byte_more_is_not(self, length: int) -> None:
+    def test_one_byte_above_the_limit_is_refused(self, length: int) -> None:
         with pytest.raises(ImageError, match=f"{length} bytes; at most 100"):
             decode_data_url(self.url(bytes(length)), ImageLimits(max_bytes=100), PARAM)
 
@@ -440,6 +440,6 @@ class TestDataUrls:
         lambda: ImageLimits(max_aspect=float("nan")),
     ],
 )
-def test_limits_that_make_no_sense_are_refused(make: Callable[[], ImageLimits]) -> None:
+def test_impossible_limits_are_refused(make: Callable[[], ImageLimits]) -> None:
     with pytest.raises(ValueError, match="must"):
         make()

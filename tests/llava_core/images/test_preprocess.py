@@ -1,4 +1,4 @@
-"""Pad, crop and resize equal transformers' processors to the last bit a float shows, for any size and aspect."""
+"""Pad, crop and resize equal transformers' processors, up to float rounding, for any size and aspect."""
 
 import numpy as np
 import numpy.typing as npt
@@ -70,7 +70,7 @@ def test_padding_has_the_mean_colour_and_rounds_its_offset_down() -> None:
     assert (square[4:] == (122, 116, 104)).all()
 
 
-def test_a_picture_of_the_right_size_is_not_touched() -> None:
+def test_a_picture_of_the_right_size_is_unchanged() -> None:
     image = noise(SIDE, SIDE)
     assert preprocess(image, PreprocessConfig(size=SIDE, aspect="crop"))[0].tobytes() == image.tobytes()
     assert preprocess(image, PreprocessConfig(size=SIDE))[0].tobytes() == image.tobytes()
@@ -83,7 +83,7 @@ def test_a_picture_of_the_right_size_is_not_touched() -> None:
         ("anyres", "7f857b84857a8c7a797d818879857888837786877a82867e86787e7d8485907c737e7d89"),
     ],
 )
-def test_rows_first_is_what_pillow_10_made_of_a_high_picture(aspect: Aspect, pixels: str) -> None:
+def test_rows_first_equals_pillow_10_for_a_tall_picture(aspect: Aspect, pixels: str) -> None:
     """The pixels were recorded with Pillow 10.4, which the original code ran on; 13 takes the columns first."""
     rows, columns, channels = np.mgrid[0:17, 0:6, 0:3]
     image = Image.fromarray(((columns * 37 + rows * 59 + channels * 83) % 256).astype(np.uint8))
@@ -99,12 +99,12 @@ def test_the_longer_side_is_rounded_down(size: tuple[int, int], scaled: tuple[in
     assert resize_shortest_edge(noise(*size), SIDE, Image.Resampling.BICUBIC).size == scaled
 
 
-def test_the_centre_is_cut_out() -> None:
+def test_the_centre_is_cropped() -> None:
     image = noise(33, 28)
     assert centre_crop(image, 28).tobytes() == image.crop((2, 0, 30, 28)).tobytes()
 
 
-def test_only_rgb_is_taken() -> None:
+def test_only_rgb_is_accepted() -> None:
     with pytest.raises(ValueError, match="not L"):
         preprocess(Image.new("L", (5, 5)), PreprocessConfig(size=SIDE))
 

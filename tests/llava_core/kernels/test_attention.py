@@ -1,4 +1,4 @@
-"""Attention written out against its definition, and where it is not written out."""
+"""Attention with written-out scores against its definition, and the cases where torch's fused attention is used."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def definition(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, s
     score_bytes=st.sampled_from([1, 5000, 2**22]),
 )
 @torch.no_grad()
-def test_it_is_softmax_of_scaled_scores(
+def test_attention_is_softmax_of_scaled_scores(
     shape: tuple[int, int, int, int],
     num_keys: int,
     *,
@@ -53,15 +53,15 @@ def test_it_is_softmax_of_scaled_scores(
         mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "_SCORE_BYTES", score_bytes)
-        seen = attend(query, key, value, mask, scale=0.3)
-    assert seen.dtype == dtype
+        output = attend(query, key, value, mask, scale=0.3)
+    assert output.dtype == dtype
     expected = definition(query, key, value, mask, 0.3)
     tolerance = 1e-5 if dtype == torch.float32 else 0.03
-    torch.testing.assert_close(seen.double(), expected, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(output.double(), expected, atol=tolerance, rtol=tolerance)
 
 
 @needs_bf16
-def test_scores_are_written_out_in_bfloat16_and_without_gradients_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_are_written_out_only_in_bfloat16_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[torch.dtype] = []
     fused = torch.nn.functional.scaled_dot_product_attention
 
@@ -82,7 +82,7 @@ def test_scores_are_written_out_in_bfloat16_and_without_gradients_alone(monkeypa
     assert learning.grad is not None
 
 
-def test_a_mask_of_transformers_is_not_overlooked() -> None:
+def test_a_mask_or_dropout_from_transformers_is_refused() -> None:
     part = torch.zeros(1, 1, 2, 4)
     with pytest.raises(AssertionError, match="have no attention mask"):
         attention._forward(nn.Identity(), part, part, part, torch.zeros(2, 2), scaling=1.0)
@@ -90,7 +90,7 @@ def test_a_mask_of_transformers_is_not_overlooked() -> None:
         attention._forward(nn.Identity(), part, part, part, None, scaling=1.0, dropout=0.1)
 
 
-def test_only_a_processor_widens_float16() -> None:
+def test_float16_is_widened_only_on_the_cpu() -> None:
     assert kept_dtype(torch.float16, "cpu") == torch.float32
     assert kept_dtype(torch.float16, "cuda:0") == torch.float16
     assert kept_dtype(torch.bfloat16, "cpu") == torch.bfloat16

@@ -1,4 +1,4 @@
-"""Packed linear layers compute what plain ones do, and only those are packed that can be."""
+"""Packed linear layers compute the same as plain ones, and only suitable layers are packed."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ needs_bf16 = pytest.mark.skipif(not SUPPORTED, reason="the processor has no kern
 @torch.inference_mode()
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(1, 96), (7, 96), (1, 5, 96), (2, 3, 4, 96)])
-def test_a_packed_layer_computes_what_the_plain_one_does(shape: tuple[int, ...], *, bias: bool) -> None:
+def test_a_packed_layer_computes_the_same_as_the_plain_one(shape: tuple[int, ...], *, bias: bool) -> None:
     linear = nn.Linear(96, 40, bias=bias).bfloat16()
     rows = torch.randn(shape).bfloat16()
     exact = nn.functional.linear(rows.double(), linear.weight.double(), linear.bias.double() if bias else None)
@@ -25,7 +25,7 @@ def test_a_packed_layer_computes_what_the_plain_one_does(shape: tuple[int, ...],
 
 
 @needs_bf16
-def test_every_plain_layer_in_bfloat16_is_packed_and_nothing_else() -> None:
+def test_exactly_the_plain_bfloat16_layers_are_packed() -> None:
     class Special(nn.Linear):
         pass
 
@@ -43,7 +43,7 @@ def test_every_plain_layer_in_bfloat16_is_packed_and_nothing_else() -> None:
     assert pack_linears(model) == 0
 
 
-def test_without_kernels_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_bfloat16_kernels_nothing_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
     model = nn.Sequential(nn.Linear(8, 8).bfloat16())
     assert pack_linears(model) == 0

@@ -1,4 +1,4 @@
-"""One query per request over pages, against softmax written out; test_attention_cuda.py has random mixtures."""
+"""Paged attention with one query per request, against plain softmax; test_attention_cuda.py tests random mixtures."""
 
 import pytest
 import torch
@@ -11,8 +11,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BLOCK_SIZE, HEAD_DIM, SCALE = 16, 24, 0.2
 
 
-def defined(query: Tensor, keys: Tensor, values: Tensor, window: int | None) -> Tensor:
-    """`query` (heads, head_dim) over (length, kv_heads, head_dim), in float64."""
+def reference_attention(query: Tensor, keys: Tensor, values: Tensor, window: int | None) -> Tensor:
+    """Computes attention of `query` (heads, head_dim) over (length, kv_heads, head_dim), in float64."""
     first = 0 if window is None else max(0, len(keys) - window)
     groups = query.shape[0] // keys.shape[1]
     key, value = (part[first:].double().repeat_interleave(groups, 1) for part in (keys, values))
@@ -29,7 +29,7 @@ def test_every_row_sees_its_own_tokens(window: int | None, groups: int, dtype: t
     blocks = torch.randperm(200, generator=generator)
     pages = torch.full((2, 200, BLOCK_SIZE, 2, HEAD_DIM), torch.nan)
     table = torch.zeros(len(lengths), 4 * PART // BLOCK_SIZE, dtype=torch.int64)
-    # As a fused projection gives them: between other numbers.
+    # A slice of a larger tensor, as a fused projection returns it.
     query = torch.randn(len(lengths), 2 * groups + 4, HEAD_DIM, generator=generator).to(dtype)[:, : 2 * groups]
     expected, used = [], 0
     for row, length in enumerate(lengths):
@@ -39,8 +39,8 @@ def test_every_row_sees_its_own_tokens(window: int | None, groups: int, dtype: t
         for place in range(length):
             pages[:, own[place // BLOCK_SIZE], place % BLOCK_SIZE] = torch.randn(2, 2, HEAD_DIM, generator=generator)
         keys, values = pages[:, own].flatten(1, 2)[:, :length].to(dtype)
-        expected.append(defined(query[row], keys, values, window))
-    seen = attend_paged(
+        expected.append(reference_attention(query[row], keys, values, window))
+    output = attend_paged(
         query.to(DEVICE),
         *pages.to(DEVICE, dtype),
         table.to(DEVICE),
@@ -48,12 +48,12 @@ def test_every_row_sees_its_own_tokens(window: int | None, groups: int, dtype: t
         scale=SCALE,
         window=window,
     )
-    assert seen.dtype == dtype
+    assert output.dtype == dtype
     tolerance = 1e-5 if dtype == torch.float32 else 5e-3
-    torch.testing.assert_close(seen.cpu().double(), torch.stack(expected), atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(output.cpu().double(), torch.stack(expected), atol=tolerance, rtol=tolerance)
 
 
-def test_a_bound_on_the_length_changes_nothing() -> None:
+def test_a_bound_on_the_length_does_not_change_the_result() -> None:
     query = torch.randn(1, 2, HEAD_DIM, device=DEVICE)
     pages = torch.randn(2, 40, BLOCK_SIZE, 2, HEAD_DIM, device=DEVICE)
     table, lengths = torch.arange(40, device=DEVICE)[None], torch.tensor([300], device=DEVICE)

@@ -1,4 +1,4 @@
-"""Tiles become one row of tokens: the gather does what the order says, and refuses an order that does not fit."""
+"""Tiles become one row of tokens: the gather follows the given order and refuses an order that does not fit."""
 
 import pytest
 import torch
@@ -10,16 +10,16 @@ ROWS = torch.arange(8.0).view(4, 2)
 END = torch.tensor([9.0, 9.0])
 
 
-def test_without_an_order_rows_stay_as_they_are() -> None:
+def test_without_an_order_rows_are_unchanged() -> None:
     assert merge_tiles(ROWS, None, END) is ROWS
 
 
-def test_rows_go_where_the_order_says_and_lines_are_ended() -> None:
+def test_rows_follow_the_order_with_newlines_inserted() -> None:
     got = merge_tiles(ROWS, (2, 0, NEWLINE, 3, NEWLINE), END)
     assert got.tolist() == [[4, 5], [0, 1], [9, 9], [6, 7], [9, 9]]
 
 
-def test_the_newline_takes_the_rows_dtype() -> None:
+def test_the_newline_is_cast_to_the_rows_dtype() -> None:
     assert merge_tiles(ROWS.to(torch.bfloat16), (NEWLINE,), END).dtype == torch.bfloat16
 
 

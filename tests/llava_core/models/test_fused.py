@@ -1,4 +1,4 @@
-"""A fused decoder computes what transformers' modules do, and takes over those alone that it knows."""
+"""A fused decoder computes the same as transformers' modules, and replaces only modules that it knows."""
 
 import copy
 from dataclasses import replace
@@ -31,7 +31,7 @@ DECODERS = {
 
 
 class Plain:
-    """Every token sees those before it, within the window: the least that a decoder can be asked to attend with."""
+    """The simplest attention for a decoder: every token sees itself and those before it, within the window."""
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
         groups = query.shape[1] // key.shape[1]
@@ -50,7 +50,7 @@ def build(folder: Path, dtype: torch.dtype = torch.float32, **text: object) -> L
     side = LanguageSide(replace(config, text={**config.text, **text})).eval()
     for name, value in side.named_parameters():
         if name.endswith("bias") or "norm" in name:
-            # Fresh ones are 0 and 1, which would hide one that is left out.
+            # Fresh biases and norms are 0 and 1, which would hide a missing one.
             value.data = value.data + torch.randn_like(value) * 0.3
     return side.to(dtype)
 
@@ -69,7 +69,7 @@ def hidden_states(side: LanguageSide, length: int) -> Tensor:
 @pytest.mark.parametrize("text", DECODERS.values(), ids=DECODERS)
 @pytest.mark.parametrize("length", [1, 7])
 @pytest.mark.parametrize("use_kernels", [True, False], ids=["our kernels", "torch's"])
-def test_it_computes_what_transformers_computes(
+def test_a_fused_decoder_computes_the_same_as_transformers(
     tiny_checkpoint: Path, text: dict[str, object], length: int, *, use_kernels: bool
 ) -> None:
     side = build(tiny_checkpoint, **text)
@@ -83,8 +83,8 @@ def test_it_computes_what_transformers_computes(
 @pytest.mark.gpu
 @torch.inference_mode()
 @pytest.mark.parametrize("text", DECODERS.values(), ids=DECODERS)
-def test_a_gpus_kernels_compute_it_too(tiny_checkpoint: Path, text: dict[str, object]) -> None:
-    """In Triton's interpreter, where there is no GPU."""
+def test_gpu_kernels_compute_the_same_as_transformers(tiny_checkpoint: Path, text: dict[str, object]) -> None:
+    """Runs in Triton's interpreter if there is no GPU."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     side = build(tiny_checkpoint, **text).to(device)
     expected = hidden_states(side, 7)
@@ -97,7 +97,7 @@ def test_a_gpus_kernels_compute_it_too(tiny_checkpoint: Path, text: dict[str, ob
 @pytest.mark.parametrize("scale", [1e-4, 1.0, 1e3])
 @pytest.mark.parametrize("tokens", [1, 32, 33])
 @pytest.mark.parametrize("device", ["cpu", "none of ours"], ids=["our kernels", "torch's"])
-def test_few_and_many_tokens_are_divided_by_their_root_mean_square(
+def test_norms_of_few_and_many_tokens_equal_the_definition(
     tokens: int, scale: float, dtype: torch.dtype, device: str
 ) -> None:
     plain = LlamaRMSNorm(96, 1e-6).to(dtype)
@@ -133,7 +133,7 @@ def test_quantised_layers_keep_their_modules(tiny_checkpoint: Path) -> None:
     assert side.decoder.model is model
 
 
-# PEFT asks transformers by a name that is going.
+# PEFT calls transformers by a deprecated name.
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_adapters_keep_their_modules(tiny_checkpoint: Path) -> None:
     side = build(tiny_checkpoint)

@@ -1,4 +1,4 @@
-"""The language side equals transformers' LLaVA, with and without pictures, cached and not, padded and not."""
+"""The language side equals transformers' LLaVA with and without pictures, with and without cache and padding."""
 
 from pathlib import Path
 
@@ -57,7 +57,7 @@ def test_logits_equal_transformers_without_pictures(
 
 
 @torch.inference_mode()
-def test_token_by_token_with_a_cache_equals_all_at_once(
+def test_cached_decoding_equals_a_single_pass(
     language: LanguageSide, reference_model: LlavaForConditionalGeneration, pixels: torch.Tensor
 ) -> None:
     ids, features = prompt(IMAGE_TOKEN_ID), features_of(reference_model, pixels)
@@ -71,7 +71,7 @@ def test_token_by_token_with_a_cache_equals_all_at_once(
 
 
 @torch.inference_mode()
-def test_last_only_is_the_last_position(language: LanguageSide) -> None:
+def test_last_only_gives_the_last_position(language: LanguageSide) -> None:
     ids = torch.tensor([BEFORE + AFTER])
     torch.testing.assert_close(language(ids, [], last_only=True), language(ids, [])[:, -1:])
 
@@ -83,7 +83,7 @@ def test_padding_on_the_right_changes_nothing(language: LanguageSide) -> None:
     torch.testing.assert_close(language(ids, [], mask=mask)[:1, :4], language(ids[:1, :4], []), atol=1e-4, rtol=1e-4)
 
 
-def test_embeddings_have_the_decoders_dtype_whatever_the_features_have(language: LanguageSide) -> None:
+def test_embeddings_have_the_decoders_dtype(language: LanguageSide) -> None:
     features = [torch.zeros(IMAGE_TOKENS, 16, dtype=torch.float16)] * 2
     assert language.embed(prompt(IMAGE_TOKEN_ID), features).dtype == torch.float32
 

@@ -1,4 +1,4 @@
-"""Projectors: every kind's layers by their checkpoint names, and equality with transformers' own."""
+"""Projectors: the layers of every kind by their checkpoint names, and equality with transformers."""
 
 import pytest
 import torch
@@ -54,7 +54,7 @@ def test_the_activation_is_exact_gelu() -> None:
 
 
 @pytest.mark.parametrize("kind", ["mlp0x_gelu", "mlp2x_relu", "qformer", ""])
-def test_an_unknown_kind_is_refused_with_the_known_ones(kind: str) -> None:
+def test_an_unknown_kind_is_refused_and_the_known_ones_listed(kind: str) -> None:
     with pytest.raises(CheckpointError, match="known are linear"):
         Projector(kind, 8, 8)
 

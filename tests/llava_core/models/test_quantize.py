@@ -1,4 +1,4 @@
-"""8 and 4 bits: what is stored and what is computed, against arithmetic written out here."""
+"""8 and 4 bits: stored weights and computed results, against arithmetic written out here."""
 
 import logging
 import weakref
@@ -48,13 +48,13 @@ def test_a_layer_computes_with_its_rounded_weights(kind: Any, rounded: Any, tole
     inputs = torch.randn(2, 5, weight.shape[1])
     expected = inputs @ rounded(weight).T
     got = decoder.model.layers[0].mlp.up_proj(inputs)
-    # In 8 bits the input is rounded too, to 127 steps a row; in 4 bits a CPU keeps its scales in bfloat16.
+    # In 8 bits the input is rounded too, to 127 steps per row; in 4 bits a CPU keeps its scales in bfloat16.
     assert (got - expected).norm() / expected.norm() < tolerance
 
 
 @pytest.mark.parametrize("kind", ["8bit", "4bit"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_every_linear_layer_but_the_head_is_replaced_and_the_dtype_stays(kind: Any, dtype: torch.dtype) -> None:
+def test_all_linear_layers_but_the_head_are_replaced_and_dtype_kept(kind: Any, dtype: torch.dtype) -> None:
     decoder = make_decoder().to(dtype)
     linear = [name for name, layer in decoder.named_modules() if type(layer) is nn.Linear]
     quantize(decoder, kind, device="cpu", dtype=dtype)
@@ -67,7 +67,7 @@ def test_every_linear_layer_but_the_head_is_replaced_and_the_dtype_stays(kind: A
 
 
 @pytest.mark.parametrize("kind", ["8bit", "4bit"])
-def test_layers_are_let_go_of_one_by_one(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_replaced_layers_are_freed_one_by_one(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = make_decoder()
     built: list[weakref.ref[nn.Module]] = []
     name = f"llava_core.models.quantize._build_{kind}"
@@ -84,7 +84,7 @@ def test_layers_are_let_go_of_one_by_one(kind: Any, monkeypatch: pytest.MonkeyPa
     assert len(built) == 2 * 7
 
 
-def test_a_quantised_decoder_says_nothing_about_it(caplog: pytest.LogCaptureFixture) -> None:
+def test_quantisation_logs_nothing(caplog: pytest.LogCaptureFixture) -> None:
     decoder = make_decoder()
     with caplog.at_level(logging.INFO):
         quantize(decoder, "8bit", device="cpu", dtype=torch.float32)
@@ -92,7 +92,7 @@ def test_a_quantised_decoder_says_nothing_about_it(caplog: pytest.LogCaptureFixt
     assert not caplog.records
 
 
-def test_rows_that_a_cpu_would_get_wrong_in_4_bits_are_refused_by_name() -> None:
+def test_row_sizes_that_fail_in_4_bits_on_a_cpu_are_refused() -> None:
     odd = make_decoder(intermediate_size=96)
     with pytest.raises(CheckpointError, match=r"model\.layers\.0\.mlp\.down_proj has 96; use 8bit, or a GPU"):
         check_layers(odd, "4bit", device="cpu")
@@ -101,7 +101,7 @@ def test_rows_that_a_cpu_would_get_wrong_in_4_bits_are_refused_by_name() -> None
     check_layers(make_decoder(), "4bit", device="cpu")
 
 
-def test_what_cannot_be_had_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unavailable_quantisation_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     check_quantization(None)
     with pytest.raises(CheckpointError, match="quantization '2bit' is unknown; known are 8bit and 4bit"):
         check_quantization("2bit")  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Splicing against a loop that does one position at a time, for any mix of texts and images."""
+"""Splicing against a loop over single positions, for any mix of text and images."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def slow_splice(ids: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         lambda rows: st.lists(st.lists(TOKEN, min_size=4, max_size=4), min_size=rows, max_size=rows)
     )
 )
-def test_any_mix_equals_one_position_at_a_time(tokens: list[list[int]]) -> None:
+def test_splicing_any_mix_equals_the_loop(tokens: list[list[int]]) -> None:
     ids = torch.tensor(tokens)
     rows = torch.randn(int((ids == IMAGE_TOKEN_ID).sum()), HIDDEN)
     assert torch.equal(splice(ids, EMBEDDING, rows), slow_splice(ids, rows))
@@ -40,7 +40,7 @@ def test_any_mix_equals_one_position_at_a_time(tokens: list[list[int]]) -> None:
 
 
 @given(st.lists(TOKEN, min_size=1, max_size=12), st.integers(0, 12))
-def test_any_other_number_of_rows_is_an_error_with_both_numbers(tokens: list[int], num_rows: int) -> None:
+def test_a_wrong_number_of_rows_is_an_error_with_both_numbers(tokens: list[int], num_rows: int) -> None:
     needed = tokens.count(IMAGE_TOKEN_ID)
     if needed != num_rows:
         with pytest.raises(ValueError, match=f"{needed} image placeholders but {num_rows} feature rows"):
@@ -52,7 +52,7 @@ def test_missing_features_are_an_error() -> None:
         splice(torch.tensor([IMAGE_TOKEN_ID]), EMBEDDING, None)
 
 
-def test_the_sentinel_is_never_looked_up() -> None:
+def test_the_image_placeholder_is_never_embedded() -> None:
     seen: list[torch.Tensor] = []
 
     def embed(ids: torch.Tensor) -> torch.Tensor:
@@ -63,7 +63,7 @@ def test_the_sentinel_is_never_looked_up() -> None:
     assert torch.cat(seen).tolist() == [3, 4]
 
 
-def test_features_take_the_dtype_of_the_embeddings() -> None:
+def test_features_are_cast_to_the_dtype_of_the_embeddings() -> None:
     out = splice(torch.tensor([1, IMAGE_TOKEN_ID]), EMBEDDING, torch.ones(1, HIDDEN, dtype=torch.bfloat16))
     assert out.dtype == torch.float32
     assert out[1].tolist() == [1.0] * HIDDEN

@@ -1,4 +1,4 @@
-"""The room for an answer, and errors that name prompt, wish and context."""
+"""The token budget of an answer, and errors that name prompt length, max_tokens and context."""
 
 import pytest
 
@@ -6,16 +6,16 @@ from llava_core.errors import PromptTooLongError, RequestError
 from llava_core.prompts.budget import token_budget
 
 
-def test_without_a_wish_the_answer_may_fill_the_context() -> None:
+def test_without_max_tokens_the_answer_may_fill_the_context() -> None:
     assert token_budget(10, None, 512) == 502
 
 
-def test_a_wish_that_fits_is_granted() -> None:
+def test_max_tokens_that_fit_are_kept() -> None:
     assert token_budget(10, 502, 512) == 502
     assert token_budget(511, 1, 512) == 1
 
 
-def test_a_wish_beyond_the_context_names_all_three_numbers() -> None:
+def test_max_tokens_beyond_the_context_name_all_three_numbers() -> None:
     with pytest.raises(
         PromptTooLongError, match=r"max_tokens is 503.*prompt of 10.*only 502.*context of 512"
     ) as caught:

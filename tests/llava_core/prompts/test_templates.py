@@ -1,4 +1,4 @@
-"""Templates are protocol constants: the original code's renderings by hash, for each template that is registered."""
+"""Templates are protocol constants: every registered template is compared, by hash, with the original's rendering."""
 
 import hashlib
 
@@ -9,7 +9,7 @@ from llava_core.prompts import texts
 from llava_core.prompts.conversation import Turn, render
 from llava_core.prompts.templates import TEMPLATES, get_template
 
-# First 16 hex digits of the SHA-256 of what the reference renders for `<image>\nQ1`, `A1`, `Q2`, `A2`:
+# First 16 hex digits of the SHA-256 of the reference's rendering of `<image>\nQ1`, `A1`, `Q2`, `A2`:
 # after the first question, after the second question, after the second answer.
 GOLDEN = {
     "vicuna_v1": ("c6cc56276e84b44e", "080b3549d584eff2", "03b0543a529ad701"),
@@ -31,7 +31,8 @@ GOLDEN |= {
     "default": GOLDEN["v0"],
     "mistral_direct": GOLDEN["chatml_direct"],
 }
-# The reference cannot render an answer with `plain`, and no hash of RaDialog's two is known: written down instead.
+# The reference cannot render an answer with `plain`, and no hashes of RaDialog's two templates are known, so these are
+# written out instead.
 _RADIOLOGIST = (
     "A chat between a curious user and an artificial intelligence assistant acting as an experienced radiologist. "
     "The assistant gives professional, detailed, and polite answers to the user's questions."
@@ -45,7 +46,7 @@ GOLDEN_TEXT = {
         "###Human: <image>\nQ1###Assistant:"
     ),
 }
-# First 16 hex digits of the SHA-256, and the characters, of each long text.
+# First 16 hex digits of the SHA-256, and the number of characters, of each long text.
 GOLDEN_PARTS = {
     texts.SYSTEM_HUMAN: ("ace78a978005f68a", 156),
     texts.SYSTEM_USER: ("1fa69e2371b762d1", 154),
@@ -80,7 +81,7 @@ def test_short_renderings_equal_the_references(name: str) -> None:
     assert render(get_template(name), FIRST).text == GOLDEN_TEXT[name]
 
 
-def test_the_long_texts_are_the_references_byte_for_byte() -> None:
+def test_long_texts_equal_the_references_byte_for_byte() -> None:
     assert {text: (digest(text), len(text)) for text in GOLDEN_PARTS} == GOLDEN_PARTS
 
 

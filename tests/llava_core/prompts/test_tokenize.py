@@ -1,4 +1,4 @@
-"""Ids with placeholders equal the reference's on its own examples; labels are exactly the tokens inside answers."""
+"""Ids with placeholders equal the reference's on its own examples; exactly the tokens inside answers are labelled."""
 
 import pytest
 from hypothesis import given
@@ -10,7 +10,7 @@ from llava_core.prompts.tokenize import IGNORE_LABEL, IMAGE_TOKEN_ID, SEAM, as_t
 
 
 class CharTokenizer:
-    """One token per character, its code point; BOS is 1."""
+    """A tokenizer with one token per character, its code point; BOS is 1."""
 
     def __init__(self, bos_id: int | None = 1) -> None:
         self.bos_id = bos_id
@@ -20,7 +20,7 @@ class CharTokenizer:
 
 
 class PairTokenizer(CharTokenizer):
-    """Two characters a token, counted from the start of each piece: borders of answers may fall inside a token."""
+    """A tokenizer with two characters per token from the start of each piece, so answers may begin inside a token."""
 
     def encode(self, text: str) -> list[tuple[int, int, int]]:
         return [(index + 1000, index, min(index + 2, len(text))) for index in range(0, len(text), 2)]
@@ -46,25 +46,25 @@ def test_ids_equal_the_references(text: str, expected: list[int]) -> None:
     assert tokenize_prompt(Rendered(text, ()), CharTokenizer(None), images).ids == tuple(expected)
 
 
-def test_every_image_has_as_many_placeholders_as_asked_for() -> None:
+def test_every_image_has_the_requested_number_of_placeholders() -> None:
     ids = tokenize_prompt(Rendered("a<image>b<image>", ()), CharTokenizer(), [3, 2]).ids
     assert ids == (1, A, *[IMAGE_TOKEN_ID] * 3, B, *[IMAGE_TOKEN_ID] * 2)
 
 
-def test_pieces_around_an_image_are_tokenized_on_their_own() -> None:
-    # Taken as one text, `bc` would be a token.
+def test_pieces_around_an_image_are_tokenized_separately() -> None:
+    # In a single text, `bc` would be one token.
     assert tokenize_prompt(Rendered("ab<image>cd", ()), PairTokenizer(), [1]).ids == (1, 1000, IMAGE_TOKEN_ID, 1000)
     assert tokenize_prompt(Rendered("abc<image>d", ()), PairTokenizer(), [1]).ids == (1, 1000, 1002, -200, 1000)
 
 
 @pytest.mark.parametrize(("text", "images"), [("<image>", []), ("a", [1]), ("<image><image>", [1])])
-def test_another_number_of_images_is_an_error_with_both_numbers(text: str, images: list[int]) -> None:
+def test_a_wrong_number_of_images_is_an_error_with_both_numbers(text: str, images: list[int]) -> None:
     with pytest.raises(ValueError, match=f"{text.count('<image>')} <image> but {len(images)} images"):
         tokenize_prompt(Rendered(text, ()), CharTokenizer(), images)
 
 
 def labelled(name: str, answers: list[str], image_tokens: int = 2) -> str:
-    """The text of all labelled tokens of a conversation with one image."""
+    """Returns the text of all labelled tokens of a conversation with one image."""
     turns = [
         turn
         for index, answer in enumerate(answers)
@@ -76,7 +76,7 @@ def labelled(name: str, answers: list[str], image_tokens: int = 2) -> str:
     return "".join(chr(label) for label in prompt.labels if label != IGNORE_LABEL)
 
 
-def test_labels_are_the_answers_with_what_ends_them() -> None:
+def test_labels_are_the_answers_with_their_ends() -> None:
     assert labelled("vicuna_v1", ["yes", "two red"]) == " yes</s> two red</s>"
     assert labelled("llava_v0", ["yes"]) == " yes###"
     assert labelled("mistral_instruct", ["yes", "no"]) == " yes </s> no </s>"
@@ -97,7 +97,7 @@ def test_nothing_but_answers_is_ever_labelled(name: str, answers: list[str]) -> 
     assert got == ""
 
 
-def test_a_token_that_straddles_an_answers_border_is_not_labelled() -> None:
+def test_a_token_across_the_border_of_an_answer_is_not_labelled() -> None:
     rendered = Rendered("qqqanswer", ((3, 9),))
     prompt = tokenize_prompt(rendered, PairTokenizer(None), [])
     assert prompt.labels == (IGNORE_LABEL, IGNORE_LABEL, 1004, 1006, 1008)
@@ -108,7 +108,7 @@ def test_an_image_inside_an_answer_is_not_labelled_but_what_follows_is() -> None
     assert tokenize_prompt(rendered, CharTokenizer(None), [2]).labels == (A, IGNORE_LABEL, IGNORE_LABEL, B)
 
 
-def test_a_seam_parts_tokens_and_is_none() -> None:
+def test_a_seam_separates_tokens_and_gives_none_itself() -> None:
     text = f"ab{SEAM}cd<image>a{SEAM}bcd"
     prompt = tokenize_prompt(Rendered(text, ((0, 5),)), PairTokenizer(None), [1])
     assert prompt.ids == (1000, 1000, IMAGE_TOKEN_ID, 1000, 1000, 1002)
@@ -120,7 +120,7 @@ CONTROLS = ("<s>", "</s>", "<image>", "<<s>>", "aa", "s>")
 
 
 @given(st.lists(st.sampled_from([*CONTROLS, "<", "/s>", "a", "s", ">", "x", " "])).map("".join))
-def test_no_piece_of_a_text_is_a_control_token_and_nothing_else_is_changed(text: str) -> None:
+def test_seams_break_up_control_tokens_and_change_nothing_else(text: str) -> None:
     seamed = as_text(text, CONTROLS)
     assert not [control for control in CONTROLS if control in seamed]
     assert seamed.replace(SEAM, "") == text
@@ -128,5 +128,5 @@ def test_no_piece_of_a_text_is_a_control_token_and_nothing_else_is_changed(text:
         assert seamed == text
 
 
-def test_a_single_character_has_no_room_for_a_seam() -> None:
+def test_a_single_character_cannot_be_broken_by_a_seam() -> None:
     assert as_text("a#b", ["#"]) == "a#b"

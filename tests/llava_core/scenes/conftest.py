@@ -1,4 +1,4 @@
-"""A tiny drawn world: few scenes, a small tokenizer, all in this process."""
+"""A tiny drawn world: a few scenes and a small tokenizer, all in this process."""
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,7 +21,7 @@ def world_tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(autouse=True)
 def _draw_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Processes cost more than a dozen pictures."""
+    """Starting processes costs more than drawing a dozen pictures."""
 
     def one_thread(_workers: int | None) -> Any:
         return ThreadPoolExecutor(1)

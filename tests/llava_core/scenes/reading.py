@@ -1,4 +1,4 @@
-"""Answers read off a scene in the slowest, most obvious way, from a question's text: a second opinion for tests."""
+"""Derives answers from a scene and a question's text in the slowest, most obvious way: a second opinion for tests."""
 
 import re
 
@@ -35,7 +35,7 @@ def matching(scene: Scene, size: str | None, colour: str | None, noun: str, plac
 
 
 def named_objects(scene: Scene, text: str) -> list[SceneObject]:
-    """The objects that a question names, each of which must be exactly one."""
+    """Returns the objects that a question names; each name must fit exactly one object."""
     # `the shape of the red star` names a star; its first three words are not a name.
     text = re.sub(r"\bthe shape of ", "", text)
     found = []
@@ -54,7 +54,7 @@ def plural_objects(scene: Scene, colour: str | None, noun: str) -> list[SceneObj
 
 
 def read_answer(scene: Scene, kind: str, text: str) -> str:
-    """The answer to a question of this kind."""
+    """Returns the answer to a question of this kind."""
     return _READERS[kind](scene, text)
 
 
@@ -91,7 +91,7 @@ def _read(scene: Scene, text: str) -> str:
 
 
 def _describe(scene: Scene, text: str) -> str:
-    """Nothing to derive: descriptions are taken apart by `parse_description`."""
+    """Returns nothing, because `parse_description` checks descriptions."""
     return ""
 
 
@@ -131,7 +131,7 @@ def _which(scene: Scene, text: str) -> str:
 
 
 def parse_description(text: str) -> tuple[list[tuple[str, str, str, str]], list[tuple[str, str, str]]]:
-    """The objects (size, colour, shape, place) and texts (kind, text, place) that a description lists, in order."""
+    """Returns the objects (size, colour, shape, place) and texts (kind, text, place) of a description, in order."""
     text = text[0].lower() + text[1:]
     place = rf"(?:at|on|in) the ({'|'.join(PLACES)})"
     objects = re.findall(rf"a (\w+) ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)}) {place}", text)

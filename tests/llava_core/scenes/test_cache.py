@@ -1,4 +1,4 @@
-"""Training pictures on disk: the same whenever they are drawn, labelled patch by patch, gone on with after a stop."""
+"""Training pictures on disk: reproducible, labelled patch by patch, and resumed after an interruption."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -45,7 +45,7 @@ def test_one_scene_in_twelve_is_large() -> None:
     assert max(sides) <= 1500
 
 
-def test_a_cache_may_have_more_to_read_and_fewer_random_letters() -> None:
+def test_a_cache_may_have_more_text_and_no_random_letters() -> None:
     words = replace(WIDE, with_text=1.0, random_letters=0.0)
     texts = [[training_scene(spec, index).text for index in range(100)] for spec in (WIDE, words)]
     printed = [[text.text for text in column if text is not None] for column in texts]
@@ -53,7 +53,7 @@ def test_a_cache_may_have_more_to_read_and_fewer_random_letters() -> None:
     assert all(text.isdigit() or text in PRINTED_WORDS for text in printed[1])
 
 
-def test_a_stopped_drawing_goes_on_to_the_same_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_drawing_resumes_to_the_same_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llava_core.scenes.cache._CHUNK", 4)
     whole = open_cache(tmp_path / "whole", SPEC)
     stopped = open_cache(tmp_path / "stopped", SPEC)
@@ -65,7 +65,7 @@ def test_a_stopped_drawing_goes_on_to_the_same_result(tmp_path: Path, monkeypatc
     resumed = open_cache(tmp_path / "stopped", SPEC)
     assert (resumed.tiles == whole.tiles).all()
     assert (resumed.labels == whole.labels).all()
-    # Replaced, not written over: a stop meanwhile would have left one of the two numbers.
+    # Replaced, not overwritten in place: an interruption would have left one of the two numbers.
     assert (drawn.read_text(), (tmp_path / "before").read_text()) == ("12", "4")
 
 
@@ -80,7 +80,7 @@ def test_a_folder_with_another_cache_is_refused(scene_cache: SceneCache, tmp_pat
     assert open_cache(tmp_path / "pictures", SPEC).spec == scene_cache.spec
 
 
-def test_the_patch_under_each_centre_names_the_object() -> None:
+def test_the_patch_under_each_centre_is_labelled_with_the_object() -> None:
     places = [name for row in PLACES for name in row]
     for index in range(WIDE.num_scenes):
         scene = training_scene(WIDE, index)
@@ -97,7 +97,7 @@ def test_the_patch_under_each_centre_names_the_object() -> None:
             assert places[facts["place"] - 1] == thing.place
 
 
-def test_there_is_one_centre_per_object_at_most_and_empty_patches_say_nothing() -> None:
+def test_at_most_one_centre_per_object_and_no_labels_on_empty_patches() -> None:
     for index in range(WIDE.num_scenes):
         scene = training_scene(WIDE, index)
         labels = patch_labels(scene, WIDE)
@@ -107,7 +107,7 @@ def test_there_is_one_centre_per_object_at_most_and_empty_patches_say_nothing() 
         assert (labels[~empty, 1:5] > 0).all()
 
 
-def test_characters_read_from_left_to_right_are_the_text() -> None:
+def test_character_labels_from_left_to_right_spell_the_text() -> None:
     alphabet = LETTERS + DIGITS
     read = []
     for index in range(WIDE.num_scenes):
@@ -116,7 +116,7 @@ def test_characters_read_from_left_to_right_are_the_text() -> None:
         rows = [row for row in slots if row.any()]
         text = "".join(alphabet[value - 1] for row in rows for value in row.flatten().tolist() if value)
         read.append((text, scene.text.text if scene.text else ""))
-    # Two characters that share half a patch overwrite one another: rare, and small type only.
+    # Two characters in the same half of a patch overwrite one another; this is rare and only happens with small type.
     assert np.mean([got == printed for got, printed in read]) > 0.9
     assert all(set(got) <= set(printed) for got, printed in read)
 
@@ -134,6 +134,6 @@ def test_a_character_is_in_the_slot_of_its_half_of_the_patch() -> None:
             assert slots[row, int(column), 0 if column % 1 < 0.5 else 1] > 0
 
 
-def test_labels_stay_below_their_number_of_classes() -> None:
+def test_labels_are_below_their_number_of_classes() -> None:
     labels = np.concatenate([patch_labels(training_scene(WIDE, index), WIDE) for index in range(40)])
     assert (labels.max(0) < np.array(list(LABELS.values()))).all()

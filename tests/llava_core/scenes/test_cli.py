@@ -1,4 +1,4 @@
-"""`llava default-model`: a scene to look at, an accuracy table, and the wrong answers for whoever wants to see them."""
+"""`llava default-model`: a drawn scene, an accuracy table, and a file of wrong answers on request."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -30,13 +30,13 @@ def test_a_drawn_scene_comes_with_questions_and_answers(tmp_path: Path) -> None:
 
 
 class KnowsEverythingButReading:
-    """Answers right whatever is asked, except what a text says."""
+    """Answers every question correctly except those about what a text says."""
 
     def answer(self, samples: Sequence[Sample]) -> Iterator[Answer]:
         return (Answer(sample, "?" if sample.kind == "read" else sample.expected) for sample in samples)
 
 
-def test_an_evaluation_prints_a_row_per_kind_and_keeps_what_was_wrong(
+def test_an_evaluation_prints_a_row_per_kind_and_saves_wrong_answers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cli, "_answerer", lambda _model, _url: KnowsEverythingButReading())

@@ -1,4 +1,4 @@
-"""Comparisons are asked only where there is no doubt; that they are right is in test_questions.py."""
+"""Comparisons are asked only when unambiguous; test_questions.py checks their answers."""
 
 import random
 import re
@@ -26,14 +26,14 @@ def test_every_form_is_asked_with_both_answers() -> None:
         assert {"yes", "no"} <= answers, form
 
 
-def test_a_choice_is_answered_with_one_of_the_two_things() -> None:
+def test_a_choice_is_answered_with_one_of_the_two_objects() -> None:
     chosen = [question for question in comparisons() if question.text.startswith("Which")]
     assert len(chosen) > 5
     for question in chosen:
         assert question.answer in question.text
 
 
-def test_one_object_cannot_be_compared() -> None:
+def test_a_scene_with_one_object_has_no_comparison() -> None:
     scenes = [sample_scene(random.Random(seed)) for seed in range(60)]
     alone = [scene for scene in scenes if len(scene.objects) == 1]
     assert alone

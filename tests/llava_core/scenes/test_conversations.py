@@ -1,4 +1,4 @@
-"""Scenes as training examples: repeatable by index, within the length, one picture's features per placeholder row."""
+"""Scenes as training examples: reproducible by index, within the length, one picture's features per placeholder row."""
 
 import re
 
@@ -24,7 +24,7 @@ def features() -> npt.NDArray[np.float16]:
 
 
 class Conversations:
-    """Builds a dataset of one purpose and reads its examples."""
+    """Builds datasets for a purpose and decodes their examples."""
 
     def __init__(
         self, cache: SceneCache, features: npt.NDArray[np.float16], tokenizer: PreTrainedTokenizerFast
@@ -65,7 +65,7 @@ def test_another_pass_asks_other_questions_about_the_same_scene(conversations: C
     assert (dataset[1]["images"] == dataset[1 + SPEC.num_scenes]["images"]).all()
 
 
-def test_alignment_learns_the_caption_alone(conversations: Conversations, scene_cache: SceneCache) -> None:
+def test_alignment_learns_only_the_caption(conversations: Conversations, scene_cache: SceneCache) -> None:
     for index in range(4):
         example = conversations.of("align")[index]
         assert conversations.learned(example) == describe_scene(scene_cache.scene(index)) + "\n"

@@ -1,4 +1,4 @@
-"""The loss curves become a picture."""
+"""Loss curves are drawn into a picture."""
 
 from pathlib import Path
 

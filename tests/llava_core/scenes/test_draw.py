@@ -1,4 +1,4 @@
-"""Pictures of scenes: the same every time, each thing in its place and colour, and nothing drawn anywhere else."""
+"""Pictures of scenes: reproducible, every object in its place and colour, and nothing drawn anywhere else."""
 
 import random
 from dataclasses import replace
@@ -21,7 +21,7 @@ def plain(scene: Scene) -> Scene:
 
 
 def changed(one: Image.Image, other: Image.Image) -> tuple[int, int, int, int]:
-    """The box (left, top, right, bottom) in which two pictures differ clearly."""
+    """Returns the box (left, top, right, bottom) in which two pictures differ clearly."""
     difference = ImageChops.difference(one, other).convert("L").point(lambda level: 255 if level > 8 else 0)
     box = difference.getbbox()
     assert box is not None
@@ -46,7 +46,7 @@ def test_the_middle_of_every_object_has_its_colour() -> None:
 
 def test_an_object_stays_within_its_circle() -> None:
     for scene in map(plain, SCENES):
-        # The last one, because what comes after it would be drawn with other random numbers.
+        # The last object, because removing any other would change the random numbers of those after it.
         thing = scene.objects[-1]
         left, top, right, bottom = changed(draw_scene(scene), draw_scene(replace(scene, objects=scene.objects[:-1])))
         reach = 1.12 * thing.diameter / 2 + 3
@@ -57,7 +57,7 @@ def test_an_object_stays_within_its_circle() -> None:
         assert min(right - left, bottom - top) > 0.55 * thing.diameter
 
 
-def test_text_stays_within_its_box_and_fills_it_one_way() -> None:
+def test_text_stays_within_its_box_and_fills_it_in_one_direction() -> None:
     for scene in map(plain, WITH_TEXT):
         assert scene.text is not None
         left, top, right, bottom = changed(draw_scene(scene), draw_scene(replace(scene, text=None)))
@@ -94,7 +94,7 @@ def mask(shape: str, seed: int) -> npt.NDArray[np.bool_]:
     return np.asarray(draw_scene(scene).convert("L")) < 200
 
 
-def test_shapes_do_not_look_alike() -> None:
+def test_shapes_are_distinguishable() -> None:
     for seed in range(8):
         masks = {shape: mask(shape, seed) for shape in SHAPES}
         for shape, one in masks.items():
@@ -104,7 +104,7 @@ def test_shapes_do_not_look_alike() -> None:
 
 
 @pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape != "circle"])
-def test_corners_lie_near_the_circle_they_are_meant_to_fit(shape: str) -> None:
+def test_corners_lie_near_their_circle(shape: str) -> None:
     for seed in range(20):
         points = np.array(shape_points(shape, 10, 20, 5, random.Random(seed))) - (10, 20)
         assert np.linalg.norm(points, axis=1).max() < 1.25 * 5

@@ -1,4 +1,4 @@
-"""Features on disk equal what the tower computes, and an interrupted computation goes on."""
+"""Features on disk equal those the tower computes, and an interrupted computation resumes."""
 
 from pathlib import Path
 
@@ -27,17 +27,18 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SceneCache:
     return open_cache(tmp_path / "pictures", SPEC)
 
 
-def test_features_are_the_towers(tmp_path: Path, cache: SceneCache, tower: ClipTower) -> None:
+def test_features_equal_the_towers(tmp_path: Path, cache: SceneCache, tower: ClipTower) -> None:
     features = open_features(tmp_path / "features", cache, tower)
     assert (features.shape, features.dtype) == ((6, IMAGE_TOKENS, VISION_HIDDEN), np.float16)
     with torch.inference_mode():
         expected = tower(torch.from_numpy(np.array(cache.tiles))).numpy()
-    # Computed in bfloat16, which has eight bits: a hundredth of the features' spread, layer upon layer.
+    # Computed in bfloat16, whose eight-bit rounding errors add up over the layers to about a hundredth of the features'
+    # spread.
     error = np.sqrt(np.mean((features.astype(np.float32) - expected) ** 2))
     assert error < 0.02 * expected.std()
 
 
-def test_an_interrupted_computation_goes_on(tmp_path: Path, cache: SceneCache, tower: ClipTower) -> None:
+def test_an_interrupted_computation_resumes(tmp_path: Path, cache: SceneCache, tower: ClipTower) -> None:
     expected = np.array(open_features(tmp_path / "features", cache, tower))
     features = open_features(tmp_path / "features", cache, tower)
     features[2:] = 0
@@ -45,11 +46,11 @@ def test_an_interrupted_computation_goes_on(tmp_path: Path, cache: SceneCache, t
     encoded.write_text("2")
     (tmp_path / "before").hardlink_to(encoded)
     assert (open_features(tmp_path / "features", cache, tower) == expected).all()
-    # Replaced, not written over.
+    # Replaced, not overwritten in place.
     assert (encoded.read_text(), (tmp_path / "before").read_text()) == ("6", "2")
 
 
-def test_finished_features_need_no_tower_run(tmp_path: Path, cache: SceneCache, tower: ClipTower) -> None:
+def test_finished_features_do_not_run_the_tower(tmp_path: Path, cache: SceneCache, tower: ClipTower) -> None:
     open_features(tmp_path / "features", cache, tower)
     tower.register_forward_pre_hook(lambda *_: pytest.fail("the tower ran"))
     open_features(tmp_path / "features", cache, tower)

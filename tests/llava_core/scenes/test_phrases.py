@@ -1,4 +1,4 @@
-"""Noun phrases that fit one object alone, and the small words around them."""
+"""Noun phrases that fit exactly one object, with their prepositions, articles and plurals."""
 
 import random
 
@@ -9,7 +9,7 @@ from llava_core.scenes.scene import Scene, SceneObject, sample_scene
 
 
 def fits(phrase: str, thing: SceneObject) -> bool:
-    """A slow reading: the phrase names no attribute that the object lacks."""
+    """Tells, slowly, whether the phrase names no attribute that the object lacks."""
     head, _, place = phrase.partition(" at the ")
     if not place:
         head, _, place = phrase.partition(" on the ")
@@ -38,11 +38,11 @@ def test_a_phrase_fits_its_object_and_no_other(without: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("place", "said"),
+    ("place", "expected"),
     [("center", "in the center"), ("left", "on the left"), ("top right", "at the top right"), ("top", "at the top")],
 )
-def test_places_have_their_preposition(place: str, said: str) -> None:
-    assert at(place) == said
+def test_places_have_their_preposition(place: str, expected: str) -> None:
+    assert at(place) == expected
 
 
 def test_articles_and_plurals() -> None:

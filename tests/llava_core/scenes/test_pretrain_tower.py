@@ -1,4 +1,4 @@
-"""Tower pretraining: losses that can be trained on, positions told apart from the start, weights a CLIP model takes."""
+"""Tower pretraining: usable losses, distinct initial positions, and a valid CLIP configuration."""
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ def test_a_few_steps_lower_the_loss(namer: PatchNamer, scene_cache: SceneCache) 
     assert out["hits"].shape == (len(LABELS),)
 
 
-def test_every_patch_starts_with_a_position_of_its_own(namer: PatchNamer) -> None:
+def test_every_patch_starts_with_a_distinct_position(namer: PatchNamer) -> None:
     positions = namer.tower.embeddings.position_embedding.weight[1:]
     distances = torch.cdist(positions, positions) + torch.eye(len(positions)) * 1e9
     assert distances.min() > 0.1

@@ -1,4 +1,4 @@
-"""Every answer is derived a second time, slowly, from the question's text and the scene; no question is ambiguous."""
+"""Every answer is derived again, slowly, from the question's text and the scene; no question is ambiguous."""
 
 import random
 import re
@@ -16,7 +16,7 @@ SCENES = [sample_scene(random.Random(f"questions:{seed}")) for seed in range(250
 
 
 def asked(kind: str) -> list[tuple[Scene, Question]]:
-    """Several questions of one kind about every scene that allows one."""
+    """Asks several questions of one kind about every scene that allows one."""
     pairs = []
     for index, scene in enumerate(SCENES):
         rng = random.Random(index)
@@ -40,7 +40,7 @@ def test_descriptions_list_everything_in_reading_order() -> None:
         assert question.answer == question.sentence == describe_scene(scene)
 
 
-def test_only_scenes_without_doubt_are_described() -> None:
+def test_only_unambiguous_scenes_are_described() -> None:
     for scene, _ in asked("describe"):
         places = [thing.place for thing in scene.objects]
         assert len(set(places)) == len(places)
@@ -48,7 +48,7 @@ def test_only_scenes_without_doubt_are_described() -> None:
 
 
 @pytest.mark.parametrize("kind", ["colour", "shape", "size", "where", "read", "count"])
-def test_sentences_say_what_the_short_answer_says(kind: str) -> None:
+def test_sentences_contain_the_short_answer(kind: str) -> None:
     for _, question in asked(kind):
         assert re.search(rf"\b{re.escape(question.answer)}\b", question.sentence), question
         assert question.sentence.endswith(".")
@@ -79,7 +79,7 @@ def test_every_kind_of_answer_occurs() -> None:
     assert {question.answer for _, question in asked("count")} >= {"0", "1", "2", "3", "4", "5", "6"}
 
 
-def test_medium_is_never_said() -> None:
+def test_medium_is_never_mentioned() -> None:
     for kind in MAKERS:
         assert not any("medium" in f"{question.text} {question.sentence}" for _, question in asked(kind))
 
@@ -90,7 +90,7 @@ def test_questions_have_several_phrasings() -> None:
         assert len(openings) >= 3, (kind, openings)
 
 
-def test_asking_everything_gives_different_questions_and_the_description_last() -> None:
+def test_ask_all_gives_distinct_questions_with_the_description_last() -> None:
     for index, scene in enumerate(SCENES[:60]):
         questions = ask_all(scene, random.Random(index), 10)
         assert 0 < len(questions) <= 10
@@ -99,7 +99,7 @@ def test_asking_everything_gives_different_questions_and_the_description_last() 
         assert "describe" not in kinds[:-1]
 
 
-def test_the_same_seed_asks_the_same() -> None:
+def test_the_same_seed_asks_the_same_questions() -> None:
     assert ask_all(SCENES[0], random.Random(7), 8) == ask_all(SCENES[0], random.Random(7), 8)
 
 

@@ -1,4 +1,4 @@
-"""The whole recipe in miniature: every stage runs, the result is a checkpoint that answers, a stop costs one stage."""
+"""The whole recipe in miniature: all stages run, the resulting checkpoint answers, an interruption costs one stage."""
 
 import json
 import shutil
@@ -42,20 +42,20 @@ pytestmark = pytest.mark.timeout(180)
 
 @dataclass
 class Built:
-    """`given` has the arguments of each stage's trainer, and whether an optimizer of its own was handed over."""
+    """A built model. `given` has each stage's training arguments, and whether a separate optimizer was passed."""
 
     work: Path
     out: Path
     given: dict[str, tuple[TrainingArguments, bool]]
 
-    def work_again(self, folder: Path) -> Path:
-        """A copy of what the stages left, to change."""
+    def copy_work(self, folder: Path) -> Path:
+        """Copies the stages' results, so that a test can change them."""
         return Path(shutil.copytree(self.work, folder / "work"))
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _without_compiling() -> Iterator[None]:
-    """Compiling takes longer than the rest."""
+    """Skips compilation, which takes longer than everything else."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(nn.Module, "compile", lambda *_, **__: None)
         yield
@@ -63,7 +63,7 @@ def _without_compiling() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def built(_without_compiling: None, tmp_path_factory: pytest.TempPathFactory) -> Built:
-    """All stages, once."""
+    """Runs all stages once."""
     given: dict[str, tuple[TrainingArguments, bool]] = {}
     trainer, train = recipe_module.Trainer, recipe_module.train
 
@@ -71,14 +71,14 @@ def built(_without_compiling: None, tmp_path_factory: pytest.TempPathFactory) ->
         given["tower"] = (arguments, False)
         return trainer(model, arguments, **options)
 
-    def record_too(language: Any, dataset: Any, arguments: TrainingArguments, **options: Any) -> Any:
+    def record_training(language: Any, dataset: Any, arguments: TrainingArguments, **options: Any) -> Any:
         given[dataset.spec.purpose] = (arguments, options["optimizer"] is not None)
         return train(language, dataset, arguments, **options)
 
     folder = tmp_path_factory.mktemp("recipe")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(recipe_module, "Trainer", record)
-        patch.setattr(recipe_module, "train", record_too)
+        patch.setattr(recipe_module, "train", record_training)
         build(TINY, folder / "work", folder / "model")
     return Built(folder / "work", folder / "model", given)
 
@@ -96,7 +96,7 @@ def test_the_recipe_builds_a_checkpoint_that_answers(built: Built) -> None:
     assert LlavaForConditionalGeneration.from_pretrained(built.out).config.image_token_index is not None
 
 
-def test_adamw_is_set_up_for_the_stage_that_uses_it_alone(built: Built, tmp_path: Path) -> None:
+def test_adamw_is_configured_only_for_the_stage_that_uses_it(built: Built, tmp_path: Path) -> None:
     assert tuple(built.given) == STAGES
     default = TrainingArguments(output_dir=str(tmp_path))
     for arguments, has_its_own in built.given.values():
@@ -106,7 +106,7 @@ def test_adamw_is_set_up_for_the_stage_that_uses_it_alone(built: Built, tmp_path
 
 
 def test_finished_stages_are_not_run_again(built: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    work = built.work_again(tmp_path)
+    work = built.copy_work(tmp_path)
     (work / "sharpen" / "weights.pt").unlink()
     ran: list[str] = []
     train = recipe_module.train
@@ -123,8 +123,8 @@ def test_finished_stages_are_not_run_again(built: Built, tmp_path: Path, monkeyp
     assert weights[0] == weights[1]
 
 
-def test_a_stage_made_otherwise_is_not_taken_for_this_one(built: Built, tmp_path: Path) -> None:
-    work = built.work_again(tmp_path)
+def test_a_stage_from_another_recipe_is_refused(built: Built, tmp_path: Path) -> None:
+    work = built.copy_work(tmp_path)
     other = replace(TINY, align=replace(SMALL, learning_rate=2e-3))
     with pytest.raises(LlavaError, match=r"work/align was made by another recipe"):
         build(other, work, tmp_path / "other")
@@ -148,14 +148,14 @@ def test_a_stage_made_otherwise_is_not_taken_for_this_one(built: Built, tmp_path
         build(TINY, work, tmp_path / "other")
 
 
-def test_a_result_that_exists_is_refused_before_any_work(tmp_path: Path) -> None:
+def test_an_existing_result_is_refused_before_any_work(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     with pytest.raises(LlavaError, match="out exists"):
         build(TINY, tmp_path / "work", tmp_path / "out")
     assert not (tmp_path / "work").exists()
 
 
-def test_a_scaled_recipe_has_fewer_pictures_and_steps_and_is_the_same_otherwise() -> None:
+def test_a_scaled_recipe_changes_only_pictures_and_steps() -> None:
     full = Recipe()
     trial = full.scaled(0.01)
     assert trial.num_scenes == full.num_scenes // 100

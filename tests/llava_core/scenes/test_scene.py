@@ -1,4 +1,4 @@
-"""Scenes by lot: repeatable, nothing overlaps, everything lies inside the frame and clearly in its named place."""
+"""Random scenes: reproducible, nothing overlaps, everything lies inside the frame and clearly in its named place."""
 
 import itertools
 import math
@@ -46,7 +46,7 @@ def test_everything_lies_inside_the_frame() -> None:
             assert 0 <= scene.text.top <= scene.height - scene.text.height
 
 
-def test_places_are_where_the_centres_are() -> None:
+def test_place_names_match_the_centres() -> None:
     for scene in SCENES:
         for thing in scene.objects:
             assert thing.place == reading.place_of(thing.x / scene.width, thing.y / scene.height)
@@ -62,7 +62,7 @@ def test_no_centre_is_near_a_border_between_places() -> None:
                 assert min(abs(share - 1 / 3), abs(share - 2 / 3)) >= 0.03
 
 
-def test_sizes_are_what_they_are_called() -> None:
+def test_sizes_match_their_names() -> None:
     for scene in SCENES:
         unit = math.sqrt(scene.width * scene.height)
         for thing in scene.objects:
@@ -78,14 +78,14 @@ def test_colours_are_near_their_names_and_stand_out_from_the_background() -> Non
             assert colour_distance(thing.rgb, scene.background) > 90
 
 
-def test_objects_come_in_reading_order() -> None:
+def test_objects_are_in_reading_order() -> None:
     names = [name for row in PLACES for name in row]
     for scene in SCENES:
         order = [(names.index(thing.place), thing.x) for thing in scene.objects]
         assert order == sorted(order) == [reading_order(thing) for thing in scene.objects]
 
 
-def test_scenes_are_as_varied_as_promised() -> None:
+def test_scenes_are_varied() -> None:
     assert {len(scene.objects) for scene in SCENES} == {1, 2, 3, 4, 5, 6}
     assert {thing.shape for scene in SCENES for thing in scene.objects} == set(SHAPES)
     assert {thing.colour for scene in SCENES for thing in scene.objects} == set(COLOURS)
@@ -96,7 +96,7 @@ def test_scenes_are_as_varied_as_promised() -> None:
 
 
 @pytest.mark.parametrize("sides", [(64, 64), (64, 1500), (500, 1500)])
-def test_the_longer_side_is_as_asked_and_the_aspect_bounded(sides: tuple[int, int]) -> None:
+def test_the_longer_side_is_as_requested_and_the_aspect_is_bounded(sides: tuple[int, int]) -> None:
     for seed in range(60):
         scene: Scene = sample_scene(random.Random(seed), longest_side=sides)
         longer, shorter = max(scene.width, scene.height), min(scene.width, scene.height)
@@ -113,11 +113,11 @@ def test_places_have_names(x: float, y: float, place: str) -> None:
 
 
 @pytest.mark.parametrize(("x", "y"), [(0.34, 0.1), (0.1, 0.65), (1 / 3, 1 / 3)])
-def test_near_a_border_there_is_no_name(x: float, y: float) -> None:
+def test_positions_near_a_border_have_no_name(x: float, y: float) -> None:
     assert place_of(x, y, margin=0.03) is None
 
 
-def test_texts_are_numbers_and_words_where_random_letters_are_not_wanted() -> None:
+def test_without_random_letters_texts_are_numbers_and_words() -> None:
     def texts(share: float) -> list[str]:
         scenes = (sample_scene(random.Random(seed), random_letters=share) for seed in range(150))
         return [scene.text.text for scene in scenes if scene.text is not None]

@@ -1,4 +1,4 @@
-"""The default model's tokenizer: any text comes back, printed words are spelled, the chat template is a known one."""
+"""The default model's tokenizer: any text survives a round trip, printed words are spelled, the template is known."""
 
 import re
 
@@ -15,7 +15,7 @@ def pieces(tokenizer: PreTrainedTokenizerFast, text: str) -> list[str]:
 
 
 @pytest.mark.parametrize("text", ["Where is the red star?", "日本 naïve 🙂", "  HELLO\n\n42 ", "a</s>"])
-def test_any_text_comes_back(world_tokenizer: PreTrainedTokenizerFast, text: str) -> None:
+def test_any_text_survives_a_round_trip(world_tokenizer: PreTrainedTokenizerFast, text: str) -> None:
     ids = world_tokenizer(text, add_special_tokens=False)["input_ids"]
     assert world_tokenizer.decode(ids) == text
 
@@ -26,7 +26,7 @@ def test_capitals_and_digits_are_spelled(world_tokenizer: PreTrainedTokenizerFas
     assert [piece for piece in found if re.fullmatch(r"[A-Z0-9]", piece)][-len(word) :] == list(word)
 
 
-def test_a_capital_that_begins_a_word_is_not_spelled(world_tokenizer: PreTrainedTokenizerFast) -> None:
+def test_an_initial_capital_is_not_spelled(world_tokenizer: PreTrainedTokenizerFast) -> None:
     assert "T" not in pieces(world_tokenizer, "The picture")
 
 
@@ -42,10 +42,10 @@ def test_roles_are_single_tokens_and_the_image_is_special(world_tokenizer: PreTr
     assert world_tokenizer("x")["input_ids"][0] == world_tokenizer.bos_token_id
 
 
-def test_the_chat_template_renders_as_ours(world_tokenizer: PreTrainedTokenizerFast) -> None:
+def test_the_chat_template_is_recognised_as_ours(world_tokenizer: PreTrainedTokenizerFast) -> None:
     assert choose_template(CheckpointTokenizer(world_tokenizer), None).name == TEMPLATE_NAME
 
 
-def test_the_same_seed_learns_the_same() -> None:
+def test_the_same_seed_gives_the_same_vocabulary() -> None:
     one, other = (train_tokenizer(seed=5, num_scenes=20, vocab_size=320).get_vocab() for _ in range(2))
     assert one == other

@@ -1,4 +1,4 @@
-"""The default model's tower takes larger tiles with the same weights."""
+"""The default model's tower accepts larger tiles with the same weights."""
 
 import torch
 from torch import nn
@@ -6,7 +6,7 @@ from torch import nn
 from llava_core.scenes.tower import new_tower, resize_tower
 
 
-def test_positions_are_those_of_the_smaller_grid_interpolated_and_all_else_is_kept() -> None:
+def test_resizing_interpolates_positions_and_keeps_everything_else() -> None:
     torch.manual_seed(0)
     tower = new_tower(48, 16)
     larger = resize_tower(tower, 96)
@@ -20,7 +20,7 @@ def test_positions_are_those_of_the_smaller_grid_interpolated_and_all_else_is_ke
     assert larger(torch.zeros(1, 96, 96, 3, dtype=torch.uint8)).shape == (1, 36, 192)
 
 
-def test_the_same_size_changes_nothing() -> None:
+def test_resizing_to_the_same_size_changes_nothing() -> None:
     tower = new_tower(48, 16)
     tiles = torch.randint(0, 256, (2, 48, 48, 3), dtype=torch.uint8)
     assert torch.equal(resize_tower(tower, 48)(tiles), tower(tiles))

@@ -1,15 +1,15 @@
-"""The drawn world's words: no two colours can be taken for each other, and nothing is listed twice."""
+"""The drawn world's words: no two colours can be confused, and nothing is listed twice."""
 
 import itertools
 import math
 
 from llava_core.scenes.vocabulary import COLOURS, DIGITS, LETTERS, PLACES, PRINTED_WORDS, SHAPES, SIZES
 
-# What drawing adds or takes away per channel.
+# The most that drawing adds to or subtracts from a channel.
 JITTER = 9
 
 
-def test_colours_stay_apart_even_at_their_closest() -> None:
+def test_colours_stay_distinct_even_at_their_closest() -> None:
     for one, other in itertools.combinations(COLOURS, 2):
         distance = min(math.dist(a, b) for a in COLOURS[one] for b in COLOURS[other])
         assert distance > 2 * JITTER * math.sqrt(3), (one, other)
@@ -24,7 +24,7 @@ def test_places_are_a_grid_of_three_by_three() -> None:
     assert [len(row) for row in PLACES] == [3, 3, 3]
 
 
-def test_sizes_follow_one_another_without_overlap() -> None:
+def test_sizes_are_ordered_without_overlap() -> None:
     assert SIZES["small"][1] <= SIZES["medium"][0] < SIZES["medium"][1] <= SIZES["large"][0]
 
 

@@ -1,4 +1,4 @@
-"""What a stage's process sets up: threads, device, its share of the cores; and that it reads its own part alone."""
+"""What a stage's process sets up: threads, device, its share of the cores; it loads only its own part of the model."""
 
 import gc
 import logging
@@ -27,7 +27,7 @@ from llava_core.stages.loading import (
 from llava_core.stages.shared_cores import OwnCores, SharedCores
 
 
-def test_threads_are_what_was_asked_for_whatever_the_cpu_share(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_requested_threads_override_omp_num_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     set_up_compute(Compute(threads=2), num_gpus=0)
     assert torch.get_num_threads() == 2
@@ -58,13 +58,13 @@ with torch.inference_mode():
 
 
 @pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="no kernels for bfloat16")
-def test_memory_does_not_grow_with_every_length_that_a_prompt_can_have() -> None:
+def test_memory_does_not_grow_with_the_number_of_prompt_lengths() -> None:
     command = [sys.executable, "-c", PROMPTS_OF_ALL_LENGTHS]
     grown = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
     assert int(grown) < 60, "MiB"
 
 
-def test_what_loads_leaves_no_thread_behind_and_its_error_comes_through() -> None:
+def test_a_loading_thread_ends_and_its_error_is_raised() -> None:
     before = threading.enumerate()
     assert in_thread_of_its_own(lambda: threading.current_thread() not in before)
     assert threading.enumerate() == before
@@ -81,7 +81,7 @@ def test_what_loads_leaves_no_thread_behind_and_its_error_comes_through() -> Non
         ({}, "cuda", 8000, OwnCores),
     ],
 )
-def test_cores_are_shared_by_large_networks_whose_threads_are_not_set(
+def test_only_large_networks_without_set_threads_share_cores(
     settings: dict[str, Any],
     device: str,
     width: int,
@@ -93,13 +93,13 @@ def test_cores_are_shared_by_large_networks_whose_threads_are_not_set(
     torch.set_num_threads(2)
     cores = share_cores(Compute(**settings), torch.nn.Linear(width, width, device="meta"), device)
     assert type(cores) is expected
-    # A small network's operations are too short to be divided.
+    # A small network's operations are too short to be split among threads.
     assert torch.get_num_threads() == (1 if width == 8 and device == "cpu" else 2)
     if isinstance(cores, SharedCores):
         cores.close()
 
 
-def test_auto_is_the_gpu_that_ray_has_given_and_never_one_that_is_merely_there(
+def test_auto_uses_a_gpu_only_if_ray_assigned_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
@@ -110,13 +110,13 @@ def test_auto_is_the_gpu_that_ray_has_given_and_never_one_that_is_merely_there(
 
 
 @pytest.mark.parametrize(("asked", "num_gpus"), [("auto", 1), ("cuda", 0), ("cuda:0", 1)])
-def test_a_gpu_that_torch_cannot_use_ends_the_start(asked: str, num_gpus: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_that_torch_cannot_use_is_an_error(asked: str, num_gpus: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(DeviceError, match="calls for CUDA"):
         choose_device(asked, num_gpus=num_gpus)
 
 
-def test_each_stage_loads_its_own_part_by_its_own_settings(tiny_checkpoint: Path) -> None:
+def test_each_stage_loads_its_own_part_with_its_own_settings(tiny_checkpoint: Path) -> None:
     checkpoint = FoundCheckpoint(str(tiny_checkpoint), None, {}, offline=True).open()
     tower, _ = load_encoder(checkpoint, Compute("cpu", "float32", 1), num_gpus=0)
     assert next(tower.parameters()).dtype == torch.float32
@@ -128,9 +128,7 @@ def test_each_stage_loads_its_own_part_by_its_own_settings(tiny_checkpoint: Path
     assert tokenizer.num_tokens == checkpoint.config.vocab_size
 
 
-def test_garbage_is_collected_again_however_the_imports_end(
-    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_garbage_collection_resumes_after_a_failed_load(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     were_collecting: list[bool] = []
 
     def fail(*_: object, **__: object) -> None:

@@ -1,4 +1,4 @@
-"""Processes that compute on the same cores share them, whoever comes, pauses or dies."""
+"""Processes on the same cores share them, as processes start, pause or die."""
 
 import os
 import signal
@@ -22,8 +22,8 @@ for line in sys.stdin:
 """
 
 
-class Here:
-    """This process, which looks for others each time."""
+class Claimant:
+    """This process's claim on the cores; it looks for other processes each time."""
 
     def __init__(self, folder: Path, num_cores: int = 8) -> None:
         self.threads: list[int] = []
@@ -39,14 +39,14 @@ def look_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shared_cores, "_LOOK_S", 0.0)
 
 
-def test_who_is_alone_has_all_cores_and_is_told_once(tmp_path: Path) -> None:
-    here = Here(tmp_path)
-    assert [here.claim(), here.claim()] == [8, 8]
-    assert here.threads == [8]
+def test_a_single_process_gets_all_cores_and_is_notified_once(tmp_path: Path) -> None:
+    claimant = Claimant(tmp_path)
+    assert [claimant.claim(), claimant.claim()] == [8, 8]
+    assert claimant.threads == [8]
 
 
-def test_who_is_busy_together_shares_and_who_is_idle_counts_for_nothing(tmp_path: Path) -> None:
-    first, second, third = (Here(tmp_path) for _ in range(3))
+def test_busy_processes_share_cores_and_idle_ones_do_not_count(tmp_path: Path) -> None:
+    first, second, third = (Claimant(tmp_path) for _ in range(3))
     assert first.claim() == 8
     assert second.claim() == 4
     assert first.claim() == 4
@@ -58,13 +58,13 @@ def test_who_is_busy_together_shares_and_who_is_idle_counts_for_nothing(tmp_path
     assert third.threads == [2, 4, 8]
 
 
-def test_nobody_has_less_than_one_thread(tmp_path: Path) -> None:
-    many = [Here(tmp_path, num_cores=2) for _ in range(4)]
-    assert [here.claim() for here in many] == [2, 1, 1, 1]
+def test_every_process_has_at_least_one_thread(tmp_path: Path) -> None:
+    many = [Claimant(tmp_path, num_cores=2) for _ in range(4)]
+    assert [claimant.claim() for claimant in many] == [2, 1, 1, 1]
 
 
-def test_who_leaves_is_forgotten(tmp_path: Path) -> None:
-    first, second = Here(tmp_path), Here(tmp_path)
+def test_a_closed_claim_is_forgotten(tmp_path: Path) -> None:
+    first, second = Claimant(tmp_path), Claimant(tmp_path)
     second.claim()
     assert first.claim() == 4
     second.cores.close()
@@ -74,26 +74,26 @@ def test_who_leaves_is_forgotten(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_process_that_dies_takes_no_share_with_it(tmp_path: Path, signal_number: int) -> None:
+def test_the_share_of_a_dead_process_is_freed(tmp_path: Path, signal_number: int) -> None:
     command = [sys.executable, "-c", OTHER, str(tmp_path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdin is not None
         assert other.stdout is not None
-        here = Here(tmp_path)
-        assert here.claim() == 8
+        claimant = Claimant(tmp_path)
+        assert claimant.claim() == 8
         print("claim", file=other.stdin, flush=True)
         assert other.stdout.readline() == "threads 4\n"
         assert other.stdout.readline() == "done\n"
-        assert here.claim() == 4
+        assert claimant.claim() == 4
         other.send_signal(signal_number)
         other.wait(timeout=30)
-    assert here.claim() == 8
-    # Whoever comes next clears up.
-    assert Here(tmp_path).claim() == 4
+    assert claimant.claim() == 8
+    # The next process to arrive cleans up.
+    assert Claimant(tmp_path).claim() == 4
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_the_folder_is_this_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_shared_folder_belongs_to_this_user_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shared_cores.tempfile, "gettempdir", lambda: str(tmp_path))
     folder = shared_folder()
     assert folder.stat().st_mode & 0o777 == 0o700
@@ -105,9 +105,7 @@ def test_the_folder_is_this_users_own(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("kind", ["link", "dangling link", "file", "open to others"])
-def test_what_others_could_have_made_or_could_enter_is_not_the_folder(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_shared_folder_open_to_others_is_refused(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shared_cores.tempfile, "gettempdir", lambda: str(tmp_path))
     folder = tmp_path / f"llava-serve-{os.getuid()}"
     elsewhere = tmp_path / "elsewhere"
@@ -126,18 +124,16 @@ def test_what_others_could_have_made_or_could_enter_is_not_the_folder(
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "-1", "0-00000000", "1.5-00000000", "12345678901234567890-00000000"])
-def test_files_of_others_count_for_nothing_and_stay(name: str, tmp_path: Path) -> None:
+def test_unrelated_files_are_ignored_and_kept(name: str, tmp_path: Path) -> None:
     (tmp_path / name).touch()
-    assert Here(tmp_path).claim() == 8
+    assert Claimant(tmp_path).claim() == 8
     assert (tmp_path / name).exists()
 
 
-def test_a_number_that_another_users_process_has_now_counts_for_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_pid_reused_by_another_user_is_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def kill(_pid: int, _signal: int) -> None:
         raise PermissionError("another user's")
 
     monkeypatch.setattr(os, "kill", kill)
     (tmp_path / "17-00000000").touch()
-    assert Here(tmp_path).claim() == 8
+    assert Claimant(tmp_path).claim() == 8

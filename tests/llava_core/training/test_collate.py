@@ -1,4 +1,4 @@
-"""Batches: what is padded, what is not learned, and who sees whom, against the rule spelled out cell by cell."""
+"""Batches: padding, ignored labels, and the attention mask, against its rule spelled out cell by cell."""
 
 import pytest
 import torch
@@ -33,14 +33,14 @@ def test_features_follow_the_order_of_their_placeholders() -> None:
     assert batch["images"][:, 0, 0].tolist() == [2, 4, 4]
 
 
-def test_nobody_sees_padding_and_padding_sees_itself() -> None:
+def test_padding_is_seen_only_by_padding() -> None:
     mask = collate([example(2), example(4)])["mask"][0, 0]
     assert mask[2:].tolist() == [[False, False, True, False], [False, False, True, True]]
     assert not mask[:2, 2:].any()
 
 
 @given(st.lists(st.lists(st.integers(-1, 3), min_size=6, max_size=6), min_size=1, max_size=3))
-def test_a_token_sees_the_shared_prefix_and_its_own_block_as_far_as_itself(blocks: list[list[int]]) -> None:
+def test_a_token_sees_the_shared_prefix_and_its_own_block_up_to_itself(blocks: list[list[int]]) -> None:
     mask = visibility(torch.tensor(blocks))
     assert mask.shape == (len(blocks), 1, 6, 6)
     for row, numbers in enumerate(blocks):

@@ -1,4 +1,4 @@
-"""LLaVA JSON to labelled examples: the reference's rules kept, every sample that teaches nothing refused by name."""
+"""LLaVA JSON to labelled examples: the reference's rules hold, and samples that teach nothing are refused by name."""
 
 import json
 from pathlib import Path
@@ -47,7 +47,7 @@ def test_a_first_message_that_is_not_the_humans_is_dropped() -> None:
     assert [turn.text for turn in sample.turns] == ["Hi", "Hello"]
 
 
-def test_a_sample_without_id_is_named_by_its_place() -> None:
+def test_a_sample_without_id_is_named_by_its_index() -> None:
     assert (
         parse_sample({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "x"}]}, 7).id == "7"
     )
@@ -80,7 +80,7 @@ def test_a_damaged_file_is_named(tmp_path: Path, content: str, named: str) -> No
         load_samples(tmp_path / "missing.json")
 
 
-def test_every_answer_is_learned_and_nothing_else(tokenizer: CheckpointTokenizer) -> None:
+def test_exactly_the_answers_are_learned(tokenizer: CheckpointTokenizer) -> None:
     turns = parse_sample(
         row(("human", "<image>\nQ1"), ("gpt", "A1"), ("human", "Q2"), ("gpt", "two\nlines"), image="a.png"), 0
     ).turns
@@ -89,7 +89,7 @@ def test_every_answer_is_learned_and_nothing_else(tokenizer: CheckpointTokenizer
     assert example.ids.count(IMAGE_TOKEN_ID) == 3
 
 
-def test_alignment_is_image_caption_newline(tokenizer: CheckpointTokenizer) -> None:
+def test_an_alignment_example_is_image_caption_newline(tokenizer: CheckpointTokenizer) -> None:
     turns = [Turn("user", "<image>\nDescribe it."), Turn("assistant", "A red star.")]
     example = build_example(turns, get_template("plain"), tokenizer, [2], max_length=100)
     assert example.ids[:3] == (1, IMAGE_TOKEN_ID, IMAGE_TOKEN_ID)
@@ -110,12 +110,12 @@ def test_alignment_needs_one_image_and_one_caption(tokenizer: CheckpointTokenize
         build_example(turns, get_template("plain"), tokenizer, [1], max_length=100)
 
 
-def test_a_conversation_without_an_answer_teaches_nothing(tokenizer: CheckpointTokenizer) -> None:
+def test_a_conversation_without_an_answer_is_refused(tokenizer: CheckpointTokenizer) -> None:
     with pytest.raises(DatasetError, match="no assistant text"):
         build_example([Turn("user", "Q")], get_template("vicuna_v1"), tokenizer, [], max_length=1000)
 
 
-def test_a_conversation_that_is_too_long_is_not_cut(tokenizer: CheckpointTokenizer) -> None:
+def test_a_too_long_conversation_is_refused_and_not_truncated(tokenizer: CheckpointTokenizer) -> None:
     turns = [Turn("user", "Q"), Turn("assistant", "A" * 50)]
     with pytest.raises(DatasetError, match="more than the limit of 60") as caught:
         build_example(turns, get_template("mistral_instruct"), tokenizer, [], max_length=60)

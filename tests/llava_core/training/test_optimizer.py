@@ -1,4 +1,4 @@
-"""Two optimizers as one: which parameter belongs to which, equal steps, and a checkpoint that leaves no trace."""
+"""Two optimizers as one: the assignment of parameters, equal steps, and seamless resuming from a checkpoint."""
 
 import copy
 
@@ -32,19 +32,19 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in model.named_parameters()}
 
 
-def test_matrices_inside_the_network_are_hidden_and_embeddings_and_head_are_not(model: LlamaForCausalLM) -> None:
+def test_hidden_matrices_exclude_embeddings_and_head(model: LlamaForCausalLM) -> None:
     hidden = {id(parameter) for parameter in hidden_matrices(model)}
     names = {name for name, parameter in model.named_parameters() if id(parameter) in hidden}
     assert len(names) == 7
     assert all(name.startswith("model.layers.0.") and name.endswith("_proj.weight") for name in names)
 
 
-def test_frozen_parameters_belong_to_neither(model: LlamaForCausalLM) -> None:
+def test_frozen_parameters_are_not_hidden_matrices(model: LlamaForCausalLM) -> None:
     model.model.layers.requires_grad_(False)
     assert hidden_matrices(model) == []
 
 
-def test_steps_are_those_of_the_two_optimizers(model: LlamaForCausalLM) -> None:
+def test_steps_equal_those_of_the_two_optimizers(model: LlamaForCausalLM) -> None:
     start = weights(model)
     ours = MuonAdamW(model, **SPEEDS, weight_decay=0.1)
     for seed in range(3):
@@ -66,7 +66,7 @@ def test_steps_are_those_of_the_two_optimizers(model: LlamaForCausalLM) -> None:
     assert all(torch.equal(got[name], value) for name, value in weights(model).items())
 
 
-def test_a_scheduler_reaches_both(model: LlamaForCausalLM) -> None:
+def test_a_scheduler_affects_both_optimizers(model: LlamaForCausalLM) -> None:
     optimizer = MuonAdamW(model, **SPEEDS, weight_decay=0.1)
     before = weights(model)
     LambdaLR(optimizer, lambda _: 0.0)
@@ -74,7 +74,7 @@ def test_a_scheduler_reaches_both(model: LlamaForCausalLM) -> None:
     assert all(torch.equal(before[name], value) for name, value in weights(model).items())
 
 
-def test_going_on_from_a_checkpoint_is_as_if_nothing_had_happened(model: LlamaForCausalLM) -> None:
+def test_resuming_from_a_checkpoint_gives_the_same_weights(model: LlamaForCausalLM) -> None:
     optimizer = MuonAdamW(model, **SPEEDS, weight_decay=0.1)
     take_step(model, optimizer, 0)
     middle, state = weights(model), copy.deepcopy(optimizer.state_dict())

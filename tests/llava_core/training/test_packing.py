@@ -1,4 +1,4 @@
-"""Packing many questions about one picture changes nothing: the model computes what it would for each one alone."""
+"""Packing many questions about one picture changes nothing: the model computes the same as for each one alone."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ PREFIX = (1, *[IMAGE_TOKEN_ID] * IMAGE_TOKENS, 50)
 
 @pytest.fixture(scope="module", params=["sdpa", "eager"])
 def language(tiny_checkpoint: Path, request: pytest.FixtureRequest) -> LanguageSide:
-    """With each attention: they do not take masks in the same form."""
+    """The language side with each attention implementation, because they take masks in different forms."""
     return load_language_side(tiny_checkpoint, LoadOptions(dtype="float32"), attention=request.param)
 
 
@@ -31,7 +31,7 @@ PROMPTS = [prompt((60, 61, 62), (70, 2)), prompt((60, 63), (71, 72, 73, 2)), pro
 
 
 def losses(language: LanguageSide, packed: Packed, features: Tensor) -> list[float]:
-    """The loss of every supervised token, in order."""
+    """Returns the loss of every supervised token, in order."""
     batch = collate([{"tokens": packed, "images": features}])
     with torch.inference_mode():
         logits = language(batch["ids"], list(batch["images"]), mask=batch["mask"], positions=batch["positions"])
@@ -40,7 +40,7 @@ def losses(language: LanguageSide, packed: Packed, features: Tensor) -> list[flo
     return [float(value) for value in each[target != IGNORE_LABEL]]
 
 
-def test_losses_equal_those_of_separate_sequences(language: LanguageSide) -> None:
+def test_packed_losses_equal_those_of_separate_sequences(language: LanguageSide) -> None:
     features = torch.randn(1, IMAGE_TOKENS, VISION_HIDDEN, generator=torch.Generator().manual_seed(0))
     packed = losses(language, pack_shared_prefix(PROMPTS, max_length=100), features)
     alone = [loss for one in PROMPTS for loss in losses(language, pack_alone(one), features)]
@@ -48,7 +48,7 @@ def test_losses_equal_those_of_separate_sequences(language: LanguageSide) -> Non
 
 
 def test_no_token_sees_the_future(language: LanguageSide) -> None:
-    """Otherwise a model learns to copy its answers from behind, with a fine loss and no use."""
+    """Otherwise the model would learn to copy answers it can already see: a low loss, but useless."""
     features = torch.randn(1, IMAGE_TOKENS, VISION_HIDDEN, generator=torch.Generator().manual_seed(0))
     ids = PROMPTS[0].ids
 
@@ -73,7 +73,7 @@ def test_every_answer_is_still_supervised() -> None:
     assert [label for label in packed.labels if label != IGNORE_LABEL] == [70, 2, 71, 72, 73, 2, 74, 2]
 
 
-def test_questions_that_do_not_fit_are_left_out() -> None:
+def test_questions_beyond_the_length_are_left_out() -> None:
     packed = pack_shared_prefix(PROMPTS, max_length=len(PREFIX) + 10)
     assert set(packed.blocks) == {0, 1, 3}
     assert len(packed.ids) <= len(PREFIX) + 10
@@ -84,7 +84,7 @@ def test_the_common_prefix_ends_before_the_token_that_predicts_an_answer() -> No
     assert common_prefix_length(same_question) == len(PREFIX) + 1
 
 
-def test_alone_everybody_sees_what_came_before() -> None:
+def test_a_prompt_packed_alone_is_a_single_block() -> None:
     packed = pack_alone(PROMPTS[0])
     assert packed.positions == tuple(range(len(PROMPTS[0].ids)))
     assert set(packed.blocks) == {0}

@@ -1,4 +1,4 @@
-"""Supervised training: a tiny model learns four examples by heart, and an interruption leaves no trace in weights."""
+"""Supervised training: a tiny model memorises four examples, and an interruption does not change the weights."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +23,7 @@ from tests.tiny import IMAGE_SIZE, IMAGE_TOKENS, VISION_HIDDEN
 
 
 class FourExamples(Dataset[Example]):
-    """Four pictures (random features, or tiles), four one-word answers."""
+    """A dataset of four pictures (random features or tiles) with one-word answers."""
 
     def __init__(self, folder: Path, *, tiles: bool = False) -> None:
         tokenizer, template = load_tokenizer(folder), get_template("mistral_instruct")
@@ -46,7 +46,7 @@ class FourExamples(Dataset[Example]):
 
 
 class StopAt(TrainerCallback):
-    """An interruption: training ends after this step, its checkpoint saved."""
+    """Simulates an interruption: training ends after this step, with its checkpoint saved."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -85,7 +85,7 @@ def weights(language: LanguageSide) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in language.state_dict().items()}
 
 
-def test_four_examples_are_learned_by_heart(
+def test_four_examples_are_memorised(
     examples: FourExamples, new_language: Callable[[], LanguageSide], tmp_path: Path
 ) -> None:
     language = new_language()
@@ -119,7 +119,7 @@ def test_a_resumed_training_ends_with_the_same_weights(
     assert all(torch.equal(expected[name], got[name]) for name in expected)
 
 
-def test_alignment_changes_the_projector_alone(
+def test_alignment_changes_only_the_projector(
     examples: FourExamples, new_language: Callable[[], LanguageSide], tmp_path: Path
 ) -> None:
     language = new_language()
@@ -130,7 +130,7 @@ def test_alignment_changes_the_projector_alone(
     assert all(name.startswith("projector.") for name in changed)
 
 
-def test_a_tower_learns_too_when_it_is_given(
+def test_a_given_tower_is_trained_too(
     tiny_checkpoint: Path, new_language: Callable[[], LanguageSide], tmp_path: Path
 ) -> None:
     tower = load_tower(tiny_checkpoint, LoadOptions(dtype="float32"))
@@ -165,14 +165,14 @@ def test_instruction_tuning_trains_projector_and_decoder(new_language: Callable[
     assert all(parameter.requires_grad for parameter in language.parameters())
 
 
-def test_a_batch_without_a_label_is_an_error(examples: FourExamples, new_language: Callable[[], LanguageSide]) -> None:
+def test_a_batch_without_labels_is_an_error(examples: FourExamples, new_language: Callable[[], LanguageSide]) -> None:
     batch = collate([examples[0]])
     batch["labels"].fill_(IGNORE_LABEL)
     with pytest.raises(ValueError, match="no supervised token"):
         SupervisedModel(new_language())(**batch)
 
 
-def test_a_folder_without_a_whole_checkpoint_is_none(tmp_path: Path) -> None:
+def test_a_folder_without_a_complete_checkpoint_has_none(tmp_path: Path) -> None:
     assert not has_checkpoint(tmp_path / "missing")
     (tmp_path / "checkpoint-5").mkdir()
     assert not has_checkpoint(tmp_path)

@@ -1,4 +1,4 @@
-"""Key tables: every name of the released file is accounted for, and no name of the tower is left without one."""
+"""Key tables: every name of the released file is accounted for, and every name of the tower has a counterpart."""
 
 import pytest
 import torch
@@ -55,7 +55,7 @@ def pooler() -> dict[str, tuple[int, ...]]:
 
 
 def released() -> dict[str, tuple[int, ...]]:
-    """Names and shapes of what the tower reads, written down without it."""
+    """Returns names and shapes of the weights that the tower reads, written down independently of it."""
     return {
         **{f"encoder.encoder.{name}": shape for name, shape in trunk().items()},
         "encoder.backbone_to_vit.weight": (256, 2048, 1, 1),
@@ -64,7 +64,7 @@ def released() -> dict[str, tuple[int, ...]]:
     }
 
 
-def test_the_released_names_are_exactly_the_towers() -> None:
+def test_released_names_match_the_towers_exactly() -> None:
     with torch.device("meta"):
         vision = VisionConfig(448, 32, 512, -1, "patch", {"model_type": "biovil_t"})
         state = BioVilTTower(vision, BioVilPreprocessConfig()).state_dict()
@@ -75,7 +75,7 @@ def test_the_released_names_are_exactly_the_towers() -> None:
 
 
 @pytest.mark.parametrize("name", DROPPED)
-def test_what_the_language_model_never_sees_is_dropped_on_purpose(name: str) -> None:
+def test_weights_that_do_not_reach_the_language_model_are_dropped(name: str) -> None:
     assert from_biovil_t(name) is None
 
 
@@ -88,6 +88,6 @@ def test_any_other_name_is_an_error(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["", "model.embeddings.class_embedding", "trunk.conv1.weight"])
-def test_a_name_that_is_not_the_towers_is_an_error(name: str) -> None:
+def test_a_name_unknown_to_the_tower_is_an_error(name: str) -> None:
     with pytest.raises(KeyError):
         to_biovil_t(name)

@@ -1,4 +1,4 @@
-"""The temporal pooler equals a slow restatement in loops; positions are written out; dropout is for training alone."""
+"""The temporal pooler equals a slow reference in loops; positions are written out; dropout applies only in training."""
 
 import math
 
@@ -28,7 +28,7 @@ def maps() -> tuple[Tensor, Tensor]:
 
 
 def position(row: int, column: int, width: int, grid: int) -> Tensor:
-    """Feature by feature, for one patch."""
+    """Computes the position embedding of one patch, feature by feature."""
     half = width // 2
     values = []
     for place in (row, column):
@@ -58,8 +58,8 @@ def attend(tokens: list[Tensor], weights: dict[str, Tensor], name: str) -> list[
     return attended
 
 
-def restated(pooler: TemporalPooler, current: Tensor, prior: Tensor) -> Tensor:
-    """One pair of maps (WIDTH, GRID, GRID), token by token."""
+def reference_pooling(pooler: TemporalPooler, current: Tensor, prior: Tensor) -> Tensor:
+    """Computes the pooler for one pair of maps (WIDTH, GRID, GRID), token by token."""
     weights = pooler.state_dict()
     cells = [(row, column) for row in range(GRID) for column in range(GRID)]
     tokens, where = [], []
@@ -83,36 +83,36 @@ def restated(pooler: TemporalPooler, current: Tensor, prior: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def test_differences_equal_the_restatement(pooler: TemporalPooler, maps: tuple[Tensor, Tensor]) -> None:
+def test_difference_features_equal_the_reference(pooler: TemporalPooler, maps: tuple[Tensor, Tensor]) -> None:
     got = pooler(*maps)
-    expected = torch.stack([restated(pooler, current, prior) for current, prior in zip(*maps, strict=True)])
+    expected = torch.stack([reference_pooling(pooler, current, prior) for current, prior in zip(*maps, strict=True)])
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
 @torch.inference_mode()
-def test_which_of_the_two_is_the_prior_matters(pooler: TemporalPooler, maps: tuple[Tensor, Tensor]) -> None:
+def test_swapping_current_and_prior_changes_the_result(pooler: TemporalPooler, maps: tuple[Tensor, Tensor]) -> None:
     current, prior = maps
     assert not torch.allclose(pooler(current, prior), pooler(prior, current), atol=1e-2)
 
 
 @pytest.mark.parametrize(("grid", "width"), [(14, 256), (3, 8)])
-def test_positions_are_those_written_out(grid: int, width: int) -> None:
+def test_positions_equal_the_written_out_ones(grid: int, width: int) -> None:
     got = sine_position_embedding(grid, width)
     expected = torch.stack([position(row, column, width, grid) for row in range(grid) for column in range(grid)])
     torch.testing.assert_close(got, expected, atol=1e-6, rtol=0)
 
 
-def test_positions_are_computed_not_saved(pooler: TemporalPooler) -> None:
+def test_positions_are_computed_and_not_saved(pooler: TemporalPooler) -> None:
     assert "position" not in pooler.state_dict()
     assert pooler.position.shape == (GRID * GRID, WIDTH)
 
 
-def test_a_map_of_another_size_is_our_mistake(pooler: TemporalPooler) -> None:
+def test_a_map_of_another_size_fails_an_assertion(pooler: TemporalPooler) -> None:
     with pytest.raises(AssertionError, match=r"not \(3, 3\)"):
         pooler(torch.zeros(1, WIDTH, 2, 2), torch.zeros(1, WIDTH, 2, 2))
 
 
-def test_dropout_is_for_training_alone(pooler: TemporalPooler, maps: tuple[Tensor, Tensor]) -> None:
+def test_dropout_applies_only_in_training(pooler: TemporalPooler, maps: tuple[Tensor, Tensor]) -> None:
     assert torch.equal(pooler(*maps), pooler(*maps))
     pooler.train()
     with torch.random.fork_rng():
@@ -120,7 +120,7 @@ def test_dropout_is_for_training_alone(pooler: TemporalPooler, maps: tuple[Tenso
         assert not torch.equal(pooler(*maps), pooler(*maps))
 
 
-def test_a_dropped_path_keeps_the_mean() -> None:
+def test_drop_path_keeps_the_mean() -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         dropped = drop_path(torch.ones(4000, 2, 3), training=True)

@@ -1,4 +1,4 @@
-"""The trunk equals transformers' ResNet of the same sizes, and has the weights of torchvision's ResNet-50."""
+"""The trunk equals transformers' ResNet of the same sizes, and its weights match torchvision's ResNet-50."""
 
 import re
 
@@ -12,7 +12,7 @@ DEPTHS, WIDTH = (2, 1, 3, 1), 4
 
 
 def torchvision_name(name: str) -> str:
-    """A name of transformers' ResNet as torchvision calls it."""
+    """Translates a weight name of transformers' ResNet to torchvision's."""
     name = name.replace("embedder.embedder.convolution", "conv1").replace("embedder.embedder.normalization", "bn1")
     name = re.sub(r"encoder\.stages\.(\d)\.layers\.", lambda match: f"layer{int(match[1]) + 1}.", name)
     name = name.replace("shortcut.convolution", "downsample.0").replace("shortcut.normalization", "downsample.1")
@@ -40,7 +40,7 @@ def build(reference: ResNetModel) -> ResNetTrunk:
 
 @pytest.mark.parametrize("size", [(64, 64), (96, 64), (75, 75)])
 @torch.inference_mode()
-def test_features_equal_those_of_transformers(reference: ResNetModel, size: tuple[int, int]) -> None:
+def test_features_equal_transformers(reference: ResNetModel, size: tuple[int, int]) -> None:
     pixels = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(1))
     expected = reference(pixels).last_hidden_state
     features = build(reference)(pixels)
@@ -48,10 +48,10 @@ def test_features_equal_those_of_transformers(reference: ResNetModel, size: tupl
     assert features.shape[1] == ResNetTrunk(DEPTHS, WIDTH).num_channels
 
 
-def test_resnet_50_has_the_weights_of_torchvisions() -> None:
+def test_resnet_50_has_the_weights_of_torchvision() -> None:
     with torch.device("meta"):
         trunk = ResNetTrunk((3, 4, 6, 3), 64)
-        # 25,557,032 parameters, less the classifier's 2048 * 1000 + 1000.
+        # 25,557,032 parameters, minus the classifier's 2048 * 1000 + 1000.
         assert sum(parameter.numel() for parameter in trunk.parameters()) == 23_508_032
         assert trunk(torch.empty(1, 3, 448, 448)).shape == (1, 2048, 14, 14)
     shapes = {name: tuple(value.shape) for name, value in trunk.state_dict().items()}

@@ -1,4 +1,4 @@
-"""BioViL-T is its parts put together: static beside difference features, with a prior and without."""
+"""BioViL-T combines its parts: static beside difference features, with and without a prior."""
 
 from dataclasses import replace
 
@@ -34,19 +34,19 @@ def tiles(seed: int, count: int = 2) -> Tensor:
 
 
 def static_features(tower: BioVilTTower, pictures: Tensor) -> Tensor:
-    """(N, WIDTH, GRID, GRID), the 1x1 convolution written out."""
+    """Computes static features (N, WIDTH, GRID, GRID) with the 1x1 convolution written out."""
     trunk = tower.model.trunk(pictures.permute(0, 3, 1, 2).float() / 255)
     return torch.einsum("oc,nchw->nohw", tower.model.narrow.weight[:, :, 0, 0], trunk)
 
 
 def rows(features: Tensor) -> Tensor:
-    """(N, C, GRID, GRID) → (N, GRID², C), patch by patch."""
+    """Rearranges (N, C, GRID, GRID) → (N, GRID², C), patch by patch."""
     cells = [features[:, :, row, column] for row in range(GRID) for column in range(GRID)]
     return torch.stack(cells, 1)
 
 
 @torch.inference_mode()
-def test_without_a_prior_a_learned_vector_stands_beside_every_patch(tower: BioVilTTower) -> None:
+def test_without_a_prior_a_learned_vector_is_appended_to_every_patch(tower: BioVilTTower) -> None:
     features = tower(tiles(0))
     assert features.shape == (2, VISION.patches_per_side**2, VISION.hidden_size)
     static = rows(static_features(tower, tiles(0)))
@@ -56,7 +56,7 @@ def test_without_a_prior_a_learned_vector_stands_beside_every_patch(tower: BioVi
 
 
 @torch.inference_mode()
-def test_with_a_prior_the_difference_stands_there(tower: BioVilTTower) -> None:
+def test_with_a_prior_the_difference_is_appended_to_every_patch(tower: BioVilTTower) -> None:
     features = tower(tiles(0), tiles(1))
     static, before = static_features(tower, tiles(0)), static_features(tower, tiles(1))
     torch.testing.assert_close(features[:, :, :WIDTH], rows(static), atol=1e-5, rtol=1e-5)
@@ -73,7 +73,7 @@ def test_a_picture_does_not_depend_on_its_neighbours(tower: BioVilTTower, prior:
 
 
 @torch.inference_mode()
-def test_the_tower_computes_in_the_dtype_of_its_weights(tower: BioVilTTower) -> None:
+def test_the_tower_computes_in_its_weights_dtype(tower: BioVilTTower) -> None:
     expected = tower(tiles(0), tiles(1))
     got = tower.to(torch.bfloat16)(tiles(0), tiles(1))
     assert (got.dtype, tower.model.dtype) == (torch.bfloat16, torch.bfloat16)
@@ -89,7 +89,7 @@ def test_the_released_sizes_give_196_tokens_of_512_features() -> None:
     assert RELEASED.patches_per_side**2 == 196
 
 
-def test_priors_of_another_shape_are_our_mistake(tower: BioVilTTower) -> None:
+def test_priors_of_another_shape_fail_an_assertion(tower: BioVilTTower) -> None:
     with pytest.raises(AssertionError, match="priors"):
         tower(tiles(0), tiles(1, count=1))
 
@@ -108,6 +108,6 @@ def test_priors_of_another_shape_are_our_mistake(tower: BioVilTTower) -> None:
         (replace(VISION, architecture={**SMALL, "num_heads": 3}), "multiple of 4 and of num_heads"),
     ],
 )
-def test_settings_it_does_not_have_are_refused(vision: VisionConfig, message: str) -> None:
+def test_unsupported_settings_are_refused(vision: VisionConfig, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         BioVilTTower(vision, PREPROCESS)

@@ -40,7 +40,7 @@ def build(vision: VisionConfig, folder: Path, reference: CLIPVisionModel) -> Cli
 @pytest.mark.parametrize("layer", [-4, -2, -1, 0, 1, 3])
 @pytest.mark.parametrize("select", ["patch", "cls_patch"])
 @torch.inference_mode()
-def test_features_equal_the_hidden_states_of_transformers(
+def test_features_equal_transformers_hidden_states(
     tiles: torch.Tensor,
     vision: VisionConfig,
     reference: CLIPVisionModel,
@@ -65,7 +65,7 @@ def test_a_picture_does_not_depend_on_its_neighbours(
 
 
 @torch.inference_mode()
-def test_the_tower_computes_in_the_dtype_of_its_weights(
+def test_the_tower_computes_in_its_weights_dtype(
     tiles: torch.Tensor, vision: VisionConfig, reference: CLIPVisionModel, tiny_checkpoint: Path
 ) -> None:
     tower = build(vision, tiny_checkpoint, reference)
@@ -76,7 +76,7 @@ def test_the_tower_computes_in_the_dtype_of_its_weights(
     assert got.shape == (2, IMAGE_TOKENS, VISION_HIDDEN)
 
 
-def test_normalisation_is_clips() -> None:
+def test_normalisation_equals_clips() -> None:
     tile = np.array([[[[0, 128, 255]]]], np.uint8)
     got = normalise(torch.from_numpy(tile), PreprocessConfig(size=1))[0, :, 0, 0]
     expected = (np.array([0, 128 / 255, 1]) - np.array(CLIP_MEAN)) / np.array(CLIP_STD)

@@ -1,4 +1,4 @@
-"""Encoding pictures: order kept, equal pictures run once or come from the cache, and each result owns its memory."""
+"""Encoding pictures: order is kept, equal pictures run once or come from the cache, each result owns its memory."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -26,29 +26,29 @@ def picture(seed: int, num_tiles: int = 1) -> PreparedImage:
 
 
 def watched(tower: ClipTower) -> list[int]:
-    """The number of tiles of every run from now on."""
+    """Records the number of tiles in every later run of the tower."""
     runs: list[int] = []
     tower.register_forward_pre_hook(lambda _module, inputs: runs.append(len(inputs[0])))
     return runs
 
 
-def test_features_come_in_the_order_of_the_pictures(tower: ClipTower) -> None:
+def test_features_are_in_the_order_of_the_pictures(tower: ClipTower) -> None:
     pictures = [picture(2), picture(0), picture(1)]
     together = encode_images(tower, pictures)
     assert [image.digest for image in together] == ["digest-2", "digest-0", "digest-1"]
     for image, alone in zip(together, pictures, strict=True):
-        # To the bit, whatever else is in the request: with and without a cache, an answer is the same.
+        # Bit-identical whatever else the request holds, so answers are the same with and without a cache.
         assert torch.equal(image.features, encode_images(tower, [alone])[0].features)
 
 
-def test_equal_pictures_are_run_once(tower: ClipTower) -> None:
+def test_equal_pictures_are_encoded_once(tower: ClipTower) -> None:
     runs = watched(tower)
     same = encode_images(tower, [picture(0), picture(1), picture(0)])
     assert runs == [1, 1]
     assert torch.equal(same[0].features, same[2].features)
 
 
-def test_no_pictures_run_nothing(tower: ClipTower) -> None:
+def test_without_pictures_the_tower_does_not_run(tower: ClipTower) -> None:
     tower.register_forward_pre_hook(lambda *_: pytest.fail("the tower ran"))
     assert encode_images(tower, []) == []
 
@@ -66,7 +66,7 @@ def test_a_result_does_not_keep_the_batch_alive(tower: ClipTower) -> None:
         assert image.features.is_contiguous()
 
 
-def test_a_cached_picture_is_not_run_and_has_the_same_features(tower: ClipTower) -> None:
+def test_a_cached_picture_is_not_rerun_and_has_the_same_features(tower: ClipTower) -> None:
     runs, cache = watched(tower), LruCache[ImageFeatures](10**6)
     first = encode_images(tower, [picture(0, 3), picture(1)], cache)
     again = encode_images(tower, [picture(1), picture(2), picture(0, 3)], cache)
@@ -79,14 +79,14 @@ def test_a_cached_picture_is_not_run_and_has_the_same_features(tower: ClipTower)
     assert cache.num_bytes == sum(each.features.nbytes for each in (*first, again[1]))
 
 
-def test_pictures_of_equal_tiles_keep_their_own_sizes(tower: ClipTower) -> None:
+def test_pictures_with_equal_tiles_keep_their_own_sizes(tower: ClipTower) -> None:
     cache = LruCache[ImageFeatures](10**6)
     small, large = (replace(picture(0), size=Size(side, side)) for side in (5, 500))
     sizes = [encode_images(tower, [image], cache)[0].size for image in (small, large)]
     assert sizes == [Size(5, 5), Size(500, 500)]
 
 
-def test_a_picture_that_fails_leaves_the_cache_as_it_was(tower: ClipTower) -> None:
+def test_a_failed_picture_leaves_the_cache_unchanged(tower: ClipTower) -> None:
     cache = LruCache[ImageFeatures](10**6)
     odd = PreparedImage("odd", Size(5, 5), np.zeros((1, 5, 5, 3), np.uint8))
     with pytest.raises(ValueError, match="doesn't match model"):
@@ -96,7 +96,7 @@ def test_a_picture_that_fails_leaves_the_cache_as_it_was(tower: ClipTower) -> No
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_features_that_are_no_numbers_are_told_once_and_never_kept(tower: ClipTower, poison: float) -> None:
+def test_non_finite_features_are_returned_but_never_cached(tower: ClipTower, poison: float) -> None:
     cache = LruCache[ImageFeatures](10**6)
 
     def spoil(_module: object, _inputs: object, features: torch.Tensor) -> torch.Tensor:
@@ -112,7 +112,7 @@ def test_features_that_are_no_numbers_are_told_once_and_never_kept(tower: ClipTo
     assert torch.equal(good.features, encode_images(tower, [picture(0)])[0].features)
 
 
-def test_nobody_changes_what_is_cached_by_accident(tower: ClipTower) -> None:
+def test_cached_features_cannot_be_changed_in_place(tower: ClipTower) -> None:
     cache = LruCache[ImageFeatures](10**6)
     (image,) = encode_images(tower, [picture(0)], cache)
     with pytest.raises(RuntimeError, match="Inplace update to inference tensor"):

@@ -1,4 +1,4 @@
-"""A tower made ready gives the features it gave before, from fewer layers."""
+"""A tower made ready for inference gives the same features as before, with fewer layers."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -36,7 +36,7 @@ def tower_of(folder: Path, layer: int, kind: str) -> VisionTower:
 @torch.inference_mode()
 @pytest.mark.parametrize("kind", ["CLIP", "CLIP-S2", "SigLIP"])
 @pytest.mark.parametrize("layer", [-4, -2, -1, 0, 1, 3])
-def test_features_stay_and_layers_behind_them_go(tiny_checkpoint: Path, layer: int, kind: str) -> None:
+def test_features_stay_the_same_and_unused_layers_are_removed(tiny_checkpoint: Path, layer: int, kind: str) -> None:
     tower = tower_of(tiny_checkpoint, layer, kind)
     pixels = tiles(2 * IMAGE_SIZE if kind == "CLIP-S2" else IMAGE_SIZE)
     before, num_parameters = tower(pixels), sum(1 for _ in tower.parameters())
@@ -50,7 +50,7 @@ def test_features_stay_and_layers_behind_them_go(tiny_checkpoint: Path, layer: i
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 @torch.inference_mode()
 @pytest.mark.parametrize("kind", ["CLIP", "SigLIP"])
-def test_a_gpus_kernels_give_the_features_too(tiny_checkpoint: Path, kind: str) -> None:
+def test_gpu_kernels_give_the_same_features(tiny_checkpoint: Path, kind: str) -> None:
     tower = tower_of(tiny_checkpoint, -2, kind).cuda()
     before = tower(tiles().cuda())
     ready_tower(tower)
@@ -70,8 +70,8 @@ def test_half_precision_is_packed_and_stays_close(tiny_checkpoint: Path) -> None
 
 @torch.inference_mode()
 @pytest.mark.parametrize(("kind", "expected"), [("CLIP", 2), ("CLIP-S2", 4), ("SigLIP", 2)])
-def test_a_call_comes_before_every_layer(tiny_checkpoint: Path, kind: str, expected: int) -> None:
-    """The tiny towers have three layers, of which -2 reads two, and S2 runs its tower once for each scale."""
+def test_the_callback_runs_before_every_layer(tiny_checkpoint: Path, kind: str, expected: int) -> None:
+    """The tiny towers have three layers, of which layer -2 needs two, and S2 runs its tower once per scale."""
     tower, calls = tower_of(tiny_checkpoint, -2, kind), list[None]()
     ready_tower(tower)
     call_before_layers(tower, lambda: calls.append(None))

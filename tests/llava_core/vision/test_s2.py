@@ -1,4 +1,4 @@
-"""CLIP-S2 equals a slow restatement: every square of every scale alone through CLIP, averaged patch by patch."""
+"""CLIP-S2 equals a slow reference: every square of every scale runs through CLIP alone, averaged patch by patch."""
 
 from dataclasses import replace
 
@@ -47,8 +47,8 @@ def build(reference: CLIPVisionModel, vision: VisionConfig = VISION) -> ClipS2To
     return tower.eval()
 
 
-def restated(clip: CLIPVisionModel, tile: torch.Tensor, layer: int) -> torch.Tensor:
-    """One tile (84, 84, 3) → (GRID², 3 * WIDTH), in loops."""
+def reference_features(clip: CLIPVisionModel, tile: torch.Tensor, layer: int) -> torch.Tensor:
+    """Computes the features of one tile (84, 84, 3) → (GRID², 3 * WIDTH), in loops."""
     pixels = normalise(tile[None], PREPROCESS)
     result = torch.zeros(GRID, GRID, 3 * WIDTH)
     for index, scale in enumerate(SCALES):
@@ -70,16 +70,16 @@ def restated(clip: CLIPVisionModel, tile: torch.Tensor, layer: int) -> torch.Ten
 
 @pytest.mark.parametrize("layer", [-2, -1, 1])
 @torch.inference_mode()
-def test_features_equal_the_restatement(reference: CLIPVisionModel, tiles: torch.Tensor, layer: int) -> None:
+def test_features_equal_the_reference(reference: CLIPVisionModel, tiles: torch.Tensor, layer: int) -> None:
     vision = replace(VISION, select_layer=layer)
     features = build(reference, vision)(tiles)
-    expected = torch.stack([restated(reference, tile, layer) for tile in tiles])
+    expected = torch.stack([reference_features(reference, tile, layer) for tile in tiles])
     torch.testing.assert_close(features, expected, atol=1e-5, rtol=1e-5)
     assert features.shape == (2, vision.patches_per_side**2, vision.hidden_size)
 
 
 @torch.inference_mode()
-def test_one_scale_is_plain_clip(reference: CLIPVisionModel) -> None:
+def test_a_single_scale_equals_plain_clip(reference: CLIPVisionModel) -> None:
     tiles = torch.from_numpy(np.random.default_rng(2).integers(0, 256, (1, SIDE, SIDE, 3), np.uint8))
     vision, preprocess = replace(VISION, hidden_size=WIDTH), PreprocessConfig(size=SIDE)
     plain = ClipTower(vision, preprocess).eval()
@@ -90,21 +90,21 @@ def test_one_scale_is_plain_clip(reference: CLIPVisionModel) -> None:
 
 
 @torch.inference_mode()
-def test_the_order_the_scales_are_given_in_does_not_matter(reference: CLIPVisionModel, tiles: torch.Tensor) -> None:
+def test_the_order_of_the_scales_does_not_matter(reference: CLIPVisionModel, tiles: torch.Tensor) -> None:
     other = ClipS2Tower(VISION, PREPROCESS, [84, 28, 56]).eval()
     other.model.load_state_dict(reference.state_dict())
     assert torch.equal(other(tiles), build(reference)(tiles))
 
 
 @torch.inference_mode()
-def test_the_tower_computes_in_the_dtype_of_its_weights(reference: CLIPVisionModel, tiles: torch.Tensor) -> None:
+def test_the_tower_computes_in_its_weights_dtype(reference: CLIPVisionModel, tiles: torch.Tensor) -> None:
     expected = build(reference)(tiles)
     got = build(reference).to(torch.bfloat16)(tiles)
     assert got.dtype == torch.bfloat16
     assert (got.float() - expected).abs().mean() < 0.05 * expected.abs().mean()
 
 
-def test_squares_go_row_by_row_and_come_back() -> None:
+def test_squares_are_split_row_by_row_and_merge_back() -> None:
     image = torch.arange(2 * 3 * 6 * 6).view(2, 3, 6, 6)
     squares = split_squares(image, 3)
     assert squares.shape == (18, 3, 2, 2)

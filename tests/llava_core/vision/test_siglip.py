@@ -1,4 +1,4 @@
-"""The tower equals transformers' SigLIP at the layer a checkpoint selects, every position kept; so do its tiles."""
+"""The tower equals transformers' SigLIP at the layer a checkpoint selects, with all positions; so do its tiles."""
 
 from dataclasses import replace
 
@@ -53,7 +53,7 @@ def build(reference: SiglipVisionModel, vision: VisionConfig = VISION, *, attent
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("layer", [-4, -2, -1, 0, 1, 3])
 @torch.inference_mode()
-def test_features_equal_the_hidden_states_of_transformers(
+def test_features_equal_transformers_hidden_states(
     reference: SiglipVisionModel, tiles: torch.Tensor, layer: int, attention: str
 ) -> None:
     vision = replace(VISION, select_layer=layer)
@@ -65,7 +65,7 @@ def test_features_equal_the_hidden_states_of_transformers(
 
 
 @torch.inference_mode()
-def test_the_last_layer_is_taken_before_the_closing_norm(reference: SiglipVisionModel, tiles: torch.Tensor) -> None:
+def test_the_last_layer_is_read_before_the_final_norm(reference: SiglipVisionModel, tiles: torch.Tensor) -> None:
     features = build(reference, replace(VISION, select_layer=-1))(tiles)
     normed = reference(normalise(tiles, PREPROCESS)).last_hidden_state
     torch.testing.assert_close(reference.post_layernorm(features), normed, atol=1e-5, rtol=1e-5)
@@ -79,14 +79,14 @@ def test_a_picture_does_not_depend_on_its_neighbours(reference: SiglipVisionMode
 
 
 @torch.inference_mode()
-def test_the_tower_computes_in_the_dtype_of_its_weights(reference: SiglipVisionModel, tiles: torch.Tensor) -> None:
+def test_the_tower_computes_in_its_weights_dtype(reference: SiglipVisionModel, tiles: torch.Tensor) -> None:
     expected = build(reference)(tiles)
     got = build(reference).to(torch.bfloat16)(tiles)
     assert got.dtype == torch.bfloat16
     assert (got.float() - expected).abs().mean() < 0.05 * expected.abs().mean()
 
 
-def test_the_pooling_head_is_there_only_where_the_configuration_has_it() -> None:
+def test_the_pooling_head_exists_only_if_configured() -> None:
     without = replace(VISION, architecture={**ARCHITECTURE, "vision_use_head": False})
     names = SiglipTower(without, PREPROCESS).state_dict()
     extra = set(SiglipTower(VISION, PREPROCESS).state_dict()) - set(names)
@@ -94,13 +94,13 @@ def test_the_pooling_head_is_there_only_where_the_configuration_has_it() -> None
     assert all(name.startswith("model.head.") for name in extra)
 
 
-def test_a_class_feature_cannot_be_asked_for() -> None:
+def test_selecting_the_class_feature_is_refused() -> None:
     with pytest.raises(CheckpointError, match="mm_vision_select_feature is 'cls_patch'"):
         SiglipTower(replace(VISION, select_feature="cls_patch"), PREPROCESS)
 
 
 @pytest.mark.parametrize("size", [(40, 40), (57, 31), (28, 28)])
-def test_padded_pictures_equal_those_of_transformers(size: tuple[int, int]) -> None:
+def test_padded_pictures_equal_transformers(size: tuple[int, int]) -> None:
     image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (size[1], size[0], 3), np.uint8))
     square = Image.new("RGB", (max(size), max(size)), (127, 127, 127))
     square.paste(image, ((max(size) - size[0]) // 2, (max(size) - size[1]) // 2))
@@ -111,7 +111,7 @@ def test_padded_pictures_equal_those_of_transformers(size: tuple[int, int]) -> N
 
 
 @pytest.mark.parametrize("size", [(40, 40), (57, 31), (28, 90)])
-def test_stretched_pictures_equal_those_of_transformers(size: tuple[int, int]) -> None:
+def test_stretched_pictures_equal_transformers(size: tuple[int, int]) -> None:
     image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (size[1], size[0], 3), np.uint8))
     processor = SiglipImageProcessorPil(size={"height": SIDE, "width": SIDE})
     expected = np.asarray(processor(image, return_tensors="np")["pixel_values"])

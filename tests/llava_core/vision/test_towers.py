@@ -1,4 +1,4 @@
-"""The registry: exact names, one class each, and errors that name the field and the known towers."""
+"""The tower registry: exact names, one class per name, and errors that name the field and the known towers."""
 
 from typing import Any
 
@@ -49,9 +49,7 @@ def build(kind: str | None, **options: Any) -> VisionTower:
     ],
 )
 @torch.inference_mode()
-def test_every_tower_is_built_by_name_and_keeps_the_same_promises(
-    kind: str | None, expected: type[VisionTower]
-) -> None:
+def test_every_tower_is_built_by_name_and_has_the_same_interface(kind: str | None, expected: type[VisionTower]) -> None:
     assert tower_class(vision(kind)) is expected
     tower = build(kind).eval()
     assert type(tower) is expected
@@ -62,19 +60,19 @@ def test_every_tower_is_built_by_name_and_keeps_the_same_promises(
     assert all(name.startswith("model.") for name in tower.state_dict())
 
 
-def test_scales_make_clip_multi_scale() -> None:
+def test_scales_build_a_multi_scale_clip() -> None:
     tower = build_tower(vision("clip_vision_model", scales=2), PreprocessConfig(size=56), s2_scales=(28, 56))
     assert isinstance(tower, ClipS2Tower)
     assert tower.scales == (28, 56)
 
 
-def test_the_attention_is_passed_on() -> None:
+def test_the_attention_setting_is_passed_on() -> None:
     for kind in ("clip_vision_model", "siglip_vision_model"):
         assert build(kind, attention="eager").model.config._attn_implementation == "eager"
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip", "CLIP_VISION_MODEL", "dinov2", ""])
-def test_an_unknown_tower_is_refused_with_those_there_are(kind: str) -> None:
+def test_an_unknown_tower_is_refused_and_the_known_ones_listed(kind: str) -> None:
     with pytest.raises(CheckpointError) as raised:
         build_tower(vision(kind), PreprocessConfig(size=28))
     assert f"model_type is {kind!r}" in str(raised.value)
@@ -82,7 +80,7 @@ def test_an_unknown_tower_is_refused_with_those_there_are(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["siglip_vision_model", "biovil_t"])
-def test_only_clip_is_read_at_several_scales(kind: str) -> None:
+def test_only_clip_supports_several_scales(kind: str) -> None:
     with pytest.raises(CheckpointError, match="s2 is set"):
         build(kind, s2_scales=(28, 56))
 

@@ -1,4 +1,4 @@
-"""The commands as typed: exit statuses, JSON that can be read, one-line errors, and files that can be used."""
+"""The commands as typed: exit statuses, readable JSON, one-line errors, and usable files."""
 
 import json
 import signal
@@ -27,7 +27,7 @@ def test_inspect_prints_text_and_json(tiny_checkpoint: Path) -> None:
     assert json.loads(out)["image_tokens"] == {"30x28": 4}
 
 
-def test_inspect_fails_where_something_is_wrong_and_still_prints(checkpoint_copy: Path) -> None:
+def test_inspect_fails_on_problems_but_still_prints_the_report(checkpoint_copy: Path) -> None:
     (checkpoint_copy / "tokenizer.json").unlink()
     code, out, _ = run("inspect", checkpoint_copy, "--format", "json")
     assert code == 1
@@ -36,7 +36,7 @@ def test_inspect_fails_where_something_is_wrong_and_still_prints(checkpoint_copy
     assert report["decoder"]["architecture"] == "llama"
 
 
-def test_a_whole_life(tmp_path: Path) -> None:
+def test_merge_convert_and_delta_in_sequence(tmp_path: Path) -> None:
     original = write_original(tmp_path / "source", Kind(layout="lora"))
     merged, hf, back = (tmp_path / name for name in ("merged", "hf", "back"))
     assert run("merge", original.folder, merged, "--base", original.base) == (0, "", "")
@@ -52,7 +52,7 @@ def test_a_whole_life(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ["convert", "merge", "make", "apply"])
-def test_sigterm_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+def test_sigterm_leaves_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
     original = write_original(tmp_path / "source", Kind(layout="projector"))
     merged, delta, out = (tmp_path / name for name in ("merged", "delta", "out"))
     assert run("merge", original.folder, merged, "--base", original.base)[0] == 0
@@ -70,7 +70,7 @@ def test_sigterm_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 
     before = signal.signal(signal.SIGTERM, ignore)
     try:
-        # The last that is done before the folder gets its name.
+        # The last step before the folder gets its final name.
         monkeypatch.setattr("os.fsync", lambda _: signal.raise_signal(signal.SIGTERM))
         code, _, err = run(*arguments[command])
         assert signal.getsignal(signal.SIGTERM) is ignore
@@ -97,7 +97,7 @@ def test_sigterm_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         (("delta", "apply", "/no/such", "MODEL", "OUT"), 1, "no such checkpoint folder"),
     ],
 )
-def test_mistakes_are_one_line(
+def test_mistakes_give_a_one_line_error(
     tiny_checkpoint: Path, tmp_path: Path, arguments: tuple[str, ...], code: int, named: str
 ) -> None:
     words = {"MODEL": str(tiny_checkpoint), "OUT": str(tmp_path / "out")}

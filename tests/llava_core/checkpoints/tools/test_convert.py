@@ -1,4 +1,4 @@
-"""Conversion both ways: transformers loads what comes out, answers stay, a round trip changes no byte of a tensor."""
+"""Conversion both ways: transformers loads the result, answers stay the same, round trips keep all bytes of tensors."""
 
 import shutil
 from dataclasses import replace
@@ -51,7 +51,7 @@ ORIGINALS = {
 
 
 def tensors_of(folder: Path) -> dict[Key, torch.Tensor]:
-    """By our key, since layouts name them differently; the tower's too, wherever it is."""
+    """Returns the tensors by our keys, since layouts name them differently; the tower's too, wherever it is stored."""
     stored = stored_tensors(open_checkpoint(folder, offline=True).weights)
     return {key: read_tensors({each.name: each.file})[each.name] for key, each in stored.items()}
 
@@ -66,7 +66,7 @@ def tokens_of(model: LocalModel) -> list[int]:
 
 
 @pytest.mark.parametrize("name", ORIGINALS)
-def test_an_original_comes_back_byte_for_byte(tmp_path: Path, name: str) -> None:
+def test_an_original_survives_a_round_trip_byte_for_byte(tmp_path: Path, name: str) -> None:
     original = write_original(tmp_path / "source", ORIGINALS[name])
     edit_json(original.folder / "config.json", lambda config: config.update(mm_projector_lr=2e-5))
     convert(str(original.folder), tmp_path / "hf", "llava-hf", max_shard_size=30_000)
@@ -75,7 +75,7 @@ def test_an_original_comes_back_byte_for_byte(tmp_path: Path, name: str) -> None
     before, after = tensors_of(original.folder), tensors_of(tmp_path / "back")
     assert set(before) == set(after)
     assert all(same_bytes(after[key], value) for key, value in before.items())
-    # And under the names they had.
+    # Under their original names too.
     own = read_tensors(find_tensors(original.folder))
     found = read_tensors(find_tensors(tmp_path / "back"))
     assert all(same_bytes(found[name], value) for name, value in own.items())
@@ -129,7 +129,7 @@ def test_transformers_computes_what_the_original_does(tmp_path: Path, name: str)
         logits = theirs(**given).logits[0, -1]
     expected = first_logits(source, prepared)
     torch.testing.assert_close(logits[: len(expected)], expected, atol=1e-4, rtol=1e-4)
-    # The row added for <image> is never the likeliest.
+    # The row added for <image> is never the most likely.
     assert logits.argmax() == expected.argmax()
     assert all(logits[len(expected) :] < expected.max())
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path / "hf")
@@ -139,7 +139,7 @@ def test_transformers_computes_what_the_original_does(tmp_path: Path, name: str)
 
 
 @pytest.mark.parametrize("names", ["hub", "saved", "module"])
-def test_a_llava_hf_model_comes_back_byte_for_byte_and_answers_the_same(
+def test_a_llava_hf_model_survives_a_round_trip_byte_for_byte(
     tmp_path: Path, reference_model: LlavaForConditionalGeneration, names: str
 ) -> None:
     source = write_checkpoint(tmp_path / "source", reference_model, names=names, num_shards=2)  # type: ignore[arg-type]
@@ -156,9 +156,7 @@ def test_a_llava_hf_model_comes_back_byte_for_byte_and_answers_the_same(
     assert all(torch.equal(value, expected[name]) for name, value in loaded.state_dict().items())
 
 
-def test_an_original_written_here_has_the_fields_and_names_that_the_original_code_reads(
-    tmp_path: Path, tiny_checkpoint: Path
-) -> None:
+def test_a_written_original_has_the_fields_the_original_code_reads(tmp_path: Path, tiny_checkpoint: Path) -> None:
     convert(str(tiny_checkpoint), tmp_path / "original", "original")
     config = read_json(tmp_path / "original", "config.json")
     wanted = {
@@ -203,21 +201,21 @@ def test_a_released_tower_is_named_and_not_copied(tmp_path: Path) -> None:
         (Kind(layout="projector"), "needs the model it was trained on"),
     ],
 )
-def test_what_llava_hf_has_no_words_for_is_refused_by_field(tmp_path: Path, kind: Kind, named: str) -> None:
+def test_what_llava_hf_cannot_express_is_refused_by_field(tmp_path: Path, kind: Kind, named: str) -> None:
     original = write_original(tmp_path / "source", kind)
     with pytest.raises(CheckpointError, match=named):
         convert(str(original.folder), tmp_path / "hf", "llava-hf")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-def test_what_the_original_has_no_words_for_is_refused_by_field(checkpoint_copy: Path, tmp_path: Path) -> None:
+def test_what_the_original_cannot_express_is_refused_by_field(checkpoint_copy: Path, tmp_path: Path) -> None:
     scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     edit_json(checkpoint_copy / "config.json", lambda config: config["text_config"].update(rope_parameters=scaling))
     with pytest.raises(CheckpointError, match=r"rope_parameters .* cannot be expressed in the original's"):
         convert(str(checkpoint_copy), tmp_path / "original", "original")
 
 
-def test_siglip_comes_back(tmp_path: Path) -> None:
+def test_siglip_survives_a_round_trip(tmp_path: Path) -> None:
     tower = SiglipVisionConfig(
         hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2, image_size=28, patch_size=14
     )
@@ -245,7 +243,7 @@ def test_siglip_comes_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", [Kind(files="bin", num_shards=3), Kind(pad_rows=5, tower_inside=True)])
-def test_in_its_own_layout_a_checkpoint_becomes_few_safetensors(tmp_path: Path, kind: Kind) -> None:
+def test_converting_to_the_same_layout_rewrites_safetensors(tmp_path: Path, kind: Kind) -> None:
     original = write_original(tmp_path / "source", kind)
     convert(str(original.folder), tmp_path / "elsewhere/one", "original")
     assert not list((tmp_path / "elsewhere/one").glob("*.bin"))
@@ -256,14 +254,14 @@ def test_in_its_own_layout_a_checkpoint_becomes_few_safetensors(tmp_path: Path, 
     assert tokens_of(models[0]) == tokens_of(models[1])
 
 
-def test_its_own_tower_comes_along(tmp_path: Path, tiny_checkpoint: Path) -> None:
+def test_a_checkpoints_own_tower_is_copied(tmp_path: Path, tiny_checkpoint: Path) -> None:
     convert(str(tiny_checkpoint), tmp_path / "original", "original")
     convert(str(tmp_path / "original"), tmp_path / "copy", "original")
     assert read_json(tmp_path / "copy", "config.json")["mm_vision_tower"] == str(tmp_path / "copy/vision_tower")
     assert set(tensors_of(tmp_path / "copy")) == set(tensors_of(tiny_checkpoint))
 
 
-def test_a_model_that_changed_after_its_conversion_is_not_given_the_old_settings(tmp_path: Path) -> None:
+def test_settings_changed_after_a_conversion_are_detected(tmp_path: Path) -> None:
     original = write_original(tmp_path / "source", Kind())
     convert(str(original.folder), tmp_path / "hf", "llava-hf")
     edit_json(tmp_path / "hf/config.json", lambda config: config.update(vision_feature_layer=-1))
@@ -271,7 +269,7 @@ def test_a_model_that_changed_after_its_conversion_is_not_given_the_old_settings
         convert(str(tmp_path / "hf"), tmp_path / "back", "original")
 
 
-def test_a_model_that_lost_layers_after_its_conversion_is_not_given_the_old_settings(tmp_path: Path) -> None:
+def test_layers_removed_after_a_conversion_are_detected(tmp_path: Path) -> None:
     original = write_original(tmp_path / "source", Kind())
     convert(str(original.folder), tmp_path / "hf", "llava-hf")
     model = LlavaForConditionalGeneration.from_pretrained(tmp_path / "hf")
@@ -283,7 +281,7 @@ def test_a_model_that_lost_layers_after_its_conversion_is_not_given_the_old_sett
 
 
 def save_again(folder: Path, *new_tokens: str) -> int:
-    """As a training with transformers does; returns how many rows there are then."""
+    """Saves the model again, as training with transformers does; returns the resulting number of rows."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     tokenizer.add_tokens(list(new_tokens))
@@ -295,8 +293,8 @@ def save_again(folder: Path, *new_tokens: str) -> int:
     return rows
 
 
-# Rows of the original, of what it is converted to, and of that with one more token: where `<image>` is one of the
-# tokens already, or takes a spare row, the one more looks just like a row that was added for it.
+# Rows of the original, of the converted model, and of that with one more token: if `<image>` already is a token or
+# takes a spare row, the row of the extra token looks just like one added for `<image>`.
 VOCABULARIES = {
     "row added for <image>": (Kind(tokenizer="slow"), (SP_SIZE, SP_SIZE + 1, SP_SIZE + 2)),
     "<image> in the only spare row": (Kind(tokenizer="slow", pad_rows=1), (SP_SIZE + 1, SP_SIZE + 1, SP_SIZE + 2)),
@@ -306,7 +304,7 @@ VOCABULARIES = {
 
 
 @pytest.mark.parametrize("name", VOCABULARIES)
-def test_tokens_that_were_added_after_a_conversion_are_not_lost(tmp_path: Path, name: str) -> None:
+def test_tokens_added_after_a_conversion_are_not_lost(tmp_path: Path, name: str) -> None:
     kind, rows = VOCABULARIES[name]
     original = write_original(tmp_path / "source", kind)
     convert(str(original.folder), tmp_path / "hf", "llava-hf")
@@ -333,7 +331,7 @@ def test_nothing_is_overwritten_and_an_incomplete_source_is_named(tmp_path: Path
     assert not (tmp_path / "new").exists()
 
 
-def test_pictures_are_prepared_alike(tmp_path: Path) -> None:
+def test_pictures_are_prepared_the_same(tmp_path: Path) -> None:
     original = write_original(tmp_path / "source", Kind(aspect="square"))
     convert(str(original.folder), tmp_path / "hf", "llava-hf")
     theirs = CLIPImageProcessorPil.from_pretrained(tmp_path / "hf")
@@ -345,7 +343,7 @@ def test_pictures_are_prepared_alike(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("to", ["llava-hf", "original"])
 @pytest.mark.parametrize("rows", [-3, 5])
-def test_rows_are_neither_cut_nor_made_up_where_config_json_is_wrong(
+def test_a_wrong_vocab_size_is_refused_and_rows_are_not_changed(
     tmp_path: Path, to: Literal["llava-hf", "original"], rows: int
 ) -> None:
     original = write_original(tmp_path / "source", Kind())

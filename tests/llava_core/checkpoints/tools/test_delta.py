@@ -1,4 +1,4 @@
-"""Deltas: what the original code would compute, restated; applied again they give the model back; memory is bounded."""
+"""Deltas: equal to a restatement of the original code; applying them restores the model; memory is bounded."""
 
 import subprocess
 import sys
@@ -33,13 +33,13 @@ def tensors_of(folder: Path) -> Tensors:
 
 
 def halve(folder: Path) -> None:
-    """Rewrite a folder's only file in float16, as released weights are."""
+    """Rewrites a folder's only file in float16, as released weights are."""
     file = folder / "model.safetensors"
     save_file({name: value.half() for name, value in tensors_of(folder).items()}, file, metadata={"format": "pt"})
 
 
 def write_base(root: Path, target: Original, *, rows: int, dtype: torch.dtype = torch.float16) -> Path:
-    """A text-only model near the target's decoder, with a buffer that old versions saved."""
+    """Writes a text-only model with weights near the target's decoder, and a buffer that old versions saved."""
     folder = root / "base"
     folder.mkdir()
     other = decoder_weights(torch.Generator().manual_seed(5), rows, kv_heads=4)
@@ -54,7 +54,7 @@ def write_base(root: Path, target: Original, *, rows: int, dtype: torch.dtype = 
 
 
 def as_the_original(base: Tensors, own: Tensors, sign: int) -> Tensors:
-    """Key by key in float16; vocabulary rows of both, as a block."""
+    """Adds or subtracts key by key in float16, as the original code does; only rows that both models have."""
     result = {name: value.clone().half() for name, value in own.items()}
     for name, value in result.items():
         if name in base and "inv_freq" not in name:
@@ -65,7 +65,7 @@ def as_the_original(base: Tensors, own: Tensors, sign: int) -> Tensors:
 
 
 @pytest.mark.parametrize("more", [-3, 0, 3], ids=["base has fewer rows", "as many rows", "base has more rows"])
-def test_deltas_are_the_originals_and_give_the_model_back(tmp_path: Path, more: int) -> None:
+def test_deltas_equal_the_originals_and_restore_the_model(tmp_path: Path, more: int) -> None:
     target = write_original(tmp_path, Kind(tower_inside=True))
     halve(target.folder)
     base = write_base(tmp_path, target, rows=target.num_tokens + more)
@@ -87,7 +87,7 @@ def test_deltas_are_the_originals_and_give_the_model_back(tmp_path: Path, more: 
     open_checkpoint(tmp_path / "again", offline=True)
 
 
-def test_a_delta_is_not_asked_questions(tmp_path: Path) -> None:
+def test_a_delta_is_not_opened_as_a_model(tmp_path: Path) -> None:
     target = write_original(tmp_path, Kind())
     base = write_base(tmp_path, target, rows=target.num_tokens)
     make_delta(str(base), str(target.folder), tmp_path / "delta")
@@ -98,15 +98,15 @@ def test_a_delta_is_not_asked_questions(tmp_path: Path) -> None:
             make_delta(*models, tmp_path / "twice")
 
 
-def test_what_does_not_say_that_it_is_a_delta_is_applied_only_by_force(tmp_path: Path) -> None:
+def test_a_delta_without_its_marker_is_applied_only_by_force(tmp_path: Path) -> None:
     target = write_original(tmp_path, Kind())
     base = write_base(tmp_path, target, rows=target.num_tokens)
     made = tmp_path / "delta"
     make_delta(str(base), str(target.folder), made)
-    # The two in the wrong order.
+    # Base and delta in the wrong order.
     with pytest.raises(CheckpointError, match="delta is a delta, where a model is wanted"):
         apply_delta(str(made), str(base), tmp_path / "out")
-    # What the original code makes.
+    # A delta as the original code writes it.
     write_json(made / "config.json", read_json(target.folder, "config.json"))
     with pytest.raises(CheckpointError, match=r"delta/config\.json has no delta_base, .*apply it with --force"):
         apply_delta(str(base), str(made), tmp_path / "out")
@@ -116,7 +116,7 @@ def test_what_does_not_say_that_it_is_a_delta_is_applied_only_by_force(tmp_path:
         torch.testing.assert_close(again[name], value, atol=2e-3, rtol=2e-3)
 
 
-def test_another_base_is_refused_and_the_same_in_other_files_is_not(tmp_path: Path) -> None:
+def test_another_base_is_refused_but_not_the_same_in_other_files(tmp_path: Path) -> None:
     target = write_original(tmp_path, Kind())
     halve(target.folder)
     base = write_base(tmp_path, target, rows=target.num_tokens)
@@ -128,7 +128,7 @@ def test_another_base_is_refused_and_the_same_in_other_files_is_not(tmp_path: Pa
     apply_delta(str(base), str(tmp_path / "delta"), tmp_path / "applied")
     for file in base.glob("pytorch_model*"):
         file.unlink()
-    # As little as a training can change.
+    # The smallest change that training could make.
     changed = "model.layers.1.input_layernorm.weight"
     same[changed][5] *= 1.01
     write_model(base, same, Kind())
@@ -141,9 +141,7 @@ def test_another_base_is_refused_and_the_same_in_other_files_is_not(tmp_path: Pa
     assert not {"delta_base", "delta_base_sha256"} & set(read_json(tmp_path / "forced", "config.json"))
 
 
-def test_a_base_is_recorded_by_a_name_that_means_something_elsewhere(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_base_is_recorded_by_a_portable_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = write_original(tmp_path, Kind())
     base = write_base(tmp_path, target, rows=target.num_tokens)
     monkeypatch.chdir(tmp_path)
@@ -156,7 +154,7 @@ def test_a_base_is_recorded_by_a_name_that_means_something_elsewhere(
     assert read_json(tmp_path / "of-the-hub", "config.json")["delta_base"] == "lmsys/some-base"
 
 
-def test_a_base_of_another_dtype_is_rounded_to_the_models_first(tmp_path: Path) -> None:
+def test_a_base_is_first_rounded_to_the_models_dtype(tmp_path: Path) -> None:
     target = write_original(tmp_path, Kind())
     halve(target.folder)
     base = write_base(tmp_path, target, rows=target.num_tokens, dtype=torch.float32)
@@ -165,7 +163,7 @@ def test_a_base_of_another_dtype_is_rounded_to_the_models_first(tmp_path: Path) 
     assert all(torch.equal(value, expected[name]) for name, value in tensors_of(tmp_path / "delta").items())
 
 
-def test_a_base_that_does_not_fit_is_named_before_anything_is_written(tmp_path: Path) -> None:
+def test_a_wrong_base_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     target = write_original(tmp_path, Kind())
     base = write_base(tmp_path, target, rows=target.num_tokens)
     tensors = tensors_of(base)
@@ -188,15 +186,15 @@ NUM_LARGE, LARGE = 24, 1_500_000
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
-def test_memory_is_bounded_by_tensors_and_not_by_the_model(tmp_path: Path, suffix: str) -> None:
-    """24 shards of 6 MB in each of three models: the process grows by less than half of one model."""
+def test_memory_is_bounded_by_tensor_size_not_model_size(tmp_path: Path, suffix: str) -> None:
+    """With 24 shards of 6 MB in each of three models, the process grows by less than half a model."""
     for name in ("base", "target"):
         (tmp_path / name).mkdir()
         names = [f"model.layers.{i}.mlp.up_proj.weight" for i in range(NUM_LARGE)]
         tensors = {key: torch.full((LARGE // 100, 100), len(name) / 7) for key in names}
         write_json(tmp_path / name / "config.json", {"mm_vision_tower": "x"})
         write_model(tmp_path / name, tensors, Kind(num_shards=NUM_LARGE, files=suffix))
-    # VmHWM belongs to this process alone; getrusage's peak is inherited from whoever started it.
+    # VmHWM belongs to this process alone; getrusage's peak is inherited from the parent process.
     script = (
         "import re, sys, torch\n"
         "from pathlib import Path\n"
@@ -213,7 +211,7 @@ def test_memory_is_bounded_by_tensors_and_not_by_the_model(tmp_path: Path, suffi
     done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, timeout=110)
     assert done.returncode == 0, done.stderr
     grown = int(done.stdout) * 1024
-    # No less than one tensor, or nothing was measured.
+    # At least one tensor, or nothing was measured.
     assert 4 * LARGE < grown < NUM_LARGE * 4 * LARGE / 2, f"{grown / 2**20:.0f} MiB"
     some = read_tensors({names[3]: find_tensors(tmp_path / "delta")[names[3]]})[names[3]]
     assert torch.allclose(some, torch.tensor(2 / 7))

@@ -1,4 +1,4 @@
-"""Merged models: equal to PEFT's merge, they answer exactly as the unmerged ones, and others load and save them."""
+"""Merged models: equal to PEFT's merge, same answers as unmerged, and transformers loads and saves them."""
 
 from pathlib import Path
 
@@ -33,13 +33,13 @@ LAYOUTS = {
 
 
 def lower(folder: Path, dtype: torch.dtype) -> None:
-    """Rewrite a folder's safetensors in another dtype."""
+    """Rewrites a folder's safetensors in another dtype."""
     for file in folder.glob("*.safetensors"):
         save_file({name: value.to(dtype) for name, value in load_file(file).items()}, file)
 
 
 def answer(folder: Path, base: Path | None, dtype: Dtype) -> tuple[list[int], torch.Tensor]:
-    """Greedy tokens, and the logits of the first of them."""
+    """Returns greedy tokens and the logits of the first one."""
     checkpoint = open_checkpoint(folder, base, offline=True)
     model = LocalModel(checkpoint, options=LoadOptions(dtype=dtype), template="vicuna_v1")
     prepared = model.preparer.prepare(ask(IMAGES))
@@ -63,7 +63,7 @@ def test_a_merged_model_answers_exactly_as_the_unmerged_one(
     assert find_layout(merged) == "original"
     expected, got = answer(original.folder, original.base, dtype), answer(merged, None, dtype)
     assert got[0] == expected[0]
-    # The last bits of a product follow where in memory its weights begin; the weights themselves are equal.
+    # The last bits of a product depend on the memory alignment of its weights; the weights themselves are equal.
     torch.testing.assert_close(got[1], expected[1], atol=1e-5, rtol=1e-5)
     opened = (open_checkpoint(original.folder, original.base, offline=True), open_checkpoint(merged, offline=True))
     unmerged, weights = (load_language_side(each, LoadOptions(dtype=dtype)).state_dict() for each in opened)
@@ -74,7 +74,7 @@ def test_a_merged_model_answers_exactly_as_the_unmerged_one(
 
 
 def peft_merged(original: Original) -> dict[str, torch.Tensor]:
-    """The base as transformers loads it, the adapter as PEFT merges it."""
+    """Loads the base with transformers and merges the adapter with PEFT."""
     assert original.base is not None
     model = AutoModelForCausalLM.from_pretrained(original.base, dtype=torch.float32)
     config = peft.LoraConfig(
@@ -87,7 +87,7 @@ def peft_merged(original: Original) -> dict[str, torch.Tensor]:
     return merged
 
 
-def test_merged_weights_are_pefts_and_all_others_the_bases(tmp_path: Path) -> None:
+def test_merged_weights_equal_pefts_and_the_rest_the_base(tmp_path: Path) -> None:
     original = write_original(tmp_path / "source", Kind(layout="lora"))
     expected = peft_merged(original)
     merge(str(original.folder), tmp_path / "merged", base=str(original.base))
@@ -96,14 +96,14 @@ def test_merged_weights_are_pefts_and_all_others_the_bases(tmp_path: Path) -> No
     for name, value in expected.items():
         torch.testing.assert_close(tensors[name], value)
     assert set(tensors) - set(expected) == {name for name in original.weights if "mm_projector" in name}
-    # As text alone transformers loads it, and saves it again.
+    # transformers loads the merged model's decoder as text-only, and saves it again.
     config = LlamaConfig(**read_json(tmp_path / "merged", "config.json"))
     model = AutoModelForCausalLM.from_config(config)
     model.load_state_dict({name: tensors[name] for name in model.state_dict()})
     model.save_pretrained(tmp_path / "again")
 
 
-def test_sampling_settings_without_sampling_are_cleaned(tmp_path: Path) -> None:
+def test_sampling_settings_without_do_sample_are_removed(tmp_path: Path) -> None:
     original = write_original(tmp_path / "source", Kind(layout="lora"))
     assert original.base is not None
     write_json(original.base / "generation_config.json", {"temperature": 0.9, "top_p": 0.6, "eos_token_id": [2, 5]})
@@ -119,7 +119,7 @@ TOWERS = "model.vision_tower.encoder.layers.0", "model.vision_tower.vision_tower
 
 @pytest.mark.parametrize("layout", ["llava-hf", "original"])
 @pytest.mark.parametrize("part", ["decoder", "tower"])
-def test_a_peft_adapter_over_a_whole_llava(
+def test_a_peft_adapter_merges_into_a_whole_llava(
     tmp_path: Path, reference_model: LlavaForConditionalGeneration, part: str, layout: str
 ) -> None:
     if layout == "llava-hf":
@@ -152,7 +152,7 @@ def test_a_whole_model_has_nothing_to_merge(tmp_path: Path, tiny_checkpoint: Pat
         merge(str(tiny_checkpoint), tmp_path / "merged")
 
 
-def test_a_wrong_base_is_named_and_nothing_is_left(tmp_path: Path) -> None:
+def test_a_wrong_base_is_named_and_no_files_are_left(tmp_path: Path) -> None:
     original = write_original(tmp_path / "source", Kind(layout="lora"))
     file = original.folder / "adapter_model.bin"
     matrices = torch.load(file, weights_only=True)
@@ -166,7 +166,7 @@ def test_a_wrong_base_is_named_and_nothing_is_left(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-def test_a_tensor_that_an_adapter_replaces_must_fit(tmp_path: Path) -> None:
+def test_a_tensor_that_an_adapter_replaces_must_have_its_shape(tmp_path: Path) -> None:
     original = write_original(tmp_path / "source", Kind(layout="lora"))
     assert original.base is not None
     file = next(original.folder.glob("adapter_model.*"))

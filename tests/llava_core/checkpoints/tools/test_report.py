@@ -1,4 +1,4 @@
-"""What `llava inspect` tells is what loading finds, in every layout; and everything that is wrong is told at once."""
+"""`llava inspect` reports what loading finds, in every layout; all problems are reported together."""
 
 import io
 import json
@@ -34,7 +34,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_the_report_is_what_loading_finds(tmp_path: Path, name: str) -> None:
+def test_the_report_matches_what_loading_finds(tmp_path: Path, name: str) -> None:
     kind, layout = KINDS[name]
     original = write_original(tmp_path, kind)
     base = str(original.base) if original.base else None
@@ -59,7 +59,7 @@ def test_the_report_is_what_loading_finds(tmp_path: Path, name: str) -> None:
     assert (report["adapter"] is not None) == (kind.layout == "lora")
 
 
-def test_templates_and_why_there_is_none(tmp_path: Path, tiny_checkpoint: Path) -> None:
+def test_the_report_gives_the_template_or_why_there_is_none(tmp_path: Path, tiny_checkpoint: Path) -> None:
     assert inspect_checkpoint(str(tiny_checkpoint))["prompt"]["template"] == "vicuna_v1"
     linear = write_original(tmp_path, Kind(projector="linear"))
     report = inspect_checkpoint(str(linear.folder))
@@ -69,7 +69,7 @@ def test_templates_and_why_there_is_none(tmp_path: Path, tiny_checkpoint: Path) 
     assert inspect_checkpoint(str(linear.folder), template="v0")["prompt"]["template"] == "v0"
 
 
-def test_every_fault_is_told_and_the_rest_as_well(tmp_path: Path) -> None:
+def test_every_problem_is_reported_along_with_the_rest(tmp_path: Path) -> None:
     original = write_original(tmp_path, Kind())
     file = original.folder / "model.safetensors"
     tensors = load_file(file)
@@ -93,7 +93,7 @@ def test_every_fault_is_told_and_the_rest_as_well(tmp_path: Path) -> None:
     assert f"problems: {len(report['problems'])}\n  - " in as_text(report)
 
 
-def test_what_cannot_be_opened_is_described_as_far_as_it_goes(tmp_path: Path) -> None:
+def test_an_unopenable_checkpoint_is_described_as_far_as_possible(tmp_path: Path) -> None:
     original = write_original(tmp_path, Kind())
     edit_json(original.folder / "config.json", lambda config: config.update(mm_vision_tower="nowhere"))
     report = inspect_checkpoint(str(original.folder), offline=True)
@@ -116,14 +116,14 @@ def test_an_adapter_over_the_wrong_base_names_every_weight(tmp_path: Path) -> No
     assert all(f"{name} of shape (32, 48), where the base has (32, 8)" in problems for name in names)
 
 
-def test_a_delta_is_told_by_its_field(tmp_path: Path) -> None:
+def test_a_delta_is_recognised_by_its_field(tmp_path: Path) -> None:
     write_json(tmp_path / "config.json", {"mm_vision_tower": "x", "delta_base": "some/base"})
     report = inspect_checkpoint(str(tmp_path))
     assert (report["layout"], report["base"]) == ("delta", "some/base")
     assert "llava delta apply" in report["problems"][0]
 
 
-def test_what_is_no_llava_is_not_called_one(tmp_path: Path) -> None:
+def test_a_folder_that_is_no_llava_is_reported_as_such(tmp_path: Path) -> None:
     original = write_original(tmp_path, Kind(layout="projector"))
     report = inspect_checkpoint(str(original.base))
     assert (report["layout"], len(report["problems"])) == ("text-only", 1)
@@ -132,7 +132,7 @@ def test_what_is_no_llava_is_not_called_one(tmp_path: Path) -> None:
     assert inspect_checkpoint(str(tmp_path / "tower"))["layout"] == "unknown"
 
 
-def test_fewer_bits_take_fewer_bytes() -> None:
+def test_quantisation_reduces_the_reported_bytes() -> None:
     report = inspect_checkpoint(str(DEFAULT_MODEL))
     weights, cache = report["weight_bytes"], report["kv_cache_bytes_per_token"]
     assert weights["float32"] == 4 * report["num_parameters"]["total"] == 2 * weights["bfloat16"]
@@ -140,7 +140,7 @@ def test_fewer_bits_take_fewer_bytes() -> None:
     assert cache["8bit"] == cache["bfloat16"] == cache["float32"] / 2 == 2 * 5 * 192 * 2
 
 
-def test_a_look_at_safetensors_needs_no_torch() -> None:
+def test_inspecting_safetensors_does_not_import_torch() -> None:
     script = (
         "import sys; from llava_core.checkpoints.tools.report import inspect_checkpoint\n"
         f"assert inspect_checkpoint({str(DEFAULT_MODEL)!r})['problems'] == []\n"
@@ -150,10 +150,10 @@ def test_a_look_at_safetensors_needs_no_torch() -> None:
     assert done.stdout == "False\n", done.stderr
 
 
-def test_a_size_that_the_service_would_refuse_is_said_and_is_a_fault_where_it_was_asked_for(tmp_path: Path) -> None:
+def test_a_refused_picture_size_is_a_problem_only_if_asked_for(tmp_path: Path) -> None:
     original = write_original(tmp_path, Kind(aspect="anyres"))
     around = load_preparer(open_checkpoint(original.folder)).prepare(one_picture(Size(28, 28)))
-    # One tile and an overview, of 4 tokens each, leave one token for the answer.
+    # One tile and an overview of 4 tokens each leave one token for the answer.
     fields = {
         "image_grid_pinpoints": [[28, 28], [56, 28]],
         "max_position_embeddings": len(around.prompt_ids) - around.num_image_tokens[0] + 8 + 1,
@@ -172,7 +172,7 @@ def test_a_size_that_the_service_would_refuse_is_said_and_is_a_fault_where_it_wa
     assert "40000000 pixels and 10000 per side" in asked[1]
 
 
-def test_what_is_refused_is_what_preparing_refuses(tmp_path: Path) -> None:
+def test_refused_sizes_are_those_that_preparing_refuses(tmp_path: Path) -> None:
     original = write_original(tmp_path, Kind(aspect="anyres", merge="spatial_unpad"))
     preparer = load_preparer(open_checkpoint(original.folder))
     sizes = [Size(28, 28), Size(28, 84), Size(90, 28), Size(640, 480)]
@@ -198,7 +198,7 @@ def is_prepared(preparer: Preparer, size: Size) -> bool:
     return True
 
 
-def test_a_model_that_can_be_asked_about_no_picture_is_faulty(checkpoint_copy: Path) -> None:
+def test_a_model_without_room_for_any_picture_has_problems(checkpoint_copy: Path) -> None:
     edit_json(checkpoint_copy / "config.json", lambda config: config["text_config"].update(max_position_embeddings=100))
     problems = inspect_checkpoint(str(checkpoint_copy))["problems"]
     assert [problem.partition(" is refused: ")[0] for problem in problems] == [
@@ -208,7 +208,7 @@ def test_a_model_that_can_be_asked_about_no_picture_is_faulty(checkpoint_copy: P
     ]
 
 
-def test_a_template_that_there_is_not_is_an_error(tiny_checkpoint: Path) -> None:
+def test_an_unknown_template_is_an_error(tiny_checkpoint: Path) -> None:
     with pytest.raises(UnknownNameError, match=r"unknown template 'nonsense'; known are: .*vicuna_v1"):
         inspect_checkpoint(str(tiny_checkpoint), template="nonsense")
 
@@ -222,7 +222,9 @@ def test_a_template_that_there_is_not_is_an_error(tiny_checkpoint: Path) -> None
         ("config.json", {"num_attention_heads": 5}, r"config\.json: num_attention_heads 5 does not divide"),
     ],
 )
-def test_what_no_shape_tells_is_told_too(tmp_path: Path, file: str, changes: dict[str, object], named: str) -> None:
+def test_faults_that_no_shape_reveals_are_reported_too(
+    tmp_path: Path, file: str, changes: dict[str, object], named: str
+) -> None:
     original = write_original(tmp_path, Kind())
     write_json(tmp_path / "tower" / "config.json", TOWER_CONFIG)
     path = original.folder / file

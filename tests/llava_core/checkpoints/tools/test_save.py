@@ -1,4 +1,4 @@
-"""Saving: what we write, we and transformers load again bit for bit, and nothing is overwritten or left half done."""
+"""Saving: we and transformers load saved models bit for bit; nothing is overwritten or left half written."""
 
 import os
 import stat
@@ -26,7 +26,7 @@ def save(source: Path, folder: Path, dtype: torch.dtype = torch.float32) -> Path
     return folder
 
 
-def test_what_was_saved_loads_bit_for_bit(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_a_saved_model_loads_bit_for_bit(tiny_checkpoint: Path, tmp_path: Path) -> None:
     saved = save(tiny_checkpoint, tmp_path / "saved")
     for load in (load_tower, load_language_side):
         expected, got = load(tiny_checkpoint, FP32).state_dict(), load(saved, FP32).state_dict()
@@ -34,7 +34,7 @@ def test_what_was_saved_loads_bit_for_bit(tiny_checkpoint: Path, tmp_path: Path)
     check_tensors(saved)
 
 
-def test_transformers_loads_it_as_it_is(
+def test_transformers_loads_a_saved_model(
     tiny_checkpoint: Path, reference_model: LlavaForConditionalGeneration, tmp_path: Path
 ) -> None:
     loaded = LlavaForConditionalGeneration.from_pretrained(
@@ -44,7 +44,7 @@ def test_transformers_loads_it_as_it_is(
     assert all(torch.equal(value, expected[name]) for name, value in loaded.state_dict().items())
 
 
-def test_configurations_come_back(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_configurations_survive_saving(tiny_checkpoint: Path, tmp_path: Path) -> None:
     saved = save(tiny_checkpoint, tmp_path / "saved")
     assert read_preprocess_config(saved) == read_preprocess_config(tiny_checkpoint)
     before = open_checkpoint(tiny_checkpoint).config
@@ -52,7 +52,7 @@ def test_configurations_come_back(tiny_checkpoint: Path, tmp_path: Path) -> None
     assert read_llava_hf_config(config_json(before, dtype="float32")) == before
 
 
-def test_weights_are_saved_in_the_dtype_asked_for(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_weights_are_saved_in_the_requested_dtype(tiny_checkpoint: Path, tmp_path: Path) -> None:
     small, large = save(tiny_checkpoint, tmp_path / "small", torch.bfloat16), save(tiny_checkpoint, tmp_path / "large")
     sizes = [(folder / "model.safetensors").stat().st_size for folder in (small, large)]
     assert sizes[0] < 0.6 * sizes[1]
@@ -77,6 +77,6 @@ def test_a_failure_leaves_no_checkpoint(tiny_checkpoint: Path, tmp_path: Path, m
     assert save(tiny_checkpoint, tmp_path / "saved").exists()
 
 
-def test_others_may_read_the_weights(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_saved_weights_are_readable_by_others(tiny_checkpoint: Path, tmp_path: Path) -> None:
     weights = save(tiny_checkpoint, tmp_path / "saved") / "model.safetensors"
     assert stat.S_IMODE(os.stat(weights).st_mode) == 0o644

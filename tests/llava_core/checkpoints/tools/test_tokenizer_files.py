@@ -1,4 +1,4 @@
-"""The tokenizer of a converted original: the ids of the original's, BOS as there, and `<image>` where a row is free."""
+"""The tokenizer of a converted original: the original's ids and BOS, and `<image>` in the first free row."""
 
 from pathlib import Path
 
@@ -30,13 +30,13 @@ def test_texts_have_the_same_ids_and_bos(tmp_path: Path, kind: Kind) -> None:
     assert saved.pad_token is not None
 
 
-def test_the_image_token_is_the_first_that_is_free(tmp_path: Path) -> None:
+def test_the_image_token_takes_the_first_free_row(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(write_original(tmp_path, Kind(tokenizer="slow", pad_rows=3)).folder)
     made, image = with_image_token(checkpoint)
     assert (image, len(made)) == (SP_SIZE, SP_SIZE + 1)
 
 
-def test_a_tokenizer_that_asks_for_no_bos_gets_none(tmp_path: Path) -> None:
+def test_a_tokenizer_without_bos_stays_without(tmp_path: Path) -> None:
     original = write_original(tmp_path, Kind(tokenizer="slow"))
     edit_json(original.folder / "tokenizer_config.json", lambda config: config.update(add_bos_token=False))
     made, _ = with_image_token(open_checkpoint(original.folder))
@@ -44,7 +44,7 @@ def test_a_tokenizer_that_asks_for_no_bos_gets_none(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", [Kind(), Kind(tokenizer="slow", pad_rows=3)])
-def test_tokens_that_were_added_are_found_and_the_image_token_is_none(tmp_path: Path, kind: Kind) -> None:
+def test_added_tokens_are_found_but_not_the_image_token(tmp_path: Path, kind: Kind) -> None:
     original = write_original(tmp_path, kind)
     made, _ = with_image_token(open_checkpoint(original.folder))
     made.save_pretrained(tmp_path / "made")
@@ -62,7 +62,7 @@ def test_a_damaged_tokenizer_is_named(tmp_path: Path, tokenizer: str, file: str)
         with_image_token(open_checkpoint(original.folder))
 
 
-def test_a_tokenizer_of_another_model_and_a_missing_one_are_named(tmp_path: Path) -> None:
+def test_a_mismatched_and_a_missing_tokenizer_are_named(tmp_path: Path) -> None:
     original = write_original(tmp_path, Kind())
     edit_json(original.folder / "config.json", lambda config: config.update(vocab_size=9))
     with pytest.raises(CheckpointError, match="the tokenizer has 260 tokens, but config"):

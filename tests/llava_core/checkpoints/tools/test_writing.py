@@ -1,4 +1,4 @@
-"""Written files are what safetensors' own reader expects, in shards as large as asked for; a failure leaves nothing."""
+"""Written files suit safetensors' own reader, in shards of the requested size; a failure leaves no files."""
 
 import json
 import os
@@ -24,7 +24,7 @@ from llava_core.checkpoints.tools.writing import (
 from llava_core.errors import CheckpointError
 
 NAMES = {torch_name: name for name, (torch_name, _) in DTYPES.items()}
-# Odd sizes of narrow numbers before wide ones: the order of writing must keep each where it may begin.
+# Odd numbers of narrow values before wide ones: the order of writing must keep every tensor aligned.
 TENSORS = {
     "a": torch.arange(3, dtype=torch.uint8),
     "b": torch.randn(5, 3).bfloat16(),
@@ -47,7 +47,7 @@ def same(left: torch.Tensor, right: torch.Tensor) -> bool:
     return left.dtype == right.dtype and torch.equal(left.float(), right.float()) and left.shape == right.shape
 
 
-def test_one_file_is_read_by_safetensors(tmp_path: Path) -> None:
+def test_safetensors_reads_a_written_file(tmp_path: Path) -> None:
     write_model(tmp_path, plan(TENSORS))
     assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"]
     loaded = load_file(tmp_path / "model.safetensors")
@@ -56,7 +56,7 @@ def test_one_file_is_read_by_safetensors(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("limit", [1, 40, 70])
-def test_shards_are_no_larger_than_asked_for_but_by_a_single_tensor(tmp_path: Path, limit: int) -> None:
+def test_only_a_single_tensor_may_exceed_the_shard_size(tmp_path: Path, limit: int) -> None:
     write_model(tmp_path, plan(TENSORS), max_shard_size=limit)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     files = {name: tmp_path / file for name, file in index["weight_map"].items()}
@@ -69,7 +69,7 @@ def test_shards_are_no_larger_than_asked_for_but_by_a_single_tensor(tmp_path: Pa
     assert sorted(path.name for path in set(files.values()))[0].startswith("model-00001-of-")
 
 
-def test_a_folder_appears_whole_and_readable(tmp_path: Path) -> None:
+def test_a_folder_appears_only_when_complete_and_is_readable(tmp_path: Path) -> None:
     with new_folder(tmp_path / "new" / "model") as folder:
         (folder / "x").write_text("")
         assert not (tmp_path / "new" / "model").exists()
@@ -77,7 +77,7 @@ def test_a_folder_appears_whole_and_readable(tmp_path: Path) -> None:
     assert stat.S_IMODE(os.stat(tmp_path / "new" / "model").st_mode) == 0o755
 
 
-def test_files_are_on_the_disk_before_the_folder_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_are_flushed_before_the_folder_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flushed = set()
 
     def flush(descriptor: int) -> None:
@@ -92,8 +92,8 @@ def test_files_are_on_the_disk_before_the_folder_has_its_name(tmp_path: Path, mo
     assert flushed == {"model.safetensors", "config.json"}
 
 
-def write_while_it_is_made(folder: Path, *files: str) -> None:
-    """Somebody else makes a folder of the same name, with these files in it, before ours is complete."""
+def write_while_another_creates_it(folder: Path, *files: str) -> None:
+    """Simulates another process that creates the folder, with these files, before ours is complete."""
     with new_folder(folder) as new:
         (new / "ours").touch()
         folder.mkdir()
@@ -101,17 +101,17 @@ def write_while_it_is_made(folder: Path, *files: str) -> None:
             (folder / file).touch()
 
 
-def test_a_folder_that_is_made_meanwhile_is_replaced_only_if_it_is_empty(tmp_path: Path) -> None:
-    write_while_it_is_made(tmp_path / "empty")
+def test_a_folder_created_meanwhile_is_replaced_only_if_empty(tmp_path: Path) -> None:
+    write_while_another_creates_it(tmp_path / "empty")
     with pytest.raises(CheckpointError, match=r"full cannot be written: .*not empty"):
-        write_while_it_is_made(tmp_path / "full", "theirs")
+        write_while_another_creates_it(tmp_path / "full", "theirs")
     found = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}
     assert found == {"empty", "empty/ours", "full", "full/theirs"}
 
 
-def test_what_cannot_be_read_is_not_reported_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_read_error_is_not_reported_as_a_write_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = tmp_path / "source"
-    # Opens, and cannot be read: a folder where a file should be.
+    # A folder in place of a file can be opened but not read.
     (source / "tokenizer.json").mkdir(parents=True)
     wanted = pytest.raises(CheckpointError, match=r"source/tokenizer\.json cannot be read: Is a directory")
     with wanted, new_folder(tmp_path / "out") as folder:
@@ -126,7 +126,7 @@ def test_what_cannot_be_read_is_not_reported_as_written(tmp_path: Path, monkeypa
         copy_folder(source, folder / "tower")
 
 
-def test_a_folder_is_copied_with_all_that_is_in_it(tmp_path: Path) -> None:
+def test_a_folder_is_copied_with_all_its_content(tmp_path: Path) -> None:
     (tmp_path / "source/deep").mkdir(parents=True)
     (tmp_path / "source/deep/a").write_bytes(bytes(range(256)))
     (tmp_path / "source/b").symlink_to("deep/a")
@@ -143,7 +143,7 @@ def fail_in_the_middle(folder: Path, error: BaseException) -> None:
 
 
 @pytest.mark.parametrize("error", [ValueError(), KeyboardInterrupt()])
-def test_a_failure_leaves_nothing(tmp_path: Path, error: BaseException) -> None:
+def test_a_failure_leaves_no_files(tmp_path: Path, error: BaseException) -> None:
     with pytest.raises(type(error)):
         fail_in_the_middle(tmp_path / "model", error)
     assert not list(tmp_path.iterdir())
@@ -163,7 +163,7 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
             pytest.fail("the block was entered")
 
 
-def test_settings_that_transformers_would_not_save_are_left_out(tmp_path: Path) -> None:
+def test_settings_that_transformers_would_not_save_are_removed(tmp_path: Path) -> None:
     raw = {"temperature": 0.9, "top_p": 0.6, "eos_token_id": 2, "max_length": 4096}
     with pytest.raises(ValueError, match="GenerationConfig is invalid"):
         GenerationConfig(**raw, do_sample=False).save_pretrained(tmp_path)

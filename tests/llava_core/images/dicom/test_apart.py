@@ -1,4 +1,4 @@
-"""What is decoded in a process of its own is what went in, and a child that dies takes nothing with it."""
+"""Decoding in a child process gives the original values, and a crash of the child does not affect the parent."""
 
 import pytest
 from pydicom.encaps import encapsulate, get_frame
@@ -33,27 +33,29 @@ def decoded(frame: bytes) -> bytes:
     return decode_apart(JPEGLosslessSV1, "gdcm", encapsulate([frame], has_bot=False), OPTIONS)
 
 
-def test_the_child_gives_the_values(frame: bytes) -> None:
+def test_the_child_returns_the_original_values(frame: bytes) -> None:
     assert decoded(frame) == radiograph().astype("<u2").tobytes()
 
 
-def test_a_child_that_dies_is_a_frame_that_cannot_be_decoded(frame: bytes, capfd: pytest.CaptureFixture[str]) -> None:
-    """17 bits, which the standard does not have, end a process with GDCM in it."""
+def test_a_crash_of_the_child_is_reported_as_an_undecodable_frame(
+    frame: bytes, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A precision of 17 bits, which the standard does not have, crashes a process that uses GDCM."""
     damaged = bytearray(frame)
     damaged[frame.index(b"\xff\xc3") + 4] = 17
     with pytest.raises(ValueError, match="cannot be decoded") as caught:
         decoded(bytes(damaged))
-    # Its context holds the whole frame.
+    # The suppressed context holds the whole frame.
     assert caught.value.__suppress_context__
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_frame_that_is_cut_short_is_one_that_cannot_be_decoded(frame: bytes) -> None:
+def test_a_truncated_frame_cannot_be_decoded(frame: bytes) -> None:
     with pytest.raises(ValueError, match="cannot be decoded"):
         decoded(frame[:30])
 
 
-def test_a_child_that_takes_too_long_is_ended(frame: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_child_that_takes_too_long_is_killed(frame: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llava_core.images.dicom.apart._TIMEOUT_S", 0.01)
     with pytest.raises(ValueError, match="cannot be decoded"):
         decoded(frame)

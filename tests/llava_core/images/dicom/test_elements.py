@@ -1,4 +1,4 @@
-"""Only wanted elements are read, the same as pydicom reads; bombs, loops and cut files end in an error of ours."""
+"""Only wanted elements are read, with pydicom's values; bombs, endless nesting and truncated files raise our errors."""
 
 import io
 import struct
@@ -37,7 +37,7 @@ def refusal(data: bytes, *, max_bytes: int = 10**7) -> ImageError:
 
 
 def all_values(found: object) -> bytes:
-    """Every byte that was read, however deep."""
+    """Returns every byte that was read, at any depth."""
     if isinstance(found, bytes):
         return found
     inner = found.values() if isinstance(found, dict) else found
@@ -63,7 +63,7 @@ def a_file(syntax: str = ExplicitVRLittleEndian, *, undefined: bool = False) -> 
     [ExplicitVRLittleEndian, ImplicitVRLittleEndian, DeflatedExplicitVRLittleEndian],
     ids=lambda uid: uid.keyword,
 )
-def test_what_is_wanted_is_what_pydicom_reads_and_nothing_else_is_read(syntax: str, *, undefined: bool) -> None:
+def test_only_wanted_elements_are_read_with_pydicoms_values(syntax: str, *, undefined: bool) -> None:
     data = a_file(syntax, undefined=undefined)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -76,7 +76,7 @@ def test_what_is_wanted_is_what_pydicom_reads_and_nothing_else_is_read(syntax: s
     assert PLANTED.encode() not in all_values(ours)
 
 
-def test_compressed_pixels_are_all_their_items() -> None:
+def test_compressed_pixels_include_all_items() -> None:
     values = np.stack([radiograph(), radiograph()])
     data = compressed(values, "1.2.840.10008.1.2.5", bits=12)
     with warnings.catch_warnings():
@@ -85,14 +85,14 @@ def test_compressed_pixels_are_all_their_items() -> None:
     assert read(data)[PIXEL_DATA].startswith(theirs)
 
 
-def test_a_file_is_told_by_its_mark_and_not_by_its_name() -> None:
+def test_a_file_is_recognised_by_its_magic_bytes() -> None:
     assert is_dicom(a_file())
     assert not is_dicom(b"DICM" * 20)
     assert not is_dicom(b"")
 
 
 @pytest.mark.parametrize("undefined", [False, True])
-def test_a_file_that_is_cut_short_anywhere_is_refused_or_has_no_pixels(*, undefined: bool) -> None:
+def test_a_truncated_file_is_refused_or_has_no_pixels(*, undefined: bool) -> None:
     data = a_file(undefined=undefined)
     for length in range(132, len(data), 7):
         message = ""
@@ -104,7 +104,7 @@ def test_a_file_that_is_cut_short_anywhere_is_refused_or_has_no_pixels(*, undefi
         assert message == "" or "cut short" in message or "transfer syntax" in message
 
 
-def test_what_is_deflated_is_inflated_up_to_a_limit() -> None:
+def test_deflated_data_is_inflated_up_to_a_limit() -> None:
     head = a_file(DeflatedExplicitVRLittleEndian)
     at = 132 + 12 + struct.unpack_from("<L", head, 140)[0]
     packer = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
@@ -117,7 +117,7 @@ def test_what_is_deflated_is_inflated_up_to_a_limit() -> None:
 
 
 def nested(depth: int) -> bytes:
-    """Sequences in sequences, none of which ends."""
+    """Nests sequences in sequences, none of which ends."""
     data = a_file()
     at = data.index(struct.pack("<HH", 0x0010, 0x1002))
     step = struct.pack("<HH2sHL", 0x0010, 0x1002, b"SQ", 0, 0xFFFFFFFF) + struct.pack(
@@ -126,11 +126,11 @@ def nested(depth: int) -> bytes:
     return data[:at] + step * depth + data[at:]
 
 
-def test_sequences_that_nest_without_end_are_refused() -> None:
+def test_endlessly_nested_sequences_are_refused() -> None:
     assert "nest deeper than 16" in refusal(nested(100_000)).message
 
 
-def test_elements_without_number_are_refused_in_time() -> None:
+def test_too_many_elements_are_refused_in_time() -> None:
     data = a_file()
     at = data.index(struct.pack("<HH", 0x0010, 0x0010))
     empty = struct.pack("<HH2sH", 0x0009, 0x0001, b"LO", 0)
@@ -142,7 +142,7 @@ def test_elements_without_number_are_refused_in_time() -> None:
 @pytest.mark.parametrize(
     ("syntax", "named"), [(ExplicitVRBigEndian, "big endian"), ("", "does not state its transfer syntax")]
 )
-def test_what_is_written_otherwise_is_named(syntax: str, named: str) -> None:
+def test_unsupported_encodings_are_named(syntax: str, named: str) -> None:
     data = a_file()
     if not syntax:
         assert named in refusal(data[:132]).message
@@ -152,14 +152,14 @@ def test_what_is_written_otherwise_is_named(syntax: str, named: str) -> None:
     assert named in refusal(data[: at - 2] + struct.pack("<H", 20) + b"1.2.840.10008.1.2.2\0" + data[at + 20 :]).message
 
 
-def test_lengths_that_are_wrong_are_refused() -> None:
+def test_wrong_lengths_are_refused() -> None:
     data = a_file()
     at = data.index(struct.pack("<HH2s", 0x0028, 0x0010, b"US"))
     assert "length in it is wrong" in refusal(data[: at + 6] + b"\xff\xff" + data[at + 8 :]).message
     assert "no value representation" in refusal(data[: at + 4] + b"\1\2" + data[at + 6 :]).message
 
 
-def test_pixels_without_a_mark_read_as_dicom_files_written_by_others() -> None:
-    # A file's preamble may be anything: here it is that of a TIFF.
+def test_a_dicom_file_with_a_tiff_preamble_is_read() -> None:
+    # A file's preamble may be anything; here it is a TIFF's.
     data = dicom(radiograph(), bits=12)
     assert PIXEL_DATA in read(b"II*\0" + data[4:])

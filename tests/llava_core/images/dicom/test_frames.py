@@ -1,4 +1,4 @@
-"""Frames, however they are compressed, are what went in; what lies about its size or is damaged is refused."""
+"""Frames decode to the original values from any compression; wrong sizes and damaged data are refused."""
 
 import contextlib
 import io
@@ -57,34 +57,34 @@ def refusal(data: bytes) -> str:
 
 @pytest.mark.parametrize("values", [radiograph(), radiograph().astype(np.int16) - 2000], ids=["unsigned", "signed"])
 @pytest.mark.parametrize("syntax", [RLELossless, JPEG2000Lossless, JPEGLSLossless], ids=lambda uid: uid.keyword)
-def test_what_is_lossless_comes_back_as_it_was(values: Values, syntax: str) -> None:
+def test_lossless_compression_keeps_all_values(values: Values, syntax: str) -> None:
     bits = 12 if values.dtype == np.uint16 else 16
     if values.dtype == np.int16 and syntax == JPEGLSLossless:
         bits = 13
     assert (frame(compressed(values, syntax, bits=bits)) == values).all()
 
 
-def test_lossless_jpeg_comes_back_as_it_was(tmp_path: Path) -> None:
+def test_lossless_jpeg_keeps_all_values(tmp_path: Path) -> None:
     values = radiograph()
     assert (frame(lossless_jpeg(values, tmp_path, bits=12)) == values).all()
 
 
 @pytest.mark.parametrize("make", [dicom, implicit])
-def test_uncompressed_frames_come_one_by_one(make: object) -> None:
+def test_uncompressed_frames_are_read_individually(make: object) -> None:
     frames = np.stack([radiograph(), radiograph()[::-1], radiograph()[:, ::-1]])
     data = make(frames, bits=12)  # type: ignore[operator]
     for number, wanted in enumerate(frames, start=1):
         assert (frame(data, number) == wanted).all()
 
 
-def test_compressed_frames_come_one_by_one() -> None:
+def test_compressed_frames_are_read_individually() -> None:
     frames = np.stack([radiograph(), radiograph()[::-1], radiograph()[:, ::-1]])
     data = compressed(frames, RLELossless, bits=12)
     for number, wanted in enumerate(frames, start=1):
         assert (frame(data, number) == wanted).all()
 
 
-def test_bits_that_are_not_stored_do_not_count() -> None:
+def test_unused_bits_are_ignored() -> None:
     values = radiograph()
     assert (frame(dicom(values | 0xF000, bits=12)) == values).all()
 
@@ -95,18 +95,18 @@ def colours() -> Values:
 
 
 @pytest.mark.parametrize("planar", [0, 1])
-def test_colours_in_either_order(planar: int) -> None:
+def test_colours_are_read_in_either_planar_order(planar: int) -> None:
     found = data_set(colours(), photometric="RGB", PlanarConfiguration=planar)
     if planar:
         found.PixelData = colours().transpose(2, 0, 1).tobytes()
     assert (frame(written(found)) == colours()).all()
 
 
-def test_colours_in_runs_come_back_as_they_were() -> None:
+def test_run_length_encoded_colours_keep_all_values() -> None:
     assert (frame(compressed(colours(), RLELossless, photometric="RGB")) == colours()).all()
 
 
-def test_brightness_and_colour_become_rgb() -> None:
+def test_ybr_is_converted_to_rgb() -> None:
     ycc = np.asarray(Image.fromarray(colours()).convert("YCbCr"))
     got = frame(dicom(ycc, photometric="YBR_FULL")).astype(int)
     wanted = np.asarray(Image.fromarray(ycc, "YCbCr").convert("RGB")).astype(int)
@@ -114,7 +114,7 @@ def test_brightness_and_colour_become_rgb() -> None:
 
 
 @pytest.mark.parametrize("photometric", ["YBR_FULL_422", "YBR_FULL"])
-def test_a_jpeg_of_colours_is_what_pillow_makes_of_it(photometric: str) -> None:
+def test_a_colour_jpeg_is_decoded_to_rgb(photometric: str) -> None:
     buffer = io.BytesIO()
     Image.fromarray(colours()).save(buffer, "JPEG", quality=95)
     found = data_set(colours(), photometric=photometric)
@@ -122,7 +122,7 @@ def test_a_jpeg_of_colours_is_what_pillow_makes_of_it(photometric: str) -> None:
     assert np.abs(got - colours().astype(int)).mean() < 3
 
 
-def test_a_grey_jpeg() -> None:
+def test_a_grey_jpeg_is_decoded() -> None:
     grey = np.asarray(Image.fromarray(colours()).convert("L"))
     buffer = io.BytesIO()
     Image.fromarray(grey).save(buffer, "JPEG", quality=95)
@@ -131,7 +131,7 @@ def test_a_grey_jpeg() -> None:
 
 
 def larger(syntax: str) -> bytes:
-    """A compressed frame of another size than the file will say."""
+    """Makes a compressed frame larger than the file will declare."""
     whole = header(compressed(radiograph(400, 300), syntax, bits=12)).pixels
     (length,) = struct.unpack_from("<L", whole, 4)
     (size,) = struct.unpack_from("<L", whole, 8 + length + 4)
@@ -139,12 +139,12 @@ def larger(syntax: str) -> bytes:
 
 
 @pytest.mark.parametrize("syntax", [JPEG2000Lossless, JPEGLSLossless], ids=lambda uid: uid.keyword)
-def test_a_frame_of_another_size_than_the_file_says_is_refused_before_it_is_decoded(syntax: str) -> None:
+def test_a_frame_of_another_size_than_declared_is_refused_undecoded(syntax: str) -> None:
     data = with_frames(data_set(radiograph(), bits=12), [larger(syntax)], syntax)
     assert "not of 40 x 48 pixels" in refusal(data)
 
 
-def test_jpegs_of_another_size_are_refused_too() -> None:
+def test_jpegs_of_another_size_than_declared_are_refused() -> None:
     buffer = io.BytesIO()
     Image.new("L", (400, 300)).save(buffer, "JPEG")
     for syntax in (JPEGBaseline8Bit, JPEGLosslessSV1):
@@ -152,7 +152,7 @@ def test_jpegs_of_another_size_are_refused_too() -> None:
         assert "not of 4 x 3 pixels" in refusal(data)
 
 
-def test_runs_that_would_fill_the_memory_end_where_the_frame_does() -> None:
+def test_runs_are_unpacked_only_up_to_the_frame_size() -> None:
     runs = b"\x81\x00" * 5_000_000
     bomb = struct.pack("<16L", 2, 64, 64 + len(runs) // 2, *[0] * 13) + runs
     started = time.process_time()
@@ -164,11 +164,11 @@ def test_runs_that_would_fill_the_memory_end_where_the_frame_does() -> None:
     ("syntax", "named"),
     [(MPEG2MPML, "JPEG-LS, JPEG 2000"), (JPEGExtended12Bit, "export it lossless"), ("1.2.Quxley", "JPEG-LS")],
 )
-def test_what_cannot_be_decompressed_says_what_can(syntax: str, named: str) -> None:
+def test_an_unsupported_compression_names_the_supported_ones(syntax: str, named: str) -> None:
     data = dicom(radiograph(), bits=12)
     old = b"1.2.840.10008.1.2.1\0"
     at = data.index(old)
-    # The element before it has the length of the value; the values must fill it.
+    # The preceding field holds the length of the value; the new value must match it.
     given = syntax.encode() + b"\0" * (len(syntax) % 2)
     head = data[: at - 2] + struct.pack("<H", len(given)) + given + data[at + len(old) :]
     message = refusal(head)
@@ -176,7 +176,7 @@ def test_what_cannot_be_decompressed_says_what_can(syntax: str, named: str) -> N
     assert "Quxley" not in message
 
 
-def test_too_few_pixels_are_counted() -> None:
+def test_missing_pixels_are_reported_with_numbers() -> None:
     found = data_set(radiograph(), bits=12, NumberOfFrames=2)
     assert "has 3840 bytes of pixels, but its 2 frames of 40 x 48 pixels need 7680" in refusal(written(found))
 
@@ -185,7 +185,7 @@ def test_too_few_pixels_are_counted() -> None:
 @pytest.mark.parametrize(
     "data", [b"", b"\0\0", b"\xff\xd8\xff", b"\xff\xd8\xff\xc0\0\x0b\x08", b"\xff\x4f\xff\x51\0\x29"]
 )
-def test_rubbish_is_refused_quietly(
+def test_garbage_is_refused_without_output(
     syntax: str, data: bytes, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert "of the DICOM file" in refusal(with_frames(data_set(np.zeros((4, 4), np.uint8)), [data or b"\0\0"], syntax))
@@ -193,7 +193,7 @@ def test_rubbish_is_refused_quietly(
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_damaged_frame_is_refused_quietly(
+def test_a_damaged_frame_is_refused_without_output(
     caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
     caplog.set_level(logging.DEBUG)
@@ -201,7 +201,7 @@ def test_a_damaged_frame_is_refused_quietly(
         data = compressed(radiograph(), syntax, bits=12)
         at = len(data) - 400
         damaged = data[:at] + b"\xff" * 60 + data[at + 60 :]
-        # The encoders log.
+        # Drop what the encoders logged.
         caplog.clear()
         with warnings.catch_warnings(), contextlib.suppress(ImageError):
             warnings.simplefilter("error")
@@ -210,7 +210,7 @@ def test_a_damaged_frame_is_refused_quietly(
     assert capfd.readouterr() == ("", "")
 
 
-def test_without_the_extra_the_core_imports_and_says_what_to_install() -> None:
+def test_without_the_extra_the_error_says_what_to_install() -> None:
     code = (
         "import sys\n"
         "sys.modules.update(dict.fromkeys(('pydicom', 'pydicom.pixels', 'pylibjpeg', 'gdcm', 'jpeg_ls')))\n"

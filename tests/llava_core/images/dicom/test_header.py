@@ -1,4 +1,4 @@
-"""What a file says about its pixels is checked: each thing that is missing, wrong or not supported is named."""
+"""A file's description of its pixels is validated: everything missing, wrong or unsupported is named."""
 
 from typing import Any
 
@@ -28,7 +28,7 @@ def without(name: str, **more: Any) -> bytes:
     return written(found)
 
 
-def test_a_file_says_its_size_its_bits_and_its_windows() -> None:
+def test_size_bits_windows_and_rescaling_are_read() -> None:
     header = read(WindowCenter=[40, 50.5], WindowWidth=[400, "1e3"], RescaleSlope="2", RescaleIntercept="-1024.5")
     assert (header.columns, header.rows, header.num_frames, header.samples) == (40, 48, 1, 1)
     assert (header.allocated, header.stored, header.is_signed, header.photometric) == (16, 12, False, "MONOCHROME2")
@@ -37,7 +37,7 @@ def test_a_file_says_its_size_its_bits_and_its_windows() -> None:
     assert header.function(1) == "LINEAR"
 
 
-def test_a_file_may_say_nothing_of_windows_and_rescaling() -> None:
+def test_windows_and_rescaling_are_optional() -> None:
     header = read()
     assert (header.windows(1), header.rescale(1), header.modality, header.voi, header.padding) == (
         (),
@@ -49,7 +49,7 @@ def test_a_file_may_say_nothing_of_windows_and_rescaling() -> None:
 
 
 @pytest.mark.parametrize("name", ["Rows", "Columns", "BitsAllocated"])
-def test_what_a_picture_cannot_do_without(name: str) -> None:
+def test_missing_required_elements_are_named(name: str) -> None:
     assert f"{name} is missing" in refusal(without(name))
 
 
@@ -62,7 +62,7 @@ def test_what_a_picture_cannot_do_without(name: str) -> None:
         ("1.2.840.10008.5.1.4.1.1.2", "it may be cut short"),
     ],
 )
-def test_a_file_without_pixels_says_what_it_is(sop_class: str, named: str) -> None:
+def test_a_file_without_pixels_is_described(sop_class: str, named: str) -> None:
     message = refusal(without("PixelData", SOPClassUID=sop_class))
     assert "no pixel data" in message
     assert named in message
@@ -81,11 +81,11 @@ def test_a_file_without_pixels_says_what_it_is(sop_class: str, named: str) -> No
         ({"NumberOfFrames": str(2**31)}, "NumberOfFrames is not a valid number"),
     ],
 )
-def test_what_is_not_supported_is_named(more: dict[str, Any], named: str) -> None:
+def test_unsupported_values_are_named(more: dict[str, Any], named: str) -> None:
     assert named in refusal(dicom(radiograph(), **{"bits": 12, **more}))
 
 
-def test_floating_point_pixels_are_named() -> None:
+def test_floating_point_pixels_are_refused() -> None:
     found = data_set(radiograph())
     del found.PixelData
     found.FloatPixelData = np.zeros(4, np.float32).tobytes()
@@ -93,7 +93,7 @@ def test_floating_point_pixels_are_named() -> None:
 
 
 @pytest.mark.parametrize("value", [f"{PLANTED}", "1e400", "nan", "1,5", "0x10", "1_000", "--1", "\u0661"])
-def test_numbers_that_are_none_are_refused_and_not_repeated(value: str) -> None:
+def test_invalid_numbers_are_refused_and_not_echoed(value: str) -> None:
     data = dicom(radiograph(), bits=12, WindowCenter="11111111", WindowWidth="5")
     given = value.encode("utf-8").ljust(8)[:8]
     header = read_header(data.replace(b"11111111", given), max_bytes=10**7)
@@ -101,18 +101,18 @@ def test_numbers_that_are_none_are_refused_and_not_repeated(value: str) -> None:
         header.windows(1)
 
 
-def test_windows_come_in_pairs() -> None:
+def test_window_centres_and_widths_must_match_in_number() -> None:
     with pytest.raises(ImageError, match="differ in number"):
         read(WindowCenter=[1, 2], WindowWidth=[3]).windows(1)
 
 
-def test_an_unknown_function_is_refused_and_not_repeated() -> None:
+def test_an_unknown_function_is_refused_and_not_echoed() -> None:
     with pytest.raises(ImageError, match="none of LINEAR, LINEAR_EXACT, SIGMOID") as caught:
         read(VOILUTFunction=PLANTED.upper()).function(1)
     assert PLANTED.upper() not in caught.value.message
 
 
-def test_tables_that_are_shorter_than_they_say_are_refused() -> None:
+def test_tables_shorter_than_declared_are_refused() -> None:
     table = Dataset()
     table.LUTDescriptor, table.LUTData = [300, 0, 16], b"\1\0" * 10
     table["LUTData"].VR = "OW"
@@ -120,6 +120,6 @@ def test_tables_that_are_shorter_than_they_say_are_refused() -> None:
     assert "look-up table is missing" in refusal(dicom(radiograph(), bits=12, VOILUTSequence=[Dataset()]))
 
 
-def test_a_palette_in_segments_is_named() -> None:
+def test_a_segmented_palette_is_refused() -> None:
     data = dicom((radiograph() // 16).astype(np.uint8), photometric="PALETTE COLOR")
     assert "in segments" in refusal(data)

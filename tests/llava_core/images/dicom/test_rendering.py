@@ -1,4 +1,4 @@
-"""What is seen of a file is what the standard says, pixel by pixel: a slow reference of its own works each one out."""
+"""Rendering follows the standard pixel by pixel, compared with a slow reference implementation."""
 
 import math
 from collections.abc import Callable
@@ -27,7 +27,7 @@ def transform(data: bytes, **view: Any) -> ImageTransform:
 
 
 def linear(centre: float, width: float) -> Rule:
-    """PS3.3 C.11.2.1.2.1, its pseudo-code."""
+    """Implements the pseudo-code of PS3.3 C.11.2.1.2.1."""
 
     def rule(x: float) -> float:
         if x <= centre - 0.5 - (width - 1) / 2:
@@ -40,7 +40,7 @@ def linear(centre: float, width: float) -> Rule:
 
 
 def linear_exact(centre: float, width: float) -> Rule:
-    """PS3.3 C.11.2.1.3.2."""
+    """Implements PS3.3 C.11.2.1.3.2."""
 
     def rule(x: float) -> float:
         if x <= centre - width / 2:
@@ -51,12 +51,12 @@ def linear_exact(centre: float, width: float) -> Rule:
 
 
 def sigmoid(centre: float, width: float) -> Rule:
-    """PS3.3 C.11.2.1.3.1."""
+    """Implements PS3.3 C.11.2.1.3.1."""
     return lambda x: 1 / (1 + math.exp(-4 * (x - centre) / width))
 
 
 def expected(values: Values, *rules: Rule, white: int = 255) -> Values:
-    """Each pixel through each rule, one by one."""
+    """Applies each rule to each pixel, one by one."""
 
     def seen(value: float) -> int:
         for rule in rules:
@@ -71,7 +71,7 @@ def check(data: bytes, wanted: Values, **view: Any) -> None:
     assert image.mode == "RGB"
     pixels = np.asarray(image).astype(int)
     assert (pixels == pixels[..., :1]).all()
-    # Halves may fall either way.
+    # Halves may be rounded either way.
     assert np.abs(pixels[..., 0] - wanted).max() <= 1
     assert (pixels[..., 0] == wanted).mean() > 0.99
 
@@ -88,19 +88,21 @@ def rescaled(slope: float, intercept: float) -> Rule:
     ("function", "rule"), [("LINEAR", linear), ("LINEAR_EXACT", linear_exact), ("SIGMOID", sigmoid)]
 )
 @pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
-def test_the_files_window_by_each_function(function: str, rule: Callable[..., Rule], photometric: str) -> None:
+def test_the_files_window_is_applied_by_each_function(
+    function: str, rule: Callable[..., Rule], photometric: str
+) -> None:
     values = radiograph()
     data = dicom(
         values, bits=12, photometric=photometric, WindowCenter=1500.5, WindowWidth=900, VOILUTFunction=function
     )
-    turned = [inverted] if photometric == "MONOCHROME1" else []
-    check(data, expected(values, rule(1500.5, 900), *turned))
+    inversion = [inverted] if photometric == "MONOCHROME1" else []
+    check(data, expected(values, rule(1500.5, 900), *inversion))
     found = transform(data)
     assert found.window == Window(1500.5, 900, function, "file")
-    assert (found.is_inverted, found.bits, found.photometric) == (bool(turned), 12, photometric)
+    assert (found.is_inverted, found.bits, found.photometric) == (bool(inversion), 12, photometric)
 
 
-def test_of_several_windows_the_first_unless_another_is_chosen_or_given() -> None:
+def test_the_first_window_is_used_unless_another_is_chosen() -> None:
     values = radiograph()
     data = dicom(values, bits=12, WindowCenter=[1000, 3000], WindowWidth=[500, 800])
     check(data, expected(values, linear(1000, 500)))
@@ -125,7 +127,7 @@ def test_signed_values_of_12_bits_keep_their_sign() -> None:
     check(dicom(values, bits=12, WindowCenter=0, WindowWidth=3000), expected(meant, linear(0, 3000)))
 
 
-def test_without_a_window_the_values_that_occur_are_the_range_padding_left_out() -> None:
+def test_without_a_window_the_range_is_that_of_values_except_padding() -> None:
     values = radiograph().astype(np.int16) % 1000 + 500
     values[:5] = -2000
     data = dicom(values, PixelPaddingValue=-2000)
@@ -134,7 +136,7 @@ def test_without_a_window_the_values_that_occur_are_the_range_padding_left_out()
     assert transform(data).window == Window((low + high) / 2, high - low, "LINEAR_EXACT", "values")
 
 
-def test_a_picture_of_one_value_is_one_grey() -> None:
+def test_a_picture_of_one_value_is_mid_grey() -> None:
     pixels = np.asarray(decoded(dicom(np.full((4, 5), 7, np.uint16), PixelPaddingValue=7)).image)
     assert (pixels == 128).all()
 
@@ -154,30 +156,30 @@ def looked_up(first: int, entries: Values) -> Rule:
 
 
 @pytest.mark.parametrize("bits", [8, 10, 12, 16])
-def test_a_table_in_place_of_a_window(bits: int) -> None:
+def test_a_voi_table_replaces_the_window(bits: int) -> None:
     values, entries = radiograph(), (np.linspace(0, 1, 3000) ** 2 * (2**bits - 1)).round()
     data = dicom(values, bits=12, VOILUTSequence=lut(500, bits, entries), WindowCenter=10, WindowWidth=20)
     check(data, expected(values, looked_up(500, entries), lambda x: x / (2**bits - 1)))
     assert (transform(data).has_voi_lut, transform(data).window) == (True, None)
-    # Whoever names a window gets it.
+    # A window named in the request takes precedence.
     check(data, expected(values, linear(10, 20)), window=1)
 
 
 @pytest.mark.parametrize("first", [0, 700])
-def test_a_modality_table_comes_before_the_window(first: int) -> None:
+def test_a_modality_table_is_applied_before_the_window(first: int) -> None:
     values, entries = radiograph(), np.arange(2500)[::-1] * 3 % 60_000
     data = dicom(values, bits=12, ModalityLUTSequence=lut(first, 16, entries), WindowCenter=3000, WindowWidth=5000)
     check(data, expected(values, looked_up(first, entries), linear(3000, 5000)))
     assert transform(data).has_modality_lut
 
 
-def test_a_table_of_signed_values_may_begin_below_0() -> None:
+def test_a_table_of_signed_values_may_start_below_0() -> None:
     values, entries = radiograph().astype(np.int16) - 2000, np.arange(4096) * 16
     data = dicom(values, VOILUTSequence=lut(-2000, 16, entries))
     check(data, expected(values, looked_up(-2000, entries), lambda x: x / 65535))
 
 
-def test_a_frame_is_chosen_by_number_and_has_its_own_window() -> None:
+def test_a_chosen_frame_is_rendered_with_its_own_window() -> None:
     frames = np.stack([radiograph(), radiograph()[::-1], radiograph()[:, ::-1]])
 
     def item(centre: float) -> Dataset:
@@ -196,7 +198,7 @@ def test_a_frame_is_chosen_by_number_and_has_its_own_window() -> None:
         decoded(data, frame=4)
 
 
-def test_what_all_frames_share_is_found_too() -> None:
+def test_a_window_shared_by_all_frames_is_used() -> None:
     window, shared = Dataset(), Dataset()
     window.WindowCenter, window.WindowWidth = 900, 700
     shared.FrameVOILUTSequence = Sequence([window])
@@ -204,7 +206,7 @@ def test_what_all_frames_share_is_found_too() -> None:
     check(dicom(values, bits=12, SharedFunctionalGroupsSequence=Sequence([shared])), expected(values, linear(900, 700)))
 
 
-def test_whoever_keeps_the_depth_gets_16_bits() -> None:
+def test_keeping_the_depth_gives_16_bits() -> None:
     values = radiograph()
     data = dicom(values, bits=12, WindowCenter=2000, WindowWidth=3000, photometric="MONOCHROME1")
     image = decoded(data, keeps_depth=True).image
@@ -224,14 +226,14 @@ def test_a_palette_becomes_colours() -> None:
     assert (got == np.stack([ramp[values] for ramp in ramps], -1)).all()
 
 
-def test_windows_are_of_grey_alone() -> None:
+def test_windows_are_refused_for_colour_pictures() -> None:
     colours = np.zeros((4, 4, 3), np.uint8)
     with pytest.raises(ImageError, match="windows apply to grey pictures"):
         decoded(dicom(colours, photometric="RGB"), window=(40.0, 400.0))
 
 
 @pytest.mark.parametrize(("function", "width"), [("LINEAR", 0.5), ("LINEAR_EXACT", 0), ("SIGMOID", -3)])
-def test_a_window_without_width_is_refused_and_another_may_be_given(function: str, width: float) -> None:
+def test_a_window_without_width_is_refused_unless_one_is_given(function: str, width: float) -> None:
     data = dicom(radiograph(), bits=12, WindowCenter=5, WindowWidth=width, VOILUTFunction=function)
     with pytest.raises(ImageError, match=r"has a width of .*give a window of your own"):
         decoded(data)
@@ -243,6 +245,6 @@ def test_a_window_one_wide_is_a_threshold() -> None:
     check(dicom(values, bits=12, WindowCenter=1000, WindowWidth=1), expected(values, lambda x: float(x > 999.5)))
 
 
-def test_rescaling_beyond_measure_is_refused() -> None:
+def test_extreme_rescaling_is_refused() -> None:
     with pytest.raises(ImageError, match="beyond any measurable value"):
         decoded(dicom(radiograph(), bits=12, RescaleSlope="1e300", RescaleIntercept="0"))

@@ -1,4 +1,4 @@
-"""Runs are unpacked as annex G says: the same as pydicom's own decoder, which is slower to stop."""
+"""Runs are unpacked by annex G, with the same result as pydicom's own decoder, which is unbounded."""
 
 import struct
 
@@ -32,6 +32,6 @@ def test_frames_are_unpacked_as_pydicom_does(seed: int, samples: int, sample_byt
     "frame",
     [b"", b"\0" * 64, packed([b"\x03abcd"]), packed([b"\x03ab", b"\x03abcd"]), packed([b"\x80", b"\x03abcd"])],
 )
-def test_what_is_too_short_or_of_other_segments_is_refused(frame: bytes) -> None:
+def test_short_frames_and_wrong_segments_are_refused(frame: bytes) -> None:
     with pytest.raises(ValueError, match=r"header|segments|segment is cut short"):
         unpacked(frame, num_pixels=4, samples=1, sample_bytes=2)

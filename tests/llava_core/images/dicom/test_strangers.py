@@ -1,4 +1,4 @@
-"""Files of strangers: whatever is in them, a picture comes out or an error of ours, soon, and no name ever."""
+"""Untrusted files: any content soon gives a picture or one of our errors, and never reveals patient data."""
 
 import contextlib
 import logging
@@ -53,7 +53,7 @@ def refusal(data: bytes, limits: ImageLimits | None = None, **view: Any) -> Imag
     return caught.value
 
 
-# The last two start a process for each: test_apart.py has their damage.
+# The last two start a child process per file; test_apart.py tests damage to them.
 @settings(max_examples=300)
 @given(seed=st.integers(0, 2**32), kind=st.sampled_from(KINDS[:-2]))
 def test_damaged_files_are_decoded_or_refused_never_anything_else(
@@ -62,7 +62,7 @@ def test_damaged_files_are_decoded_or_refused_never_anything_else(
     rng = random.Random(seed)
     data = bytearray(files[kind])
     for _ in range(rng.randint(1, 12)):
-        # Most of a file is what nobody reads: the end is where the picture is.
+        # Most of a file is never read, so damage must also hit the end, where the picture is.
         start = rng.choice([132, len(data) // 2, max(0, len(data) - 300)])
         data[rng.randrange(start, len(data))] = rng.choice([0, 255, rng.randrange(256)])
     if rng.random() < 0.2:
@@ -81,22 +81,22 @@ def test_damaged_files_are_decoded_or_refused_never_anything_else(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_name_gets_out(
+def test_patient_data_is_never_revealed(
     files: dict[str, bytes], kind: str, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
     caplog.set_level(logging.DEBUG)
     data = files[kind]
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
-        told = [repr(decode_image(data, ImageLimits(), param=PARAM, keeps_depth=deep)) for deep in (False, True)]
+        outputs = [repr(decode_image(data, ImageLimits(), param=PARAM, keeps_depth=deep)) for deep in (False, True)]
         for length in range(0, len(data), 61 if kind in KINDS[:-2] else 400):
             with contextlib.suppress(ImageError):
                 decode_image(data[:length], ImageLimits(), param=PARAM)
-        told.append(refusal(data, frame=9).message)
-        told.append(refusal(data, window=9).message)
-    told += [str(each.message) for each in warned] + [record.getMessage() for record in caplog.records]
-    told += list(capfd.readouterr())
-    assert PLANTED.lower() not in " ".join(told).lower()
+        outputs.append(refusal(data, frame=9).message)
+        outputs.append(refusal(data, window=9).message)
+    outputs += [str(each.message) for each in warned] + [record.getMessage() for record in caplog.records]
+    outputs += list(capfd.readouterr())
+    assert PLANTED.lower() not in " ".join(outputs).lower()
 
 
 def test_limits_hold_before_anything_is_decoded() -> None:
@@ -107,22 +107,22 @@ def test_limits_hold_before_anything_is_decoded() -> None:
         assert "pixels" in refusal(dicom(radiograph(), bits=12, **more)).message
 
 
-def test_frames_that_are_not_there_are_counted_and_not_made() -> None:
+def test_missing_frames_are_refused_without_allocating_them() -> None:
     assert "2147483647 frames" in refusal(dicom(radiograph(), bits=12, NumberOfFrames=2**31 - 1)).message
 
 
-def test_a_data_url_may_say_what_it_is(files: dict[str, bytes]) -> None:
+def test_data_urls_with_a_dicom_media_type_are_accepted(files: dict[str, bytes]) -> None:
     for media_type in ("application/dicom", "image/dicom", "Application/DICOM"):
         assert decode_data_url(data_url(files["plain"], media_type), ImageLimits(), PARAM) == files["plain"]
 
 
-def test_other_pictures_have_no_frames_and_windows(tmp_path: Path) -> None:
+def test_frames_and_windows_are_refused_for_other_pictures(tmp_path: Path) -> None:
     from tests.deployments.pictures import plain
 
     assert "is not a DICOM file" in refusal(plain(), frame=1).message
 
 
-def test_colours_of_a_file_are_as_they_are() -> None:
+def test_colours_are_unchanged() -> None:
     colours = np.random.default_rng(0).integers(0, 256, (9, 7, 3)).astype(np.uint8)
     got = decode_image(dicom(colours, photometric="RGB"), ImageLimits(), param=PARAM)
     assert (np.asarray(got.image) == colours).all()
