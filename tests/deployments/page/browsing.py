@@ -48,6 +48,10 @@ class Browser:
     driver: webdriver.Chrome
 
     def open(self, url: str) -> None:
+        # A page that is left aborts its requests, and may report that as errors.
+        self.driver.get("about:blank")
+        self.requested()
+        self.complaints()
         self.driver.get(url)
         self.until(lambda: self.all("#box textarea"))
 

@@ -61,8 +61,6 @@ def url(page: tuple[str, int], engine: ScriptedEngine) -> Iterator[str]:
 def browser(window: Browser, url: str) -> Iterator[Browser]:
     """A browser with the page freshly opened."""
     window.look(DESKTOP)
-    window.requested()
-    window.complaints()
     window.open(url)
     window.until_ready()
     yield window
