@@ -60,7 +60,7 @@ def test_large_pictures_that_differ_only_in_the_middle_have_different_keys() -> 
     assert not _share_a_key(requests[0], _conversation(_user(ImagePart(pictures[0] + b"\0"))))
 
 
-def test_turns_of_a_conversation_share_a_key_but_equal_system_texts_do_not_suffice() -> None:
+def test_turns_of_a_conversation_share_a_key_unlike_equal_system_texts() -> None:
     question, system = _user(TextPart("What is a radiograph?")), "You are a radiologist. " * 200
     first = _conversation(question, system=system)
     second = _conversation(question, Message("assistant", (TextPart("A picture."),)), _user(TextPart("Of what?")))

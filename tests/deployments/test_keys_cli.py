@@ -18,7 +18,7 @@ def _run(path: Path, *words: str) -> Result:
     return CliRunner().invoke(main, ["keys", *words, "--keys-file", str(path)])
 
 
-def test_a_key_is_printed_once_and_good(path: Path) -> None:
+def test_a_new_key_is_printed_once_and_valid(path: Path) -> None:
     result = _run(path, "create", "team-a")
     assert result.exit_code == 0, result.output
     key = result.stdout.strip()
@@ -49,7 +49,7 @@ def test_limits_are_kept_and_shown(path: Path) -> None:
         assert told in listed
 
 
-def test_a_revoked_key_is_gone_and_its_id_may_be_used_again(path: Path) -> None:
+def test_a_revoked_key_is_removed_and_its_id_may_be_reused(path: Path) -> None:
     _run(path, "create", "a")
     first = read_keys(path)["a"]
     twice = _run(path, "create", "a")
