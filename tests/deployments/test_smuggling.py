@@ -103,7 +103,7 @@ TAKEN = {"CL.TE", "TE.CL", "the same length twice", "a folded header", "HTTP/1.0
 
 
 @pytest.mark.parametrize("name", AMBIGUOUS)
-def test_nothing_gets_past_haproxy_in_another_request(name: str, served: tuple[LoadBalancer, Replica]) -> None:
+def test_no_request_is_smuggled_past_haproxy(name: str, served: tuple[LoadBalancer, Replica]) -> None:
     balancer, replica = served
     replica.requests.clear()
     answered = _sent(balancer, AMBIGUOUS[name])
@@ -119,7 +119,7 @@ def test_nothing_gets_past_haproxy_in_another_request(name: str, served: tuple[L
         assert names.count(b"content-length") + names.count(b"transfer-encoding") <= 1
 
 
-def test_what_is_hidden_would_be_found_behind_haproxy(served: tuple[LoadBalancer, Replica]) -> None:
+def test_the_smuggled_route_exists_behind_haproxy(served: tuple[LoadBalancer, Replica]) -> None:
     """Otherwise the tests above would prove nothing."""
     balancer, replica = served
     replica.requests.clear()

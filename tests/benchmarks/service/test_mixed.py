@@ -13,7 +13,7 @@ import pytest
 from benchmarks.service.mix import Ask, Outcome
 from benchmarks.service.mixed import Seen, differing, figures, judge_load
 from deployments.top import Page
-from tests.deployments.service import TOLD_SOON
+from tests.deployments.service import FREQUENT_METRICS
 
 ROOT = Path(__file__).parents[3]
 IDLE = """
@@ -87,7 +87,7 @@ def test_a_short_load_on_a_real_service_goes_well(tmp_path: Path) -> None:
     found = tmp_path / "figures.json"
     options = ["--minutes", "0.2", "--clients", "3", "--pause-seconds", "5", "--json", str(found)]
     command = [sys.executable, "-m", "benchmarks.service", "mixed", *options]
-    environment = os.environ | TOLD_SOON
+    environment = os.environ | FREQUENT_METRICS
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
     assert found.exists(), done.stderr
     results = json.loads(found.read_text())
