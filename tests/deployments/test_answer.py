@@ -98,9 +98,9 @@ def test_image_transforms_are_on_the_last_chunk_on_request(kind: type[Answer]) -
     deltas = [*_two_answers()[:-1], replace(_two_answers()[-1], transforms=(None, seen))]
     assert "image_transforms" not in kind("x", "m", ReplyForm(num_answers=2)).completion(deltas)
     form = kind("x", "m", ReplyForm(num_answers=2, image_transforms=True))
-    none, told = form.completion(deltas)["image_transforms"]
+    none, transform = form.completion(deltas)["image_transforms"]
     assert none is None
-    assert (told["photometric"], told["is_inverted"], told["frame"]) == ("MONOCHROME1", True, 1)
-    assert told["window"] == {"centre": 40.0, "width": 400.0, "function": "LINEAR", "source": "request"}
+    assert (transform["photometric"], transform["is_inverted"], transform["frame"]) == ("MONOCHROME1", True, 1)
+    assert transform["window"] == {"centre": 40.0, "width": 400.0, "function": "LINEAR", "source": "request"}
     chunks = [chunk for delta in deltas for chunk in form.chunks(delta)]
     assert ["image_transforms" in chunk for chunk in chunks] == [False] * (len(chunks) - 1) + [True]

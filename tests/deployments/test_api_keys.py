@@ -86,7 +86,7 @@ GOOD = {"id": "a", "sha256": "0" * 64, "created_at": "2026-01-02T03:04:05Z"}
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "expected"),
     [
         ("no JSON", "the whole"),
         ('{"kees": []}', "kees"),
@@ -98,13 +98,13 @@ GOOD = {"id": "a", "sha256": "0" * 64, "created_at": "2026-01-02T03:04:05Z"}
         ({"keys": [GOOD, GOOD]}, "two keys have the id a"),
     ],
 )
-def test_an_invalid_keys_file_is_refused_without_quoting_it(content: Any, told: str, tmp_path: Path) -> None:
+def test_an_invalid_keys_file_is_refused_without_quoting_it(content: Any, expected: str, tmp_path: Path) -> None:
     path = tmp_path / "keys.json"
     path.write_text(content if isinstance(content, str) else json.dumps(content))
     with pytest.raises(KeysFileError) as caught:
         read_keys(path)
     assert str(path) in str(caught.value)
-    assert told in str(caught.value)
+    assert expected in str(caught.value)
     assert "sesame" not in str(caught.value)
     assert "in the clear" not in str(caught.value)
 

@@ -114,9 +114,14 @@ def test_a_dicom_file_is_answered_like_its_rendering_and_reports_its_transform(
     answer = _ask(local_client, [picture, {"type": "text", "text": "What?"}], image_transforms=True)
     expected = _expected(in_process, ImagePart(encode(Image.fromarray(grey))), TextPart("What?"))
     assert answer["choices"][0]["message"]["content"] == expected
-    [told] = answer["image_transforms"]
-    assert (told["format"], told["frame"], told["num_frames"], told["is_inverted"]) == ("DICOM", 2, 2, True)
-    assert told["window"] == {"centre": 2048.0, "width": 4096.0, "function": "LINEAR", "source": "request"}
+    [transform] = answer["image_transforms"]
+    assert (transform["format"], transform["frame"], transform["num_frames"], transform["is_inverted"]) == (
+        "DICOM",
+        2,
+        2,
+        True,
+    )
+    assert transform["window"] == {"centre": 2048.0, "width": 4096.0, "function": "LINEAR", "source": "request"}
     assert PLANTED not in str(answer)
 
 
@@ -194,14 +199,14 @@ def test_resources_missing_from_the_cluster_are_logged_and_waited_for(
     monkeypatch.setattr("ray.nodes", lambda: [node])
     # As if Serve had not set up its own logging.
     monkeypatch.setattr("deployments.app.adopt_serve_logging", lambda: None)
-    for kind, told in (("A100", []), ("H100", ["generator: no node has accelerator_type H100; there are A100"])):
+    for kind, expected in (("A100", []), ("H100", ["generator: no node has accelerator_type H100; there are A100"])):
         caplog.clear()
         generator = {"num_gpus": 1, "accelerator_type": kind}
         built = build_app(AppArgs(models=[{"checkpoint": str(tiny_checkpoint)}], generator=generator))
         assert built._bound_deployment.name == "Gateway"
         assert [
             record.getMessage().partition(". ")[0] for record in caplog.records if "no node" in record.message
-        ] == told
+        ] == expected
 
 
 def test_placement_settings_reach_the_stages_deployment(tiny_checkpoint: Path) -> None:

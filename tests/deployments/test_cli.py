@@ -98,9 +98,11 @@ def test_a_download_is_announced_first_and_offline_nothing_is_downloaded(tiny_ch
     assert "tokenizer.json is missing" in result.stderr
 
 
-@pytest.mark.parametrize(("ends", "said"), [(True, ""), (False, "Some have not ended.\n"), (KeyboardInterrupt(), "")])
+@pytest.mark.parametrize(
+    ("ends", "expected"), [(True, ""), (False, "Some have not ended.\n"), (KeyboardInterrupt(), "")]
+)
 def test_a_second_signal_stops_waiting_for_requests_in_flight(
-    *, ends: bool | BaseException, said: str, monkeypatch: pytest.MonkeyPatch
+    *, ends: bool | BaseException, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     service = LocalService(plan_launch(model=None, port=free_port(), metrics_port=0))
     terminal = io.StringIO()
@@ -114,4 +116,4 @@ def test_a_second_signal_stops_waiting_for_requests_in_flight(
 
     monkeypatch.setattr(LoadBalancer, "drain", drain)
     _drain(service, 7, terminal)
-    assert terminal.getvalue() == f"\nLetting requests end, for 7 s at most. Ctrl-C cuts them off.\n{said}"
+    assert terminal.getvalue() == f"\nLetting requests end, for 7 s at most. Ctrl-C cuts them off.\n{expected}"

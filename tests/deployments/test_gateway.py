@@ -196,12 +196,12 @@ def test_a_request_goes_to_the_model_it_names(path: str, body: dict) -> None:
     engines = {name: ScriptedEngine(answer(f"of {name}")) for name in ("a", "owner/b")}
     engines["owner/b"].tokenized = Rejected(RequestError("of owner/b"))
     with _several(**engines) as client:
-        told = {name: client.post(path, json={**body, "model": name}).json() for name in engines}
-        assert told["a"] != told["owner/b"]
+        replies = {name: client.post(path, json={**body, "model": name}).json() for name in engines}
+        assert replies["a"] != replies["owner/b"]
         for name in engines:
-            if "choices" in told[name]:
-                assert told[name]["model"] == name
-                assert f"of {name}" in json.dumps(told[name])
+            if "choices" in replies[name]:
+                assert replies[name]["model"] == name
+                assert f"of {name}" in json.dumps(replies[name])
         error = _assert_is_error(client.post(path, json={**body, "model": "c"}), 404, "model_not_found")
         assert error["message"] == "unknown model 'c'; known are: a, owner/b"
         for unnamed in (body, {**body, "model": None}):
@@ -514,7 +514,7 @@ def test_unusable_pictures_are_refused_naming_the_field(
 
 
 @pytest.mark.parametrize(
-    ("fields", "param", "code", "told"),
+    ("fields", "param", "code", "expected"),
     [
         ({"max_tokens": 100_000}, "max_tokens", "context_length_exceeded", "512"),
         (
@@ -535,12 +535,12 @@ def test_unusable_pictures_are_refused_naming_the_field(
     ],
 )
 def test_refusals_name_field_cause_and_limit(
-    fields: dict, param: str, code: str, told: str, local_client: TestClient
+    fields: dict, param: str, code: str, expected: str, local_client: TestClient
 ) -> None:
     response = _ask(local_client, **fields)
     error = _assert_is_error(response, 400, code)
     assert error["param"] == param
-    assert told in error["message"]
+    assert expected in error["message"]
 
 
 def test_more_pictures_or_bytes_than_allowed_are_refused(local_client: TestClient) -> None:

@@ -226,7 +226,7 @@ def test_a_real_engines_load_is_reported_to_the_autoscaler(tiny_checkpoint: Path
     language = load_language_side(tiny_checkpoint, LoadOptions(dtype="float32"))
     config = EngineConfig(max_running=2, cache_tokens=256, block_size=16)
 
-    async def told() -> list[dict[str, float]]:
+    async def reports() -> list[dict[str, float]]:
         inner = Engine(language, load_tokenizer(tiny_checkpoint), config)
         engine = AsyncEngine(inner)
         generator = Generator(engine, LocalHandoff())
@@ -242,7 +242,7 @@ def test_a_real_engines_load_is_reported_to_the_autoscaler(tiny_checkpoint: Path
         engine.close()
         return [idle, busy, after]
 
-    idle, busy, after = asyncio.run(told())
+    idle, busy, after = asyncio.run(reports())
     assert set(idle) == {*GeneratorArgs().autoscaling.targets, "held_requests"}
     assert set(idle.values()) == set(after.values()) == {0}
     assert busy == {"queued_prefill_tokens": 40, "kv_cache_use": 0.25, "slot_use": 1.5, "held_requests": 0}

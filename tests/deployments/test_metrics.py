@@ -57,7 +57,7 @@ def test_buckets_ascend_by_a_factor_of_at_most_five(histogram: Histogram) -> Non
 @pytest.fixture
 def sent(monkeypatch: pytest.MonkeyPatch) -> Sent:
     """What Ray was sent."""
-    told: Sent = []
+    received: Sent = []
 
     class Fake:
         def __init__(self, metric: Metric) -> None:
@@ -65,12 +65,12 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> Sent:
 
         def inc(self, value: float, tags: dict[str, str]) -> None:
             assert value > 0, "Ray refuses it"
-            told.append((self._name, value, tags))
+            received.append((self._name, value, tags))
 
-        set = observe = lambda self, value, tags: told.append((self._name, value, tags))
+        set = observe = lambda self, value, tags: received.append((self._name, value, tags))
 
     monkeypatch.setattr(metrics, "_ray_metric", Fake)
-    return told
+    return received
 
 
 def test_counts_are_published_together_and_once(sent: Sent) -> None:
@@ -141,8 +141,8 @@ def test_every_engine_statistic_is_reported() -> None:
     numbers = {field.name: 1000 + place for place, field in enumerate(fields(EngineStats))}
     stats = EngineStats(**{**numbers, "num_blocks": 5000})  # type: ignore[arg-type]
     readings = engine_readings(stats)
-    told = {value for _, value, _ in readings}
-    assert {value for name, value in numbers.items() if name != "num_blocks"} <= told
+    values = {value for _, value, _ in readings}
+    assert {value for name, value in numbers.items() if name != "num_blocks"} <= values
     assert sum(value for metric, value, _ in readings if metric is BLOCKS) == stats.num_blocks
     assert all(len(labels) == len(metric.labels) for metric, _, labels in readings)
 
@@ -152,8 +152,8 @@ def test_a_cache_reports_its_hits_misses_and_bytes() -> None:
     cache.put("a", "x", 7)
     for key in ("a", "a", "b"):
         cache.get(key)
-    told: Any = cache_readings(cache, "tiles")
-    assert told == [(CACHE_HITS, 2, ("tiles",)), (CACHE_MISSES, 1, ("tiles",)), (CACHE_BYTES, 7, ("tiles",))]
+    readings: Any = cache_readings(cache, "tiles")
+    assert readings == [(CACHE_HITS, 2, ("tiles",)), (CACHE_MISSES, 1, ("tiles",)), (CACHE_BYTES, 7, ("tiles",))]
 
 
 def test_without_a_service_nothing_is_recorded() -> None:

@@ -221,10 +221,10 @@ def test_a_conversation_with_tools_and_pictures_in_every_turn(
         {"role": "tool", "tool_call_id": "c", "content": "4"},
         *messages(content(plain("blue"), "And?")),
     ]
-    told = '{"name": "area", "arguments": {"of": "it"}}'
+    call_text = '{"name": "area", "arguments": {"of": "it"}}'
     turns = (
         Message("user", (ImagePart(plain("red")), TextPart("What?"))),
-        Message("assistant", (TextPart(told),)),
+        Message("assistant", (TextPart(call_text),)),
         Message("user", (TextPart("4"), ImagePart(plain("blue")), TextPart("And?"))),
     )
     [expected] = _expected(in_process, GenerationRequest("expected", turns, SamplingParams(max_tokens=9), "Be brief."))

@@ -99,7 +99,7 @@ SAMPLINGS: dict[str, dict[str, Any]] = {
     "penalties": {"temperature": 1.2, "seed": 8, "frequency_penalty": 0.4, "repetition_penalty": 1.2},
     "log-probabilities": {"temperature": 1.0, "seed": 9, "logprobs": True, "top_logprobs": 3},
     "several": {"temperature": 1.0, "seed": 10, "n": 3, "logprobs": True},
-    "several, some over": {"temperature": 1.5, "seed": 11, "n": 4, "ignore_eos": False, "stop": ["a", "e"]},
+    "several, some finished": {"temperature": 1.5, "seed": 11, "n": 4, "ignore_eos": False, "stop": ["a", "e"]},
 }
 
 
@@ -112,7 +112,7 @@ def _events(service: _Service, path: str, body: dict[str, Any]) -> list[Any]:
     return [json.loads(event) for event in events]
 
 
-def _whole(events: list[Any]) -> dict[str, Any]:
+def _combined(events: list[Any]) -> dict[str, Any]:
     """Return what a client has in the end, however it was split into events."""
     choices: dict[int, dict[str, Any]] = {}
     for event in events:
@@ -145,10 +145,10 @@ def test_a_stream_is_the_same_when_its_replicas_die(
     service: _Service, sampling: dict[str, Any], deaths: list[int]
 ) -> None:
     body = {**CHAT, **sampling}
-    expected = _whole(_events(service, "/v1/chat/completions", body))
+    expected = _combined(_events(service, "/v1/chat/completions", body))
     service.begun.clear()
     service.deaths[:] = deaths
-    found = _whole(_events(service, "/v1/chat/completions", body))
+    found = _combined(_events(service, "/v1/chat/completions", body))
     assert not service.deaths
     assert len(service.begun) == len(deaths) + 1
     assert any(len(answer.token_ids) for answer in service.begun[-1])
@@ -156,12 +156,12 @@ def test_a_stream_is_the_same_when_its_replicas_die(
 
 
 def test_a_stop_string_across_the_point_of_resumption_is_found(service: _Service) -> None:
-    text = _whole(_events(service, "/v1/chat/completions", CHAT))["choices"][0]["text"]
+    text = _combined(_events(service, "/v1/chat/completions", CHAT))["choices"][0]["text"]
     for start in range(2, 12, 3):
         body = {**CHAT, "stop": [text[start : start + 12]]}
-        expected = _whole(_events(service, "/v1/chat/completions", body))
+        expected = _combined(_events(service, "/v1/chat/completions", body))
         service.deaths[:] = [1, 1]
-        _assert_same(_whole(_events(service, "/v1/chat/completions", body)), expected)
+        _assert_same(_combined(_events(service, "/v1/chat/completions", body)), expected)
         assert expected["choices"][0]["ends"] == ["stop"]
 
 
@@ -179,9 +179,9 @@ def test_an_unstreamed_answer_is_complete_too(service: _Service) -> None:
 
 def test_completions_resume_with_offsets_and_for_each_of_several_prompts(service: _Service) -> None:
     body = {"prompt": ["Once upon a time", "What"], "max_tokens": 40, "ignore_eos": True, "logprobs": 2}
-    expected = _whole(_events(service, "/v1/completions", body))
+    expected = _combined(_events(service, "/v1/completions", body))
     service.deaths[:] = [2, 1]
-    _assert_same(_whole(_events(service, "/v1/completions", body)), expected)
+    _assert_same(_combined(_events(service, "/v1/completions", body)), expected)
 
 
 def test_frames_of_llavas_protocol_keep_growing_after_a_loss(service: _Service) -> None:
@@ -271,15 +271,15 @@ def test_only_sampled_requests_are_given_a_seed() -> None:
 def test_finished_answers_are_neither_lost_nor_repeated(
     service: _Service,
 ) -> None:
-    body = {**CHAT, **SAMPLINGS["several, some over"]}
-    expected = _whole(_events(service, "/v1/chat/completions", body))
+    body = {**CHAT, **SAMPLINGS["several, some finished"]}
+    expected = _combined(_events(service, "/v1/chat/completions", body))
     has_ended, num_items = False, 0
     service.begun.clear()
     # The last replica outlives the answer.
     while len(service.begun) != 1 and num_items < 30:
         service.begun.clear()
         service.deaths[:] = [num_items := num_items + 1]
-        found = _whole(_events(service, "/v1/chat/completions", body))
+        found = _combined(_events(service, "/v1/chat/completions", body))
         has_ended |= any(each.is_over for each in service.begun[-1])
         _assert_same(found, expected)
     assert has_ended

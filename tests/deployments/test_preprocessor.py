@@ -157,11 +157,11 @@ def test_durations_and_cache_use_are_measured(tiny_checkpoint: Path) -> None:
         asyncio.run(preprocessor.prepare(_request(*parts), "m"))
     assert len(recorder.observed[QUEUE_WAIT, ("preprocess",)]) == 4
     assert len(recorder.observed[STAGE_DURATION, ("preprocess",)]) == 3
-    told = recorder.readings()
-    assert (told[CACHE_HITS, ("tiles",)], told[CACHE_MISSES, ("tiles",)]) == (1, 2)
-    assert told[CACHE_BYTES, ("tiles",)] > 0
+    readings = recorder.readings()
+    assert (readings[CACHE_HITS, ("tiles",)], readings[CACHE_MISSES, ("tiles",)]) == (1, 2)
+    assert readings[CACHE_BYTES, ("tiles",)] > 0
     # One tile for each picture that could be read, cached or not; a text-only request passes none on.
-    tile = told[CACHE_BYTES, ("tiles",)]
+    tile = readings[CACHE_BYTES, ("tiles",)]
     assert recorder.observed[HANDED_OVER_EACH, ("preprocess_encode",)] == [tile, tile]
     assert recorder.counted[HANDED_OVER, ("preprocess_encode",)] == 2 * tile
 

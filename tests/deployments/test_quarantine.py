@@ -31,7 +31,7 @@ def _request(*parts: TextPart | ImagePart | ImageUrl, request_id: str = "id") ->
 POISON = _request(ImagePart(b"poison"), TextPart("What?"))
 
 
-def _given(request: AnyRequest) -> Callable[[], Awaitable[AnyRequest]]:
+def _returning(request: AnyRequest) -> Callable[[], Awaitable[AnyRequest]]:
     async def give() -> AnyRequest:
         return request
 
@@ -55,14 +55,14 @@ class _Attempts:
 
 async def _kill_twice(quarantine: Quarantine, request: AnyRequest) -> None:
     with pytest.raises(ContentRefusedError) as caught:
-        await quarantine.case(_given(request)).run(_Attempts(StageLostError("1"), StageLostError("2")))
+        await quarantine.case(_returning(request)).run(_Attempts(StageLostError("1"), StageLostError("2")))
     assert isinstance(caught.value.__cause__, StageLostError)
 
 
 def test_a_request_lost_once_is_retried_and_not_quarantined() -> None:
     async def run() -> None:
         quarantine, attempts = Quarantine(60), _Attempts(StageLostError("gone"), "done")
-        assert await quarantine.case(_given(POISON)).run(attempts) == "done"
+        assert await quarantine.case(_returning(POISON)).run(attempts) == "done"
         assert attempts.num_made == 2
         await quarantine.check(POISON)
 
@@ -74,15 +74,15 @@ def test_retries_and_refusals_are_counted() -> None:
 
     async def run() -> None:
         quarantine = Quarantine(60, clock=lambda: now[0], recorder=recorder)
-        assert await quarantine.case(_given(POISON)).run(_Attempts("done")) == "done"
+        assert await quarantine.case(_returning(POISON)).run(_Attempts("done")) == "done"
         assert not recorder.counted
-        await quarantine.case(_given(POISON)).run(_Attempts(StageLostError("gone"), "done"))
+        await quarantine.case(_returning(POISON)).run(_Attempts(StageLostError("gone"), "done"))
         assert recorder.counted[RETRIES, ("earlier", "waiting")] == 1
         assert recorder.readings() == {(QUARANTINED, ()): 0}
         await _kill_twice(quarantine, _request(ImagePart(b"a"), ImagePart(b"b")))
         # The content is known to kill before it is retried.
         with pytest.raises(ContentRefusedError):
-            await quarantine.case(_given(_request(ImagePart(b"a")))).run(_Attempts(StageLostError("gone")))
+            await quarantine.case(_returning(_request(ImagePart(b"a")))).run(_Attempts(StageLostError("gone")))
 
     asyncio.run(run())
     assert recorder.counted[RETRIES, ("earlier", "waiting")] == 2
@@ -95,7 +95,7 @@ def test_retries_and_refusals_are_counted() -> None:
 def test_an_error_that_is_not_a_loss_is_not_retried(error: Exception) -> None:
     attempts = _Attempts(error)
     with pytest.raises(type(error)):
-        asyncio.run(Quarantine(60).case(_given(POISON)).run(attempts))
+        asyncio.run(Quarantine(60).case(_returning(POISON)).run(attempts))
     assert attempts.num_made == 1
 
 
@@ -150,7 +150,7 @@ def test_lost_requests_are_retried_one_at_a_time_but_not_copies_of_poison() -> N
                 raise StageLostError("gone again")
             return name
 
-        return quarantine.case(_given(request)).run(attempt)
+        return quarantine.case(_returning(request)).run(attempt)
 
     async def run() -> list[str | BaseException]:
         quarantine = Quarantine(60)
@@ -181,7 +181,7 @@ def test_answers_that_had_begun_resume_at_once_and_concurrently() -> None:
             await together.wait()
             return "done"
 
-        cases = [quarantine.case(_given(POISON)) for _ in range(8)]
+        cases = [quarantine.case(_returning(POISON)) for _ in range(8)]
         found = await asyncio.gather(*(case.again(attempt, LOST, phase="streaming") for case in cases))
         assert found == ["done"] * 8
 
@@ -192,7 +192,7 @@ def test_answers_that_had_begun_resume_at_once_and_concurrently() -> None:
 def test_an_answer_lost_again_waits_its_turn_like_one_not_begun() -> None:
     async def run() -> None:
         quarantine = Quarantine(60)
-        first, second = (quarantine.case(_given(POISON)) for _ in range(2))
+        first, second = (quarantine.case(_returning(POISON)) for _ in range(2))
         hangs, is_in_turn = asyncio.Event(), asyncio.Event()
 
         async def attempt() -> str:
@@ -231,7 +231,7 @@ def test_a_request_lost_beside_a_resumed_answer_is_not_blamed() -> None:
             await is_beside.wait()
             raise LOST
 
-        case = quarantine.case(_given(innocent))
+        case = quarantine.case(_returning(innocent))
         waiting = asyncio.create_task(case.again(attempt, LOST, phase="waiting"))
         await is_on_its_way.wait()
 
@@ -240,7 +240,7 @@ def test_a_request_lost_beside_a_resumed_answer_is_not_blamed() -> None:
             raise LOST
 
         with pytest.raises(ContentRefusedError):
-            await quarantine.case(_given(POISON)).again(kill, LOST, phase="streaming")
+            await quarantine.case(_returning(POISON)).again(kill, LOST, phase="streaming")
         assert await waiting == "done"
         await quarantine.check(innocent)
 
@@ -250,7 +250,7 @@ def test_a_request_lost_beside_a_resumed_answer_is_not_blamed() -> None:
 def test_an_answer_that_keeps_killing_is_eventually_refused() -> None:
     async def run() -> int:
         quarantine, num_killed = Quarantine(60), 0
-        case = quarantine.case(_given(POISON))
+        case = quarantine.case(_returning(POISON))
         attempts = _Attempts(*["a piece"] * 9)
         await case.run(attempts)
         with contextlib.suppress(ContentRefusedError):
@@ -275,15 +275,15 @@ def test_lost_requests_beyond_the_queue_limit_fail_at_once() -> None:
                 raise StageLostError("gone")
             return await asyncio.Event().wait() and ""
 
-        first = asyncio.create_task(quarantine.case(_given(POISON)).run(hang))
+        first = asyncio.create_task(quarantine.case(_returning(POISON)).run(hang))
         await begun.wait()
         attempts = _Attempts(StageLostError("gone"))
         with pytest.raises(StageLostError):
-            await quarantine.case(_given(POISON)).run(attempts)
+            await quarantine.case(_returning(POISON)).run(attempts)
         # Its client leaves: its turn is free again.
         first.cancel()
         await asyncio.wait([first])
-        assert await quarantine.case(_given(POISON)).run(_Attempts(StageLostError("gone"), "done")) == "done"
+        assert await quarantine.case(_returning(POISON)).run(_Attempts(StageLostError("gone"), "done")) == "done"
 
     asyncio.run(run())
 
@@ -311,7 +311,7 @@ def test_a_request_that_meets_silence_is_not_quarantined() -> None:
     async def run() -> None:
         quarantine = Quarantine(60)
         with pytest.raises(StageSilentError):
-            await quarantine.case(_given(POISON)).run(_Attempts(StageLostError("1"), StageSilentError("2")))
+            await quarantine.case(_returning(POISON)).run(_Attempts(StageLostError("1"), StageSilentError("2")))
         await quarantine.check(POISON)
 
     asyncio.run(run())
@@ -331,7 +331,7 @@ def test_requests_that_met_silence_are_retried_at_once_and_concurrently() -> Non
 
         def done_again() -> Awaitable[str]:
             ends: list[Exception] = [StageSilentError(), StageSilentError()]
-            return quarantine.case(_given(POISON)).run(lambda: attempt(ends))
+            return quarantine.case(_returning(POISON)).run(lambda: attempt(ends))
 
         async with asyncio.timeout(20):
             assert await asyncio.gather(*(done_again() for _ in range(4))) == ["done"] * 4

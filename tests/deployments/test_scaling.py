@@ -24,7 +24,7 @@ counts = st.integers(0, 50)
 class Stage:
     """A made-up context: what each running replica reports."""
 
-    told: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    reported: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     running_replicas: tuple[str, ...] = ("a", "b")
     target_num_replicas: int = 2
     total_num_requests: float = 1
@@ -36,7 +36,7 @@ class Stage:
 
     @property
     def aggregated_metrics(self) -> Mapping[str, Mapping[Any, float]]:
-        return self.told
+        return self.reported
 
 
 def _wanted(stage: Stage, tolerance: float = TOLERANCE, **targets: float) -> int:
@@ -50,14 +50,14 @@ def _wanted(stage: Stage, tolerance: float = TOLERANCE, **targets: float) -> int
     [((0, 0), 1), ((3, 4), 1), ((10, 0), 1), ((10, 10), 2), ((10, 11), 3), ((40, 2), 5), ((100, 0), 10)],
 )
 def test_a_signal_asks_for_its_total_divided_by_the_target(tiles: tuple[float, float], wanted: int) -> None:
-    told = {"tiles": dict(zip("ab", tiles, strict=True))}
-    assert _wanted(Stage(told), tolerance=0, tiles=10) == wanted
+    reported = {"tiles": dict(zip("ab", tiles, strict=True))}
+    assert _wanted(Stage(reported), tolerance=0, tiles=10) == wanted
 
 
 def test_the_highest_demand_wins_and_signals_without_a_target_are_ignored() -> None:
-    told = {"tiles": {"a": 5.0, "b": 5.0}, BUSY: {"a": 1.0, "b": 0.9}, "more": {"a": 99.0, "b": 99.0}}
-    assert _wanted(Stage(told), tiles=10, busy=0.5) == 4
-    assert _wanted(Stage(told), tiles=1, busy=0.5) == 10
+    reported = {"tiles": {"a": 5.0, "b": 5.0}, BUSY: {"a": 1.0, "b": 0.9}, "more": {"a": 99.0, "b": 99.0}}
+    assert _wanted(Stage(reported), tiles=10, busy=0.5) == 4
+    assert _wanted(Stage(reported), tiles=1, busy=0.5) == 10
 
 
 def test_the_request_signal_is_serves_own_count() -> None:
@@ -65,18 +65,18 @@ def test_the_request_signal_is_serves_own_count() -> None:
 
 
 def test_queued_requests_count_like_held_ones_but_not_towards_busy_time() -> None:
-    told = {"tiles": {"a": 20.0, "b": 20.0}, BUSY: {"a": 0.4, "b": 0.4}, HELD_REQUESTS: {"a": 2.0, "b": 2.0}}
+    reported = {"tiles": {"a": 20.0, "b": 20.0}, BUSY: {"a": 0.4, "b": 0.4}, HELD_REQUESTS: {"a": 2.0, "b": 2.0}}
     # Four requests have 40 tiles, so eight more have 80.
-    stage = Stage(told, total_num_requests=12, total_queued_requests=8)
+    stage = Stage(reported, total_num_requests=12, total_queued_requests=8)
     assert _wanted(stage, tiles=20) == 6
     assert _wanted(stage, busy=0.8) == 2
 
 
-@pytest.mark.parametrize("told", [{}, {"tiles": {"a": 1.0}}, {"tiles": {"a": 1.0, "gone": 500.0}}])
-def test_no_scale_down_until_every_replica_has_reported(told: Mapping[str, Mapping[str, float]]) -> None:
-    assert _wanted(Stage(told, target_num_replicas=2), tiles=10) == 2
+@pytest.mark.parametrize("reported", [{}, {"tiles": {"a": 1.0}}, {"tiles": {"a": 1.0, "gone": 500.0}}])
+def test_no_scale_down_until_every_replica_has_reported(reported: Mapping[str, Mapping[str, float]]) -> None:
+    assert _wanted(Stage(reported, target_num_replicas=2), tiles=10) == 2
     # Another metric may require more.
-    busy = {**told, BUSY: {"a": 1.0, "b": 1.0}}
+    busy = {**reported, BUSY: {"a": 1.0, "b": 1.0}}
     assert _wanted(Stage(busy), tiles=10, busy=0.5) == 4
 
 
@@ -105,8 +105,8 @@ def test_more_of_any_signal_never_means_fewer_replicas(
     tiles: tuple[float, float], more: float, present: int, queued: float
 ) -> None:
     def wanted(extra: float, waiting: float) -> int:
-        told = {"tiles": {"a": tiles[0] + extra, "b": tiles[1]}, HELD_REQUESTS: {"a": 1.0, "b": 2.0}}
-        stage = Stage(told, target_num_replicas=present, total_num_requests=3, total_queued_requests=waiting)
+        reported = {"tiles": {"a": tiles[0] + extra, "b": tiles[1]}, HELD_REQUESTS: {"a": 1.0, "b": 2.0}}
+        stage = Stage(reported, target_num_replicas=present, total_num_requests=3, total_queued_requests=waiting)
         return _wanted(stage, tiles=7)
 
     assert wanted(0, 0) <= wanted(more, 0) <= wanted(more, queued)

@@ -46,8 +46,8 @@ def test_engine_only_operations_are_refused_for_upstreams() -> None:
 
 def test_a_body_is_read_for_the_model_that_answers() -> None:
     def body(model: str) -> bytes:
-        said = [{"role": "user", "content": "hi"}]
-        return json.dumps({"model": model, "messages": said, "tool_choice": "required"}).encode()
+        messages = [{"role": "user", "content": "hi"}]
+        return json.dumps({"model": model, "messages": messages, "tool_choice": "required"}).encode()
 
     read = ServedModels({"a": ScriptedEngine(), "b": _upstream("b")}).reader(read_chat_request, ChatAnswer)
     forwarding = read(body("b"), "id", RequestLimits())

@@ -207,9 +207,9 @@ def test_a_radiograph_is_answered_without_revealing_its_patient(service: Running
     answer = asked(data, window=2)
     expected = _expected(in_process, ImagePart(encode(grey)), TextPart("What?"))
     assert answer.json()["choices"][0]["message"]["content"] == expected
-    [told] = answer.json()["image_transforms"]
-    assert (told["photometric"], told["is_inverted"], told["bits"]) == ("MONOCHROME1", True, 12)
-    assert (told["window"]["centre"], told["window"]["source"]) == (2048, "file")
+    [transform] = answer.json()["image_transforms"]
+    assert (transform["photometric"], transform["is_inverted"], transform["bits"]) == ("MONOCHROME1", True, 12)
+    assert (transform["window"]["centre"], transform["window"]["source"]) == (2048, "file")
 
     report = data_set(stored, SOPClassUID="1.2.840.10008.5.1.4.1.1.88.11")
     del report.PixelData

@@ -139,10 +139,10 @@ def test_the_openai_client_sees_no_difference() -> None:
     with serving_engine(ScriptedEngine(answer("Hel", "lo"))) as url, _client(url) as http:
         client = openai.OpenAI(base_url="http://testserver/v1", api_key="none", http_client=http)
         assert [model.id for model in client.models.list()] == ["big"]
-        said: Any = HELLO["messages"]
-        pieces = client.chat.completions.create(model="big", messages=said, stream=True)
+        conversation: Any = HELLO["messages"]
+        pieces = client.chat.completions.create(model="big", messages=conversation, stream=True)
         assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == "Hello"
-        assert client.chat.completions.create(model="big", messages=said).choices[0].message.content == "Hello"
+        assert client.chat.completions.create(model="big", messages=conversation).choices[0].message.content == "Hello"
 
 
 def test_no_header_is_forwarded_in_either_direction() -> None:
@@ -490,8 +490,8 @@ def test_a_refused_picture_is_never_sent() -> None:
 
     with scripted(b"") as script, _client(script.url, make_portable=refuse) as client:
         response = client.post(CHAT, json=_with_picture("http://169.254.169.254/latest"))
-    told = _assert_error_response(response, 400, "image_url_not_allowed")
-    assert told["param"] == "messages[0].content[1].image_url"
+    described = _assert_error_response(response, 400, "image_url_not_allowed")
+    assert described["param"] == "messages[0].content[1].image_url"
     assert script.requests == []
 
 

@@ -47,9 +47,9 @@ def test_usage_comes_last_and_only_on_request() -> None:
     _, without = _streamed(*chunks)
     assert len(without) == 2
     assert all("usage" not in body for body in without)
-    _, told = _streamed(*chunks, include_usage=True)
-    assert [body["usage"] for body in told] == [None, USAGE, USAGE]
-    assert told[-1]["choices"] == []
+    _, with_usage = _streamed(*chunks, include_usage=True)
+    assert [body["usage"] for body in with_usage] == [None, USAGE, USAGE]
+    assert with_usage[-1]["choices"] == []
 
 
 def test_tokens_are_counted_as_they_arrive_then_by_the_servers_count() -> None:

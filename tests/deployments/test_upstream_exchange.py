@@ -170,8 +170,8 @@ def _refusal_with(exchange: Exchange, status: int, message: str, **more: Any) ->
 
 def test_the_servers_messages_reveal_neither_key_address_nor_model_name() -> None:
     exchange = _exchange("http://gpu-1.internal:30000/v1")
-    said = f"model m at gpu-1.internal:30000 (gpu-1.internal) with {KEY}: some max_tokens of `m`. m"
-    error = _refusal_with(exchange, 400, said, param="m", code="invalid_value")
+    message = f"model m at gpu-1.internal:30000 (gpu-1.internal) with {KEY}: some max_tokens of `m`. m"
+    error = _refusal_with(exchange, 400, message, param="m", code="invalid_value")
     assert isinstance(error, UpstreamRefusedError)
     assert error.message == "model big at the server (the server) with ***: some max_tokens of `big`. big"
     assert (error.param, error.code) == ("big", "invalid_value")

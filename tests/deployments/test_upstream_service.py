@@ -126,6 +126,6 @@ def test_the_death_of_the_upstream_during_an_answer_is_reported(front: Running, 
     until(lambda: httpx.get(f"{front.url}/health").json()["upstreams"] == {"big": "unreachable"})
     assert httpx.get(f"{front.url}/health").status_code == 200
     until(lambda: front.metrics().total(UPSTREAM_UP, model="big") == 0)
-    told = front.log_text()
-    assert "model big: its server" in told
-    assert KEY not in told
+    log = front.log_text()
+    assert "model big: its server" in log
+    assert KEY not in log

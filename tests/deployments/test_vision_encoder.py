@@ -91,7 +91,7 @@ def test_tiles_to_be_encoded_are_reported_to_the_autoscaler(tower: ClipTower, mo
 
     encoder = VisionEncoder(tower, LocalHandoff(), cache_bytes=10**6)
 
-    async def told() -> list[dict[str, float]]:
+    async def reports() -> list[dict[str, float]]:
         await encoder.encode(_prepared(_image(7)))
         idle = await encoder.record_autoscaling_stats()
         monkeypatch.setattr("llava_core.vision.encode.encode_through", encode_later)
@@ -104,7 +104,7 @@ def test_tiles_to_be_encoded_are_reported_to_the_autoscaler(tower: ClipTower, mo
         await asyncio.gather(*running)
         return [idle, busy, await encoder.record_autoscaling_stats()]
 
-    idle, busy, after = asyncio.run(told())
+    idle, busy, after = asyncio.run(reports())
     assert (idle["queued_tiles"], idle["held_requests"]) == (after["queued_tiles"], after["held_requests"]) == (0, 0)
     assert (busy["queued_tiles"], busy["held_requests"]) == (5, 2)
     assert all(0 < each["busy"] <= 1 for each in (idle, busy, after))
@@ -167,9 +167,9 @@ def test_durations_and_cache_use_are_measured(tower: ClipTower) -> None:
     assert len(recorder.observed[STAGE_DURATION, ("transfer",)]) == 3
     # No time is recorded for a failed request.
     assert len(recorder.observed[STAGE_DURATION, ("encode",)]) == 2
-    told = recorder.readings()
-    assert (told[CACHE_HITS, ("features",)], told[CACHE_MISSES, ("features",)]) == (1, 3)
-    assert told[CACHE_BYTES, ("features",)] == encoder.cache.num_bytes > 0
+    readings = recorder.readings()
+    assert (readings[CACHE_HITS, ("features",)], readings[CACHE_MISSES, ("features",)]) == (1, 3)
+    assert readings[CACHE_BYTES, ("features",)] == encoder.cache.num_bytes > 0
 
 
 def test_a_rejection_is_passed_on(tower: ClipTower) -> None:

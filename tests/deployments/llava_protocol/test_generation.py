@@ -88,7 +88,7 @@ def test_a_request_for_no_tokens_needs_no_generation(given: int) -> None:
     ],
 )
 def test_stop_strings_end_an_answer_but_whitespace_is_only_trimmed(given: Any, stop: tuple, trims: tuple) -> None:
-    """An empty stop made the reference's answers empty."""
+    """With an empty stop string, the reference's answers were empty."""
     request = read(stop=given)
     assert request.generation is not None
     assert (request.generation.sampling.stop, request.echo.trims) == (stop, trims)
@@ -118,7 +118,7 @@ def test_pictures_are_base64_with_or_without_a_data_url_prefix() -> None:
 
 
 def test_an_external_worker_gets_the_original_fields_and_always_a_stop() -> None:
-    """Without a stop the reference's worker fails; an empty one makes its answers empty."""
+    """Without a stop string the reference's worker fails; with an empty one its answers are empty."""
     forwarded = read(model="x", temperature="0.5", repetition_penalty=1.2, stop="").forwarded
     assert forwarded == {
         "model": "x",

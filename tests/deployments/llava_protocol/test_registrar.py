@@ -1,4 +1,4 @@
-"""A gateway and external workers: what it believes of them, and what it does when one fails or the table is
+"""A gateway and external workers: what it accepts from them, and what it does when one fails or the table is
 unreachable."""
 
 import asyncio
@@ -47,8 +47,8 @@ async def _frames(setting: Setting, model: str = "llava-other") -> list[Frame]:
 def test_a_workers_status_is_taken_as_sent_or_requested_if_missing() -> None:
     with original_worker() as worker:
         setting = Setting(worker)
-        told = WorkerStatus(model_names=["told"], speed=2, queue_length=7)
-        asyncio.run(setting.registrar.register(worker.url, told, is_watched=False))
+        status = WorkerStatus(model_names=["told"], speed=2, queue_length=7)
+        asyncio.run(setting.registrar.register(worker.url, status, is_watched=False))
         assert asyncio.run(setting.table.workers()) == [Worker(worker.url, ("told",), 2, 7, is_watched=False)]
         assert worker.num_status == 0
         asyncio.run(setting.registrar.register(worker.url, None, is_watched=True))

@@ -219,9 +219,9 @@ def _status(url: str) -> dict[str, Any]:
 )
 def test_clients_get_the_address_they_used_or_the_configured_one(address: str | None, expected: str) -> None:
     with client(llava=setup(address=address)) as asking:
-        for model, told in (("m", expected), ("n", "")):
+        for model, expected_address in (("m", expected), ("n", "")):
             response = asking.post("/get_worker_address", json={"model": model}, headers={"host": "gpu.example:99"})
-            assert response.json() == {"address": told}
+            assert response.json() == {"address": expected_address}
 
 
 def test_no_route_exists_when_the_protocol_is_disabled() -> None:

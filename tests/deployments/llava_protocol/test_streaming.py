@@ -40,7 +40,7 @@ def test_every_text_contains_the_previous_ones() -> None:
 def test_an_item_without_text_yields_no_frame_unless_it_is_the_last() -> None:
     empty = TokenDelta("id", "", (1,))
     assert [frame.text for frame in _frames_of(empty, empty, *answer("x", ""))] == ["P:x", "P:x"]
-    # An empty answer is an answer.
+    # An empty answer is valid.
     assert [frame.text for frame in _frames_of(empty, *answer(""))] == ["P:"]
 
 
@@ -91,7 +91,7 @@ class _Client:
             await asyncio.sleep(0)
 
 
-async def _given(frames: Sequence[Frame]) -> AsyncGenerator[Frame, None]:
+async def _yielding(frames: Sequence[Frame]) -> AsyncGenerator[Frame, None]:
     for frame in frames:
         yield frame
 
@@ -108,7 +108,7 @@ async def _given(frames: Sequence[Frame]) -> AsyncGenerator[Frame, None]:
     ],
 )
 def test_errors_unknown_to_the_reference_have_their_own_status(error: LlavaError, status: int) -> None:
-    response = asyncio.run(respond(ECHO, _given([error_frame(error)]), "r", explains=False))
+    response = asyncio.run(respond(ECHO, _yielding([error_frame(error)]), "r", explains=False))
     assert response.status_code == status
     assert response.headers.get("retry-after") == ("7" if status == 429 else None)
 

@@ -1,4 +1,4 @@
-"""How an answer grows for a visitor, over the real gateway: every state, errors in words, and what is kept."""
+"""What a visitor sees of an answer, over the real gateway: every state, explained errors, and what is logged."""
 
 import asyncio
 import contextlib
@@ -61,16 +61,16 @@ def test_an_answer_grows_and_ends_with_its_statistics(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "told"),
+    ("error", "expected"),
     [
         (OverloadedError("the engine is full", limit="engine", retry_after_s=4), "Try again in 4 seconds."),
         (StageUnavailableError("Generator"), "loading its model"),
     ],
 )
-def test_a_refusal_is_explained_at_once(error: Exception, told: str) -> None:
+def test_a_refusal_is_explained_at_once(error: Exception, expected: str) -> None:
     with serving_engine(ScriptedEngine([error])) as url:
         states = _ask(url, Turn("What?"))
-    assert told in states[-1].problem
+    assert expected in states[-1].problem
     assert (states[-1].answer, states[-1].is_open) == ("", False)
 
 

@@ -266,16 +266,16 @@ def test_votes_and_conversations_are_kept_only_with_consent(browser: Browser, ke
 
 
 @pytest.mark.parametrize(
-    ("error", "told"),
+    ("error", "expected"),
     [
         (OverloadedError("the engine is full", limit="engine", retry_after_s=4), "Try again in 4 seconds."),
         (Rejected(ImageError("the picture is larger than 20971520 bytes")), "Try another file"),
     ],
 )
-def test_errors_say_what_to_do(browser: Browser, engine: ScriptedEngine, error: object, told: str) -> None:
+def test_errors_say_what_to_do(browser: Browser, engine: ScriptedEngine, error: object, expected: str) -> None:
     good, engine.items = engine.items, [error]  # type: ignore[list-item]
     browser.type("What?\n")
-    browser.until_shown(told)
+    browser.until_shown(expected)
     browser.until_idle()
     engine.items = good
     browser.press("Retry")

@@ -42,11 +42,11 @@ def test_the_default_model_answers_about_an_example(service: tuple[str, str]) ->
         assert browser.text(".status") == "scenes-llava is ready"
         browser.one("#talk .example").click()
         browser.until_shown("tokens/s")
-        said = browser.text("#talk .bot")
-        assert "green circle" in said
-        assert "PAN" in said
+        shown = browser.text("#talk .bot")
+        assert "green circle" in shown
+        assert "PAN" in shown
         for stage in ("preprocess", "encode", "prefill", "decode"):
-            assert f"{stage} " in said
+            assert f"{stage} " in shown
         # The default model takes one picture at a time.
         browser.until_idle()
         browser.press("Clear")

@@ -1,4 +1,4 @@
-"""Turns as messages of the chatbot, and messages as turns."""
+"""Turns rendered as messages of the chatbot, and messages mapped back to turns."""
 
 from typing import Any
 
@@ -35,10 +35,10 @@ def test_an_unanswered_question_is_rendered_alone() -> None:
 
 
 def test_text_from_the_service_is_escaped() -> None:
-    [_, told] = render([Turn("?", problem="<script>", figures="<b>")])
-    assert told["content"] == "⚠ &lt;script&gt;\n\n*&lt;b&gt;*"
+    [_, message] = render([Turn("?", problem="<script>", figures="<b>")])
+    assert message["content"] == "⚠ &lt;script&gt;\n\n*&lt;b&gt;*"
 
 
 def test_unclosed_code_is_closed_before_the_figures() -> None:
-    [_, told] = render([Turn("?", (), "```python\nx = 1", "3 tokens")])
-    assert told["content"] == "```python\nx = 1\n```\n\n*3 tokens*"
+    [_, message] = render([Turn("?", (), "```python\nx = 1", "3 tokens")])
+    assert message["content"] == "```python\nx = 1\n```\n\n*3 tokens*"

@@ -1,4 +1,4 @@
-"""How a visitor's turns are sent."""
+"""How a visitor's turns are converted into a request."""
 
 from pathlib import Path
 

@@ -8,9 +8,9 @@ from deployments.page.settings import LogArgs
 from deployments.page.texts import consent
 
 
-@pytest.mark.parametrize(("days", "told"), [(1, "for 1 day,"), (30, "for 30 days,")])
-def test_the_retention_period_is_stated(days: int, told: str) -> None:
-    assert told in consent(LogArgs(folder=Path("log"), days=days))
+@pytest.mark.parametrize(("days", "expected"), [(1, "for 1 day,"), (30, "for 30 days,")])
+def test_the_retention_period_is_stated(days: int, expected: str) -> None:
+    assert expected in consent(LogArgs(folder=Path("log"), days=days))
 
 
 def test_it_is_stated_whether_pictures_are_kept() -> None:

@@ -11,7 +11,7 @@ from llava_core.views import ImageTransform, Window
 
 
 @pytest.mark.parametrize(
-    ("status", "code", "after", "told"),
+    ("status", "code", "after", "expected"),
     [
         (401, "invalid_api_key", None, "Enter yours in the settings"),
         (403, "permission_denied", None, "does not permit that"),
@@ -28,10 +28,10 @@ from llava_core.views import ImageTransform, Window
         (404, "model_not_found", None, "Because."),
     ],
 )
-def test_each_refusal_is_explained_with_what_to_do(status: int, code: str, after: float | None, told: str) -> None:
+def test_each_refusal_is_explained_with_what_to_do(status: int, code: str, after: float | None, expected: str) -> None:
     body = f'{{"error": {{"message": "because", "code": "{code}"}}, "request_id": "r-1"}}'.encode()
     shown = in_words(status_error(status, body, retry_after_s=after))
-    assert told in shown
+    assert expected in shown
     assert shown.endswith("(request r-1)")
 
 
