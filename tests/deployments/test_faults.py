@@ -55,10 +55,10 @@ def _busiest_generator(service: Running, *, seconds: float = 0.05) -> int:
 def _await_all_replicas(service: Running) -> None:
     """Wait until every stage has its replicas, and no caller still relies on a dead one."""
 
-    def is_whole() -> bool:
+    def is_complete() -> bool:
         return _health(service) == 200 and len(service.replicas("Generator")) == 2
 
-    until(is_whole, deadline_s=120)
+    until(is_complete, deadline_s=120)
     assert service.post(messages=messages(content(plain(), "What?")), max_tokens=3).status_code == 200
 
 
@@ -165,21 +165,21 @@ def test_streams_resume_after_all_generators_were_killed(service: Running, expec
     assert [stream.whole() for stream in streams] == expected
 
 
-ASKED_AT_LENGTH = {"messages": messages("hi"), "temperature": 1.0, "seed": 3, **ENDLESS}
+LONG_REQUEST = {"messages": messages("hi"), "temperature": 1.0, "seed": 3, **ENDLESS}
 
 
 @pytest.fixture(scope="module")
-def at_length(service: Running) -> list[Any]:
+def expected_long_answer(service: Running) -> list[Any]:
     """The answer when undisturbed."""
-    response = service.post(**ASKED_AT_LENGTH).json()
+    response = service.post(**LONG_REQUEST).json()
     assert response["usage"]["completion_tokens"] == ENDLESS["max_tokens"]
     return list(response["choices"])
 
 
-def test_a_stream_of_a_silent_generator_resumes_elsewhere(service: Running, at_length: list[Any]) -> None:
+def test_a_stream_of_a_silent_generator_resumes_elsewhere(service: Running, expected_long_answer: list[Any]) -> None:
     """As if its host had lost power: no connection is closed. Ray itself takes a minute to detect that."""
     _await_all_replicas(service)
-    stream = _Stream(service, ASKED_AT_LENGTH)
+    stream = _Stream(service, LONG_REQUEST)
     pid = _busiest_generator(service, seconds=1.0)
     os.kill(pid, signal.SIGSTOP)
     stopped = time.monotonic()
@@ -188,21 +188,21 @@ def test_a_stream_of_a_silent_generator_resumes_elsewhere(service: Running, at_l
     finally:
         os.kill(pid, signal.SIGKILL)
     assert SILENCE_S < time.monotonic() - stopped < 60
-    assert whole["choices"][0]["text"] == at_length[0]["message"]["content"]
+    assert whole["choices"][0]["text"] == expected_long_answer[0]["message"]["content"]
     assert whole["usage"][0] == ENDLESS["max_tokens"]
 
 
-def test_an_unstreamed_answer_resumes_too(service: Running, at_length: list[Any]) -> None:
+def test_an_unstreamed_answer_resumes_too(service: Running, expected_long_answer: list[Any]) -> None:
     _await_all_replicas(service)
     with concurrent.futures.ThreadPoolExecutor(1) as client:
-        answer = client.submit(service.post, **ASKED_AT_LENGTH)
+        answer = client.submit(service.post, **LONG_REQUEST)
         # The answer is not streamed, but writing it takes computing time.
         pid = _busiest_generator(service, seconds=1.0)
         assert not answer.done()
         os.kill(pid, signal.SIGKILL)
         response = answer.result(120)
     assert response.status_code == 200, response.text
-    assert response.json()["choices"] == at_length
+    assert response.json()["choices"] == expected_long_answer
     assert response.json()["usage"]["completion_tokens"] == ENDLESS["max_tokens"]
 
 

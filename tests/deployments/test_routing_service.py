@@ -117,11 +117,11 @@ def _kill_one_of_two(service: Running, stage: str) -> None:
 
 
 def _await_two(service: Running, stage: str) -> None:
-    def is_whole() -> bool:
+    def are_both_ready() -> bool:
         healthy = httpx.get(f"{service.url}/health", timeout=10).status_code == 200
         return healthy and len(service.replicas(stage)) == 2
 
-    until(is_whole, deadline_s=120)
+    until(are_both_ready, deadline_s=120)
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -63,7 +63,7 @@ def test_replicas_scale_up_and_down_with_load_and_no_request_fails(service: Runn
         while not is_over.is_set():
             answers.append(_ask(service, next(numbers)))
 
-    def several_have_answered_and_told_of_their_start() -> bool:
+    def several_have_answered_and_reported_their_start() -> bool:
         """Checked under load, because a replica's metrics disappear from the page with the replica."""
         samples = service.metrics().samples
         finished, started = samples.get(FINISHED.name, ()), samples.get(STARTUP.name, ())
@@ -75,7 +75,7 @@ def test_replicas_scale_up_and_down_with_load_and_no_request_fails(service: Runn
     with concurrent.futures.ThreadPoolExecutor(NUM_CLIENTS) as clients:
         running = [clients.submit(client) for _ in range(NUM_CLIENTS)]
         try:
-            until(several_have_answered_and_told_of_their_start, deadline_s=DEADLINE_S)
+            until(several_have_answered_and_reported_their_start, deadline_s=DEADLINE_S)
         finally:
             is_over.set()
         for each in running:
