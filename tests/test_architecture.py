@@ -114,7 +114,7 @@ def test_nothing_forbidden_is_imported(path: Path) -> None:
 
 
 @pytest.mark.parametrize("module", sorted(STDLIB_ONLY))
-def test_the_ground_floor_needs_the_standard_library_alone(module: str) -> None:
+def test_basic_modules_need_only_the_standard_library(module: str) -> None:
     path = ROOT.joinpath(*module.split(".")).with_suffix(".py")
     foreign = {
         name
@@ -125,25 +125,25 @@ def test_the_ground_floor_needs_the_standard_library_alone(module: str) -> None:
     assert not foreign
 
 
-def test_importing_the_core_and_its_light_modules_leaves_torch_out() -> None:
+def test_importing_the_core_and_its_light_modules_does_not_load_torch() -> None:
     light = "import llava_core, llava_core.prepare, llava_core.checkpoints.describe, llava_core.engine.request"
     assert loaded_by(light, "torch", *SERVICE) == []
 
 
-def test_the_commands_are_there_without_torch_or_a_service() -> None:
+def test_the_commands_load_without_torch_or_a_service() -> None:
     assert loaded_by("import llava_core.cli", "torch", "transformers", *SERVICE) == []
 
 
-def test_asking_a_service_loads_nothing_of_a_model() -> None:
+def test_the_client_loads_no_model_libraries() -> None:
     assert loaded_by("import llava_core.client", "torch", "transformers", "PIL", "numpy", *SERVICE) == []
 
 
 @pytest.mark.skipif(not (ROOT / "deployments" / "gateway.py").exists(), reason="there is no gateway yet")
-def test_importing_the_gateway_leaves_torch_out() -> None:
+def test_importing_the_gateway_does_not_load_torch() -> None:
     assert loaded_by("import deployments.gateway", "torch") == []
 
 
-def test_every_module_of_the_core_imports_without_a_service_and_configures_no_logging() -> None:
+def test_core_modules_import_without_a_service_and_configure_no_logging() -> None:
     code = (
         "import sys, logging, importlib, pkgutil\n"
         # As if they were not installed: importing one of them fails.
@@ -169,7 +169,7 @@ def test_functions_are_short() -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=module_name)
-def test_every_module_has_a_test_file_at_the_same_place(path: Path) -> None:
+def test_every_module_has_a_mirrored_test_file(path: Path) -> None:
     if path.stem in ("__init__", "__main__"):
         return
     mirrored = ROOT / "tests" / path.relative_to(ROOT).with_name(f"test_{path.name}")
@@ -177,11 +177,11 @@ def test_every_module_has_a_test_file_at_the_same_place(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", [*FILES, *BENCHMARKS, *TEST_FILES], ids=module_name)
-def test_every_file_says_what_it_is(path: Path) -> None:
+def test_every_file_has_a_docstring(path: Path) -> None:
     assert ast.get_docstring(tree(path)), "the file has no docstring"
 
 
-def test_configurations_have_their_defaults_in_one_place() -> None:
+def test_settings_have_their_defaults_in_one_place() -> None:
     wrong = [
         f"{module_name(path)}:{node.lineno}"
         for path in FILES
@@ -194,7 +194,7 @@ def test_configurations_have_their_defaults_in_one_place() -> None:
     assert not wrong, "a default in getattr(config, name, default) is a second opinion about a setting"
 
 
-def test_weights_are_never_loaded_in_part() -> None:
+def test_weights_are_never_loaded_partially() -> None:
     wrong = [
         f"{module_name(path)}:{node.lineno}"
         for path in FILES
@@ -219,7 +219,7 @@ def test_broad_excepts_are_few() -> None:
     assert silenced <= MAX_BROAD_EXCEPTS
 
 
-def test_the_readmes_file_map_is_the_tree() -> None:
+def test_the_readmes_file_map_matches_the_tree() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     section = text.split("## File map", 1)[1].split("\n## ", 1)[0]
     rows = re.findall(r"^\| `([\w/]+\.py)`.* \| (.+) \|$", section, flags=re.MULTILINE)

@@ -33,7 +33,7 @@ def _quiet() -> Iterator[None]:
     logging.disable(logging.NOTSET)
 
 
-def look(layout: Layout) -> None:
+def check_layout(layout: Layout) -> None:
     """Check everything that is checked before weights are read."""
     checkpoint = open_checkpoint(layout.folder, layout.base, offline=True)
     tokenizer = load_tokenizer(checkpoint)
@@ -42,16 +42,16 @@ def look(layout: Layout) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_wrong_field_is_harmless_or_named(layouts: dict[str, Layout], name: str) -> None:
+def test_a_wrong_field_is_harmless_or_named_in_the_error(layouts: dict[str, Layout], name: str) -> None:
     layout = layouts[name]
-    look(layout)
+    check_layout(layout)
     # The step and the number of ways have no common divisor, so every way is tried on some field.
     some = list(cases(layout))[NAMES.index(name) :: STEP]
-    faults = [fault(case, lambda: look(layout), CheckpointError) for case in some]
+    faults = [fault(case, lambda: check_layout(layout), CheckpointError) for case in some]
     assert [each for each in faults if each] == []
 
 
-def test_every_layout_is_tried_with_every_file(layouts: dict[str, Layout]) -> None:
+def test_every_layout_and_file_is_covered(layouts: dict[str, Layout]) -> None:
     assert set(layouts) == set(NAMES)
     files = {path.name for layout in layouts.values() for path in layout.root.rglob("*.json")}
     assert files == {

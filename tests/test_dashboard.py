@@ -25,7 +25,7 @@ def _series(query: str) -> Iterator[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(("title", "target"), QUERIES, ids=[title for title, _ in QUERIES])
-def test_every_query_names_what_there_is(title: str, target: dict[str, Any]) -> None:
+def test_every_query_names_existing_metrics_and_labels(title: str, target: dict[str, Any]) -> None:
     query = target["expr"]
     assert query.count("(") == query.count(")")
     series = list(_series(query))

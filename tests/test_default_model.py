@@ -92,7 +92,7 @@ def local() -> LocalModel:
 
 
 @pytest.mark.parametrize("scene", SCENES, ids=lambda scene: f"{scene[3]} {scene[4]}")
-def test_known_scenes_are_answered_right_in_process(
+def test_known_scenes_are_answered_correctly_in_process(
     local: LocalModel, scene: tuple[tuple[int, int], str, list[Draw], str, str]
 ) -> None:
     *drawn, question, expected = scene
@@ -138,7 +138,7 @@ def is_healthy(url: str) -> bool:
 
 
 @pytest.mark.ray
-def test_known_scenes_are_answered_right_by_the_service_all_at_once(service_url: str) -> None:
+def test_known_scenes_are_answered_correctly_by_the_service_concurrently(service_url: str) -> None:
     def ask(client: OpenAI, scene: tuple[tuple[int, int], str, list[Draw], str, str]) -> str:
         *drawn, question, _ = scene
         data = base64.b64encode(picture(*drawn)).decode()
@@ -177,7 +177,7 @@ def is_page(command: str) -> bool:
 
 
 @pytest.mark.ray
-def test_the_readmes_page_is_there_until_ctrl_c(service_url: str) -> None:
+def test_the_readmes_page_runs_until_ctrl_c(service_url: str) -> None:
     [command] = filter(is_page, commands())
     assert shlex.split(command.replace("http://127.0.0.1:8000", service_url))[2:] == ["--url", service_url]
     with serving_page(service_url) as url, urllib.request.urlopen(url) as page:

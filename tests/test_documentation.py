@@ -55,7 +55,7 @@ def options(command: click.Command) -> set[str]:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_every_command_line_is_understood(document: Path) -> None:
+def test_every_command_line_is_valid(document: Path) -> None:
     for line in commands(document):
         # Parts in brackets are optional, but must be valid too.
         words = shlex.split(line.replace("[", " ").replace("]", " "))[1:]
@@ -72,7 +72,7 @@ def test_every_command_line_is_understood(document: Path) -> None:
         assert made.params.get("template") in (None, *TEMPLATES), line
 
 
-def test_every_line_of_the_threat_model_has_a_test_and_every_test_is_there() -> None:
+def test_every_row_of_the_threat_model_names_existing_tests() -> None:
     text = (ROOT / "docs/threat-model.md").read_text(encoding="utf-8")
     rows = [line for line in text.splitlines() if line.startswith("| ") and not line.startswith(("| threat", "| ---"))]
     assert len(rows) >= 25
@@ -92,18 +92,18 @@ def test_every_checkpoint_of_the_table_has_a_command() -> None:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_every_option_is_one(document: Path) -> None:
+def test_every_option_exists(document: Path) -> None:
     assert named_options(document) <= options(main) | {"--version", "--help"}
 
 
-def test_options_are_found_among_the_words() -> None:
+def test_options_are_extracted_from_code_spans() -> None:
     assert {"--template", "--base", "--padding-jitter"} <= named_options(ROOT / "docs/checkpoints.md")
     migrating = named_options(ROOT / "docs/migrating.md")
     assert "--quantization" in migrating
     assert "--conv-mode" not in migrating
 
 
-def test_answers_are_rewritten_as_the_originals_have_them(tmp_path: Path) -> None:
+def test_answers_are_converted_to_the_originals_format(tmp_path: Path) -> None:
     program = re.search(r"^```python\n(.*?)^```", (ROOT / "docs/migrating.md").read_text(), re.DOTALL | re.MULTILINE)
     assert program is not None
     files = {

@@ -103,7 +103,7 @@ def test_answers_equal_transformers(
     assert tokens == generated[0, ids.shape[1] :].tolist()
 
 
-def test_in_low_detail_the_overview_alone_is_seen_as_transformers_sees_a_single_tile(
+def test_low_detail_uses_only_the_overview_like_a_single_tile_in_transformers(
     reference: LlavaNextForConditionalGeneration, tmp_path: Path
 ) -> None:
     model = LocalModel(write(tmp_path / "next", reference, hub_name), options=LoadOptions(dtype="float32"))

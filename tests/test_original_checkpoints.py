@@ -81,7 +81,7 @@ IMAGES = [picture(45, 30, 0), picture(31, 64, 1)]
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_an_original_answers_as_the_restatement_of_its_code(tmp_path: Path, name: str) -> None:
+def test_an_original_gives_the_same_answers_as_its_restatement(tmp_path: Path, name: str) -> None:
     original, model = build(tmp_path, KINDS[name])
     prepared = model.preparer.prepare(ask(IMAGES))
     image = "<im_start><image><im_end>" if original.kind.start_end else "<image>"
@@ -97,7 +97,7 @@ def test_an_original_answers_as_the_restatement_of_its_code(tmp_path: Path, name
 TEMPLATES = ("vicuna_v1", "llava_v1", "v0", "llava_llama_2", "mistral_instruct", "chatml_direct", "plain")
 
 
-def test_every_template_is_tokenized_and_answered_as_the_restatement_does(tmp_path: Path) -> None:
+def test_every_template_gives_the_same_ids_and_answers_as_the_restatement(tmp_path: Path) -> None:
     original, model = build(tmp_path, KINDS["start and end, slow tokenizer"])
     for name in TEMPLATES:
         model.preparer = replace(model.preparer, template=get_template(name))
@@ -108,7 +108,7 @@ def test_every_template_is_tokenized_and_answered_as_the_restatement_does(tmp_pa
         assert tokens == answer_plainly(original, ids, IMAGES[:1], 24)[0], name
 
 
-def test_texts_and_pictures_side_by_side_answer_as_each_alone(tmp_path: Path) -> None:
+def test_requests_in_one_batch_get_the_same_answers_as_alone(tmp_path: Path) -> None:
     original, model = build(tmp_path, KINDS["anyres, unpadded, own tower"])
     requests = [ask([], name="text"), ask(IMAGES, name="two"), ask(IMAGES[:1], "Where?", name="one")]
     for request in requests:
@@ -123,14 +123,14 @@ def test_texts_and_pictures_side_by_side_answer_as_each_alone(tmp_path: Path) ->
         assert together[request.request_id] == answer_plainly(original, ids, images[request.request_id], 24)[0]
 
 
-def test_one_placeholder_per_image_is_shown_and_many_are_run(tmp_path: Path) -> None:
+def test_an_images_single_placeholder_is_expanded_for_the_model(tmp_path: Path) -> None:
     _, model = build(tmp_path, KINDS["anyres, unpadded, own tower"])
     prepared = model.preparer.prepare(ask(IMAGES))
     assert original_ids(prepared).count(IMAGE_TOKEN_ID) == 2
     assert prepared.prompt_ids.count(IMAGE_TOKEN_ID) == sum(prepared.num_image_tokens)
 
 
-def test_a_folders_name_decides_nothing(tmp_path: Path) -> None:
+def test_a_folders_name_does_not_matter(tmp_path: Path) -> None:
     original = write_original(tmp_path, Kind(layout="lora"))
     renamed = original.folder.rename(tmp_path / "model")
     assert open_checkpoint(renamed, original.base).adapter == renamed

@@ -64,7 +64,7 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> Asked:
     return Asked(original, root / "chest.png", prompt, ids, *answer_plainly(original, ids, [image], 8, radiograph_rows))
 
 
-def test_it_answers_as_the_restatement_of_its_code(asked: Asked) -> None:
+def test_it_gives_the_same_answers_as_the_restated_original(asked: Asked) -> None:
     checkpoint = open_checkpoint(asked.original.folder, asked.original.base, offline=True)
     check_tensors(checkpoint)
     model = LocalModel(checkpoint, options=LoadOptions(dtype="float32"))
@@ -86,7 +86,7 @@ def test_the_command_line_answers_too(asked: Asked) -> None:
     assert (answer["token_ids"], answer["num_image_tokens"]) == (asked.tokens, [196])
 
 
-def test_a_merged_one_takes_its_tower_from_the_file_it_came_in(asked: Asked, tmp_path: Path) -> None:
+def test_a_merged_checkpoint_takes_its_tower_from_the_original_file(asked: Asked, tmp_path: Path) -> None:
     original = asked.original
     assert original.base is not None
     for name in ("tokenizer.model", "tokenizer_config.json"):
@@ -99,7 +99,7 @@ def test_a_merged_one_takes_its_tower_from_the_file_it_came_in(asked: Asked, tmp
     assert json.loads(done.stdout)["token_ids"] == asked.tokens
 
 
-def test_padding_that_is_not_there_is_not_moved(asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_padding_jitter_is_refused_for_a_tower_without_padding(asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(asking, "load_model", lambda *_: pytest.fail("weights were read"))
     arguments = asked.arguments(asked.original.folder, "--base", str(asked.original.base), "--padding-jitter")
     done = CliRunner().invoke(main, arguments)
@@ -151,7 +151,7 @@ def test_an_added_key_is_named(hollow: Original, name: str) -> None:
         load(hollow)
 
 
-def test_the_extended_file_counts_where_there_is_one(hollow: Original) -> None:
+def test_the_extended_file_takes_precedence(hollow: Original) -> None:
     tensors = torch.load(hollow.folder / FILE, weights_only=True)
     wrapped = {f"module.{name}": value for name, value in tensors.items()}
     torch.save(wrapped, hollow.folder / "non_lora_trainables_extended.bin")
@@ -159,7 +159,7 @@ def test_the_extended_file_counts_where_there_is_one(hollow: Original) -> None:
     load(hollow)
 
 
-def test_a_tower_that_was_not_trained_is_the_released_one(hollow: Original) -> None:
+def test_an_untrained_tower_is_the_released_one(hollow: Original) -> None:
     """In that case only its buffers are saved, and they matter: its statistics kept changing."""
     released = {name: value for name, value in hollow.tower.items() if "pos_embed" not in name}
     buffers = ("running_mean", "running_var", "num_batches_tracked", "pos_embed", "rotary_emb")
@@ -189,7 +189,7 @@ def keep_only(is_kept: Callable[[str], bool]) -> Callable[[dict[str, torch.Tenso
         ({"mm_hidden_size": 1024}, "mm_hidden_size is 1024, but the tower biovil gives 512"),
     ],
 )
-def test_settings_that_it_does_not_have_are_named(hollow: Original, changes: dict[str, object], named: str) -> None:
+def test_unsupported_settings_are_named(hollow: Original, changes: dict[str, object], named: str) -> None:
     edit_config(hollow.folder, **changes)
     with pytest.raises(CheckpointError, match=f"{hollow.folder}.*{named}"):
         load(hollow)

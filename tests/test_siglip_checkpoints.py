@@ -89,7 +89,7 @@ def llava_hf() -> LlavaForConditionalGeneration:
 
 @pytest.mark.parametrize("names", ["hub", "module"])
 @torch.inference_mode()
-def test_a_llava_hf_checkpoint_answers_as_transformers(
+def test_a_llava_hf_checkpoint_gives_the_same_answers_as_transformers(
     llava_hf: LlavaForConditionalGeneration, tmp_path: Path, names: Names
 ) -> None:
     folder = write_checkpoint(tmp_path / "checkpoint", llava_hf, names=names)
@@ -139,7 +139,7 @@ def projected(original: Original, image: Image.Image) -> torch.Tensor:
 
 @pytest.mark.parametrize("has_processor", [True, False])
 @pytest.mark.parametrize("is_inside", [True, False])
-def test_an_original_answers_as_the_restatement_of_its_code(
+def test_an_original_gives_the_same_answers_as_its_restatement(
     tmp_path: Path, *, is_inside: bool, has_processor: bool
 ) -> None:
     original = write_original_siglip(tmp_path, is_inside=is_inside)
@@ -163,6 +163,6 @@ def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
         check_tensors(open_checkpoint(original.folder, offline=True))
 
 
-def test_so400m_has_27_patches_a_side() -> None:
+def test_so400m_has_27_patches_per_side() -> None:
     config = {**TOWER, "model_type": "siglip_vision_model", "image_size": 384}
     assert build_vision_config(config, -2, "full", "vision_feature_layer").tokens_per_tile == 27**2 == 729

@@ -1,4 +1,4 @@
-"""Requests against a server of a few lines, and responses whose bytes come in every possible way."""
+"""Requests against a minimal server, and responses whose bytes arrive split in every possible way."""
 
 import asyncio
 import contextlib
@@ -23,7 +23,7 @@ def pieces(data: bytes, size: int) -> list[tuple[float, bytes]]:
 
 @contextlib.contextmanager
 def listening(answer: Any) -> Iterator[tuple[int, list[bytes], asyncio.Runner]]:
-    """A port where a coroutine gets each connection, and what it was sent on each until it answered."""
+    """Yield a port whose connections a coroutine serves, the request heads received there, and the loop's runner."""
     heard: list[bytes] = []
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -42,7 +42,7 @@ def listening(answer: Any) -> Iterator[tuple[int, list[bytes], asyncio.Runner]]:
 
 
 @pytest.mark.parametrize("size", [1, 3, 20, 1000])
-def test_responses_are_read_however_their_bytes_come(size: int) -> None:
+def test_responses_are_read_however_their_bytes_are_split(size: int) -> None:
     plain = read_response(pieces(PLAIN, size))
     assert (plain.status, plain.body, plain.headers["retry-after"]) == (429, b"busy", "3")
     streamed = read_response(pieces(CHUNKED, size))
@@ -55,12 +55,12 @@ def test_no_response_has_the_status_0(length: int) -> None:
     assert read_response(pieces(CHUNKED[:length], 10)).status == (200 if length > 12 else 0)
 
 
-def test_a_response_is_whole_when_its_length_has_come_though_the_server_keeps_the_connection() -> None:
+def test_a_response_is_complete_at_its_length_even_if_kept_alive() -> None:
     left = asyncio.Event()
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(PLAIN)
-        # What the client claimed to send never comes; it leaves.
+        # The client never sends the announced body; it disconnects.
         assert await reader.read() == b"{"
         left.set()
 
@@ -71,10 +71,10 @@ def test_a_response_is_whole_when_its_length_has_come_though_the_server_keeps_th
     assert b"content-length: 1000\r\n" in heard[0]
 
 
-def test_what_comes_before_a_hang_up_is_done_is_not_noted() -> None:
+def test_data_after_the_maximum_of_pieces_is_ignored() -> None:
     async def receive() -> list[bytes]:
         connection = _Connection(b"", 2)
-        # Nobody has had a turn to leave in between.
+        # The event loop had no chance to close the connection in between.
         for piece in (CHUNKED[:60], CHUNKED[60:70], CHUNKED[70:]):
             connection.data_received(piece)
         return [data for _, data in connection.pieces]
@@ -82,7 +82,7 @@ def test_what_comes_before_a_hang_up_is_done_is_not_noted() -> None:
     assert asyncio.run(receive()) == [CHUNKED[:60], CHUNKED[60:70]]
 
 
-def test_who_has_enough_pieces_hangs_up() -> None:
+def test_the_client_hangs_up_after_the_maximum_of_pieces() -> None:
     hung_up = asyncio.Event()
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -97,7 +97,7 @@ def test_who_has_enough_pieces_hangs_up() -> None:
     assert len(got) == 1
 
 
-def test_who_is_cancelled_hangs_up() -> None:
+def test_a_cancelled_client_hangs_up() -> None:
     hung_up = asyncio.Event()
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -116,7 +116,7 @@ def test_who_is_cancelled_hangs_up() -> None:
         runner.run(asyncio.wait_for(ask(port), 10))
 
 
-def test_bodies_are_sent_as_json_to_the_route_that_is_named() -> None:
+def test_bodies_are_sent_as_json_to_the_given_route() -> None:
     head, _, content = post_json(80, {"é": [1]}, path="/tokenize").partition(b"\r\n\r\n")
     assert head.startswith(b"POST /tokenize HTTP/1.1\r\n")
     assert json.loads(content) == {"é": [1]}

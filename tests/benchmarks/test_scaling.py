@@ -1,4 +1,5 @@
-"""What is made of samples and answers: the split of a cold start, and what counts as not having followed."""
+"""Evaluation of samples and answers: the split of a cold start, and when scaling counts as not having followed the
+load."""
 
 from dataclasses import replace
 from datetime import datetime
@@ -26,7 +27,7 @@ SAMPLES = [
 PHASES = {"imports": 2.0, "weights": 1.0, "engine": 0.5}
 
 
-def test_a_cold_start_is_split_into_steps_that_make_up_the_whole() -> None:
+def test_a_cold_start_is_split_into_steps_that_sum_to_the_total() -> None:
     steps = split(SAMPLES, 100.0, 110.0, 108.5, PHASES, needs_node=True)
     expected = {"decision": 0.5, "node": 3.0, "process": 1.5, **PHASES, "known to the gateway": 0.5, "answer": 1.0}
     assert steps == {**expected, "in all": 10.0}
@@ -35,12 +36,12 @@ def test_a_cold_start_is_split_into_steps_that_make_up_the_whole() -> None:
     assert (there["node"], there["process"]) == (0, 4.5)
 
 
-def test_an_answer_that_comes_before_the_replica_is_seen_to_run_leaves_no_step_below_nothing() -> None:
+def test_an_answer_before_the_replica_is_seen_gives_no_negative_step() -> None:
     steps = split(SAMPLES, 100.0, 108.6, 108.5, PHASES, needs_node=True)
     assert (steps["known to the gateway"], steps["answer"]) == (0.1, 0)
 
 
-def test_the_newest_replica_tells_how_it_has_started(tmp_path: Path) -> None:
+def test_the_phases_are_those_of_the_newest_replica(tmp_path: Path) -> None:
     line = "INFO {} llava_Generator abc -- started: imports 2.00 s, weights {} s, engine 0.50 s\n"
     times = ("2026-01-02 03:04:05,250", "2026-01-02 03:05:05,500")
     for index, when in enumerate(times):
@@ -54,14 +55,14 @@ def test_the_newest_replica_tells_how_it_has_started(tmp_path: Path) -> None:
 
 
 FOLLOWED = Outcome(
-    # The first look came after the first request.
+    # The first sample was taken after the first request.
     [_sample(1.2, running=1, nodes=2, clients=1), _sample(10, running=2, nodes=3, clients=3), _sample(20)],
     [Answer(1.0, (1.5, 2.0)), Answer(11.0, (13.0,)), Answer(12.0, (12.5,))],
     0.0,
 )
 
 
-def test_times_to_the_first_token_are_told_by_the_number_of_clients() -> None:
+def test_times_to_the_first_token_are_grouped_by_number_of_clients() -> None:
     figures = summarize(FOLLOWED)
     assert (figures["requests"], figures["failed"]) == (3, 0)
     assert figures["first_token_ms_by_clients"] == {
@@ -80,12 +81,12 @@ def test_times_to_the_first_token_are_told_by_the_number_of_clients() -> None:
         (replace(FOLLOWED, samples=FOLLOWED.samples[:2]), "did not follow"),
     ],
 )
-def test_a_request_that_fails_or_a_replica_that_stays_ends_badly(outcome: Outcome, message: str) -> None:
+def test_failed_requests_and_missing_scaling_fail_the_benchmark(outcome: Outcome, message: str) -> None:
     with pytest.raises(SystemExit, match=message):
         check(outcome)
 
 
-def test_the_same_figures_are_the_same_picture(tmp_path: Path) -> None:
+def test_equal_figures_give_equal_pictures(tmp_path: Path) -> None:
     for name in ("a.svg", "b.svg"):
         draw(tmp_path / name, FOLLOWED.samples, [(1.0, 0.5), (11.0, 2.0)])
     picture = (tmp_path / "a.svg").read_text()

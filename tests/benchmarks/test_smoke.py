@@ -1,4 +1,4 @@
-"""The benchmarks run to their ends and measure what they say."""
+"""The benchmarks run to completion and measure what they claim."""
 
 import json
 import subprocess
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.ray
 @pytest.mark.timeout(400)
 def test_a_short_run_measures_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Its own settings are the defaults, which fit every machine.
+    # The default settings, which fit every machine.
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(ROOT))
     figures = tmp_path / "figures.json"
@@ -29,7 +29,7 @@ def test_a_short_run_measures_everything(tmp_path: Path, monkeypatch: pytest.Mon
     assert results["service, 1 client"]["requests"] == 2
     assert results["service, 8 clients"]["requests"] == 4
     assert results["engine in process, 1 client"]["first_ms"] > 0
-    # One request each: what the graph adds may be less than nothing on a busy machine, what the empty one takes not.
+    # One request each: on a busy machine the overhead of the graph may be negative; the empty graph's time cannot.
     assert results["empty graph, 1 client"]["first_ms"] > 0
     assert isinstance(results["graph"]["added_over_empty"], float)
 
@@ -43,7 +43,7 @@ def run_module(module: str, folder: Path, *options: str) -> dict[str, Any]:
     return results
 
 
-def test_the_engine_is_measured_beside_transformers(tmp_path: Path) -> None:
+def test_the_engine_is_measured_and_compared_with_transformers(tmp_path: Path) -> None:
     results = run_module("engine", tmp_path, "--size", "tiny", "--rounds", "1", "--threads", "1", "--shares")
     for work in ("1 request, new picture", "8 requests, new pictures", "8 requests, 2 pictures"):
         assert results[work]["engine"]["tokens_per_s"] > 0
@@ -57,7 +57,7 @@ def test_the_engine_is_measured_beside_transformers(tmp_path: Path) -> None:
         assert shares[work]["transformers_ms"] > 0
 
 
-def test_a_short_soak_sets_requests_back_and_fails_none(tmp_path: Path) -> None:
+def test_a_short_soak_fails_no_request(tmp_path: Path) -> None:
     results = run_module("soak", tmp_path, "--steps", "400")
     assert results["finished"] > 0
     assert results["failed"] == 0

@@ -27,12 +27,12 @@ FILES = sorted([*CLUSTER.rglob("*.yaml"), ROOT / "serve_config.yaml"])
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_no_key_is_given_twice(path: Path) -> None:
+def test_no_file_has_duplicate_keys(path: Path) -> None:
     assert documents(path)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_serve_and_the_application_understand_the_configuration(path: Path) -> None:
+def test_the_configuration_is_valid_for_serve_and_the_application(path: Path) -> None:
     schema = ServeDeploySchema.model_validate(document(path))
     [application] = schema.applications
     args = AppArgs.model_validate(application.args)
@@ -63,7 +63,7 @@ def test_serve_builds_a_configuration_of_the_application(tmp_path: Path) -> None
     assert names == ["Preprocessor", "VisionEncoder", "Generator", "Gateway"]
 
 
-def test_keys_that_are_made_as_documented_open_the_service(tmp_path: Path) -> None:
+def test_keys_created_as_documented_allow_exposure(tmp_path: Path) -> None:
     from click.testing import CliRunner
 
     file = tmp_path / "keys.json"
@@ -78,7 +78,7 @@ def launcher() -> Any:
     return document(CLUSTER / "launcher.yaml")
 
 
-def test_ray_understands_the_launchers_file() -> None:
+def test_the_launchers_file_is_valid_for_ray() -> None:
     prepared = prepare_config(launcher())
     validate_config(prepared)
     assert prepared["available_node_types"]["worker"]["min_workers"] == 2
@@ -88,7 +88,7 @@ def test_ray_understands_the_launchers_file() -> None:
         validate_config(prepare_config(wrong))
 
 
-def test_the_launchers_commands_are_rays_and_read_the_environment() -> None:
+def test_the_launchers_commands_have_valid_options_and_the_environment() -> None:
     commands = [*launcher()["head_start_ray_commands"], *launcher()["worker_start_ray_commands"]]
     starts = [command for command in commands if "ray start" in command]
     assert len(starts) == 2
@@ -101,7 +101,7 @@ def test_the_launchers_commands_are_rays_and_read_the_environment() -> None:
             assert f"{option} " in known, option
 
 
-def test_a_shell_reads_the_environment_as_kustomize_does() -> None:
+def test_a_shell_parses_the_environment_like_kustomize() -> None:
     script = f"set -a; . {ENVIRONMENT_FILE}; env"
     printed = subprocess.run(["/bin/sh", "-c", script], env={}, capture_output=True, text=True, timeout=10, check=True)
     read = dict(line.split("=", 1) for line in printed.stdout.splitlines())
@@ -116,13 +116,13 @@ def dockerfile() -> str:
     return (CLUSTER / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", " ")
 
 
-def test_the_image_is_described_without_a_fault() -> None:
+def test_the_dockerfile_passes_the_linter() -> None:
     linter = Path(sys.executable).with_name("hadolint")
     done = subprocess.run([linter, CLUSTER / "Dockerfile"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout
 
 
-def test_the_image_is_made_of_files_and_extras_that_exist() -> None:
+def test_the_image_uses_files_and_extras_that_exist() -> None:
     copied = [
         source
         for line in re.findall(r"^COPY (?!--from)(.*)$", dockerfile(), re.MULTILINE)
@@ -142,7 +142,7 @@ def test_the_image_is_made_of_files_and_extras_that_exist() -> None:
     assert set(extras.split(",")) <= set(project()["optional-dependencies"])
 
 
-def test_the_image_brings_what_the_manifests_start() -> None:
+def test_the_image_installs_what_the_manifests_start() -> None:
     """`deployments` needs the extra `serve`, `cluster.batch` needs `batch`."""
     [given] = re.findall(r"^ARG EXTRAS=(.*)$", dockerfile(), re.MULTILINE)
     extras = given.split(",")
@@ -154,7 +154,7 @@ def test_the_image_brings_what_the_manifests_start() -> None:
         assert extra_of[started.split(".")[0]] in extras, started
 
 
-def test_the_launcher_finds_its_commands_and_its_files_in_the_image() -> None:
+def test_the_image_has_the_commands_and_settings_the_launcher_needs() -> None:
     """Ray runs commands in login shells, whose PATH is Debian's, copies with rsync, and reads HOME from the image."""
     [installed] = re.findall(r"apt-get install --no-install-recommends -y ([a-z0-9 -]*)", dockerfile())
     assert {"openssh-client", "rsync"} <= set(installed.split())
@@ -174,14 +174,14 @@ def test_the_launcher_finds_its_commands_and_its_files_in_the_image() -> None:
     assert re.findall(r"^ENV .*HOME=(\S+)$", dockerfile(), re.MULTILINE) == ["/home/llava"]
 
 
-def test_the_image_starts_as_nobody_with_commands_that_exist() -> None:
+def test_the_image_runs_as_non_root_with_an_existing_command() -> None:
     users = re.findall(r"^USER (.*)$", dockerfile(), re.MULTILINE)
     assert users == ["1000:1000"]
     assert re.findall(r"^CMD (.*)$", dockerfile(), re.MULTILINE) == ['["llava", "serve"]']
     assert "llava" in {each.name for each in importlib.metadata.entry_points(group="console_scripts")}
 
 
-def test_the_image_brings_what_serves_haproxy_is() -> None:
+def test_the_image_installs_serves_haproxy() -> None:
     [ray] = [Requirement(each) for each in project()["optional-dependencies"]["serve"] if each.startswith("ray[")]
     assert "serve" in ray.extras
     needed = [Requirement(each) for each in importlib.metadata.requires("ray") or ()]
@@ -210,7 +210,7 @@ def _add_process(folder: Path, command: str) -> Path:
     return process
 
 
-def test_a_node_that_ends_tells_ray_first(tmp_path: Path) -> None:
+def test_a_departing_node_first_reports_its_drain_to_ray(tmp_path: Path) -> None:
     with _drain(tmp_path, "900", ray='printf "%s\\n" "$@"') as drain:
         assert drain.wait(30) == 0
         assert drain.stdout is not None
@@ -221,7 +221,7 @@ def test_a_node_that_ends_tells_ray_first(tmp_path: Path) -> None:
     assert made.params["deadline_remaining_seconds"] == 900
 
 
-def test_a_node_whose_head_is_gone_ends_all_the_same(tmp_path: Path) -> None:
+def test_a_node_ends_even_if_its_head_is_gone(tmp_path: Path) -> None:
     with _drain(tmp_path, "900", ray="exit 1") as drain:
         assert drain.wait(30) == 0
 
@@ -236,19 +236,19 @@ def test_a_node_waits_for_its_replicas_and_its_proxy(tmp_path: Path, command: st
         assert drain.wait(30) == 0
 
 
-def test_a_node_waits_no_longer_than_it_is_told(tmp_path: Path) -> None:
+def test_a_node_waits_no_longer_than_its_time_limit(tmp_path: Path) -> None:
     _add_process(tmp_path, "ray::ServeReplica:llava:Generator")
     with _drain(tmp_path, "1", ray=":") as drain:
         assert drain.wait(30) == 0
 
 
-def test_a_node_does_not_wait_for_others(tmp_path: Path) -> None:
+def test_a_node_does_not_wait_for_other_processes(tmp_path: Path) -> None:
     _add_process(tmp_path, "ray::IDLE")
     with _drain(tmp_path, "900", ray=":") as drain:
         assert drain.wait(30) == 0
 
 
-def test_yaml_of_the_documentation_is_yaml() -> None:
+def test_yaml_blocks_in_the_documentation_are_valid() -> None:
     text = (ROOT / "docs/cluster.md").read_text(encoding="utf-8")
     for block in re.findall(r"^```yaml\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
         assert yaml.safe_load(block)

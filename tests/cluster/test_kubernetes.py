@@ -55,7 +55,7 @@ PODS = list(pods())
 
 
 @pytest.mark.parametrize("content", OBJECTS, ids=lambda each: f"{each['kind']}-{each['metadata'].get('name', '')}")
-def test_every_object_is_one_that_kubernetes_knows(content: Any) -> None:
+def test_every_object_matches_its_schema(content: Any) -> None:
     if content["kind"] in SCHEMAS:
         jsonschema.validate(content, SCHEMAS[content["kind"]])
     else:
@@ -63,13 +63,13 @@ def test_every_object_is_one_that_kubernetes_knows(content: Any) -> None:
 
 
 @pytest.mark.parametrize(("name", "template"), PODS, ids=[name for name, _ in PODS])
-def test_every_pod_is_one_that_kubernetes_knows(name: str, template: Any) -> None:
+def test_every_pod_matches_kubernetes_schema(name: str, template: Any) -> None:
     metadata = {"name": name, **template.get("metadata", {})}
     pod = {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": template["spec"]}
     kubernetes_validate.validate(pod, VERSION, strict=True)
 
 
-def test_a_misspelt_field_is_found_in_objects_and_in_pods() -> None:
+def test_a_misspelt_field_is_detected_in_objects_and_pods() -> None:
     service = copy.deepcopy(of_kind(BASE, "RayService"))
     service["spec"]["rayClusterConfig"]["enableInTreeAutoscalling"] = True
     with pytest.raises(jsonschema.ValidationError, match="enableInTreeAutoscalling"):
@@ -80,23 +80,23 @@ def test_a_misspelt_field_is_found_in_objects_and_in_pods() -> None:
         kubernetes_validate.validate(pod, VERSION, strict=True)
 
 
-def test_a_key_that_is_given_twice_is_found(tmp_path: Any) -> None:
+def test_a_duplicate_key_is_detected(tmp_path: Any) -> None:
     (tmp_path / "twice.yaml").write_text("a: {b: 1, c: 2, b: 3}\n")
     with pytest.raises(yaml.YAMLError, match=r"given twice: \['b'\]"):
         documents(tmp_path / "twice.yaml")
 
 
 @pytest.mark.parametrize(("objects", "file"), [(BASE, CLUSTER), (GPU, KUBERNETES / "gpu")], ids=["base", "gpu"])
-def test_what_is_served_is_the_text_of_the_configuration(objects: list[Any], file: Any) -> None:
+def test_the_manifest_contains_the_text_of_the_configuration(objects: list[Any], file: Any) -> None:
     text = (file / "serve_config.yaml").read_text(encoding="utf-8")
     assert of_kind(objects, "RayService")["spec"]["serveConfigV2"] == text
 
 
-def test_nodes_have_the_environment_of_a_cluster() -> None:
+def test_nodes_have_the_cluster_environment() -> None:
     assert environment() == CLUSTER_ENVIRONMENT
 
 
-def test_serves_haproxy_has_the_limits_of_ours() -> None:
+def test_serves_haproxy_has_the_same_limits_as_ours() -> None:
     ours = LoadBalancer(("127.0.0.1", 1), "127.0.0.1", [1], "llava").configuration
     given = environment()
     assert given["RAY_SERVE_ENABLE_HA_PROXY"] == "1"
@@ -109,7 +109,7 @@ def test_serves_haproxy_has_the_limits_of_ours() -> None:
         assert f"    {line}\n" in ours
 
 
-def test_serve_reads_every_variable_of_its_own() -> None:
+def test_serve_knows_every_variable_with_its_prefix() -> None:
     known = Path(constants.__file__).read_text(encoding="utf-8")
     assert [name for name in environment() if name.startswith("RAY_SERVE_") and f'"{name}"' not in known] == []
 
@@ -163,7 +163,7 @@ def test_keys_and_models_are_read_only(cluster: Any) -> None:
 
 
 @pytest.mark.parametrize(("objects", "folder"), [(BASE, CLUSTER), (GPU, KUBERNETES / "gpu")], ids=["base", "gpu"])
-def test_nothing_ends_before_the_longest_answer_has(objects: list[Any], folder: Any) -> None:
+def test_grace_periods_exceed_the_longest_answer(objects: list[Any], folder: Any) -> None:
     service = of_kind(objects, "RayService")["spec"]
     [application] = document(folder / "serve_config.yaml")["applications"]
     longest = application["args"]["limits"]["max_timeout_seconds"]
@@ -180,7 +180,7 @@ def test_nothing_ends_before_the_longest_answer_has(objects: list[Any], folder: 
 
 
 @pytest.mark.parametrize(("objects", "name"), [(BASE, "base"), (GPU, "gpu")], ids=["base", "gpu"])
-def test_workers_of_the_service_are_evicted_one_after_the_other(objects: list[Any], name: str) -> None:
+def test_workers_of_the_service_are_evicted_one_at_a_time(objects: list[Any], name: str) -> None:
     budget = of_kind(objects, "PodDisruptionBudget")["spec"]
     # For pods whose owner has no scale subresource, like a RayCluster, Kubernetes accepts only an integer minAvailable.
     assert budget.keys() == {"minAvailable", "selector"}
@@ -192,7 +192,7 @@ def test_workers_of_the_service_are_evicted_one_after_the_other(objects: list[An
 
 
 @pytest.mark.parametrize("cluster", SERVICES)
-def test_the_head_may_go_and_nodes_may_come(cluster: Any) -> None:
+def test_the_head_is_fault_tolerant_and_the_cluster_autoscales(cluster: Any) -> None:
     assert cluster["enableInTreeAutoscaling"] is True
     address = cluster["gcsFaultToleranceOptions"]["redisAddress"]
     redis = of_kind(BASE, "StatefulSet")
@@ -204,7 +204,7 @@ def test_the_head_may_go_and_nodes_may_come(cluster: Any) -> None:
     assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
 
 
-def test_stages_find_groups_of_workers_with_room_for_them() -> None:
+def test_every_stage_has_a_worker_group_with_room_for_it() -> None:
     [application] = document(KUBERNETES / "gpu/serve_config.yaml")["applications"]
     workers = {worker["groupName"]: worker for worker in CLUSTERS["gpu"]["workerGroupSpecs"]}
     assert set(workers) == {"front", "encoder", "generator"}
@@ -221,7 +221,7 @@ def test_stages_find_groups_of_workers_with_room_for_them() -> None:
             assert worker["template"]["spec"]["nodeSelector"].keys() == {"nvidia.com/gpu.product"}
 
 
-def test_workers_hold_the_smallest_number_of_replicas_from_the_start() -> None:
+def test_worker_groups_have_room_for_the_minimum_and_maximum_of_replicas() -> None:
     [application] = document(CLUSTER / "serve_config.yaml")["applications"]
     stages = [application["args"][stage] for stage in ("gateway", "preprocessor", "vision_encoder", "generator")]
     [worker] = CLUSTERS["base"]["workerGroupSpecs"]
@@ -271,7 +271,7 @@ POLICIES = [each for each in BASE if each["kind"] == "NetworkPolicy"]
 RAYS_PORTS = (6379, 8265, 52365, 10001, 10002, 30000, 9101, 8404)
 
 
-def test_labels_of_pods_are_those_that_policies_select() -> None:
+def test_pods_have_the_labels_that_policies_select() -> None:
     for name, template in PODS:
         component = "batch" if name.startswith("batch-") else "service"
         ours = {"app.kubernetes.io/part-of": "llava", "app.kubernetes.io/component": component}
@@ -281,7 +281,7 @@ def test_labels_of_pods_are_those_that_policies_select() -> None:
 
 
 @pytest.mark.parametrize("port", RAYS_PORTS)
-def test_rays_ports_are_for_nodes_of_the_cluster(port: int) -> None:
+def test_rays_ports_are_reachable_only_from_nodes_of_the_cluster(port: int) -> None:
     for pod, other in itertools.product((HEAD, WORKER), repeat=2):
         assert _admits(POLICIES, pod, other, port)
     for pod in (HEAD, WORKER):
@@ -290,7 +290,7 @@ def test_rays_ports_are_for_nodes_of_the_cluster(port: int) -> None:
         assert not _admits(POLICIES, pod, WORKER, port, namespace="other")
 
 
-def test_strangers_reach_the_gateways_port_and_nothing_else() -> None:
+def test_other_pods_reach_only_the_gateways_port() -> None:
     assert _admits(POLICIES, WORKER, {"app": "stranger"}, 8000)
     assert _admits(POLICIES, WORKER, {}, 8000, namespace="ingress")
     assert not _admits(POLICIES, HEAD, {}, 8000, namespace="ingress")
@@ -306,7 +306,7 @@ def test_operator_metrics_and_heads_reach_what_they_need() -> None:
     assert not _admits(POLICIES, REDIS, WORKER, 6379)
 
 
-def test_no_secret_stands_in_a_file_and_each_is_made_in_the_documentation() -> None:
+def test_no_manifest_contains_a_secret_and_the_documentation_creates_each() -> None:
     assert not [each for each in OBJECTS if each["kind"] == "Secret"]
     named = set(_secrets(OBJECTS))
     text = (ROOT / "docs/cluster.md").read_text(encoding="utf-8")
@@ -329,7 +329,7 @@ def _secrets(content: Any) -> Iterator[str]:
                 yield from _secrets(value)
 
 
-def test_the_job_runs_a_batch_and_outlives_failures() -> None:
+def test_the_job_runs_a_batch_and_survives_failures() -> None:
     assert JOB["spec"]["entrypoint"].startswith("llava batch ")
     assert JOB["spec"]["backoffLimit"] > 0
     files = JOB["spec"]["entrypoint"].split()[2:4]
@@ -340,7 +340,7 @@ def test_the_job_runs_a_batch_and_outlives_failures() -> None:
         assert all(file.startswith(f"{path}/") for file in files)
 
 
-def test_the_jobs_stages_have_room_on_all_its_workers_together_and_not_on_fewer() -> None:
+def test_the_jobs_stages_need_all_its_workers() -> None:
     words = JOB["spec"]["entrypoint"].split()
     stages = read_stages(value for word, value in itertools.pairwise(words) if word == "--stage")
     [group] = CLUSTERS["batch"]["workerGroupSpecs"]

@@ -91,14 +91,14 @@ class Sharer:
 
 class Maker:
     def __init__(self) -> None:
-        self._told = asyncio.Event()
+        self._may_make = asyncio.Event()
 
     async def make(self) -> npt.NDArray[np.uint8]:
-        await self._told.wait()
+        await self._may_make.wait()
         return zeros()
 
-    async def tell(self) -> None:
-        self._told.set()
+    async def release(self) -> None:
+        self._may_make.set()
 
 
 def zeros() -> npt.NDArray[np.uint8]:
@@ -141,7 +141,7 @@ def main(log: str) -> None:
             for pid in await asyncio.gather(*(handle.ask.remote() for _ in range(4)))
         }
 
-    async def shared_by_the_dead() -> str:
+    async def loss_of_a_dead_owners_object() -> str:
         sharer: Any = ray.remote(num_cpus=0)(Sharer).remote()
         [given] = await sharer.share.remote(handoff)
         ray.kill(sharer)
@@ -160,7 +160,7 @@ def main(log: str) -> None:
         maker: Any = ray.remote(num_cpus=0)(Maker).remote()
         given = Reference(maker.make.remote())
         seen = [handoff.is_made(given)]
-        await maker.tell.remote()
+        await maker.release.remote()
         result: Any = await handoff.take(given)
         assert result.nbytes == NUM_BYTES
         return [*seen, handoff.is_made(given)]
@@ -176,7 +176,7 @@ def main(log: str) -> None:
             while (left := store_stats().object_store_bytes_used) > MOST_LEFT and time.monotonic() < deadline:
                 await asyncio.sleep(0.1)
             seen = {"left": left, "most_left": MOST_LEFT, "gateway": gateway, "created": created}
-            return {**seen, "lost": await shared_by_the_dead(), "made": await is_made()}
+            return {**seen, "lost": await loss_of_a_dead_owners_object(), "made": await is_made()}
         finally:
             # Shut down while the loop that the handle has used still runs.
             await serve.shutdown_async()

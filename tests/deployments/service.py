@@ -28,7 +28,7 @@ from tests.tiny import edit_json
 PROGRAM = "import sys; from llava_core.cli import main; main(sys.argv[1:])"
 START_S = 180.0
 # Ray's processes report metrics every 10 s by default, which tests need not wait for.
-TOLD_SOON = {"RAY_metrics_report_interval_ms": "1000"}
+FREQUENT_METRICS = {"RAY_metrics_report_interval_ms": "1000"}
 
 
 def until(condition: Callable[[], bool], *, deadline_s: float = 90.0) -> None:
@@ -121,7 +121,7 @@ def started(command: list[str]) -> Iterator[tuple[subprocess.Popen[bytes], Path]
         environment = {**os.environ, "RAY_TMPDIR": str(files), "PYTHONPATH": os.pathsep.join(sys.path)}
         environment |= {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
         # The port of its autoscaler's metrics: a second Ray with the same port would log a traceback.
-        environment |= {**TOLD_SOON, "AUTOSCALER_METRIC_PORT": str(free_port())}
+        environment |= {**FREQUENT_METRICS, "AUTOSCALER_METRIC_PORT": str(free_port())}
         with subprocess.Popen(
             command,
             stdout=subprocess.PIPE,

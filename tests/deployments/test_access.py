@@ -74,7 +74,7 @@ def test_no_route_but_health_answers_without_a_key(path: Path) -> None:
     assert engine.requests == []
 
 
-def test_a_good_key_gets_in(path: Path) -> None:
+def test_a_valid_key_is_accepted(path: Path) -> None:
     headers = _add(path)
     with _client(path) as client:
         assert client.get("/v1/models", headers=headers).status_code == 200
@@ -99,7 +99,7 @@ def test_a_good_key_gets_in(path: Path) -> None:
         ("Bearer {expired}", "expired_api_key"),
     ],
 )
-def test_a_key_that_is_not_good_does_not_get_in(header: str | None, code: str, path: Path) -> None:
+def test_an_invalid_key_is_refused(header: str | None, code: str, path: Path) -> None:
     key = _add(path)["authorization"].removeprefix("Bearer ")
     expired = _add(path, "old", expires_at=NOW)["authorization"].removeprefix("Bearer ")
     words = {"key": key, "other": make_key("team"), "upper": key.swapcase(), "expired": expired}
@@ -118,7 +118,7 @@ def test_the_log_names_the_key_that_was_used(path: Path, caplog: pytest.LogCaptu
     assert headers["authorization"].rsplit(".", 1)[1] not in caplog.text
 
 
-def test_two_keys_at_once_are_none(path: Path) -> None:
+def test_two_authorization_headers_are_refused(path: Path) -> None:
     given = _add(path)["authorization"]
     with _client(path) as client:
         twice = [("authorization", given), ("authorization", "Bearer other")]
@@ -126,7 +126,7 @@ def test_two_keys_at_once_are_none(path: Path) -> None:
 
 
 @pytest.mark.parametrize("host", ["x/health?", "x/health#", "127.0.0.1/health", "health", "x@y/health?/../"])
-def test_no_host_header_makes_a_route_another_one(host: str, path: Path) -> None:
+def test_host_header_cannot_bypass_the_key_check(host: str, path: Path) -> None:
     with _client(path) as client:
         for route in ("/v1/models", PATH):
             response = client.post(route, json=HELLO, headers={"host": host})
@@ -134,7 +134,7 @@ def test_no_host_header_makes_a_route_another_one(host: str, path: Path) -> None
 
 
 @pytest.mark.parametrize("target", ["/health/../v1/models", "//health/v1/models", "/%68ealth", "/health%2f", "/HEALTH"])
-def test_no_spelling_of_a_path_is_open_but_the_one(target: str, path: Path) -> None:
+def test_only_the_exact_health_path_is_open(target: str, path: Path) -> None:
     """Sent without the client, which would normalise paths; only what the router itself takes for /health is open."""
     app = Gateway({"m": ScriptedEngine()}, all_ready, keys=KeyRing(path)).app
     sent: list[Any] = []
@@ -157,7 +157,7 @@ def test_no_spelling_of_a_path_is_open_but_the_one(target: str, path: Path) -> N
     assert sent[0]["status"] == 401
 
 
-def test_a_key_may_be_for_some_routes_only(path: Path) -> None:
+def test_a_key_may_be_restricted_to_some_routes(path: Path) -> None:
     headers = _add(path, routes=("models",))
     with _client(path) as client:
         assert client.get("/v1/models", headers=headers).status_code == 200
@@ -166,7 +166,7 @@ def test_a_key_may_be_for_some_routes_only(path: Path) -> None:
         _assert_refused(client.get("/nothing", headers=headers), 403, "permission_denied")
 
 
-def test_a_key_that_is_revoked_or_new_counts_at_once(path: Path) -> None:
+def test_added_and_revoked_keys_take_effect_at_once(path: Path) -> None:
     headers = _add(path)
     with _client(path) as client:
         assert client.get("/v1/models", headers=headers).status_code == 200
@@ -176,7 +176,7 @@ def test_a_key_that_is_revoked_or_new_counts_at_once(path: Path) -> None:
         assert client.get("/v1/models", headers=_add(path)).status_code == 200
 
 
-def test_a_file_that_is_damaged_or_gone_lets_nobody_in(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_or_missing_keys_file_lets_nobody_in(path: Path, caplog: pytest.LogCaptureFixture) -> None:
     headers = _add(path)
     content = path.read_text()
     with _client(path) as client:
@@ -192,12 +192,12 @@ def test_a_file_that_is_damaged_or_gone_lets_nobody_in(path: Path, caplog: pytes
             assert client.get("/v1/models", headers=headers).status_code == 200
 
 
-def test_a_file_that_is_none_ends_the_start(tmp_path: Path) -> None:
+def test_a_missing_keys_file_aborts_the_start(tmp_path: Path) -> None:
     with pytest.raises(KeysFileError):
         KeyRing(tmp_path / "none.json")
 
 
-def test_the_file_is_not_looked_at_for_every_request(path: Path) -> None:
+def test_the_keys_file_is_not_checked_on_every_request(path: Path) -> None:
     now = [0.0]
     _add(path)
     ring = KeyRing(path, max_age_s=1, clock=lambda: now[0])
@@ -209,7 +209,7 @@ def test_the_file_is_not_looked_at_for_every_request(path: Path) -> None:
         assert client.get("/v1/models", headers=headers).status_code == 200
 
 
-def test_limits_are_each_keys_own_and_survive_a_change_of_others(path: Path) -> None:
+def test_each_key_has_its_own_limits_and_keeps_them_when_others_change(path: Path) -> None:
     first, second = _add(path, "a", requests_per_minute=2), _add(path, "b", requests_per_minute=2)
     with _client(path) as client:
         for _ in range(2):
@@ -224,7 +224,7 @@ def test_limits_are_each_keys_own_and_survive_a_change_of_others(path: Path) -> 
         assert client.get("/health", headers=first).status_code == 200
 
 
-def test_limits_survive_a_moment_in_which_the_file_cannot_be_read(path: Path) -> None:
+def test_limits_survive_a_temporarily_unreadable_keys_file(path: Path) -> None:
     headers = _add(path, requests_per_minute=1)
     content = path.read_text()
     with _client(path) as client:
@@ -235,7 +235,7 @@ def test_limits_survive_a_moment_in_which_the_file_cannot_be_read(path: Path) ->
         _assert_refused(client.get("/v1/models", headers=headers), 429, "rate_limit_exceeded")
 
 
-def test_a_file_whose_permissions_are_repaired_is_read_again(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_keys_file_is_read_again_once_its_permissions_are_fixed(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     headers = _add(path)
 
     def read_unless_forbidden(path: Path) -> dict[str, ApiKey]:
@@ -253,7 +253,7 @@ def test_a_file_whose_permissions_are_repaired_is_read_again(path: Path, monkeyp
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_tokens_are_charged_for_what_was_read_and_written(*, stream: bool, path: Path) -> None:
+def test_prompt_and_completion_tokens_are_charged(*, stream: bool, path: Path) -> None:
     # 11 prompt tokens and 3 completion tokens, as `answer` reports.
     engine = ScriptedEngine(answer("a", "b", "c"))
     now = [0.0]
@@ -269,7 +269,7 @@ def test_tokens_are_charged_for_what_was_read_and_written(*, stream: bool, path:
         assert client.post(PATH, json=body, headers=headers).status_code == 200
 
 
-def test_a_prompt_that_several_answers_share_is_charged_once(path: Path) -> None:
+def test_a_prompt_shared_by_several_answers_is_charged_once(path: Path) -> None:
     ends = [
         TokenDelta("id", "x", (1,), "stop", usage, index=index)
         for index, usage in enumerate((None, None, Usage(10, 3)))
@@ -282,7 +282,7 @@ def test_a_prompt_that_several_answers_share_is_charged_once(path: Path) -> None
         assert client.post(PATH, json={**HELLO, "n": 3}, headers=headers).status_code == 200
 
 
-def test_an_answer_that_is_given_up_frees_its_place_and_pays_for_what_was_written(path: Path) -> None:
+def test_an_abandoned_answer_frees_its_slot_and_is_charged_for_its_tokens(path: Path) -> None:
     headers = _add(path, max_concurrent=1, tokens_per_minute=2)
     engine = ScriptedEngine([TokenDelta("id", "Hel", (1, 2, 3))], hangs=True)
     ring = KeyRing(path)
@@ -319,7 +319,7 @@ def test_an_answer_that_is_given_up_frees_its_place_and_pays_for_what_was_writte
     assert asyncio.run(run()) == [(429, "concurrent_requests"), (429, "tokens")]
 
 
-def test_a_websocket_is_closed(path: Path) -> None:
+def test_a_websocket_connection_is_closed(path: Path) -> None:
     headers = _add(path)
     with (
         _client(path) as client,

@@ -87,7 +87,7 @@ def test_only_health_answers_without_a_key(service: Running) -> None:
         service.client.models.list()
 
 
-def test_openais_client_gives_its_key_and_is_stopped_by_its_limits(service: Running, keys_file: Path, key: str) -> None:
+def test_the_openai_client_sends_its_key_and_is_rate_limited(service: Running, keys_file: Path, key: str) -> None:
     client = service.client.with_options(api_key=key)
     answer = client.chat.completions.create(model=service.model, messages=messages("hi"), max_tokens=3)
     assert answer.usage.completion_tokens >= 1
@@ -107,7 +107,7 @@ def _lists_models(client: openai.OpenAI) -> bool:
         return False
 
 
-def test_a_key_that_is_revoked_is_no_good_while_the_service_runs(service: Running, keys_file: Path) -> None:
+def test_a_revoked_key_is_refused_while_the_service_runs(service: Running, keys_file: Path) -> None:
     client = service.client.with_options(api_key=_add(keys_file, "short"))
     until(lambda: _lists_models(client))
     with editing(keys_file) as keys:
@@ -115,7 +115,7 @@ def test_a_key_that_is_revoked_is_no_good_while_the_service_runs(service: Runnin
     until(lambda: not _lists_models(client))
 
 
-def test_a_picture_by_address_is_fetched_by_the_preprocessor(service: Running, key: str, pictures: int) -> None:
+def test_a_picture_given_by_url_is_fetched_by_the_preprocessor(service: Running, key: str, pictures: int) -> None:
     client = service.client.with_options(api_key=key)
 
     def ask(url: str) -> openai.types.chat.ChatCompletion:
@@ -133,7 +133,7 @@ def test_a_picture_by_address_is_fetched_by_the_preprocessor(service: Running, k
         assert caught.value.code == "image_url_not_allowed"
 
 
-def test_keys_are_in_no_log(service: Running, key: str) -> None:
+def test_no_log_contains_a_key(service: Running, key: str) -> None:
     secret = key.rsplit(".", 1)[1].encode()
     logs = [path for path in service.logs.rglob("*") if path.is_file()]
     assert logs

@@ -29,17 +29,17 @@ PUBLIC = """
 
 
 @pytest.mark.parametrize("address", NOT_PUBLIC)
-def test_what_is_not_the_internet_is_not_public(address: str) -> None:
+def test_non_internet_addresses_are_not_public(address: str) -> None:
     assert not is_public(ipaddress.ip_address(address))
     assert not may_connect(address, [])
 
 
 @pytest.mark.parametrize("address", PUBLIC)
-def test_the_internet_is_public(address: str) -> None:
+def test_internet_addresses_are_public(address: str) -> None:
     assert is_public(ipaddress.ip_address(address))
 
 
-def test_networks_may_be_allowed_by_name_and_no_others_with_them() -> None:
+def test_only_the_listed_networks_are_allowed() -> None:
     networks = [ipaddress.ip_network("10.1.0.0/16"), ipaddress.ip_network("fd00:1::/32")]
     assert may_connect("10.1.2.3", networks)
     assert may_connect("fd00:1::5", networks)
@@ -109,7 +109,7 @@ def _allows(rule: str, address: str) -> bool:
     "rule",
     ["", "https://example.com", "example.com/", "a b", "*.", "exa*mple.com", "x:port", "x:0", "x:65536", "[::1]"],
 )
-def test_what_is_no_rule_is_refused(rule: str) -> None:
+def test_an_invalid_host_rule_is_refused(rule: str) -> None:
     with pytest.raises(ValueError, match="is not a host"):
         HostRule.parse(rule)
 
@@ -142,14 +142,14 @@ def test_what_is_no_rule_is_refused(rule: str) -> None:
         "https://example.com/" + "x" * 4096,
     ],
 )
-def test_what_is_no_address_or_two_things_at_once_is_refused(address: str) -> None:
+def test_invalid_and_ambiguous_urls_are_refused(address: str) -> None:
     with pytest.raises(ImageError) as caught:
         parse_address(address, param="p")
     assert (caught.value.code, caught.value.param) == ("invalid_image_url", "p")
     assert "password" not in caught.value.message
 
 
-def test_a_redirect_is_read_where_it_stands() -> None:
+def test_a_redirect_is_resolved_against_its_base_url() -> None:
     base = httpx.URL("https://example.com/a/b.png?x=1")
     for location, target in [
         ("c.png", "https://example.com/a/c.png"),
@@ -165,7 +165,7 @@ def test_a_redirect_is_read_where_it_stands() -> None:
 
 
 @given(st.text(alphabet=string.printable + "äⓔ。\u200b", max_size=40))
-def test_whatever_is_sent_is_an_address_or_an_image_error(rest: str) -> None:
+def test_any_text_parses_as_a_url_or_raises_an_image_error(rest: str) -> None:
     for address in (rest, "https://" + rest, "http://example.com" + rest):
         try:
             url = parse_address(address, param="p")

@@ -33,13 +33,13 @@ with ThreadPoolExecutor({NUM_THREADS}) as threads:
 """
 
 
-def left(how: str) -> float:
+def retained_mib(how: str) -> float:
     """Return the remaining MiB."""
     command = [sys.executable, "-c", BODIES, how]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout) / MIB
 
 
-def test_large_buffers_leave_nothing_behind_in_the_threads_that_held_them() -> None:
+def test_threads_retain_no_memory_of_large_buffers() -> None:
     # By default, the C library keeps a buffer for each thread.
-    assert left("by itself") > 0.5 * NUM_THREADS * BODY_MIB
-    assert left("given back") < 4
+    assert retained_mib("by itself") > 0.5 * NUM_THREADS * BODY_MIB
+    assert retained_mib("given back") < 4

@@ -20,7 +20,7 @@ def kind(request: pytest.FixtureRequest) -> type[Answer]:
     return found
 
 
-def _of_two() -> list[TokenDelta]:
+def _two_answers() -> list[TokenDelta]:
     """Return two answers whose deltas alternate; the second ends first."""
     usage = Usage(11, 4)
     return [
@@ -36,8 +36,8 @@ def _text(choice: dict[str, Any]) -> str:
     return str(inner.get("content", inner.get("text", "")))
 
 
-def test_choices_of_a_whole_reply_are_in_order(kind: type[Answer]) -> None:
-    body = kind("x", "m", ReplyForm(num_answers=2)).completion(_of_two())
+def test_choices_of_an_unstreamed_reply_are_in_order(kind: type[Answer]) -> None:
+    body = kind("x", "m", ReplyForm(num_answers=2)).completion(_two_answers())
     assert [(c["index"], _text(c), c["finish_reason"]) for c in body["choices"]] == [
         (0, "bd", "stop"),
         (1, "ac", "length"),
@@ -47,9 +47,9 @@ def test_choices_of_a_whole_reply_are_in_order(kind: type[Answer]) -> None:
     assert "timings" not in body
 
 
-def test_chunks_tell_answers_apart(kind: type[Answer]) -> None:
+def test_chunks_carry_the_index_of_their_answer(kind: type[Answer]) -> None:
     form = kind("x", "m", ReplyForm(num_answers=2))
-    chunks = [*form.first_chunks(), *(chunk for delta in _of_two() for chunk in form.chunks(delta))]
+    chunks = [*form.first_chunks(), *(chunk for delta in _two_answers() for chunk in form.chunks(delta))]
     choices = [choice for chunk in chunks for choice in chunk["choices"]]
     for index, (text, reason) in enumerate([("bd", "stop"), ("ac", "length")]):
         own = [choice for choice in choices if choice["index"] == index]
@@ -67,7 +67,7 @@ def test_usage_comes_last_without_choices_and_is_null_before(kind: type[Answer])
     assert chunks[-1]["usage"]["total_tokens"] == 12
 
 
-def test_timings_are_on_the_last_chunk_whichever_that_is(kind: type[Answer]) -> None:
+def test_timings_are_on_the_last_chunk_with_or_without_usage(kind: type[Answer]) -> None:
     for include_usage in (False, True):
         form = kind("x", "m", ReplyForm(include_usage=include_usage, timings=True))
         chunks = list(form.chunks(answer("x")[0]))
@@ -75,11 +75,11 @@ def test_timings_are_on_the_last_chunk_whichever_that_is(kind: type[Answer]) -> 
         assert set(chunks[-1]["timings"]) == {"prefill", "total"}
 
 
-def test_a_delta_without_text_makes_no_chunk(kind: type[Answer]) -> None:
+def test_a_delta_without_text_yields_no_chunk(kind: type[Answer]) -> None:
     assert list(kind("x", "m").chunks(TokenDelta("id", "", (5,)))) == []
 
 
-def test_usage_names_what_is_of_pictures_and_what_was_known() -> None:
+def test_usage_details_image_and_cached_tokens() -> None:
     assert usage_body(Usage(11, 2, 4, 8)) == {
         "prompt_tokens": 11,
         "completion_tokens": 2,
@@ -92,15 +92,15 @@ def test_a_model_is_listed_as_openai_lists_it() -> None:
     assert model_body("m", 5) == {"id": "m", "object": "model", "created": 5, "owned_by": "llava-serve"}
 
 
-def test_transforms_are_on_the_last_chunk_where_they_are_asked_for(kind: type[Answer]) -> None:
+def test_image_transforms_are_on_the_last_chunk_on_request(kind: type[Answer]) -> None:
     window = Window(40.0, 400.0, "LINEAR", "request")
     seen = ImageTransform(format="DICOM", photometric="MONOCHROME1", bits=12, window=window, is_inverted=True)
-    deltas = [*_of_two()[:-1], replace(_of_two()[-1], transforms=(None, seen))]
+    deltas = [*_two_answers()[:-1], replace(_two_answers()[-1], transforms=(None, seen))]
     assert "image_transforms" not in kind("x", "m", ReplyForm(num_answers=2)).completion(deltas)
     form = kind("x", "m", ReplyForm(num_answers=2, image_transforms=True))
-    none, told = form.completion(deltas)["image_transforms"]
+    none, transform = form.completion(deltas)["image_transforms"]
     assert none is None
-    assert (told["photometric"], told["is_inverted"], told["frame"]) == ("MONOCHROME1", True, 1)
-    assert told["window"] == {"centre": 40.0, "width": 400.0, "function": "LINEAR", "source": "request"}
+    assert (transform["photometric"], transform["is_inverted"], transform["frame"]) == ("MONOCHROME1", True, 1)
+    assert transform["window"] == {"centre": 40.0, "width": 400.0, "function": "LINEAR", "source": "request"}
     chunks = [chunk for delta in deltas for chunk in form.chunks(delta)]
     assert ["image_transforms" in chunk for chunk in chunks] == [False] * (len(chunks) - 1) + [True]

@@ -18,7 +18,7 @@ async def _items(*items: Item) -> AsyncGenerator[Item, None]:
         yield item
 
 
-def test_a_rejection_is_told_in_the_clients_terms() -> None:
+def test_a_rejection_names_the_field_as_the_client_wrote_it() -> None:
     answer = ChatAnswer("id", "m", ReplyForm(limit_field="max_completion_tokens"))
     items = _items(Rejected(RequestError("too many", param="max_tokens")))
     response = asyncio.run(respond(answer, items, "r"))
@@ -26,7 +26,7 @@ def test_a_rejection_is_told_in_the_clients_terms() -> None:
     assert json.loads(bytes(response.body))["error"]["param"] == "max_completion_tokens"
 
 
-def test_an_answer_of_several_ends_with_the_last_of_them() -> None:
+def test_a_reply_waits_for_the_last_of_several_answers() -> None:
     items = _items(
         TokenDelta("id", "a", (1,), "stop", index=1), TokenDelta("id", "b", (1,), "stop", Usage(1, 2), index=0)
     )
@@ -35,7 +35,7 @@ def test_an_answer_of_several_ends_with_the_last_of_them() -> None:
     assert [(choice["index"], choice["text"]) for choice in choices] == [(0, "b"), (1, "a")]
 
 
-def test_no_empty_piece_is_ever_sent() -> None:
+def test_no_empty_chunk_is_ever_sent() -> None:
     """A server that sends an empty chunk thereby ends the response."""
 
     async def pieces() -> list[bytes]:

@@ -31,11 +31,11 @@ def test_a_key_names_its_id_and_holds_256_random_bits() -> None:
 @pytest.mark.parametrize(
     "text", ["", "llava.team.short", "sk-" + "x" * 43, "llava..", "llava.a b." + "x" * 43, "é" * 60]
 )
-def test_what_has_not_the_form_of_a_key_names_nobody(text: str) -> None:
+def test_malformed_keys_have_no_id(text: str) -> None:
     assert key_id_of(text) is None
 
 
-def test_the_file_holds_the_hash_and_not_the_key_and_only_its_owner_reads_it(tmp_path: Path) -> None:
+def test_the_file_holds_only_hashes_and_is_readable_only_by_its_owner(tmp_path: Path) -> None:
     path, key = tmp_path / "keys.json", make_key("team-a")
     with editing(path) as keys:
         keys["team-a"] = _entry("team-a", key, requests_per_minute=3, expires_at=NOW)
@@ -49,14 +49,14 @@ def test_the_file_holds_the_hash_and_not_the_key_and_only_its_owner_reads_it(tmp
     assert not read_keys(path)["team-a"].is_hash_of(make_key("team-a"))
 
 
-def test_a_key_is_good_until_the_moment_it_expires() -> None:
+def test_a_key_is_valid_until_the_moment_it_expires() -> None:
     key = _entry("a", expires_at=NOW)
     assert not key.has_expired(NOW - timedelta(microseconds=1))
     assert key.has_expired(NOW)
     assert not _entry("a").has_expired(NOW)
 
 
-def test_an_edit_that_fails_changes_nothing(tmp_path: Path) -> None:
+def test_a_failed_edit_changes_nothing(tmp_path: Path) -> None:
     path = tmp_path / "keys.json"
     with editing(path) as keys:
         keys["a"] = _entry("a")
@@ -67,7 +67,7 @@ def test_an_edit_that_fails_changes_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_who_edits_at_the_same_time_undoes_nothing(tmp_path: Path) -> None:
+def test_concurrent_edits_do_not_undo_each_other(tmp_path: Path) -> None:
     path = tmp_path / "keys.json"
 
     def add(name: str) -> None:
@@ -86,7 +86,7 @@ GOOD = {"id": "a", "sha256": "0" * 64, "created_at": "2026-01-02T03:04:05Z"}
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "expected"),
     [
         ("no JSON", "the whole"),
         ('{"kees": []}', "kees"),
@@ -98,18 +98,18 @@ GOOD = {"id": "a", "sha256": "0" * 64, "created_at": "2026-01-02T03:04:05Z"}
         ({"keys": [GOOD, GOOD]}, "two keys have the id a"),
     ],
 )
-def test_a_file_that_is_none_is_refused_without_repeating_it(content: Any, told: str, tmp_path: Path) -> None:
+def test_an_invalid_keys_file_is_refused_without_quoting_it(content: Any, expected: str, tmp_path: Path) -> None:
     path = tmp_path / "keys.json"
     path.write_text(content if isinstance(content, str) else json.dumps(content))
     with pytest.raises(KeysFileError) as caught:
         read_keys(path)
     assert str(path) in str(caught.value)
-    assert told in str(caught.value)
+    assert expected in str(caught.value)
     assert "sesame" not in str(caught.value)
     assert "in the clear" not in str(caught.value)
 
 
-def test_a_file_that_cannot_be_had_is_named(tmp_path: Path) -> None:
+def test_an_inaccessible_keys_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(KeysFileError, match=r"none\.json cannot be read"):
         read_keys(tmp_path / "none.json")
     with pytest.raises(KeysFileError, match="cannot be written"), editing(tmp_path / "none" / "keys.json"):

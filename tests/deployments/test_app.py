@@ -50,14 +50,16 @@ def _expected(model: LocalModel, *parts: TextPart | ImagePart) -> str:
     return "".join(delta.text for delta in model.stream(request))
 
 
-def test_the_graph_answers_as_the_model_in_one_process_does(local_client: TestClient, in_process: LocalModel) -> None:
+def test_the_graph_gives_the_same_answers_as_the_in_process_model(
+    local_client: TestClient, in_process: LocalModel
+) -> None:
     red, blue = plain("red"), plain("blue", (30, 90))
     answer = _ask(local_client, [_picture(red), _picture(blue), {"type": "text", "text": "What?"}])
     expected = _expected(in_process, ImagePart(red), ImagePart(blue), TextPart("What?"))
     assert answer["choices"][0]["message"]["content"] == expected
 
 
-def test_a_picture_that_comes_again_gets_the_answers_it_would_get_anew(
+def test_a_cached_picture_gets_the_same_answers_as_an_uncached_one(
     local_client: TestClient, tiny_checkpoint: Path
 ) -> None:
     from llava_core.checkpoints.load import LoadOptions
@@ -76,7 +78,7 @@ def test_text_alone_skips_the_encoder(local_client: TestClient, in_process: Loca
     assert answer["usage"]["prompt_tokens_details"]["image_tokens"] == 0
 
 
-def test_several_prompts_are_answered_as_each_alone(local_client: TestClient) -> None:
+def test_prompts_sent_together_get_the_same_answers_as_alone(local_client: TestClient) -> None:
     def complete(prompt: object, **options: object) -> dict:
         body = {"prompt": prompt, "max_tokens": 6, "n": 2, "seed": 3, "temperature": 1, **options}
         response = local_client.post("/v1/completions", json=body)
@@ -101,7 +103,7 @@ def test_several_prompts_are_answered_as_each_alone(local_client: TestClient) ->
     assert streamed == texts
 
 
-def test_a_dicom_file_answers_as_the_picture_that_is_seen_in_it_and_tells_how(
+def test_a_dicom_file_is_answered_like_its_rendering_and_reports_its_transform(
     local_client: TestClient, in_process: LocalModel
 ) -> None:
     values = radiograph(60, 50)
@@ -112,26 +114,31 @@ def test_a_dicom_file_answers_as_the_picture_that_is_seen_in_it_and_tells_how(
     answer = _ask(local_client, [picture, {"type": "text", "text": "What?"}], image_transforms=True)
     expected = _expected(in_process, ImagePart(encode(Image.fromarray(grey))), TextPart("What?"))
     assert answer["choices"][0]["message"]["content"] == expected
-    [told] = answer["image_transforms"]
-    assert (told["format"], told["frame"], told["num_frames"], told["is_inverted"]) == ("DICOM", 2, 2, True)
-    assert told["window"] == {"centre": 2048.0, "width": 4096.0, "function": "LINEAR", "source": "request"}
+    [transform] = answer["image_transforms"]
+    assert (transform["format"], transform["frame"], transform["num_frames"], transform["is_inverted"]) == (
+        "DICOM",
+        2,
+        2,
+        True,
+    )
+    assert transform["window"] == {"centre": 2048.0, "width": 4096.0, "function": "LINEAR", "source": "request"}
     assert PLANTED not in str(answer)
 
 
-def test_every_stage_tells_its_time(local_client: TestClient) -> None:
+def test_every_stage_reports_its_time(local_client: TestClient) -> None:
     timings = _ask(local_client, [_picture(plain())], timings=True)["timings"]
     assert set(timings) == {"preprocess", "transfer", "encode", "queue", "prefill", "decode", "total"}
     assert sum(value for stage, value in timings.items() if stage != "total") <= timings["total"] * 1.05
 
 
-def test_the_builder_is_a_typed_one_that_refuses_unknown_settings(tiny_checkpoint: Path) -> None:
+def test_the_builder_is_typed_and_refuses_unknown_settings(tiny_checkpoint: Path) -> None:
     built = call_user_app_builder_with_args_if_necessary(build_app, {"models": [{"checkpoint": str(tiny_checkpoint)}]})
     assert built._bound_deployment.name == "Gateway"
     with pytest.raises(ValueError, match="generatr"):
         call_user_app_builder_with_args_if_necessary(build_app, {"generatr": {}})
 
 
-def test_the_builder_stops_at_a_missing_checkpoint() -> None:
+def test_the_builder_refuses_a_missing_checkpoint() -> None:
     with pytest.raises(CheckpointError, match="no such checkpoint folder"):
         build_app(AppArgs(models=[{"checkpoint": "/nowhere/at/all"}]))
 
@@ -163,7 +170,7 @@ def test_replicas_and_resources_come_from_the_settings(tiny_checkpoint: Path) ->
 
 
 @pytest.mark.parametrize(("longest", "gateway_s"), [(900, 900), (60, 180)])
-def test_a_gateway_that_goes_has_as_long_as_the_longest_answer(
+def test_a_stopping_gateway_has_time_for_the_longest_answer(
     tiny_checkpoint: Path, longest: float, gateway_s: float
 ) -> None:
     models = [{"checkpoint": str(tiny_checkpoint)}]
@@ -174,7 +181,7 @@ def test_a_gateway_that_goes_has_as_long_as_the_longest_answer(
     assert preprocessor._deployment_config.graceful_shutdown_timeout_s == 180
 
 
-def test_stages_may_be_scaled_to_zero_and_begin_with_one(tiny_checkpoint: Path) -> None:
+def test_a_stage_that_may_scale_to_zero_starts_with_one_replica_by_default(tiny_checkpoint: Path) -> None:
     for initial, begins_with in ((None, 1), (0, None), (2, 2)):
         given = {"min_replicas": 0, "max_replicas": 2, "initial_replicas": initial}
         models = [{"checkpoint": str(tiny_checkpoint)}]
@@ -184,7 +191,7 @@ def test_stages_may_be_scaled_to_zero_and_begin_with_one(tiny_checkpoint: Path) 
         assert (scaling.min_replicas, scaling.initial_replicas) == (0, begins_with)
 
 
-def test_on_a_cluster_what_no_node_has_now_is_told_and_waited_for(
+def test_resources_missing_from_the_cluster_are_logged_and_waited_for(
     tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     node = {"Alive": True, "Resources": {"CPU": 8.0, "GPU": 1.0, "accelerator_type:A100": 1.0}, "Labels": {}}
@@ -192,17 +199,17 @@ def test_on_a_cluster_what_no_node_has_now_is_told_and_waited_for(
     monkeypatch.setattr("ray.nodes", lambda: [node])
     # As if Serve had not set up its own logging.
     monkeypatch.setattr("deployments.app.adopt_serve_logging", lambda: None)
-    for kind, told in (("A100", []), ("H100", ["generator: no node has accelerator_type H100; there are A100"])):
+    for kind, expected in (("A100", []), ("H100", ["generator: no node has accelerator_type H100; there are A100"])):
         caplog.clear()
         generator = {"num_gpus": 1, "accelerator_type": kind}
         built = build_app(AppArgs(models=[{"checkpoint": str(tiny_checkpoint)}], generator=generator))
         assert built._bound_deployment.name == "Gateway"
         assert [
             record.getMessage().partition(". ")[0] for record in caplog.records if "no node" in record.message
-        ] == told
+        ] == expected
 
 
-def test_a_stage_says_what_its_node_must_have(tiny_checkpoint: Path) -> None:
+def test_placement_settings_reach_the_stages_deployment(tiny_checkpoint: Path) -> None:
     placement = {
         "accelerator_type": "H100",
         "label_selector": {"zone": "!a"},
@@ -227,9 +234,7 @@ def _names(stages: Any) -> dict[str, str]:
     return {model: stage._bound_deployment.name for model, stage in stages.items()}
 
 
-def test_models_share_a_tower_where_it_is_the_same_and_have_the_rest_for_themselves(
-    tiny_checkpoint: Path, checkpoint_copy: Path, other_tower: Path
-) -> None:
+def test_models_share_only_an_identical_tower(tiny_checkpoint: Path, checkpoint_copy: Path, other_tower: Path) -> None:
     one, two, three = (
         {"name": name, "checkpoint": str(folder), "generator": {"num_cpus": cpus}}
         for name, folder, cpus in (
@@ -259,7 +264,7 @@ def test_models_share_a_tower_where_it_is_the_same_and_have_the_rest_for_themsel
     assert (_names(encoders), _names(generators)) == ({"one/1": "VisionEncoder"}, {"one/1": "Generator"})
 
 
-def test_calls_of_stages_prefer_replicas_and_those_of_the_gateway_do_not(tiny_checkpoint: Path) -> None:
+def test_stages_use_affinity_routing_and_the_gateway_does_not(tiny_checkpoint: Path) -> None:
     """Calls of the gateway itself carry the client's session id."""
     models = [
         {"name": name, "checkpoint": str(tiny_checkpoint), "engine": {"max_running": running}}
@@ -277,7 +282,7 @@ def test_calls_of_stages_prefer_replicas_and_those_of_the_gateway_do_not(tiny_ch
     assert given == [{}, {}, {}, {"capacity": 3}, {"capacity": 4}]
 
 
-def test_every_stage_gets_the_checkpoint_that_was_found_once(
+def test_every_stage_gets_the_checkpoint_found_by_the_builder(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -293,7 +298,7 @@ def test_every_stage_gets_the_checkpoint_that_was_found_once(
         assert stage._bound_deployment.init_args[1] == expected
 
 
-def test_what_the_builder_fetches_is_logged_where_serve_logs(
+def test_downloads_by_the_builder_are_logged_through_serves_handlers(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines: list[str] = []
@@ -311,7 +316,7 @@ def test_what_the_builder_fetches_is_logged_where_serve_logs(
     assert [line for line in lines if line.startswith("owner/name, the model: downloading")]
 
 
-def test_a_table_of_workers_is_there_where_they_may_register(tiny_checkpoint: Path) -> None:
+def test_the_worker_table_exists_only_where_workers_may_register(tiny_checkpoint: Path) -> None:
     models = [{"checkpoint": str(tiny_checkpoint)}]
     allowed = {"workers": {"allowed_hosts": ["gpu1:21002"]}}
     for protocol, is_there in (({}, False), (allowed, True), ({**allowed, "enabled": False}, False)):

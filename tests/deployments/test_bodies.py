@@ -41,12 +41,12 @@ def test_a_body_is_joined_and_held_until_it_is_released() -> None:
 
 
 @pytest.mark.parametrize(("pieces", "headers"), [([b"x" * 6] * 2, {}), ([], {"content_length": "11"})])
-def test_one_that_is_too_large_is_refused_announced_or_not(pieces: list[bytes], headers: dict[str, str]) -> None:
+def test_a_body_that_is_too_large_is_refused_announced_or_not(pieces: list[bytes], headers: dict[str, str]) -> None:
     with pytest.raises(RequestTooLargeError, match="10 bytes"):
         _read(BodyBudget(100).lease(), *pieces, **headers)
 
 
-def test_what_is_too_much_together_is_refused_and_not_counted() -> None:
+def test_a_body_that_exceeds_the_budget_is_refused_and_not_counted() -> None:
     budget = BodyBudget(10)
     _read(budget.lease(), b"x" * 8)
     second = budget.lease()
@@ -58,7 +58,7 @@ def test_what_is_too_much_together_is_refused_and_not_counted() -> None:
 
 
 @pytest.mark.parametrize("pieces", [[], [b"ab", b"c"]])
-def test_one_that_does_not_come_in_time_is_refused_and_gives_its_bytes_back(pieces: list[bytes]) -> None:
+def test_a_body_that_times_out_is_refused_and_returns_its_bytes(pieces: list[bytes]) -> None:
     budget = BodyBudget(10)
     lease = budget.lease()
     request = _request(*pieces, is_whole=False)
@@ -68,7 +68,7 @@ def test_one_that_does_not_come_in_time_is_refused_and_gives_its_bytes_back(piec
     assert budget.num_bytes == 0
 
 
-def test_the_time_is_the_whole_bodys_and_not_each_pieces() -> None:
+def test_the_time_limit_covers_the_whole_body_not_each_piece() -> None:
     """A piece arrives every 25 seconds by the test's clock, so no wait between two reaches the limit."""
 
     async def trickle() -> None:

@@ -11,7 +11,7 @@ from deployments.bounded import read_up_to
 @pytest.mark.parametrize(
     ("max_bytes", "expected", "num_read"), [(4, b"abcd", 3), (3, None, 3), (2, None, 2), (0, None, 1)]
 )
-def test_what_is_too_long_is_not_read_on(max_bytes: int, expected: bytes | None, num_read: int) -> None:
+def test_reading_stops_once_the_limit_is_exceeded(max_bytes: int, expected: bytes | None, num_read: int) -> None:
     read: list[bytes] = []
 
     async def pieces() -> AsyncIterator[bytes]:
@@ -23,7 +23,7 @@ def test_what_is_too_long_is_not_read_on(max_bytes: int, expected: bytes | None,
     assert len(read) == num_read
 
 
-def test_nothing_is_no_bytes() -> None:
+def test_an_empty_stream_yields_no_bytes() -> None:
     async def pieces() -> AsyncIterator[bytes]:
         for piece in ():
             yield piece

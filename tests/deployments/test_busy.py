@@ -12,7 +12,7 @@ class Clock:
         return self.now
 
 
-def test_the_share_is_of_the_time_since_it_was_last_asked() -> None:
+def test_the_share_covers_the_time_since_the_last_call() -> None:
     clock = Clock()
     busy = BusyTime(clock)
     for worked, idle, share in ((1.0, 3.0, 0.25), (2.0, 0.0, 1.0), (0.0, 5.0, 0.0)):
@@ -22,7 +22,7 @@ def test_the_share_is_of_the_time_since_it_was_last_asked() -> None:
         assert busy.share() == pytest.approx(share)
 
 
-def test_work_that_goes_on_counts_as_far_as_it_has_come_and_not_twice() -> None:
+def test_unfinished_work_counts_up_to_now_and_only_once() -> None:
     clock = Clock()
     busy = BusyTime(clock)
     clock.now += 1
@@ -36,7 +36,7 @@ def test_work_that_goes_on_counts_as_far_as_it_has_come_and_not_twice() -> None:
     assert busy.share() == pytest.approx(0.5)
 
 
-def test_work_that_fails_is_over_and_no_time_at_all_is_no_share() -> None:
+def test_failed_work_has_ended_and_counts() -> None:
     clock = Clock()
     busy = BusyTime(clock)
 

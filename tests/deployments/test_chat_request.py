@@ -54,7 +54,7 @@ def test_parts_keep_their_order_and_pictures_their_bytes() -> None:
 
 
 @pytest.mark.parametrize("detail", ["low", "high", "auto", "original"])
-def test_low_detail_is_told_to_the_stages(detail: str) -> None:
+def test_low_detail_is_passed_to_the_stages(detail: str) -> None:
     urls = data_url(plain()), "https://a.example/x.png"
     parts = [{"type": "image_url", "image_url": {"url": url, "detail": detail}} for url in urls]
     message = _generation(messages=_content(*parts)).messages[0]
@@ -71,7 +71,7 @@ def test_low_detail_is_told_to_the_stages(detail: str) -> None:
         (None, None),
     ],
 )
-def test_what_is_meant_of_a_dicom_file_goes_with_it(dicom: Any, view: DicomView | None) -> None:
+def test_frame_and_window_of_a_dicom_file_are_passed_on(dicom: Any, view: DicomView | None) -> None:
     for url, part in (
         ("data:application/dicom;base64,AAAA", ImagePart(bytes(3), dicom=view)),
         ("https://example.org/x.dcm", ImageUrl("https://example.org/x.dcm", dicom=view)),
@@ -80,7 +80,7 @@ def test_what_is_meant_of_a_dicom_file_goes_with_it(dicom: Any, view: DicomView 
         assert _generation(messages=_content(image)).messages[0].parts == (part,)
 
 
-def test_transforms_are_told_to_whoever_asks() -> None:
+def test_image_transforms_are_returned_only_on_request() -> None:
     assert not _read().form.image_transforms
     assert _read(image_transforms=True).form.image_transforms
 
@@ -96,18 +96,18 @@ def test_leading_system_messages_become_the_system_text() -> None:
     assert request.form.locate(None) is None
 
 
-def test_log_probabilities_are_asked_for_as_openai_has_it() -> None:
+def test_log_probabilities_are_requested_as_in_openais_api() -> None:
     assert _read(logprobs=True).generation.sampling.logprobs == 0
     assert _read(logprobs=True, top_logprobs=5).generation.sampling.logprobs == 5
     assert _read(logprobs=False, top_logprobs=0).generation.sampling.logprobs is None
 
 
-def test_several_answers_are_wanted_of_the_engine_and_of_the_reply() -> None:
+def test_the_number_of_answers_reaches_engine_and_reply() -> None:
     request = _read(n=3)
     assert (request.generation.sampling.n, request.form.num_answers) == (3, 3)
 
 
-def test_what_the_assistant_and_its_tools_have_said_is_part_of_the_conversation() -> None:
+def test_assistant_and_tool_messages_are_part_of_the_conversation() -> None:
     call = {"id": "c1", "type": "function", "function": {"name": "area", "arguments": '{"side": 2}'}}
     messages = [
         USER,
@@ -132,13 +132,13 @@ def test_what_the_assistant_and_its_tools_have_said_is_part_of_the_conversation(
     ]
 
 
-def test_a_tool_may_show_a_picture() -> None:
+def test_a_tool_message_may_contain_a_picture() -> None:
     image = {"type": "image_url", "image_url": {"url": data_url(plain())}}
     messages = [USER, {"role": "assistant", "content": "a"}, {"role": "tool", "content": [image]}]
     assert _generation(messages=messages).num_images == 1
 
 
-def test_calls_and_refusals_count_as_text() -> None:
+def test_tool_calls_and_refusals_count_as_text() -> None:
     call = {"function": {"name": "f", "arguments": "x" * 100}}
     for message in ({"role": "assistant", "tool_calls": [call]}, {"role": "assistant", "refusal": "x" * 100}):
         body = json.dumps({"messages": [message, USER]}).encode()
@@ -147,7 +147,7 @@ def test_calls_and_refusals_count_as_text() -> None:
         assert caught.value.code == "text_too_long"
 
 
-def test_the_newer_name_of_the_limit_is_understood_and_named_in_errors() -> None:
+def test_max_completion_tokens_is_understood_and_named_in_errors() -> None:
     request = _read(max_completion_tokens=5)
     assert request.generation.sampling.max_tokens == 5
     assert request.form.locate("max_tokens") == "max_completion_tokens"
@@ -170,7 +170,7 @@ def test_a_temperature_that_would_overflow_is_greedy() -> None:
         {"temperature": None, "top_p": None, "seed": None, "stop": None, "stream": None, "stream_options": None},
     ],
 )
-def test_what_changes_nothing_is_ignored(fields: dict) -> None:
+def test_fields_that_change_nothing_are_ignored(fields: dict) -> None:
     assert _read(**fields).generation.sampling == SamplingParams()
 
 
@@ -229,7 +229,7 @@ def test_what_changes_nothing_is_ignored(fields: dict) -> None:
         ({"timings": 1}, "timings"),
     ],
 )
-def test_a_wrong_value_is_refused_naming_where_it_is(fields: dict, param: str) -> None:
+def test_a_wrong_value_is_refused_with_its_location(fields: dict, param: str) -> None:
     error = _refused(**fields)
     assert error.param == param
     assert error.code in ("invalid_value", "missing_required_parameter")
@@ -238,13 +238,13 @@ def test_a_wrong_value_is_refused_naming_where_it_is(fields: dict, param: str) -
 @pytest.mark.parametrize(
     "url", ["file:///etc/passwd", "ftp://example.org/x.png", "//example.org/x.png", "data:text/plain;base64,AAAA", "x"]
 )
-def test_what_is_neither_a_picture_nor_a_web_address_is_refused(url: str) -> None:
+def test_a_url_that_is_neither_picture_data_nor_http_is_refused(url: str) -> None:
     error = _refused(messages=_content({"type": "image_url", "image_url": {"url": url}}))
     assert (error.param, error.code) == ("messages[0].content[0].image_url.url", "invalid_image")
 
 
 @pytest.mark.parametrize("url", ["https://example.org/x.png", "HTTP://127.0.0.1/x.png"])
-def test_a_web_address_is_left_to_the_stage_that_fetches(url: str) -> None:
+def test_a_web_url_is_left_to_the_stage_that_fetches(url: str) -> None:
     request = _read(messages=_content({"type": "image_url", "image_url": {"url": url}}))
     assert request.generation.messages[0].parts == (ImageUrl(url),)
 
@@ -257,7 +257,7 @@ def test_pictures_belong_to_the_user() -> None:
         assert error.param.endswith("content[0]")
 
 
-def test_text_is_counted_in_all_messages_before_anything_is_made_of_it() -> None:
+def test_the_text_limit_counts_all_messages() -> None:
     messages = [{"role": "system", "content": "12345"}, *_content({"type": "text", "text": "6789"})]
     body = json.dumps({"messages": messages}).encode()
     assert read_chat_request(body, "id", RequestLimits(max_text=9)).form.num_leading == 1
@@ -266,6 +266,6 @@ def test_text_is_counted_in_all_messages_before_anything_is_made_of_it() -> None
     assert (caught.value.param, caught.value.code) == ("messages", "text_too_long")
 
 
-def test_the_form_holds_no_picture() -> None:
+def test_the_reply_form_holds_no_picture() -> None:
     image = {"type": "image_url", "image_url": {"url": data_url(plain())}}
     assert len(repr(_read(messages=_content(image)).form)) < 200

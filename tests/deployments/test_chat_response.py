@@ -21,7 +21,7 @@ def test_a_completion_is_the_joined_text() -> None:
     ]
 
 
-def test_a_stream_begins_with_the_role_and_ends_with_the_reason() -> None:
+def test_a_stream_begins_with_the_role_and_ends_with_the_finish_reason() -> None:
     form = ChatAnswer("chatcmpl-1", "m")
     chunks = [*form.first_chunks(), *(chunk for delta in answer("Hel", "lo") for chunk in form.chunks(delta))]
     assert [chunk["choices"][0]["delta"] for chunk in chunks] == [
@@ -43,7 +43,7 @@ def test_log_probabilities_have_text_and_bytes_of_each_token() -> None:
     assert chunk["choices"][0]["logprobs"] == {"content": [half | {"top_logprobs": [half, red]}], "refusal": None}
 
 
-def test_log_probabilities_of_a_whole_answer_are_those_of_its_deltas() -> None:
+def test_log_probabilities_of_a_completion_are_those_of_its_deltas() -> None:
     first, last = answer("é", "")
     deltas = [
         TokenDelta("id", "é", (2, 3), logprobs=(TokenLogprob(2, -1.0), TokenLogprob(3, -2.0)), token_bytes=BYTES),
@@ -54,7 +54,7 @@ def test_log_probabilities_of_a_whole_answer_are_those_of_its_deltas() -> None:
     assert [each["logprob"] for each in content] == [-1.0, -2.0, -3.0]
 
 
-def test_what_is_impossible_is_still_a_number() -> None:
+def test_a_log_probability_of_minus_infinity_is_a_finite_number() -> None:
     delta = TokenDelta("id", "x", (1,), logprobs=(TokenLogprob(1, float("-inf")),), token_bytes=BYTES)
     [chunk] = ChatAnswer("chatcmpl-1", "m").chunks(delta)
     assert json.loads(json.dumps(chunk, allow_nan=False))["choices"][0]["logprobs"]["content"][0]["logprob"] == -9999

@@ -51,13 +51,13 @@ def _refused(**fields: Any) -> RequestError:
         ("include_stop_str_in_output", True),
     ],
 )
-def test_what_would_change_the_answer_is_refused_by_name(field: str, value: Any) -> None:
+def test_unsupported_fields_that_would_change_the_answer_are_refused_by_name(field: str, value: Any) -> None:
     error = _refused(**{field: value})
     assert (error.param, error.code) == (field, "unsupported_parameter")
     assert field in error.message
 
 
-def test_a_template_is_one_of_those_there_are() -> None:
+def test_a_template_must_be_a_known_one() -> None:
     for name in TEMPLATES:
         assert _parse(template=name).template == name
     for name in ("v9", "", "VICUNA_V1", 5, ["v0"]):
@@ -83,13 +83,13 @@ def test_a_template_is_one_of_those_there_are() -> None:
         (5, ""),
     ],
 )
-def test_what_is_meant_of_a_dicom_file_must_be_a_frame_and_a_window(dicom: Any, where: str) -> None:
+def test_a_dicom_view_must_have_a_valid_frame_and_window(dicom: Any, where: str) -> None:
     image = {"type": "image_url", "image_url": {"url": "data:application/dicom;base64,AAAA", "dicom": dicom}}
     error = _refused(messages=[{"role": "user", "content": [image]}])
     assert error.param == f"messages[0].content[0].image_url.dicom{where}"
 
 
-def test_there_is_an_end_to_messages_and_parts() -> None:
+def test_the_numbers_of_messages_and_parts_are_bounded() -> None:
     part = {"type": "text", "text": "x"}
     assert len(_parse(messages=[USER] * 1024).messages) == 1024
     assert _refused(messages=[USER] * 1025).param == "messages"
@@ -97,7 +97,7 @@ def test_there_is_an_end_to_messages_and_parts() -> None:
     assert _refused(messages=[{"role": "user", "content": [part] * 257}]).param == "messages[0].content"
 
 
-def test_only_an_assistants_message_may_be_without_content() -> None:
+def test_only_an_assistant_message_may_have_no_content() -> None:
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
     message = _parse(messages=[{"role": "assistant", "content": None, "tool_calls": [call]}]).messages[0]
     assert isinstance(message, AssistantMessage)
@@ -105,7 +105,7 @@ def test_only_an_assistants_message_may_be_without_content() -> None:
 
 
 @pytest.mark.parametrize("role", ["root", None, ["user"]])
-def test_who_has_another_role_is_told_all_there_are(role: Any) -> None:
+def test_an_unknown_role_is_refused_listing_the_known_ones(role: Any) -> None:
     error = _refused(messages=[{"role": role, "content": "hi"}])
     assert error.param == "messages[0].role"
     for known in ("system", "developer", "user", "tool", "assistant"):
@@ -114,14 +114,14 @@ def test_who_has_another_role_is_told_all_there_are(role: Any) -> None:
         assert _parse(messages=[{"role": known, "content": "hi", "tool_calls": [call]}])
 
 
-def test_who_sends_another_part_is_told_all_there_are() -> None:
+def test_an_unknown_part_type_is_refused_listing_the_known_ones() -> None:
     error = _refused(messages=[{"role": "user", "content": [{"type": "video"}]}])
     for known in ("text", "image_url", "refusal"):
         assert repr(known) in error.message
     assert _parse(messages=[{"role": "user", "content": [{"type": "refusal", "refusal": "no"}]}])
 
 
-def test_a_response_format_is_what_its_type_says() -> None:
+def test_only_the_text_response_format_is_accepted() -> None:
     assert _parse(response_format={"type": "text", "json_schema": None})
     assert _refused(response_format={"type": "json_object"}).param == "response_format"
     assert _refused(response_format={}).param == "response_format"

@@ -35,7 +35,7 @@ def _run(command: str, *arguments: str, **environment: str) -> subprocess.Comple
 
 
 @pytest.mark.parametrize("command", [serve, demo])
-def test_help_says_what_it_does(command: object) -> None:
+def test_help_lists_the_options(command: object) -> None:
     result = CliRunner().invoke(command, ["--help"])  # type: ignore[arg-type]
     assert result.exit_code == 0
     assert "--port" in result.output
@@ -44,7 +44,7 @@ def test_help_says_what_it_does(command: object) -> None:
 
 
 @pytest.mark.parametrize("command", ["serve", "demo"])
-def test_a_missing_checkpoint_is_one_line_and_status_1(command: str, tmp_path: Path) -> None:
+def test_a_missing_checkpoint_is_a_one_line_error_with_status_1(command: str, tmp_path: Path) -> None:
     image = tmp_path / "x.png"
     image.write_bytes(b"x")
     options = ["--image", str(image)] if command == "demo" else []
@@ -56,7 +56,7 @@ def test_a_missing_checkpoint_is_one_line_and_status_1(command: str, tmp_path: P
     assert result.stdout == ""
 
 
-def test_the_curl_line_sends_what_the_demo_sends(tmp_path: Path) -> None:
+def test_the_curl_line_sends_the_same_request_as_the_demo(tmp_path: Path) -> None:
     """A shell runs it with a fake curl that prints its arguments."""
     image = tmp_path / "it's a scene.png"
     image.write_bytes(bytes(range(256)) * 1000)
@@ -74,7 +74,7 @@ def test_the_curl_line_sends_what_the_demo_sends(tmp_path: Path) -> None:
     assert (body["model"], body["stream"]) == ("m", True)
 
 
-def test_the_demos_picture_comes_with_the_package_and_stands_in_the_examples_once() -> None:
+def test_the_demos_picture_is_in_the_package_and_linked_from_the_examples() -> None:
     assert SCENE.parent == Path(deployments.__file__).parent
     example = Path(__file__).parents[2] / "examples" / "scene.png"
     assert example.is_symlink()
@@ -83,9 +83,7 @@ def test_the_demos_picture_comes_with_the_package_and_stands_in_the_examples_onc
         assert picture.size >= (128, 128)
 
 
-def test_a_download_is_announced_before_it_begins_and_offline_there_is_none(
-    tiny_checkpoint: Path, tmp_path: Path
-) -> None:
+def test_a_download_is_announced_first_and_offline_nothing_is_downloaded(tiny_checkpoint: Path, tmp_path: Path) -> None:
     """A fault in the checkpoint ends the start after the download."""
     broken = Path(shutil.copytree(tiny_checkpoint, tmp_path / "broken"))
     (broken / "tokenizer.json").unlink()
@@ -100,9 +98,11 @@ def test_a_download_is_announced_before_it_begins_and_offline_there_is_none(
     assert "tokenizer.json is missing" in result.stderr
 
 
-@pytest.mark.parametrize(("ends", "said"), [(True, ""), (False, "Some are unfinished.\n"), (KeyboardInterrupt(), "")])
-def test_requests_may_end_until_a_second_signal(
-    *, ends: bool | BaseException, said: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("ends", "expected"), [(True, ""), (False, "Some are unfinished.\n"), (KeyboardInterrupt(), "")]
+)
+def test_a_second_signal_stops_waiting_for_requests_in_flight(
+    *, ends: bool | BaseException, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     service = LocalService(plan_launch(model=None, port=free_port(), metrics_port=0))
     terminal = io.StringIO()
@@ -116,4 +116,4 @@ def test_requests_may_end_until_a_second_signal(
 
     monkeypatch.setattr(LoadBalancer, "drain", drain)
     _drain(service, 7, terminal)
-    assert terminal.getvalue() == f"\nWaiting up to 7 s for requests to finish. Ctrl-C cuts them off.\n{said}"
+    assert terminal.getvalue() == f"\nWaiting up to 7 s for requests to finish. Ctrl-C cuts them off.\n{expected}"

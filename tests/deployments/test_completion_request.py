@@ -20,12 +20,12 @@ def _read(**fields: Any) -> ReadRequest:
     ("prompt", "understood"),
     [("Once", "Once"), (["Once"], "Once"), ([1, 5], (1, 5)), ([[1, 5]], (1, 5)), ("", "")],
 )
-def test_a_prompt_is_text_or_ids_alone_or_in_a_list(prompt: Any, understood: str | tuple[int, ...]) -> None:
+def test_a_prompt_is_text_or_token_ids_single_or_in_a_list(prompt: Any, understood: str | tuple[int, ...]) -> None:
     assert _read(prompt=prompt).generation == CompletionRequest("id", understood, SamplingParams(max_tokens=16))
 
 
 @pytest.mark.parametrize("prompts", [["Once", "upon", "a"], [[1], [2, 5], [3]]])
-def test_several_prompts_are_as_many_requests_of_one_kind(prompts: list[Any]) -> None:
+def test_several_prompts_become_requests_with_equal_settings(prompts: list[Any]) -> None:
     request = _read(prompt=prompts, n=2, seed=7, stream=True)
     asked = (request.generation, *request.others)
     assert [each.prompt for each in asked] == [tuple(each) if isinstance(each, list) else each for each in prompts]
@@ -35,7 +35,7 @@ def test_several_prompts_are_as_many_requests_of_one_kind(prompts: list[Any]) ->
     assert request.form.stream
 
 
-def test_what_is_asked_for_is_taken_over() -> None:
+def test_fields_of_the_request_are_taken_over() -> None:
     request = _read(
         prompt="x", max_tokens=7, logprobs=2, n=2, stream=True, stream_options={"include_usage": True}, timings=True
     )
@@ -69,12 +69,12 @@ def test_what_is_asked_for_is_taken_over() -> None:
         ({"prompt": "x", "prompt_embeds": "AAAA"}, "prompt_embeds", "unsupported_parameter"),
     ],
 )
-def test_a_mistake_is_refused_naming_where_it_is(fields: dict, param: str, code: str) -> None:
+def test_a_mistake_is_refused_with_its_location(fields: dict, param: str, code: str) -> None:
     with pytest.raises(RequestError) as caught:
         _read(**fields)
     assert (caught.value.param, caught.value.code) == (param, code)
 
 
-def test_what_changes_nothing_is_ignored() -> None:
+def test_fields_that_change_nothing_are_ignored() -> None:
     fields = {"echo": False, "suffix": None, "best_of": 1, "user": "me"}
     assert _read(prompt="x", **fields).generation.sampling == SamplingParams(max_tokens=16)

@@ -7,13 +7,13 @@ from tests.deployments.fakes import answer
 BYTES = {1: b" red", 2: b"\xc3", 3: b"\xa9"}
 
 
-def test_a_completion_is_a_text() -> None:
+def test_a_completion_has_a_text() -> None:
     body = CompletionAnswer("cmpl-1", "m").completion(answer("Hel", "lo"))
     assert body["object"] == "text_completion"
     assert body["choices"] == [{"index": 0, "text": "Hello", "finish_reason": "stop", "logprobs": None}]
 
 
-def test_chunks_are_texts_too() -> None:
+def test_chunks_have_texts() -> None:
     form = CompletionAnswer("cmpl-1", "m")
     assert list(form.first_chunks()) == []
     chunks = [chunk for delta in answer("Hel", "") for chunk in form.chunks(delta)]
@@ -24,7 +24,7 @@ def test_chunks_are_texts_too() -> None:
     assert {chunk["object"] for chunk in chunks} == {"text_completion"}
 
 
-def test_log_probabilities_are_four_lists_whose_places_go_on_from_chunk_to_chunk() -> None:
+def test_log_probabilities_are_four_lists_with_offsets_continued_across_chunks() -> None:
     form = CompletionAnswer("cmpl-1", "m")
     red = TokenLogprob(1, -0.5, ((1, -0.5), (2, -1.5)))
 
@@ -44,7 +44,7 @@ def test_log_probabilities_are_four_lists_whose_places_go_on_from_chunk_to_chunk
     assert logprobs(1)["text_offset"] == [0]
 
 
-def test_the_token_that_was_written_is_among_the_alternatives() -> None:
+def test_the_generated_token_is_among_the_alternatives() -> None:
     delta = TokenDelta("id", "", (3,), logprobs=(TokenLogprob(3, -9.0, ((1, -0.1),)),), token_bytes=BYTES)
     [chunk] = CompletionAnswer("cmpl-1", "m").chunks(delta)
     assert chunk["choices"][0]["logprobs"]["top_logprobs"] == [{" red": -0.1, "bytes:\\xa9": -9.0}]

@@ -8,7 +8,7 @@ from deployments.config_file import DEFAULT_CONFIG, IMPORT_PATH, find_applicatio
 from deployments.errors import LaunchError
 
 
-def test_without_a_file_there_is_one_application_and_each_caller_may_change_it(
+def test_the_default_configuration_is_a_fresh_copy_with_one_application(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -17,7 +17,7 @@ def test_without_a_file_there_is_one_application_and_each_caller_may_change_it(
     assert read_config(None) == DEFAULT_CONFIG != content
 
 
-def test_ours_is_found_among_others(tmp_path: Path) -> None:
+def test_our_application_is_found_among_others(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text(f"applications: [{{import_path: other:app}}, {{name: x, import_path: {IMPORT_PATH}}}]")
     assert find_application(read_config(path))["name"] == "x"
@@ -32,7 +32,7 @@ def test_ours_is_found_among_others(tmp_path: Path) -> None:
         ("applications: [{import_path: other:app}]", "names no application"),
     ],
 )
-def test_a_configuration_that_is_none_is_refused(text: str, message: str, tmp_path: Path) -> None:
+def test_an_invalid_configuration_is_refused(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(text)
     with pytest.raises(LaunchError, match=message):
         find_application(read_config(tmp_path / "c.yaml"))

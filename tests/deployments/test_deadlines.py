@@ -44,7 +44,7 @@ def _assert_is_too_late(body: Any) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_an_answer_that_does_not_begin_in_time_is_told_so_and_cancelled(*, stream: bool) -> None:
+def test_an_answer_that_does_not_begin_in_time_is_cancelled_with_504(*, stream: bool) -> None:
     engine = ScriptedEngine(hangs=True)
     response = _post(engine, "0.5", stream=stream)
     assert response.status_code == 504
@@ -53,7 +53,7 @@ def test_an_answer_that_does_not_begin_in_time_is_told_so_and_cancelled(*, strea
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_an_answer_that_does_not_end_in_time_is_told_so_and_cancelled(*, stream: bool) -> None:
+def test_an_answer_that_does_not_end_in_time_is_cancelled_with_an_error(*, stream: bool) -> None:
     engine = ScriptedEngine([TokenDelta("id", "Hel", (1,))], hangs=True)
     response = _post(engine, "0.5", stream=stream)
     assert response.status_code == (200 if stream else 504)
@@ -63,14 +63,14 @@ def test_an_answer_that_does_not_end_in_time_is_told_so_and_cancelled(*, stream:
 
 
 @pytest.mark.parametrize("fields", [{"path": "/tokenize", "prompt": "x"}, {"path": "/detokenize", "tokens": [1]}])
-def test_tokenizing_ends_in_time_too(fields: dict[str, Any]) -> None:
+def test_tokenizing_obeys_the_deadline(fields: dict[str, Any]) -> None:
     response = _post(_Stuck(), "0.5", **fields)
     assert response.status_code == 504
     _assert_is_too_late(response.json())
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_an_answer_in_time_is_what_it_is_without_a_limit(*, stream: bool) -> None:
+def test_an_answer_in_time_is_unaffected_by_the_deadline(*, stream: bool) -> None:
     response = _post(ScriptedEngine(answer("Hel", "lo")), "100", stream=stream)
     assert response.status_code == 200
     assert "Hel" in response.text
@@ -79,25 +79,25 @@ def test_an_answer_in_time_is_what_it_is_without_a_limit(*, stream: bool) -> Non
 @pytest.mark.parametrize(
     "seconds", ["", "0", "0.0", "-1", "nan", "inf", "1e2", "100.001", "soon", "\u0661", "1,2", " "]
 )
-def test_what_is_no_time_is_refused_by_name(seconds: str) -> None:
+def test_an_invalid_timeout_is_refused_naming_the_header(seconds: str) -> None:
     with pytest.raises(RequestError) as caught:
         read_deadline(Headers(raw=[(TIMEOUT_HEADER.encode(), seconds.encode())]), max_seconds=100)
     assert caught.value.param == TIMEOUT_HEADER
     assert "100" in caught.value.message
 
 
-def test_a_refused_time_is_a_bad_request() -> None:
+def test_an_invalid_timeout_is_a_bad_request() -> None:
     response = _post(ScriptedEngine(), "-1")
     assert response.status_code == 400
     assert response.json()["error"]["param"] == TIMEOUT_HEADER
 
 
-def test_two_times_are_refused() -> None:
+def test_two_timeout_headers_are_refused() -> None:
     with pytest.raises(RequestError):
         read_deadline(Headers(raw=[(TIMEOUT_HEADER.encode(), b"1")] * 2), max_seconds=100)
 
 
-def test_the_service_is_done_before_serve_is() -> None:
+def test_our_deadline_fires_before_serves_own() -> None:
     async def seconds_of(asked: float) -> float:
         clock = asyncio.get_running_loop()
         begun = clock.time()
@@ -109,7 +109,7 @@ def test_the_service_is_done_before_serve_is() -> None:
     assert 0.074 <= asyncio.run(seconds_of(0.1)) < 0.1
 
 
-def test_a_timeout_of_somebody_else_is_not_the_clients() -> None:
+def test_an_unrelated_timeout_error_is_passed_through() -> None:
     async def items() -> AsyncGenerator[int, None]:
         yield 1
         raise TimeoutError("of a file system")

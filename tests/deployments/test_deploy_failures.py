@@ -12,7 +12,7 @@ llava_core.errors.CheckpointError: /models/x: tower tensor a has shape (1,), con
 """
 
 
-def test_a_stage_that_cannot_start_is_named_with_itscause() -> None:
+def test_a_stage_that_cannot_start_is_named_with_its_cause() -> None:
     with pytest.raises(LaunchError, match=r"^VisionEncoder: /models/x: tower tensor a has shape"):
         raise_if_failed("DEPLOY_FAILED", "failed", {"VisionEncoder": TRACEBACK, "Generator": ""})
     with pytest.raises(LaunchError, match=r"^nobody knows$"):

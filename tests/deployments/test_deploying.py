@@ -11,13 +11,13 @@ from deployments.errors import LaunchError
 CONFIG = {"applications": [{"name": "app", "route_prefix": "/", "import_path": "a:b"}], "http_options": {"port": 9}}
 
 
-def test_serves_proxy_gets_the_address_that_is_asked_for() -> None:
+def test_serves_proxy_gets_the_requested_address() -> None:
     schema = serve_schema(CONFIG, "127.64.0.1", 0)
     assert (schema.http_options.host, schema.http_options.port) == ("127.64.0.1", 0)
     assert [each.name for each in schema.applications] == ["app"]
 
 
-def test_what_serve_does_not_know_is_named() -> None:
+def test_settings_that_serve_refuses_are_named() -> None:
     with pytest.raises(LaunchError, match=r"wrong at applications\.0\.import_path"):
         serve_schema({"applications": [{"name": "app", "import_path": 3}]}, "127.0.0.1", 0)
 
@@ -38,15 +38,15 @@ class _Status(str):
         return str(self)
 
 
-def _tell(monkeypatch: pytest.MonkeyPatch, *overviews: Any) -> None:
+def _script_overviews(monkeypatch: pytest.MonkeyPatch, *overviews: Any) -> None:
     """Let Serve's controller report these overviews, one after the other."""
     seen = iter(overviews)
     client = SimpleNamespace(get_serve_status=lambda name: next({"app": seen}[name]))
     monkeypatch.setattr("ray.serve.context._get_global_client", lambda: client)
 
 
-def test_stages_are_told_once_each_until_the_application_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    _tell(
+def test_each_stage_is_reported_once_until_the_application_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    _script_overviews(
         monkeypatch,
         _overview("NOT_STARTED"),
         _overview("DEPLOYING", A="UPDATING", B="HEALTHY"),
@@ -56,6 +56,6 @@ def test_stages_are_told_once_each_until_the_application_runs(monkeypatch: pytes
 
 
 def test_a_stage_that_cannot_start_ends_the_watch(monkeypatch: pytest.MonkeyPatch) -> None:
-    _tell(monkeypatch, _overview("DEPLOY_FAILED", "CheckpointError: no such folder", A="UNHEALTHY"))
+    _script_overviews(monkeypatch, _overview("DEPLOY_FAILED", "CheckpointError: no such folder", A="UNHEALTHY"))
     with pytest.raises(LaunchError, match="no such folder"):
         list(watch("app"))

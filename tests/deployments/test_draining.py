@@ -102,14 +102,14 @@ class _Asking:
                 self.unexpected.append(response.text)
 
 
-def _tell(process: subprocess.Popen[bytes], config: Path, limits: dict[str, Any]) -> None:
+def _reload_with_limits(process: subprocess.Popen[bytes], config: Path, limits: dict[str, Any]) -> None:
     described = yaml.safe_load(config.read_text())
     described["applications"][0]["args"]["limits"] = limits
     config.write_text(yaml.safe_dump(described))
     process.send_signal(signal.SIGHUP)
 
 
-def _beside_another(config: Path) -> None:
+def _add_second_application(config: Path) -> None:
     """Add a second application: then Serve's proxy is in front of both, and gateways do not listen themselves."""
     described = yaml.safe_load(config.read_text())
     other = {"name": "other", "route_prefix": "/other", "import_path": "tests.deployments.other_application:app"}
@@ -118,14 +118,14 @@ def _beside_another(config: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["gateways, Ctrl-C", "proxy, SIGTERM"])
-def test_streams_end_under_a_new_configuration_and_before_it_stops(
+def test_streams_finish_across_a_new_configuration_and_before_shutdown(
     number: signal.Signals, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     checkpoint = long_checkpoint(tiny_checkpoint, tmp_path, num_tokens=20_000)
     config = write_config(checkpoint, tmp_path, engine={"cache_tokens": 40_000}, **STAGES)
     is_alone = number == signal.SIGINT
     if not is_alone:
-        _beside_another(config)
+        _add_second_application(config)
     port = free_port()
     url = f"http://127.0.0.1:{port}"
 
@@ -139,11 +139,11 @@ def test_streams_end_under_a_new_configuration_and_before_it_stops(
     with started(_serve(config, port)) as (process, _):
         read_until(process, "  logs ")
         assert is_taken()
-        _tell(process, config, {"max_n": 0})
+        _reload_with_limits(process, config, {"max_n": 0})
         read_until(process, "The service stays as it is: the configuration is wrong at args.limits.max_n")
         # The stream lasts twice as long as starting new replicas of all stages.
         with _Stream(url, max_tokens=19_000) as stream, _Asking(url) as asking:
-            _tell(process, config, {"max_n": 1})
+            _reload_with_limits(process, config, {"max_n": 1})
             until(lambda: not is_taken(), deadline_s=120)
             assert not stream.is_over, "it has ended too soon to tell anything"
             stream.assert_ends_well()
@@ -175,7 +175,7 @@ def _stop(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
         process.send_signal(number)
 
 
-def test_killed_outright_it_leaves_nothing_that_serves_or_computes(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_a_killed_launcher_leaves_no_serving_or_computing_process(tiny_checkpoint: Path, tmp_path: Path) -> None:
     config = write_config(tiny_checkpoint, tmp_path, **STAGES)
     with started(_serve(config, free_port())) as (process, _):
         read_until(process, "  logs ")
@@ -188,7 +188,7 @@ def test_killed_outright_it_leaves_nothing_that_serves_or_computes(tiny_checkpoi
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
-def test_a_service_that_is_told_to_stop_while_it_starts_does(number: signal.Signals) -> None:
+def test_a_service_can_be_stopped_while_it_starts(number: signal.Signals) -> None:
     """This holds even if SIGINT is ignored from the beginning, as in a shell's background jobs."""
     command = ["sh", "-c", 'trap "" INT; exec "$@"', "sh", *llava("serve", "--port", str(free_port()))]
     with started(command) as (process, _):

@@ -3,9 +3,9 @@
 from deployments.environment import ENVIRONMENT
 
 
-def test_ports_between_replicas_ask_for_a_token_unless_the_user_says_otherwise() -> None:
+def test_replica_ports_require_a_token_unless_the_user_disables_it() -> None:
     assert ENVIRONMENT["RAY_AUTH_MODE"] == "token"
 
 
-def test_rays_ports_the_page_of_metrics_among_them_are_on_the_loopback_interface() -> None:
+def test_rays_ports_including_metrics_are_on_the_loopback_interface() -> None:
     assert ENVIRONMENT["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] == "0"

@@ -19,7 +19,7 @@ def test_the_loopback_interface_needs_no_keys(host: str) -> None:
 @pytest.mark.parametrize(
     "host", ["0.0.0.0", "::", "192.168.1.5", "8.8.8.8", "example.com", "", "localhost.example.com"]
 )
-def test_other_interfaces_need_keys_or_a_word(host: str, tmp_path: Path) -> None:
+def test_other_interfaces_need_keys_or_explicit_permission(host: str, tmp_path: Path) -> None:
     assert not is_loopback(host)
     with pytest.raises(ExposureError, match=r"keys create.*auth\.keys_file.*auth\.allow_anyone"):
         check_exposure(host, AuthArgs())
@@ -29,7 +29,7 @@ def test_other_interfaces_need_keys_or_a_word(host: str, tmp_path: Path) -> None
     check_exposure(host, AuthArgs(keys_file=str(keys)))
 
 
-def test_keys_that_cannot_be_read_are_no_keys(tmp_path: Path) -> None:
+def test_unreadable_keys_count_as_no_keys(tmp_path: Path) -> None:
     for host in ("127.0.0.1", "0.0.0.0"):
         with pytest.raises(KeysFileError):
             check_exposure(host, AuthArgs(keys_file=str(tmp_path / "none.json"), allow_anyone=True))

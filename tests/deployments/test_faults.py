@@ -44,7 +44,7 @@ def _cpu_seconds(pid: int) -> float:
     return float(times.user + times.system)
 
 
-def _at_work(service: Running, *, seconds: float = 0.05) -> int:
+def _busiest_generator(service: Running, *, seconds: float = 0.05) -> int:
     """Return the pid of the generator that has computed most, once one has for so long. Generators without an answer do
     not compute, and the routers decide which have one."""
     begun = {pid: _cpu_seconds(pid) for pid in service.replicas("Generator")}
@@ -52,13 +52,13 @@ def _at_work(service: Running, *, seconds: float = 0.05) -> int:
     return max(begun, key=lambda pid: _cpu_seconds(pid) - begun[pid])
 
 
-def _await_whole(service: Running) -> None:
+def _await_all_replicas(service: Running) -> None:
     """Wait until every stage has its replicas, and no caller still relies on a dead one."""
 
-    def is_whole() -> bool:
+    def is_complete() -> bool:
         return _health(service) == 200 and len(service.replicas("Generator")) == 2
 
-    until(is_whole, deadline_s=120)
+    until(is_complete, deadline_s=120)
     assert service.post(messages=messages(content(plain(), "What?")), max_tokens=3).status_code == 200
 
 
@@ -146,41 +146,41 @@ def expected(service: Running) -> list[dict[str, Any]]:
     return whole
 
 
-def test_streams_of_a_generator_that_is_killed_go_on_as_if_nothing_had_been(
+def test_streams_of_a_killed_generator_resume_without_a_difference(
     service: Running, expected: list[dict[str, Any]]
 ) -> None:
-    _await_whole(service)
+    _await_all_replicas(service)
     before = _retries(service, "streaming")
     streams = _begun_streams(service)
-    os.kill(_at_work(service), signal.SIGKILL)
+    os.kill(_busiest_generator(service), signal.SIGKILL)
     assert [stream.whole() for stream in streams] == expected
     until(lambda: _retries(service, "streaming") > before)
 
 
-def test_streams_go_on_where_no_generator_is_left_for_a_while(service: Running, expected: list[dict[str, Any]]) -> None:
-    _await_whole(service)
+def test_streams_resume_after_all_generators_were_killed(service: Running, expected: list[dict[str, Any]]) -> None:
+    _await_all_replicas(service)
     streams = _begun_streams(service)
     for pid in service.replicas("Generator"):
         os.kill(pid, signal.SIGKILL)
     assert [stream.whole() for stream in streams] == expected
 
 
-ASKED_AT_LENGTH = {"messages": messages("hi"), "temperature": 1.0, "seed": 3, **ENDLESS}
+LONG_REQUEST = {"messages": messages("hi"), "temperature": 1.0, "seed": 3, **ENDLESS}
 
 
 @pytest.fixture(scope="module")
-def at_length(service: Running) -> list[Any]:
+def expected_long_answer(service: Running) -> list[Any]:
     """The answer when undisturbed."""
-    response = service.post(**ASKED_AT_LENGTH).json()
+    response = service.post(**LONG_REQUEST).json()
     assert response["usage"]["completion_tokens"] == ENDLESS["max_tokens"]
     return list(response["choices"])
 
 
-def test_a_stream_of_a_generator_that_falls_silent_goes_on_elsewhere(service: Running, at_length: list[Any]) -> None:
+def test_a_stream_of_a_silent_generator_resumes_elsewhere(service: Running, expected_long_answer: list[Any]) -> None:
     """As if its host had lost power: no connection is closed. Ray itself takes a minute to detect that."""
-    _await_whole(service)
-    stream = _Stream(service, ASKED_AT_LENGTH)
-    pid = _at_work(service, seconds=1.0)
+    _await_all_replicas(service)
+    stream = _Stream(service, LONG_REQUEST)
+    pid = _busiest_generator(service, seconds=1.0)
     os.kill(pid, signal.SIGSTOP)
     stopped = time.monotonic()
     try:
@@ -188,29 +188,29 @@ def test_a_stream_of_a_generator_that_falls_silent_goes_on_elsewhere(service: Ru
     finally:
         os.kill(pid, signal.SIGKILL)
     assert SILENCE_S < time.monotonic() - stopped < 60
-    assert whole["choices"][0]["text"] == at_length[0]["message"]["content"]
+    assert whole["choices"][0]["text"] == expected_long_answer[0]["message"]["content"]
     assert whole["usage"][0] == ENDLESS["max_tokens"]
 
 
-def test_an_answer_in_one_piece_goes_on_too(service: Running, at_length: list[Any]) -> None:
-    _await_whole(service)
+def test_an_unstreamed_answer_resumes_too(service: Running, expected_long_answer: list[Any]) -> None:
+    _await_all_replicas(service)
     with concurrent.futures.ThreadPoolExecutor(1) as client:
-        answer = client.submit(service.post, **ASKED_AT_LENGTH)
+        answer = client.submit(service.post, **LONG_REQUEST)
         # The answer is not streamed, but writing it takes computing time.
-        pid = _at_work(service, seconds=1.0)
+        pid = _busiest_generator(service, seconds=1.0)
         assert not answer.done()
         os.kill(pid, signal.SIGKILL)
         response = answer.result(120)
     assert response.status_code == 200, response.text
-    assert response.json()["choices"] == at_length
+    assert response.json()["choices"] == expected_long_answer
     assert response.json()["usage"]["completion_tokens"] == ENDLESS["max_tokens"]
 
 
 @pytest.mark.parametrize("stage", ["Preprocessor", "VisionEncoder"])
-def test_who_waits_for_a_stage_that_cannot_be_reached_is_told(service: Running, stage: str) -> None:
+def test_callers_of_an_unreachable_stage_get_an_error(service: Running, stage: str) -> None:
     """As if the network between two hosts had failed: no connection is closed, and Ray sees no fault. The stage has no
     other replica."""
-    _await_whole(service)
+    _await_all_replicas(service)
     ask = {"messages": messages(content(plain("olive"), "What?")), "max_tokens": 3}
     [pid] = service.replicas(stage)
     os.kill(pid, signal.SIGSTOP)
@@ -223,26 +223,26 @@ def test_who_waits_for_a_stage_that_cannot_be_reached_is_told(service: Running, 
         assert response.status_code == 503, response.text
         assert response.json()["error"]["code"] in ("unavailable", "replica_lost")
         assert 10 < response.elapsed.total_seconds() < 60
-    _await_whole(service)
+    _await_all_replicas(service)
     assert service.post(**ask).status_code == 200
 
 
 @pytest.mark.parametrize("stage", ["Preprocessor", "VisionEncoder"])
-def test_streams_do_not_notice_the_loss_of_a_stage_that_they_have_passed(
+def test_streams_survive_the_loss_of_an_earlier_stage(
     service: Running, expected: list[dict[str, Any]], stage: str
 ) -> None:
-    _await_whole(service)
+    _await_all_replicas(service)
     streams = _begun_streams(service)
     [pid] = service.replicas(stage)
     os.kill(pid, signal.SIGKILL)
     assert [stream.whole() for stream in streams] == expected
-    _await_whole(service)
+    _await_all_replicas(service)
 
 
-def test_streams_and_new_requests_do_without_serves_controller(
+def test_streams_and_new_requests_survive_the_loss_of_serves_controller(
     service: Running, expected: list[dict[str, Any]]
 ) -> None:
-    _await_whole(service)
+    _await_all_replicas(service)
     streams = _begun_streams(service)
     [controller] = service.processes("ray::ServeController")
     os.kill(controller, signal.SIGKILL)
@@ -250,7 +250,7 @@ def test_streams_and_new_requests_do_without_serves_controller(
     assert [stream.whole() for stream in streams] == expected
     # Ray starts another controller, which finds the existing replicas.
     until(lambda: service.processes("ray::ServeController") not in ([], [controller]), deadline_s=60)
-    _await_whole(service)
+    _await_all_replicas(service)
 
 
 def _assert_broken(service: Running, streams: list[_Stream]) -> None:
@@ -265,19 +265,19 @@ def _assert_broken(service: Running, streams: list[_Stream]) -> None:
         assert client.ask("hi", max_tokens=3).text is not None
 
 
-def test_clients_of_a_gateway_that_is_killed_see_their_connection_break_and_the_next_one_answers(
+def test_a_killed_gateway_breaks_its_connections_and_is_replaced(
     service: Running,
 ) -> None:
-    _await_whole(service)
+    _await_all_replicas(service)
     streams = _begun_streams(service)
     [gateway] = service.replicas("Gateway")
     os.kill(gateway, signal.SIGKILL)
     _assert_broken(service, streams)
-    _await_whole(service)
+    _await_all_replicas(service)
 
 
-def test_a_load_balancer_that_is_killed_is_started_again(service: Running) -> None:
-    _await_whole(service)
+def test_a_killed_load_balancer_is_restarted(service: Running) -> None:
+    _await_all_replicas(service)
     streams = _begun_streams(service)
     [balancer] = service.processes("haproxy")
     os.kill(balancer, signal.SIGKILL)
@@ -287,9 +287,7 @@ def test_a_load_balancer_that_is_killed_is_started_again(service: Running) -> No
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_request_whose_time_is_up_is_told_in_our_words_and_frees_the_generator(
-    service: Running, *, stream: bool
-) -> None:
+def test_a_timed_out_request_gets_our_error_and_frees_the_generator(service: Running, *, stream: bool) -> None:
     """Serve reads the same header, and would respond with plain text."""
     body = {"messages": messages("hi"), "stream": stream, **ENDLESS}
     headers = {"x-request-timeout-seconds": "2"}
@@ -313,7 +311,7 @@ def _slow_pictures(green: int) -> list[Any]:
     return [part for picture in pictures for part in content(picture, "What?")]
 
 
-def _kill_at_work(service: Running) -> None:
+def _kill_busy_preprocessor(service: Running) -> None:
     """Kill the preprocessor once it can serve and is computing, which it only does for a request."""
     until(lambda: _health(service) == 200, deadline_s=120)
     [pid] = service.replicas("Preprocessor")
@@ -323,20 +321,20 @@ def _kill_at_work(service: Running) -> None:
     until(lambda: _health(service) == 503)
 
 
-def test_what_was_on_a_replica_that_is_killed_is_answered_by_the_next(service: Running) -> None:
+def test_requests_on_a_killed_replica_are_answered_by_its_successor(service: Running) -> None:
     with concurrent.futures.ThreadPoolExecutor(2) as clients:
         body = {"messages": messages(_slow_pictures(1)), "max_tokens": 3}
         answers = [clients.submit(service.post, **body, stream=stream) for stream in (False, True)]
-        _kill_at_work(service)
+        _kill_busy_preprocessor(service)
         assert [answer.result(120).status_code for answer in answers] == [200, 200]
 
 
-def test_pictures_that_kill_twice_are_refused_and_others_are_not(service: Running) -> None:
+def test_pictures_that_kill_twice_are_refused_unlike_others(service: Running) -> None:
     content_of_all = [*_slow_pictures(2), *content(plain("olive"), "?")]
     with concurrent.futures.ThreadPoolExecutor(1) as clients:
         killing = clients.submit(service.post, messages=messages(content_of_all), max_tokens=3)
-        _kill_at_work(service)
-        _kill_at_work(service)
+        _kill_busy_preprocessor(service)
+        _kill_busy_preprocessor(service)
         refused = killing.result(120)
     again = messages(content(plain("olive"), "Something else?"))
     for response in (refused, service.post(messages=again, max_tokens=3), service.post(messages=again, stream=True)):
@@ -347,7 +345,7 @@ def test_pictures_that_kill_twice_are_refused_and_others_are_not(service: Runnin
     assert service.post(messages=messages("What?"), max_tokens=3).status_code == 200
 
 
-def test_an_encoder_that_is_killed_leaves_nobody_waiting(service: Running) -> None:
+def test_requests_at_a_killed_encoder_are_answered(service: Running) -> None:
     [pid] = service.replicas("VisionEncoder")
     # Stopped first, so that the request is at the replica, or on its way to it, when it is killed.
     os.kill(pid, signal.SIGSTOP)

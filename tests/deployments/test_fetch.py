@@ -112,7 +112,7 @@ def _run(test: Callable[[], Awaitable[None]]) -> None:
     asyncio.run(asyncio.wait_for(test(), 30))
 
 
-def test_a_picture_is_fetched_with_nothing_but_its_name() -> None:
+def test_fetching_sends_only_the_url_and_four_plain_headers() -> None:
     async def test() -> None:
         async with serving({"/a.png?x=1": reply()}) as server:
             fetcher = Fetcher(_args(server), resolve=Names(pictures=[LOCAL]))
@@ -152,7 +152,7 @@ def test_nothing_is_fetched_unless_hosts_are_allowed() -> None:
         ("http://[::ffff:127.0.0.1]:{port}/", {}),
     ],
 )
-def test_hosts_ports_and_schemes_that_are_not_allowed_are_not_even_looked_up(url: str, fields: dict[str, Any]) -> None:
+def test_disallowed_hosts_ports_and_schemes_are_not_even_resolved(url: str, fields: dict[str, Any]) -> None:
     async def test() -> None:
         async with serving({"/": reply()}) as server:
             names = Names(pictures=[LOCAL], elsewhere=[LOCAL])
@@ -183,7 +183,7 @@ def test_hosts_ports_and_schemes_that_are_not_allowed_are_not_even_looked_up(url
         (),
     ],
 )
-def test_a_name_that_leads_inside_is_refused_like_one_that_leads_nowhere(found: tuple[str, ...]) -> None:
+def test_a_name_with_an_internal_address_is_refused_like_an_unknown_name(found: tuple[str, ...]) -> None:
     async def test() -> None:
         async with serving({"/": reply()}) as server:
             fetcher = Fetcher(_args(server, allowed_networks=[]), resolve=Names(pictures=[found]))
@@ -197,7 +197,7 @@ def test_a_name_that_leads_inside_is_refused_like_one_that_leads_nowhere(found: 
     _run(test)
 
 
-def test_the_address_that_was_judged_is_the_one_that_is_asked() -> None:
+def test_the_connection_goes_to_the_address_that_was_checked() -> None:
     """The name resolves to the server when it is checked, and to another address on every later lookup."""
 
     async def test() -> None:
@@ -212,7 +212,7 @@ def test_the_address_that_was_judged_is_the_one_that_is_asked() -> None:
     _run(test)
 
 
-def test_another_address_of_the_name_is_asked_where_the_first_does_not_listen() -> None:
+def test_the_next_address_is_tried_where_the_first_does_not_listen() -> None:
     async def test() -> None:
         async with serving({"/": reply()}) as server:
             # Nobody listens at the first address; it belongs to the loopback interface just like 127.0.0.1.
@@ -240,7 +240,7 @@ def test_another_address_of_the_name_is_asked_where_the_first_does_not_listen() 
         ("http://other\\@pictures:{port}/end", "invalid_image_url"),
     ],
 )
-def test_a_redirect_is_judged_like_an_address_of_the_clients(target: str, code: str | None) -> None:
+def test_a_redirect_is_checked_like_a_url_from_the_client(target: str, code: str | None) -> None:
     async def test() -> None:
         replies: dict[str, bytes | None] = {"/end": reply()}
         async with serving(replies) as server:
@@ -267,7 +267,7 @@ def test_a_redirect_from_https_to_http_is_refused_where_http_is_not_allowed() ->
     _run(test)
 
 
-def test_redirects_come_to_an_end() -> None:
+def test_the_number_of_redirects_is_bounded() -> None:
     async def test() -> None:
         replies: dict[str, bytes | None] = {f"/{i}": redirect(f"/{i + 1}", "307 Temporary Redirect") for i in range(9)}
         async with serving({**replies, "/3": reply()}) as server:
@@ -282,7 +282,7 @@ def test_redirects_come_to_an_end() -> None:
     _run(test)
 
 
-def test_a_name_that_has_moved_inside_by_the_time_of_a_redirect_is_refused() -> None:
+def test_a_name_that_turns_internal_before_a_redirect_is_refused() -> None:
     async def test() -> None:
         async with serving({"/": redirect("/end"), "/end": reply()}) as server:
             fetcher = Fetcher(_args(server), resolve=Names(pictures=[LOCAL, ("169.254.169.254",)]))
@@ -317,7 +317,7 @@ ENDLESS = b"HTTP/1.1 200 OK\r\ncontent-type: image/png\r\ntransfer-encoding: chu
         (b"", "image_fetch_failed"),
     ],
 )
-def test_what_comes_is_bounded_and_must_be_a_picture(content: bytes, code: str) -> None:
+def test_a_reply_is_bounded_and_must_be_a_picture(content: bytes, code: str) -> None:
     async def test() -> None:
         async with serving({"/": content}) as server:
             fetcher = Fetcher(_args(server, max_bytes=100), resolve=Names(pictures=[LOCAL]))
@@ -326,7 +326,7 @@ def test_what_comes_is_bounded_and_must_be_a_picture(content: bytes, code: str) 
     _run(test)
 
 
-def test_what_does_not_come_in_time_is_given_up() -> None:
+def test_a_reply_that_does_not_arrive_in_time_is_abandoned() -> None:
     async def test() -> None:
         async with serving({"/": None, "/half": redirect("/")}) as server:
             fetcher = Fetcher(_args(server, timeout_s=0.2), resolve=Names(pictures=[LOCAL]))
@@ -394,7 +394,7 @@ def test_a_certificate_is_checked_against_the_name_and_not_the_address() -> None
     _run(test)
 
 
-def test_no_proxy_of_the_environment_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_proxies_from_the_environment_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     async def test() -> None:
         async with serving({"/": reply()}) as server, serving({}) as proxy:
             for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "ALL_PROXY"):
@@ -421,7 +421,7 @@ def _request(*parts: Any) -> GenerationRequest:
     return GenerationRequest("id", (Message("user", parts),), SamplingParams())
 
 
-def test_addresses_become_pictures_where_they_stand_and_each_is_fetched_once() -> None:
+def test_urls_are_replaced_by_pictures_and_each_is_fetched_once() -> None:
     async def test() -> None:
         red, blue = plain("red"), plain("blue")
         async with serving({"/red": reply(red), "/blue": reply(blue)}) as server:
@@ -437,7 +437,7 @@ def test_addresses_become_pictures_where_they_stand_and_each_is_fetched_once() -
     _run(test)
 
 
-def test_the_first_that_fails_is_named_by_its_place_and_ends_the_others() -> None:
+def test_the_first_failure_is_located_and_cancels_the_others() -> None:
     async def test() -> None:
         async with serving({"/slow": None, "/none": reply(status="404 Not Found")}) as server:
             slow, none = (ImageUrl(f"http://pictures:{server.port}/{name}") for name in ("slow", "none"))
@@ -452,7 +452,7 @@ def test_the_first_that_fails_is_named_by_its_place_and_ends_the_others() -> Non
     _run(test)
 
 
-def test_one_address_in_two_views_is_two_pictures_and_dicom_is_a_pictures_type() -> None:
+def test_one_dicom_url_in_two_views_becomes_two_pictures() -> None:
     async def test() -> None:
         async with serving({"/x": reply(b"held", media_type="application/dicom")}) as server:
             parts = [ImageUrl(f"http://pictures:{server.port}/x", dicom=view) for view in (None, DicomView(2))]

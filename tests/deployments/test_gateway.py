@@ -62,7 +62,7 @@ def test_the_gateway_imports_neither_ray_nor_torch(modules: str, foreign: str) -
     assert subprocess.run([sys.executable, "-c", program], timeout=60, check=False).returncode == 0
 
 
-def test_an_answer_in_one_piece() -> None:
+def test_an_unstreamed_answer() -> None:
     response = _post(ScriptedEngine(answer("Hel", "lo")), model="m")
     assert response.status_code == 200
     assert response.json()["choices"][0]["message"]["content"] == "Hello"
@@ -70,7 +70,7 @@ def test_an_answer_in_one_piece() -> None:
     assert response.headers["x-request-id"]
 
 
-def test_an_answer_as_a_stream() -> None:
+def test_a_streamed_answer() -> None:
     response = _post(ScriptedEngine(answer("Hel", "lo")), stream=True)
     assert response.headers["content-type"].startswith("text/event-stream")
     *chunks, done = _events(response.text)
@@ -89,7 +89,7 @@ def test_a_stream_with_usage_and_timings() -> None:
     assert "total" in last["timings"]
 
 
-def test_the_clients_request_id_is_kept_but_never_used_inside() -> None:
+def test_the_clients_request_id_is_returned_but_not_used_internally() -> None:
     engine = ScriptedEngine(answer("x"))
     with _client(engine) as client:
         for _ in range(2):
@@ -99,7 +99,7 @@ def test_the_clients_request_id_is_kept_but_never_used_inside() -> None:
     assert first != second
 
 
-def test_the_request_id_is_left_to_a_server_that_adds_it_itself() -> None:
+def test_the_request_id_header_is_left_to_a_server_that_adds_it() -> None:
     with _client(ScriptedEngine(), echo_request_id=False) as client:
         response = client.get("/v1/models/nothing", headers={"x-request-id": "mine"})
     assert "x-request-id" not in response.headers
@@ -118,7 +118,7 @@ def test_the_request_id_is_left_to_a_server_that_adds_it_itself() -> None:
         (ZeroDivisionError("oops"), 500, "internal_error"),
     ],
 )
-def test_what_is_wrong_before_the_first_token_gets_its_own_status(
+def test_an_error_before_the_first_token_has_its_own_status(
     *, first: Rejected | Exception, status: int, code: str, stream: bool
 ) -> None:
     engine = ScriptedEngine([first])  # type: ignore[list-item]
@@ -133,7 +133,7 @@ def test_what_is_wrong_before_the_first_token_gets_its_own_status(
 @pytest.mark.parametrize(
     "failure", [Rejected(EngineError("broken")), StageLostError("gone"), ZeroDivisionError("oops")]
 )
-def test_what_goes_wrong_later_ends_the_stream_with_an_error(failure: Any) -> None:
+def test_a_later_error_is_the_last_event_of_the_stream(failure: Any) -> None:
     response = _post(ScriptedEngine([TokenDelta("id", "Hel", (1,)), failure]), stream=True)
     assert response.status_code == 200
     *_, text, last = _events(response.text)
@@ -143,13 +143,13 @@ def test_what_goes_wrong_later_ends_the_stream_with_an_error(failure: Any) -> No
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_an_answer_that_stops_short_is_an_error(*, stream: bool) -> None:
+def test_an_answer_without_an_end_is_an_error(*, stream: bool) -> None:
     response = _post(ScriptedEngine([TokenDelta("id", "Hel", (1,))]), stream=stream)
     body = _events(response.text)[-1] if stream else response.json()
     assert body["error"]["code"] == "engine_error"
 
 
-def test_only_what_nobody_expected_is_logged_with_a_traceback(caplog: pytest.LogCaptureFixture) -> None:
+def test_only_unexpected_errors_are_logged_with_a_traceback(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.ERROR):
         _post(ScriptedEngine([Rejected(RequestError("bad"))]))
         _post(ScriptedEngine([OverloadedError("full", limit="engine")]))
@@ -158,7 +158,7 @@ def test_only_what_nobody_expected_is_logged_with_a_traceback(caplog: pytest.Log
     assert [record.name for record in caplog.records] == ["deployments.answering"]
 
 
-def test_an_error_names_the_clients_message_when_a_system_message_came_first() -> None:
+def test_errors_count_messages_including_the_system_message() -> None:
     engine = ScriptedEngine([Rejected(RequestError("bad", param="messages[0].content[1].image_url"))])
     response = _post(engine, messages=[{"role": "system", "content": "s"}, *HELLO["messages"]])
     assert response.json()["error"]["param"] == "messages[1].content[1].image_url"
@@ -171,7 +171,7 @@ def test_models_are_listed_and_found() -> None:
         _assert_is_error(client.get("/v1/models/owner/other"), 404, "model_not_found")
 
 
-def test_an_unknown_model_is_not_found() -> None:
+def test_an_unknown_model_is_a_404() -> None:
     error = _assert_is_error(_post(ScriptedEngine(), model="gpt-9"), 404, "model_not_found")
     assert error["param"] == "model"
     assert "m" in error["message"]
@@ -192,16 +192,16 @@ def _several(**engines: ScriptedEngine) -> Iterator[TestClient]:
 
 
 @pytest.mark.parametrize(("path", "body"), ROUTES)
-def test_of_several_models_the_one_that_is_named_is_asked(path: str, body: dict) -> None:
+def test_a_request_goes_to_the_model_it_names(path: str, body: dict) -> None:
     engines = {name: ScriptedEngine(answer(f"of {name}")) for name in ("a", "owner/b")}
     engines["owner/b"].tokenized = Rejected(RequestError("of owner/b"))
     with _several(**engines) as client:
-        told = {name: client.post(path, json={**body, "model": name}).json() for name in engines}
-        assert told["a"] != told["owner/b"]
+        replies = {name: client.post(path, json={**body, "model": name}).json() for name in engines}
+        assert replies["a"] != replies["owner/b"]
         for name in engines:
-            if "choices" in told[name]:
-                assert told[name]["model"] == name
-                assert f"of {name}" in json.dumps(told[name])
+            if "choices" in replies[name]:
+                assert replies[name]["model"] == name
+                assert f"of {name}" in json.dumps(replies[name])
         error = _assert_is_error(client.post(path, json={**body, "model": "c"}), 404, "model_not_found")
         assert error["message"] == "unknown model 'c'; known are: a, owner/b"
         for unnamed in (body, {**body, "model": None}):
@@ -217,7 +217,7 @@ def test_all_models_are_listed() -> None:
         assert "known are: a, owner/b" in error["message"]
 
 
-def test_another_template_is_the_requests_own() -> None:
+def test_a_template_applies_to_its_own_request_only() -> None:
     engine = ScriptedEngine(answer("x"))
     with _client(engine) as client:
         for fields in ({"template": "v0"}, {}, {"template": None}):
@@ -230,7 +230,7 @@ def test_another_template_is_the_requests_own() -> None:
     assert "vicuna_v1" in error["message"]
 
 
-def test_completions_are_answered_in_their_own_form() -> None:
+def test_completions_are_answered_in_their_own_format() -> None:
     engine = ScriptedEngine(answer(" on", " a"))
     with _client(engine) as client:
         whole = client.post("/v1/completions", json={"prompt": "Once up", "model": "m"}).json()
@@ -243,7 +243,7 @@ def test_completions_are_answered_in_their_own_form() -> None:
     assert all(isinstance(request, CompletionRequest) for request in engine.requests)
 
 
-def test_an_error_of_a_stage_about_the_prompt_is_about_a_completions_prompt() -> None:
+def test_a_stages_error_about_messages_names_a_completions_prompt() -> None:
     engine = ScriptedEngine([Rejected(RequestError("bad", param="messages"))])
     with _client(engine) as client:
         error = _assert_is_error(client.post("/v1/completions", json={"prompt": "x"}), 400, "invalid_value")
@@ -260,7 +260,7 @@ def test_prompts_are_tokenized_by_the_graph() -> None:
 
 
 @pytest.mark.parametrize(("path", "body"), [("/tokenize", {"prompt": "x"}), ("/detokenize", {"tokens": [1]})])
-def test_what_is_wrong_with_tokenizing_is_an_error_of_the_same_shape(path: str, body: dict) -> None:
+def test_tokenizing_errors_have_the_same_shape(path: str, body: dict) -> None:
     engine = ScriptedEngine()
     with _client(engine) as client:
         _assert_is_error(client.post(path, json={}), 400, "missing_required_parameter")
@@ -270,7 +270,7 @@ def test_what_is_wrong_with_tokenizing_is_an_error_of_the_same_shape(path: str, 
         _assert_is_error(client.post(path, json=body), 400, "reserved_text")
 
 
-def test_health_is_good_where_a_stage_has_no_replicas_for_want_of_requests() -> None:
+def test_health_is_ok_when_a_stage_is_scaled_to_zero() -> None:
     async def check() -> list[StageHealth]:
         return [StageHealth("preprocessor", is_ready=True), StageHealth("generator", is_ready=True, has_replicas=False)]
 
@@ -307,7 +307,7 @@ def test_routing_errors_have_the_same_shape(method: str, path: str, status: int,
         _assert_is_error(client.request(method, path), status, code)
 
 
-def test_a_bug_is_an_error_of_the_same_shape() -> None:
+def test_internal_errors_have_the_same_shape() -> None:
     async def check() -> list[StageHealth]:
         raise ZeroDivisionError
 
@@ -325,7 +325,7 @@ def test_a_body_beyond_the_limit_is_refused_announced_or_not() -> None:
             assert "100" in error["message"]
 
 
-def test_a_body_that_does_not_come_in_time_is_refused_and_its_connection_closed() -> None:
+def test_a_body_that_times_out_is_refused_and_its_connection_closed() -> None:
     engine = ScriptedEngine()
     app = Gateway({"m": engine}, all_ready, limits=LimitArgs(max_body_seconds=0.01)).app
     incoming = iter([{"type": "http.request", "body": b"{", "more_body": True}])
@@ -346,7 +346,7 @@ def test_a_body_that_does_not_come_in_time_is_refused_and_its_connection_closed(
     assert engine.requests == []
 
 
-def test_bodies_are_bounded_together_until_they_are_sent_on() -> None:
+def test_bodies_in_flight_are_bounded_in_total_until_sent_on() -> None:
     body = json.dumps({**HELLO, "stream": True}).encode()
     limits = LimitArgs(max_body_bytes=len(body), max_bytes_in_flight=len(body) + 10)
     held: list[Callable[[], None]] = []
@@ -408,7 +408,7 @@ def _scope(**asgi: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("asgi", [{}, {"spec_version": "2.4"}])
-def test_a_client_that_has_hung_up_before_the_first_chunk_closes_the_stream_below(asgi: dict[str, str]) -> None:
+def test_a_disconnect_before_the_first_chunk_closes_the_engines_stream(asgi: dict[str, str]) -> None:
     engine = ScriptedEngine([TokenDelta("id", "Hel", (1,))], hangs=True)
     app = Gateway({"m": engine}, all_ready).app
     incoming = iter([{"type": "http.request", "body": json.dumps({**HELLO, "stream": True}).encode()}])
@@ -427,13 +427,13 @@ def test_a_client_that_has_hung_up_before_the_first_chunk_closes_the_stream_belo
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_an_answer_is_read_to_its_end_so_that_no_stage_sees_a_cancellation(*, stream: bool) -> None:
+def test_a_complete_answer_is_read_to_its_end_and_not_cancelled(*, stream: bool) -> None:
     engine = ScriptedEngine(answer("Hel", "lo"))
     assert _post(engine, stream=stream).status_code == 200
     assert (engine.num_open, engine.num_left_early) == (0, 0)
 
 
-def test_a_client_that_hangs_up_closes_the_stream_below() -> None:
+def test_a_client_disconnect_closes_the_engines_stream() -> None:
     """Driven as an ASGI server would: a disconnect arrives while the answer hangs."""
     engine = ScriptedEngine([TokenDelta("id", "Hel", (1,))], hangs=True)
     app = Gateway({"m": engine}, all_ready).app
@@ -463,7 +463,7 @@ def test_a_client_that_hangs_up_closes_the_stream_below() -> None:
     assert engine.num_open == 0
 
 
-def test_a_cancelled_request_closes_the_stream_below() -> None:
+def test_a_cancelled_request_closes_the_engines_stream() -> None:
     """Serve cancels a request when its client leaves, streaming or not."""
     for stream in (False, True):
         engine = ScriptedEngine([TokenDelta("id", "Hel", (1,))], hangs=True)
@@ -514,7 +514,7 @@ def test_unusable_pictures_are_refused_naming_the_field(
 
 
 @pytest.mark.parametrize(
-    ("fields", "param", "code", "told"),
+    ("fields", "param", "code", "expected"),
     [
         ({"max_tokens": 100_000}, "max_tokens", "context_length_exceeded", "512"),
         (
@@ -534,13 +534,13 @@ def test_unusable_pictures_are_refused_naming_the_field(
         ({"messages": [{"role": "assistant", "content": "a"}]}, "messages[0].role", "invalid_value", "assistant"),
     ],
 )
-def test_requests_that_cannot_be_served_name_field_cause_and_limit(
-    fields: dict, param: str, code: str, told: str, local_client: TestClient
+def test_refusals_name_field_cause_and_limit(
+    fields: dict, param: str, code: str, expected: str, local_client: TestClient
 ) -> None:
     response = _ask(local_client, **fields)
     error = _assert_is_error(response, 400, code)
     assert error["param"] == param
-    assert told in error["message"]
+    assert expected in error["message"]
 
 
 def test_more_pictures_or_bytes_than_allowed_are_refused(local_client: TestClient) -> None:
@@ -557,6 +557,6 @@ def test_more_answers_than_allowed_are_refused(local_client: TestClient) -> None
 
 
 @pytest.mark.parametrize("fields", [{"stop_token_ids": [10**6]}, {"logit_bias": {"1000000": 1}}])
-def test_tokens_that_do_not_exist_are_refused_by_field(fields: dict, local_client: TestClient) -> None:
+def test_nonexistent_token_ids_are_refused_naming_the_field(fields: dict, local_client: TestClient) -> None:
     error = _assert_is_error(_ask(local_client, **fields), 400, "invalid_value")
     assert [error["param"]] == list(fields)

@@ -72,7 +72,7 @@ def _collect(engine: Any, given: object, **options: Any) -> list[Item]:
     return asyncio.run(collect())
 
 
-def test_the_last_delta_tells_the_times_of_all_stages() -> None:
+def test_the_last_delta_reports_the_times_of_all_stages() -> None:
     items = _collect(ScriptedEngine(answer("a", "b")), _prepared())
     assert [item.text for item in items if isinstance(item, TokenDelta)] == ["a", "b"]
     assert isinstance(items[0], TokenDelta)
@@ -81,7 +81,7 @@ def test_the_last_delta_tells_the_times_of_all_stages() -> None:
     assert set(items[-1].stage_ms) == {"preprocess", "transfer", "prefill"}
 
 
-def test_each_answer_is_measured_and_a_prompt_counts_once_for_all_its_answers() -> None:
+def test_each_answer_is_measured_and_a_shared_prompt_counts_once() -> None:
     recorder, times = FakeRecorder(), {"queue": 1.0, "prefill": 20.0, "decode": 300.0}
     deltas = [
         TokenDelta("id", "", finish_reason="stop", usage=Usage(11, 2, 4, 3), stage_ms=times, index=index)
@@ -105,9 +105,7 @@ def test_a_rejection_is_the_only_item_and_never_reaches_the_engine() -> None:
 
 
 @pytest.mark.parametrize(("error", "num_records"), [(FULL, 0), (EngineError("broken"), 1)])
-def test_an_error_of_the_engine_is_the_last_item(
-    error: Exception, num_records: int, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_engine_error_is_the_last_item(error: Exception, num_records: int, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "deployments"):
         items = _collect(ScriptedEngine([TokenDelta("id", "a", (1,))], error), _prepared())
     assert [type(item) for item in items] == [TokenDelta, Rejected]
@@ -126,7 +124,7 @@ def test_leaving_early_frees_the_engine() -> None:
     assert asyncio.run(leave()) == 0
 
 
-def test_health_is_the_engines() -> None:
+def test_health_is_that_of_the_engine() -> None:
     async def check(engine: ScriptedEngine) -> None:
         await Generator(engine, LocalHandoff()).check_health()  # type: ignore[arg-type]
 
@@ -136,7 +134,7 @@ def test_health_is_the_engines() -> None:
 
 
 @pytest.mark.parametrize(("error", "is_well"), [(EngineError("broken"), False), (FULL, True)])
-def test_too_many_failures_in_a_row_are_unhealthy_until_an_answer_succeeds(error: Exception, *, is_well: bool) -> None:
+def test_repeated_failures_are_unhealthy_until_an_answer_succeeds(error: Exception, *, is_well: bool) -> None:
     engine = ScriptedEngine([], error)
     engine.check_health = lambda: None  # type: ignore[method-assign]
 
@@ -153,7 +151,7 @@ def test_too_many_failures_in_a_row_are_unhealthy_until_an_answer_succeeds(error
     asyncio.run(run())
 
 
-def test_the_engine_gets_features_where_references_to_them_came() -> None:
+def test_references_to_features_are_resolved_for_the_engine() -> None:
     rows = torch.arange(6, dtype=torch.float32).reshape(2, 3)
     packed = pack(ImageFeatures("a", rows))
     asked: list[EngineRequest] = []
@@ -176,7 +174,7 @@ def test_the_engine_gets_features_where_references_to_them_came() -> None:
     assert [torch.equal(each.features, rows) for each in asked[0].features] == [True, True]
 
 
-def test_features_whose_owner_is_gone_are_a_rejection() -> None:
+def test_features_whose_owner_has_died_are_a_rejection() -> None:
     class Broken(LocalHandoff):
         async def shared(self, given: object) -> Any:
             raise StageLostError("gone")
@@ -190,7 +188,7 @@ def test_features_whose_owner_is_gone_are_a_rejection() -> None:
     assert isinstance(item.error, StageLostError)
 
 
-def test_what_could_not_be_handed_over_is_a_rejection() -> None:
+def test_a_failed_handoff_is_a_rejection() -> None:
     class Broken(LocalHandoff):
         async def take(self, given: object) -> object:
             raise StageLostError("gone")
@@ -224,11 +222,11 @@ def test_a_real_engine_counts_tokens(tiny_checkpoint: Path) -> None:
     assert _with_engine(tiny_checkpoint, use) == Usage(3, 5)
 
 
-def test_the_autoscaler_is_told_what_a_real_engine_has_to_do(tiny_checkpoint: Path) -> None:
+def test_a_real_engines_load_is_reported_to_the_autoscaler(tiny_checkpoint: Path) -> None:
     language = load_language_side(tiny_checkpoint, LoadOptions(dtype="float32"))
     config = EngineConfig(max_running=2, cache_tokens=256, block_size=16)
 
-    async def told() -> list[dict[str, float]]:
+    async def reports() -> list[dict[str, float]]:
         inner = Engine(language, load_tokenizer(tiny_checkpoint), config)
         engine = AsyncEngine(inner)
         generator = Generator(engine, LocalHandoff())
@@ -244,7 +242,7 @@ def test_the_autoscaler_is_told_what_a_real_engine_has_to_do(tiny_checkpoint: Pa
         engine.close()
         return [idle, busy, after]
 
-    idle, busy, after = asyncio.run(told())
+    idle, busy, after = asyncio.run(reports())
     assert set(idle) == {*GeneratorArgs().autoscaling.targets, "held_requests"}
     assert set(idle.values()) == set(after.values()) == {0}
     assert busy == {"queued_prefill_tokens": 40, "kv_cache_use": 0.25, "slot_use": 1.5, "held_requests": 0}
@@ -267,7 +265,7 @@ def test_cancelling_a_stream_frees_a_real_engine(tiny_checkpoint: Path) -> None:
     assert _with_engine(tiny_checkpoint, use) == 0
 
 
-def test_the_end_of_the_last_answer_tells_what_all_have_cost() -> None:
+def test_the_end_of_the_last_answer_reports_the_total_usage() -> None:
     """The prompt was prefilled once, and the second answer found it in the cache."""
     ends = [
         TokenDelta("id", "a", (1,), "stop", Usage(9, 3, 4, 8), {"decode": 1.0}, index=1),
@@ -284,13 +282,13 @@ def test_the_end_of_the_last_answer_tells_what_all_have_cost() -> None:
     assert last.stage_ms["decode"] == 2.0
 
 
-def test_tokens_that_log_probabilities_name_are_spelled() -> None:
+def test_tokens_named_by_log_probabilities_have_their_bytes() -> None:
     delta = TokenDelta("id", "a", (7,), logprobs=(TokenLogprob(7, -1.0, ((8, -0.5), (7, -1.0))),))
     items = _collect(ScriptedEngine([delta, *answer("b")]), _prepared(), token_bytes=lambda token: b"%d" % token)
     assert [item.token_bytes for item in items if isinstance(item, TokenDelta)] == [{7: b"7", 8: b"8"}, {}]
 
 
-def test_how_the_pictures_were_seen_is_told_at_the_end() -> None:
+def test_image_transforms_are_reported_with_the_last_delta() -> None:
     seen = (None, ImageTransform(format="DICOM", photometric="MONOCHROME2", bits=12))
     prepared = _prepared()
     given = replace(prepared, request=replace(prepared.request, transforms=seen))

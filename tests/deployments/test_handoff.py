@@ -26,19 +26,19 @@ class _Handle:
         return self
 
 
-def test_results_go_by_reference_and_tokens_by_value() -> None:
+def test_results_are_passed_by_reference_and_tokens_by_value() -> None:
     handle: Any = _Handle()
     assert RayHandoff().calling(handle, "encode").given == {"method_name": "encode", "_by_reference": True}
     streaming = RayHandoff().streaming(handle, "generate").given
     assert streaming == {"method_name": "generate", "stream": True, "_by_reference": False}
 
 
-def test_what_is_no_reference_is_taken_as_it_is() -> None:
+def test_a_plain_value_is_taken_as_it_is() -> None:
     value = object()
     assert asyncio.run(RayHandoff().take(value)) is value
 
 
-def test_small_features_go_with_each_result_and_large_ones_are_an_object() -> None:
+def test_small_features_are_passed_inline() -> None:
     small = np.zeros(1000, np.uint8)
     assert RayHandoff().share(small) is small
     assert asyncio.run(RayHandoff().shared(small)) is small
@@ -63,7 +63,9 @@ class _Out:
 
 
 @pytest.mark.parametrize("is_taken", [True, False])
-def test_what_is_made_and_does_not_come_is_out_of_reach(monkeypatch: pytest.MonkeyPatch, *, is_taken: bool) -> None:
+def test_a_finished_result_that_does_not_arrive_is_unreachable(
+    monkeypatch: pytest.MonkeyPatch, *, is_taken: bool
+) -> None:
     ref: Any = _Out()
     looks = [False, False, False, True, True]
     monkeypatch.setattr(handoff, "SILENCE_S", 0.02)
@@ -81,7 +83,7 @@ def test_what_is_made_and_does_not_come_is_out_of_reach(monkeypatch: pytest.Monk
 
 @pytest.mark.ray
 @pytest.mark.timeout(300)
-def test_results_pass_the_gateway_by_and_leave_the_object_store(tmp_path: Path) -> None:
+def test_results_bypass_the_gateway_and_leave_the_object_store(tmp_path: Path) -> None:
     program = Path(__file__).with_name("handoff_program.py")
     with started([sys.executable, str(program), str(tmp_path / "log")]) as (process, _):
         printed = process.communicate(timeout=200)[0].decode()

@@ -55,7 +55,7 @@ async def _slow(go_on: Callable[[], Any], *items: Item) -> AsyncGenerator[Item, 
         yield item
 
 
-def test_a_stream_that_waits_for_its_first_item_begins_and_beats_until_it_comes() -> None:
+def test_a_waiting_stream_begins_and_sends_heartbeats_until_the_first_item() -> None:
     async def run() -> list[bytes]:
         client = _Client()
         items = _slow(lambda: client.comments(2), *answer("Hel", "lo"))
@@ -86,14 +86,14 @@ def test_an_error_after_the_stream_has_begun_is_its_last_event() -> None:
     assert end == b""
 
 
-def test_an_error_that_comes_early_keeps_its_status() -> None:
+def test_an_early_error_keeps_its_status() -> None:
     async def items() -> AsyncGenerator[Item, None]:
         yield Rejected(EngineError("broken"))
 
     assert asyncio.run(respond(_answer(), items(), "r", SECONDS)).status_code == 500
 
 
-def test_a_stream_with_something_to_say_has_no_comments() -> None:
+def test_a_stream_that_is_not_waiting_has_no_heartbeats() -> None:
     async def run() -> list[bytes]:
         client = _Client()
 
@@ -107,7 +107,7 @@ def test_a_stream_with_something_to_say_has_no_comments() -> None:
 
 
 @pytest.mark.parametrize("begun", [False, True])
-def test_whoever_hangs_up_while_a_stream_waits_frees_it(*, begun: bool) -> None:
+def test_a_client_disconnect_frees_a_waiting_stream(*, begun: bool) -> None:
     engine = ScriptedEngine(hangs=True)
 
     async def run() -> None:
@@ -131,7 +131,7 @@ def test_whoever_hangs_up_while_a_stream_waits_frees_it(*, begun: bool) -> None:
     assert (engine.num_open, engine.num_left_early) == (0, 1)
 
 
-def test_nothing_beats_before_a_response_or_after_it() -> None:
+def test_no_heartbeats_before_a_response_or_after_it() -> None:
     async def run() -> None:
         client = _Client()
         heart = Heartbeat(client.send, SECONDS)
@@ -149,7 +149,7 @@ def test_nothing_beats_before_a_response_or_after_it() -> None:
     asyncio.run(run())
 
 
-def test_a_client_that_is_gone_stops_the_heart_and_nothing_else() -> None:
+def test_a_disconnected_client_stops_only_the_heartbeats() -> None:
     async def run() -> None:
         num_tried = 0
 

@@ -6,7 +6,7 @@ from pydantic import ValidationError
 from deployments.host_settings import HostArgs
 
 
-def test_no_host_and_no_http_unless_somebody_says_so() -> None:
+def test_no_host_and_no_plain_http_is_allowed_by_default() -> None:
     assert HostArgs() == HostArgs(allowed_hosts=(), allowed_networks=(), allow_http=False)
 
 
@@ -21,11 +21,11 @@ def test_no_host_and_no_http_unless_somebody_says_so() -> None:
         {"host": []},
     ],
 )
-def test_what_is_no_host_and_no_network_is_refused(args: dict) -> None:
+def test_invalid_hosts_and_networks_are_refused(args: dict) -> None:
     with pytest.raises(ValidationError):
         HostArgs.model_validate(args)
 
 
-def test_hosts_and_networks_stay_as_they_were_written() -> None:
+def test_hosts_and_networks_are_dumped_as_they_were_written() -> None:
     given = {"allowed_hosts": ["gpu1:21002", "*.example.com", "*"], "allowed_networks": ["10.0.0.0/8", "fd00::/8"]}
     assert HostArgs.model_validate(given).model_dump(mode="json") == {**given, "allow_http": False}

@@ -60,7 +60,7 @@ def test_each_error_has_a_status_and_a_code(error: Exception, status: int, code:
     assert (described.status, described.code) == (status, code)
 
 
-def test_every_deliberate_error_is_in_the_table_by_itself_or_by_a_base_of_its_own() -> None:
+def test_every_deliberate_error_has_a_row_itself_or_through_a_base() -> None:
     def subclasses(cls: type) -> list[type]:
         return [found for child in cls.__subclasses__() for found in (child, *subclasses(child))]
 
@@ -72,7 +72,7 @@ def test_every_deliberate_error_is_in_the_table_by_itself_or_by_a_base_of_its_ow
     assert unmapped == {CheckpointError, LaunchError}, "these end as internal errors; add a row or name them here"
 
 
-def test_a_clients_mistake_is_told_in_its_own_words() -> None:
+def test_a_clients_mistake_keeps_its_message() -> None:
     described = describe(ImageError("the image is empty", param="messages[0].content[0].image_url"))
     body = error_body(described, "abc")
     assert body == {
@@ -86,14 +86,14 @@ def test_a_clients_mistake_is_told_in_its_own_words() -> None:
     }
 
 
-def test_nothing_internal_gets_out() -> None:
+def test_internal_details_are_not_revealed() -> None:
     body = error_body(describe(RuntimeError("secret /path/to/weights")), "abc")
     assert "secret" not in str(body)
     assert "secret" not in str(error_body(describe(EngineError("secret")), "abc"))
     assert "secret" not in str(error_body(describe(KeysFileError("secret")), "abc"))
 
 
-def test_overload_says_when_to_come_again() -> None:
+def test_overload_has_a_retry_after_header() -> None:
     assert (
         error_response(describe(OverloadedError("full", limit="engine", retry_after_s=7)), "x").headers["retry-after"]
         == "7"
@@ -102,13 +102,13 @@ def test_overload_says_when_to_come_again() -> None:
     assert "retry-after" not in error_response(describe(RequestError("m")), "x").headers
 
 
-def test_a_limit_of_a_key_says_which_and_when_to_come_again() -> None:
+def test_a_rate_limit_error_names_the_limit_and_has_retry_after() -> None:
     response = error_response(describe(RateLimitError("m", limit="tokens", retry_after_s=7)), "x")
     assert response.headers["retry-after"] == "7"
     assert b'"type":"tokens"' in response.body
 
 
-def test_who_has_no_key_is_told_how_to_give_one() -> None:
+def test_a_missing_key_is_answered_with_www_authenticate() -> None:
     assert error_response(describe(AuthenticationError("m")), "x").headers["www-authenticate"] == "Bearer"
     assert "www-authenticate" not in error_response(describe(PermissionDeniedError("m")), "x").headers
 
@@ -116,15 +116,15 @@ def test_who_has_no_key_is_told_how_to_give_one() -> None:
 @pytest.mark.parametrize(
     "kind", [AuthenticationError, PermissionDeniedError, RequestTimeoutError, RequestTooLargeError]
 )
-def test_who_may_still_be_sending_a_body_that_nobody_reads_loses_the_connection(kind: type[RequestError]) -> None:
+def test_errors_that_leave_a_body_unread_close_the_connection(kind: type[RequestError]) -> None:
     assert error_response(describe(kind("m")), "x").headers["connection"] == "close"
 
 
 @pytest.mark.parametrize("error", [RequestError("m"), UnknownNameError("model", "x", []), EngineError("m")])
-def test_who_was_read_whole_keeps_the_connection(error: LlavaError) -> None:
+def test_errors_after_reading_the_body_keep_the_connection(error: LlavaError) -> None:
     assert "connection" not in error_response(describe(error), "x").headers
 
 
-def test_errors_of_routing_look_the_same() -> None:
+def test_routing_errors_look_the_same() -> None:
     described = describe_http(HTTPException(405))
     assert (described.status, described.code, described.message) == (405, "method_not_allowed", "Method Not Allowed")

@@ -58,7 +58,7 @@ def run(test: Callable[[Held, ASGIApp], Awaitable[Any]]) -> Any:
     return asyncio.run(inside())
 
 
-def test_one_too_many_is_refused_at_once_and_told_when_to_come_again() -> None:
+def test_one_request_too_many_is_refused_at_once_with_retry_after() -> None:
     async def test(held: Held, app: ASGIApp) -> None:
         first = [asyncio.create_task(ask(app)) for _ in range(2)]
         await until(lambda: held.running == 2)
@@ -76,7 +76,7 @@ def test_one_too_many_is_refused_at_once_and_told_when_to_come_again() -> None:
 
 
 @pytest.mark.parametrize("how", ["cancelled", "failed"])
-def test_a_place_comes_back_however_a_request_ends(how: str) -> None:
+def test_a_slot_is_freed_however_a_request_ends(how: str) -> None:
     async def test(held: Held, app: ASGIApp) -> None:
         tasks = [asyncio.create_task(ask(app)) for _ in range(2)]
         await until(lambda: held.running == 2)

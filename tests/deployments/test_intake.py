@@ -24,7 +24,7 @@ def request(*pieces: bytes, **headers: str) -> Request:
     return Request({"type": "http", "method": "POST", "headers": named}, receive)
 
 
-def test_a_body_is_read_by_its_reader_with_the_limits_in_a_thread_of_its_own() -> None:
+def test_a_body_is_parsed_with_the_limits_in_a_separate_thread() -> None:
     seen: list[Any] = []
 
     def read(body: bytes, request_id: str, limits: RequestLimits) -> str:
@@ -37,7 +37,7 @@ def test_a_body_is_read_by_its_reader_with_the_limits_in_a_thread_of_its_own() -
     assert seen == [b"abc", "id", limits.request, False]
 
 
-def test_bodies_are_bounded_one_by_one_and_all_together() -> None:
+def test_bodies_are_bounded_singly_and_in_total() -> None:
     intake = Intake(LimitArgs(max_body_bytes=5, max_bytes_in_flight=8))
     leases = [intake.lease() for _ in range(2)]
 
@@ -53,7 +53,7 @@ def test_bodies_are_bounded_one_by_one_and_all_together() -> None:
     assert asyncio.run(read(b"12345", leases[1])) == b"12345"
 
 
-def test_a_deadline_is_the_clients_within_the_limit() -> None:
+def test_a_client_may_set_a_deadline_up_to_the_limit() -> None:
     intake = Intake(LimitArgs(max_timeout_seconds=10))
 
     async def wait(seconds: str) -> None:

@@ -18,7 +18,7 @@ def _run(path: Path, *words: str) -> Result:
     return CliRunner().invoke(main, ["keys", *words, "--keys-file", str(path)])
 
 
-def test_a_key_is_printed_once_and_good(path: Path) -> None:
+def test_a_new_key_is_printed_once_and_valid(path: Path) -> None:
     result = _run(path, "create", "team-a")
     assert result.exit_code == 0, result.output
     key = result.stdout.strip()
@@ -39,17 +39,17 @@ def test_limits_are_kept_and_shown(path: Path) -> None:
     assert key.expires_at is not None
     assert (key.expires_at - key.created_at).days == 30
     listed = _run(path, "list").output
-    for told in (
+    for expected in (
         "60 requests/min",
         "9000 tokens/min",
         "4 at once",
         "only models, health",
         f"{key.expires_at:%Y-%m-%d}",
     ):
-        assert told in listed
+        assert expected in listed
 
 
-def test_a_revoked_key_is_gone_and_its_id_may_be_used_again(path: Path) -> None:
+def test_a_revoked_key_is_removed_and_its_id_may_be_reused(path: Path) -> None:
     _run(path, "create", "a")
     first = read_keys(path)["a"]
     twice = _run(path, "create", "a")
@@ -63,7 +63,7 @@ def test_a_revoked_key_is_gone_and_its_id_may_be_used_again(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "expected"),
     [
         (("create", "a b"), "letters, digits"),
         (("create", "a", "--route", "everything"), "chat_completions"),
@@ -74,8 +74,8 @@ def test_a_revoked_key_is_gone_and_its_id_may_be_used_again(path: Path) -> None:
         (("list",), "cannot be read"),
     ],
 )
-def test_mistakes_are_named(words: tuple[str, ...], told: str, path: Path) -> None:
+def test_mistakes_are_named(words: tuple[str, ...], expected: str, path: Path) -> None:
     result = _run(path, *words)
     assert result.exit_code in (1, 2)
-    assert told in result.output
+    assert expected in result.output
     assert not path.exists()

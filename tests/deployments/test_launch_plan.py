@@ -66,7 +66,7 @@ def test_a_relative_model_becomes_absolute_and_keeps_its_name(
     assert (model["checkpoint"], model["name"]) == (str(tiny_checkpoint), tiny_checkpoint.name)
 
 
-def test_a_base_is_found_too_and_another_model_does_not_get_it(
+def test_a_base_is_found_too_and_not_applied_to_another_model(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = write_original(tmp_path, Kind(layout="projector", tower_inside=True))
@@ -84,7 +84,7 @@ def test_a_base_is_found_too_and_another_model_does_not_get_it(
     assert (model.name, model.base) == ("mine", str(original.base))
 
 
-def test_a_base_is_nobodys_where_there_are_several_models(tmp_path: Path) -> None:
+def test_a_base_option_is_refused_with_several_models(tmp_path: Path) -> None:
     config = _write(tmp_path / "c.yaml", args={"models": [{"name": "a"}, {"name": "b"}]})
     with pytest.raises(LaunchError, match=r"--base is for one model, and there are a, b; name it in their entries"):
         _plan(config, base="owner/base")
@@ -107,12 +107,12 @@ def test_a_wrong_setting_is_named(tmp_path: Path) -> None:
         _plan(config)
 
 
-def test_a_missing_checkpoint_ends_the_start_at_once() -> None:
+def test_a_missing_checkpoint_aborts_the_start_at_once() -> None:
     with pytest.raises(CheckpointError, match="/nowhere/llava"):
         _plan(model="/nowhere/llava")
 
 
-def test_a_port_in_use_ends_the_start_at_once(tiny_checkpoint: Path) -> None:
+def test_a_port_in_use_aborts_the_start_at_once(tiny_checkpoint: Path) -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
@@ -121,7 +121,7 @@ def test_a_port_in_use_ends_the_start_at_once(tiny_checkpoint: Path) -> None:
             _plan(model=str(tiny_checkpoint), port=port)
 
 
-def test_nobody_is_let_in_from_elsewhere_without_keys(
+def test_other_interfaces_are_refused_without_keys(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = _write(tmp_path / "c.yaml")
@@ -148,7 +148,7 @@ def test_a_route_prefix_is_part_of_the_address(tiny_checkpoint: Path, tmp_path: 
         _plan(_write(tmp_path / "c.yaml", route_prefix=None), model=str(tiny_checkpoint))
 
 
-def test_what_was_found_is_handed_on_with_its_revisions_and_no_stage_fetches_anything(
+def test_found_revisions_are_passed_on_so_that_no_stage_downloads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -174,7 +174,7 @@ def test_what_was_found_is_handed_on_with_its_revisions_and_no_stage_fetches_any
         assert hub.asked == []
 
 
-def test_another_model_does_not_get_the_revisions_of_the_configurations(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_configured_revisions_are_not_applied_to_another_model(tiny_checkpoint: Path, tmp_path: Path) -> None:
     config = _write(
         tmp_path / "c.yaml", args={"models": [{"checkpoint": "owner/name", "revisions": {"owner/name": OLD}}]}
     )
@@ -183,7 +183,7 @@ def test_another_model_does_not_get_the_revisions_of_the_configurations(tiny_che
     assert _plan(config, model=str(tiny_checkpoint)).args.models[0].revisions is None
 
 
-def test_metrics_are_at_the_port_after_the_services_unless_another_is_chosen(tiny_checkpoint: Path) -> None:
+def test_metrics_use_the_next_port_unless_another_is_chosen(tiny_checkpoint: Path) -> None:
     plan = _plan(model=str(tiny_checkpoint))
     assert plan.metrics_port == plan.port + 1
     assert _plan(model=str(tiny_checkpoint), metrics_port=0).metrics_port == 0
@@ -193,7 +193,7 @@ def test_metrics_are_at_the_port_after_the_services_unless_another_is_chosen(tin
         _plan(model=str(tiny_checkpoint), metrics_port=taken.getsockname()[1])
 
 
-def test_what_takes_over_has_the_same_address_and_may_be_anything_else(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_a_reload_keeps_the_address_and_may_change_other_settings(tiny_checkpoint: Path, tmp_path: Path) -> None:
     config = _write(tmp_path / "c.yaml", args={"limits": {"max_n": 2}})
     running = _plan(config, model=str(tiny_checkpoint))
     with socket.create_server((running.host, running.port)):
@@ -208,7 +208,7 @@ def test_what_takes_over_has_the_same_address_and_may_be_anything_else(tiny_chec
     [{"name": "other"}, {"args": {"gateway": {"max_replicas": 2}}}, {"deployments": [{"name": "Gateway"}]}],
     ids=lambda options: next(iter(options)),
 )
-def test_what_only_a_new_start_can_change_is_refused_while_it_runs(
+def test_changes_that_require_a_restart_are_refused_while_running(
     options: dict[str, Any], tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     config = tmp_path / "c.yaml"
@@ -224,7 +224,9 @@ def _several(folder: Path, **second: Any) -> list[dict[str, Any]]:
     return [{"name": "a", "checkpoint": str(folder)}, {"name": "b", "checkpoint": str(folder), **second}]
 
 
-def test_the_models_of_a_running_service_stay(tiny_checkpoint: Path, checkpoint_copy: Path, tmp_path: Path) -> None:
+def test_the_set_of_models_of_a_running_service_is_fixed(
+    tiny_checkpoint: Path, checkpoint_copy: Path, tmp_path: Path
+) -> None:
     """Their settings may change."""
     config = tmp_path / "c.yaml"
     models = _several(tiny_checkpoint)
@@ -251,7 +253,7 @@ def test_the_models_of_a_running_service_stay(tiny_checkpoint: Path, checkpoint_
     assert update(models, **other_tower).models[1].vision_encoder.cache_bytes == 1
 
 
-def test_an_application_that_is_joined_by_others_needs_a_new_start(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_adding_a_second_application_requires_a_restart(tiny_checkpoint: Path, tmp_path: Path) -> None:
     config = _write(tmp_path / "c.yaml")
     running = _plan(config, model=str(tiny_checkpoint))
     _add_application(config)

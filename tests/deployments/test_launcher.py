@@ -32,7 +32,7 @@ def _plan(config: Path | None = None, **options: Any) -> LaunchPlan:
     return plan_launch(config, **{"port": free_port(), **options})
 
 
-def test_it_is_said_when_ray_or_the_balancer_has_ended(tiny_checkpoint: Path) -> None:
+def test_the_end_of_ray_or_the_balancer_is_reported(tiny_checkpoint: Path) -> None:
     service = LocalService(_plan(model=str(tiny_checkpoint)))
     service.check()
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as vital:
@@ -48,7 +48,7 @@ def test_it_is_said_when_ray_or_the_balancer_has_ended(tiny_checkpoint: Path) ->
         service.check()
 
 
-def test_a_balancer_that_has_run_for_some_time_is_started_again(tiny_checkpoint: Path) -> None:
+def test_a_balancer_that_has_run_for_some_time_is_restarted(tiny_checkpoint: Path) -> None:
     service = LocalService(_plan(model=str(tiny_checkpoint)))
     service.balancer = LoadBalancer(("127.0.0.1", free_port()), "127.0.0.1", [free_port()], "llava")
     service._balanced_at -= 60
@@ -67,13 +67,13 @@ def test_a_balancer_that_has_run_for_some_time_is_started_again(tiny_checkpoint:
         service.balancer.stop()
 
 
-def test_the_object_store_has_room_for_what_every_encoder_may_keep() -> None:
+def test_the_object_store_has_room_for_every_encoders_cache() -> None:
     encoders = [{"cache_bytes": 5}, {"cache_bytes": 7, "min_replicas": 1, "max_replicas": 3}]
     models = [{"name": str(number), "vision_encoder": encoder} for number, encoder in enumerate(encoders)]
     assert _kept_bytes(AppArgs.model_validate({"models": models})) == 5 + 3 * 7
 
 
-def test_several_applications_stand_behind_serves_proxy(
+def test_several_applications_run_behind_serves_proxy(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def begin(config: Path) -> LocalService:
@@ -108,7 +108,7 @@ def _add_application(config: Path) -> None:
 
 
 @pytest.mark.parametrize("is_begun", [True, False])
-def test_stopping_ends_what_was_started_and_no_process_of_the_callers(
+def test_stopping_ends_only_processes_it_started(
     tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, *, is_begun: bool
 ) -> None:
     """The start fails at different points; the caller has started one process before and one meanwhile."""

@@ -95,7 +95,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-def test_requests_reach_whichever_replica_is_there_under_an_id() -> None:
+def test_requests_reach_any_live_replica_with_a_request_id() -> None:
     with balancing() as balancer:
         first, second = balancer.ports
         with replica(balancer.host, second):
@@ -109,7 +109,7 @@ def test_requests_reach_whichever_replica_is_there_under_an_id() -> None:
             assert (status, body["port"]) == (200, first)
 
 
-def test_another_applications_replicas_are_left_alone() -> None:
+def test_another_applications_replicas_get_no_requests() -> None:
     with balancing() as balancer:
         own, other = balancer.ports
         with replica(balancer.host, other, application="another"), replica(balancer.host, own):
@@ -131,7 +131,7 @@ class Lasting(Handler):
         super().do_GET()
 
 
-def test_a_replica_ends_each_connection_itself_and_clients_keep_theirs() -> None:
+def test_replica_connections_are_closed_while_clients_keep_theirs() -> None:
     with balancing(1) as balancer, replica(balancer.host, balancer.ports[0], Lasting):
         wait_until(lambda: ask(balancer)[0] == 200)
         Lasting.asked.clear()
@@ -152,7 +152,7 @@ class Proxy(Handler):
     others: ClassVar[Mapping[str, str]] = {"/b": "another"}
 
 
-def test_in_front_of_serves_proxy_an_application_need_not_be_alone() -> None:
+def test_serves_proxy_may_host_further_applications() -> None:
     (port,) = free_ports("127.0.0.1", 1)
     balancer = balance_proxy(("127.0.0.1", port), APPLICATION)
     assert (balancer.proxy_port, list(balancer.ports)) == (port, [port])
@@ -166,7 +166,7 @@ def test_in_front_of_serves_proxy_an_application_need_not_be_alone() -> None:
         wait_until(lambda: ask(gateways)[0] == 503)
 
 
-def test_from_the_first_request_on_only_what_is_there_is_asked() -> None:
+def test_even_the_first_request_goes_only_to_live_replicas() -> None:
     (port,) = free_ports("127.0.0.1", 1)
     host = local_host(port)
     *nothing, another, own = free_ports(host, 6)
@@ -179,7 +179,7 @@ def test_from_the_first_request_on_only_what_is_there_is_asked() -> None:
             balancer.stop()
 
 
-def test_once_it_listens_nobody_is_turned_away_or_sent_where_nothing_is() -> None:
+def test_no_request_is_refused_or_misrouted_once_it_listens() -> None:
     (port,) = free_ports("127.0.0.1", 1)
     host = local_host(port)
     *nothing, own = free_ports(host, 6)
@@ -211,7 +211,7 @@ def test_once_it_listens_nobody_is_turned_away_or_sent_where_nothing_is() -> Non
 @pytest.mark.parametrize(
     "given", [["a" * 129], ["a, b"], [""], ['quo"te'], ["one", "two"], ["abc -- GET /v1/models 200 forged"]]
 )
-def test_an_id_that_is_none_is_replaced(given: list[str]) -> None:
+def test_an_invalid_request_id_is_replaced(given: list[str]) -> None:
     with balancing(1) as balancer, replica(balancer.host, balancer.ports[0]):
         wait_until(lambda: ask(balancer)[0] == 200)
         connection = http.client.HTTPConnection(*balancer.address, timeout=PATIENCE_S)
@@ -225,7 +225,7 @@ def test_an_id_that_is_none_is_replaced(given: list[str]) -> None:
     assert found not in given
 
 
-def test_serves_own_pages_are_for_nobody_outside() -> None:
+def test_serves_own_routes_are_hidden_from_clients() -> None:
     with balancing(1) as balancer, replica(balancer.host, balancer.ports[0]):
         wait_until(lambda: ask(balancer)[0] == 200)
         for path in ("/-/routes", "/-/healthz", "/-/"):
@@ -233,7 +233,7 @@ def test_serves_own_pages_are_for_nobody_outside() -> None:
             assert (status, body["request_id"]) == (404, headers["x-request-id"])
 
 
-def test_where_no_replica_is_clients_are_told_in_the_shape_of_all_errors() -> None:
+def test_a_missing_replica_gives_an_error_of_the_usual_shape() -> None:
     with balancing(1) as balancer:
         wait_until(lambda: ask(balancer)[0] == 503)
         status, headers, body = ask(balancer, **{"X-Request-Id": "mine:1"})
@@ -246,7 +246,7 @@ def test_where_no_replica_is_clients_are_told_in_the_shape_of_all_errors() -> No
         assert (error["type"], error["code"], error["param"]) == ("server_error", "unavailable", None)
 
 
-def test_a_replica_that_dies_over_a_request_is_told_in_the_same_shape() -> None:
+def test_a_replica_that_dies_during_a_request_gives_the_same_shape() -> None:
     with balancing(1) as balancer, socket.create_server((balancer.host, balancer.ports[0])) as server:
         # Health checks get a response, every other request is dropped.
         stop = threading.Event()
@@ -295,7 +295,7 @@ class Refusing(Slow):
         self.end_headers()
 
 
-def test_a_refused_body_that_does_not_come_keeps_no_connection_and_who_waits_for_an_answer_is_not_silent(
+def test_a_silent_client_is_cut_off_after_a_refusal_but_not_while_waiting(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("deployments.load_balancer._CLIENT_S", 1)
@@ -318,7 +318,7 @@ def test_a_refused_body_that_does_not_come_keeps_no_connection_and_who_waits_for
         assert waiting.result(PATIENCE_S)[0] == 200
 
 
-def test_draining_refuses_new_requests_and_waits_for_those_under_way() -> None:
+def test_draining_refuses_new_requests_and_waits_for_those_in_flight() -> None:
     with (
         balancing(2) as balancer,
         ThreadPoolExecutor(2) as threads,
@@ -341,7 +341,7 @@ def test_draining_refuses_new_requests_and_waits_for_those_under_way() -> None:
         assert running.result(PATIENCE_S)[0] == 200
 
 
-def test_a_balancer_that_is_gone_cannot_be_drained() -> None:
+def test_a_dead_balancer_cannot_be_drained() -> None:
     with balancing(1) as balancer:
         balancer._process.kill()  # type: ignore[union-attr]
         balancer._process.wait()  # type: ignore[union-attr]
@@ -349,7 +349,7 @@ def test_a_balancer_that_is_gone_cannot_be_drained() -> None:
             balancer.drain(PATIENCE_S)
 
 
-def test_a_port_that_is_taken_is_named() -> None:
+def test_an_occupied_port_is_named() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = int(taken.getsockname()[1])
         balancer = LoadBalancer(("127.0.0.1", port), local_host(port), [30_000], APPLICATION)
@@ -358,7 +358,7 @@ def test_a_port_that_is_taken_is_named() -> None:
         balancer.stop()
 
 
-def test_without_its_program_the_start_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_haproxy_binary_is_reported_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_SERVE_HAPROXY_BINARY_PATH", "/nowhere")
     balancer = LoadBalancer(("127.0.0.1", 1), local_host(1), [30_000], APPLICATION)
     with pytest.raises(LoadBalancerError, match="`serve run` does without it"):
@@ -366,7 +366,7 @@ def test_without_its_program_the_start_says_what_to_do(monkeypatch: pytest.Monke
     balancer.stop()
 
 
-def test_an_address_of_six_groups_is_put_in_brackets() -> None:
+def test_an_ipv6_address_is_put_in_brackets() -> None:
     assert "bind [::1]:8000\n" in LoadBalancer(("::1", 8000), "127.64.31.64", [30_000], APPLICATION).configuration
 
 
@@ -381,12 +381,12 @@ def test_it_knows_every_port_that_serve_may_give_a_gateway(monkeypatch: pytest.M
     assert list(balancer.ports) == list(range(31_000, int(os.environ["RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT"])))
 
 
-def test_every_service_of_a_machine_has_an_address_of_its_own() -> None:
+def test_every_service_on_a_machine_has_its_own_loopback_address() -> None:
     assert local_host(8000) == "127.64.31.64"
     assert len({local_host(port) for port in range(65_536)}) == 65_536
 
 
-def test_it_does_not_outlive_who_started_it(tmp_path: Path) -> None:
+def test_it_does_not_outlive_its_parent_process(tmp_path: Path) -> None:
     (port,) = free_ports("127.0.0.1", 1)
     program = (
         "import sys, time; from deployments.load_balancer import *\n"

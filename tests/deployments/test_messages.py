@@ -12,7 +12,7 @@ from llava_core.types import ImageFeatures, PreparedImage, PreparedRequest, Samp
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_features_survive_the_journey_bit_for_bit(dtype: torch.dtype) -> None:
+def test_packing_and_pickling_preserves_features_bit_for_bit(dtype: torch.dtype) -> None:
     features = ImageFeatures("abc", torch.randn(5, 8).to(dtype))
     packed = pickle.loads(pickle.dumps(pack(features), protocol=5))
     arrived = unpack(packed)
@@ -21,7 +21,7 @@ def test_features_survive_the_journey_bit_for_bit(dtype: torch.dtype) -> None:
     assert torch.equal(arrived.features, features.features)
 
 
-def test_unpacking_a_read_only_view_gives_memory_of_its_own() -> None:
+def test_unpacking_a_read_only_view_copies_it() -> None:
     packed = pack(ImageFeatures("abc", torch.ones(2, 3)))
     data = packed.data.copy()
     data.flags.writeable = False
@@ -30,7 +30,7 @@ def test_unpacking_a_read_only_view_gives_memory_of_its_own() -> None:
     assert data.any()
 
 
-def test_what_is_packed_is_read_only_for_the_features_may_be_kept() -> None:
+def test_packed_data_is_a_read_only_view_of_the_features() -> None:
     features = torch.ones(2, 3)
     data = pack(ImageFeatures("abc", features)).data
     assert data.ctypes.data == features.data_ptr()
@@ -46,19 +46,19 @@ def test_stage_times_add_up() -> None:
     assert generated.stage_ms["preprocess"] > 1e9
 
 
-def test_a_clock_that_is_ahead_makes_no_negative_times() -> None:
+def test_a_clock_that_is_ahead_causes_no_negative_times() -> None:
     elapsed = Elapsed({}, left_at=1e12).arrived().finished("encode")
     assert elapsed.stage_ms == {"transfer": 0.0, "encode": pytest.approx(0.0, abs=1e3)}
 
 
-def test_tiles_stay_behind_once_encoded() -> None:
+def test_tiles_are_dropped_once_encoded() -> None:
     image = PreparedImage("abc", Size(4, 4), np.zeros((1, 4, 4, 3), np.uint8))
     request = PreparedRequest("id", (1, 2), (image,), SamplingParams())
     assert without_tiles(request).images == ()
     assert Prepared(request, Elapsed()).request.images == (image,)
 
 
-def test_the_last_of_several_hand_overs_is_told_alone() -> None:
+def test_the_last_of_several_transfers_is_reported_separately() -> None:
     first = Elapsed({"preprocess": 1.0}, left_at=time.time() - 2.0).arrived()
     second = Elapsed(first.stage_ms, left_at=time.time() - 3.0)
     assert second.arrived().transfer_s(second) == pytest.approx(3.0, abs=0.5)

@@ -34,7 +34,7 @@ from llava_core.lru import LruCache
 Sent = list[tuple[str, float, dict[str, str]]]
 
 
-def test_names_follow_prometheus() -> None:
+def test_names_follow_prometheus_conventions() -> None:
     names = [metric.name for metric in METRICS]
     assert len(names) == len(set(names)) > 25
     for metric in METRICS:
@@ -48,7 +48,7 @@ def test_names_follow_prometheus() -> None:
 
 
 @pytest.mark.parametrize("histogram", [each for each in METRICS if isinstance(each, Histogram)], ids=lambda h: h.name)
-def test_buckets_ascend_and_none_is_more_than_five_times_the_one_before(histogram: Histogram) -> None:
+def test_buckets_ascend_by_a_factor_of_at_most_five(histogram: Histogram) -> None:
     assert all(1 < after / before <= 5 for before, after in itertools.pairwise(histogram.buckets))
     # Each bucket is a separate series, for every replica.
     assert len(histogram.buckets) <= 16
@@ -57,7 +57,7 @@ def test_buckets_ascend_and_none_is_more_than_five_times_the_one_before(histogra
 @pytest.fixture
 def sent(monkeypatch: pytest.MonkeyPatch) -> Sent:
     """What Ray was sent."""
-    told: Sent = []
+    received: Sent = []
 
     class Fake:
         def __init__(self, metric: Metric) -> None:
@@ -65,15 +65,15 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> Sent:
 
         def inc(self, value: float, tags: dict[str, str]) -> None:
             assert value > 0, "Ray refuses it"
-            told.append((self._name, value, tags))
+            received.append((self._name, value, tags))
 
-        set = observe = lambda self, value, tags: told.append((self._name, value, tags))
+        set = observe = lambda self, value, tags: received.append((self._name, value, tags))
 
     monkeypatch.setattr(metrics, "_ray_metric", Fake)
-    return told
+    return received
 
 
-def test_counts_are_handed_on_together_and_once(sent: Sent) -> None:
+def test_counts_are_published_together_and_once(sent: Sent) -> None:
     recorder = RayRecorder()
     for code in ("overloaded", "not_found", "overloaded"):
         recorder.count(ERRORS, code)
@@ -89,12 +89,12 @@ def test_counts_are_handed_on_together_and_once(sent: Sent) -> None:
     ]
 
 
-def test_values_are_handed_on_at_once(sent: Sent) -> None:
+def test_observations_are_published_at_once(sent: Sent) -> None:
     RayRecorder().observe(STAGE_DURATION, 0.25, "encode")
     assert sent == [("llava_stage_duration_seconds", 0.25, {"stage": "encode"})]
 
 
-def test_of_what_is_watched_totals_become_what_they_grew_by_and_gauges_stay_what_they_are(sent: Sent) -> None:
+def test_watched_totals_are_published_as_increments_and_gauges_as_values(sent: Sent) -> None:
     recorder = RayRecorder()
     steps = iter([5.0, 5.0, 12.0])
 
@@ -108,7 +108,7 @@ def test_of_what_is_watched_totals_become_what_they_grew_by_and_gauges_stay_what
     assert [value for name, value, _ in sent if name == RUNNING.name] == [3, 3, 3]
 
 
-def test_labels_that_are_missing_are_a_mistake(sent: Sent) -> None:
+def test_missing_labels_are_an_error(sent: Sent) -> None:
     with pytest.raises(ValueError, match="shorter"):
         RayRecorder().observe(STAGE_DURATION, 0.25)
     assert sent == []
@@ -137,26 +137,26 @@ def test_several_threads_lose_no_count(sent: Sent) -> None:
     assert sum(value for _, value, _ in sent) == 15_000
 
 
-def test_everything_that_an_engine_counts_is_told() -> None:
+def test_every_engine_statistic_is_reported() -> None:
     numbers = {field.name: 1000 + place for place, field in enumerate(fields(EngineStats))}
     stats = EngineStats(**{**numbers, "num_blocks": 5000})  # type: ignore[arg-type]
     readings = engine_readings(stats)
-    told = {value for _, value, _ in readings}
-    assert {value for name, value in numbers.items() if name != "num_blocks"} <= told
+    values = {value for _, value, _ in readings}
+    assert {value for name, value in numbers.items() if name != "num_blocks"} <= values
     assert sum(value for metric, value, _ in readings if metric is BLOCKS) == stats.num_blocks
     assert all(len(labels) == len(metric.labels) for metric, _, labels in readings)
 
 
-def test_a_cache_tells_its_hits_misses_and_bytes() -> None:
+def test_a_cache_reports_its_hits_misses_and_bytes() -> None:
     cache: LruCache[str] = LruCache(100)
     cache.put("a", "x", 7)
     for key in ("a", "a", "b"):
         cache.get(key)
-    told: Any = cache_readings(cache, "tiles")
-    assert told == [(CACHE_HITS, 2, ("tiles",)), (CACHE_MISSES, 1, ("tiles",)), (CACHE_BYTES, 7, ("tiles",))]
+    readings: Any = cache_readings(cache, "tiles")
+    assert readings == [(CACHE_HITS, 2, ("tiles",)), (CACHE_MISSES, 1, ("tiles",)), (CACHE_BYTES, 7, ("tiles",))]
 
 
-def test_without_a_service_nothing_happens() -> None:
+def test_without_a_service_nothing_is_recorded() -> None:
     recorder = Unrecorded()
     recorder.count(ERRORS, "x")
     recorder.observe(STAGE_DURATION, 1.0, "encode")

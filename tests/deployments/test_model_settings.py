@@ -50,7 +50,7 @@ def test_an_entry_overrides_only_the_fields_it_names() -> None:
     assert first.vision_encoder == second.vision_encoder == AppArgs().vision_encoder
 
 
-def test_settings_made_in_python_mean_what_they_say() -> None:
+def test_settings_built_in_python_are_equivalent() -> None:
     args = AppArgs(generator=GeneratorArgs(threads=3), models=(ModelArgs(generator=GeneratorArgs(num_gpus=1)),))
     assert args.models[0].generator == GeneratorArgs(threads=3, num_gpus=1)
     assert AppArgs.model_validate(args.model_dump()) == args
@@ -59,7 +59,7 @@ def test_settings_made_in_python_mean_what_they_say() -> None:
 UPSTREAM = {"url": "http://gpu-1/v1", "model": "m", "max_requests": 7}
 
 
-def test_a_model_with_an_upstream_has_nothing_of_its_own_here() -> None:
+def test_a_model_with_an_upstream_has_no_local_settings() -> None:
     own, other = _models(models=[{"name": "a"}, {"name": "big", "upstream": UPSTREAM}], engine={"max_running": 3})
     assert (own.engine.max_running, own.upstream) == (3, None)
     assert other.upstream is not None

@@ -68,7 +68,7 @@ def _logprobs(deltas: list[TokenDelta]) -> list[float]:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_several_seeded_answers_are_the_engines(
+def test_several_seeded_answers_match_the_engines(
     *, stream: bool, client: openai.OpenAI, model: str, in_process: LocalModel
 ) -> None:
     values: dict[str, Any] = {"n": 3, "seed": 7, "temperature": 1.5, "max_tokens": 12}
@@ -106,7 +106,7 @@ def test_several_seeded_answers_are_the_engines(
         {"top_p": 0.2, "temperature": 2.0, "seed": 1},
     ],
 )
-def test_each_way_of_drawing_reaches_the_engine(
+def test_each_sampling_parameter_reaches_the_engine(
     fields: dict[str, Any], client: openai.OpenAI, model: str, in_process: LocalModel
 ) -> None:
     sampling = {**fields, **fields.get("extra_body", {})}
@@ -121,7 +121,7 @@ def test_each_way_of_drawing_reaches_the_engine(
     assert answer.choices[0].message.content == _text(expected) != _text(otherwise)
 
 
-def test_an_answer_ends_before_a_stop_string_and_not_before_its_least_length(
+def test_an_answer_obeys_stop_strings_and_minimum_length(
     client: openai.OpenAI, model: str, in_process: LocalModel
 ) -> None:
     [whole] = _expected(in_process, _ask(max_tokens=20, ignore_eos=True))
@@ -144,7 +144,7 @@ def test_an_answer_ends_before_a_stop_string_and_not_before_its_least_length(
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_log_probabilities_are_the_engines_with_text_and_bytes(
+def test_log_probabilities_match_the_engines_with_text_and_bytes(
     *, stream: bool, client: openai.OpenAI, model: str, in_process: LocalModel
 ) -> None:
     [expected] = _expected(in_process, _ask(max_tokens=12, logprobs=2, ignore_eos=True))
@@ -172,7 +172,7 @@ def test_log_probabilities_are_the_engines_with_text_and_bytes(
     assert spelled.decode(errors="replace").lstrip() == text
 
 
-def test_a_text_goes_on_and_its_log_probabilities_have_places(
+def test_a_text_is_continued_and_log_probabilities_have_offsets(
     client: openai.OpenAI, model: str, in_process: LocalModel
 ) -> None:
     request = CompletionRequest(
@@ -204,7 +204,7 @@ def test_a_text_goes_on_and_its_log_probabilities_have_places(
     assert whole.usage.prompt_tokens == 1 + len("Once upon")
 
 
-def test_ids_are_a_prompt_too(client: openai.OpenAI, model: str, local_client: TestClient) -> None:
+def test_token_ids_are_accepted_as_a_prompt(client: openai.OpenAI, model: str, local_client: TestClient) -> None:
     ids = local_client.post("/tokenize", json={"prompt": "Once upon"}).json()["tokens"]
     texts = [client.completions.create(model=model, prompt=prompt).choices[0].text for prompt in ("Once upon", ids)]
     assert texts[0] == texts[1]
@@ -221,10 +221,10 @@ def test_a_conversation_with_tools_and_pictures_in_every_turn(
         {"role": "tool", "tool_call_id": "c", "content": "4"},
         *messages(content(plain("blue"), "And?")),
     ]
-    told = '{"name": "area", "arguments": {"of": "it"}}'
+    call_text = '{"name": "area", "arguments": {"of": "it"}}'
     turns = (
         Message("user", (ImagePart(plain("red")), TextPart("What?"))),
-        Message("assistant", (TextPart(told),)),
+        Message("assistant", (TextPart(call_text),)),
         Message("user", (TextPart("4"), ImagePart(plain("blue")), TextPart("And?"))),
     )
     [expected] = _expected(in_process, GenerationRequest("expected", turns, SamplingParams(max_tokens=9), "Be brief."))
@@ -236,7 +236,7 @@ def test_a_conversation_with_tools_and_pictures_in_every_turn(
     assert details.model_dump()["image_tokens"] == 2 * IMAGE_TOKENS
 
 
-def test_what_was_read_before_is_counted_as_cached(client: openai.OpenAI, model: str) -> None:
+def test_a_repeated_prompt_is_counted_as_cached(client: openai.OpenAI, model: str) -> None:
     question = messages(content(plain("green"), "A question that nobody has asked before, of some length?"))
     cached = []
     for _ in range(2):
@@ -259,7 +259,7 @@ def test_usage_of_several_answers_counts_the_prompt_once(client: openai.OpenAI, 
     assert (three.prompt_tokens, three.completion_tokens) == (one.prompt_tokens, 15)
 
 
-def test_the_time_of_each_stage_is_told_on_request(client: openai.OpenAI, model: str) -> None:
+def test_the_time_of_each_stage_is_reported_on_request(client: openai.OpenAI, model: str) -> None:
     answer = client.chat.completions.create(
         model=model, messages=messages(content(plain(), "What?")), max_tokens=2, n=2, extra_body={"timings": True}
     )
@@ -282,7 +282,7 @@ def test_tokens_are_counted_as_they_will_be_charged(
     assert "What?" in text
 
 
-def test_errors_are_the_clients_own(client: openai.OpenAI, model: str) -> None:
+def test_errors_become_the_clients_own_exceptions(client: openai.OpenAI, model: str) -> None:
     with pytest.raises(openai.BadRequestError) as tools:
         client.chat.completions.create(
             model=model, messages=HELLO, tools=[{"type": "function", "function": {"name": "f"}}]
@@ -298,7 +298,9 @@ def test_errors_are_the_clients_own(client: openai.OpenAI, model: str) -> None:
     assert (late.value.param, late.value.code) == ("prompt", "context_length_exceeded")
 
 
-def test_the_asynchronous_client_gets_the_same(local_client: TestClient, client: openai.OpenAI, model: str) -> None:
+def test_the_asynchronous_client_gets_the_same_answers(
+    local_client: TestClient, client: openai.OpenAI, model: str
+) -> None:
     values: dict[str, Any] = {"model": model, "messages": HELLO, "max_tokens": 8}
 
     async def run() -> tuple[str, str]:

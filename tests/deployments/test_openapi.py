@@ -50,7 +50,7 @@ def _validate(value: Any, name: str) -> None:
     jsonschema.validate(value, schema, cls=jsonschema.Draft202012Validator)
 
 
-def test_every_route_is_described_and_everything_described_is_a_route() -> None:
+def test_routes_and_description_match() -> None:
     routes = {route.name for route in GATEWAY.routes}
     assert routes == set(OPERATIONS)
     described = {(path, method) for path, methods in DESCRIPTION["paths"].items() for method in methods}
@@ -58,14 +58,14 @@ def test_every_route_is_described_and_everything_described_is_a_route() -> None:
     assert len(described) == len(routes)
 
 
-def test_a_route_that_is_not_described_does_not_start() -> None:
+def test_an_undescribed_route_aborts_the_start() -> None:
     with pytest.raises(LookupError, match="secret_door"):
         describe_api(
             [Route("/secret", lambda _request: None, name="secret_door")], has_keys=False, max_timeout_seconds=1
         )
 
 
-def test_what_is_served_is_the_description(client: TestClient) -> None:
+def test_the_description_is_served_and_valid(client: TestClient) -> None:
     response = client.get("/openapi.json")
     assert response.json() == DESCRIPTION
     _validate(response.json(), "OpenApi")
@@ -79,7 +79,7 @@ def test_what_is_served_is_the_description(client: TestClient) -> None:
         jsonschema.Draft202012Validator.check_schema(schema)
 
 
-def test_keys_are_asked_for_on_every_route_but_the_open_one() -> None:
+def test_keys_are_required_on_every_route_but_health() -> None:
     description = describe_api(GATEWAY.routes, has_keys=True, max_timeout_seconds=1)
     assert description["security"] == [{"key": []}]
     assert description["components"]["securitySchemes"]["key"]["scheme"] == "bearer"
@@ -91,7 +91,7 @@ def test_keys_are_asked_for_on_every_route_but_the_open_one() -> None:
     assert "security" not in DESCRIPTION
 
 
-def test_headers_are_described_where_they_are_read(client: TestClient) -> None:
+def test_headers_are_described_exactly_where_they_are_read(client: TestClient) -> None:
     for path, methods in DESCRIPTION["paths"].items():
         for method, operation in methods.items():
             headers = {each["name"]: each["schema"] for each in operation["parameters"] if each["in"] == "header"}
@@ -112,7 +112,7 @@ def test_headers_are_described_where_they_are_read(client: TestClient) -> None:
     [(row, row[1].status) for row in TABLE],
     ids=lambda each: each[0].__name__ if isinstance(each, tuple) else "",
 )
-def test_every_status_of_an_error_is_described_on_the_routes_that_may_have_it(
+def test_every_error_status_is_described_on_routes_that_may_return_it(
     error: tuple[type[BaseException], HttpError], status: int
 ) -> None:
     described = describe_api(GATEWAY.routes, has_keys=True, max_timeout_seconds=1)["paths"]
@@ -123,7 +123,7 @@ def test_every_status_of_an_error_is_described_on_the_routes_that_may_have_it(
             assert {"502", "503", "504"} <= operation["responses"].keys()
 
 
-def test_answers_look_as_described(client: TestClient) -> None:
+def test_responses_match_the_description(client: TestClient) -> None:
     _validate(client.post(PATH, json=HELLO).json(), "ChatCompletion")
     _validate(client.post(PATH, json={**HELLO, "timings": True, "image_transforms": True}).json(), "ChatCompletion")
     _validate(client.post(COMPLETIONS, json={"prompt": "hi"}).json(), "Completion")
@@ -201,7 +201,7 @@ CHECKS = [
 
 @pytest.mark.parametrize("mode", list(GenerationMode), ids=lambda mode: mode.name)
 @pytest.mark.parametrize("path", DESCRIPTION["paths"])
-def test_made_up_requests_are_answered_as_described(path: str, mode: GenerationMode, prepared_schema: Any) -> None:
+def test_generated_requests_are_answered_as_described(path: str, mode: GenerationMode, prepared_schema: Any) -> None:
     """Valid and invalid requests are generated from the description: none causes a server error, and each response is
     described."""
     (operation,) = prepared_schema[path].values()

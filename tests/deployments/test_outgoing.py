@@ -32,7 +32,7 @@ async def sent(out: Outgoing, method: str, url: httpx.URL, content: bytes | None
         await response.aclose()
 
 
-def test_nothing_is_asked_unless_hosts_are_allowed() -> None:
+def test_nothing_is_allowed_unless_hosts_are_configured() -> None:
     assert Outgoing(HostArgs()).is_off
     assert not Outgoing(HostArgs()).allows(httpx.URL("https://gpu1"))
     assert not outgoing().is_off
@@ -48,11 +48,11 @@ def test_nothing_is_asked_unless_hosts_are_allowed() -> None:
         ("http://gpu2:21002/x", True, False),
     ],
 )
-def test_host_port_and_scheme_are_judged(url: str, *, allows_http: bool, is_allowed: bool) -> None:
+def test_host_port_and_scheme_are_checked(url: str, *, allows_http: bool, is_allowed: bool) -> None:
     assert outgoing(allow_http=allows_http).allows(httpx.URL(url)) == is_allowed
 
 
-def test_what_is_sent_goes_to_the_address_that_was_judged_under_the_hosts_name() -> None:
+def test_a_request_goes_to_the_checked_address_with_the_hosts_name() -> None:
     with scripted(whole("200 OK", b"pong")) as server:
         port = httpx.URL(server.url).port
 
@@ -65,12 +65,12 @@ def test_what_is_sent_goes_to_the_address_that_was_judged_under_the_hosts_name()
 
 
 @pytest.mark.parametrize("found", [(), ("10.0.0.1",), ("169.254.169.254",), ("127.0.0.1", "10.0.0.1"), ("::1",)])
-def test_a_name_that_leads_where_nobody_may_be_asked_is_not_asked(found: tuple[str, ...]) -> None:
+def test_a_name_with_a_disallowed_address_is_not_contacted(found: tuple[str, ...]) -> None:
     with pytest.raises(NoAddressError):
         asyncio.run(sent(outgoing(*found), "GET", httpx.URL("http://gpu1:21002/")))
 
 
-def test_another_address_of_the_name_is_asked_where_the_first_does_not_listen() -> None:
+def test_the_next_address_is_tried_where_the_first_does_not_listen() -> None:
     with scripted(whole("200 OK", b"")) as server:
         port = httpx.URL(server.url).port
         url = httpx.URL(f"http://gpu1:{port}/")
@@ -79,7 +79,7 @@ def test_another_address_of_the_name_is_asked_where_the_first_does_not_listen() 
         asyncio.run(sent(outgoing("127.0.0.1"), "GET", url))
 
 
-def test_a_name_is_resolved_as_this_machine_does() -> None:
+def test_a_name_is_resolved_by_this_machines_resolver() -> None:
     assert "127.0.0.1" in asyncio.run(resolve_host("localhost", 80))
     # This is why numbers are refused by their form: they would lead to internal hosts.
     assert asyncio.run(resolve_host("2130706433", 80)) == ["127.0.0.1"]

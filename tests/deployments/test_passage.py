@@ -99,7 +99,7 @@ SAMPLINGS: dict[str, dict[str, Any]] = {
     "penalties": {"temperature": 1.2, "seed": 8, "frequency_penalty": 0.4, "repetition_penalty": 1.2},
     "log-probabilities": {"temperature": 1.0, "seed": 9, "logprobs": True, "top_logprobs": 3},
     "several": {"temperature": 1.0, "seed": 10, "n": 3, "logprobs": True},
-    "several, some over": {"temperature": 1.5, "seed": 11, "n": 4, "ignore_eos": False, "stop": ["a", "e"]},
+    "several, some finished": {"temperature": 1.5, "seed": 11, "n": 4, "ignore_eos": False, "stop": ["a", "e"]},
 }
 
 
@@ -112,7 +112,7 @@ def _events(service: _Service, path: str, body: dict[str, Any]) -> list[Any]:
     return [json.loads(event) for event in events]
 
 
-def _whole(events: list[Any]) -> dict[str, Any]:
+def _combined(events: list[Any]) -> dict[str, Any]:
     """Return what a client has in the end, however it was split into events."""
     choices: dict[int, dict[str, Any]] = {}
     for event in events:
@@ -141,31 +141,31 @@ def _assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)
 @pytest.mark.parametrize("deaths", [[1], [2], [3], [2, 1], [0, 2]], ids=str)
-def test_a_stream_whose_replica_dies_is_that_of_one_that_lives(
+def test_a_stream_is_the_same_when_its_replicas_die(
     service: _Service, sampling: dict[str, Any], deaths: list[int]
 ) -> None:
     body = {**CHAT, **sampling}
-    expected = _whole(_events(service, "/v1/chat/completions", body))
+    expected = _combined(_events(service, "/v1/chat/completions", body))
     service.begun.clear()
     service.deaths[:] = deaths
-    found = _whole(_events(service, "/v1/chat/completions", body))
+    found = _combined(_events(service, "/v1/chat/completions", body))
     assert not service.deaths
     assert len(service.begun) == len(deaths) + 1
     assert any(len(answer.token_ids) for answer in service.begun[-1])
     _assert_same(found, expected)
 
 
-def test_a_stop_string_that_straddles_the_cut_is_met(service: _Service) -> None:
-    text = _whole(_events(service, "/v1/chat/completions", CHAT))["choices"][0]["text"]
+def test_a_stop_string_across_the_point_of_resumption_is_found(service: _Service) -> None:
+    text = _combined(_events(service, "/v1/chat/completions", CHAT))["choices"][0]["text"]
     for start in range(2, 12, 3):
         body = {**CHAT, "stop": [text[start : start + 12]]}
-        expected = _whole(_events(service, "/v1/chat/completions", body))
+        expected = _combined(_events(service, "/v1/chat/completions", body))
         service.deaths[:] = [1, 1]
-        _assert_same(_whole(_events(service, "/v1/chat/completions", body)), expected)
+        _assert_same(_combined(_events(service, "/v1/chat/completions", body)), expected)
         assert expected["choices"][0]["ends"] == ["stop"]
 
 
-def test_an_answer_in_one_piece_is_whole_too(service: _Service) -> None:
+def test_an_unstreamed_answer_is_complete_too(service: _Service) -> None:
     body = {**CHAT, "temperature": 1.0, "seed": 3, "logprobs": True, "n": 2}
     responses = []
     for deaths in ([], [2]):
@@ -177,14 +177,14 @@ def test_an_answer_in_one_piece_is_whole_too(service: _Service) -> None:
     assert responses[0] == responses[1]
 
 
-def test_completions_count_characters_on_and_several_prompts_go_on_each(service: _Service) -> None:
+def test_completions_resume_with_offsets_and_for_each_of_several_prompts(service: _Service) -> None:
     body = {"prompt": ["Once upon a time", "What"], "max_tokens": 40, "ignore_eos": True, "logprobs": 2}
-    expected = _whole(_events(service, "/v1/completions", body))
+    expected = _combined(_events(service, "/v1/completions", body))
     service.deaths[:] = [2, 1]
-    _assert_same(_whole(_events(service, "/v1/completions", body)), expected)
+    _assert_same(_combined(_events(service, "/v1/completions", body)), expected)
 
 
-def test_frames_of_llavas_protocol_go_on_growing(service: _Service) -> None:
+def test_frames_of_llavas_protocol_keep_growing_after_a_loss(service: _Service) -> None:
     body = {"model": "tiny-llava", "prompt": "USER: Who are you? ASSISTANT:", "temperature": 0, "max_new_tokens": 60}
     texts = []
     for deaths in ([], [1, 2]):
@@ -197,7 +197,7 @@ def test_frames_of_llavas_protocol_go_on_growing(service: _Service) -> None:
     assert texts[0] == texts[1]
 
 
-def test_a_stream_whose_replicas_all_die_ends_with_an_error_and_is_refused_from_then_on(service: _Service) -> None:
+def test_a_stream_whose_replicas_all_die_fails_and_is_then_refused(service: _Service) -> None:
     body = {**CHAT, "messages": [{"role": "user", "content": "poison"}]}
     service.begun.clear()
     service.deaths[:] = [1] * 9
@@ -210,7 +210,7 @@ def test_a_stream_whose_replicas_all_die_ends_with_an_error_and_is_refused_from_
     assert service.client.post("/v1/chat/completions", json=CHAT).status_code == 200
 
 
-def test_what_goes_on_is_counted_by_whether_its_client_had_anything(service: _Service) -> None:
+def test_retries_are_counted_by_whether_the_answer_had_begun(service: _Service) -> None:
     before = service.recorder.counted.copy()
     service.deaths[:] = [0]
     _events(service, "/v1/chat/completions", CHAT)
@@ -222,7 +222,7 @@ def test_what_goes_on_is_counted_by_whether_its_client_had_anything(service: _Se
     }
 
 
-def test_where_the_features_are_lost_as_well_they_are_made_again() -> None:
+def test_lost_features_are_computed_again() -> None:
     """Features may be lost with their machine: then the next replica sees the loss before it can begin."""
     calls: list[tuple[object, ...]] = []
 
@@ -253,7 +253,7 @@ def test_where_the_features_are_lost_as_well_they_are_made_again() -> None:
     assert second[1] == third[1] == (BegunAnswer(second[1][0].token_ids),)  # type: ignore[index]
 
 
-def test_what_chance_decides_has_a_seed_and_the_rest_stays_as_it_is() -> None:
+def test_only_sampled_requests_are_given_a_seed() -> None:
     drawn = SamplingParams(temperature=0.7)
     for request in (
         GenerationRequest("id", (Message("user", (TextPart("hi"),)),), drawn),
@@ -268,18 +268,18 @@ def test_what_chance_decides_has_a_seed_and_the_rest_stays_as_it_is() -> None:
     assert repeatable(greedy) is greedy
 
 
-def test_answers_that_were_over_before_are_neither_forgotten_nor_told_again(
+def test_finished_answers_are_neither_lost_nor_repeated(
     service: _Service,
 ) -> None:
-    body = {**CHAT, **SAMPLINGS["several, some over"]}
-    expected = _whole(_events(service, "/v1/chat/completions", body))
+    body = {**CHAT, **SAMPLINGS["several, some finished"]}
+    expected = _combined(_events(service, "/v1/chat/completions", body))
     has_ended, num_items = False, 0
     service.begun.clear()
     # The last replica outlives the answer.
     while len(service.begun) != 1 and num_items < 30:
         service.begun.clear()
         service.deaths[:] = [num_items := num_items + 1]
-        found = _whole(_events(service, "/v1/chat/completions", body))
+        found = _combined(_events(service, "/v1/chat/completions", body))
         has_ended |= any(each.is_over for each in service.begun[-1])
         _assert_same(found, expected)
     assert has_ended

@@ -71,7 +71,7 @@ def test_responses_are_passed_from_stage_to_stage_unawaited() -> None:
     assert not any(response.is_cancelled for response in graph.responses)
 
 
-def test_text_alone_goes_past_the_encoder() -> None:
+def test_text_alone_skips_the_encoder() -> None:
     graph = _Graph([*answer("a")])
     asyncio.run(_items(graph.pipeline, _request(TextPart("hi"))))
     assert graph.encoder.calls == []
@@ -113,7 +113,7 @@ def test_cancelling_cancels_every_stage() -> None:
 @pytest.mark.parametrize(
     ("items", "status"), [([*answer("a", "b")], 200), ([Rejected(RequestError("bad", param="messages"))], 400)]
 )
-def test_nothing_is_cancelled_when_a_client_has_been_answered(*, items: list[Item], status: int, stream: bool) -> None:
+def test_nothing_is_cancelled_after_a_complete_answer(*, items: list[Item], status: int, stream: bool) -> None:
     graph = _Graph(items)
     content = [{"type": "image_url", "image_url": {"url": data_url(plain())}}, {"type": "text", "text": "hi"}]
     with TestClient(Gateway({"m": graph.pipeline}, all_ready).app) as client:
@@ -132,7 +132,7 @@ class _Elsewhere(LocalHandoff):
         return "kept"
 
 
-def test_the_request_is_let_go_of_before_the_answer_begins() -> None:
+def test_the_request_is_released_before_the_answer_begins() -> None:
     graph = _Graph([*answer("a")])
     seen: list[int] = []
 
@@ -155,7 +155,7 @@ def test_the_request_is_let_go_of_before_the_answer_begins() -> None:
     ("raised", "expected"),
     [(BackPressureError(1, 1), OverloadedError), (ActorDiedError(), ContentRefusedError), (ZeroDivisionError(), None)],
 )
-def test_what_ray_does_to_a_call_is_an_error_of_ours(raised: Exception, expected: type[Exception] | None) -> None:
+def test_rays_errors_are_translated_into_ours(raised: Exception, expected: type[Exception] | None) -> None:
     graph = _Graph([])
 
     async def generate(*_given: object) -> AsyncGenerator[Item, None]:
@@ -192,7 +192,7 @@ class _Dying:
 
 
 @pytest.mark.parametrize("tells", [True, False])
-def test_a_loss_before_the_first_item_is_done_again_from_where_something_is_left(*, tells: bool) -> None:
+def test_a_loss_before_the_first_item_is_retried_from_the_last_surviving_result(*, tells: bool) -> None:
     graph = _Graph([])
     dying = _Dying(1, tells=tells)
     graph.generator = FakeHandle(generate=dying)
@@ -208,7 +208,7 @@ def test_a_loss_before_the_first_item_is_done_again_from_where_something_is_left
 
 
 @pytest.mark.parametrize("tells", [True, False])
-def test_what_is_lost_twice_is_refused_from_then_on(*, tells: bool) -> None:
+def test_content_that_is_lost_twice_is_then_refused(*, tells: bool) -> None:
     graph = _Graph([])
     dying = _Dying(2, tells=tells)
     graph.generator = FakeHandle(generate=dying)
@@ -225,7 +225,7 @@ def test_what_is_lost_twice_is_refused_from_then_on(*, tells: bool) -> None:
     assert dying.num_calls == 3
 
 
-def test_a_replica_that_dies_once_all_is_said_is_of_no_concern() -> None:
+def test_a_loss_after_the_last_item_is_ignored() -> None:
     graph = _Graph([])
 
     async def generate(_given: object) -> AsyncGenerator[Item, None]:
@@ -238,7 +238,7 @@ def test_a_replica_that_dies_once_all_is_said_is_of_no_concern() -> None:
     assert len(graph.generator.calls) == 1
 
 
-def test_leaving_while_it_is_done_again_cancels_every_stage() -> None:
+def test_leaving_during_a_retry_cancels_every_stage() -> None:
     graph = _Graph([])
     again = asyncio.Event()
 
@@ -263,7 +263,7 @@ def test_leaving_while_it_is_done_again_cancels_every_stage() -> None:
     assert all(response.is_cancelled for response in graph.responses)
 
 
-def test_a_loss_while_tokenizing_is_done_again_too() -> None:
+def test_a_loss_while_tokenizing_is_retried_too() -> None:
     graph = _Graph([])
 
     def tokenize(_request: object, _model: str) -> str:
@@ -275,7 +275,7 @@ def test_a_loss_while_tokenizing_is_done_again_too() -> None:
     assert asyncio.run(graph.pipeline.tokenize(_request(TextPart("hi")))) == "ids"
 
 
-def test_the_first_stage_tokenizes_and_is_told_when_nobody_waits_any_more() -> None:
+def test_the_first_stage_tokenizes_and_is_cancelled_with_its_caller() -> None:
     graph = _Graph([])
     forever = asyncio.Event()
     graph.preprocessor = FakeHandle(tokenize=lambda *_: "ids", detokenize=lambda *_: forever.wait())
@@ -298,7 +298,7 @@ def test_the_first_stage_tokenizes_and_is_told_when_nobody_waits_any_more() -> N
     assert [args[-1] for _, args, _ in graph.preprocessor.calls] == ["m", "m"]
 
 
-def test_a_busy_first_stage_is_an_error_of_ours_when_tokenizing_too() -> None:
+def test_overload_while_tokenizing_is_our_error_too() -> None:
     def busy(*_: object) -> None:
         raise BackPressureError(1, 1)
 
@@ -308,7 +308,7 @@ def test_a_busy_first_stage_is_an_error_of_ours_when_tokenizing_too() -> None:
         asyncio.run(graph.pipeline.tokenize(_request(TextPart("hi"))))
 
 
-def test_calls_about_a_picture_say_which_replica_they_prefer_again_after_a_loss() -> None:
+def test_calls_carry_the_affinity_key_also_when_retried() -> None:
     graph = _Graph([])
     graph.generator = FakeHandle(generate=_Dying(1, tells=False))
     request = _request(ImagePart(b"x"), TextPart("hi"))
@@ -320,7 +320,7 @@ def test_calls_about_a_picture_say_which_replica_they_prefer_again_after_a_loss(
 
 
 @pytest.mark.parametrize("tells", [True, False])
-def test_a_last_stage_that_tells_of_a_loss_has_lost_nothing_itself(*, tells: bool) -> None:
+def test_a_stage_that_reports_a_loss_is_not_blamed_for_it(*, tells: bool) -> None:
     """To its router, a repeated request counts as lost by its replica."""
     graph = _Graph([])
     graph.generator = FakeHandle(generate=_Dying(1, tells=tells))
@@ -330,7 +330,7 @@ def test_a_last_stage_that_tells_of_a_loss_has_lost_nothing_itself(*, tells: boo
     assert len({Session.read(session).request for session in graph.encoder.sessions}) == 1
 
 
-def test_of_a_text_only_the_last_stage_keeps_anything() -> None:
+def test_text_has_an_affinity_key_only_at_the_last_stage() -> None:
     graph = _Graph([*answer("a")])
     graph.preprocessor = FakeHandle(prepare=lambda request, _model: request, tokenize=lambda *_: "ids")
     request = _request(TextPart("hi"))
@@ -346,9 +346,7 @@ def test_of_a_text_only_the_last_stage_keeps_anything() -> None:
 
 
 @pytest.mark.parametrize("stage", ["preprocessor", "encoder"])
-def test_what_a_stage_out_of_reach_has_is_done_again_by_another_replica(
-    monkeypatch: pytest.MonkeyPatch, stage: str
-) -> None:
+def test_work_of_an_unreachable_stage_is_redone_by_another_replica(monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
     """Its call does not end, and no connection is closed."""
     monkeypatch.setattr(stage_call, "ASKED_AFTER_S", 0.02)
     monkeypatch.setattr(stage_call, "SILENCE_S", 0.05)
@@ -390,7 +388,7 @@ def test_what_a_stage_out_of_reach_has_is_done_again_by_another_replica(
 
 
 @pytest.mark.parametrize(("node_of_earlier", "num_prepared"), [("lost", 2), ("other", 1)])
-def test_a_silent_node_has_taken_what_earlier_stages_made_on_it(node_of_earlier: str, num_prepared: int) -> None:
+def test_results_of_earlier_stages_on_a_silent_node_count_as_lost(node_of_earlier: str, num_prepared: int) -> None:
 
     def sent(handle: FakeHandle, node: str) -> None:
         """Its router's part."""

@@ -23,7 +23,7 @@ def _never() -> dict[str, str]:
     raise AssertionError("comparing towers reads all of them")
 
 
-def test_resources_that_are_not_there_end_the_start() -> None:
+def test_missing_resources_abort_the_start() -> None:
     check_placement(AppArgs(), _never, [Node({"CPU": 1.0})])
     own = {"scenes-llava": "scenes-llava"}
     with pytest.raises(LaunchError, match=r"ask for 1 CPUs in all, and there are 0\.5; lower num_cpus"):
@@ -37,7 +37,7 @@ def test_resources_that_are_not_there_end_the_start() -> None:
     check_placement(args, _never, [Node({"CPU": 8.0, "GPU": 1.0})] * 2)
 
 
-def test_what_begins_without_replicas_needs_room_for_one_at_a_time() -> None:
+def test_stages_starting_at_zero_need_room_for_one_replica_at_a_time() -> None:
     own = {"scenes-llava": "scenes-llava"}
     stage = {"num_cpus": 1, "min_replicas": 0, "initial_replicas": 0}
     args = AppArgs.model_validate({"vision_encoder": stage, "generator": stage})
@@ -51,7 +51,7 @@ def test_what_begins_without_replicas_needs_room_for_one_at_a_time() -> None:
         check_placement(args, _towers(**own), [Node({"CPU": 1.0})])
 
 
-def test_a_tower_that_models_share_counts_once() -> None:
+def test_a_tower_shared_by_models_counts_once() -> None:
     entries = [{"name": "a"}, {"name": "b", "generator": {"num_cpus": 0.8}}]
     args = AppArgs.model_validate({"models": entries})
     # 0.1 for the gateway, 0.2 for the preprocessor, 0.4 and 0.8 for generators, 0.3 for each encoder.
@@ -89,7 +89,9 @@ def test_a_tower_that_models_share_counts_once() -> None:
         ),
     ],
 )
-def test_what_no_node_has_is_named_with_what_there_is(settings: Mapping[str, Any], problem: str | None) -> None:
+def test_an_unplaceable_stage_is_named_with_the_available_resources(
+    settings: Mapping[str, Any], problem: str | None
+) -> None:
     found = unplaceable({"encoder": StageArgs.model_validate(settings)}, NODES)
     assert found == ([] if problem is None else [f"encoder: {problem}"])
 
@@ -104,11 +106,11 @@ def test_what_no_node_has_is_named_with_what_there_is(settings: Mapping[str, Any
         ("!in(a, b)", {"c", None}),
     ],
 )
-def test_conditions_on_labels_are_rays(condition: str, matching: set[str | None]) -> None:
+def test_label_conditions_have_rays_meaning(condition: str, matching: set[str | None]) -> None:
     assert {value for value in ("a", "b", "c", None) if matches(condition, value)} == matching
 
 
-def test_nodes_that_are_gone_do_not_count() -> None:
+def test_dead_nodes_do_not_count() -> None:
     described = [
         {"Alive": True, "Resources": {"CPU": 1.0}, "Labels": {"zone": "a"}},
         {"Alive": False, "Resources": {"CPU": 9.0}, "Labels": {}},

@@ -28,7 +28,7 @@ def _check(checkpoint: object, *, offline: bool = False, **entry: Any) -> FoundC
     return found
 
 
-def test_a_good_checkpoint_passes(tiny_checkpoint: Path) -> None:
+def test_a_valid_checkpoint_passes(tiny_checkpoint: Path) -> None:
     found = _check(tiny_checkpoint)
     assert found == FoundCheckpoint(str(tiny_checkpoint), None, {}, offline=False)
     assert found.open().folder == tiny_checkpoint
@@ -57,18 +57,20 @@ def test_a_truncated_file_is_named(checkpoint_copy: Path) -> None:
         _check(checkpoint_copy)
 
 
-def test_a_prompt_format_that_is_not_known_is_refused(checkpoint_copy: Path) -> None:
+def test_an_unknown_prompt_template_is_refused(checkpoint_copy: Path) -> None:
     with pytest.raises(UnknownNameError, match="vicuna_v1"):
         _check(checkpoint_copy, template="nonsense")
 
 
-def test_more_layers_than_there_are_is_noticed(checkpoint_copy: Path) -> None:
+def test_a_config_with_too_many_layers_is_detected(checkpoint_copy: Path) -> None:
     edit_json(checkpoint_copy / "config.json", lambda config: config["text_config"].update(num_hidden_layers=3))
     with pytest.raises(CheckpointError, match="3 decoder layers, the files hold 2"):
         _check(checkpoint_copy)
 
 
-def test_every_replica_has_the_revisions_that_were_found_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_replica_uses_the_revisions_found_by_the_preflight(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """This covers adapter, base and tower, on this machine after all three have changed on the hub, and on another."""
     monkeypatch.chdir(tmp_path)
     repositories = {repo_id: {OLD: folder} for repo_id, folder in write_lora(tmp_path / "written").items()}
@@ -87,7 +89,7 @@ def test_every_replica_has_the_revisions_that_were_found_once(tmp_path: Path, mo
         assert not [path for path in hub.asked if NEW in path]
 
 
-def test_a_service_can_be_told_its_revisions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_revisions_can_be_configured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     use_cache(monkeypatch, tmp_path / "cache")
     for repo_id, folder in write_lora(tmp_path / "written").items():
@@ -98,7 +100,7 @@ def test_a_service_can_be_told_its_revisions(tmp_path: Path, monkeypatch: pytest
         _check("owner/lora", revisions={"owner/lora": OLD, "owner/base": NEW})
 
 
-def test_offline_nobody_asks_the_hub_and_all_that_is_missing_is_listed(
+def test_offline_the_hub_is_not_contacted_and_missing_parts_are_listed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -127,7 +129,7 @@ def _shared(*models: dict[str, Any]) -> dict[str, str]:
     return share_towers(args, check_checkpoints(args))
 
 
-def test_towers_are_the_same_by_their_numbers_whatever_the_folder_is_called(
+def test_towers_are_compared_by_their_weights_not_their_folders(
     tiny_checkpoint: Path, checkpoint_copy: Path, other_tower: Path
 ) -> None:
     a, b, c = (
@@ -140,13 +142,13 @@ def test_towers_are_the_same_by_their_numbers_whatever_the_folder_is_called(
 
 
 @pytest.mark.parametrize("own", [{"dtype": "bfloat16"}, {"num_cpus": 0.2}, {"cache_bytes": 0}])
-def test_a_tower_that_is_to_run_in_another_way_is_not_shared(own: dict[str, Any], tiny_checkpoint: Path) -> None:
+def test_a_tower_with_other_settings_is_not_shared(own: dict[str, Any], tiny_checkpoint: Path) -> None:
     a, b = ({"name": name, "checkpoint": str(tiny_checkpoint)} for name in "ab")
     assert _shared(a, b) == {"a": "a", "b": "a"}
     assert _shared(a, b | {"vision_encoder": own}) == {"a": "a", "b": "b"}
 
 
-def test_towers_that_differ_by_their_settings_are_told_apart_without_torch(
+def test_towers_with_different_configs_are_told_apart_without_torch(
     tiny_checkpoint: Path, checkpoint_copy: Path
 ) -> None:
     edit_json(checkpoint_copy / "config.json", lambda config: config.update(vision_feature_layer=-1))
@@ -160,7 +162,7 @@ def test_towers_that_differ_by_their_settings_are_told_apart_without_torch(
     assert subprocess.run([sys.executable, "-c", program], timeout=60, check=False).returncode == 0
 
 
-def test_the_default_model_is_found_where_each_machine_has_the_project() -> None:
+def test_the_default_model_is_found_in_each_machines_copy_of_the_project() -> None:
     [found] = check_checkpoints(AppArgs()).values()
     assert found.model is None
     assert found.open().folder == DEFAULT_MODEL

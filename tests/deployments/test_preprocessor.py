@@ -81,7 +81,7 @@ class _Pictures(Fetcher):
         return plain()
 
 
-def test_a_picture_by_address_is_fetched_and_its_time_counted(tiny_checkpoint: Path) -> None:
+def test_a_picture_given_by_url_is_fetched_and_timed(tiny_checkpoint: Path) -> None:
     pictures = _Pictures()
     recorder = FakeRecorder()
     preprocessor = _preprocessor(load_preparer(tiny_checkpoint), fetcher=pictures, recorder=recorder)
@@ -97,7 +97,7 @@ def test_a_picture_by_address_is_fetched_and_its_time_counted(tiny_checkpoint: P
     assert len(recorder.observed[STAGE_DURATION, ("preprocess",)]) == 2
 
 
-def test_a_picture_by_address_has_its_tokens_when_they_are_asked_for(tiny_checkpoint: Path) -> None:
+def test_a_picture_given_by_url_is_tokenized_like_its_bytes(tiny_checkpoint: Path) -> None:
     preprocessor = _preprocessor(load_preparer(tiny_checkpoint), fetcher=_Pictures())
     by_address = asyncio.run(
         preprocessor.tokenize(_request(ImageUrl("https://example.com/a.png"), TextPart("hi")), "m")
@@ -106,7 +106,7 @@ def test_a_picture_by_address_has_its_tokens_when_they_are_asked_for(tiny_checkp
     assert by_address == asyncio.run(preprocessor.tokenize(_request(ImagePart(plain()), TextPart("hi")), "m"))
 
 
-def test_pictures_for_other_servers_are_fetched_and_looked_at_without_a_model_of_ours() -> None:
+def test_pictures_for_upstreams_are_fetched_and_checked_without_a_local_model() -> None:
     limits = ImageLimits(max_pixels=2400)
     preprocessor = Preprocessor({}, cache=LruCache(0), fetcher=_Pictures(), image_limits=limits)
     request = _request(TextPart(""), ImageUrl("https://example.com/a.png"), ImagePart(plain("blue")))
@@ -122,7 +122,7 @@ def test_pictures_for_other_servers_are_fetched_and_looked_at_without_a_model_of
     assert unfetched.error.code == "image_url_not_allowed"
 
 
-def test_nothing_is_fetched_for_a_request_that_is_refused_all_the_same(tiny_checkpoint: Path) -> None:
+def test_nothing_is_fetched_for_a_request_that_is_refused_anyway(tiny_checkpoint: Path) -> None:
     pictures = _Pictures()
     preprocessor = _preprocessor(load_preparer(tiny_checkpoint), fetcher=pictures)
     many = [ImageUrl(f"https://example.com/{index}.png") for index in range(9)]
@@ -140,7 +140,7 @@ def test_without_settings_nothing_is_fetched(preprocessor: Preprocessor) -> None
     assert (rejected.error.code, rejected.error.param) == ("image_url_not_allowed", "messages[0].content[1].image_url")
 
 
-def test_requests_are_prepared_side_by_side(preprocessor: Preprocessor) -> None:
+def test_requests_are_prepared_concurrently(preprocessor: Preprocessor) -> None:
     async def several() -> list[Prepared | Rejected]:
         return await asyncio.gather(*(preprocessor.prepare(_request(TextPart(str(index))), "m") for index in range(8)))
 
@@ -149,7 +149,7 @@ def test_requests_are_prepared_side_by_side(preprocessor: Preprocessor) -> None:
     assert len({each.request.prompt_ids for each in prepared if isinstance(each, Prepared)}) == 8
 
 
-def test_the_work_on_each_request_and_the_use_of_the_cache_are_measured(tiny_checkpoint: Path) -> None:
+def test_durations_and_cache_use_are_measured(tiny_checkpoint: Path) -> None:
     recorder = FakeRecorder()
     cache = LruCache[PreparedImage](10**6)
     preprocessor = _preprocessor(load_preparer(tiny_checkpoint, cache=cache), cache=cache, recorder=recorder)
@@ -157,11 +157,11 @@ def test_the_work_on_each_request_and_the_use_of_the_cache_are_measured(tiny_che
         asyncio.run(preprocessor.prepare(_request(*parts), "m"))
     assert len(recorder.observed[QUEUE_WAIT, ("preprocess",)]) == 4
     assert len(recorder.observed[STAGE_DURATION, ("preprocess",)]) == 3
-    told = recorder.readings()
-    assert (told[CACHE_HITS, ("tiles",)], told[CACHE_MISSES, ("tiles",)]) == (1, 2)
-    assert told[CACHE_BYTES, ("tiles",)] > 0
+    readings = recorder.readings()
+    assert (readings[CACHE_HITS, ("tiles",)], readings[CACHE_MISSES, ("tiles",)]) == (1, 2)
+    assert readings[CACHE_BYTES, ("tiles",)] > 0
     # One tile for each picture that could be read, cached or not; a text-only request passes none on.
-    tile = told[CACHE_BYTES, ("tiles",)]
+    tile = readings[CACHE_BYTES, ("tiles",)]
     assert recorder.observed[HANDED_OVER_EACH, ("preprocess_encode",)] == [tile, tile]
     assert recorder.counted[HANDED_OVER, ("preprocess_encode",)] == 2 * tile
 
@@ -179,7 +179,7 @@ class _Slow:
         return PreparedRequest(request.request_id, (1,), (), request.sampling)
 
 
-def test_a_request_that_is_cancelled_keeps_its_place_until_its_thread_ends() -> None:
+def test_a_cancelled_request_keeps_its_slot_until_its_thread_ends() -> None:
     slow = _Slow()
     preprocessor = _preprocessor(slow, num_threads=1)
 
@@ -206,7 +206,7 @@ async def _until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.001)
 
 
-def test_each_model_prepares_by_its_own_settings(tiny_checkpoint: Path) -> None:
+def test_each_model_is_prepared_with_its_own_settings(tiny_checkpoint: Path) -> None:
     cache = LruCache[PreparedImage](10**6)
     preparers = {name: load_preparer(tiny_checkpoint, template=name, cache=cache) for name in ("llava_v0", "vicuna_v1")}
     preprocessor = Preprocessor(preparers, cache=cache)
@@ -227,7 +227,7 @@ def test_each_model_prepares_by_its_own_settings(tiny_checkpoint: Path) -> None:
     assert cache.num_misses == 1
 
 
-def test_failures_that_are_not_the_clients_make_it_unhealthy(preprocessor: Preprocessor) -> None:
+def test_only_failures_that_are_not_the_clients_make_it_unhealthy(preprocessor: Preprocessor) -> None:
     class Broken:
         def prepare(self, _request: GenerationRequest) -> PreparedRequest:
             raise ZeroDivisionError("oops")
@@ -244,7 +244,7 @@ def test_failures_that_are_not_the_clients_make_it_unhealthy(preprocessor: Prepr
     asyncio.run(run(_preprocessor(Broken())))
 
 
-def test_prompts_are_tokenized_and_ids_are_text_again(preprocessor: Preprocessor) -> None:
+def test_prompts_are_tokenized_and_ids_detokenized(preprocessor: Preprocessor) -> None:
     async def run() -> None:
         tokenized = await preprocessor.tokenize(CompletionRequest("id", "hi", SamplingParams()), "m")
         assert isinstance(tokenized, Tokenized)

@@ -20,7 +20,7 @@ def _start_two() -> subprocess.Popen[bytes]:
     return process
 
 
-def test_children_of_children_are_found_and_ended() -> None:
+def test_grandchildren_are_found_and_ended() -> None:
     before = descendants(os.getpid())
     process = _start_two()
     begun = descendants(os.getpid()) - before
@@ -30,7 +30,7 @@ def test_children_of_children_are_found_and_ended() -> None:
     assert not descendants(os.getpid()) - before
 
 
-def test_what_ends_by_itself_is_waited_for() -> None:
+def test_a_process_that_ends_by_itself_is_waited_for() -> None:
     process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(0.3)"])
     begun = {each for each in descendants(os.getpid()) if each.pid == process.pid}
     started = time.monotonic()
@@ -39,7 +39,7 @@ def test_what_ends_by_itself_is_waited_for() -> None:
     assert process.wait(10) == 0
 
 
-def test_a_process_that_has_ended_is_none() -> None:
+def test_a_process_that_has_ended_is_not_a_descendant() -> None:
     process = subprocess.Popen([sys.executable, "-c", ""])
     deadline = time.monotonic() + 10
     while any(each.pid == process.pid for each in descendants(os.getpid())) and time.monotonic() < deadline:
@@ -48,7 +48,7 @@ def test_a_process_that_has_ended_is_none() -> None:
     process.wait(10)
 
 
-def test_what_is_killed_is_gone_when_that_returns() -> None:
+def test_killed_processes_are_gone_when_end_returns() -> None:
     for _ in range(3):
         process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
         begun = {each for each in descendants(os.getpid()) if each.pid == process.pid}
@@ -57,7 +57,7 @@ def test_what_is_killed_is_gone_when_that_returns() -> None:
         process.wait(10)
 
 
-def test_descendants_of_several_are_found_together() -> None:
+def test_descendants_of_several_processes_are_found_together() -> None:
     process = _start_two()
     [grandchild] = descendants(process.pid)
     assert descendants(process.pid, grandchild.pid) == {grandchild}

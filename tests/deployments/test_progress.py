@@ -10,7 +10,7 @@ def test_nothing_has_begun_at_first() -> None:
     assert Progress(2).begun == ()
 
 
-def test_tokens_are_gathered_answer_by_answer_and_stay_as_they_were_told() -> None:
+def test_tokens_are_collected_per_answer_and_snapshots_do_not_change() -> None:
     progress = Progress(3)
     progress.note(TokenDelta("id", "a", (1, 2), index=2))
     progress.note(TokenDelta("id", "b", (3,), index=0))

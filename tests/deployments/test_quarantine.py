@@ -31,7 +31,7 @@ def _request(*parts: TextPart | ImagePart | ImageUrl, request_id: str = "id") ->
 POISON = _request(ImagePart(b"poison"), TextPart("What?"))
 
 
-def _given(request: AnyRequest) -> Callable[[], Awaitable[AnyRequest]]:
+def _returning(request: AnyRequest) -> Callable[[], Awaitable[AnyRequest]]:
     async def give() -> AnyRequest:
         return request
 
@@ -55,34 +55,34 @@ class _Attempts:
 
 async def _kill_twice(quarantine: Quarantine, request: AnyRequest) -> None:
     with pytest.raises(ContentRefusedError) as caught:
-        await quarantine.case(_given(request)).run(_Attempts(StageLostError("1"), StageLostError("2")))
+        await quarantine.case(_returning(request)).run(_Attempts(StageLostError("1"), StageLostError("2")))
     assert isinstance(caught.value.__cause__, StageLostError)
 
 
-def test_what_is_lost_once_is_done_again_and_nothing_is_held_against_it() -> None:
+def test_a_request_lost_once_is_retried_and_not_quarantined() -> None:
     async def run() -> None:
         quarantine, attempts = Quarantine(60), _Attempts(StageLostError("gone"), "done")
-        assert await quarantine.case(_given(POISON)).run(attempts) == "done"
+        assert await quarantine.case(_returning(POISON)).run(attempts) == "done"
         assert attempts.num_made == 2
         await quarantine.check(POISON)
 
     asyncio.run(run())
 
 
-def test_what_is_done_again_and_what_is_refused_is_counted() -> None:
+def test_retries_and_refusals_are_counted() -> None:
     now, recorder = [0.0], FakeRecorder()
 
     async def run() -> None:
         quarantine = Quarantine(60, clock=lambda: now[0], recorder=recorder)
-        assert await quarantine.case(_given(POISON)).run(_Attempts("done")) == "done"
+        assert await quarantine.case(_returning(POISON)).run(_Attempts("done")) == "done"
         assert not recorder.counted
-        await quarantine.case(_given(POISON)).run(_Attempts(StageLostError("gone"), "done"))
+        await quarantine.case(_returning(POISON)).run(_Attempts(StageLostError("gone"), "done"))
         assert recorder.counted[RETRIES, ("earlier", "waiting")] == 1
         assert recorder.readings() == {(QUARANTINED, ()): 0}
         await _kill_twice(quarantine, _request(ImagePart(b"a"), ImagePart(b"b")))
         # The content is known to kill before it is retried.
         with pytest.raises(ContentRefusedError):
-            await quarantine.case(_given(_request(ImagePart(b"a")))).run(_Attempts(StageLostError("gone")))
+            await quarantine.case(_returning(_request(ImagePart(b"a")))).run(_Attempts(StageLostError("gone")))
 
     asyncio.run(run())
     assert recorder.counted[RETRIES, ("earlier", "waiting")] == 2
@@ -92,14 +92,14 @@ def test_what_is_done_again_and_what_is_refused_is_counted() -> None:
 
 
 @pytest.mark.parametrize("error", [EngineError("broken"), ContentRefusedError()])
-def test_what_fails_without_a_loss_is_not_done_again(error: Exception) -> None:
+def test_an_error_that_is_not_a_loss_is_not_retried(error: Exception) -> None:
     attempts = _Attempts(error)
     with pytest.raises(type(error)):
-        asyncio.run(Quarantine(60).case(_given(POISON)).run(attempts))
+        asyncio.run(Quarantine(60).case(_returning(POISON)).run(attempts))
     assert attempts.num_made == 1
 
 
-def test_what_is_lost_twice_is_refused_until_its_time_is_up() -> None:
+def test_content_lost_twice_is_refused_for_a_limited_time() -> None:
     now = [0.0]
 
     async def run() -> None:
@@ -115,7 +115,7 @@ def test_what_is_lost_twice_is_refused_until_its_time_is_up() -> None:
     asyncio.run(run())
 
 
-def test_the_oldest_is_forgotten_first_when_there_are_too_many() -> None:
+def test_the_oldest_entry_is_evicted_first() -> None:
     async def run() -> None:
         quarantine = Quarantine(60, max_entries=2)
         requests = [_request(ImagePart(bytes([number]))) for number in range(3)]
@@ -129,7 +129,7 @@ def test_the_oldest_is_forgotten_first_when_there_are_too_many() -> None:
     asyncio.run(run())
 
 
-def test_lost_requests_are_done_again_one_at_a_time_and_copies_of_a_poisonous_one_not_at_all() -> None:
+def test_lost_requests_are_retried_one_at_a_time_but_not_copies_of_poison() -> None:
     """Four requests were on the replica, two of them poison: the second copy is refused without a third kill."""
     on_replica: set[str] = set()
     kills = 0
@@ -150,7 +150,7 @@ def test_lost_requests_are_done_again_one_at_a_time_and_copies_of_a_poisonous_on
                 raise StageLostError("gone again")
             return name
 
-        return quarantine.case(_given(request)).run(attempt)
+        return quarantine.case(_returning(request)).run(attempt)
 
     async def run() -> list[str | BaseException]:
         quarantine = Quarantine(60)
@@ -170,7 +170,7 @@ def test_lost_requests_are_done_again_one_at_a_time_and_copies_of_a_poisonous_on
 LOST = StageLostError("gone", "generator")
 
 
-def test_answers_that_had_begun_go_on_at_once_and_beside_each_other() -> None:
+def test_answers_that_had_begun_resume_at_once_and_concurrently() -> None:
     recorder = FakeRecorder()
 
     async def run() -> None:
@@ -181,7 +181,7 @@ def test_answers_that_had_begun_go_on_at_once_and_beside_each_other() -> None:
             await together.wait()
             return "done"
 
-        cases = [quarantine.case(_given(POISON)) for _ in range(8)]
+        cases = [quarantine.case(_returning(POISON)) for _ in range(8)]
         found = await asyncio.gather(*(case.again(attempt, LOST, phase="streaming") for case in cases))
         assert found == ["done"] * 8
 
@@ -189,10 +189,10 @@ def test_answers_that_had_begun_go_on_at_once_and_beside_each_other() -> None:
     assert recorder.counted == {(RETRIES, ("generator", "streaming")): 8}
 
 
-def test_an_answer_that_is_lost_again_waits_for_its_turn_like_one_that_had_not_begun() -> None:
+def test_an_answer_lost_again_waits_its_turn_like_one_not_begun() -> None:
     async def run() -> None:
         quarantine = Quarantine(60)
-        first, second = (quarantine.case(_given(POISON)) for _ in range(2))
+        first, second = (quarantine.case(_returning(POISON)) for _ in range(2))
         hangs, is_in_turn = asyncio.Event(), asyncio.Event()
 
         async def attempt() -> str:
@@ -216,7 +216,7 @@ def test_an_answer_that_is_lost_again_waits_for_its_turn_like_one_that_had_not_b
     asyncio.run(run())
 
 
-def test_who_is_lost_beside_an_answer_that_goes_on_is_not_blamed_for_it() -> None:
+def test_a_request_lost_beside_a_resumed_answer_is_not_blamed() -> None:
     """An answer may kill wherever it is resumed; a request that was alone until then is innocent."""
 
     async def run() -> None:
@@ -231,7 +231,7 @@ def test_who_is_lost_beside_an_answer_that_goes_on_is_not_blamed_for_it() -> Non
             await is_beside.wait()
             raise LOST
 
-        case = quarantine.case(_given(innocent))
+        case = quarantine.case(_returning(innocent))
         waiting = asyncio.create_task(case.again(attempt, LOST, phase="waiting"))
         await is_on_its_way.wait()
 
@@ -240,17 +240,17 @@ def test_who_is_lost_beside_an_answer_that_goes_on_is_not_blamed_for_it() -> Non
             raise LOST
 
         with pytest.raises(ContentRefusedError):
-            await quarantine.case(_given(POISON)).again(kill, LOST, phase="streaming")
+            await quarantine.case(_returning(POISON)).again(kill, LOST, phase="streaming")
         assert await waiting == "done"
         await quarantine.check(innocent)
 
     asyncio.run(run())
 
 
-def test_what_kills_however_far_it_comes_is_refused_in_the_end() -> None:
+def test_an_answer_that_keeps_killing_is_eventually_refused() -> None:
     async def run() -> int:
         quarantine, num_killed = Quarantine(60), 0
-        case = quarantine.case(_given(POISON))
+        case = quarantine.case(_returning(POISON))
         attempts = _Attempts(*["a piece"] * 9)
         await case.run(attempts)
         with contextlib.suppress(ContentRefusedError):
@@ -264,7 +264,7 @@ def test_what_kills_however_far_it_comes_is_refused_in_the_end() -> None:
     assert asyncio.run(run()) == 4
 
 
-def test_of_too_many_lost_requests_the_rest_is_told_at_once() -> None:
+def test_lost_requests_beyond_the_queue_limit_fail_at_once() -> None:
     async def run() -> None:
         quarantine = Quarantine(60, max_waiting=1)
         begun = asyncio.Event()
@@ -275,20 +275,20 @@ def test_of_too_many_lost_requests_the_rest_is_told_at_once() -> None:
                 raise StageLostError("gone")
             return await asyncio.Event().wait() and ""
 
-        first = asyncio.create_task(quarantine.case(_given(POISON)).run(hang))
+        first = asyncio.create_task(quarantine.case(_returning(POISON)).run(hang))
         await begun.wait()
         attempts = _Attempts(StageLostError("gone"))
         with pytest.raises(StageLostError):
-            await quarantine.case(_given(POISON)).run(attempts)
+            await quarantine.case(_returning(POISON)).run(attempts)
         # Its client leaves: its turn is free again.
         first.cancel()
         await asyncio.wait([first])
-        assert await quarantine.case(_given(POISON)).run(_Attempts(StageLostError("gone"), "done")) == "done"
+        assert await quarantine.case(_returning(POISON)).run(_Attempts(StageLostError("gone"), "done")) == "done"
 
     asyncio.run(run())
 
 
-def test_content_is_the_pictures_or_else_the_prompt() -> None:
+def test_content_is_identified_by_its_pictures_or_else_its_prompt() -> None:
     assert digests(POISON) == {hashlib.sha256(b"poison").hexdigest()}
     assert len(digests(_request(ImagePart(b"a"), ImagePart(b"b"), ImagePart(b"a")))) == 2
     url = ImageUrl("https://a.example/x.png")
@@ -307,17 +307,17 @@ def test_content_is_the_pictures_or_else_the_prompt() -> None:
     assert digests(_request(TextPart("a"), request_id="other")) == found[0]
 
 
-def test_what_meets_silence_twice_is_not_to_blame() -> None:
+def test_a_request_that_meets_silence_is_not_quarantined() -> None:
     async def run() -> None:
         quarantine = Quarantine(60)
         with pytest.raises(StageSilentError):
-            await quarantine.case(_given(POISON)).run(_Attempts(StageLostError("1"), StageSilentError("2")))
+            await quarantine.case(_returning(POISON)).run(_Attempts(StageLostError("1"), StageSilentError("2")))
         await quarantine.check(POISON)
 
     asyncio.run(run())
 
 
-def test_what_has_met_silence_is_done_again_at_once_and_beside_others() -> None:
+def test_requests_that_met_silence_are_retried_at_once_and_concurrently() -> None:
     """A lost host may have taken many requests along, and each of them may have to wait for another silence."""
 
     async def run() -> None:
@@ -331,7 +331,7 @@ def test_what_has_met_silence_is_done_again_at_once_and_beside_others() -> None:
 
         def done_again() -> Awaitable[str]:
             ends: list[Exception] = [StageSilentError(), StageSilentError()]
-            return quarantine.case(_given(POISON)).run(lambda: attempt(ends))
+            return quarantine.case(_returning(POISON)).run(lambda: attempt(ends))
 
         async with asyncio.timeout(20):
             assert await asyncio.gather(*(done_again() for _ in range(4))) == ["done"] * 4

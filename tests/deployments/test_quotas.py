@@ -39,7 +39,7 @@ def _answer(quota: Quota, num_tokens: int = 0) -> None:
     quota.leave()
 
 
-def test_requests_of_a_minute_are_limited_and_come_back_one_by_one(clock: Clock) -> None:
+def test_requests_per_minute_are_limited_and_refill_one_by_one(clock: Clock) -> None:
     quota = _quota(clock, requests_per_minute=3)
     for _ in range(3):
         _answer(quota)
@@ -57,7 +57,7 @@ def test_requests_of_a_minute_are_limited_and_come_back_one_by_one(clock: Clock)
     _refusal(quota)
 
 
-def test_tokens_of_a_minute_are_limited_by_what_was_used(clock: Clock) -> None:
+def test_tokens_per_minute_are_limited_by_actual_use(clock: Clock) -> None:
     quota = _quota(clock, tokens_per_minute=60)
     _answer(quota, 59)
     # One token is left, and it is not yet known how many this request takes.
@@ -70,7 +70,7 @@ def test_tokens_of_a_minute_are_limited_by_what_was_used(clock: Clock) -> None:
     _answer(quota)
 
 
-def test_requests_at_once_are_limited_until_one_of_them_is_answered(clock: Clock) -> None:
+def test_concurrent_requests_are_limited_until_one_ends(clock: Clock) -> None:
     quota = _quota(clock, max_concurrent=2)
     quota.enter()
     quota.enter()
@@ -80,7 +80,7 @@ def test_requests_at_once_are_limited_until_one_of_them_is_answered(clock: Clock
     quota.enter()
 
 
-def test_a_request_that_is_refused_costs_nothing(clock: Clock) -> None:
+def test_a_refused_request_costs_nothing(clock: Clock) -> None:
     quota = _quota(clock, requests_per_minute=2, max_concurrent=1)
     quota.enter()
     for _ in range(5):
@@ -91,7 +91,7 @@ def test_a_request_that_is_refused_costs_nothing(clock: Clock) -> None:
     assert _refusal(quota).limit == "requests"
 
 
-def test_a_key_without_limits_has_none(clock: Clock) -> None:
+def test_a_key_without_limits_is_unlimited(clock: Clock) -> None:
     quota = _quota(clock)
     for _ in range(1000):
         quota.enter()

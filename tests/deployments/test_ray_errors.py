@@ -43,7 +43,7 @@ def _raised(error: Exception) -> Exception:
         (BackPressureError(1, 1), OverloadedError),
     ],
 )
-def test_each_kind_has_an_error_of_ours(error: Exception, expected: type[Exception]) -> None:
+def test_each_kind_of_error_is_translated_into_ours(error: Exception, expected: type[Exception]) -> None:
     ours = _raised(error)
     assert type(ours) is expected
     assert ours.__cause__ is error
@@ -52,7 +52,7 @@ def test_each_kind_has_an_error_of_ours(error: Exception, expected: type[Excepti
         assert str(ours) == "the part of the service that worked on this request was lost"
 
 
-def test_the_loss_of_a_stage_further_up_is_a_loss() -> None:
+def test_the_loss_of_an_upstream_stage_is_a_loss() -> None:
     """Serve reports it with its own error class."""
     error = RayServeException("an upstream actor died")
     error.__cause__ = ActorDiedError()
@@ -61,7 +61,7 @@ def test_the_loss_of_a_stage_further_up_is_a_loss() -> None:
         raise RayServeException("something else")
 
 
-def test_overload_keeps_when_to_come_again() -> None:
+def test_overload_keeps_its_retry_after() -> None:
     for given, expected in ((None, 1), (0.2, 1), (2.5, 3)):
         error = _raised(BackPressureError(1, 1, 503, given))
         assert isinstance(error, OverloadedError)
@@ -69,5 +69,5 @@ def test_overload_keeps_when_to_come_again() -> None:
 
 
 @pytest.mark.parametrize("error", [RequestError("bad"), ZeroDivisionError("oops")])
-def test_what_a_stage_has_raised_is_passed_on(error: Exception) -> None:
+def test_a_stages_own_error_is_passed_on(error: Exception) -> None:
     assert _raised(error) is error

@@ -26,7 +26,7 @@ from tests.tiny import edit_json
 @pytest.mark.parametrize(
     ("proxy", "entrance"), [("0.0.0.0", None), ("127.64.0.1", "0.0.0.0"), ("0.0.0.0", "127.0.0.1")]
 )
-def test_a_gateway_that_others_reach_without_keys_does_not_start(
+def test_an_exposed_gateway_without_keys_does_not_start(
     proxy: str, entrance: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """This holds however Serve was started or the application deployed, on any host, behind any proxy."""
@@ -39,14 +39,14 @@ def test_a_gateway_that_others_reach_without_keys_does_not_start(
         GatewayReplica(AppArgs(), object(), {}, {}, LocalHandoff())  # type: ignore[arg-type]
 
 
-def test_our_records_go_where_serves_go() -> None:
+def test_our_log_records_go_to_serves_handlers() -> None:
     serve_logger = logging.getLogger("ray.serve")
     adopt_serve_logging()
     assert logging.getLogger("deployments").handlers == serve_logger.handlers
     assert logging.getLogger("llava_core").level == logging.INFO
 
 
-def test_a_replica_reads_its_own_part_only(checkpoint_copy: Path) -> None:
+def test_a_replica_reads_only_its_own_part_of_a_checkpoint(checkpoint_copy: Path) -> None:
     (checkpoint_copy / "model.safetensors").unlink()
     found = FoundCheckpoint(str(checkpoint_copy), None, {}, offline=True)
     PreprocessorReplica(AppArgs(), {"scenes-llava": found})
@@ -54,7 +54,7 @@ def test_a_replica_reads_its_own_part_only(checkpoint_copy: Path) -> None:
         VisionEncoderReplica(VisionEncoderArgs(), found, LocalHandoff())
 
 
-def test_caches_are_as_large_as_the_settings_say(tiny_checkpoint: Path) -> None:
+def test_cache_sizes_come_from_the_settings(tiny_checkpoint: Path) -> None:
     args = AppArgs.model_validate({"preprocessor": {"cache_bytes": 11}, "vision_encoder": {"cache_bytes": 12}})
     found = FoundCheckpoint(str(tiny_checkpoint), None, {}, offline=True)
     [preparer] = PreprocessorReplica(args, {"scenes-llava": found})._preparers.values()
@@ -62,7 +62,7 @@ def test_caches_are_as_large_as_the_settings_say(tiny_checkpoint: Path) -> None:
     assert VisionEncoderReplica(args.models[0].vision_encoder, found, LocalHandoff()).cache.max_bytes == 12
 
 
-def test_all_models_keep_their_tiles_in_one_cache(tiny_checkpoint: Path, checkpoint_copy: Path) -> None:
+def test_all_models_share_one_tile_cache(tiny_checkpoint: Path, checkpoint_copy: Path) -> None:
     folders = {"a": tiny_checkpoint, "b": checkpoint_copy}
     args = AppArgs.model_validate({"models": [{"name": "a", "template": "v0"}, {"name": "b"}]})
     found = {name: FoundCheckpoint(str(folder), None, {}, offline=True) for name, folder in folders.items()}
@@ -71,14 +71,14 @@ def test_all_models_keep_their_tiles_in_one_cache(tiny_checkpoint: Path, checkpo
     assert preparers["a"].cache is preparers["b"].cache
 
 
-def test_a_wrong_shape_is_found_where_it_is_loaded(checkpoint_copy: Path) -> None:
+def test_a_wrong_tensor_shape_is_detected_on_loading(checkpoint_copy: Path) -> None:
     edit_json(checkpoint_copy / "config.json", lambda config: config["vision_config"].update(intermediate_size=48))
     found = FoundCheckpoint(str(checkpoint_copy), None, {}, offline=True)
     with pytest.raises(CheckpointError, match="tower tensor"):
         VisionEncoderReplica(VisionEncoderArgs(), found, LocalHandoff())
 
 
-def test_ray_is_asked_which_gpus_it_has_given(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_gpus_is_that_assigned_by_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ray.is_initialized", lambda: True)
     for gpus in ([], [1], [0, 1]):
         monkeypatch.setattr("ray.get_gpu_ids", lambda gpus=gpus: gpus)

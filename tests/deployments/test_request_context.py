@@ -5,7 +5,7 @@ import asyncio
 from deployments.request_context import current_request, request_context
 
 
-def test_tasks_of_a_request_write_to_the_same_context_and_others_to_their_own() -> None:
+def test_tasks_of_one_request_share_a_context_and_other_requests_do_not() -> None:
     async def work(code: str) -> None:
         current_request().error_code = code
 

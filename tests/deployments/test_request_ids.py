@@ -13,17 +13,17 @@ from starlette.testclient import TestClient
 from deployments.request_ids import SOUND_ID, RequestIds
 
 
-async def _tell(request: Request) -> PlainTextResponse:
+async def _echo_request_id(request: Request) -> PlainTextResponse:
     return PlainTextResponse(request.state.request_id)
 
 
 def _client(*, echo: bool) -> TestClient:
-    app: Any = RequestIds(Starlette(routes=[Route("/", _tell)]), echo=echo)
+    app: Any = RequestIds(Starlette(routes=[Route("/", _echo_request_id)]), echo=echo)
     return TestClient(app)
 
 
 @pytest.mark.parametrize("echo", [True, False])
-def test_the_clients_own_is_kept_and_others_are_made_up(*, echo: bool) -> None:
+def test_the_clients_request_id_is_kept_and_missing_ones_are_generated(*, echo: bool) -> None:
     client = _client(echo=echo)
     mine = client.get("/", headers={"x-request-id": "mine"})
     first, second = client.get("/"), client.get("/")
@@ -35,5 +35,5 @@ def test_the_clients_own_is_kept_and_others_are_made_up(*, echo: bool) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "a b", 'a"', "a\n", "a" * 129, "é", "a,b"])
-def test_what_is_not_fit_for_logs_and_headers_is_not_sound(text: str) -> None:
+def test_ids_unfit_for_logs_and_headers_are_not_sound(text: str) -> None:
     assert not re.fullmatch(SOUND_ID, text)

@@ -74,7 +74,7 @@ def test_requests_are_counted_by_route_and_status() -> None:
         ([TokenDelta("id", "a", (1,)), EngineError("broken")], "engine_error"),
     ],
 )
-def test_errors_are_counted_by_the_code_that_the_client_is_told(items: Any, code: str, *, stream: bool) -> None:
+def test_errors_are_counted_by_the_code_sent_to_the_client(items: Any, code: str, *, stream: bool) -> None:
     app, recorder = _gateway(ScriptedEngine(items))
     with TestClient(app, raise_server_exceptions=False) as client:
         text = client.post(CHAT, json={**HELLO, "stream": stream}).text
@@ -85,7 +85,7 @@ def test_errors_are_counted_by_the_code_that_the_client_is_told(items: Any, code
 @pytest.mark.parametrize(
     "error", [OverloadedError("full", limit="engine"), RateLimitError("full", limit="tokens", retry_after_s=7)]
 )
-def test_refusals_are_counted_by_what_had_run_out(error: OverloadedError) -> None:
+def test_refusals_are_counted_by_the_exhausted_limit(error: OverloadedError) -> None:
     app, recorder = _gateway(ScriptedEngine([error]))
     with TestClient(app) as client:
         assert client.post(CHAT, json=HELLO).status_code == 429
@@ -94,7 +94,7 @@ def test_refusals_are_counted_by_what_had_run_out(error: OverloadedError) -> Non
     assert sum(value for (metric, _), value in recorder.counted.items() if metric is REFUSALS) == 1
 
 
-def test_what_the_last_resort_answers_is_counted_as_well() -> None:
+def test_internal_errors_are_counted_too() -> None:
     async def broken() -> Any:
         raise RuntimeError("a bug")
 
@@ -110,7 +110,7 @@ def test_what_the_last_resort_answers_is_counted_as_well() -> None:
     ("items", "stream", "phase"),
     [([], True, "waiting"), (answer("a", "b")[:1], True, "streaming"), (answer("a", "b")[:1], False, "waiting")],
 )
-def test_a_client_that_hangs_up_is_counted_once(items: list[Item], phase: str, *, stream: bool) -> None:
+def test_a_client_disconnect_is_counted_once(items: list[Item], phase: str, *, stream: bool) -> None:
     engine = ScriptedEngine(items, hangs=True)
     app, recorder = _gateway(engine)
 
@@ -143,7 +143,7 @@ def test_a_client_that_hangs_up_is_counted_once(items: list[Item], phase: str, *
     assert recorder.counted[CANCELLATIONS, (phase,)] == 1
 
 
-def test_an_answer_is_measured_from_its_requests_first_byte_and_between_its_pieces() -> None:
+def test_time_to_first_token_and_chunk_gaps_are_measured() -> None:
     app, recorder = _gateway(ScriptedEngine(answer("a", "b", "c")))
     with TestClient(app) as client:
         for stream in (True, False):
@@ -154,7 +154,7 @@ def test_an_answer_is_measured_from_its_requests_first_byte_and_between_its_piec
     assert all(0 < early < late for early, late in zip(first, whole, strict=True))
 
 
-def test_gaps_are_between_pieces_of_one_answer_of_several() -> None:
+def test_gaps_are_measured_between_chunks_of_the_same_answer() -> None:
     pieces: list[Item] = [TokenDelta("id", "a", (1,), index=index) for index in (0, 1, 0, 1)]
     app, recorder = _gateway(ScriptedEngine([*pieces, *answer("end", index=2)]))
     with TestClient(app) as client:
@@ -163,7 +163,7 @@ def test_gaps_are_between_pieces_of_one_answer_of_several() -> None:
     assert len(recorder.observed[CHUNK_GAP, ("m",)]) == 2
 
 
-def test_leaving_an_answer_early_closes_what_writes_it() -> None:
+def test_leaving_an_answer_early_closes_its_stream() -> None:
     engine = ScriptedEngine(answer("a", "b"))
     recorder = FakeRecorder()
 
@@ -176,7 +176,7 @@ def test_leaving_an_answer_early_closes_what_writes_it() -> None:
     assert (engine.num_open, engine.num_left_early) == (0, 1)
 
 
-def test_each_request_has_a_line_with_its_key_and_code_and_without_content(caplog: pytest.LogCaptureFixture) -> None:
+def test_each_request_is_logged_with_key_and_code_but_without_content(caplog: pytest.LogCaptureFixture) -> None:
     class Keyed(ScriptedEngine):
         def stream(self, *given: Any) -> AsyncGenerator[Item, None]:
             current_request().key_id = "key-7"

@@ -108,7 +108,7 @@ def _replicas(number: int, **options: int) -> list[_Replica]:
     return [_Replica(f"r{index}", **options) for index in range(number)]
 
 
-def test_a_key_stays_with_its_replica_and_other_keys_have_others() -> None:
+def test_a_key_always_goes_to_its_preferred_replica() -> None:
     async def test() -> None:
         stage = _Stage(*_replicas(3))
         for key in map(str, range(60)):
@@ -121,7 +121,7 @@ def test_a_key_stays_with_its_replica_and_other_keys_have_others() -> None:
     _run(test)
 
 
-def test_calls_at_once_each_get_the_replica_of_their_own_key() -> None:
+def test_concurrent_calls_each_go_to_their_keys_preferred_replica() -> None:
     async def test() -> None:
         stage = _Stage(*_replicas(4))
         keys = [stage.key_of(replica) for replica in stage.replicas.values()]
@@ -130,7 +130,7 @@ def test_calls_at_once_each_get_the_replica_of_their_own_key() -> None:
     _run(test)
 
 
-def test_what_everybody_asks_about_is_shared_by_all_replicas() -> None:
+def test_a_popular_key_is_shared_by_all_replicas() -> None:
     async def test() -> None:
         stage = _Stage(*_replicas(4))
         for _ in range(80):
@@ -143,7 +143,7 @@ def test_what_everybody_asks_about_is_shared_by_all_replicas() -> None:
     _run(test)
 
 
-def test_a_replica_that_is_full_is_passed_over_and_waited_for_only_when_all_are() -> None:
+def test_full_replicas_are_skipped_and_waited_for_only_if_all_are_full() -> None:
     async def test() -> None:
         stage = _Stage(*_replicas(2, max_ongoing_requests=2))
         first, second = (stage.replicas[name] for name in ranked("key", stage.replicas))
@@ -160,7 +160,7 @@ def test_a_replica_that_is_full_is_passed_over_and_waited_for_only_when_all_are(
     _run(test)
 
 
-def test_a_dead_replica_whose_load_is_unknown_is_asked_first_and_then_passed_over() -> None:
+def test_a_dead_replica_of_unknown_load_is_probed_and_skipped() -> None:
     async def test() -> None:
         stage = _Stage(*_replicas(2))
         first, second = (stage.replicas[name] for name in ranked("key", stage.replicas))
@@ -176,7 +176,7 @@ def test_a_dead_replica_whose_load_is_unknown_is_asked_first_and_then_passed_ove
     _run(test)
 
 
-def test_a_new_replica_takes_over_keys_of_its_own_alone() -> None:
+def test_a_new_replica_takes_over_only_keys_that_now_prefer_it() -> None:
     async def test() -> None:
         stage = _Stage(*_replicas(2))
         before = {key: stage.preferred(key) for key in map(str, range(40))}
@@ -192,7 +192,7 @@ def test_a_new_replica_takes_over_keys_of_its_own_alone() -> None:
 
 
 @pytest.mark.parametrize("key", ["", "key"])
-def test_one_replica_is_no_choice(key: str) -> None:
+def test_routing_to_the_only_replica_is_not_counted_as_a_choice(key: str) -> None:
     async def test() -> None:
         (only,) = replicas = _replicas(1)
         stage = _Stage(*replicas)
@@ -202,7 +202,7 @@ def test_one_replica_is_no_choice(key: str) -> None:
     _run(test)
 
 
-def test_calls_without_a_key_go_to_the_less_busy_one() -> None:
+def test_calls_without_a_key_go_to_the_less_busy_replica() -> None:
     async def test() -> None:
         stage = _Stage(*_replicas(2))
         for _ in range(20):
@@ -214,7 +214,7 @@ def test_calls_without_a_key_go_to_the_less_busy_one() -> None:
 
 
 @pytest.mark.parametrize("key", ["", "key"])
-def test_who_asks_again_gets_another_replica_and_so_do_others_for_a_while(key: str) -> None:
+def test_a_retry_and_later_calls_avoid_the_suspected_replica_for_a_while(key: str) -> None:
     async def test() -> None:
         now = [0.0]
         stage = _Stage(*_replicas(2))
@@ -230,7 +230,7 @@ def test_who_asks_again_gets_another_replica_and_so_do_others_for_a_while(key: s
     _run(test)
 
 
-def test_the_last_replica_is_asked_though_it_has_lost_what_is_asked() -> None:
+def test_the_only_replica_is_used_even_though_it_lost_the_request() -> None:
     async def test() -> None:
         (only,) = replicas = _replicas(1)
         stage = _Stage(*replicas)
@@ -239,7 +239,7 @@ def test_the_last_replica_is_asked_though_it_has_lost_what_is_asked() -> None:
     _run(test)
 
 
-def test_a_replica_that_has_refused_a_call_has_not_lost_it() -> None:
+def test_a_refusal_by_a_replica_is_not_a_loss() -> None:
     async def test() -> None:
         stage = _Stage(*_replicas(2))
         metadata = RequestMetadata("1", "internal-1", session_id=str(Session("key", "1")))
@@ -251,7 +251,7 @@ def test_a_replica_that_has_refused_a_call_has_not_lost_it() -> None:
     _run(test)
 
 
-def test_a_router_that_serve_has_sent_by_value_tells_those_who_listen_in_its_process(tmp_path: Path) -> None:
+def test_a_router_pickled_by_value_uses_its_processs_own_sent_calls(tmp_path: Path) -> None:
     config = RequestRouterConfig(request_router_class="deployments.routing.AffinityRouter")
     sent = tmp_path / "router"
     sent.write_bytes(config.get_serialized_request_router_cls() or b"")

@@ -69,7 +69,7 @@ def _by_replica(page: Page, metric: Metric, **labels: str) -> dict[str, float]:
     return {replica: value for replica, value in found.items() if value}
 
 
-def test_a_picture_is_prepared_and_encoded_once_and_pictures_are_spread(service: Running, expected: list[str]) -> None:
+def test_each_picture_is_encoded_once_and_pictures_are_spread(service: Running, expected: list[str]) -> None:
     """The first test of the file, because it counts from zero."""
     num_rounds = 4
     answers = [[_ask(service, picture) for picture in PICTURES] for _ in range(num_rounds)]
@@ -95,7 +95,7 @@ def test_a_picture_is_prepared_and_encoded_once_and_pictures_are_spread(service:
     service.settled_metrics(check)
 
 
-def test_a_picture_that_many_ask_about_at_once_keeps_both_replicas_at_work(service: Running) -> None:
+def test_a_popular_picture_keeps_both_replicas_busy(service: Running) -> None:
     before = _routed(service)
     with concurrent.futures.ThreadPoolExecutor(16) as clients:
         answers = list(clients.map(lambda _: _text(_ask(service, PICTURES[0])), range(64)))
@@ -117,15 +117,15 @@ def _kill_one_of_two(service: Running, stage: str) -> None:
 
 
 def _await_two(service: Running, stage: str) -> None:
-    def is_whole() -> bool:
+    def are_both_ready() -> bool:
         healthy = httpx.get(f"{service.url}/health", timeout=10).status_code == 200
         return healthy and len(service.replicas(stage)) == 2
 
-    until(is_whole, deadline_s=120)
+    until(are_both_ready, deadline_s=120)
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_pictures_of_a_replica_that_is_killed_are_answered_by_the_other(
+def test_pictures_of_a_killed_replica_are_answered_by_the_other(
     service: Running, expected: list[str], stage: str
 ) -> None:
     _await_two(service, stage)
@@ -134,7 +134,7 @@ def test_pictures_of_a_replica_that_is_killed_are_answered_by_the_other(
     assert [_text(_ask(service, picture)) for picture in PICTURES] == expected
 
 
-def test_what_was_on_a_replica_that_is_killed_is_done_again_by_the_other(service: Running) -> None:
+def test_requests_on_a_killed_replica_are_retried_on_the_other(service: Running) -> None:
     _await_two(service, "VisionEncoder")
     new = [plain((0, 5 * shade, 0)) for shade in range(1, 49)]
     with concurrent.futures.ThreadPoolExecutor(12) as clients:

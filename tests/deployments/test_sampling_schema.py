@@ -36,12 +36,12 @@ def test_every_field_is_taken_over() -> None:
     assert given == SamplingParams(**values, stop=("a", "b"), stop_token_ids=(4, 5), logit_bias=((7, -100.0), (8, 1.5)))
 
 
-def test_null_is_as_good_as_nothing() -> None:
+def test_null_means_the_default() -> None:
     assert _sampling(**dict.fromkeys(SamplingBody.model_fields)) == SamplingParams()
 
 
 @pytest.mark.parametrize(("given", "drawn"), [(GREEDY_BELOW * 0.99, 0.0), (GREEDY_BELOW, GREEDY_BELOW)])
-def test_what_is_too_cold_is_greedy_for_the_engine_as_well(given: float, drawn: float) -> None:
+def test_a_temperature_too_low_to_sample_is_greedy(given: float, drawn: float) -> None:
     sampling = _sampling(temperature=given)
     assert sampling.temperature == drawn
     assert is_greedy(SamplingParams(temperature=given)) == is_greedy(sampling) == (drawn == 0)

@@ -24,7 +24,7 @@ counts = st.integers(0, 50)
 class Stage:
     """A made-up context: what each running replica reports."""
 
-    told: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    reported: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     running_replicas: tuple[str, ...] = ("a", "b")
     target_num_replicas: int = 2
     total_num_requests: float = 1
@@ -36,7 +36,7 @@ class Stage:
 
     @property
     def aggregated_metrics(self) -> Mapping[str, Mapping[Any, float]]:
-        return self.told
+        return self.reported
 
 
 def _wanted(stage: Stage, tolerance: float = TOLERANCE, **targets: float) -> int:
@@ -49,54 +49,54 @@ def _wanted(stage: Stage, tolerance: float = TOLERANCE, **targets: float) -> int
     ("tiles", "wanted"),
     [((0, 0), 1), ((3, 4), 1), ((10, 0), 1), ((10, 10), 2), ((10, 11), 3), ((40, 2), 5), ((100, 0), 10)],
 )
-def test_a_signal_asks_for_its_amount_over_what_one_replica_may_have(tiles: tuple[float, float], wanted: int) -> None:
-    told = {"tiles": dict(zip("ab", tiles, strict=True))}
-    assert _wanted(Stage(told), tolerance=0, tiles=10) == wanted
+def test_a_signal_asks_for_its_total_divided_by_the_target(tiles: tuple[float, float], wanted: int) -> None:
+    reported = {"tiles": dict(zip("ab", tiles, strict=True))}
+    assert _wanted(Stage(reported), tolerance=0, tiles=10) == wanted
 
 
-def test_the_signal_that_asks_for_most_counts_and_others_are_not_looked_at() -> None:
-    told = {"tiles": {"a": 5.0, "b": 5.0}, BUSY: {"a": 1.0, "b": 0.9}, "more": {"a": 99.0, "b": 99.0}}
-    assert _wanted(Stage(told), tiles=10, busy=0.5) == 4
-    assert _wanted(Stage(told), tiles=1, busy=0.5) == 10
+def test_the_highest_demand_wins_and_signals_without_a_target_are_ignored() -> None:
+    reported = {"tiles": {"a": 5.0, "b": 5.0}, BUSY: {"a": 1.0, "b": 0.9}, "more": {"a": 99.0, "b": 99.0}}
+    assert _wanted(Stage(reported), tiles=10, busy=0.5) == 4
+    assert _wanted(Stage(reported), tiles=1, busy=0.5) == 10
 
 
-def test_requests_are_those_that_serve_knows_of() -> None:
+def test_the_request_signal_is_serves_own_count() -> None:
     assert _wanted(Stage(total_num_requests=41, total_queued_requests=40), **{REQUESTS: 10}) == 5
 
 
-def test_what_waits_in_gateways_counts_like_what_replicas_hold_and_keeps_no_tower_busy() -> None:
-    told = {"tiles": {"a": 20.0, "b": 20.0}, BUSY: {"a": 0.4, "b": 0.4}, HELD_REQUESTS: {"a": 2.0, "b": 2.0}}
+def test_queued_requests_count_like_held_ones_but_not_towards_busy_time() -> None:
+    reported = {"tiles": {"a": 20.0, "b": 20.0}, BUSY: {"a": 0.4, "b": 0.4}, HELD_REQUESTS: {"a": 2.0, "b": 2.0}}
     # Four requests have 40 tiles, so eight more have 80.
-    stage = Stage(told, total_num_requests=12, total_queued_requests=8)
+    stage = Stage(reported, total_num_requests=12, total_queued_requests=8)
     assert _wanted(stage, tiles=20) == 6
     assert _wanted(stage, busy=0.8) == 2
 
 
-@pytest.mark.parametrize("told", [{}, {"tiles": {"a": 1.0}}, {"tiles": {"a": 1.0, "gone": 500.0}}])
-def test_while_a_replica_has_not_told_nothing_is_taken_away(told: Mapping[str, Mapping[str, float]]) -> None:
-    assert _wanted(Stage(told, target_num_replicas=2), tiles=10) == 2
+@pytest.mark.parametrize("reported", [{}, {"tiles": {"a": 1.0}}, {"tiles": {"a": 1.0, "gone": 500.0}}])
+def test_no_scale_down_until_every_replica_has_reported(reported: Mapping[str, Mapping[str, float]]) -> None:
+    assert _wanted(Stage(reported, target_num_replicas=2), tiles=10) == 2
     # Another metric may require more.
-    busy = {**told, BUSY: {"a": 1.0, "b": 1.0}}
+    busy = {**reported, BUSY: {"a": 1.0, "b": 1.0}}
     assert _wanted(Stage(busy), tiles=10, busy=0.5) == 4
 
 
-def test_what_a_replica_that_is_gone_has_told_does_not_count() -> None:
+def test_reports_of_removed_replicas_do_not_count() -> None:
     assert _wanted(Stage({"tiles": {"a": 4.0, "b": 5.0, "gone": 500.0}}), tiles=10) == 1
 
 
-def test_without_a_running_replica_the_number_stays() -> None:
+def test_without_a_running_replica_the_target_stays() -> None:
     for target in (0, 1, 3):
         assert _wanted(Stage(running_replicas=(), target_num_replicas=target), tiles=10) == target
 
 
-def test_none_are_needed_where_nothing_is_to_be_done_and_one_for_a_request_on_its_way() -> None:
+def test_no_work_needs_no_replica_and_an_incoming_request_needs_one() -> None:
     idle = {"tiles": {"a": 0.0, "b": 0.0}}
     assert _wanted(Stage(idle, total_num_requests=0), tiles=10) == 0
     assert _wanted(Stage(idle, total_num_requests=0.1), tiles=10) == 1
 
 
 @given(present=counts, needed=amounts, more=amounts, tolerance=st.floats(0, 1))
-def test_more_to_do_never_means_fewer_replicas(present: int, needed: float, more: float, tolerance: float) -> None:
+def test_more_work_never_means_fewer_replicas(present: int, needed: float, more: float, tolerance: float) -> None:
     assert clamp(present, needed, tolerance) <= clamp(present, needed + more, tolerance)
 
 
@@ -105,8 +105,8 @@ def test_more_of_any_signal_never_means_fewer_replicas(
     tiles: tuple[float, float], more: float, present: int, queued: float
 ) -> None:
     def wanted(extra: float, waiting: float) -> int:
-        told = {"tiles": {"a": tiles[0] + extra, "b": tiles[1]}, HELD_REQUESTS: {"a": 1.0, "b": 2.0}}
-        stage = Stage(told, target_num_replicas=present, total_num_requests=3, total_queued_requests=waiting)
+        reported = {"tiles": {"a": tiles[0] + extra, "b": tiles[1]}, HELD_REQUESTS: {"a": 1.0, "b": 2.0}}
+        stage = Stage(reported, target_num_replicas=present, total_num_requests=3, total_queued_requests=waiting)
         return _wanted(stage, tiles=7)
 
     assert wanted(0, 0) <= wanted(more, 0) <= wanted(more, queued)
@@ -120,7 +120,7 @@ def test_the_number_is_enough_and_not_much_too_large(present: int, needed: float
 
 
 @given(present=counts, needed=amounts, tolerance=st.floats(0, 1))
-def test_under_constant_load_one_move_is_enough(present: int, needed: float, tolerance: float) -> None:
+def test_constant_load_causes_at_most_one_change(present: int, needed: float, tolerance: float) -> None:
     moved = clamp(present, needed, tolerance)
     assert clamp(moved, needed, tolerance) == moved
 
@@ -130,7 +130,7 @@ def test_under_constant_load_one_move_is_enough(present: int, needed: float, tol
     load=st.floats(0.1, 30),
     noise=st.lists(st.floats(-0.04, 0.04), min_size=1, max_size=50),
 )
-def test_a_load_that_trembles_within_the_tolerance_moves_the_number_one_way_only(
+def test_load_noise_within_the_tolerance_changes_the_number_one_way_only(
     present: int, load: float, noise: list[float]
 ) -> None:
     """From 4 % below to 4 % above is a change of less than a tenth."""
@@ -176,7 +176,7 @@ def _simulate(loads: list[float], **config: Any) -> list[int]:
     return numbers
 
 
-def test_with_serves_delays_a_load_that_rises_and_falls_is_followed_once() -> None:
+def test_a_rise_and_fall_of_load_is_followed_once_with_serves_delays() -> None:
     delays = {"upscale_delay_s": 3, "downscale_delay_s": 20, "downscale_to_zero_delay_s": 30}
     loads = [0] * 5 + [8] * 10 + [38] * 40 + [12] * 60 + [0] * 100
     numbers = _simulate([float(load) for load in loads], **delays)
@@ -187,6 +187,6 @@ def test_with_serves_delays_a_load_that_rises_and_falls_is_followed_once() -> No
     assert changes == [(5, 1), (18, 4), (75, 2), (135, 1), (166, 0)]
 
 
-def test_a_burst_that_is_shorter_than_the_delay_starts_nothing() -> None:
+def test_a_burst_shorter_than_the_delay_starts_no_replica() -> None:
     loads = ([8.0] * 8 + [60.0] * 2) * 10
     assert set(_simulate(loads, upscale_delay_s=3, downscale_delay_s=20)) == {1}

@@ -41,7 +41,7 @@ def _ask(service: Running, number: int) -> httpx.Response:
     return service.post(messages=asked, max_tokens=NUM_TOKENS, ignore_eos=True, stream=True)
 
 
-def _is_whole(response: httpx.Response) -> bool:
+def _is_complete(response: httpx.Response) -> bool:
     return response.status_code == 200 and '"error"' not in response.text and response.text.endswith("data: [DONE]\n\n")
 
 
@@ -51,7 +51,7 @@ def _states(service: Running) -> dict[str, str]:
     return dict(response.json()["stages"])
 
 
-def test_replicas_come_with_the_work_and_go_with_it_and_no_request_fails(service: Running) -> None:
+def test_replicas_scale_up_and_down_with_load_and_no_request_fails(service: Running) -> None:
     """The service is ready once each stage has been seen to run."""
     assert len(service.replicas("Generator")) == 1
     # Generators take longer to start; meanwhile the encoder may have been removed again.
@@ -63,7 +63,7 @@ def test_replicas_come_with_the_work_and_go_with_it_and_no_request_fails(service
         while not is_over.is_set():
             answers.append(_ask(service, next(numbers)))
 
-    def several_have_answered_and_told_of_their_start() -> bool:
+    def several_have_answered_and_reported_their_start() -> bool:
         """Checked under load, because a replica's metrics disappear from the page with the replica."""
         samples = service.metrics().samples
         finished, started = samples.get(FINISHED.name, ()), samples.get(STARTUP.name, ())
@@ -75,12 +75,12 @@ def test_replicas_come_with_the_work_and_go_with_it_and_no_request_fails(service
     with concurrent.futures.ThreadPoolExecutor(NUM_CLIENTS) as clients:
         running = [clients.submit(client) for _ in range(NUM_CLIENTS)]
         try:
-            until(several_have_answered_and_told_of_their_start, deadline_s=DEADLINE_S)
+            until(several_have_answered_and_reported_their_start, deadline_s=DEADLINE_S)
         finally:
             is_over.set()
         for each in running:
             each.result()
-    assert all(map(_is_whole, answers)), [each.text for each in answers if not _is_whole(each)][:1]
+    assert all(map(_is_complete, answers)), [each.text for each in answers if not _is_complete(each)][:1]
 
     # Two busy replicas become none, which is not reported as a fault.
     until(lambda: not service.replicas("Generator") and not service.replicas("VisionEncoder"), deadline_s=DEADLINE_S)
@@ -94,4 +94,4 @@ def test_replicas_come_with_the_work_and_go_with_it_and_no_request_fails(service
         while not all(each.done() for each in woken):
             _states(service)
             concurrent.futures.wait(woken, timeout=0.2)
-    assert all(_is_whole(each.result()) for each in woken)
+    assert all(_is_complete(each.result()) for each in woken)

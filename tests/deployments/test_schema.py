@@ -33,14 +33,14 @@ class _Plain(Body):
 
 
 @pytest.mark.parametrize("body", [b'{"echo": true}', b'{"tools": [1]}', b'{"audio": {}}', b'{"echo": "no"}'])
-def test_what_is_not_supported_is_refused_by_name(body: bytes) -> None:
+def test_unsupported_fields_are_refused_by_name(body: bytes) -> None:
     with pytest.raises(RequestError) as caught:
         parse_body(body, _Plain, max_text=1000)
     assert caught.value.param == next(iter(json.loads(body)))
     assert caught.value.code == "unsupported_parameter"
 
 
-def test_values_that_ask_for_nothing_and_fields_that_nobody_knows_are_ignored() -> None:
+def test_unknown_fields_and_values_without_effect_are_ignored() -> None:
     assert parse_body(b'{"echo": false, "tools": [], "audio": null, "of_next_year": [1]}', _Plain, max_text=1000)
 
 
@@ -48,38 +48,38 @@ def test_values_that_ask_for_nothing_and_fields_that_nobody_knows_are_ignored() 
     "body",
     [b"", b"hello", b'{"messages": [', b"[1, 2]", b'"text"', b"\xff\xfe", b"[" * 60_000, b'{"messages": "\\ud800"}'],
 )
-def test_a_body_that_is_no_json_object_is_refused(body: bytes) -> None:
+def test_a_body_that_is_not_a_json_object_is_refused(body: bytes) -> None:
     error = _refusal(body)
     assert error.code == "invalid_json"
     assert len(error.message) < 200
 
 
-def test_of_a_long_name_the_beginning_is_repeated() -> None:
+def test_a_long_name_is_truncated_in_the_error() -> None:
     error = _refused(logit_bias={"9" * 5000: 101})
     assert error.param == f"logit_bias.{'9' * 100}"
     assert len(error.message) < 200
 
 
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "1e999"])
-def test_numbers_that_are_none_are_refused(number: str) -> None:
+def test_nonfinite_numbers_are_refused(number: str) -> None:
     assert _refusal(b'{"messages": [{"role": "user", "content": "x"}], "temperature": %s}' % number.encode()).param == (
         "temperature"
     )
 
 
-def test_what_was_sent_is_not_repeated_in_the_error() -> None:
+def test_the_error_does_not_quote_what_was_sent() -> None:
     assert "secret" not in _refused(temperature="secret").message
 
 
 @pytest.mark.parametrize("filling", [b"[],", b"{},", b"1,"])
-def test_small_values_in_great_numbers_are_refused_before_they_are_read(filling: bytes) -> None:
+def test_too_many_small_values_are_refused_before_parsing(filling: bytes) -> None:
     body = b'{"messages": [{"role": "user", "content": "hi"}], "metadata": [%s1]}' % (filling * 1_000_000)
     started = time.process_time()
     assert _refusal(body).code == "request_too_complex"
     assert time.process_time() - started < 1
 
 
-def test_a_text_of_brackets_and_a_large_picture_are_no_great_number_of_values() -> None:
+def test_brackets_in_a_text_and_a_large_picture_do_not_count_as_values() -> None:
     url = "data:image/png;base64," + "A" * 5_000_000
     content = [{"type": "text", "text": "[{," * 300}, {"type": "image_url", "image_url": {"url": url}}]
     assert len(_parse(messages=[{"role": "user", "content": content}]).messages[0].content) == 2

@@ -21,7 +21,7 @@ def _make_old(path: Path) -> None:
     os.utime(path, (long_ago, long_ago))
 
 
-def test_it_is_its_owners_alone_and_goes_with_its_content() -> None:
+def test_it_is_private_to_its_owner_and_removed_with_its_content() -> None:
     scratch = Scratch()
     assert scratch.path.stat().st_mode & 0o777 == 0o700
     (scratch.path / "file").write_text("x")
@@ -29,7 +29,7 @@ def test_it_is_its_owners_alone_and_goes_with_its_content() -> None:
     assert not scratch.path.exists()
 
 
-def test_what_a_killed_process_has_left_is_removed_by_the_next(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_process_are_removed_by_the_next(tmp_path: Path) -> None:
     program = (
         "import tempfile, time; from deployments.scratch import Scratch\n"
         f"tempfile.tempdir = {str(tmp_path)!r}\n"
@@ -49,7 +49,7 @@ def test_what_a_killed_process_has_left_is_removed_by_the_next(tmp_path: Path) -
     assert not left.exists()
 
 
-def test_what_is_new_or_not_a_folder_of_ours_stays(tmp_path: Path) -> None:
+def test_new_folders_and_foreign_paths_are_kept(tmp_path: Path) -> None:
     new, link, file = (tmp_path / f"llava-serve-haproxy-{name}" for name in ("new", "link", "file"))
     new.mkdir()
     elsewhere = tmp_path / "elsewhere"

@@ -5,7 +5,7 @@ from typing import Any
 from deployments.sent_calls import SentCalls, Whereabouts
 
 
-def test_a_call_is_where_its_router_says_and_no_other_is() -> None:
+def test_a_call_is_located_where_its_own_router_says() -> None:
     calls = SentCalls()
     calls.watch("Generator", "1")
     calls.watch("Generator", "2")
@@ -23,7 +23,7 @@ def test_a_call_is_where_its_router_says_and_no_other_is() -> None:
     assert not calls.where("Generator", "1").is_sent
 
 
-def test_nothing_is_kept_of_calls_that_nobody_watches() -> None:
+def test_nothing_is_kept_about_unwatched_calls() -> None:
     calls = SentCalls()
     calls.watch("Generator", "1")
     calls.forget("Generator", "1")

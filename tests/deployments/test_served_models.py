@@ -23,7 +23,7 @@ def _upstream(name: str) -> Upstream:
     return Upstream(name, UpstreamArgs(url="http://gpu-1/v1", model="theirs"), _no_pictures)
 
 
-def test_names_keep_their_order_and_the_only_one_need_not_be_named() -> None:
+def test_names_keep_their_order_and_a_single_model_is_the_default() -> None:
     served = ServedModels({"b": _upstream("b"), "a": ScriptedEngine()})
     assert served.names == ("b", "a")
     assert list(served.engines) == ["a"]
@@ -35,7 +35,7 @@ def test_names_keep_their_order_and_the_only_one_need_not_be_named() -> None:
     assert ServedModels({"b": _upstream("b")}).chosen(None) == "b"
 
 
-def test_what_an_engine_alone_can_do_is_refused_of_others() -> None:
+def test_engine_only_operations_are_refused_for_upstreams() -> None:
     engine = ScriptedEngine()
     served = ServedModels({"a": engine, "b": _upstream("b")})
     assert served.engine("a") is engine
@@ -44,10 +44,10 @@ def test_what_an_engine_alone_can_do_is_refused_of_others() -> None:
     assert (raised.value.param, raised.value.code) == ("model", "model_not_here")
 
 
-def test_a_body_is_read_as_whoever_answers_takes_it() -> None:
+def test_a_body_is_read_for_the_model_that_answers() -> None:
     def body(model: str) -> bytes:
-        said = [{"role": "user", "content": "hi"}]
-        return json.dumps({"model": model, "messages": said, "tool_choice": "required"}).encode()
+        messages = [{"role": "user", "content": "hi"}]
+        return json.dumps({"model": model, "messages": messages, "tool_choice": "required"}).encode()
 
     read = ServedModels({"a": ScriptedEngine(), "b": _upstream("b")}).reader(read_chat_request, ChatAnswer)
     forwarding = read(body("b"), "id", RequestLimits())

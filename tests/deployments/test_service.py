@@ -74,7 +74,7 @@ def _expected(model: LocalModel, *parts: TextPart | ImagePart, max_tokens: int =
     return "".join(delta.text for delta in model.stream(request))
 
 
-def test_every_stage_is_up_with_its_replicas(service: Running) -> None:
+def test_every_stage_is_ready_with_its_replicas(service: Running) -> None:
     health = httpx.get(f"{service.url}/health", timeout=10)
     assert health.status_code == 200
     assert set(health.json()["stages"]) == {"preprocessor", "vision_encoder", "generator"}
@@ -89,12 +89,12 @@ def test_every_process_calls_the_others_with_a_token(service: Running) -> None:
         assert b"RAY_AUTH_MODE=token" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
 
 
-def test_openais_client_lists_the_model(service: Running) -> None:
+def test_the_openai_client_lists_the_model(service: Running) -> None:
     assert [model.id for model in service.client.models.list()] == [service.model]
     assert service.client.models.retrieve(service.model).owned_by == "llava-serve"
 
 
-def test_openais_client_gets_an_answer_in_one_piece(service: Running, in_process: LocalModel) -> None:
+def test_the_openai_client_gets_an_unstreamed_answer(service: Running, in_process: LocalModel) -> None:
     completion = service.client.chat.completions.create(
         model=service.model, messages=messages(content(plain(), "What?")), max_tokens=12
     )
@@ -106,7 +106,7 @@ def test_openais_client_gets_an_answer_in_one_piece(service: Running, in_process
     assert completion.usage.total_tokens == completion.usage.prompt_tokens + completion.usage.completion_tokens
 
 
-def test_openais_client_streams(service: Running, in_process: LocalModel) -> None:
+def test_the_openai_client_streams(service: Running, in_process: LocalModel) -> None:
     stream = service.client.chat.completions.create(
         model=service.model,
         messages=messages(content(plain("blue"), "What?")),
@@ -123,7 +123,7 @@ def test_openais_client_streams(service: Running, in_process: LocalModel) -> Non
     assert chunks[-1].usage.completion_tokens <= 12
 
 
-def test_openais_client_streams_several_answers_with_log_probabilities(
+def test_the_openai_client_streams_several_answers_with_log_probabilities(
     service: Running, in_process: LocalModel
 ) -> None:
     stream = service.client.chat.completions.create(
@@ -146,7 +146,7 @@ def test_openais_client_streams_several_answers_with_log_probabilities(
     assert spelled[0] == spelled[1] != b""
 
 
-def test_a_text_goes_on_and_its_tokens_are_counted(service: Running, in_process: LocalModel) -> None:
+def test_a_text_is_continued_and_its_tokens_are_counted(service: Running, in_process: LocalModel) -> None:
     request = CompletionRequest("expected", "Once upon", SamplingParams(max_tokens=16))
     expected = "".join(delta.text for delta in in_process.stream(request))
     completion = service.client.completions.create(model=service.model, prompt="Once upon")
@@ -160,7 +160,7 @@ def test_a_text_goes_on_and_its_tokens_are_counted(service: Running, in_process:
     assert httpx.post(f"{service.url}/tokenize", json=question, timeout=60).json()["count"] > IMAGE_TOKENS
 
 
-def test_openais_client_gets_its_own_exceptions(service: Running) -> None:
+def test_the_openai_client_gets_its_own_exceptions(service: Running) -> None:
     with pytest.raises(openai.NotFoundError) as missing:
         service.client.chat.completions.create(model="gpt-9", messages=messages("hi"))
     assert (missing.value.code, missing.value.param) == ("model_not_found", "model")
@@ -170,7 +170,7 @@ def test_openais_client_gets_its_own_exceptions(service: Running) -> None:
     assert bad.value.request_id
 
 
-def test_eight_clients_at_once_get_their_own_answers(service: Running, in_process: LocalModel) -> None:
+def test_eight_concurrent_clients_get_their_own_answers(service: Running, in_process: LocalModel) -> None:
     colours = [(37 * index % 256, 91 * index % 256, 53 * index % 256) for index in range(8)]
     expected = [_expected(in_process, ImagePart(plain(c)), TextPart(f"Q{i}")) for i, c in enumerate(colours)]
     assert len(set(expected)) > 1
@@ -193,9 +193,7 @@ def test_a_picture_larger_than_serves_inline_limit_is_served(service: Running, i
     )
 
 
-def test_a_radiograph_is_answered_as_what_is_seen_in_it_and_its_patient_is_told_nowhere(
-    service: Running, in_process: LocalModel
-) -> None:
+def test_a_radiograph_is_answered_without_revealing_its_patient(service: Running, in_process: LocalModel) -> None:
     """A scene as stored by a 12-bit detector; then damaged files, and one that is a report."""
     grey = draw_scene(sample_scene(random.Random(3))).convert("L")
     stored = 4095 - np.rint(np.asarray(grey) * (4095 / 255)).astype(np.uint16)
@@ -209,9 +207,9 @@ def test_a_radiograph_is_answered_as_what_is_seen_in_it_and_its_patient_is_told_
     answer = asked(data, window=2)
     expected = _expected(in_process, ImagePart(encode(grey)), TextPart("What?"))
     assert answer.json()["choices"][0]["message"]["content"] == expected
-    [told] = answer.json()["image_transforms"]
-    assert (told["photometric"], told["is_inverted"], told["bits"]) == ("MONOCHROME1", True, 12)
-    assert (told["window"]["centre"], told["window"]["source"]) == (2048, "file")
+    [transform] = answer.json()["image_transforms"]
+    assert (transform["photometric"], transform["is_inverted"], transform["bits"]) == ("MONOCHROME1", True, 12)
+    assert (transform["window"]["centre"], transform["window"]["source"]) == (2048, "file")
 
     report = data_set(stored, SOPClassUID="1.2.840.10008.5.1.4.1.1.88.11")
     del report.PixelData
@@ -247,7 +245,7 @@ def _status(service: Running) -> int | None:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_full_service_says_so_and_clients_that_hang_up_make_room(service: Running, *, stream: bool) -> None:
+def test_a_full_service_refuses_and_disconnecting_clients_make_room(service: Running, *, stream: bool) -> None:
     """Each replica runs one request and queues eight. They would take minutes, so only hanging up frees the slots."""
     body = {
         "messages": messages(content(plain(), "What?")),
@@ -274,7 +272,7 @@ def test_a_full_service_says_so_and_clients_that_hang_up_make_room(service: Runn
     until(lambda: _status(service) == 200)
 
 
-def test_clients_mistakes_are_4xx_in_openais_shape_and_leave_no_traceback(service: Running) -> None:
+def test_client_errors_are_4xx_in_openais_shape_without_a_traceback(service: Running) -> None:
     pictures = [{"messages": messages(content(data, "What?"))} for data in unusable().values() if data[:4] != b"\xff"]
     pictures.pop(list(unusable()).index("too many pixels"))
     others: list[dict[str, Any]] = [
@@ -312,12 +310,12 @@ def _assert_refused(response: httpx.Response) -> None:
     assert body["request_id"] == response.headers["x-request-id"]
 
 
-def test_too_large_a_body_is_refused(service: Running) -> None:
+def test_a_body_that_is_too_large_is_refused(service: Running) -> None:
     response = httpx.post(f"{service.url}/v1/chat/completions", content=b" " * (65 * 1024 * 1024), timeout=60)
     assert (response.status_code, response.json()["error"]["code"]) == (413, "request_too_large")
 
 
-def test_the_demo_answers_and_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_the_demo_answers_and_leaves_no_process_behind(tmp_path: Path) -> None:
     """The demo uses the model that comes with this project, as no other is named."""
     picture = tmp_path / "picture.png"
     picture.write_bytes(plain())
@@ -335,7 +333,7 @@ def test_the_demo_answers_and_leaves_nothing_behind(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to load it on")
-def test_a_replica_that_cannot_load_ends_the_start_and_is_named(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_a_replica_that_cannot_load_aborts_the_start_and_is_named(tiny_checkpoint: Path, tmp_path: Path) -> None:
     file = write_config(tiny_checkpoint, tmp_path, generator={"num_cpus": 0.05, "device": "cuda"})
     with started(llava("serve", "--config", str(file), "--port", str(free_port()))) as (process, _):
         printed = process.communicate(timeout=START_S)[0].decode()
@@ -346,7 +344,7 @@ def test_a_replica_that_cannot_load_ends_the_start_and_is_named(tiny_checkpoint:
     assert "Traceback" not in printed
 
 
-def test_a_checkpoint_that_does_not_fit_its_config_ends_the_start(checkpoint_copy: Path) -> None:
+def test_a_checkpoint_that_does_not_fit_its_config_aborts_the_start(checkpoint_copy: Path) -> None:
     edit_json(checkpoint_copy / "config.json", lambda config: config["vision_config"].update(intermediate_size=48))
     with started(llava("serve", "--model", str(checkpoint_copy), "--port", str(free_port()))) as (process, _):
         printed = process.communicate(timeout=START_S)[0].decode()

@@ -11,7 +11,7 @@ from deployments.stage_settings import StageArgs
 from llava_core.request_limits import RequestLimits
 
 
-def test_limits_that_nobody_sets_are_the_cores() -> None:
+def test_default_limits_are_those_of_the_core() -> None:
     assert LimitArgs().request == RequestLimits()
 
 
@@ -49,7 +49,7 @@ def test_limits_that_nobody_sets_are_the_cores() -> None:
         {"cors": {"origin": "*"}},
     ],
 )
-def test_what_is_not_known_or_not_possible_is_refused(args: dict) -> None:
+def test_unknown_and_impossible_settings_are_refused(args: dict) -> None:
     with pytest.raises(ValidationError):
         AppArgs.model_validate(args)
 
@@ -62,12 +62,12 @@ def test_what_is_not_known_or_not_possible_is_refused(args: dict) -> None:
         (("a/b", "c", "a b"), r"'a/b', 'a b' differ only in what cannot be part of a deployment's name"),
     ],
 )
-def test_models_that_could_not_be_told_apart_are_refused(names: tuple[str | None, ...], message: str) -> None:
+def test_models_with_indistinguishable_names_are_refused(names: tuple[str | None, ...], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         AppArgs.model_validate({"models": [{"name": name} for name in names]})
 
 
-def test_a_mistake_in_what_holds_for_all_models_is_told_as_one_there() -> None:
+def test_a_mistake_in_shared_settings_is_located_there() -> None:
     with pytest.raises(ValidationError) as caught:
         AppArgs.model_validate({"generator": {"threads": 0}, "models": [{"name": "a"}, {"name": "b"}]})
     assert caught.value.errors()[0]["loc"] == ("generator", "threads")
@@ -104,25 +104,25 @@ def test_the_engine_refuses_first_and_the_gateway_holds_what_the_stages_accept()
     assert accepted + sum(before) <= args.gateway.max_ongoing_requests
 
 
-def test_a_gateway_works_on_what_all_engines_can_take_unless_it_is_told() -> None:
+def test_max_requests_in_flight_defaults_to_the_capacity_of_all_engines() -> None:
     assert AppArgs().max_requests_in_flight == 32 + 256
     small = {"engine": {"max_running": 2, "max_waiting": 3}, "generator": {"max_replicas": 4}}
     assert AppArgs(models=[{"name": "a", **small}, {"name": "b"}]).max_requests_in_flight == 4 * 5 + 288
     assert AppArgs(limits={"max_requests_in_flight": 7}).max_requests_in_flight == 7
 
 
-def test_a_file_of_keys_is_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_path_of_the_keys_file_is_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert AuthArgs(keys_file="keys.json").keys_file == str(tmp_path / "keys.json")
     assert AuthArgs().keys_file is None
 
 
-def test_nothing_is_open_unless_it_is_said() -> None:
+def test_nothing_is_open_by_default() -> None:
     args = AppArgs()
     assert (args.auth.allow_anyone, args.cors.origins, args.fetch.allowed_hosts) == (False, (), ())
     assert (args.fetch.allow_http, args.fetch.allowed_networks) == (False, ())
 
 
-def test_bodies_in_flight_are_never_less_than_one_body() -> None:
+def test_max_bytes_in_flight_must_cover_one_body() -> None:
     with pytest.raises(ValidationError, match="max_bytes_in_flight 5 is below max_body_bytes 6"):
         LimitArgs(max_body_bytes=6, max_bytes_in_flight=5)

@@ -72,7 +72,7 @@ def _ask(service: Running, model: str, picture: bytes, **extra: Any) -> str:
     return str(answer.choices[0].message.content)
 
 
-def test_each_model_answers_as_it_does_alone_and_a_tower_sees_a_picture_once(
+def test_each_model_answers_as_alone_and_a_tower_encodes_a_picture_once(
     service: Running, in_process: dict[str, LocalModel]
 ) -> None:
     picture = plain("green")
@@ -90,7 +90,7 @@ def test_each_model_answers_as_it_does_alone_and_a_tower_sees_a_picture_once(
     until(lambda: seen("tiles", "Preprocessor") == (1, 2))
 
 
-def test_a_template_is_of_one_request(service: Running, in_process: dict[str, LocalModel]) -> None:
+def test_a_template_applies_to_one_request(service: Running, in_process: dict[str, LocalModel]) -> None:
     picture = plain("blue")
     for template in (None, "llava_v0", None):
         extra = {} if template is None else {"template": template}
@@ -100,7 +100,9 @@ def test_a_template_is_of_one_request(service: Running, in_process: dict[str, Lo
         _ask(service, "tiny", picture, template="v9")
 
 
-def test_texts_are_the_named_models_too(service: Running, in_process: dict[str, LocalModel]) -> None:
+def test_completions_and_tokens_are_those_of_the_named_model(
+    service: Running, in_process: dict[str, LocalModel]
+) -> None:
     for name, model in in_process.items():
         request = CompletionRequest("expected", "Once", SamplingParams(max_tokens=MAX_TOKENS))
         expected = "".join(delta.text for delta in model.stream(request))
@@ -112,7 +114,7 @@ def test_texts_are_the_named_models_too(service: Running, in_process: dict[str, 
     assert httpx.post(f"{service.url}/detokenize", json=body, timeout=60).json() == {"prompt": "<s>Once"}
 
 
-def test_all_models_are_listed_and_no_other_is_answered_for(service: Running, folders: dict[str, Path]) -> None:
+def test_all_models_are_listed_and_others_are_refused(service: Running, folders: dict[str, Path]) -> None:
     assert [model.id for model in service.client.models.list()] == list(folders)
     assert service.client.models.retrieve("owner/tuned").id == "owner/tuned"
     with pytest.raises(openai.NotFoundError, match="known are: other, owner/tuned, tiny"):
@@ -121,7 +123,7 @@ def test_all_models_are_listed_and_no_other_is_answered_for(service: Running, fo
     assert (response.status_code, response.json()["error"]["param"]) == (400, "model")
 
 
-def test_stages_are_seen_by_their_models_names(service: Running) -> None:
+def test_stages_are_shown_with_their_models_names(service: Running) -> None:
     own = ["vision_encoder-tiny", "vision_encoder-other", "generator-tiny", "generator-owner-tuned", "generator-other"]
     health = httpx.get(f"{service.url}/health", timeout=60).json()
     assert health["stages"] == dict.fromkeys(["preprocessor", *own], "ok")

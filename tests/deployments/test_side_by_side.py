@@ -24,7 +24,7 @@ def _items(*engines: ScriptedEngine, num_answers: int = 1) -> list[Item]:
     return asyncio.run(run())
 
 
-def test_answers_are_told_apart_and_the_last_to_end_tells_what_all_cost() -> None:
+def test_answers_have_an_index_and_the_last_reports_the_total_usage() -> None:
     first, second = ScriptedEngine(answer("a", "b")), ScriptedEngine(answer("c", "d", "e"))
     items = _items(first, second)
     texts = {index: "".join(item.text for item in items if _delta(item).index == index) for index in (0, 1)}
@@ -41,7 +41,7 @@ def _delta(item: Item) -> TokenDelta:
     return item
 
 
-def test_answers_to_one_prompt_are_beside_each_other() -> None:
+def test_answers_to_one_prompt_have_consecutive_indices() -> None:
     def engine(text: str) -> ScriptedEngine:
         *others, last = answer(text, text, index=1)
         return ScriptedEngine([*others, last])
@@ -50,7 +50,7 @@ def test_answers_to_one_prompt_are_beside_each_other() -> None:
     assert {(_delta(item).index, _delta(item).text) for item in items} == {(0, "a"), (1, "a"), (2, "b"), (3, "b")}
 
 
-def test_nobody_waits_for_the_slowest() -> None:
+def test_a_slow_stream_does_not_delay_the_others() -> None:
     async def run() -> None:
         slow, fast = ScriptedEngine(hangs=True), ScriptedEngine(answer("a", "b"))
         async with aclosing(side_by_side([_stream(slow), _stream(fast)], 1)) as items:
@@ -63,13 +63,13 @@ def test_nobody_waits_for_the_slowest() -> None:
     asyncio.run(run())
 
 
-def test_a_rejection_is_the_last_item_and_ends_the_others() -> None:
+def test_a_rejection_is_the_last_item_and_cancels_the_others() -> None:
     rejected, other = Rejected(RequestError("too long", param="prompt")), ScriptedEngine(hangs=True)
     assert _items(other, ScriptedEngine([rejected])) == [rejected]
     assert (other.num_open, other.num_left_early) == (0, 1)
 
 
-def test_an_error_ends_the_others_and_is_raised() -> None:
+def test_an_error_cancels_the_others_and_is_raised() -> None:
     other, broken = ScriptedEngine(hangs=True), EngineError("broken")
     with pytest.raises(EngineError, match="broken"):
         _items(other, ScriptedEngine([broken]), ScriptedEngine([broken]))

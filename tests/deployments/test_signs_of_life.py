@@ -16,7 +16,7 @@ async def _numbers(*pauses: float) -> AsyncGenerator[int, None]:
         yield number
 
 
-def test_who_has_nothing_to_say_says_so_and_nothing_else_is_changed() -> None:
+def test_signs_are_inserted_during_pauses_and_items_are_unchanged() -> None:
     async def run() -> list[int | StillHere]:
         return [item async for item in with_signs(_numbers(0, 0.2, 0), every_s=0.02)]
 
@@ -27,7 +27,7 @@ def test_who_has_nothing_to_say_says_so_and_nothing_else_is_changed() -> None:
     assert 3 <= items.count(StillHere()) <= 10
 
 
-def test_an_error_comes_through_and_ends_the_stream() -> None:
+def test_an_error_is_passed_through_and_ends_the_stream() -> None:
     async def failing() -> AsyncGenerator[int, None]:
         yield 1
         raise ZeroDivisionError
@@ -42,7 +42,7 @@ def test_an_error_comes_through_and_ends_the_stream() -> None:
 
 
 @pytest.mark.parametrize("how", ["closed", "cancelled"])
-def test_who_leaves_ends_what_gives_the_items(how: str) -> None:
+def test_leaving_closes_the_underlying_stream(how: str) -> None:
     ended: list[str] = []
 
     async def endless() -> AsyncGenerator[int, None]:
@@ -77,7 +77,7 @@ async def _lose() -> None:
     raise StageSilentError
 
 
-def test_signs_are_heard_and_not_passed_on() -> None:
+def test_signs_count_as_activity_and_are_not_passed_on() -> None:
     async def run() -> list[int]:
         signed = with_signs(_numbers(0, 0.5, 0), every_s=0.02)
         return [item async for item in listen(signed, _lose, silence_s=0.25)]
@@ -85,7 +85,7 @@ def test_signs_are_heard_and_not_passed_on() -> None:
     assert asyncio.run(run()) == [0, 1, 2]
 
 
-def test_a_stream_without_items_and_signs_is_what_is_said_of_it() -> None:
+def test_silence_raises_the_error_of_the_callback() -> None:
     async def run() -> None:
         heard = listen(_numbers(0, 60), _lose, silence_s=0.05)
         assert await anext(heard) == 0
@@ -95,7 +95,7 @@ def test_a_stream_without_items_and_signs_is_what_is_said_of_it() -> None:
     asyncio.run(run())
 
 
-def test_silence_lasts_for_as_long_as_nothing_is_said_of_it() -> None:
+def test_silence_is_tolerated_while_the_callback_raises_nothing() -> None:
     """For example, a stage may have to be scaled up from zero."""
     num_asked = 0
 
@@ -110,7 +110,7 @@ def test_silence_lasts_for_as_long_as_nothing_is_said_of_it() -> None:
     assert 1 < num_asked < 6
 
 
-def test_a_reader_who_takes_long_is_no_silence() -> None:
+def test_a_slow_reader_does_not_count_as_silence() -> None:
     async def run() -> list[int]:
         heard = []
         async for item in listen(_numbers(0, 0), _lose, silence_s=0.05):

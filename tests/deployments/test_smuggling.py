@@ -80,30 +80,30 @@ AMBIGUOUS = {
     "the same length twice": _post(CL % 0, CL % 0, body=HIDDEN),
     "lengths in a list": _post(b"content-length: 0, %d" % len(HIDDEN), body=HIDDEN),
     "a length with a sign": _post(b"content-length: +0", body=HIDDEN),
-    "a length below nothing": _post(b"content-length: -1", body=HIDDEN),
+    "a negative length": _post(b"content-length: -1", body=HIDDEN),
     "a hexadecimal length": _post(b"content-length: 0x10", body=HIDDEN),
     "space before the colon": _post(b"transfer-encoding : chunked", body=END_OF_CHUNKS + HIDDEN),
     "chunked not the last": _post(b"transfer-encoding: chunked, identity", body=END_OF_CHUNKS + HIDDEN),
     "chunked twice": _post(b"transfer-encoding: chunked, chunked", body=END_OF_CHUNKS + HIDDEN),
-    "chunked spelled otherwise": _post(b"transfer-encoding: \x0bchunked", body=END_OF_CHUNKS + HIDDEN),
+    "chunked misspelled": _post(b"transfer-encoding: \x0bchunked", body=END_OF_CHUNKS + HIDDEN),
     "a folded header": _post(b"x: y\r\n transfer-encoding: chunked", CL % 0, body=HIDDEN),
     "a bare LF": _post(b"x: y\ntransfer-encoding: chunked", CL % 0, body=HIDDEN),
     "a bare CR": _post(b"x: y\rtransfer-encoding: chunked", CL % 0, body=HIDDEN),
     "NUL in a value": _post(b"x: a\0b", CL % 0, body=HIDDEN),
     "NUL in a name": _post(b"x\0: a", CL % 0, body=HIDDEN),
-    "a chunk of no size": _post(TE, body=b"zz\r\n\r\n" + HIDDEN),
-    "a chunk's size beyond all bounds": _post(TE, body=b"fffffffffffffffff\r\n" + HIDDEN),
-    "a chunk that is longer than it says": _post(TE, body=b"1\r\nxyz\r\n0\r\n\r\n" + HIDDEN),
-    "HTTP/1.0 in chunks": _post(TE, body=END_OF_CHUNKS + HIDDEN).replace(b"HTTP/1.1", b"HTTP/1.0", 1),
+    "a chunk without a valid size": _post(TE, body=b"zz\r\n\r\n" + HIDDEN),
+    "a chunk size that overflows": _post(TE, body=b"fffffffffffffffff\r\n" + HIDDEN),
+    "a chunk longer than declared": _post(TE, body=b"1\r\nxyz\r\n0\r\n\r\n" + HIDDEN),
+    "chunked HTTP/1.0": _post(TE, body=END_OF_CHUNKS + HIDDEN).replace(b"HTTP/1.1", b"HTTP/1.0", 1),
 }
 
 
 # The requests that HAProxy accepts, and forwards with their end stated in only one way.
-TAKEN = {"CL.TE", "TE.CL", "the same length twice", "a folded header", "HTTP/1.0 in chunks"}
+TAKEN = {"CL.TE", "TE.CL", "the same length twice", "a folded header", "chunked HTTP/1.0"}
 
 
 @pytest.mark.parametrize("name", AMBIGUOUS)
-def test_nothing_gets_past_haproxy_in_another_request(name: str, served: tuple[LoadBalancer, Replica]) -> None:
+def test_no_request_is_smuggled_past_haproxy(name: str, served: tuple[LoadBalancer, Replica]) -> None:
     balancer, replica = served
     replica.requests.clear()
     answered = _sent(balancer, AMBIGUOUS[name])
@@ -119,7 +119,7 @@ def test_nothing_gets_past_haproxy_in_another_request(name: str, served: tuple[L
         assert names.count(b"content-length") + names.count(b"transfer-encoding") <= 1
 
 
-def test_what_is_hidden_would_be_found_behind_haproxy(served: tuple[LoadBalancer, Replica]) -> None:
+def test_the_smuggled_route_exists_behind_haproxy(served: tuple[LoadBalancer, Replica]) -> None:
     """Otherwise the tests above would prove nothing."""
     balancer, replica = served
     replica.requests.clear()

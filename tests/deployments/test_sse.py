@@ -11,5 +11,5 @@ def test_line_breaks_are_escaped_and_other_letters_are_utf_8() -> None:
     assert sse.event({"t": "a\nb\r\u2028é"}) == 'data: {"t":"a\\nb\\r\u2028é"}\n\n'.encode()
 
 
-def test_the_end_is_what_clients_wait_for() -> None:
+def test_the_end_is_the_done_event() -> None:
     assert sse.DONE == b"data: [DONE]\n\n"

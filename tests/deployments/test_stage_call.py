@@ -20,7 +20,7 @@ ASKED_AFTER_S, SILENCE_S = 0.02, 0.1
 
 
 @pytest.fixture(autouse=True)
-def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
+def _short_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stage_call, "ASKED_AFTER_S", ASKED_AFTER_S)
     monkeypatch.setattr(stage_call, "SILENCE_S", SILENCE_S)
     monkeypatch.setattr(stage_call, "_FIRST_SIGNS_S", SILENCE_S / 2)
@@ -89,7 +89,7 @@ def _run(test: Callable[[_Call], Awaitable[None]]) -> None:
 
 
 @contextlib.contextmanager
-def _in_time() -> Iterator[None]:
+def _detected_in_time() -> Iterator[None]:
     """Check that a loss is detected within one silence after the first probe."""
     began = asyncio.get_running_loop().time()
     yield
@@ -101,19 +101,19 @@ async def _never() -> None:
 
 
 @pytest.mark.parametrize("is_begun", [True, False])
-def test_a_replica_that_has_a_call_and_says_nothing_has_lost_it(*, is_begun: bool) -> None:
+def test_a_silent_replica_has_lost_its_call(*, is_begun: bool) -> None:
     async def test(it: _Call) -> None:
         it.route(_unreachable(), is_sent=True)
         if is_begun:
             it.handoff.begun.set()
-        with _in_time(), pytest.raises(StageSilentError) as caught:
+        with _detected_in_time(), pytest.raises(StageSilentError) as caught:
             await unless_out_of_reach(_never(), [it.call])
         assert caught.value.stage == "earlier"
 
     _run(test)
 
 
-def test_a_replica_that_works_for_long_is_asked_again_and_again() -> None:
+def test_a_replica_that_is_busy_for_long_is_probed_repeatedly() -> None:
     async def test(it: _Call) -> None:
         replica = _Replica(after_s=SILENCE_S / 4)
         it.route(replica, is_sent=True)
@@ -129,7 +129,7 @@ def test_a_replica_that_works_for_long_is_asked_again_and_again() -> None:
     _run(test)
 
 
-def test_a_replica_that_is_there_and_does_not_begin_never_gets_what_it_works_on() -> None:
+def test_a_reachable_replica_that_never_begins_a_call_has_lost_it() -> None:
     async def test(it: _Call) -> None:
         replica = _Replica()
         it.route(replica, is_sent=True)
@@ -140,7 +140,7 @@ def test_a_replica_that_is_there_and_does_not_begin_never_gets_what_it_works_on(
     _run(test)
 
 
-def test_a_call_that_another_replica_gets_meanwhile_may_still_begin() -> None:
+def test_a_call_rerouted_to_another_replica_may_still_begin() -> None:
     async def test(it: _Call) -> None:
         async def refused_often() -> None:
             for _ in range(5):
@@ -154,10 +154,10 @@ def test_a_call_that_another_replica_gets_meanwhile_may_still_begin() -> None:
     _run(test)
 
 
-def test_nobody_that_could_take_it_says_anything() -> None:
+def test_a_call_fails_when_no_replica_is_reachable() -> None:
     async def test(it: _Call) -> None:
         it.route(_unreachable(), _Replica(is_dead=True), _unreachable())
-        with _in_time(), pytest.raises(StageUnavailableError):
+        with _detected_in_time(), pytest.raises(StageUnavailableError):
             await unless_out_of_reach(_never(), [it.call])
 
     _run(test)
@@ -166,7 +166,7 @@ def test_nobody_that_could_take_it_says_anything() -> None:
 @pytest.mark.parametrize(
     "replicas", [[], [_unreachable(), _Replica()], [_Replica(is_dead=True)]], ids=["none", "full", "dead"]
 )
-def test_a_call_waits_where_there_is_no_replica_yet_or_they_are_full(replicas: list[_Replica]) -> None:
+def test_a_call_waits_while_replicas_are_missing_full_or_dead(replicas: list[_Replica]) -> None:
     async def test(it: _Call) -> None:
         it.route(*replicas)
         with pytest.raises(TimeoutError):
@@ -177,7 +177,7 @@ def test_a_call_waits_where_there_is_no_replica_yet_or_they_are_full(replicas: l
     _run(test)
 
 
-def test_only_the_first_call_that_owes_anything_is_asked() -> None:
+def test_only_the_first_unfinished_call_is_probed() -> None:
     async def test(it: _Call) -> None:
         other = _Call()
         try:
@@ -197,7 +197,7 @@ def test_only_the_first_call_that_owes_anything_is_asked() -> None:
     _run(test)
 
 
-def test_a_call_that_has_failed_is_not_waited_for() -> None:
+def test_a_failed_call_is_not_waited_for() -> None:
     async def test(it: _Call) -> None:
         async def fail(_response: object) -> object:
             raise ZeroDivisionError
@@ -212,7 +212,7 @@ def test_a_call_that_has_failed_is_not_waited_for() -> None:
     _run(test)
 
 
-def test_a_replica_that_takes_the_call_while_others_are_asked_is_waited_for() -> None:
+def test_a_replica_that_takes_the_call_during_probes_is_waited_for() -> None:
     async def test(it: _Call) -> None:
         for before_is_sent in (False, True):
             silent = _unreachable()
@@ -226,7 +226,7 @@ def test_a_replica_that_takes_the_call_while_others_are_asked_is_waited_for() ->
     _run(test)
 
 
-def test_a_replica_that_cannot_say_what_it_has_to_do_is_there(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_replica_that_fails_to_report_its_queue_length_is_reachable(caplog: pytest.LogCaptureFixture) -> None:
     class Broken(_Replica):
         async def get_queue_len(self, *, deadline_s: float) -> int:
             raise RayError
@@ -239,7 +239,7 @@ def test_a_replica_that_cannot_say_what_it_has_to_do_is_there(caplog: pytest.Log
     assert "failed to report its queue length" in caplog.text
 
 
-def test_nothing_is_kept_of_a_call_that_cannot_be_made() -> None:
+def test_nothing_is_kept_about_a_call_that_could_not_be_made() -> None:
     class Broken(FakeHandle):
         def remote(self, *args: Any) -> Any:
             raise ZeroDivisionError
@@ -250,7 +250,7 @@ def test_nothing_is_kept_of_a_call_that_cannot_be_made() -> None:
     assert not SENT_CALLS._watched
 
 
-def test_a_stream_that_is_sent_and_silent_is_lost_and_one_that_waits_is_not() -> None:
+def test_a_silent_stream_is_lost_once_sent_but_not_while_queued() -> None:
     async def run() -> None:
         session, handle = new_session(), FakeHandle(generate=lambda: "made")
         stage: Any = handle
@@ -274,7 +274,7 @@ def test_a_stream_that_is_sent_and_silent_is_lost_and_one_that_waits_is_not() ->
     asyncio.run(run())
 
 
-def test_whoever_leaves_takes_along_what_was_wanted() -> None:
+def test_cancelling_the_caller_also_cancels_the_awaitable() -> None:
     ended: list[str] = []
 
     async def wanted() -> None:
@@ -295,7 +295,7 @@ def test_whoever_leaves_takes_along_what_was_wanted() -> None:
     _run(test)
 
 
-def test_an_error_of_what_was_wanted_is_raised() -> None:
+def test_an_error_of_the_awaitable_is_raised() -> None:
     async def wanted() -> None:
         raise ZeroDivisionError
 

@@ -11,13 +11,13 @@ from llava_core.engine.config import EngineConfig
 
 
 @pytest.mark.parametrize("stage", ["gateway", "preprocessor", "vision_encoder", "generator"])
-def test_what_is_not_said_about_a_stage_stays_as_it_is(stage: str) -> None:
+def test_unset_fields_of_a_stage_keep_their_defaults(stage: str) -> None:
     changed = getattr(AppArgs.model_validate({stage: {"num_cpus": 0.7}}), stage)
     assert changed.num_cpus == 0.7
     assert changed.model_dump(exclude={"num_cpus"}) == getattr(AppArgs(), stage).model_dump(exclude={"num_cpus"})
 
 
-def test_the_bounds_of_replicas_do_not_cross() -> None:
+def test_max_replicas_must_not_be_below_min_replicas() -> None:
     with pytest.raises(ValidationError, match="max_replicas 2 is below min_replicas 3"):
         StageArgs(min_replicas=3, max_replicas=2)
 
@@ -45,7 +45,7 @@ def test_the_bounds_of_replicas_do_not_cross() -> None:
         ({"generator": {"max_replicas_per_node": 0}}, "greater than or equal to 1"),
     ],
 )
-def test_what_stages_cannot_be_told(settings: dict[str, Any], message: str) -> None:
+def test_invalid_stage_settings_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         AppArgs.model_validate(settings)
 
@@ -57,7 +57,7 @@ def test_signals_without_a_target_do_not_count() -> None:
     assert GeneratorArgs().autoscaling.targets == signals
 
 
-def test_the_engine_is_told_all_but_how_its_answers_travel() -> None:
+def test_engine_settings_become_the_engines_config() -> None:
     args = EngineArgs(max_running=3, cache_tokens=100, chunk_gap_ms=50)
     assert args.config == EngineConfig(max_running=3, max_waiting=256, cache_tokens=100)
     with pytest.raises(ValidationError, match="prefill_chunk"):

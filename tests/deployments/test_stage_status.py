@@ -45,7 +45,7 @@ def _ready(ask: Callable[[], ServeStatus], **options: float) -> dict[str, bool]:
         (None, False),
     ],
 )
-def test_a_stage_is_ready_with_a_running_replica_or_when_none_is_wanted(
+def test_a_stage_is_ready_with_a_running_replica_or_if_none_is_wanted(
     generator: DeploymentStatusOverview | None, *, is_ready: bool
 ) -> None:
     assert _ready(lambda: _status(generator)) == {"preprocessor": True, "generator": is_ready}
@@ -63,7 +63,7 @@ def test_a_stage_is_ready_with_a_running_replica_or_when_none_is_wanted(
         (_overview("DEPLOY_FAILED"), False, True),
     ],
 )
-def test_a_stage_that_may_be_empty_is_ready_also_while_its_first_replica_starts(
+def test_a_stage_that_may_be_empty_is_ready_while_its_first_replica_starts(
     generator: DeploymentStatusOverview, *, is_ready: bool, has_replicas: bool
 ) -> None:
     status = StageStatus("llava", STAGES, may_be_empty={"Generator"}, ask=lambda: _status(generator))
@@ -81,15 +81,15 @@ def test_a_stage_that_may_be_empty_is_ready_also_while_its_first_replica_starts(
         ("Generator-a", "generator-a"),
     ],
 )
-def test_stages_are_called_after_their_models_where_these_have_their_own(deployment: str, name: str) -> None:
+def test_a_models_own_stage_is_named_after_the_model(deployment: str, name: str) -> None:
     assert name_for_clients(deployment) == name
 
 
-def test_no_stage_of_an_application_that_is_not_there_is_ready() -> None:
+def test_no_stage_of_a_missing_application_is_ready() -> None:
     assert _ready(ServeStatus) == {"preprocessor": False, "generator": False}
 
 
-def test_a_controller_that_fails_or_does_not_answer_means_not_ready(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failing_or_silent_controller_means_not_ready(caplog: pytest.LogCaptureFixture) -> None:
     def fail() -> ServeStatus:
         raise RayError("no controller")
 
@@ -107,7 +107,7 @@ def test_a_controller_that_fails_or_does_not_answer_means_not_ready(caplog: pyte
     assert "did not report the stages" in caplog.text
 
 
-def test_many_who_ask_at_once_are_one_question_and_its_answer_grows_old() -> None:
+def test_concurrent_queries_share_one_call_and_its_answer_expires() -> None:
     asked: list[int] = []
 
     def ask() -> ServeStatus:

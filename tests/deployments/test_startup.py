@@ -13,7 +13,7 @@ class Clock:
         return self.now
 
 
-def test_each_phase_has_its_time_and_what_lies_between_has_none() -> None:
+def test_time_is_measured_within_phases_and_not_between_them() -> None:
     clock = Clock()
     startup = Startup(clock)
     for name, seconds in (("imports", 2.0), ("weights", 0.5), ("imports", 1.0)):
@@ -24,7 +24,7 @@ def test_each_phase_has_its_time_and_what_lies_between_has_none() -> None:
     assert startup.readings() == [(STARTUP, 3.0, ("imports",)), (STARTUP, 0.5, ("weights",))]
 
 
-def test_a_phase_that_fails_has_taken_its_time() -> None:
+def test_the_time_of_a_failed_phase_is_measured() -> None:
     clock = Clock()
     startup = Startup(clock)
 

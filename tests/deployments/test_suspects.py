@@ -3,7 +3,7 @@
 from deployments.suspects import Suspects
 
 
-def test_a_replica_is_suspected_once_its_request_is_asked_again_and_until_its_time_is_up() -> None:
+def test_a_replica_is_suspected_for_a_while_once_its_request_is_retried() -> None:
     now = [0.0]
     suspects = Suspects(15, clock=lambda: now[0])
     suspects.asked("1")
@@ -19,7 +19,7 @@ def test_a_replica_is_suspected_once_its_request_is_asked_again_and_until_its_ti
     assert "a" not in suspects
 
 
-def test_a_replica_that_had_refused_the_request_is_not_suspected() -> None:
+def test_a_replica_that_refused_the_request_is_not_suspected() -> None:
     suspects = Suspects()
     for replica in "ab":
         suspects.sent("1", replica)
@@ -28,7 +28,7 @@ def test_a_replica_that_had_refused_the_request_is_not_suspected() -> None:
     assert "b" in suspects
 
 
-def test_what_was_long_ago_is_forgotten() -> None:
+def test_the_oldest_requests_are_forgotten() -> None:
     suspects = Suspects(max_requests=2)
     for request, replica in zip("123", "abc", strict=True):
         suspects.sent(request, replica)
@@ -37,7 +37,7 @@ def test_what_was_long_ago_is_forgotten() -> None:
     assert [name for name in "abc" if name in suspects] == ["b", "c"]
 
 
-def test_a_call_of_no_request_says_nothing_about_others() -> None:
+def test_a_call_without_a_request_causes_no_suspicion() -> None:
     suspects = Suspects()
     suspects.sent("", "a")
     suspects.asked("")

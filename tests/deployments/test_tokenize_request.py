@@ -57,14 +57,14 @@ def test_a_mistake_is_refused_naming_the_field(fields: dict, param: str) -> None
     assert caught.value.param == param
 
 
-def test_the_reply_is_vllms() -> None:
+def test_the_reply_has_vllms_format() -> None:
     tokenized = Tokenized((1, 7), (b"<s>", b"\xc3"), 512)
     plain = {"count": 2, "max_model_len": 512, "tokens": [1, 7], "token_strs": None}
     assert tokenized_body(tokenized, with_texts=False) == plain
     assert tokenized_body(tokenized, with_texts=True)["token_strs"] == ["<s>", "\ufffd"]
 
 
-def test_ids_are_read_and_checked() -> None:
+def test_token_ids_are_read_and_checked() -> None:
     assert read_detokenize_request(b'{"tokens": [1, 2]}', "id", RequestLimits()).ids == (1, 2)
     for tokens in ("[-1]", "[1.5]", "5", "null"):
         with pytest.raises(RequestError):

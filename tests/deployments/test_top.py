@@ -73,7 +73,7 @@ ray_llava_upstream_tokens_total{model="big",kind="prompt",replica="a"} 900.0
 """
 
 
-def test_servers_of_others_have_a_line_each_where_there_are_any() -> None:
+def test_each_upstream_has_a_line() -> None:
     lines = list(screen(Change(Page.parse(UPSTREAMS, 0.0), Page.parse(UPSTREAMS + TOKENS, 10.0))))
     assert [line.split() for line in lines if line.startswith(("big", "far"))] == [
         ["big", "up", "3", "2.0", "30.0"],
@@ -86,7 +86,7 @@ BEFORE = _page(10, 100, 0, 0, {0.1: 8})
 NOW = _page(30, 400, 20, 3, {0.1: 18, 0.2: 9, 0.5: 1})
 
 
-def test_the_screen_tells_what_happened_between_two_pages() -> None:
+def test_the_screen_shows_the_change_between_two_pages() -> None:
     lines = list(screen(Change(Page.parse(BEFORE, 100.0), Page.parse(NOW, 110.0))))
     text = "\n".join(lines)
     assert "last 10 s" in lines[0]
@@ -103,7 +103,7 @@ def test_the_screen_tells_what_happened_between_two_pages() -> None:
     assert "encode - / -" in text
 
 
-def test_stages_of_several_models_stand_below_each_other() -> None:
+def test_stages_of_several_models_are_listed_in_aligned_rows() -> None:
     page = OTHERS.replace('deployment="Generator",replica="b"', 'deployment="Generator-owner-a-long-name",replica="b"')
     page = page.replace('deployment="Generator",', 'deployment="Generator-short",')
     lines = list(screen(Change(Page.parse(page, 100.0), Page.parse(page, 110.0))))
@@ -119,7 +119,7 @@ def test_stages_of_several_models_stand_below_each_other() -> None:
     assert "running 4   waiting 7" in "\n".join(lines)
 
 
-def test_a_quantile_is_prometheus_own() -> None:
+def test_a_quantile_is_computed_as_in_prometheus() -> None:
     change = Change(Page.parse(BEFORE, 0.0), Page.parse(NOW, 1.0))
     quantile = change.quantile(TIME_TO_FIRST_TOKEN, 0.75, model="m")
     # The 15th of 20 values, five ninths into the bucket from 0.1 to 0.2.
@@ -129,7 +129,7 @@ def test_a_quantile_is_prometheus_own() -> None:
     assert Change(Page(0.0), beyond).quantile(TIME_TO_FIRST_TOKEN, 0.5) == 300.0
 
 
-def test_a_service_that_began_anew_has_no_negative_rates() -> None:
+def test_a_restarted_service_has_no_negative_rates() -> None:
     assert "requests/s 0.0   tokens/s 0.0" in "\n".join(screen(Change(Page.parse(NOW, 0.0), Page.parse(BEFORE, 9.0))))
 
 
@@ -153,7 +153,7 @@ def _serving(*pages: str) -> Iterator[str]:
         server.shutdown()
 
 
-def test_once_is_one_screen_of_plain_text() -> None:
+def test_once_prints_one_screen_of_plain_text() -> None:
     with _serving(BEFORE, NOW) as url:
         result = CliRunner().invoke(top, [url, "--once", "--interval", "0.1"])
     assert result.exit_code == 0, result.output
@@ -162,7 +162,7 @@ def test_once_is_one_screen_of_plain_text() -> None:
     assert "\x1b" not in result.output
 
 
-def test_it_goes_on_until_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_refreshes_until_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[float] = []
 
     def sleep(seconds: float) -> None:
@@ -178,7 +178,7 @@ def test_it_goes_on_until_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
     assert waits == [10.0] * 3
 
 
-def test_a_page_that_is_not_there_is_one_line() -> None:
+def test_an_unreachable_page_is_a_one_line_error() -> None:
     with _serving(BEFORE) as url:
         pass
     result = CliRunner().invoke(main, ["top", url, "--once"])

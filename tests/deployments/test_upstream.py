@@ -80,7 +80,7 @@ def _stream(*contents: Any) -> bytes:
     return SSE_HEAD + b"".join(map(_event, contents)) + b"0\r\n\r\n"
 
 
-def _assert_told(response: Any, status: int, code: str, *words: str) -> dict[str, Any]:
+def _assert_error_response(response: Any, status: int, code: str, *words: str) -> dict[str, Any]:
     assert response.status_code == status, response.text
     assert response.headers["x-request-id"] == response.json()["request_id"]
     return _assert_error(response.json(), code, *words)
@@ -98,7 +98,7 @@ def _assert_error(body: dict[str, Any], code: str, *words: str) -> dict[str, Any
     return dict(error)
 
 
-def test_a_chat_goes_there_and_its_answer_comes_back_under_our_name() -> None:
+def test_a_chat_is_forwarded_and_answered_under_our_model_name() -> None:
     engine = ScriptedEngine(answer("Hel", "lo"))
     with serving_engine(engine) as url, _client(url) as client:
         response = client.post(CHAT, json={**HELLO, "temperature": 0.5, "seed": 3})
@@ -111,7 +111,7 @@ def test_a_chat_goes_there_and_its_answer_comes_back_under_our_name() -> None:
     assert (request.sampling.temperature, request.sampling.seed) == (0.5, 3)
 
 
-def test_a_stream_comes_through_piece_by_piece() -> None:
+def test_a_stream_is_passed_on_chunk_by_chunk() -> None:
     with serving_engine(ScriptedEngine(answer("Hel", "lo"))) as url, _client(url) as client:
         *chunks, done = _events(client.post(CHAT, json={**HELLO, "stream": True}).text)
     assert done == "[DONE]"
@@ -123,7 +123,7 @@ def test_a_stream_comes_through_piece_by_piece() -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_completions_too_with_usage_and_times(*, stream: bool) -> None:
+def test_completions_are_forwarded_with_usage_and_timings(*, stream: bool) -> None:
     asked = {**ONCE, "timings": True, "stream": stream, "stream_options": {"include_usage": True}}
     with serving_engine(ScriptedEngine(answer("Hel", "lo"))) as url, _client(url) as client:
         response = client.post(COMPLETE, json=asked)
@@ -135,17 +135,17 @@ def test_completions_too_with_usage_and_times(*, stream: bool) -> None:
     assert set(bodies[-1]["timings"]) == {"upstream", "total"}
 
 
-def test_the_client_of_openais_sees_no_difference() -> None:
+def test_the_openai_client_sees_no_difference() -> None:
     with serving_engine(ScriptedEngine(answer("Hel", "lo"))) as url, _client(url) as http:
         client = openai.OpenAI(base_url="http://testserver/v1", api_key="none", http_client=http)
         assert [model.id for model in client.models.list()] == ["big"]
-        said: Any = HELLO["messages"]
-        pieces = client.chat.completions.create(model="big", messages=said, stream=True)
+        conversation: Any = HELLO["messages"]
+        pieces = client.chat.completions.create(model="big", messages=conversation, stream=True)
         assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == "Hello"
-        assert client.chat.completions.create(model="big", messages=said).choices[0].message.content == "Hello"
+        assert client.chat.completions.create(model="big", messages=conversation).choices[0].message.content == "Hello"
 
 
-def test_no_header_of_the_clients_goes_there_and_none_of_the_servers_comes_back() -> None:
+def test_no_header_is_forwarded_in_either_direction() -> None:
     body = {"choices": [{"index": 0, "message": {"content": "x"}}], "usage": USAGE}
     hostile = ["content-type: application/json", "set-cookie: a=b", "server: theirs", "x-request-id: theirs"]
     with scripted(whole("200 OK", json.dumps(body).encode(), *hostile)) as script, _client(script.url) as client:
@@ -221,14 +221,14 @@ def _openai(message: str, **more: Any) -> dict[str, Any]:
         (b"", 502, "upstream_cut", ["'big' broke the connection"]),
     ],
 )
-def test_what_the_server_refuses_or_cannot_do_is_told_in_our_form(
+def test_the_servers_refusals_and_failures_become_our_errors(
     answered: bytes, status: int, code: str, words: list[str], *, stream: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     recorder = FakeRecorder()
     with scripted(answered) as script, _client(script.url, model="theirs", recorder=recorder) as client:
         response = client.post(CHAT, json={**HELLO, "stream": stream})
         assert client.get("/health").status_code == 200
-    error = _assert_told(response, status, code, *words)
+    error = _assert_error_response(response, status, code, *words)
     assert error["type"] == ("invalid_request_error" if status < 500 else "server_error")
     # Sent only once: a request that was sent may have been executed.
     assert len(script.requests) == 1
@@ -245,7 +245,7 @@ def test_a_full_server_is_429_with_its_retry_after() -> None:
         _client(script.url, recorder=recorder) as client,
     ):
         response = client.post(CHAT, json=HELLO)
-    _assert_told(response, 429, "overloaded", "'big' takes no more requests")
+    _assert_error_response(response, 429, "overloaded", "'big' takes no more requests")
     assert response.headers["retry-after"] == "12"
     assert recorder.counted[REFUSALS, ("upstream",)] == 1
 
@@ -260,15 +260,17 @@ def test_a_full_server_is_429_with_its_retry_after() -> None:
         (b'{"choices": [{"index": 0, "delta": {}}]}', "a choice without message"),
     ],
 )
-def test_an_answer_that_is_none_is_told_as_such(body: bytes, words: str) -> None:
+def test_an_invalid_answer_is_reported_as_such(body: bytes, words: str) -> None:
     with scripted(whole("200 OK", body)) as script, _client(script.url) as client:
-        _assert_told(client.post(CHAT, json=HELLO), 502, "upstream_invalid", "'big' answered with", words)
+        _assert_error_response(client.post(CHAT, json=HELLO), 502, "upstream_invalid", "'big' answered with", words)
 
 
-def test_an_answer_that_is_cut_off_is_told_as_such() -> None:
+def test_a_truncated_answer_is_reported_as_such() -> None:
     cut = b"HTTP/1.1 200 OK\r\ncontent-length: 1000\r\n\r\n" + b'{"choices": ['
     with scripted(cut) as script, _client(script.url) as client:
-        _assert_told(client.post(CHAT, json=HELLO), 502, "upstream_cut", "'big'", "before the answer was complete")
+        _assert_error_response(
+            client.post(CHAT, json=HELLO), 502, "upstream_cut", "'big'", "before the answer was complete"
+        )
 
 
 ENDINGS: dict[str, tuple[bytes, str, str]] = {
@@ -288,7 +290,7 @@ ENDINGS: dict[str, tuple[bytes, str, str]] = {
 
 
 @pytest.mark.parametrize("ending", sorted(ENDINGS))
-def test_a_stream_that_goes_wrong_ends_with_an_event_that_says_so(ending: str) -> None:
+def test_a_failing_stream_ends_with_an_error_event(ending: str) -> None:
     data, code, words = ENDINGS[ending]
     recorder = FakeRecorder()
     with scripted(SSE_HEAD + _event(CHUNK) + data) as script, _client(script.url, recorder=recorder) as client:
@@ -301,22 +303,24 @@ def test_a_stream_that_goes_wrong_ends_with_an_event_that_says_so(ending: str) -
 
 
 @pytest.mark.parametrize("ending", sorted(ENDINGS))
-def test_before_the_first_chunk_it_has_a_status_of_its_own(ending: str) -> None:
+def test_a_stream_that_fails_before_its_first_chunk_has_an_error_status(ending: str) -> None:
     data, code, words = ENDINGS[ending]
     with scripted(SSE_HEAD + data) as script, _client(script.url) as client:
         response = client.post(CHAT, json={**HELLO, "stream": True})
-    _assert_told(response, 400 if code == "upstream_refused" else 502, code, words)
+    _assert_error_response(response, 400 if code == "upstream_refused" else 502, code, words)
 
 
 @pytest.mark.parametrize(
     "answered", [_stream(b"[DONE]"), whole("200 OK", json.dumps(CHUNK).encode(), "content-type: application/json")]
 )
-def test_a_stream_without_an_answer_and_an_answer_that_is_no_stream_are_garbage(answered: bytes) -> None:
+def test_an_empty_stream_and_an_unstreamed_reply_to_a_stream_are_invalid(answered: bytes) -> None:
     with scripted(answered) as script, _client(script.url) as client:
-        _assert_told(client.post(CHAT, json={**HELLO, "stream": True}), 502, "upstream_invalid", "'big' answered with")
+        _assert_error_response(
+            client.post(CHAT, json={**HELLO, "stream": True}), 502, "upstream_invalid", "'big' answered with"
+        )
 
 
-def test_comments_names_and_carriage_returns_of_events_are_no_part_of_them() -> None:
+def test_event_comments_names_and_carriage_returns_are_ignored() -> None:
     lines = b": alive\r\n\r\nevent: message\r\nid: 1\r\ndata:" + json.dumps(CHUNK).encode() + b"\r\n\r\n"
     # Split anywhere, with two events in one piece.
     data = lines + b"data: [DONE]\n\n"
@@ -344,14 +348,14 @@ def _hanging(*sent: bytes) -> Iterator[tuple[Script, threading.Event]]:
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("sent", [b"", b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n"])
-def test_a_server_that_hangs_is_given_up(sent: bytes, *, stream: bool) -> None:
+def test_a_hanging_server_is_abandoned(sent: bytes, *, stream: bool) -> None:
     with _hanging(sent) as (script, hung_up), _client(script.url, silence_seconds=0.2, answer_seconds=0.2) as client:
         response = client.post(CHAT, json={**HELLO, "stream": stream})
-        _assert_told(response, 504, "upstream_timeout", "'big' has fallen silent")
+        _assert_error_response(response, 504, "upstream_timeout", "'big' has fallen silent")
         assert hung_up.wait(10)
 
 
-def test_a_stream_that_falls_silent_ends_with_an_event_that_says_so() -> None:
+def test_a_stream_that_falls_silent_ends_with_an_error_event() -> None:
     with _hanging(SSE_HEAD, _event(CHUNK), chunked(b"data: {")) as (script, hung_up):
         with _client(script.url, silence_seconds=0.3) as client:
             _, last = _events(client.post(CHAT, json={**HELLO, "stream": True}).text)
@@ -360,15 +364,15 @@ def test_a_stream_that_falls_silent_ends_with_an_event_that_says_so() -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_deadline_of_the_clients_hangs_up_on_the_server(*, stream: bool) -> None:
+def test_the_clients_deadline_disconnects_the_server(*, stream: bool) -> None:
     with _hanging() as (script, hung_up), _client(script.url) as client:
         headers = {"x-request-timeout-seconds": "0.3"}
         response = client.post(CHAT, json={**HELLO, "stream": stream}, headers=headers)
-        _assert_told(response, 504, "deadline_exceeded")
+        _assert_error_response(response, 504, "deadline_exceeded")
         assert hung_up.wait(10)
 
 
-def test_a_client_that_hangs_up_ends_the_work_of_the_server_behind() -> None:
+def test_a_client_disconnect_cancels_the_servers_work() -> None:
     engine, recorder = ScriptedEngine(answer("Hel", "lo")[:1], hangs=True), FakeRecorder()
     with serving_engine(engine) as url:
         gateway = Gateway({"big": _upstream(url, recorder=recorder)}, all_ready)
@@ -388,10 +392,10 @@ def _closed_port() -> str:
         return f"http://127.0.0.1:{probe.getsockname()[1]}"
 
 
-def test_a_server_that_is_not_there_is_told_as_such_and_others_are_asked_all_the_same() -> None:
+def test_an_unreachable_server_is_reported_and_other_models_still_answer() -> None:
     own = ScriptedEngine(answer("mine"))
     with _client(_closed_port(), others={"own": own}) as client:
-        _assert_told(client.post(CHAT, json=HELLO), 502, "upstream_unreachable", "'big' cannot be reached")
+        _assert_error_response(client.post(CHAT, json=HELLO), 502, "upstream_unreachable", "'big' cannot be reached")
         assert client.post(CHAT, json={**HELLO, "model": "own"}).status_code == 200
         assert client.get("/health").json()["status"] == "ok"
         assert [each["id"] for each in client.get("/v1/models").json()["data"]] == ["own", "big"]
@@ -413,12 +417,12 @@ def test_requests_to_one_server_are_bounded() -> None:
             lines = first.iter_lines()
             next(lines)
             refused = client.post(front + CHAT, json=HELLO)
-            _assert_told_json(refused, 429, "overloaded", "1 requests are in flight")
+            _assert_http_error(refused, 429, "overloaded", "1 requests are in flight")
             assert refused.headers["retry-after"] == "1"
             assert len(script.requests) == 1
 
 
-def _assert_told_json(response: httpx.Response, status: int, code: str, words: str) -> None:
+def _assert_http_error(response: httpx.Response, status: int, code: str, words: str) -> None:
     assert response.status_code == status
     assert response.json()["error"]["code"] == code
     assert words in response.json()["error"]["message"]
@@ -447,7 +451,7 @@ def test_tokens_are_charged_to_the_key_and_counted(tmp_path: Any) -> None:
     assert recorder.observed[CHUNK_GAP, ("big",)]
 
 
-def test_an_answer_that_is_given_up_pays_for_what_came(tmp_path: Any) -> None:
+def test_tokens_of_an_incomplete_answer_are_counted(tmp_path: Any) -> None:
     recorder = FakeRecorder()
     with scripted(SSE_HEAD + _event(CHUNK) * 3) as script, _client(script.url, recorder=recorder) as client:
         client.post(CHAT, json={**HELLO, "stream": True})
@@ -459,7 +463,7 @@ def _with_picture(url: str) -> dict[str, Any]:
     return {"model": "big", "messages": [{"role": "user", "content": parts}]}
 
 
-def test_pictures_are_made_portable_here_and_go_there_as_data() -> None:
+def test_pictures_are_made_portable_and_sent_as_data() -> None:
     asked: list[GenerationRequest] = []
 
     async def make_portable(request: GenerationRequest) -> tuple[PortableImage, ...]:
@@ -478,7 +482,7 @@ def test_pictures_are_made_portable_here_and_go_there_as_data() -> None:
     assert request.messages[0].parts[1] == ImagePart(plain("blue"))
 
 
-def test_a_picture_that_is_refused_is_never_sent() -> None:
+def test_a_refused_picture_is_never_sent() -> None:
     error = ImageError("no", param="messages[0].content[1].image_url", code="image_url_not_allowed")
 
     async def refuse(_request: GenerationRequest) -> Rejected:
@@ -486,12 +490,12 @@ def test_a_picture_that_is_refused_is_never_sent() -> None:
 
     with scripted(b"") as script, _client(script.url, make_portable=refuse) as client:
         response = client.post(CHAT, json=_with_picture("http://169.254.169.254/latest"))
-    told = _assert_told(response, 400, "image_url_not_allowed")
-    assert told["param"] == "messages[0].content[1].image_url"
+    described = _assert_error_response(response, 400, "image_url_not_allowed")
+    assert described["param"] == "messages[0].content[1].image_url"
     assert script.requests == []
 
 
-def test_bodies_are_bounded_with_the_pictures_that_were_fetched() -> None:
+def test_fetched_pictures_count_towards_the_bytes_in_flight() -> None:
 
     async def large(_request: GenerationRequest) -> tuple[PortableImage, ...]:
         return (PortableImage("image/png", b"x" * 2000),)
@@ -508,9 +512,9 @@ def test_bodies_are_bounded_with_the_pictures_that_were_fetched() -> None:
 
 
 @pytest.mark.parametrize(("path", "body"), [("/tokenize", {"prompt": "x"}), ("/detokenize", {"tokens": [1]})])
-def test_tokenizing_is_refused_by_name(path: str, body: dict[str, Any]) -> None:
+def test_tokenizing_for_an_upstream_model_is_refused_by_name(path: str, body: dict[str, Any]) -> None:
     with scripted(b"") as script, _client(script.url) as client:
-        error = _assert_told(client.post(path, json={"model": "big", **body}), 400, "model_not_here", "'big'")
+        error = _assert_error_response(client.post(path, json={"model": "big", **body}), 400, "model_not_here", "'big'")
         assert error["param"] == "model"
     assert script.requests == []
 
@@ -532,7 +536,7 @@ LISTED = json.dumps({"data": [{"id": "other"}, {"id": "m"}]}).encode()
         (None, "unreachable"),
     ],
 )
-def test_how_the_server_is_can_be_seen_and_makes_us_no_less_healthy(answered: bytes | None, state: str) -> None:
+def test_the_servers_state_is_visible_and_does_not_affect_our_health(answered: bytes | None, state: str) -> None:
     recorder = FakeRecorder()
 
     async def look(url: str) -> Upstream:
@@ -555,7 +559,7 @@ def test_how_the_server_is_can_be_seen_and_makes_us_no_less_healthy(answered: by
     assert (health.status_code, health.json()["upstreams"]) == (200, {"big": state})
 
 
-def test_an_answer_shows_at_once_that_a_server_is_there_again() -> None:
+def test_an_answer_marks_the_server_as_ok_at_once() -> None:
     with serving_engine(ScriptedEngine(answer("x"))) as url, _client(url) as client:
         assert client.get("/health").json()["upstreams"] == {"big": "not asked yet"}
         client.post(CHAT, json=HELLO)
@@ -570,9 +574,9 @@ def test_an_answer_shows_at_once_that_a_server_is_there_again() -> None:
         (EngineError("broken"), 502, "upstream_failed"),
     ],
 )
-def test_errors_of_a_second_gateway_of_ours_come_through(item: Any, status: int, code: str) -> None:
+def test_errors_of_a_second_gateway_are_passed_through(item: Any, status: int, code: str) -> None:
     with serving_engine(ScriptedEngine([item])) as url, _client(url) as client:
         response = client.post(CHAT, json=HELLO)
-    error = _assert_told(response, status, code)
+    error = _assert_error_response(response, status, code)
     assert error["param"] == ("messages[0].role" if status == 400 else None)
     assert response.headers.get("retry-after") == ("3" if status == 429 else None)

@@ -42,17 +42,17 @@ def test_chunks_are_passed_on_under_our_names() -> None:
     assert body == {"id": "chatcmpl-ours", "model": "ours", **kept}
 
 
-def test_usage_is_told_at_the_end_and_only_to_those_who_asked() -> None:
+def test_usage_comes_last_and_only_on_request() -> None:
     chunks = _chunk("a", usage=None), _chunk("b", usage=USAGE), _chunk(choices=[], usage=USAGE)
     _, without = _streamed(*chunks)
     assert len(without) == 2
     assert all("usage" not in body for body in without)
-    _, told = _streamed(*chunks, include_usage=True)
-    assert [body["usage"] for body in told] == [None, USAGE, USAGE]
-    assert told[-1]["choices"] == []
+    _, with_usage = _streamed(*chunks, include_usage=True)
+    assert [body["usage"] for body in with_usage] == [None, USAGE, USAGE]
+    assert with_usage[-1]["choices"] == []
 
 
-def test_tokens_are_counted_as_they_come_and_by_the_servers_count_at_the_end() -> None:
+def test_tokens_are_counted_as_they_arrive_then_by_the_servers_count() -> None:
     role = _chunk("")
     role["choices"][0]["delta"] = {"role": "assistant", "content": ""}
     deltas, _ = _streamed(role, _chunk("a"), _chunk("b", "c"), _chunk(choices=[], usage=USAGE))
@@ -66,7 +66,7 @@ def test_tokens_are_counted_as_they_come_and_by_the_servers_count_at_the_end() -
     assert deltas[-1].usage == Usage(0, 2)
 
 
-def test_what_was_asked_of_this_service_is_added_by_it() -> None:
+def test_this_services_own_fields_are_added() -> None:
     _, bodies = _streamed(_chunk("a"), timings=True, image_transforms=True)
     assert bodies[-1]["choices"] == []
     assert bodies[-1]["object"] == "chat.completion.chunk"
@@ -77,7 +77,7 @@ def test_what_was_asked_of_this_service_is_added_by_it() -> None:
     assert bodies[-1]["timings"]["upstream"] == 2.0
 
 
-def test_an_answer_in_one_piece() -> None:
+def test_an_unstreamed_answer() -> None:
     content = {
         "id": "theirs",
         "object": "chat.completion",
@@ -112,12 +112,12 @@ def test_an_answer_in_one_piece() -> None:
         (_chunk("a", usage=[]), "wrong at usage"),
     ],
 )
-def test_what_is_no_chunk_is_told_apart(content: dict[str, Any], what: str) -> None:
+def test_an_invalid_chunk_is_reported_with_its_fault(content: dict[str, Any], what: str) -> None:
     with pytest.raises(NoAnswerError, match=what):
         AnswerReader(_answer(), "delta").chunk(content)
 
 
-def test_a_stream_or_an_answer_without_choices_is_none() -> None:
+def test_a_stream_or_answer_without_choices_is_invalid() -> None:
     reader = AnswerReader(_answer(), "delta")
     reader.chunk(_chunk(choices=[], usage=USAGE))
     with pytest.raises(NoAnswerError, match="without an answer"):
@@ -127,6 +127,6 @@ def test_a_stream_or_an_answer_without_choices_is_none() -> None:
 
 
 @pytest.mark.parametrize("data", [b"", b"<html>", b"[1]", b"null", b'{"a": NaN}', b'{"a": "\xff"}', b"[" * 100_000])
-def test_what_is_no_object_is_told_apart(data: bytes) -> None:
+def test_data_that_is_not_a_json_object_is_invalid(data: bytes) -> None:
     with pytest.raises(NoAnswerError):
         read_object(data)

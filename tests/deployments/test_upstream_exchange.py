@@ -41,7 +41,7 @@ def _run(exchange: Exchange, work: Callable[[Exchange], Awaitable[Any]]) -> Any:
     return asyncio.run(closing())
 
 
-def test_a_request_goes_behind_the_configured_path_and_only_its_status_counts() -> None:
+def test_a_request_is_sent_below_the_configured_path() -> None:
     with scripted(whole("200 OK", b"body", "content-type: text/html")) as script:
         assert _run(_exchange(f"{script.url}/proxied/v1/"), _posted) == b"body"
     [(head, body)] = script.requests
@@ -49,14 +49,14 @@ def test_a_request_goes_behind_the_configured_path_and_only_its_status_counts() 
     assert body == b"{}"
 
 
-def test_no_proxy_of_the_environment_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_proxies_from_the_environment_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("http_proxy", "https_proxy", "all_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     with scripted(whole("200 OK", b"x")) as script:
         assert _run(_exchange(script.url), _posted) == b"x"
 
 
-def test_connections_are_kept_and_bounded() -> None:
+def test_connections_are_reused_and_bounded() -> None:
     """The server waits until the maximum number of requests is in flight, and counts connections."""
     connections: set[int] = set()
     together = threading.Barrier(3)
@@ -90,7 +90,7 @@ def test_connections_are_kept_and_bounded() -> None:
     assert len(connections) == 3
 
 
-def test_only_a_connection_that_was_not_made_is_tried_again() -> None:
+def test_a_request_that_was_sent_is_not_retried() -> None:
     """httpx retries once; a request that was sent is never sent twice."""
     with scripted(b"", whole("200 OK", b"x")) as script:
         with pytest.raises(UpstreamError, match="broke the connection") as raised:
@@ -99,7 +99,7 @@ def test_only_a_connection_that_was_not_made_is_tried_again() -> None:
         assert len(script.requests) == 1
 
 
-def test_a_connection_that_fails_at_first_is_made_at_the_second_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_connection_that_failed_to_open_is_retried_once(monkeypatch: pytest.MonkeyPatch) -> None:
     attempts = []
     with scripted(whole("200 OK", b"x")) as script:
         exchange = _exchange(script.url)
@@ -119,7 +119,7 @@ def test_a_connection_that_fails_at_first_is_made_at_the_second_attempt(monkeypa
     assert len(attempts) == 2
 
 
-def test_a_host_that_does_not_take_connections_is_unreachable_in_time() -> None:
+def test_a_host_that_accepts_no_connections_times_out_as_unreachable() -> None:
     # Nobody accepts connections, and the kernel's backlog is full.
     with socket.create_server(("127.0.0.1", 0), backlog=0) as listening:
         address = listening.getsockname()
@@ -134,7 +134,7 @@ def test_a_host_that_does_not_take_connections_is_unreachable_in_time() -> None:
     assert raised.value.code == "upstream_unreachable"
 
 
-def test_a_certificate_counts_where_it_is_trusted_and_nowhere_else() -> None:
+def test_a_certificate_is_accepted_only_where_it_is_trusted() -> None:
     served, trusting = _tls("localhost")
     reply = b"HTTP/1.1 200 OK\r\ncontent-length: 1\r\n\r\nx"
 
@@ -153,7 +153,7 @@ def test_a_certificate_counts_where_it_is_trusted_and_nowhere_else() -> None:
     assert raised.value.code == "upstream_unreachable"
 
 
-def test_an_answer_in_one_piece_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unstreamed_answer_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("deployments.upstream_exchange.MAX_ANSWER_BYTES", 100)
     with (
         scripted(whole("200 OK", b"x" * 101)) as script,
@@ -163,28 +163,28 @@ def test_an_answer_in_one_piece_is_bounded(monkeypatch: pytest.MonkeyPatch) -> N
     assert raised.value.code == "upstream_invalid"
 
 
-def _said(exchange: Exchange, status: int, message: str, **more: Any) -> Any:
+def _refusal_with(exchange: Exchange, status: int, message: str, **more: Any) -> Any:
     body = json.dumps({"error": {"message": message, **more}}).encode()
     return exchange.refusal(status, body)
 
 
-def test_words_of_the_server_tell_neither_key_nor_address_nor_its_own_name_of_the_model() -> None:
+def test_the_servers_messages_reveal_neither_key_address_nor_model_name() -> None:
     exchange = _exchange("http://gpu-1.internal:30000/v1")
-    said = f"model m at gpu-1.internal:30000 (gpu-1.internal) with {KEY}: some max_tokens of `m`. m"
-    error = _said(exchange, 400, said, param="m", code="invalid_value")
+    message = f"model m at gpu-1.internal:30000 (gpu-1.internal) with {KEY}: some max_tokens of `m`. m"
+    error = _refusal_with(exchange, 400, message, param="m", code="invalid_value")
     assert isinstance(error, UpstreamRefusedError)
     assert error.message == "model big at the server (the server) with ***: some max_tokens of `big`. big"
     assert (error.param, error.code) == ("big", "invalid_value")
 
 
-def test_long_words_are_cut() -> None:
-    assert len(_said(_exchange(), 400, "x" * 10_000).message) == 1000
+def test_long_messages_of_the_server_are_truncated() -> None:
+    assert len(_refusal_with(_exchange(), 400, "x" * 10_000).message) == 1000
 
 
 @pytest.mark.parametrize(
     ("retry_after", "seconds"), [(None, None), ("7", 7), ("0", 1), ("999999", 3600), ("soon", None), ("-5", None)]
 )
-def test_when_to_come_again_is_passed_on_within_bounds(retry_after: str | None, seconds: int | None) -> None:
+def test_retry_after_is_passed_on_within_bounds(retry_after: str | None, seconds: int | None) -> None:
     full = _exchange().refusal(429, b"", retry_after)
     assert isinstance(full, OverloadedError)
     assert full.retry_after_s == (seconds or 1)
@@ -213,8 +213,8 @@ def test_when_to_come_again_is_passed_on_within_bounds(retry_after: str | None, 
         (999, UpstreamError, "upstream_failed"),
     ],
 )
-def test_only_what_the_client_has_got_wrong_is_told_as_its_fault(status: int, kind: type, code: str) -> None:
-    error = _said(_exchange(), status, "why", code="their_own")
+def test_only_the_clients_own_mistakes_are_reported_as_such(status: int, kind: type, code: str) -> None:
+    error = _refusal_with(_exchange(), status, "why", code="their_own")
     assert type(error) is kind
     assert error.code == code
     assert getattr(error, "status", status) == status

@@ -22,21 +22,21 @@ def _request(*parts: ImagePart | TextPart) -> GenerationRequest:
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF"])
-def test_what_every_engine_reads_goes_as_it_came(kind: str) -> None:
+def test_formats_that_every_engine_reads_are_passed_on_unchanged(kind: str) -> None:
     data = encode(Image.new("RGB", (30, 20), "red"), kind)
     [picture] = portable_images(_request(ImagePart(data)), LIMITS)
     assert (picture.media_type, picture.data, picture.transform) == (f"image/{kind.lower()}", data, None)
 
 
 @pytest.mark.parametrize("kind", ["BMP", "TIFF"])
-def test_what_others_may_not_read_becomes_png(kind: str) -> None:
+def test_formats_that_some_engines_cannot_read_become_png(kind: str) -> None:
     image = Image.effect_noise((30, 20), 80).convert("RGB")
     [picture] = portable_images(_request(ImagePart(encode(image, kind))), LIMITS)
     assert picture.media_type == "image/png"
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(picture.data))), np.asarray(image))
 
 
-def test_deep_grey_and_dicom_become_what_our_own_models_see_and_it_is_told_how() -> None:
+def test_deep_grey_and_dicom_are_rendered_as_for_our_models_with_transforms() -> None:
     deep = encode(Image.new("I;16", (20, 20), 40_000))
     file = dicom(np.arange(64, dtype=np.uint16).reshape(8, 8) * 50)
     view = DicomView(window=(1000.0, 500.0))
@@ -50,12 +50,12 @@ def test_deep_grey_and_dicom_become_what_our_own_models_see_and_it_is_told_how()
 
 
 @pytest.mark.parametrize("kind", sorted(unusable()))
-def test_what_cannot_be_decoded_is_refused_by_its_place(kind: str) -> None:
+def test_an_undecodable_picture_is_refused_with_its_location(kind: str) -> None:
     with pytest.raises(ImageError) as raised:
         portable_images(_request(TextPart("look"), ImagePart(unusable()[kind])), LIMITS)
     assert raised.value.param == "messages[1].content[1].image_url"
 
 
-def test_a_view_of_what_is_no_dicom_file_is_refused() -> None:
+def test_a_dicom_view_of_another_format_is_refused() -> None:
     with pytest.raises(ImageError, match="not a DICOM file"):
         portable_images(_request(ImagePart(plain(), dicom=DicomView(frame=2))), LIMITS)

@@ -27,7 +27,7 @@ def _completion(**fields: Any) -> ForwardedRequest:
     return read_forwarded_completion(body, "id", LIMITS, model="theirs/7b", forward=frozenset())
 
 
-def test_only_the_name_of_the_model_changes() -> None:
+def test_only_the_model_name_changes() -> None:
     messages = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": [{"type": "text", "text": "é"}], "name": "ann"},
@@ -57,13 +57,13 @@ def _call() -> dict[str, Any]:
     return {"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a": 2}'}}
 
 
-def test_a_completion_is_sent_on_in_each_of_its_forms() -> None:
+def test_a_completion_is_forwarded_in_each_of_its_forms() -> None:
     for prompt in ("Once", [1, 2], ["a", "b"], [[1], [2, 3]]):
         sent = {"prompt": prompt, "suffix": "end", "echo": True, "logprobs": 3}
         assert json.loads(_completion(**sent).encoded()) == {**sent, "model": "theirs/7b", "stream": False}
 
 
-def test_a_stream_is_always_asked_for_its_tokens() -> None:
+def test_usage_is_always_requested_for_a_stream() -> None:
     for options, wants in ((None, False), ({"include_usage": False}, False), ({"include_usage": True}, True)):
         asked = _chat(stream=True, stream_options=options)
         sent = json.loads(asked.encoded())
@@ -92,18 +92,18 @@ def test_a_stream_is_always_asked_for_its_tokens() -> None:
         "template",
     ],
 )
-def test_a_field_that_is_not_named_is_refused_and_nothing_is_sent(field: str) -> None:
+def test_an_unlisted_field_is_refused_and_nothing_is_sent(field: str) -> None:
     with pytest.raises(RequestError, match="is not sent on") as raised:
         _chat(**{field: {"remote_host": "10.0.0.1"}})
     assert (raised.value.param, raised.value.code) == (field, "unsupported_parameter")
 
 
-def test_a_field_that_asks_for_nothing_is_left_out() -> None:
+def test_a_field_without_effect_is_left_out() -> None:
     sent = json.loads(_chat(chat_template=None, use_beam_search=False, best_of=1, modalities=["text"]).encoded())
     assert set(sent) == {"model", "stream", "messages"}
 
 
-def test_the_configuration_may_name_further_fields() -> None:
+def test_the_configuration_may_list_further_fields() -> None:
     kwargs = {"enable_thinking": False}
     sent = json.loads(_chat(chat_template_kwargs=kwargs, forward=frozenset({"chat_template_kwargs"})).encoded())
     assert sent["chat_template_kwargs"] == kwargs
@@ -113,7 +113,7 @@ def _picture(url: str, **more: Any) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": url, **more}}
 
 
-def test_pictures_take_their_places_as_data_urls_and_no_address_is_left() -> None:
+def test_picture_urls_are_replaced_by_data_urls() -> None:
     address = "https://10.0.0.1/secret.png"
     content = [{"type": "text", "text": "x"}, _picture(address, detail="low"), _picture(data_url(plain()))]
     asked = _chat(messages=[*HELLO, {"role": "user", "content": content}])
@@ -145,13 +145,13 @@ def test_a_picture_without_its_bytes_is_never_sent() -> None:
         "text",
     ],
 )
-def test_parts_of_other_kinds_are_refused(part: object) -> None:
+def test_other_types_of_parts_are_refused(part: object) -> None:
     with pytest.raises(RequestError) as raised:
         _chat(messages=[{"role": "user", "content": [part]}])
     assert str(raised.value.param).startswith("messages[0].content[0]")
 
 
-def test_of_a_part_nothing_is_sent_on_that_another_engine_could_take_for_an_address() -> None:
+def test_extra_fields_of_a_part_that_could_hold_a_url_are_dropped() -> None:
     text = {"type": "text", "text": "x", "image_url": {"url": "http://10.0.0.1/"}}
     picture = {**_picture(data_url(plain()), video_url="http://10.0.0.1/"), "audio_url": "http://10.0.0.1/"}
     body = _chat(messages=[{"role": "user", "content": [text, picture]}]).encoded([PortableImage("image/png", b"p")])
@@ -168,14 +168,14 @@ def test_of_a_part_nothing_is_sent_on_that_another_engine_could_take_for_an_addr
         ({"messages": []}, "messages", "invalid_value"),
     ],
 )
-def test_the_services_limits_hold(fields: dict[str, Any], param: str | None, code: str) -> None:
+def test_the_services_limits_apply(fields: dict[str, Any], param: str | None, code: str) -> None:
     with pytest.raises(RequestError) as raised:
         _chat(**fields)
     assert raised.value.code == code
     assert raised.value.param == (param or "messages[0].content[0].image_url.url")
 
 
-def test_prompts_count_as_answers() -> None:
+def test_each_of_several_prompts_counts_as_an_answer() -> None:
     assert _completion(prompt=["a", "b"], n=2).form.num_answers == 4
     with pytest.raises(RequestError, match="6 answers are asked for; at most 4"):
         _completion(prompt=["a", "b", "c"], n=2)

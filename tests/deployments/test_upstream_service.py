@@ -49,7 +49,7 @@ def _chat(service: Running, model: str, parts: Any, **more: Any) -> Any:
     return service.client.chat.completions.create(model=model, messages=messages(parts), max_tokens=12, **more)
 
 
-def test_it_answers_as_the_service_behind_it_does(front: Running, behind: Running) -> None:
+def test_it_gives_the_same_answers_as_the_service_behind_it(front: Running, behind: Running) -> None:
     for parts in ("What?", content(plain("green"), "What?")):
         there, here = _chat(behind, behind.model, parts), _chat(front, "big", parts)
         assert here.choices == there.choices
@@ -73,7 +73,7 @@ def test_no_tower_and_no_generator_is_started_for_it(front: Running) -> None:
     assert httpx.get(f"{front.url}/health").json()["stages"] == {"preprocessor": "ok"}
 
 
-def test_an_address_is_refused_here_and_not_left_to_the_server_behind(front: Running) -> None:
+def test_a_picture_url_is_refused_here_and_not_left_to_the_upstream(front: Running) -> None:
     parts = [{"type": "image_url", "image_url": {"url": "http://169.254.169.254/latest"}}]
     response = front.post(model="big", messages=messages(parts))
     assert (response.status_code, response.json()["error"]["code"]) == (400, "image_url_not_allowed")
@@ -83,7 +83,7 @@ def test_an_address_is_refused_here_and_not_left_to_the_server_behind(front: Run
     assert response.json()["error"]["param"] == "messages[0].content[0].image_url"
 
 
-def test_what_has_passed_through_is_counted_and_shown(front: Running) -> None:
+def test_forwarded_requests_are_counted_and_shown(front: Running) -> None:
     _chat(front, "big", "What?")
 
     def check(page: Page) -> None:
@@ -95,7 +95,7 @@ def test_what_has_passed_through_is_counted_and_shown(front: Running) -> None:
     front.settled_metrics(check)
 
 
-def test_a_client_that_hangs_up_frees_the_service_behind(front: Running, behind: Running) -> None:
+def test_a_client_disconnect_frees_the_service_behind(front: Running, behind: Running) -> None:
     body = {"model": "big", "messages": messages("Go on."), "max_tokens": 4000, "stream": True, "ignore_eos": True}
     with httpx.stream("POST", f"{front.url}/v1/chat/completions", json=body, timeout=60) as response:
         stream = events(response)
@@ -104,7 +104,7 @@ def test_a_client_that_hangs_up_frees_the_service_behind(front: Running, behind:
     until(lambda: behind.metrics().total(RUNNING) == 0)
 
 
-def test_the_death_of_the_service_behind_in_the_middle_of_an_answer_is_told(front: Running, behind: Running) -> None:
+def test_the_death_of_the_upstream_during_an_answer_is_reported(front: Running, behind: Running) -> None:
     """The last test of this file, because it leaves no second service."""
     body = {"model": "big", "messages": messages("Go on."), "max_tokens": 4000, "stream": True, "ignore_eos": True}
     with httpx.stream("POST", f"{front.url}/v1/chat/completions", json=body, timeout=60) as response:
@@ -126,6 +126,6 @@ def test_the_death_of_the_service_behind_in_the_middle_of_an_answer_is_told(fron
     until(lambda: httpx.get(f"{front.url}/health").json()["upstreams"] == {"big": "unreachable"})
     assert httpx.get(f"{front.url}/health").status_code == 200
     until(lambda: front.metrics().total(UPSTREAM_UP, model="big") == 0)
-    told = front.log_text()
-    assert "model big: its server" in told
-    assert KEY not in told
+    log = front.log_text()
+    assert "model big: its server" in log
+    assert KEY not in log

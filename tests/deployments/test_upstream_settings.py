@@ -14,7 +14,7 @@ def _args(**fields: Any) -> UpstreamArgs:
     return UpstreamArgs.model_validate({"url": "http://gpu-1:8000/v1", "model": "big", **fields})
 
 
-def test_an_address_is_taken_with_or_without_a_slash_at_its_end() -> None:
+def test_a_trailing_slash_of_the_url_is_ignored() -> None:
     assert _args(url="https://gpu-1/v1/").url == _args(url="https://gpu-1/v1").url == "https://gpu-1/v1"
 
 
@@ -30,7 +30,7 @@ def test_an_address_is_taken_with_or_without_a_slash_at_its_end() -> None:
         ("http://gpu-1/v1#part", "must end with the path"),
     ],
 )
-def test_what_is_no_address_of_a_server_is_refused(url: str, why: str) -> None:
+def test_an_invalid_server_url_is_refused(url: str, why: str) -> None:
     with pytest.raises(ValidationError, match=why):
         _args(url=url)
 
@@ -46,12 +46,12 @@ def test_what_is_no_address_of_a_server_is_refused(url: str, why: str) -> None:
         {"api_key": "secret"},
     ],
 )
-def test_what_is_out_of_bounds_or_unknown_is_refused(fields: dict[str, Any]) -> None:
+def test_unknown_and_out_of_bounds_settings_are_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(ValidationError, match=next(iter(fields))):
         _args(**fields)
 
 
-def test_a_key_is_read_from_the_environment_when_a_gateway_starts_and_is_in_no_setting() -> None:
+def test_a_key_is_read_from_the_environment_and_kept_out_of_settings() -> None:
     args = _args(api_key_env="BIG_KEY")
     assert read_key(args, {"BIG_KEY": " sk-secret\n"}) == "sk-secret"
     assert read_key(_args(), {"BIG_KEY": "sk-secret"}) is None
@@ -61,13 +61,13 @@ def test_a_key_is_read_from_the_environment_when_a_gateway_starts_and_is_in_no_s
 @pytest.mark.parametrize(
     ("value", "why"), [(None, "is not set"), (" ", "is not set"), ("sk\r\nx: y", "no key that can")]
 )
-def test_a_key_that_is_not_there_or_cannot_be_sent_ends_the_start(value: str | None, why: str) -> None:
+def test_a_missing_or_unsendable_key_aborts_the_start(value: str | None, why: str) -> None:
     with pytest.raises(LaunchError, match=f"BIG_KEY.* {why}") as raised:
         read_key(_args(api_key_env="BIG_KEY"), {} if value is None else {"BIG_KEY": value})
     assert "x: y" not in str(raised.value)
 
 
-def test_certificates_come_from_a_file_where_one_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_ca_file_must_exist_and_hold_certificates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     args = _args(ca_file="ca.pem")
     # Absolute, because replicas have another working directory.

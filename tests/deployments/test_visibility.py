@@ -66,7 +66,7 @@ def service(long_context: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
             yield running
 
 
-def _num(page: Page, histogram: Histogram, **labels: str) -> float:
+def _num_observed(page: Page, histogram: Histogram, **labels: str) -> float:
     return page.buckets(histogram, **labels)[-1]
 
 
@@ -97,7 +97,7 @@ def usages(service: Running) -> list[dict[str, Any]]:
     return found
 
 
-def test_the_page_of_metrics_counts_what_was_asked(service: Running, usages: list[dict[str, Any]]) -> None:
+def test_the_metrics_page_counts_the_requests(service: Running, usages: list[dict[str, Any]]) -> None:
     num_answers, num_bad = len(usages), 5
 
     def check(page: Page) -> None:
@@ -106,22 +106,22 @@ def test_the_page_of_metrics_counts_what_was_asked(service: Running, usages: lis
         assert page.total(HTTP_REQUESTS, route=CHAT, status="200") == num_answers
         assert page.total(HTTP_REQUESTS, route=CHAT, status="499") == 1
         assert page.total(HTTP_REQUESTS, route="/v1/models/{name:path}", status="404") == 1
-        assert _num(page, HTTP_DURATION, route=CHAT) == num_answers + num_bad + 1
+        assert _num_observed(page, HTTP_DURATION, route=CHAT) == num_answers + num_bad + 1
         assert page.total(CANCELLATIONS, phase="streaming") == 1
         assert page.total(ERRORS, code="model_not_found") == 2
         assert page.total(ERRORS, code="invalid_image") == 1
         assert page.total(ERRORS, code="unsupported_parameter") == 1
         assert page.total(ERRORS) == num_bad + 1
         # The request whose client hung up had begun too.
-        assert _num(page, TIME_TO_FIRST_TOKEN, model=service.model) == num_answers + 1
-        assert _num(page, CHUNK_GAP, model=service.model) >= 1
+        assert _num_observed(page, TIME_TO_FIRST_TOKEN, model=service.model) == num_answers + 1
+        assert _num_observed(page, CHUNK_GAP, model=service.model) >= 1
         for stage in STAGES:
             # At least once per answer; transfers twice, to the encoder and to the generator.
-            assert _num(page, STAGE_DURATION, stage=stage) >= num_answers * (2 if stage == "transfer" else 1)
-        assert _num(page, STAGE_DURATION, stage="decode") == num_answers
-        assert _num(page, IMAGES) == num_answers + 1
-        assert _num(page, QUEUE_WAIT, stage="encode") == num_answers + 1
-        assert _num(page, QUEUE_WAIT, stage="generate") == num_answers
+            assert _num_observed(page, STAGE_DURATION, stage=stage) >= num_answers * (2 if stage == "transfer" else 1)
+        assert _num_observed(page, STAGE_DURATION, stage="decode") == num_answers
+        assert _num_observed(page, IMAGES) == num_answers + 1
+        assert _num_observed(page, QUEUE_WAIT, stage="encode") == num_answers + 1
+        assert _num_observed(page, QUEUE_WAIT, stage="generate") == num_answers
         # Two pictures were new once, and an invalid one always is; it is not encoded.
         assert page.total(CACHE_MISSES, cache="tiles") == 3
         assert page.total(CACHE_MISSES, cache="features") == 2
@@ -134,7 +134,7 @@ def test_the_page_of_metrics_counts_what_was_asked(service: Running, usages: lis
     service.settled_metrics(check)
 
 
-def test_nothing_that_was_said_is_in_any_log_metric_or_trace(service: Running, usages: list[dict[str, Any]]) -> None:
+def test_no_log_metric_or_trace_contains_request_content(service: Running, usages: list[dict[str, Any]]) -> None:
     until(lambda: "found-again" in service.log_text())
     until(lambda: "replica_handle_request Generator" in _spans(service))
     written = [
@@ -142,21 +142,19 @@ def test_nothing_that_was_said_is_in_any_log_metric_or_trace(service: Running, u
     ]
     assert len(written) > 10
     page = httpx.get(service.metrics_url, timeout=10, trust_env=False).content
-    secrets = [PLANTED.encode(), PLANTED.replace(" ", "%20").encode(), *_of_pictures()]
+    secrets = [PLANTED.encode(), PLANTED.replace(" ", "%20").encode(), *_picture_fragments()]
     for name, data in [("metrics", page), *((str(path), path.read_bytes()) for path in written)]:
         for secret in secrets:
             assert secret not in data, name
 
 
-def _of_pictures() -> Iterator[bytes]:
+def _picture_fragments() -> Iterator[bytes]:
     for picture in (*map(plain, COLOURS), unusable()["no image"]):
         yield picture[-24:]
         yield base64.b64encode(picture)[-24:]
 
 
-def test_every_line_of_the_log_is_json_and_those_of_a_request_name_it(
-    service: Running, usages: list[dict[str, Any]]
-) -> None:
+def test_log_lines_are_json_and_carry_the_request_id(service: Running, usages: list[dict[str, Any]]) -> None:
     until(lambda: service.log_text().count("found-again") >= 5)
     records = [
         json.loads(line)
@@ -178,7 +176,7 @@ def _spans(service: Running) -> str:
     return "".join(path.read_text() for path in service.logs.rglob("session_2*/logs/serve/spans/*.json"))
 
 
-def test_a_trace_goes_through_all_stages(service: Running, usages: list[dict[str, Any]]) -> None:
+def test_a_trace_spans_all_stages(service: Running, usages: list[dict[str, Any]]) -> None:
     names = ("Gateway", "Preprocessor prepare", "VisionEncoder encode", "Generator generate")
     until(lambda: all(f"replica_handle_request {name}" in _spans(service) for name in names))
     decoder = json.JSONDecoder()

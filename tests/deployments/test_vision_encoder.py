@@ -58,7 +58,7 @@ def test_tiles_are_replaced_by_features(tower: ClipTower) -> None:
     assert set(encoded.elapsed.stage_ms) == {"transfer", "encode"}
 
 
-def test_a_picture_that_comes_again_is_encoded_once_also_when_both_come_together(tower: ClipTower) -> None:
+def test_a_repeated_picture_is_encoded_once_even_if_concurrent(tower: ClipTower) -> None:
     encoder, runs = VisionEncoder(tower, LocalHandoff(), cache_bytes=10**6), []
     hook = tower.register_forward_pre_hook(lambda _module, inputs: runs.append(len(inputs[0])))
 
@@ -81,9 +81,7 @@ def test_a_picture_that_comes_again_is_encoded_once_also_when_both_come_together
             assert ours.data.tobytes() == theirs.data.tobytes()
 
 
-def test_the_autoscaler_is_told_of_tiles_that_have_to_be_encoded(
-    tower: ClipTower, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tiles_to_be_encoded_are_reported_to_the_autoscaler(tower: ClipTower, monkeypatch: pytest.MonkeyPatch) -> None:
     is_begun, may_end = threading.Event(), threading.Event()
 
     def encode_later(*given: Any) -> dict[str, Any]:
@@ -93,7 +91,7 @@ def test_the_autoscaler_is_told_of_tiles_that_have_to_be_encoded(
 
     encoder = VisionEncoder(tower, LocalHandoff(), cache_bytes=10**6)
 
-    async def told() -> list[dict[str, float]]:
+    async def reports() -> list[dict[str, float]]:
         await encoder.encode(_prepared(_image(7)))
         idle = await encoder.record_autoscaling_stats()
         monkeypatch.setattr("llava_core.vision.encode.encode_through", encode_later)
@@ -106,7 +104,7 @@ def test_the_autoscaler_is_told_of_tiles_that_have_to_be_encoded(
         await asyncio.gather(*running)
         return [idle, busy, await encoder.record_autoscaling_stats()]
 
-    idle, busy, after = asyncio.run(told())
+    idle, busy, after = asyncio.run(reports())
     assert (idle["queued_tiles"], idle["held_requests"]) == (after["queued_tiles"], after["held_requests"]) == (0, 0)
     assert (busy["queued_tiles"], busy["held_requests"]) == (5, 2)
     assert all(0 < each["busy"] <= 1 for each in (idle, busy, after))
@@ -142,7 +140,7 @@ def test_a_pictures_features_are_put_into_the_store_once(tower: ClipTower) -> No
     assert len(store.objects) == 3
 
 
-def test_what_is_sent_with_each_result_counts_each_time(tower: ClipTower) -> None:
+def test_inline_features_count_towards_every_transfer(tower: ClipTower) -> None:
     recorder = FakeRecorder()
     encoder = VisionEncoder(tower, LocalHandoff(), cache_bytes=10**6, recorder=recorder)
     for _ in range(2):
@@ -158,7 +156,7 @@ def test_without_a_cache_nothing_is_kept(tower: ClipTower) -> None:
     assert encoder.cache.num_bytes == 0
 
 
-def test_the_work_on_each_request_and_the_use_of_the_cache_are_measured(tower: ClipTower) -> None:
+def test_durations_and_cache_use_are_measured(tower: ClipTower) -> None:
     recorder = FakeRecorder()
     encoder = VisionEncoder(tower, LocalHandoff(), cache_bytes=10**6, recorder=recorder)
     for shades in ((10,), (10, 200)):
@@ -169,9 +167,9 @@ def test_the_work_on_each_request_and_the_use_of_the_cache_are_measured(tower: C
     assert len(recorder.observed[STAGE_DURATION, ("transfer",)]) == 3
     # No time is recorded for a failed request.
     assert len(recorder.observed[STAGE_DURATION, ("encode",)]) == 2
-    told = recorder.readings()
-    assert (told[CACHE_HITS, ("features",)], told[CACHE_MISSES, ("features",)]) == (1, 3)
-    assert told[CACHE_BYTES, ("features",)] == encoder.cache.num_bytes > 0
+    readings = recorder.readings()
+    assert (readings[CACHE_HITS, ("features",)], readings[CACHE_MISSES, ("features",)]) == (1, 3)
+    assert readings[CACHE_BYTES, ("features",)] == encoder.cache.num_bytes > 0
 
 
 def test_a_rejection_is_passed_on(tower: ClipTower) -> None:
@@ -179,9 +177,7 @@ def test_a_rejection_is_passed_on(tower: ClipTower) -> None:
     assert asyncio.run(VisionEncoder(tower, LocalHandoff()).encode(rejected)) is rejected
 
 
-def test_a_failure_of_the_tower_ends_one_request_and_leaves_a_trace(
-    tower: ClipTower, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_tower_failure_fails_one_request_and_is_logged(tower: ClipTower, caplog: pytest.LogCaptureFixture) -> None:
     encoder = VisionEncoder(tower, LocalHandoff())
 
     async def both() -> list[Encoded | Rejected]:
@@ -214,9 +210,7 @@ def _odd() -> PreparedImage:
     return PreparedImage("odd", Size(5, 5), np.zeros((1, 5, 5, 3), np.uint8))
 
 
-def test_a_request_that_is_cancelled_while_it_waits_is_never_encoded(
-    tower: ClipTower, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_request_cancelled_while_queued_is_never_encoded(tower: ClipTower, monkeypatch: pytest.MonkeyPatch) -> None:
     is_begun, may_end = threading.Event(), threading.Event()
     encoded: list[str] = []
 

@@ -7,7 +7,7 @@ import pytest
 from deployments.waiting import abandon
 
 
-def test_all_are_over_when_it_returns_and_their_errors_are_nobodys(caplog: pytest.LogCaptureFixture) -> None:
+def test_all_tasks_have_ended_on_return_and_their_errors_are_dropped(caplog: pytest.LogCaptureFixture) -> None:
     ended: list[str] = []
 
     async def waiting(name: str, error: Exception | None) -> None:

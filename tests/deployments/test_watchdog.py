@@ -13,7 +13,7 @@ def _fail(watchdog: Watchdog, error: Exception) -> None:
         raise error
 
 
-def test_failures_in_a_row_are_too_many_and_a_success_forgives_them() -> None:
+def test_too_many_consecutive_failures_are_unhealthy_unless_one_succeeds() -> None:
     watchdog = Watchdog("stage", max_failures=3)
     for _ in range(2):
         _fail(watchdog, RuntimeError("broken"))
@@ -28,7 +28,7 @@ def test_failures_in_a_row_are_too_many_and_a_success_forgives_them() -> None:
         watchdog.check()
 
 
-def test_a_clients_mistake_is_no_failure() -> None:
+def test_a_clients_mistake_is_not_a_failure() -> None:
     watchdog = Watchdog("stage", max_failures=1)
     _fail(watchdog, ImageError("bad"))
     watchdog.check()
@@ -37,7 +37,7 @@ def test_a_clients_mistake_is_no_failure() -> None:
     watchdog.check()
 
 
-def test_work_that_does_not_end_is_noticed_while_it_lasts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_work_that_does_not_end_is_detected_while_it_lasts(monkeypatch: pytest.MonkeyPatch) -> None:
     watchdog = Watchdog("stage", max_work_s=100)
     now = time.monotonic()
     with watchdog.work():

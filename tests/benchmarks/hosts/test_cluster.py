@@ -1,6 +1,6 @@
-"""The application on a cluster of hosts, asked from yet another host, while things die: `make test-cluster` has all.
+"""The application on a cluster of hosts, queried from another host, under faults: `make test-cluster` tests all.
 
-Without LLAVA_TEST_CLUSTER only one replica is killed, which is the form for CI.
+Without LLAVA_TEST_CLUSTER, as in CI, only one replica is killed.
 """
 
 import json
@@ -20,9 +20,9 @@ pytestmark = [
     pytest.mark.timeout(900),
     pytest.mark.skipif(why_not() is not None, reason=str(why_not())),
 ]
-# After these nobody may fail: what has died had no client's connection.
+# No request may fail after these: no client was connected through the killed process.
 HARMLESS = ("generator replica killed", "Serve's controller killed", "host cut off from other workers for 5 s")
-# Clients that were connected through the host itself are cut off, and have to ask again.
+# Clients that were connected through the host itself are cut off and have to retry.
 WITH_CONNECTIONS = (
     "HAProxy killed on one host",
     "raylet killed",
@@ -39,7 +39,7 @@ def cluster() -> Iterator[HostCluster]:
         yield cluster
 
 
-def test_replicas_are_on_different_hosts_and_every_host_answers_the_clients(cluster: HostCluster) -> None:
+def test_replicas_are_on_different_hosts_and_every_host_answers(cluster: HostCluster) -> None:
     for stage in ("Gateway", "Preprocessor", "VisionEncoder", "Generator"):
         hosts = [address for address, _ in cluster.replicas(stage)]
         assert len(hosts) == len(set(hosts)) == 2
@@ -48,22 +48,22 @@ def test_replicas_are_on_different_hosts_and_every_host_answers_the_clients(clus
         assert json.loads(models)["data"]
 
 
-def test_rays_token_is_asked_for_by_whoever_is_on_the_network(cluster: HostCluster) -> None:
+def test_rays_api_requires_the_token(cluster: HostCluster) -> None:
     status = ["curl", "-sS", "-o", "/dev/null", "-w", "%{http_code}"]
     assert cluster.client.run([*status, f"http://{cluster.head.address}:8265/api/serve/applications/"]) == "401"
 
 
 @pytest.mark.parametrize("name", HARMLESS if IS_WHOLE else HARMLESS[:1])
-def test_no_client_notices_more_than_a_pause(cluster: HostCluster, name: str) -> None:
+def test_harmless_faults_fail_no_request(cluster: HostCluster, name: str) -> None:
     seen = measure(cluster, FAULTS[name])
     assert seen.failed == {}
     assert seen.wrong == 0
 
 
 @pytest.mark.parametrize("name", WITH_CONNECTIONS if IS_WHOLE else ())
-def test_only_who_was_connected_through_the_host_asks_again(cluster: HostCluster, name: str) -> None:
+def test_only_clients_connected_through_the_host_have_to_retry(cluster: HostCluster, name: str) -> None:
     seen = measure(cluster, FAULTS[name])
     assert seen.failed.keys() <= LOST_CONNECTION
-    # Each client once at most.
+    # At most once per client.
     assert sum(seen.failed.values()) <= 4
     assert seen.wrong == 0

@@ -1,4 +1,4 @@
-"""What is made of clients' notes: complaints, recovery, answers that are not right."""
+"""Evaluation of the clients' records: complaints, recovery and wrong answers."""
 
 from dataclasses import replace
 
@@ -14,12 +14,12 @@ def asked(began: float, ended: float, **more: object) -> Asked:
     return replace(Asked(0, "?", began, ended=ended, text="right", first_s=0.1, gap_s=0.2, gap_ended=ended), **more)
 
 
-def test_nothing_to_complain_of_is_recovery_at_once() -> None:
+def test_without_complaints_recovery_is_immediate() -> None:
     seen = see([asked(90, 95), asked(99, 103), asked(104, 105, error="unfinished", text="ri")], STRUCK)
     assert (seen.requests, seen.failed, seen.wrong, seen.recovered_s) == (2, {}, 0, 0.0)
 
 
-def test_what_was_before_the_fault_is_none_of_its_doing() -> None:
+def test_failures_before_the_fault_do_not_count() -> None:
     assert see([asked(90, 95, error="silence", gap_s=9.0), asked(99, 101)], STRUCK).failed == {}
 
 
@@ -37,7 +37,7 @@ def test_recovery_is_after_the_last_complaint(outcome: Asked, when: float) -> No
     assert see(outcomes, STRUCK).recovered_s == when - STRUCK
 
 
-def test_failures_are_told_apart_and_the_longest_times_are_kept() -> None:
+def test_failures_are_counted_by_kind_and_the_longest_times_kept() -> None:
     errors = ("silence", "status 503", "silence")
     outcomes = [asked(99, 103, error=error, gap_s=35.0, first_s=35.0) for error in errors]
     seen = see([*outcomes, asked(99, 130, gap_s=6.0), asked(99, 130, first_s=8.0)], STRUCK)
@@ -55,7 +55,7 @@ def test_failures_are_told_apart_and_the_longest_times_are_kept() -> None:
         (asked(99, 103, text="other", client=1), False),
     ],
 )
-def test_answers_are_compared_with_what_most_have_got(outcome: Asked, *, is_wrong: bool) -> None:
+def test_answers_are_compared_with_the_most_frequent_one(outcome: Asked, *, is_wrong: bool) -> None:
     assert see([asked(90, 95), asked(95, 96), outcome], STRUCK).wrong == is_wrong
 
 

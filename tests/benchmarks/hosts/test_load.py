@@ -1,4 +1,4 @@
-"""What clients note of a server that answers, refuses, breaks off, falls silent or is not there."""
+"""What clients record about a server that answers, refuses, breaks off, falls silent or is unreachable."""
 
 import asyncio
 import io
@@ -22,7 +22,7 @@ NOWHERE = "127.0.0.1:9"
 
 
 def _outcomes(tmp_path: Path, *addresses: str, number: int = 1) -> list[Asked]:
-    """Of one client's first requests."""
+    """Return the outcomes of one client's first requests."""
 
     class Enough(io.StringIO):
         def write(self, text: str) -> int:
@@ -43,7 +43,7 @@ def _outcomes(tmp_path: Path, *addresses: str, number: int = 1) -> list[Asked]:
     return read_outcomes(tmp_path / "out")
 
 
-def test_a_whole_answer_is_no_error(tmp_path: Path) -> None:
+def test_a_complete_answer_is_not_an_error(tmp_path: Path) -> None:
     with scripted(ANSWER) as server:
         [asked] = _outcomes(tmp_path, server.url.removeprefix("http://"))
     assert (asked.error, asked.text, asked.client) == ("", "two shapes", 0)
@@ -65,13 +65,13 @@ def test_a_whole_answer_is_no_error(tmp_path: Path) -> None:
         (lambda connection: connection.recv(1), "silence"),
     ],
 )
-def test_what_a_client_is_told_is_noted(tmp_path: Path, response: bytes, error: str) -> None:
+def test_each_kind_of_failure_is_recorded(tmp_path: Path, response: bytes, error: str) -> None:
     with scripted(response) as server:
         [asked] = _outcomes(tmp_path, server.url.removeprefix("http://"))
     assert asked.error == error
 
 
-def test_who_cannot_connect_tries_the_next_and_leaves_the_first_alone(tmp_path: Path) -> None:
+def test_an_unreachable_address_is_skipped_from_then_on(tmp_path: Path) -> None:
     with scripted(ANSWER) as server:
         here = server.url.removeprefix("http://")
         outcomes = _outcomes(tmp_path, NOWHERE, here, number=4)
@@ -80,7 +80,7 @@ def test_who_cannot_connect_tries_the_next_and_leaves_the_first_alone(tmp_path: 
     assert asked.error == "no connection"
 
 
-def test_gaps_are_between_pieces_and_up_to_the_end() -> None:
+def test_gaps_are_measured_between_chunks_and_up_to_the_end() -> None:
     now = [10.0]
     asked = Asked(0, "?", began=10.0)
     with pytest.MonkeyPatch.context() as patch:

@@ -1,4 +1,4 @@
-"""Hosts of one machine: what is their own, what they share, and that nothing is left of them."""
+"""Simulated hosts on one machine: what each has for itself, what they share, and that they leave nothing behind."""
 
 import contextlib
 import os
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 
 ROOT = Path(__file__).parents[3]
 PYTHON = sys.executable
-# Answers each connection with a line, as long as it runs.
+# Answers each connection, for as long as it runs.
 SERVER = """
 import socket
 listening = socket.create_server(("0.0.0.0", 7000))
@@ -29,7 +29,7 @@ while True:
     if connection.recv(1):
         connection.sendall(b"!")
 """
-# Says something once it is told that the link is cut, and waits until it is answered.
+# Sends a byte once it is told that the link is cut, and waits for the answer.
 TALK = """
 import os, socket, sys, time
 connection = socket.create_connection((sys.argv[1], 7000))
@@ -69,11 +69,11 @@ def serve(host: Host) -> None:
 
 
 def ask(host: Host, other: Host, patience_s: float = 0.5) -> bool:
-    """Whether there is an answer in time."""
+    """Whether `other` answers in time."""
     return host.run([PYTHON, "-c", CLIENT, other.address, str(patience_s)]) == "hello\n"
 
 
-def test_each_host_has_a_name_an_address_processes_and_files_of_its_own(network: HostNetwork) -> None:
+def test_each_host_has_its_own_name_address_processes_and_files(network: HostNetwork) -> None:
     one, other = network.start_host("one"), network.start_host("other")
     assert one.address != other.address
     assert one.run(["cat", "/proc/sys/kernel/hostname"]) == "one\n"
@@ -82,11 +82,11 @@ def test_each_host_has_a_name_an_address_processes_and_files_of_its_own(network:
     assert other.run(["sh", "-c", "ls /dev/shm"]) == ""
     assert "file" not in other.run(["ls", "/tmp"]).split()
     assert not Path("/dev/shm/file").exists()
-    # Two: that of `sh`, and the first one.
+    # Two processes: `sh`, and the init process.
     assert one.run(["sh", "-c", "echo /proc/[0-9]*"]).count("/proc/") == 2
 
 
-def test_a_host_finds_its_address_as_programs_do(network: HostNetwork) -> None:
+def test_a_host_can_look_up_its_own_address(network: HostNetwork) -> None:
     host = network.start_host("one")
     find = (
         "import socket; s = socket.socket(type=socket.SOCK_DGRAM); s.connect(('8.8.8.8', 1)); print(*s.getsockname())"
@@ -95,13 +95,13 @@ def test_a_host_finds_its_address_as_programs_do(network: HostNetwork) -> None:
     assert host.run([PYTHON, "-c", "import socket; print(socket.gethostbyname('one'))"]).strip() == host.address
 
 
-def test_kept_folders_are_the_same_everywhere(network: HostNetwork) -> None:
+def test_kept_folders_are_shared_by_all_hosts(network: HostNetwork) -> None:
     assert network.start_host("one").run(["ls", str(ROOT)]).split() == sorted(
         (each.name for each in ROOT.iterdir() if not each.name.startswith(".")), key=str
     )
 
 
-def test_a_link_is_cut_for_two_hosts_and_no_other_and_mended(network: HostNetwork) -> None:
+def test_a_link_is_cut_between_two_hosts_only_and_restored(network: HostNetwork) -> None:
     one, other, third = (network.start_host(name) for name in ("one", "other", "third"))
     serve(other)
     assert ask(one, other)
@@ -112,7 +112,7 @@ def test_a_link_is_cut_for_two_hosts_and_no_other_and_mended(network: HostNetwor
     assert ask(one, other, patience_s=10)
 
 
-def test_a_connection_outlives_a_cut(network: HostNetwork) -> None:
+def test_a_connection_survives_a_cut(network: HostNetwork) -> None:
     one, other = network.start_host("one"), network.start_host("other")
     serve(other)
     one.start([PYTHON, "-uc", TALK, other.address], log="talk")
@@ -127,7 +127,7 @@ def test_a_connection_outlives_a_cut(network: HostNetwork) -> None:
     assert not one.has_cut_connections()
 
 
-def test_nobody_is_told_that_a_host_is_unplugged(network: HostNetwork) -> None:
+def test_an_unplugged_host_is_silent(network: HostNetwork) -> None:
     one, other = network.start_host("one"), network.start_host("other")
     serve(other)
     network.unplug(other)
@@ -136,7 +136,7 @@ def test_nobody_is_told_that_a_host_is_unplugged(network: HostNetwork) -> None:
     assert ask(one, other, patience_s=10)
 
 
-def test_all_processes_of_a_host_are_killed_and_another_takes_its_place(network: HostNetwork) -> None:
+def test_a_killed_host_can_be_replaced(network: HostNetwork) -> None:
     one, other = network.start_host("one"), network.start_host("other")
     serve(other)
     pids = other.processes()
@@ -162,13 +162,13 @@ def test_some_processes_of_a_host_are_killed_by_their_command_line(network: Host
     assert len(one.processes("sleep 2000")) == len(other.processes("sleep 1000")) == 1
 
 
-def test_orphans_are_collected(network: HostNetwork) -> None:
+def test_orphaned_processes_are_reaped(network: HostNetwork) -> None:
     host = network.start_host("one")
     host.run(["sh", "-c", "(sleep 0.05 &)"])
     until(lambda: host.run(["sh", "-c", "echo /proc/[0-9]*"]).count("/proc/") == 2)
 
 
-def test_a_command_that_fails_or_takes_too_long_is_an_error_that_tells_of_it(network: HostNetwork) -> None:
+def test_a_failing_or_slow_command_is_an_error_that_says_so(network: HostNetwork) -> None:
     host = network.start_host("one")
     with pytest.raises(HostsError, match=r"one: sh .* failed: .*nonsense"):
         host.run(["sh", "-c", "echo nonsense; exit 3"])
@@ -190,7 +190,7 @@ with HostNetwork(Path(sys.argv[1])) as network:
 """
 
 
-def test_hosts_end_with_the_process_that_made_them_even_when_that_is_killed(tmp_path: Path) -> None:
+def test_hosts_end_with_their_creator_even_if_it_is_killed(tmp_path: Path) -> None:
     command = [PYTHON, "-c", textwrap.dedent(PROGRAM), str(tmp_path)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -200,7 +200,7 @@ def test_hosts_end_with_the_process_that_made_them_even_when_that_is_killed(tmp_
     until(lambda: not any(psutil.pid_exists(pid) for pid in pids))
 
 
-def test_the_machines_own_network_is_as_it_was(tmp_path: Path) -> None:
+def test_the_machines_own_network_is_unchanged(tmp_path: Path) -> None:
     def links() -> list[str]:
         return sorted(os.listdir("/sys/class/net"))
 

@@ -25,7 +25,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def ask_transformers(folder: Path, picture: bytes) -> tuple[int, str]:
-    """How many tokens the prompt has, and the answer. The class that is named for pictures needs no torchvision."""
+    """Return the number of prompt tokens, and the answer. The image processor named here needs no torchvision."""
     processor: Any = LlavaProcessor.from_pretrained(
         folder, image_processor=CLIPImageProcessorPil.from_pretrained(folder)
     )
@@ -40,7 +40,7 @@ def ask_transformers(folder: Path, picture: bytes) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_both_read_the_same_prompt_and_write_the_same_answer_that_does_not_end(folder: Path, seed: int) -> None:
+def test_both_read_the_same_prompt_and_write_the_same_endless_answer(folder: Path, seed: int) -> None:
     picture = noise_png(seed)
     message = Message("user", (ImagePart(picture), TextPart(QUESTION)))
     deltas = list(LocalModel(folder).stream(GenerationRequest("1", (message,), SamplingParams(max_tokens=NUM_TOKENS))))
@@ -52,12 +52,12 @@ def test_both_read_the_same_prompt_and_write_the_same_answer_that_does_not_end(f
     assert "".join(delta.text for delta in deltas) == answer.lstrip()
 
 
-def test_only_tokens_that_are_text_by_themselves_can_be_answers() -> None:
+def test_only_tokens_with_text_of_their_own_can_be_answers() -> None:
     tokenizer = train_tokenizer(400)
-    said = {text: says_something(tokenizer, index) for text, index in tokenizer.get_vocab().items()}
-    assert said["e"]
-    assert not any(said[text] for text in ("<unk>", "<s>", "</s>", "<image>", "Ġ", "Ċ", "â"))
+    can_be_answer = {text: says_something(tokenizer, index) for text, index in tokenizer.get_vocab().items()}
+    assert can_be_answer["e"]
+    assert not any(can_be_answer[text] for text in ("<unk>", "<s>", "</s>", "<image>", "Ġ", "Ċ", "â"))
 
 
-def test_the_vocabulary_is_as_large_as_it_is_said_to_be() -> None:
+def test_the_vocabulary_has_the_stated_size() -> None:
     assert len(train_tokenizer(SHAPES["tiny"].vocabulary)) == SHAPES["tiny"].vocabulary + 1

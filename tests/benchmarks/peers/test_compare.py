@@ -1,4 +1,4 @@
-"""Turns, medians and ratios of the comparison, and who may not be compared."""
+"""Turns, medians and ratios of the comparison, and which servers may not be compared."""
 
 import sys
 from pathlib import Path
@@ -20,7 +20,7 @@ def server(name: str, *, one_at_a_time: bool = False) -> Server:
     return Server(contender, cast(Any, None), 1, "model")
 
 
-def test_ratios_are_of_each_round_and_then_their_median() -> None:
+def test_ratios_are_computed_per_round_before_the_median() -> None:
     ours, theirs = [figures(value) for value in (1, 4, 30)], [figures(value) for value in (2, 4, 10)]
     found = ratios(ours, theirs)["tokens_per_s"]
     assert found == {"median": 1.0, "lowest": 0.5, "highest": 3.0}
@@ -29,24 +29,24 @@ def test_ratios_are_of_each_round_and_then_their_median() -> None:
     assert ratios(ours, theirs)["tokens_per_s"]["median"] == 1
 
 
-def test_a_figure_that_somebody_does_not_have_has_no_ratio() -> None:
+def test_a_figure_that_one_server_lacks_has_no_ratio() -> None:
     assert ratios([figures(1)], [{**figures(1), "gap_ms_p99": 0.0}]).keys() == set(COMPARED) - {"gap_ms_p99"}
 
 
-def test_the_summary_has_medians_of_all_and_ratios_to_each_other_server() -> None:
+def test_the_summary_has_medians_and_ratios_to_each_other_server() -> None:
     found = summary({OURS: [figures(1), figures(2), figures(6)], "other": [figures(4)] * 3})
     assert found[OURS] == median([figures(2)])
     assert found["ours_over"].keys() == {"other"}
     assert found["ours_over"]["other"]["first_ms_p50"]["median"] == 0.5
 
 
-def test_everybody_is_first_in_turn() -> None:
+def test_every_server_goes_first_in_turn() -> None:
     servers = [server(name) for name in "abc"]
     orders = ["".join(each.contender.name for each in rotated(servers, turn)) for turn in range(4)]
     assert orders == ["abc", "bca", "cab", "abc"]
 
 
-def test_a_server_that_does_not_batch_gets_fewer_requests_of_several_clients() -> None:
+def test_a_server_without_batching_gets_fewer_concurrent_requests() -> None:
     amounts, (alone, many, _) = Amounts(1, (10, 20, 30), one_at_a_time=4), WORKS["tiny"]
     slow, fast = server("slow", one_at_a_time=True), server("fast")
     assert [amounts.of(slow, alone, 10), amounts.of(slow, many, 20)] == [10, 4]
@@ -69,6 +69,6 @@ def test_prompts_of_nearly_the_same_length_are_alike() -> None:
         (answer(error="status 500"), "status 500"),
     ],
 )
-def test_who_reads_or_writes_something_else_is_not_compared(other: Answer, message: str) -> None:
+def test_servers_that_read_or_write_differently_are_not_compared(other: Answer, message: str) -> None:
     with pytest.raises(SystemExit, match=message):
         check_alike({"a": [answer()], "b": [other]})

@@ -1,4 +1,4 @@
-"""Servers of a few lines in place of real ones: started, stopped for a while, and ended with all they began."""
+"""Minimal servers in place of real ones: started, paused, and ended with all their child processes."""
 
 import contextlib
 import os
@@ -14,7 +14,7 @@ from benchmarks.peers.contenders import OURS, TRANSFORMERS, VLLM, Contender, mak
 from benchmarks.peers.vllm_setup import VERSION
 from tests.deployments.service import until
 
-# Healthy at once; its child keeps a core busy and does not end when asked kindly.
+# Healthy at once; its child keeps a core busy and ignores SIGTERM.
 BUSY = """
 import http.server, subprocess, sys
 busy = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\\nwhile True: pass"
@@ -29,8 +29,8 @@ http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
 
 
 @pytest.fixture(autouse=True)
-def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What does not follow its parent is ended by force sooner than a real server's processes are."""
+def _short_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kill child processes that survive their parent sooner than those of a real server."""
     monkeypatch.setattr("benchmarks.peers.contenders._PATIENCE_S", 0.2)
 
 
@@ -47,7 +47,7 @@ def ended(pid: int) -> bool:
 
 
 @pytest.mark.parametrize("is_paused", [False, True])
-def test_a_server_and_its_children_are_gone_after_the_block(tmp_path: Path, *, is_paused: bool) -> None:
+def test_a_server_and_its_children_end_with_the_block(tmp_path: Path, *, is_paused: bool) -> None:
     with contextlib.suppress(KeyboardInterrupt), running(contender(BUSY), tmp_path / "model", tmp_path) as server:
         child = int(printed(tmp_path).split()[1])
         assert f"['{tmp_path / 'model'}', 'model']" in printed(tmp_path)
@@ -69,14 +69,14 @@ def test_a_paused_server_takes_no_processor_time(tmp_path: Path) -> None:
         both = [psutil.Process(server.process.pid), psutil.Process(int(printed(tmp_path).split()[1]))]
         until(lambda: {each.status() for each in both} == {psutil.STATUS_STOPPED})
         paused = server.cpu_s()
-        # Ten ticks of the clock by which processor time is counted, and some.
+        # A little more than ten ticks of the clock that counts processor time.
         time.sleep(0.15)
         assert server.cpu_s() == paused
         server.resume()
         until(lambda: server.cpu_s() > paused)
 
 
-def test_our_own_processes_are_told_apart(tmp_path: Path) -> None:
+def test_processor_time_of_our_own_processes_is_split(tmp_path: Path) -> None:
     with running(contender(BUSY), tmp_path, tmp_path) as server:
         assert server.cpu_of_parts_s() == {}
         server.contender = replace(server.contender, name=OURS)
@@ -89,7 +89,7 @@ def test_our_own_processes_are_told_apart(tmp_path: Path) -> None:
         assert server.cpu_of_parts_s().keys() == {"Generator", "Ray"}
 
 
-def test_a_server_that_does_not_start_shows_its_last_words(tmp_path: Path) -> None:
+def test_a_server_that_does_not_start_shows_its_last_output(tmp_path: Path) -> None:
     broken = contender("raise RuntimeError('no room')")
     with pytest.raises(SystemExit, match="no room\na server did not become ready"), running(broken, tmp_path, tmp_path):
         pass
@@ -104,7 +104,7 @@ def test_the_contenders_are_found_with_their_commands(tmp_path: Path) -> None:
     assert ours.program.exists()
     assert transformers.program.exists()
     assert vllm.program == tmp_path / "bin" / "vllm"
-    # Ray takes processes that are silent for dead ones.
+    # Ray would consider paused processes dead.
     assert not ours.can_pause
     for each in (ours, vllm, transformers):
         assert os.sep not in each.command.replace("127.0.0.1", "")

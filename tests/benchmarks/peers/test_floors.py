@@ -1,4 +1,4 @@
-"""The floors' arithmetic against what PyTorch counts while a model of the same shape really computes."""
+"""The floors' arithmetic against PyTorch's operation count for a real model of the same shape."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ SHAPE = Shape(Network(16, 32, 3, 2, 2), Network(32, 64, 2, 4, 2), image=28, voca
 @pytest.fixture(scope="module")
 def model() -> Any:
     model: Any = LlavaForConditionalGeneration(make_config(SHAPE, num_tokens=400, image_token=399)).eval()
-    # Whose products PyTorch counts on every machine.
+    # PyTorch counts its operations on every machine.
     model.set_attn_implementation("eager")
     return model
 
@@ -27,24 +27,24 @@ def counted(run: Any) -> int:
     return counter.get_total_flops()
 
 
-def test_encoding_is_the_tower_without_its_last_layer_and_the_projector(model: Any) -> None:
+def test_encoding_counts_projector_and_tower_except_its_last_layer(model: Any) -> None:
     pixels = torch.zeros(1, 3, 28, 28)
     everything = counted(lambda: model.get_image_features(pixel_values=pixels))
     one_layer = counted(lambda: model.model.vision_tower.encoder.layers[0](torch.zeros(1, 5, 16), None))
     assert encode_flop(SHAPE) == pytest.approx(everything - one_layer)
 
 
-def test_a_prompt_is_read_with_attention_to_what_comes_before_alone(model: Any) -> None:
+def test_prefill_counts_only_causal_attention(model: Any) -> None:
     ids = torch.ones(1, 20, dtype=torch.int64)
     everything = counted(lambda: model(input_ids=ids, logits_to_keep=1, use_cache=False))
-    # PyTorch counts attention to what comes after, too.
+    # PyTorch also counts attention to later tokens.
     after = 4 * (20 * 19 / 2) * SHAPE.text.hidden * SHAPE.text.layers
     assert prefill_flop(SHAPE, 20, 20) == pytest.approx(everything - after)
     beginning_known = prefill_flop(SHAPE, 12, 12) + prefill_flop(SHAPE, 8, 20)
     assert beginning_known == pytest.approx(prefill_flop(SHAPE, 20, 20) + prefill_flop(SHAPE, 0, 20))
 
 
-def test_a_step_reads_every_matrix_of_the_decoder_and_all_keys_and_values(model: Any) -> None:
+def test_a_step_reads_every_decoder_matrix_and_all_keys_and_values(model: Any) -> None:
     parts = [*model.model.language_model.layers.parameters(), model.lm_head.weight]
     assert weight_bytes(SHAPE) == 2 * sum(part.numel() for part in parts if part.dim() == 2)
     cache = model(input_ids=torch.ones(1, 20, dtype=torch.int64)).past_key_values
@@ -63,7 +63,7 @@ def test_floors_follow_from_rates() -> None:
     assert alone["tokens_per_s"] < many["tokens_per_s"] < again["tokens_per_s"]
 
 
-def test_this_machine_has_rates() -> None:
+def test_this_machines_rates_are_measured() -> None:
     threads = torch.get_num_threads()
     rates = measure_rates()
     assert rates.flop_per_s > 1e9

@@ -1,4 +1,4 @@
-"""The client against a server that says exactly what a test tells it to, and the arithmetic over what it heard."""
+"""The client against a scripted server, and the arithmetic over the client's measurements."""
 
 import asyncio
 import json
@@ -33,7 +33,7 @@ EVENTS += event({"choices": [], "usage": USAGE}) + b"data: [DONE]\n\n"
 
 @contextmanager
 def server(*pieces: bytes, pause_s: float = 0.0) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Its port, and what it has seen: each request is answered by these pieces, one after the other."""
+    """Yield the port of a server that answers each request with these pieces, and what it has seen."""
     seen: dict[str, Any] = {"bodies": [], "open": 0, "most": 0}
     loop = asyncio.new_event_loop()
 
@@ -63,7 +63,7 @@ def server(*pieces: bytes, pause_s: float = 0.0) -> Iterator[tuple[int, dict[str
         loop.close()
 
 
-def test_every_body_is_asked_once_by_so_many_clients_at_a_time() -> None:
+def test_every_body_is_sent_once_by_the_given_number_of_clients() -> None:
     bodies = make_requests("seed", 6, 2)
     with server(HEAD + b"\r\n", EVENTS, pause_s=0.02) as (port, seen):
         answers, wall = run_load(port, bodies, 3)
@@ -74,7 +74,7 @@ def test_every_body_is_asked_once_by_so_many_clients_at_a_time() -> None:
     assert wall > 2 * 0.04
 
 
-def test_text_is_timed_when_it_comes_and_what_comes_together_once() -> None:
+def test_text_is_timed_on_arrival_and_coalesced_events_once() -> None:
     first, rest = EVENTS.split(delta("b"))
     with server(HEAD + b"\r\n", first, delta("b") + rest, pause_s=0.05) as (port, _):
         (answer,), wall = run_load(port, make_requests("seed", 1, 1), 1)
@@ -84,7 +84,7 @@ def test_text_is_timed_when_it_comes_and_what_comes_together_once() -> None:
 
 
 @pytest.mark.parametrize("size", [1, 7, 50, 10_000])
-def test_chunks_of_http_may_cut_events_anywhere_and_pieces_chunks(size: int) -> None:
+def test_events_may_be_split_across_http_chunks_and_pieces(size: int) -> None:
     chunked = b"".join(chunk(EVENTS[i : i + 33]) for i in range(0, len(EVENTS), 33)) + b"0\r\n\r\n"
     whole = HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + chunked
     pieces = [(float(i), whole[i : i + size]) for i in range(0, len(whole), size)]
@@ -92,7 +92,7 @@ def test_chunks_of_http_may_cut_events_anywhere_and_pieces_chunks(size: int) -> 
     assert answer.error == ""
     assert answer.chunks == 3
     assert list(answer.texts) == sorted(set(answer.texts))
-    # The moment in which the event's last byte came.
+    # The arrival time of the event's last byte.
     plain = read_answer(
         0.0, [(float(i), (HEAD + b"\r\n" + EVENTS)[i : i + 1]) for i in range(len(HEAD) + 2 + len(EVENTS))]
     )
@@ -109,13 +109,13 @@ def test_chunks_of_http_may_cut_events_anywhere_and_pieces_chunks(size: int) -> 
         (b"", "status 0"),
     ],
 )
-def test_what_is_no_whole_answer_is_an_error(response: bytes, message: str) -> None:
+def test_an_incomplete_answer_is_an_error(response: bytes, message: str) -> None:
     with server(response) as (port, _):
         (answer,), _ = run_load(port, make_requests("seed", 1, 1), 1)
     assert message in answer.error
 
 
-def test_requests_differ_and_pictures_come_round_again() -> None:
+def test_requests_differ_and_pictures_repeat_in_turn() -> None:
     def parts(body: dict[str, Any]) -> tuple[str, str]:
         picture, text = body["messages"][0]["content"]
         return picture["image_url"]["url"], text["text"]
@@ -135,7 +135,7 @@ def test_percentiles_are_values_that_were_measured() -> None:
     assert percentile([], 0.5) == 0
 
 
-def test_a_load_is_summed_up_without_its_failures() -> None:
+def test_a_load_is_summarised_without_its_failures() -> None:
     good = [Answer(1.0, (1.1, 1.2, 1.4), 4, 30, 4), Answer(1.0, (1.3, 1.5, 1.7), 4, 30, 4)]
     figures = summarize([*good, Answer(1.0, error="no")], wall=2.0)
     assert (figures["requests"], figures["errors"]) == (3, 1)

@@ -1,4 +1,4 @@
-"""What the command writes, and where; nothing is measured."""
+"""What the command writes and where, without measuring anything."""
 
 import json
 import sys
@@ -27,7 +27,7 @@ def readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(autouse=True)
 def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The sizes that were measured; the last one fails."""
+    """Return the sizes that were measured; measuring the last one fails."""
     sizes: list[str] = []
 
     def measure(size: str, *_: Any) -> Any:
@@ -56,7 +56,7 @@ def test_json_and_readme_are_written(readme: Path, tmp_path: Path, monkeypatch: 
     assert readme.read_text() == text
 
 
-def test_what_is_measured_stays_when_the_rest_fails(
+def test_measured_sizes_are_kept_when_another_fails(
     measured: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     figures = tmp_path / "figures.json"
@@ -66,7 +66,7 @@ def test_what_is_measured_stays_when_the_rest_fails(
     assert json.loads(figures.read_text())["sizes"].keys() == {"tiny"}
 
 
-def test_memory_is_looked_at_first(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_checked_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(command._NEEDED_GIB, "mid", 10**6)
     with pytest.raises(SystemExit, match="mid needs 1000000 GiB"):
         command.check_memory("mid")

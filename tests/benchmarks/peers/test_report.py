@@ -1,4 +1,4 @@
-"""README's table from the benchmark's JSON."""
+"""The README's table, made from the benchmark's JSON."""
 
 import json
 from pathlib import Path
@@ -32,7 +32,7 @@ def words(found: dict[str, Any]) -> str:
     return " ".join(make_section(found).split())
 
 
-def test_each_server_has_a_row_with_ours_over_its_own_figures_and_the_floor_comes_last() -> None:
+def test_each_server_has_a_row_with_ratios_and_the_floor_comes_last() -> None:
     rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in make_table(results()).splitlines()]
     assert len({len(row) for row in rows}) == 1
     names = [row[1] for row in rows[2:]]
@@ -42,7 +42,7 @@ def test_each_server_has_a_row_with_ours_over_its_own_figures_and_the_floor_come
     assert rows[-1][-2:] == ["", "≤ 40.0"]
 
 
-def test_the_section_names_machine_and_versions_and_the_engine_where_it_was_measured() -> None:
+def test_the_section_names_machine_versions_and_any_engine_figures() -> None:
     found = results()
     assert "2 cores of A processor; vLLM 0.32.0+cpu, transformers serve 5.23.0; medians of 3 rounds" in words(found)
     assert "took up to 4% of the cores" in words(found)
@@ -51,7 +51,7 @@ def test_the_section_names_machine_and_versions_and_the_engine_where_it_was_meas
     assert "60 tokens per second; transformers' `generate` in one batch: 30.5." in words(found)
 
 
-def test_where_a_small_models_time_goes_is_told_by_process() -> None:
+def test_a_small_models_processor_time_is_reported_by_process() -> None:
     found = results()
     assert "processor time" not in words(found)
     spent = {"cpu_ms_per_request_Ray": 4.0, "cpu_ms_per_request_Generator": 20.4, "cpu_ms_per_request_haproxy": 0.3}
@@ -61,7 +61,7 @@ def test_where_a_small_models_time_goes_is_told_by_process() -> None:
     assert "with 32 clients: Generator 20, Ray 4; in all 25." in words(found)
 
 
-def test_what_is_between_the_marks_is_replaced_and_nothing_else(tmp_path: Path) -> None:
+def test_only_the_text_between_the_marks_is_replaced(tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
     rewrite(readme, json.loads(json.dumps(results())))
@@ -72,7 +72,7 @@ def test_what_is_between_the_marks_is_replaced_and_nothing_else(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("text", ["nothing", f"{END} {BEGIN}"])
-def test_a_readme_without_marks_is_left_alone(tmp_path: Path, text: str) -> None:
+def test_a_readme_without_marks_is_left_unchanged(tmp_path: Path, text: str) -> None:
     readme = tmp_path / "README.md"
     readme.write_text(text)
     with pytest.raises(SystemExit, match="peers:begin"):
@@ -80,7 +80,7 @@ def test_a_readme_without_marks_is_left_alone(tmp_path: Path, text: str) -> None
     assert readme.read_text() == text
 
 
-def test_the_readme_has_the_marks_once() -> None:
+def test_the_readme_has_each_mark_once() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert text.count(BEGIN) == text.count(END) == 1
     assert text.index(BEGIN) < text.index(END)

@@ -1,4 +1,4 @@
-"""What is put right about the packages of vLLM's CPU build."""
+"""The corrections to the installed packages of vLLM's CPU build."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ def packages(venv: Path) -> Path:
     return folder
 
 
-def test_an_environment_is_ready_when_it_is_put_right(tmp_path: Path) -> None:
+def test_an_environment_is_ready_once_it_is_mended(tmp_path: Path) -> None:
     folder = packages(tmp_path)
     assert not is_ready(tmp_path)
     mend(folder)
@@ -30,7 +30,7 @@ def test_an_environment_is_ready_when_it_is_put_right(tmp_path: Path) -> None:
     assert (folder / "torchvision" / "_meta_registrations.py").read_text() == ""
 
 
-def test_what_was_interrupted_is_done_again(tmp_path: Path) -> None:
+def test_an_interrupted_mend_is_repeated(tmp_path: Path) -> None:
     folder = packages(tmp_path)
     (folder / f"vllm-{VERSION}.dist-info.new").mkdir()
     vision = folder / "torchvision" / "__init__.py"

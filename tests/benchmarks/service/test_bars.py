@@ -1,4 +1,4 @@
-"""Which measurements keep a bar, and how they are told."""
+"""Which measurements keep a bar, and how they are reported."""
 
 import math
 
@@ -26,7 +26,7 @@ def test_a_bar_is_kept_or_not(measured: float, sense: str, limit: float, *, is_k
     assert Bar("what", measured, sense, limit).is_kept is is_kept  # type: ignore[arg-type]
 
 
-def test_the_table_names_what_is_not_kept() -> None:
+def test_the_table_marks_bars_that_are_not_kept() -> None:
     *_, kept, failed = make_table([Bar("errors", 0, "=", 0), Bar("freed", 1.23456, "≤", 1, "s")]).splitlines()
     assert kept == "| errors | 0 | = 0 |  |"
     assert failed == "| freed | 1.235 s | ≤ 1 s | **not kept** |"

@@ -1,4 +1,4 @@
-"""A burst is judged by when who was told what."""
+"""A burst is judged by each client's response and when it arrived."""
 
 import json
 
@@ -15,11 +15,11 @@ def taken(text: str, done: float) -> Reply:
     return Reply(Outcome(ASK, "", (text,), 0.1, done), 200, None, done)
 
 
-def told(status: int, done: float, retry_after: str | None = "1") -> Reply:
+def refused_with(status: int, done: float, retry_after: str | None = "1") -> Reply:
     return Reply(Outcome(ASK, f"status {status} instead of 200"), status, retry_after, done)
 
 
-GOOD = [taken("a", 3.0), taken("b", 4.0), told(429, 1.0), told(503, 2.0)]
+GOOD = [taken("a", 3.0), taken("b", 4.0), refused_with(429, 1.0), refused_with(503, 2.0)]
 
 
 def not_kept(replies: list[Reply], alone: tuple[str, ...] = ("a", "b")) -> list[str]:
@@ -39,23 +39,23 @@ def test_a_good_burst_keeps_every_bar() -> None:
 @pytest.mark.parametrize(
     ("replies", "what"),
     [
-        ([*GOOD, told(0, 0.0)], "requests without an answer, or with an error that is no refusal"),
-        ([*GOOD, told(500, 1.0)], "requests without an answer, or with an error that is no refusal"),
-        ([*GOOD, told(429, 1.0, None)], "refused without Retry-After"),
-        ([*GOOD, told(429, 3.1)], "last refusal after the first accepted one was done"),
+        ([*GOOD, refused_with(0, 0.0)], "requests without an answer, or with an error that is no refusal"),
+        ([*GOOD, refused_with(500, 1.0)], "requests without an answer, or with an error that is no refusal"),
+        ([*GOOD, refused_with(429, 1.0, None)], "refused without Retry-After"),
+        ([*GOOD, refused_with(429, 3.1)], "last refusal after the first accepted one was done"),
         ([*GOOD[:2], taken("c", 3.0), taken("c", 3.0)], "refused"),
         (GOOD[2:], "accepted"),
     ],
 )
-def test_whatever_goes_wrong_fails_a_bar(replies: list[Reply], what: str) -> None:
+def test_every_fault_fails_a_bar(replies: list[Reply], what: str) -> None:
     assert what in not_kept(replies)
 
 
-def test_wrong_answers_are_noticed() -> None:
+def test_wrong_answers_are_detected() -> None:
     assert not_kept(GOOD, ("a", "c")) == ["accepted ones answered otherwise than alone"]
 
 
-def test_a_reply_is_done_with_its_last_byte() -> None:
+def test_a_reply_ends_with_its_last_byte() -> None:
     pieces: list[Piece] = [(2.0, b"HTTP/1.1 429 X\r\nRetry-After: 7\r\n\r\n"), (2.5, b"{}")]
     reply = read_reply(ASK, 1.0, pieces)
     assert (reply.status, reply.retry_after, reply.done_s, reply.is_refused) == (429, "7", 1.5, True)

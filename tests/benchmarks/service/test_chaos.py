@@ -1,4 +1,4 @@
-"""What answers under kills are judged by; nothing is killed here."""
+"""How answers under kills are judged, without killing anything."""
 
 import json
 
@@ -18,7 +18,7 @@ USAGE = json.dumps({"usage": {"completion_tokens": 3}, "choices": []}).encode()
 EVENTS = [_event("a ", tokens=("a", " ")), _event("b", tokens=("b",), reason="length"), USAGE]
 
 
-def test_an_answer_is_all_that_a_client_has_and_done_only_at_its_end() -> None:
+def test_an_answer_collects_what_the_client_got_and_is_done_at_its_end() -> None:
     whole = read_answer([*EVENTS, b"[DONE]"])
     assert whole == Answer("a b", ("a", " ", "b"), "length", 3, done=True)
     assert not read_answer(EVENTS).done
@@ -40,11 +40,11 @@ GOOD = [Outcome("generator", gap_s=0.2), Outcome("gateway", "broken"), Outcome("
         ([*GOOD, Outcome("controller", again=1)], ["requests asked again though no entrance was killed"]),
     ],
 )
-def test_only_connections_of_what_was_killed_may_break(outcomes: list[Outcome], what: list[str]) -> None:
+def test_only_connections_through_the_killed_process_may_break(outcomes: list[Outcome], what: list[str]) -> None:
     assert [bar.what for bar in judge(Seen(outcomes)) if not bar.is_kept] == what
 
 
-def test_figures_are_told_by_what_was_killed() -> None:
+def test_figures_are_grouped_by_what_was_killed() -> None:
     seen = Seen(GOOD, recovery_s={"generator": [8.04, 9.0]}, memory_mib=[10.0, 11.0])
     seen.kills.update(["generator", "generator"])
     kinds = figures(seen)["kinds"]

@@ -1,4 +1,4 @@
-"""What the command writes, and that it fails with its bars; nothing is measured."""
+"""What the command writes, and that it fails with its bars, without measuring anything."""
 
 import json
 import sys
@@ -12,7 +12,7 @@ from benchmarks.service.bars import Bar
 
 
 def run(monkeypatch: pytest.MonkeyPatch, work: str, bar: Bar, *options: str) -> dict[str, Any]:
-    """The arguments that the work got."""
+    """Return the arguments that the work got."""
     got: dict[str, Any] = {}
 
     def measure(*positional: Any, **named: Any) -> Any:
@@ -27,7 +27,7 @@ def run(monkeypatch: pytest.MonkeyPatch, work: str, bar: Bar, *options: str) -> 
 
 
 @pytest.mark.parametrize("work", ["mixed", "burst", "repeated", "share"])
-def test_every_work_is_run_and_written_down(
+def test_every_work_is_run_and_recorded(
     work: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = tmp_path / "figures.json"

@@ -1,4 +1,4 @@
-"""Lines through samples, and the memory of a process that takes some."""
+"""Lines fitted to samples, and the memory of a process that allocates some."""
 
 import os
 
@@ -9,7 +9,7 @@ import pytest
 from benchmarks.service.memory import SHARED, Growth, growth, measure
 
 
-def test_growth_is_that_of_the_line_and_of_processes_that_stayed() -> None:
+def test_growth_is_fitted_for_processes_present_throughout() -> None:
     chance = np.random.default_rng(0)
     times = [float(5 * index) for index in range(100)]
     noisy = [100 + 0.1 * when + float(chance.normal(0, 3)) for when in times]
@@ -30,11 +30,11 @@ def test_growth_is_that_of_the_line_and_of_processes_that_stayed() -> None:
 @pytest.mark.parametrize(
     ("start", "end", "over"), [(100, 104, 1), (100, 108, 2), (1000, 1020, 1), (1000, 990, -0.5), (10, 13, 0.75)]
 )
-def test_what_is_allowed_is_some_memory_or_a_share(start: float, end: float, over: float) -> None:
+def test_the_allowance_is_a_fixed_amount_or_a_share(start: float, end: float, over: float) -> None:
     assert Growth(start, end, 0).over_allowed == pytest.approx(over)
 
 
-def test_a_process_that_takes_memory_is_seen_to_grow() -> None:
+def test_growth_of_a_process_is_measured() -> None:
     me = psutil.Process()
     name = f"{me.name()} {os.getpid()}"
     before = measure([me])
@@ -45,7 +45,7 @@ def test_a_process_that_takes_memory_is_seen_to_grow() -> None:
     assert taken.sum()
 
 
-def test_processes_that_are_gone_are_left_out() -> None:
+def test_ended_processes_are_left_out() -> None:
     child = psutil.Popen(["true"])
     child.wait()
     assert measure([child]) == {SHARED: 0}

@@ -1,4 +1,4 @@
-"""The mix has everything it should, and whatever is wrong with a response is noticed."""
+"""The mix contains everything it should, and every fault in a response is detected."""
 
 import json
 from collections import Counter
@@ -19,7 +19,7 @@ def body_of(ask: Ask) -> bytes:
     return ask.message.partition(b"\r\n\r\n")[2]
 
 
-def test_a_mix_has_all_that_its_shares_say_and_the_service_understands_it() -> None:
+def test_a_mix_follows_its_shares_and_is_valid_for_the_service() -> None:
     mix = Mix(1, "seed")
     asks = [mix.next() for _ in range(300)]
     kinds = Counter(ask.kind if ask.kind in SHARES else "bad" for ask in asks)
@@ -49,7 +49,7 @@ def test_bad_requests_are_bad() -> None:
             read_chat_request(body_of(ask), "1", RequestLimits())
         except RequestError:
             refused[ask.code] += 1
-    # The others are found by the gateway's routes, or by later stages.
+    # The others are detected by the gateway's routes or by later stages.
     assert refused.keys() >= {"invalid_json", "unsupported_parameter", "invalid_value"}
 
 
@@ -77,7 +77,7 @@ ONE, TWO, BAD = Ask("a", b""), Ask("a", b"", num_answers=2), Ask("b", b"", 400, 
         (BAD, JSON % 400 + b'{"error": {"code": "invalid_json"}}', ()),
     ],
 )
-def test_right_responses_are_right(ask: Ask, response: bytes, texts: tuple[str, ...]) -> None:
+def test_correct_responses_are_accepted(ask: Ask, response: bytes, texts: tuple[str, ...]) -> None:
     outcome = judge(ask, 1.0, [(1.5, response[:30]), (2.0, response[30:])])
     assert (outcome.error, outcome.texts) == ("", texts)
     assert (outcome.first_s, outcome.total_s) == (0.5, 1.0)
@@ -100,5 +100,5 @@ def test_right_responses_are_right(ask: Ask, response: bytes, texts: tuple[str, 
         (ONE, STREAM, "the stream ended with"),
     ],
 )
-def test_wrong_responses_are_noticed(ask: Ask, response: bytes, error: str) -> None:
+def test_wrong_responses_are_detected(ask: Ask, response: bytes, error: str) -> None:
     assert error in judge(ask, 0.0, [(1.0, response)] if response else []).error

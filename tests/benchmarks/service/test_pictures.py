@@ -19,8 +19,8 @@ def test_pictures_are_new_and_of_every_size_and_format() -> None:
     assert len(sides) >= 5
 
 
-def test_the_model_sees_that_they_are_new() -> None:
-    """Scaled down to what the default model reads."""
+def test_pictures_still_differ_at_the_models_resolution() -> None:
+    """Scaled down to the default model's resolution."""
     maker = PictureMaker(1)
     seen = set()
     for _ in range(40):

@@ -1,4 +1,4 @@
-"""Which requests count as new and which as repeated; nothing is served."""
+"""Which requests count as new and which as repeated, without a service."""
 
 import contextlib
 from pathlib import Path
@@ -14,7 +14,7 @@ NEW_S = 2.0
 
 
 @pytest.mark.parametrize(("again_s", "is_kept"), [(0.4, True), (0.6, False)])
-def test_a_picture_is_repeated_when_it_was_asked_about_before(
+def test_a_picture_counts_as_repeated_after_its_first_question(
     monkeypatch: pytest.MonkeyPatch, again_s: float, *, is_kept: bool
 ) -> None:
     seen: set[str] = set()
@@ -41,5 +41,5 @@ def test_a_picture_is_repeated_when_it_was_asked_about_before(
     assert ratio.is_kept is is_kept
     assert figures["new"] == {"requests": 3, "first_ms_p50": 2000, "first_ms_p99": 2000}
     assert figures["repeated"]["requests"] == 3
-    # One more of each warms up, and no question comes twice.
+    # One more of each for warm-up; no question is repeated.
     assert (len(seen), len(questions)) == (4, 8)

@@ -1,4 +1,4 @@
-"""The arithmetic over three contenders, and the engine asked alone."""
+"""The arithmetic over three contenders, and the engine queried by itself."""
 
 from pathlib import Path
 
@@ -26,7 +26,7 @@ def bars(measured: dict[str, list[Round]]) -> dict[str, tuple[float, bool]]:
     return {bar.what: (bar.measured, bar.is_kept) for bar in judge_rounds(measured)[0]}
 
 
-def test_shares_are_of_rounds_and_quantiles_of_all() -> None:
+def test_shares_are_computed_per_round_and_quantiles_over_all() -> None:
     found = bars(rounds())
     assert found["requests that failed"] == (0, True)
     assert found["tokens per second over the engine's alone"] == (pytest.approx(0.95), True)
@@ -41,7 +41,7 @@ def test_a_slow_service_keeps_no_bar() -> None:
     assert not any(kept for _, kept in bars(slow).values())
 
 
-def test_answers_are_of_several_lengths_and_the_rest_is_kept() -> None:
+def test_only_the_lengths_of_answers_are_varied() -> None:
     bodies = make_requests("a", 40, 2)
     varied = vary(bodies)
     lengths = [body["max_tokens"] for body in varied]

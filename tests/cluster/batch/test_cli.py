@@ -30,7 +30,7 @@ PROMPT = "Describe the picture."
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["in.jsonl", "out.jsonl", "--stage", "decode.replicas=2"], "there is no stage 'decode'"),
         (["in.jsonl", "out.jsonl", "--stage", "generate.gpus=2"], "there is no setting 'gpus'"),
@@ -41,8 +41,8 @@ PROMPT = "Describe the picture."
         (["in.jsonl", "out.jsonl", "--template", "nonsense"], "nonsense"),
     ],
 )
-def test_what_cannot_work_is_said_in_a_line_before_there_is_a_ray(
-    arguments: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_invalid_arguments_are_one_line_errors_before_ray_starts(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pictures").mkdir()
@@ -50,7 +50,7 @@ def test_what_cannot_work_is_said_in_a_line_before_there_is_a_ray(
     monkeypatch.setattr("cluster.batch.ray_cluster.set_environment", lambda: pytest.fail("nothing may start"))
     result = CliRunner().invoke(main, ["batch", *arguments, "--offline"])
     assert result.exit_code == 1
-    assert said in result.stderr
+    assert message in result.stderr
     assert "Traceback" not in result.stderr
 
 
@@ -118,7 +118,7 @@ def ended() -> Iterator[list[subprocess.Popen[str]]]:
 
 @pytest.mark.ray
 @pytest.mark.timeout(600)
-def test_a_job_that_is_stopped_or_killed_goes_on_and_every_row_is_there_once(
+def test_a_stopped_or_killed_job_resumes_and_writes_every_row_once(
     tmp_path: Path, ended: list[subprocess.Popen[str]]
 ) -> None:
     job = Job(tmp_path, 150)
@@ -127,10 +127,10 @@ def test_a_job_that_is_stopped_or_killed_goes_on_and_every_row_is_there_once(
     ended.append(stopped)
     job.wait_for_rows(stopped, 1)
     stopped.terminate()
-    _, said = stopped.communicate(timeout=120)
-    assert stopped.returncode == 1, said
-    assert said.rstrip().endswith("Aborted!")
-    assert "Traceback" not in said
+    _, stderr = stopped.communicate(timeout=120)
+    assert stopped.returncode == 1, stderr
+    assert stderr.rstrip().endswith("Aborted!")
+    assert "Traceback" not in stderr
     num_before = job.num_written()
 
     first = job.start()
@@ -155,12 +155,12 @@ def test_a_job_that_is_stopped_or_killed_goes_on_and_every_row_is_there_once(
     refused = job.start()
     assert "is being written by another job" in refused.communicate(timeout=120)[1]
     assert refused.returncode == 1
-    printed, said = second.communicate(timeout=400)
-    assert second.returncode == 0, said
+    printed, stderr = second.communicate(timeout=400)
+    assert second.returncode == 0, stderr
     rows = job.written()
     assert sorted(rows) == list(range(job.num_rows))
     assert {number: rows[number] for number in before} == before
-    assert f"{len(before)} of {job.num_rows} rows are there already" in said
+    assert f"{len(before)} of {job.num_rows} rows are there already" in stderr
 
     report = json.loads(printed)
     assert report["errors"] == {
@@ -185,13 +185,11 @@ def test_a_job_that_is_stopped_or_killed_goes_on_and_every_row_is_there_once(
 
 @pytest.mark.ray
 @pytest.mark.timeout(300)
-def test_gpus_that_the_machine_does_not_have_are_refused_at_once(
-    tmp_path: Path, ended: list[subprocess.Popen[str]]
-) -> None:
+def test_missing_gpus_are_refused_at_once(tmp_path: Path, ended: list[subprocess.Popen[str]]) -> None:
     job = Job(tmp_path, 11)
     process = job.start("--stage", "generate.num_gpus=64")
     ended.append(process)
-    _, said = process.communicate(timeout=200)
+    _, stderr = process.communicate(timeout=200)
     assert process.returncode == 1
-    assert "generate asks for 1 x (0.25 CPUs, 64 GPUs), of which 0 fit beside" in said
-    assert "Traceback" not in said
+    assert "generate asks for 1 x (0.25 CPUs, 64 GPUs), of which 0 fit beside" in stderr
+    assert "Traceback" not in stderr

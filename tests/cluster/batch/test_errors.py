@@ -7,6 +7,6 @@ from llava_core.errors import LlavaError
 
 
 @pytest.mark.parametrize("kind", [CapacityError, InputError, OutputError])
-def test_each_ends_the_job_and_is_said_in_a_line(kind: type[JobError]) -> None:
+def test_each_error_is_a_job_error_and_one_of_ours(kind: type[JobError]) -> None:
     assert issubclass(kind, JobError)
     assert issubclass(kind, LlavaError)

@@ -17,7 +17,7 @@ def record(value: Answer | Failure, *images: str) -> Record:
     return Record(0, value, images=images)
 
 
-def test_what_failed_in_an_engine_waits_for_an_answer() -> None:
+def test_an_engine_failure_is_held_until_an_answer() -> None:
     held, failed, answered = HeldBack(), record(BROKEN), record(ANSWER)
     assert held.take([failed]) == ([], [])
     assert held.take([record(CERTAIN, "b.png")]) == ([], [record(CERTAIN, "b.png")])
@@ -37,22 +37,25 @@ def test_what_failed_in_an_engine_waits_for_an_answer() -> None:
         (record(Failure("invalid_row", "no JSON")), False),
     ],
 )
-def test_a_picture_that_cannot_be_read_waits_for_one_that_can(following: Record, is_proof: bool) -> None:  # noqa: FBT001
+def test_an_unreadable_picture_is_held_until_another_is_read(following: Record, is_proof: bool) -> None:  # noqa: FBT001
     held, doubtful = HeldBack(), record(DOUBTFUL, "a.png")
     assert held.take([doubtful]) == ([], [])
     assert held.take([following]) == ([], [*([doubtful] if is_proof else []), following])
     assert held.rest() == ([], [] if is_proof else [doubtful])
 
 
-def test_too_many_in_a_row_end_the_job_with_the_cause() -> None:
-    for value, said in ((BROKEN, "no device"), (DOUBTFUL, r"none of the first 201 pictures .* a\.png cannot be read")):
+def test_too_many_consecutive_failures_end_the_job_with_their_cause() -> None:
+    for value, message in (
+        (BROKEN, "no device"),
+        (DOUBTFUL, r"none of the first 201 pictures .* a\.png cannot be read"),
+    ):
         held = HeldBack()
         held.take([record(value, "a.png")] * 200)
-        with pytest.raises(JobError, match=said):
+        with pytest.raises(JobError, match=message):
             held.take([record(value, "a.png")])
 
 
-def test_rows_that_are_proven_do_not_count() -> None:
+def test_failures_released_by_a_proof_do_not_count() -> None:
     held = HeldBack()
     for _ in range(3):
         held.take([record(DOUBTFUL, "a.png")] * 150)

@@ -22,7 +22,7 @@ def numbers_of(path: Path) -> list[int]:
     return [json.loads(line)["row"] for line in path.read_text().splitlines()]
 
 
-def test_rows_that_are_dropped_are_gone_and_others_may_follow(tmp_path: Path) -> None:
+def test_dropped_rows_are_removed_and_others_may_follow(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     opened = journal(path, 3, 1, 2)
     assert opened.drop(lambda row: row["row"] == 1) == [1]
@@ -32,7 +32,7 @@ def test_rows_that_are_dropped_are_gone_and_others_may_follow(tmp_path: Path) ->
     assert [*tmp_path.iterdir()] == [path]
 
 
-def test_a_link_stays_one(tmp_path: Path) -> None:
+def test_a_symbolic_link_is_preserved(tmp_path: Path) -> None:
     (tmp_path / "link.jsonl").symlink_to(tmp_path / "a.jsonl")
     opened = journal(tmp_path / "link.jsonl", 0, 1)
     opened.drop(lambda row: row["row"] == 1)
@@ -40,7 +40,7 @@ def test_a_link_stays_one(tmp_path: Path) -> None:
     assert numbers_of(tmp_path / "a.jsonl") == [0]
 
 
-def test_a_file_without_the_rows_has_a_writer_before_it_has_the_name(tmp_path: Path) -> None:
+def test_a_replaced_file_is_locked_before_it_gets_its_name(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     opened = journal(path, 0, 1)
     opened.drop(lambda row: row["row"] == 1)
@@ -50,9 +50,7 @@ def test_a_file_without_the_rows_has_a_writer_before_it_has_the_name(tmp_path: P
     Journal(path).close()
 
 
-def test_who_has_opened_the_file_that_was_replaced_since_is_no_writer(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_opening_a_file_that_is_replaced_meanwhile_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.jsonl"
     first, real = journal(path, 0, 1), fcntl.flock
 
@@ -66,7 +64,7 @@ def test_who_has_opened_the_file_that_was_replaced_since_is_no_writer(
         Journal(path)
 
 
-def test_a_disk_that_is_full_leaves_the_journal_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_the_journal_unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.jsonl"
     opened = journal(path, 0, 1)
 

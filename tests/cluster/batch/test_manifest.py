@@ -14,30 +14,30 @@ from tests.tiny import edit_json
 ONE = Manifest(3, "input", "model", {"prompt": "What?", "sampling": {"temperature": 0.0, "stop": ()}})
 
 
-def test_the_same_run_goes_on(tmp_path: Path) -> None:
+def test_the_same_run_may_resume(tmp_path: Path) -> None:
     file = tmp_path / "manifest.json"
     check_same(file, ONE, is_new=True)
     check_same(file, ONE, is_new=False)
 
 
-def test_whatever_differs_is_named_with_both_values(tmp_path: Path) -> None:
+def test_every_difference_is_named_with_both_values(tmp_path: Path) -> None:
     file = tmp_path / "manifest.json"
     check_same(file, ONE, is_new=True)
     other = Manifest(4, "other", "model", {"prompt": None, "sampling": {"temperature": 0.7, "stop": ()}})
     with pytest.raises(OutputError) as raised:
         check_same(file, other, is_new=False)
-    said = str(raised.value)
+    message = str(raised.value)
     for difference in (
         "input is another one",
         "num_rows was 3 and is 4",
         "prompt was 'What?' and is None",
         "sampling.temperature was 0.0 and is 0.7",
     ):
-        assert difference in said
-    assert "model" not in said
+        assert difference in message
+    assert "model" not in message
 
 
-def test_rows_that_say_nothing_of_their_run_are_not_added_to(tmp_path: Path) -> None:
+def test_rows_without_a_valid_manifest_are_not_appended_to(tmp_path: Path) -> None:
     for content in (None, "{broken"):
         if content is not None:
             (tmp_path / "manifest.json").write_text(content)
@@ -45,7 +45,7 @@ def test_rows_that_say_nothing_of_their_run_are_not_added_to(tmp_path: Path) -> 
             check_same(tmp_path / "manifest.json", ONE, is_new=False)
 
 
-def test_a_model_is_its_files_wherever_they_lie(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_a_model_is_identified_by_its_files_not_their_location(tiny_checkpoint: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(tiny_checkpoint, tmp_path / "copy"))
     digest = model_digest(open_checkpoint(tiny_checkpoint))
     assert model_digest(open_checkpoint(copy)) == digest
@@ -56,7 +56,7 @@ def test_a_model_is_its_files_wherever_they_lie(tiny_checkpoint: Path, tmp_path:
 
 
 @pytest.mark.parametrize("place", [-1, 200])
-def test_weights_that_were_trained_on_are_other_weights(place: int, checkpoint_copy: Path) -> None:
+def test_changed_weights_change_the_digest(place: int, checkpoint_copy: Path) -> None:
     weights = checkpoint_copy / "model.safetensors"
     before = model_digest(open_checkpoint(checkpoint_copy))
     data = bytearray(weights.read_bytes())

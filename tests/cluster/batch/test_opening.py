@@ -12,7 +12,7 @@ from cluster.batch.sources import JsonLines, PictureFolder
 OUTPUT = Path("out.parquet")
 
 
-def test_a_path_is_what_it_ends_with_or_what_is_in_it(tmp_path: Path) -> None:
+def test_the_kind_of_input_follows_from_suffix_or_content(tmp_path: Path) -> None:
     for name in ("a.jsonl", "tables/b.parquet", "tables/a.parquet", "pictures/a.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
@@ -31,23 +31,23 @@ def test_a_path_is_what_it_ends_with_or_what_is_in_it(tmp_path: Path) -> None:
     )
 
 
-def test_what_cannot_be_an_input_is_said_with_the_way_out(tmp_path: Path) -> None:
+def test_an_invalid_input_is_refused_with_a_remedy(tmp_path: Path) -> None:
     (tmp_path / "a.csv").touch()
     (tmp_path / "a.jsonl").touch()
-    for path, folder, said in (
+    for path, folder, message in (
         (tmp_path / "none.jsonl", None, "does not exist"),
         (tmp_path / "a.csv", None, r"ends with \.jsonl or \.parquet"),
         (tmp_path, None, "give --prompt"),
         (tmp_path / "a.jsonl", tmp_path / "none", "none is not a folder"),
         (tmp_path / "a.jsonl", tmp_path / "a.csv", r"a\.csv is not a folder"),
     ):
-        with pytest.raises(InputError, match=said):
+        with pytest.raises(InputError, match=message):
             open_source(path, OUTPUT, image_folder=folder, prompt=None)
     with pytest.raises(InputError, match="--image-folder is for a file"):
         open_source(tmp_path, OUTPUT, image_folder=tmp_path, prompt="q")
 
 
-def test_an_output_in_a_folder_of_pictures_is_none_of_its_tables(tmp_path: Path) -> None:
+def test_an_output_inside_the_picture_folder_is_not_taken_for_a_table(tmp_path: Path) -> None:
     (tmp_path / "a.png").touch()
     (tmp_path / "out.parquet").mkdir()
     (tmp_path / "out.parquet" / "part-00000.parquet").touch()

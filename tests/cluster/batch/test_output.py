@@ -49,7 +49,7 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     return
 
 
-def test_rows_are_there_again_and_are_not_written_twice(path: Path) -> None:
+def test_rows_are_restored_and_not_written_twice(path: Path) -> None:
     write(path, 3, 1)
     with Output(path, MANIFEST) as output:
         assert list(output.resume()) == [row(3), row(1)]
@@ -58,7 +58,7 @@ def test_rows_are_there_again_and_are_not_written_twice(path: Path) -> None:
     assert resumed(path) == [3, 1, 2]
 
 
-def test_a_line_that_was_cut_off_is_written_again(tmp_path: Path) -> None:
+def test_a_truncated_line_is_written_again(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     write(path, 0, 1)
     whole = path.read_bytes()
@@ -70,7 +70,7 @@ def test_a_line_that_was_cut_off_is_written_again(tmp_path: Path) -> None:
         assert path.read_bytes() == whole
 
 
-def test_parts_of_parquet_hold_all_rows(tmp_path: Path, small_parts: None) -> None:
+def test_parquet_parts_hold_all_rows(tmp_path: Path, small_parts: None) -> None:
     path = tmp_path / "a.parquet"
     with Output(path, MANIFEST) as output:
         assert list(output.resume()) == []
@@ -85,7 +85,7 @@ def test_parts_of_parquet_hold_all_rows(tmp_path: Path, small_parts: None) -> No
 
 
 @pytest.mark.usefixtures("small_parts")
-def test_a_part_that_was_deleted_is_made_again_and_no_other_part_is_written_over(tmp_path: Path) -> None:
+def test_a_deleted_part_is_written_again_without_overwriting_others(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     for number in range(9):
         write(path, number)
@@ -107,7 +107,7 @@ def write_some_errors(path: Path) -> None:
 
 
 @pytest.mark.usefixtures("small_parts")
-def test_errors_that_are_dropped_are_written_again_and_answers_stay(path: Path) -> None:
+def test_dropped_errors_are_written_again_and_answers_are_kept(path: Path) -> None:
     write_some_errors(path)
     with Output(path, MANIFEST) as output:
         list(output.resume())
@@ -122,7 +122,7 @@ def test_errors_that_are_dropped_are_written_again_and_answers_stay(path: Path) 
 
 
 @pytest.mark.usefixtures("small_parts")
-def test_whenever_it_ends_while_errors_are_dropped_no_answer_is_lost_or_there_twice(
+def test_dying_while_dropping_errors_neither_loses_nor_repeats_an_answer(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_some_errors(path)
@@ -154,7 +154,7 @@ def test_whenever_it_ends_while_errors_are_dropped_no_answer_is_lost_or_there_tw
 
 
 @pytest.mark.parametrize("when", ["before the rename", "before the journal is emptied"])
-def test_a_job_that_ends_while_it_seals_a_part_loses_and_repeats_nothing(
+def test_dying_while_sealing_a_part_neither_loses_nor_repeats_a_row(
     when: str, tmp_path: Path, small_parts: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "a.parquet"
@@ -175,7 +175,7 @@ def test_a_job_that_ends_while_it_seals_a_part_loses_and_repeats_nothing(
     assert sorted(each["row"] for each in pq.read_table(path).to_pylist()) == [0, 1, 2, 3]
 
 
-def test_rows_are_on_the_disk_before_they_count_and_a_part_before_its_journal_is_emptied(
+def test_rows_and_parts_are_synced_before_they_count(
     path: Path, small_parts: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The order of the calls shows what a power loss would leave."""
@@ -205,14 +205,14 @@ def test_rows_are_on_the_disk_before_they_count_and_a_part_before_its_journal_is
     assert calls == ["pwrite", "fsync", *sealed]
 
 
-def test_a_second_job_is_told_so_at_once(path: Path) -> None:
+def test_a_second_job_is_refused_at_once(path: Path) -> None:
     with Output(path, MANIFEST), pytest.raises(OutputError, match="is being written by another job"):
         Output(path, MANIFEST)
     with Output(path, MANIFEST):
         pass
 
 
-def test_the_lock_of_a_job_that_was_killed_is_gone(tmp_path: Path) -> None:
+def test_the_lock_of_a_killed_job_is_released(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     program = (
         "import os, signal; from pathlib import Path; from cluster.batch.output import *;"
@@ -223,14 +223,14 @@ def test_the_lock_of_a_job_that_was_killed_is_gone(tmp_path: Path) -> None:
     assert resumed(path) == []
 
 
-def test_other_runs_rows_are_refused_and_stay(path: Path) -> None:
+def test_another_runs_rows_are_refused_and_kept(path: Path) -> None:
     write(path, 1)
     with pytest.raises(OutputError, match=r"another run: model is another one. Name another"):
         resumed(path, Manifest(10, "input", "other"))
     assert resumed(path) == [1]
 
 
-def test_a_file_of_somebody_elses_is_refused_and_stays(tmp_path: Path) -> None:
+def test_a_foreign_file_is_refused_and_kept(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"somebody": "else"}')
     with pytest.raises(OutputError, match="does not say which run"):
@@ -238,16 +238,16 @@ def test_a_file_of_somebody_elses_is_refused_and_stays(tmp_path: Path) -> None:
     assert path.read_text() == '{"somebody": "else"}'
 
 
-def test_damage_is_told_and_not_written_over(tmp_path: Path) -> None:
+def test_damage_is_reported_and_not_overwritten(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     write(path, 0, 1)
     for damaged in (b"\0\0\0\n", b"[]\n", b'{"row": "x"}\n'):
         path.write_bytes(damaged + path.read_bytes())
         with pytest.raises(OutputError, match=r"a\.jsonl:1 is damaged"):
             resumed(path)
-    for strange, said in ((row(10), "row 10, which the input does not have"), (row(0), "rows twice")):
+    for strange, message in ((row(10), "row 10, which the input does not have"), (row(0), "rows twice")):
         path.write_text("".join(json.dumps(each) + "\n" for each in (row(0), strange)))
-        with pytest.raises(OutputError, match=said):
+        with pytest.raises(OutputError, match=message):
             resumed(path)
 
 
@@ -271,15 +271,15 @@ def test_a_full_disk_ends_the_job_and_loses_nothing(path: Path) -> None:
     """The system reports it in the middle of a line: a limit on the file size stands in for the full disk."""
     length = len(json.dumps(row(0))) + 1
     command = [sys.executable, "-c", FULL_DISK, str(path), str(3 * length + length // 2), json.dumps(row(0))]
-    said = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
-    assert "cannot be written: File too large; what was written before is whole" in said
-    assert "give the same command again" in said
+    message = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
+    assert "cannot be written: File too large; what was written before is whole" in message
+    assert "give the same command again" in message
     assert resumed(path) == [0, 1, 2]
     write(path, *range(10))
     assert resumed(path) == list(range(10))
 
 
-def test_a_place_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+def test_an_unwritable_path_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "a.jsonl").mkdir()
     for path in (tmp_path / "file" / "a.jsonl", tmp_path / "file" / "a.parquet", tmp_path / "a.jsonl"):
@@ -289,9 +289,7 @@ def test_a_place_that_cannot_be_written_is_said(tmp_path: Path) -> None:
         Output(tmp_path / "file" / "a.jsonl", MANIFEST)
 
 
-def test_rows_that_were_being_written_when_the_job_was_stopped_stay(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_being_written_when_the_job_is_stopped_are_kept(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stopped(*_: object) -> None:
         raise KeyboardInterrupt
 
@@ -304,14 +302,14 @@ def test_rows_that_were_being_written_when_the_job_was_stopped_stay(
     assert resumed(path) == [0]
 
 
-def test_an_output_without_rows_leaves_what_is_somebody_elses(path: Path) -> None:
+def test_an_output_without_rows_leaves_foreign_files_alone(path: Path) -> None:
     path.parent.mkdir()
     (path.parent / "theirs").touch()
     assert resumed(path) == []
     assert [each.name for each in path.parent.iterdir()] == ["theirs"]
 
 
-def test_an_ending_says_what_is_written(tmp_path: Path) -> None:
+def test_the_suffix_must_name_a_format(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match=r"must end with \.jsonl"):
         Output(tmp_path / "answers", MANIFEST)
 

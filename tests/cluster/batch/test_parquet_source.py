@@ -26,7 +26,7 @@ def write(file: Path, rows: list[dict[str, object]], **options: object) -> Path:
     return file
 
 
-def test_rows_of_several_files_and_row_groups_are_numbered_through(tmp_path: Path) -> None:
+def test_rows_of_several_files_and_row_groups_are_numbered_consecutively(tmp_path: Path) -> None:
     files = [
         write(
             tmp_path / f"{k}.parquet",
@@ -40,7 +40,7 @@ def test_rows_of_several_files_and_row_groups_are_numbered_through(tmp_path: Pat
     assert rows[0].value == Question("a", (tmp_path / "x.png",), "00")
 
 
-def test_pictures_may_stand_in_the_table(tmp_path: Path) -> None:
+def test_pictures_may_be_embedded_in_the_table(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     Image.new("RGB", (4, 4)).save(buffer, "PNG")
     data = buffer.getvalue()
@@ -65,7 +65,7 @@ def test_a_table_without_questions_is_refused_with_its_columns(tmp_path: Path) -
         Parquet((file,), tmp_path, None).plan()
 
 
-def test_a_damaged_row_group_is_failures_and_the_others_are_read(tmp_path: Path) -> None:
+def test_rows_of_a_damaged_row_group_fail_and_others_are_read(tmp_path: Path) -> None:
     rows = [{"id": i, "text": "some text " * 20 + str(i)} for i in range(40)]
     file = write(tmp_path / "a.parquet", rows, row_group_size=20, compression="gzip", use_dictionary=False)
     group = pq.ParquetFile(file).metadata.row_group(1).column(1)
@@ -80,7 +80,7 @@ def test_a_damaged_row_group_is_failures_and_the_others_are_read(tmp_path: Path)
         assert "row group 1 is damaged" in value.message
 
 
-def test_what_is_no_parquet_is_said(tmp_path: Path) -> None:
+def test_a_file_that_is_not_parquet_is_reported(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_text("no")
     with pytest.raises(InputError, match=r"a\.parquet is not a Parquet file"):
         Parquet((tmp_path / "a.parquet",), tmp_path, None).plan()

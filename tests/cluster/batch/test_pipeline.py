@@ -11,7 +11,7 @@ from cluster.batch.records import INPUT_ERROR, Failure, from_block
 from cluster.batch.sources import JsonLines, Plan, Span
 
 
-def test_only_rows_that_are_not_written_are_read(tmp_path: Path) -> None:
+def test_only_unwritten_rows_are_read(tmp_path: Path) -> None:
     file = tmp_path / "in.jsonl"
     file.write_text('{"text": "a"}\n' * 10_000)
     source = JsonLines(file, tmp_path, None)
@@ -28,7 +28,7 @@ def test_only_rows_that_are_not_written_are_read(tmp_path: Path) -> None:
     assert [task.metadata.num_rows for task in tasks] == [5000 - sources.SPAN_ROWS, 2]
 
 
-def test_no_dataset_has_more_rows_than_its_bound_and_each_open_row_is_in_one(tmp_path: Path) -> None:
+def test_unwritten_rows_are_split_into_datasets_of_bounded_size(tmp_path: Path) -> None:
     ends = (4, 8, 10, 14, 30, 33, 37)
     spans = tuple(Span(start, stop, tmp_path) for start, stop in pairwise((0, *ends)))
     written = np.zeros(37, bool)
@@ -37,7 +37,7 @@ def test_no_dataset_has_more_rows_than_its_bound_and_each_open_row_is_in_one(tmp
     assert parts == [[(0, 4), (4, 8)], [(10, 14)], [(14, 30)], [(30, 33), (33, 37)]]
 
 
-def test_a_span_that_is_done_meanwhile_is_read_as_it_was_planned(tmp_path: Path) -> None:
+def test_a_span_written_meanwhile_is_still_read_as_planned(tmp_path: Path) -> None:
     """A task is pickled: what the driver writes later does not affect it."""
     file = tmp_path / "in.jsonl"
     file.write_text('{"text": "a"}\n' * 3)
@@ -48,13 +48,13 @@ def test_a_span_that_is_done_meanwhile_is_read_as_it_was_planned(tmp_path: Path)
     assert sum(block.num_rows for block in task()) == 3
 
 
-def test_an_input_that_has_gone_is_read_as_a_failure_of_the_input(tmp_path: Path) -> None:
+def test_an_input_that_disappears_is_read_as_an_input_failure(tmp_path: Path) -> None:
     """If it were raised, Ray Data would count it among the blocks that it may lose, and skip the rows."""
     file = tmp_path / "in.jsonl"
     file.write_text('{"text": "a"}\n' * 3)
     source = JsonLines(file, tmp_path, None)
     [task] = Rows(source, source.plan().spans, np.zeros(3, bool)).get_read_tasks(1)
-    for change, said, num_read in (
+    for change, message, num_read in (
         (lambda: file.write_text('{"text": "a"}\n'), "has changed since the job began", 1),
         (file.unlink, "every machine of the cluster must see it", 0),
         (file.mkdir, "cannot be read", 0),
@@ -64,10 +64,10 @@ def test_an_input_that_has_gone_is_read_as_a_failure_of_the_input(tmp_path: Path
         assert len(read) == num_read
         assert isinstance(last.value, Failure)
         assert last.value.kind == INPUT_ERROR
-        assert said in last.value.message
+        assert message in last.value.message
 
 
-def test_an_engine_has_as_many_rows_as_it_runs_beside_a_block_that_ends_and_one_that_comes() -> None:
+def test_enough_blocks_are_in_flight_to_fill_the_engine() -> None:
     for num_rows in (16, 40, 64):
         for max_running in (1, 15, 16, 17, 32, 256):
             assert (blocks_at_once(max_running, num_rows) - 2) * num_rows >= max_running

@@ -18,7 +18,7 @@ class Clock:
         return self.now
 
 
-def test_rate_and_rest_are_of_what_was_done_lately() -> None:
+def test_rate_and_time_left_are_based_on_recent_rows() -> None:
     report, clock = Report(1000), Clock()
     progress = Progress(report, io.StringIO(), lambda: "nothing", now=clock)
     clock.now = 10.0
@@ -28,7 +28,7 @@ def test_rate_and_rest_are_of_what_was_done_lately() -> None:
     assert progress.line() == "100 of 1000 rows (10.0%), 1 errors, 5.0 rows per second, 0:03:00 left"
 
 
-def test_after_a_minute_without_a_row_it_says_what_the_job_waits_for() -> None:
+def test_after_a_minute_without_a_row_the_cause_is_shown() -> None:
     report, clock = Report(10), Clock()
     progress = Progress(report, io.StringIO(), lambda: "no CPU is free", now=clock)
     clock.now = 59.0
@@ -41,7 +41,7 @@ def test_after_a_minute_without_a_row_it_says_what_the_job_waits_for() -> None:
     assert progress.line().endswith("rows per second, no CPU is free")
 
 
-def test_elsewhere_than_on_a_terminal_there_are_lines_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_terminal_a_line_is_printed_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress_module, "_ELSEWHERE_S", 0.01)
     written = threading.Event()
 
@@ -56,7 +56,7 @@ def test_elsewhere_than_on_a_terminal_there_are_lines_now_and_then(monkeypatch: 
     assert "\r" not in log.getvalue()
 
 
-def test_on_a_terminal_one_line_is_written_over_and_taken_away(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_terminal_one_line_is_overwritten_and_finally_erased(monkeypatch: pytest.MonkeyPatch) -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
             return True
@@ -68,5 +68,5 @@ def test_on_a_terminal_one_line_is_written_over_and_taken_away(monkeypatch: pyte
     assert "\n" not in terminal.getvalue()
 
 
-def test_durations_are_clock_times() -> None:
+def test_durations_are_formatted_as_clock_times() -> None:
     assert [duration(seconds) for seconds in (0.4, 61, 3723, 360_000)] == ["0:00:00", "0:01:01", "1:02:03", "100:00:00"]

@@ -10,13 +10,13 @@ from cluster.batch.ray_cluster import ENVIRONMENT, check_output_stays, seen_by_w
 COPY = "ray/session_1/runtime_resources/working_dir_files/_ray_pkg_0123"
 
 
-def test_a_ray_of_ones_own_is_told_what_a_services_is() -> None:
+def test_a_jobs_own_ray_has_the_same_environment_as_a_services() -> None:
     from deployments.environment import ENVIRONMENT as OF_A_SERVICE
 
     assert ENVIRONMENT.items() <= OF_A_SERVICE.items()
 
 
-def test_a_ray_of_ones_own_is_set_up_unless_the_user_has_done_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_jobs_own_ray_is_configured_unless_the_user_did_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     for name in ENVIRONMENT:
         monkeypatch.setenv(name, "theirs")
@@ -28,7 +28,7 @@ def test_a_ray_of_ones_own_is_set_up_unless_the_user_has_done_so(monkeypatch: py
     assert os.environ["RAY_USAGE_STATS_ENABLED"] == "theirs"
 
 
-def test_somebody_elses_ray_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_existing_ray_is_left_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
     import os
 
     for name in ENVIRONMENT:
@@ -38,7 +38,7 @@ def test_somebody_elses_ray_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) ->
     assert not ENVIRONMENT.keys() & os.environ.keys()
 
 
-def test_paths_are_absolute_but_in_the_copy_that_each_machine_has(
+def test_paths_are_absolute_except_in_the_working_dir_copied_by_ray(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -13,11 +13,11 @@ ray.exceptions.ActorDiedError: the actor died.
 """
 
 
-def test_the_cause_is_the_last_error_that_is_named() -> None:
+def test_the_cause_is_the_last_named_error() -> None:
     assert cause(TRACEBACK.partition("\n\nThe above")[0]) == (
         "CheckpointError: /m/model.safetensors is missing; download it again"
     )
 
 
-def test_what_names_no_error_is_said_as_it_is() -> None:
+def test_a_text_without_a_named_error_is_returned_as_it_is() -> None:
     assert cause(" the node is gone \n") == "the node is gone"

@@ -8,7 +8,7 @@ from llava_core.questions import Question
 from llava_core.types import EngineRequest, ImageFeatures, SamplingParams, Usage
 
 
-def test_records_of_every_stage_come_out_as_they_went_in() -> None:
+def test_records_of_every_stage_survive_a_round_trip() -> None:
     asked = Record(3, Question("What?", (b"picture",), {"any": "id"}), {"any": "id"}, ("",), "What?")
     records = [
         asked,
@@ -35,7 +35,7 @@ def test_times_add_up_stage_by_stage() -> None:
     assert record.timings == {"preprocess": 1.0, "encode": 2.0, "queue": 3.0}
 
 
-def test_failures_are_told_apart_by_the_code_of_the_mistake() -> None:
+def test_failures_have_the_code_of_their_error() -> None:
     assert failure(ImageError("broken")) == Failure("invalid_image", "broken")
     assert failure(PromptTooLongError("too long")).kind == "context_length_exceeded"
     assert failure(EngineError("no memory")) == Failure("engine_error", "no memory")

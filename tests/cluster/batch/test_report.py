@@ -46,7 +46,7 @@ def test_rows_errors_tokens_and_times_are_counted() -> None:
     assert "this run: 4 rows in 2.0 s, 2.0 tokens per second" in lines
 
 
-def test_a_run_that_had_nothing_to_do_divides_by_nothing() -> None:
+def test_a_run_without_work_has_no_rate() -> None:
     report = Report(1)
     report.count(row(0))
     report.begin()

@@ -6,7 +6,7 @@ from cluster.batch.errors import JobError
 from cluster.batch.settings import STAGES, StageSettings, read_stages
 
 
-def test_words_change_what_they_name_and_nothing_else() -> None:
+def test_options_change_only_the_settings_they_name() -> None:
     stages = read_stages(["generate.replicas=2", "generate.num_gpus=0.5", "encode.threads=3"])
     assert stages == {
         "preprocess": StageSettings(),
@@ -17,7 +17,7 @@ def test_words_change_what_they_name_and_nothing_else() -> None:
 
 
 @pytest.mark.parametrize(
-    ("word", "said"),
+    ("word", "message"),
     [
         ("decode.replicas=2", "no stage 'decode'; there are preprocess, encode, generate"),
         ("replicas=2", "no stage 'replicas'"),
@@ -31,6 +31,6 @@ def test_words_change_what_they_name_and_nothing_else() -> None:
         ("encode.num_gpus=1.5", "a whole number"),
     ],
 )
-def test_a_word_that_makes_no_sense_is_answered_with_what_there_is(word: str, said: str) -> None:
-    with pytest.raises(JobError, match=said):
+def test_an_invalid_option_is_refused_listing_the_valid_ones(word: str, message: str) -> None:
+    with pytest.raises(JobError, match=message):
         read_stages([word])

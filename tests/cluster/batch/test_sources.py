@@ -40,7 +40,7 @@ def test_llavas_question_files_are_read(tmp_path: Path) -> None:
         assert (record.id, record.images, record.prompt) == (number, (str(picture),), f"Question {number}")
 
 
-def test_a_broken_row_is_a_failure_that_names_its_line_and_the_others_are_rows(tmp_path: Path) -> None:
+def test_a_broken_row_is_a_failure_naming_its_line_and_others_are_read(tmp_path: Path) -> None:
     source = lines(tmp_path, {"text": "a"}, b"", b"{broken", b"   ", b"\xff\xfe", [1], {"text": "b"}, {"image": "x"})
     first, broken, bytes_, wrong, second, no_text = (record.value for record in read_all(source))
     assert (first, second) == (Question("a"), Question("b"))
@@ -50,7 +50,7 @@ def test_a_broken_row_is_a_failure_that_names_its_line_and_the_others_are_rows(t
         assert f"questions.jsonl:{line} " in value.message
 
 
-def test_a_row_that_is_no_question_keeps_its_id(tmp_path: Path) -> None:
+def test_a_row_without_a_question_keeps_its_id(tmp_path: Path) -> None:
     [record] = read_all(lines(tmp_path, {"question_id": 3, "image": "a.png"}))
     assert isinstance(record.value, Failure)
     assert record.id == 3
@@ -58,21 +58,21 @@ def test_a_row_that_is_no_question_keeps_its_id(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("end", ["", "\n", "\r\n", "\n\n"])
 @pytest.mark.parametrize("number", [1, 3, 4, 7])
-def test_how_a_file_ends_makes_no_difference(end: str, number: int, tmp_path: Path) -> None:
+def test_the_end_of_a_file_makes_no_difference(end: str, number: int, tmp_path: Path) -> None:
     assert len(read_all(lines(tmp_path, *[{"text": "a"}] * number, end=end))) == number
 
 
-def test_a_character_that_some_call_a_line_break_is_none(tmp_path: Path) -> None:
+def test_only_a_line_feed_ends_a_line(tmp_path: Path) -> None:
     source = lines(tmp_path, *['{"text":\r "a\u2028b\u0085c\x0b"}'.encode() for _ in range(4)])
     assert len(read_all(source)) == 4
 
 
-def test_a_question_for_all_is_for_rows_without_one(tmp_path: Path) -> None:
+def test_a_shared_prompt_applies_to_rows_without_one(tmp_path: Path) -> None:
     file = lines(tmp_path, {"image": "a.png"}, {"text": "own", "image": "b.png"}).file
     assert [record.prompt for record in read_all(JsonLines(file, tmp_path, "for all"))] == ["for all", "own"]
 
 
-def test_a_file_that_changes_meanwhile_is_told(tmp_path: Path) -> None:
+def test_a_file_that_changes_during_a_job_is_detected(tmp_path: Path) -> None:
     source = lines(tmp_path, *[{"text": "a"}] * 6)
     spans = source.plan().spans
     source.file.write_text('{"text": "a"}\n')
@@ -80,13 +80,13 @@ def test_a_file_that_changes_meanwhile_is_told(tmp_path: Path) -> None:
         list(source.read(spans[1]))
 
 
-def test_other_contents_have_other_digests(tmp_path: Path) -> None:
+def test_different_contents_have_different_digests(tmp_path: Path) -> None:
     one, same = (lines(tmp_path, {"text": "a"}, {"text": "b"}).plan().digest for _ in range(2))
     other = lines(tmp_path, {"text": "b"}, {"text": "a"}).plan().digest
     assert one == same != other
 
 
-def test_planning_a_long_file_keeps_next_to_nothing_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_planning_a_long_file_takes_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "SPAN_ROWS", 4096)
     file = tmp_path / "long.jsonl"
     file.write_text('{"question_id": 1, "image": "picture.jpg", "text": "What is in the picture?"}\n' * 200_000)
@@ -99,7 +99,7 @@ def test_planning_a_long_file_keeps_next_to_nothing_of_it(tmp_path: Path, monkey
     assert peak < 1_000_000
 
 
-def test_pictures_of_a_folder_are_rows_by_name_and_other_files_are_said(tmp_path: Path) -> None:
+def test_pictures_of_a_folder_are_rows_and_other_files_are_reported(tmp_path: Path) -> None:
     for name in ("b.png", "a.JPG", "sub/c.webp", "notes.txt", "x\udcff.dcm"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
@@ -110,7 +110,7 @@ def test_pictures_of_a_folder_are_rows_by_name_and_other_files_are_said(tmp_path
     assert rows[2].value == Question("What?", (tmp_path / "sub/c.webp",), "sub/c.webp")
 
 
-def test_another_picture_makes_another_folder(tmp_path: Path) -> None:
+def test_another_picture_changes_the_digest(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"")
     before = PictureFolder(tmp_path, "What?").plan().digest
     assert PictureFolder(tmp_path, "What?").plan().digest == before
@@ -118,7 +118,7 @@ def test_another_picture_makes_another_folder(tmp_path: Path) -> None:
     assert PictureFolder(tmp_path, "What?").plan().digest != before
 
 
-def test_what_is_not_there_is_named(tmp_path: Path) -> None:
+def test_a_missing_input_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"none\.jsonl cannot be read"):
         JsonLines(tmp_path / "none.jsonl", tmp_path, None).plan()
     with pytest.raises(InputError, match="none cannot be listed"):

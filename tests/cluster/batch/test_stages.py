@@ -47,7 +47,7 @@ QUESTIONS = [
 ]
 
 
-def test_answers_are_those_of_one_process_and_failures_stay_with_their_rows(job: JobSettings) -> None:
+def test_answers_match_one_process_and_failures_stay_with_their_rows(job: JobSettings) -> None:
     block = to_block(question_record(row, question) for row, question in enumerate(QUESTIONS))
     for stage in (Prepare(job), Encode(job), Generate(job, 64)):
         block = stage(block)
@@ -78,7 +78,7 @@ def test_answers_are_those_of_one_process_and_failures_stay_with_their_rows(job:
     assert 1 < reading.scheduled_requests / reading.num_steps <= job.max_running
 
 
-def test_dicom_files_are_looked_at_as_the_job_says(job: JobSettings) -> None:
+def test_dicom_files_are_rendered_with_the_jobs_view(job: JobSettings) -> None:
     file = dicom(np.arange(0, 4096, 64, dtype=np.uint16).reshape(8, 8))
     digests = []
     for view in (None, DicomView(1, (2000.0, 100.0))):
@@ -88,7 +88,7 @@ def test_dicom_files_are_looked_at_as_the_job_says(job: JobSettings) -> None:
     assert digests[0] != digests[1]
 
 
-def test_a_missing_picture_is_its_rows_fault_only_where_others_can_be_read(job: JobSettings, tmp_path: Path) -> None:
+def test_a_missing_picture_is_certain_only_if_others_can_be_read(job: JobSettings, tmp_path: Path) -> None:
     folder, prepare = tmp_path / "volume", Prepare(job)
 
     def unreadable() -> Failure:
@@ -107,9 +107,7 @@ def test_a_missing_picture_is_its_rows_fault_only_where_others_can_be_read(job: 
     assert f"nor can {folder / 'a.png'}, which was read before: No such file" in gone.message
 
 
-def test_a_picture_that_the_tower_cannot_take_is_its_rows_failure(
-    job: JobSettings, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_tower_failure_fails_only_its_row(job: JobSettings, monkeypatch: pytest.MonkeyPatch) -> None:
     block = Prepare(job)(to_block(question_record(row, QUESTIONS[row]) for row in (0, 1)))
     encode = Encode(job)
     monkeypatch.setattr(encode._tower, "forward", lambda _: (_ for _ in ()).throw(RuntimeError("out of memory")))
@@ -119,7 +117,7 @@ def test_a_picture_that_the_tower_cannot_take_is_its_rows_failure(
     assert not isinstance(passed.value, Failure)
 
 
-def test_a_process_whose_engine_has_ended_ends(job: JobSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_exits_when_its_engine_has_ended(job: JobSettings, monkeypatch: pytest.MonkeyPatch) -> None:
     """Otherwise it would fail every further row."""
     block = Encode(job)(Prepare(job)(to_block([question_record(0, QUESTIONS[1])])))
     generate = Generate(job, 64)
@@ -131,7 +129,7 @@ def test_a_process_whose_engine_has_ended_ends(job: JobSettings, monkeypatch: py
     assert isinstance(record.value, Failure)
 
 
-def test_a_row_that_fails_alone_ends_nothing(job: JobSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_single_failing_row_does_not_end_the_process(job: JobSettings, monkeypatch: pytest.MonkeyPatch) -> None:
     generate = Generate(job, 64)
     monkeypatch.setattr("cluster.batch.stages.os._exit", lambda _: pytest.fail("the engine is alive"))
 
@@ -145,14 +143,14 @@ def test_a_row_that_fails_alone_ends_nothing(job: JobSettings, monkeypatch: pyte
     assert record.value == Failure("engine_error", "not this one")
 
 
-def test_only_the_decoder_is_stored_in_fewer_bits(job: JobSettings) -> None:
+def test_only_the_decoder_is_quantized(job: JobSettings) -> None:
     model = ModelSettings(job.model.checkpoint, None, "bfloat16", "8bit")
     changed = JobSettings(model, stages=read_stages(["generate.threads=2"]))
     assert compute_of("generate", changed) == Compute("auto", "bfloat16", 2, "8bit")
     assert compute_of("encode", changed) == Compute("auto", "bfloat16", None, None)
 
 
-def test_rows_that_have_failed_pass_every_stage(job: JobSettings) -> None:
+def test_failed_rows_pass_through_every_stage(job: JobSettings) -> None:
     failed = Record(7, Failure("invalid_row", "broken"))
     for stage in (Prepare(job), Encode(job), Generate(job, 64)):
         assert [each.value for each in from_block(stage(to_block([failed])))] == [failed.value]

@@ -13,7 +13,7 @@ from deployments.llava_protocol.frames import SERVER_ERROR, Frame, FrameReader, 
 from llava_core.errors import EngineError, RequestError, UnknownNameError
 
 
-def test_the_bytes_are_the_references() -> None:
+def test_frames_have_the_same_bytes_as_the_reference() -> None:
     assert encode(Frame("USER: é\n Hi"), "r") == b'{"text": "USER: \\u00e9\\n Hi", "error_code": 0}\0'
     # A lone surrogate, which cannot be encoded.
     assert encode(Frame("\ud83d"), "r") == b'{"text": "\\ud83d", "error_code": 0}\0'
@@ -31,7 +31,7 @@ def test_the_bytes_are_the_references() -> None:
         (WorkerFailedError("garbage", "a frame is not JSON"), 3),
     ],
 )
-def test_an_error_has_the_references_text_and_code_and_its_cause_beside_them(error: Exception, code: int) -> None:
+def test_an_error_has_the_references_text_and_code_plus_its_cause(error: Exception, code: int) -> None:
     frame = json.loads(encode(error_frame(error), "r1").removesuffix(b"\0"))
     assert list(frame) == ["text", "error_code", "error", "request_id"]
     assert (frame["text"], frame["error_code"], frame["request_id"]) == (SERVER_ERROR, code, "r1")
@@ -40,13 +40,13 @@ def test_an_error_has_the_references_text_and_code_and_its_cause_beside_them(err
     assert explained == frame | {"text": f"{SERVER_ERROR}\n\n{frame['error']['message']}"}
 
 
-def test_what_is_not_the_clients_fault_is_told_in_our_words() -> None:
+def test_internal_errors_are_reported_in_our_words() -> None:
     for error in (ZeroDivisionError("/etc/secret"), WorkerFailedError("unreachable", "/etc/secret")):
         assert b"secret" not in encode(error_frame(error), "r", explains=True)
 
 
 @given(st.lists(st.tuples(st.text(), st.integers(0, 3)), max_size=5), st.lists(st.integers(0, 400), max_size=6))
-def test_frames_are_read_again_however_they_are_cut(given: list[tuple[str, int]], cuts: list[int]) -> None:
+def test_frames_are_reassembled_however_they_are_split(given: list[tuple[str, int]], cuts: list[int]) -> None:
     content = b"".join(encode(Frame(text, code), "r") for text, code in given)
     bounds = sorted({0, len(content), *(min(cut, len(content)) for cut in cuts)})
     reader = FrameReader()
@@ -72,13 +72,13 @@ def test_frames_are_read_again_however_they_are_cut(given: list[tuple[str, int]]
     ],
     ids=lambda content: repr(content[:20]),
 )
-def test_what_is_no_frame_is_a_failure_of_the_worker(content: bytes) -> None:
+def test_an_invalid_frame_is_a_failure_of_the_worker(content: bytes) -> None:
     with pytest.raises(WorkerFailedError) as caught:
         list(FrameReader().feed(content))
     assert caught.value.kind == "garbage"
 
 
-def test_a_frame_without_an_end_is_a_failure_before_it_fills_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_length_of_a_frame_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(frames, "MAX_FRAME_BYTES", 100)
     reader = FrameReader()
     list(reader.feed(b"x" * 100))
@@ -86,7 +86,7 @@ def test_a_frame_without_an_end_is_a_failure_before_it_fills_the_memory(monkeypa
         list(reader.feed(b"x"))
 
 
-def test_a_frame_that_is_cut_off_is_a_failure() -> None:
+def test_a_truncated_frame_is_a_failure() -> None:
     reader = FrameReader()
     assert len(list(reader.feed(b'{"text": "x", "error_code": 0}\0{"text": "x y"'))) == 1
     with pytest.raises(WorkerFailedError, match="cut_off"):

@@ -26,7 +26,7 @@ def generation(**body: Any) -> RenderedRequest:
     return request
 
 
-def test_what_is_left_out_is_as_in_the_reference() -> None:
+def test_defaults_are_those_of_the_reference() -> None:
     request = generation()
     assert (request.request_id, request.prompt, request.images) == ("id", "USER: hi ASSISTANT:", ())
     sampling = request.sampling
@@ -34,7 +34,7 @@ def test_what_is_left_out_is_as_in_the_reference() -> None:
 
 
 @pytest.mark.parametrize("field", ["model", "images", "temperature", "top_p", "max_new_tokens", "stop"])
-def test_null_is_as_good_as_leaving_a_field_out(field: str) -> None:
+def test_null_means_the_default(field: str) -> None:
     assert generation(**{field: None}) == generation()
 
 
@@ -43,7 +43,7 @@ def test_numbers_may_be_strings() -> None:
     assert (sampling.temperature, sampling.top_p, sampling.max_tokens) == (0.5, 0.9, 12)
 
 
-def test_what_is_not_known_is_ignored() -> None:
+def test_unknown_fields_are_ignored() -> None:
     given = {"frequency_penalty": 1.5, "presence_penalty": 2, "repetition_penalty": "x", "n": 7, "response_format": {}}
     assert generation(**given) == generation()
 
@@ -59,18 +59,20 @@ def test_what_is_not_known_is_ignored() -> None:
         ({"temperature": 1, "top_p": 0}, (0.0, 1.0)),
     ],
 )
-def test_sampling_is_on_where_the_reference_has_it_on(given: Any, expected: tuple[float, float]) -> None:
+def test_sampling_is_enabled_under_the_same_conditions_as_in_the_reference(
+    given: Any, expected: tuple[float, float]
+) -> None:
     sampling = generation(**given).sampling
     assert (sampling.temperature, sampling.top_p) == expected
 
 
 @pytest.mark.parametrize(("given", "expected"), [(1, 1), (1024, 1024), (1025, 1024), (1536, 1024)])
-def test_an_answer_has_1024_tokens_at_most(given: int, expected: int) -> None:
+def test_an_answer_has_at_most_1024_tokens(given: int, expected: int) -> None:
     assert generation(max_new_tokens=given).sampling.max_tokens == expected
 
 
 @pytest.mark.parametrize("given", [0, -5])
-def test_no_tokens_are_no_request(given: int) -> None:
+def test_a_request_for_no_tokens_needs_no_generation(given: int) -> None:
     assert read(max_new_tokens=given).generation is None
 
 
@@ -85,14 +87,14 @@ def test_no_tokens_are_no_request(given: int) -> None:
         ("\n", (), ("\n",)),
     ],
 )
-def test_stops_end_an_answer_and_white_space_is_only_cut_from_its_end(given: Any, stop: tuple, trims: tuple) -> None:
-    """An empty stop made the reference's answers empty."""
+def test_stop_strings_end_an_answer_but_whitespace_is_only_trimmed(given: Any, stop: tuple, trims: tuple) -> None:
+    """With an empty stop string, the reference's answers were empty."""
     request = read(stop=given)
     assert request.generation is not None
     assert (request.generation.sampling.stop, request.echo.trims) == (stop, trims)
 
 
-def test_a_frame_holds_the_prompt_as_it_came_and_no_stop_at_its_end() -> None:
+def test_a_frame_echoes_the_prompt_and_trims_the_answer() -> None:
     echo = Echo("USER: x ", (" ",))
     assert [echo.text(answer) for answer in ("", " ", "a ", "a  ", "a b")] == [
         "USER: x ",
@@ -103,7 +105,7 @@ def test_a_frame_holds_the_prompt_as_it_came_and_no_stop_at_its_end() -> None:
     ]
 
 
-def test_pictures_are_base64_with_or_without_the_head_of_a_data_url() -> None:
+def test_pictures_are_base64_with_or_without_a_data_url_prefix() -> None:
     picture = plain()
     bare = base64.b64encode(picture).decode()
     lines = base64.encodebytes(picture).decode()
@@ -115,8 +117,8 @@ def test_pictures_are_base64_with_or_without_the_head_of_a_data_url() -> None:
         assert request.forwarded["images"] == [bare]
 
 
-def test_a_worker_of_others_gets_what_came_and_a_stop_in_any_case() -> None:
-    """Without a stop the reference's worker fails; an empty one makes its answers empty."""
+def test_an_external_worker_gets_the_original_fields_and_always_a_stop() -> None:
+    """Without a stop string the reference's worker fails; with an empty one its answers are empty."""
     forwarded = read(model="x", temperature="0.5", repetition_penalty=1.2, stop="").forwarded
     assert forwarded == {
         "model": "x",
@@ -169,6 +171,6 @@ def test_a_clients_mistake_is_named(body: dict, param: str | None, named: str) -
 
 
 @pytest.mark.parametrize("body", [b"", b"[]", b"null", b'{"prompt": "x"', b'{"prompt": "x", "temperature": NaN}'])
-def test_what_is_no_object_is_refused(body: bytes) -> None:
+def test_a_body_that_is_not_a_json_object_is_refused(body: bytes) -> None:
     with pytest.raises(RequestError):
         read_generation(body, "id", LIMITS)

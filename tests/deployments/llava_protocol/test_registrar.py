@@ -1,4 +1,4 @@
-"""A gateway and external workers: what it believes of them, and what it does when one fails or the table is
+"""A gateway and external workers: what it accepts from them, and what it does when one fails or the table is
 unreachable."""
 
 import asyncio
@@ -44,11 +44,11 @@ async def _frames(setting: Setting, model: str = "llava-other") -> list[Frame]:
     return [frame async for frame in setting.registrar.generate(model, BODY)]
 
 
-def test_a_worker_is_believed_what_it_says_or_asked_where_it_says_nothing() -> None:
+def test_a_workers_status_is_taken_as_sent_or_requested_if_missing() -> None:
     with original_worker() as worker:
         setting = Setting(worker)
-        told = WorkerStatus(model_names=["told"], speed=2, queue_length=7)
-        asyncio.run(setting.registrar.register(worker.url, told, is_watched=False))
+        status = WorkerStatus(model_names=["told"], speed=2, queue_length=7)
+        asyncio.run(setting.registrar.register(worker.url, status, is_watched=False))
         assert asyncio.run(setting.table.workers()) == [Worker(worker.url, ("told",), 2, 7, is_watched=False)]
         assert worker.num_status == 0
         asyncio.run(setting.registrar.register(worker.url, None, is_watched=True))
@@ -56,7 +56,7 @@ def test_a_worker_is_believed_what_it_says_or_asked_where_it_says_nothing() -> N
         assert worker.num_status == 1
 
 
-def test_no_worker_takes_over_a_model_of_this_service() -> None:
+def test_no_worker_can_take_over_a_model_of_this_service() -> None:
     with original_worker() as worker:
         setting = Setting(worker)
         both = WorkerStatus(model_names=["mine", "other"], speed=1, queue_length=0)
@@ -68,7 +68,7 @@ def test_no_worker_takes_over_a_model_of_this_service() -> None:
         assert setting.models() == []
 
 
-def test_a_stranger_cannot_register() -> None:
+def test_a_worker_that_is_not_allowed_cannot_register() -> None:
     with original_worker() as worker, pytest.raises(PermissionDeniedError):
         asyncio.run(Setting().registrar.register(worker.url, STATUS, is_watched=True))
     assert worker.num_status == 0
@@ -83,7 +83,7 @@ def test_a_worker_that_does_not_answer_is_not_registered(caplog: pytest.LogCaptu
     assert worker.url in caplog.text
 
 
-def test_an_answer_is_sent_on_and_its_first_frame_measured() -> None:
+def test_an_answer_is_forwarded_and_its_first_frame_measured() -> None:
     with original_worker() as worker:
         setting = Setting(worker)
         asyncio.run(setting.registrar.register(worker.url, STATUS, is_watched=False))
@@ -94,12 +94,12 @@ def test_an_answer_is_sent_on_and_its_first_frame_measured() -> None:
     assert left.queue_length == 0
 
 
-def test_a_model_that_no_worker_has_is_not_known() -> None:
+def test_a_model_without_a_worker_is_unknown() -> None:
     with pytest.raises(UnknownNameError, match="known are: mine"):
         asyncio.run(_frames(Setting(), "nothing"))
 
 
-def test_a_worker_that_fails_gets_nothing_more_until_it_registers_again() -> None:
+def test_a_failed_worker_gets_no_requests_until_it_registers_again() -> None:
     with original_worker(lambda _: [b"garbage\0"]) as worker:
         setting = Setting(worker)
         asyncio.run(setting.registrar.register(worker.url, STATUS, is_watched=True))
@@ -116,7 +116,7 @@ def test_a_worker_that_fails_gets_nothing_more_until_it_registers_again() -> Non
         assert setting.models() == [("llava-other",)]
 
 
-def test_heartbeats_are_known_by_any_spelling_of_the_address() -> None:
+def test_heartbeats_are_matched_by_any_spelling_of_the_address() -> None:
     with original_worker() as worker:
         setting = Setting(worker)
         asyncio.run(setting.registrar.register(worker.url, STATUS, is_watched=True))
@@ -126,7 +126,7 @@ def test_heartbeats_are_known_by_any_spelling_of_the_address() -> None:
         assert not asyncio.run(setting.registrar.heart_beat("no address", 0))
 
 
-def test_refreshing_asks_everybody_and_forgets_who_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refreshing_queries_all_workers_and_forgets_silent_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     with original_worker() as well, original_worker() as failed:
         with original_worker() as gone:
             setting = Setting(well, failed, gone)
@@ -153,7 +153,7 @@ class Away(WorkerTable):
     register = heart_beat = choose = workers = known = fail = release = remove = _away  # type: ignore[assignment]
 
 
-def test_without_its_table_a_gateway_has_no_workers_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+def test_without_its_table_a_gateway_has_no_workers_and_logs_warnings(caplog: pytest.LogCaptureFixture) -> None:
     with original_worker() as worker:
         setting = Setting(worker, table=Away(WorkerArgs()))
         with caplog.at_level(logging.WARNING):
@@ -166,7 +166,7 @@ def test_without_its_table_a_gateway_has_no_workers_and_says_so(caplog: pytest.L
         asyncio.run(_frames(setting))
 
 
-def test_an_answer_does_not_depend_on_what_the_table_is_told_afterwards() -> None:
+def test_an_answer_survives_a_failing_table_update() -> None:
     class Forgetful(WorkerTable):
         async def release(self, name: str) -> None:
             raise StageUnavailableError("away")
@@ -177,7 +177,7 @@ def test_an_answer_does_not_depend_on_what_the_table_is_told_afterwards() -> Non
         assert len(asyncio.run(_frames(setting))) == 2
 
 
-def test_who_may_not_register_is_not_asked_about() -> None:
+def test_the_table_is_not_queried_where_no_worker_may_register() -> None:
     class Asked(WorkerTable):
         async def workers(self) -> Sequence[Worker]:
             raise AssertionError("where nobody may register there is nothing to ask")

@@ -62,7 +62,7 @@ def ask(asking: TestClient, **fields: Any) -> list[dict[str, Any]]:
     return frames(asking.post(STREAM, json={**HELLO, **fields}))
 
 
-def test_a_prompt_goes_to_the_model_as_it_was_rendered() -> None:
+def test_a_rendered_prompt_reaches_the_model_unchanged() -> None:
     engine = ScriptedEngine(answer("Hel", "lo"))
     with client(engine) as asking:
         given = ask(asking, prompt="<s>USER: <image>\nhi</s>", images=[base64.b64encode(b"picture").decode()])
@@ -82,9 +82,7 @@ def test_a_prompt_goes_to_the_model_as_it_was_rendered() -> None:
         ({"temperature": "warm"}, 1, "temperature"),
     ],
 )
-def test_what_is_wrong_is_one_frame_with_the_references_code_and_the_cause_beside_it(
-    fields: dict, code: int, named: str
-) -> None:
+def test_a_bad_request_gets_one_frame_with_the_references_code_and_a_cause(fields: dict, code: int, named: str) -> None:
     engine = ScriptedEngine(answer("x"))
     with client(engine) as asking:
         [frame] = ask(asking, **fields)
@@ -104,7 +102,7 @@ def test_what_is_wrong_is_one_frame_with_the_references_code_and_the_cause_besid
     ],
 )
 @pytest.mark.parametrize("begun", [False, True])
-def test_what_fails_is_told_at_once_whether_the_answer_has_begun_or_not(
+def test_a_failure_is_the_last_frame_whether_or_not_the_answer_has_begun(
     failure: Any, code: int, *, begun: bool
 ) -> None:
     engine = ScriptedEngine([*answer("x", "y")[:1], failure] if begun else [failure])
@@ -117,7 +115,7 @@ def test_what_fails_is_told_at_once_whether_the_answer_has_begun_or_not(
     assert recorder.counted[ERRORS, (last["error"]["code"],)] == 1
 
 
-def test_causes_are_in_the_text_where_that_is_asked_for() -> None:
+def test_causes_are_in_the_text_if_configured() -> None:
     with client(llava=setup(explain_errors=True)) as asking:
         [frame] = ask(asking, images=["aGk="])
     assert frame["text"].startswith(SERVER_ERROR)
@@ -125,14 +123,14 @@ def test_causes_are_in_the_text_where_that_is_asked_for() -> None:
 
 
 @pytest.mark.parametrize("too_long", [{"max_new_tokens": 0}, {}])
-def test_no_room_for_an_answer_is_no_error(too_long: dict) -> None:
+def test_a_prompt_without_room_for_an_answer_is_not_an_error(too_long: dict) -> None:
     with client(ScriptedEngine([Rejected(PromptTooLongError("600 tokens"))])) as asking:
         [frame] = ask(asking, **too_long)
     expected = HELLO["prompt"] + "Exceeds max token length. Please start a new conversation, thanks."
     assert frame == {"text": expected, "error_code": 0}
 
 
-def test_overload_has_its_status_and_a_body_that_the_clients_can_read() -> None:
+def test_overload_is_a_429_with_a_body_that_the_clients_can_read() -> None:
     with client(ScriptedEngine([Rejected(OverloadedError("full", limit="engine", retry_after_s=3))])) as asking:
         response = asking.post(STREAM, json=HELLO)
     assert (response.status_code, response.headers["retry-after"]) == (429, "3")
@@ -141,14 +139,14 @@ def test_overload_has_its_status_and_a_body_that_the_clients_can_read() -> None:
 
 
 @pytest.mark.parametrize("seconds", ["0", "soon"])
-def test_a_header_that_is_wrong_is_told_as_on_all_routes(seconds: str) -> None:
+def test_an_invalid_header_is_refused_as_on_all_routes(seconds: str) -> None:
     with client() as asking:
         for route in (STREAM, "/list_models", "/get_worker_address"):
             response = asking.post(route, json=HELLO, headers={"x-request-timeout-seconds": seconds})
             assert (response.status_code, response.json()["error"]["param"]) == (400, "x-request-timeout-seconds")
 
 
-def test_deadlines_hold() -> None:
+def test_deadlines_are_enforced() -> None:
     engine = ScriptedEngine(answer("x", "y")[:1], hangs=True)
     with client(engine) as asking:
         response = asking.post(STREAM, json=HELLO, headers={"x-request-timeout-seconds": "0.3"})
@@ -170,13 +168,13 @@ def test_bodies_are_bounded_as_on_all_routes() -> None:
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"{}"])
 @pytest.mark.parametrize("route", ["/register_worker", "/receive_heart_beat", "/get_worker_address"])
-def test_a_note_that_is_none_is_refused(body: bytes, route: str) -> None:
+def test_an_invalid_controller_message_is_refused(body: bytes, route: str) -> None:
     with client() as asking:
         assert asking.post(route, content=body).status_code == 400
         assert asking.get(route).status_code == 405
 
 
-def test_a_client_that_hangs_up_ends_the_answer() -> None:
+def test_a_client_disconnect_cancels_the_answer() -> None:
     engine = ScriptedEngine(answer("x", "y")[:1], hangs=True)
     with serving_app(Gateway({"m": engine}, all_ready).app) as url:
         showing = GradioPage(url).ask("m", "USER: hi", [], "</s>")
@@ -188,7 +186,7 @@ def test_a_client_that_hangs_up_ends_the_answer() -> None:
     assert engine.num_left_early == 1
 
 
-def test_the_only_model_need_not_be_named_and_of_several_one_must() -> None:
+def test_the_model_may_be_omitted_only_if_there_is_just_one() -> None:
     with client() as asking:
         assert frames(asking.post(STREAM, json={"prompt": "hi"}))[-1]["text"] == "hiHello"
     with client(engines={"a": ScriptedEngine(), "b": ScriptedEngine()}) as asking:
@@ -198,7 +196,7 @@ def test_the_only_model_need_not_be_named_and_of_several_one_must() -> None:
         assert asking.post("/worker_get_status").json() == {"model_names": ["a", "b"], "speed": 2, "queue_length": 0}
 
 
-def test_answers_that_are_being_written_are_the_queue() -> None:
+def test_the_queue_length_counts_answers_in_progress() -> None:
     engine = ScriptedEngine(answer("x", "y")[:1], hangs=True)
     with serving_app(Gateway({"m": engine}, all_ready).app) as url, client() as _:
         page = GradioPage(url)
@@ -219,14 +217,14 @@ def _status(url: str) -> dict[str, Any]:
     ("address", "expected"),
     [(None, "http://gpu.example:99"), ("https://public.example/llava/", "https://public.example/llava")],
 )
-def test_clients_are_told_the_address_that_they_know_or_the_one_that_is_set(address: str | None, expected: str) -> None:
+def test_clients_get_the_address_they_used_or_the_configured_one(address: str | None, expected: str) -> None:
     with client(llava=setup(address=address)) as asking:
-        for model, told in (("m", expected), ("n", "")):
+        for model, expected_address in (("m", expected), ("n", "")):
             response = asking.post("/get_worker_address", json={"model": model}, headers={"host": "gpu.example:99"})
-            assert response.json() == {"address": told}
+            assert response.json() == {"address": expected_address}
 
 
-def test_where_it_is_switched_off_there_is_nothing() -> None:
+def test_no_route_exists_when_the_protocol_is_disabled() -> None:
     gateway = Gateway({"m": ScriptedEngine()}, all_ready, llava=setup(enabled=False))
     assert not [route for route in gateway.routes if route.name.startswith("llava_")]
     with TestClient(gateway.app) as asking:
@@ -237,7 +235,7 @@ def test_where_it_is_switched_off_there_is_nothing() -> None:
 # External workers.
 
 
-def test_nobody_registers_unless_hosts_are_allowed() -> None:
+def test_no_worker_can_register_unless_hosts_are_allowed() -> None:
     with original_worker() as worker, client() as asking:
         body = {"worker_name": worker.url, "check_heart_beat": True, "worker_status": worker.status}
         response = asking.post("/register_worker", json=body)
@@ -249,7 +247,7 @@ def test_nobody_registers_unless_hosts_are_allowed() -> None:
 
 
 @pytest.mark.parametrize("dispatch", ["lottery", "shortest_queue"])
-def test_a_worker_registers_is_listed_and_answers_through_this_service(dispatch: str) -> None:
+def test_a_registered_worker_is_listed_and_answers_through_this_service(dispatch: str) -> None:
     with original_worker(words(" Hel", "lo")) as worker:
         setting = setup(worker, workers={"dispatch": dispatch})
         recorder = FakeRecorder()
@@ -284,7 +282,9 @@ def test_a_worker_registers_is_listed_and_answers_through_this_service(dispatch:
         (lambda _: [None], "silent"),
     ],
 )
-def test_a_worker_that_lies_is_visible_and_contained(script: Any, kind: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_misbehaving_worker_is_reported_and_contained(
+    script: Any, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
     with original_worker(script) as worker:
         recorder = FakeRecorder()
         options = {"llava": setup(worker, workers={"silence_s": 0.3}), "recorder": recorder}
@@ -303,7 +303,7 @@ def test_a_worker_that_lies_is_visible_and_contained(script: Any, kind: str, cap
             assert len(worker.asked) == 1
 
 
-def test_what_is_sent_to_workers_counts_among_the_bytes_in_flight_until_they_have_answered() -> None:
+def test_forwarded_bodies_count_as_bytes_in_flight_until_answered() -> None:
     begun = b'{"text": "USER: hi x", "error_code": 0}\0'
     limits = LimitArgs(max_body_bytes=2000, max_bytes_in_flight=3000)
     with original_worker(lambda _: [begun, None]) as worker:
@@ -319,7 +319,7 @@ def test_what_is_sent_to_workers_counts_among_the_bytes_in_flight_until_they_hav
             until(lambda: list(page.ask("m", "USER: hi", [], "</s>", note="x" * 1500)) == ["x▌"])
 
 
-def test_a_worker_that_is_gone_is_one_frame_and_not_two() -> None:
+def test_a_dead_worker_yields_a_single_error_frame() -> None:
     with original_worker() as worker:
         setting = setup(worker)
     with client(llava=setting) as asking:
@@ -329,7 +329,7 @@ def test_a_worker_that_is_gone_is_one_frame_and_not_two() -> None:
     assert frame["error_code"] == 3
 
 
-def test_two_services_that_know_each_others_models_do_not_ask_in_a_circle() -> None:
+def test_forwarded_requests_are_not_forwarded_again() -> None:
     with original_worker() as worker, client(llava=setup(worker)) as asking:
         body = {"worker_name": worker.url, "check_heart_beat": True, "worker_status": worker.status}
         asking.post("/register_worker", json=body)
@@ -339,7 +339,7 @@ def test_two_services_that_know_each_others_models_do_not_ask_in_a_circle() -> N
     assert worker.asked == []
 
 
-def test_a_client_that_hangs_up_ends_the_request_at_the_workers() -> None:
+def test_a_client_disconnect_ends_the_request_at_the_worker() -> None:
     begun = b'{"text": "USER: hi x", "error_code": 0}\0'
     with (
         original_worker(lambda _: [begun, None]) as worker,
@@ -369,7 +369,7 @@ def add(path: Path, key_id: str = "team", **fields: Any) -> str:
     return key
 
 
-def test_the_original_clients_give_a_key_as_a_password(keys_file: Path) -> None:
+def test_the_original_clients_can_send_a_key_as_a_password(keys_file: Path) -> None:
     """requests does so with a .netrc file, or with `http://name:key@host` as the address."""
     key = add(keys_file)
     gateway = Gateway({"m": ScriptedEngine(answer("Hi"))}, all_ready, keys=KeyRing(keys_file, max_age_s=0))
@@ -385,14 +385,14 @@ def test_the_original_clients_give_a_key_as_a_password(keys_file: Path) -> None:
 
 
 @pytest.mark.parametrize("given", ["Basic", "Basic x", "Basic eA==", "Basic \xff", "Bearer {basic}"])
-def test_a_password_that_is_no_key_does_not_get_in(given: str, keys_file: Path) -> None:
+def test_a_password_that_is_not_a_key_is_refused(given: str, keys_file: Path) -> None:
     basic = base64.b64encode(f"any:{add(keys_file)}".encode()).decode()
     with client(keys=KeyRing(keys_file, max_age_s=0)) as asking:
         header = given.format(basic=basic).encode("latin-1")
         assert asking.post("/list_models", headers={"authorization": header}).status_code == 401
 
 
-def test_a_password_counts_on_these_routes_alone(keys_file: Path) -> None:
+def test_passwords_are_accepted_only_on_these_routes(keys_file: Path) -> None:
     basic = base64.b64encode(f"any:{add(keys_file)}".encode()).decode()
     with client(keys=KeyRing(keys_file, max_age_s=0)) as asking:
         headers = {"authorization": f"Basic {basic}"}
@@ -401,7 +401,7 @@ def test_a_password_counts_on_these_routes_alone(keys_file: Path) -> None:
             assert asking.request(method, path, headers=headers, json={}).status_code == 401
 
 
-def test_whoever_is_refused_before_the_route_gets_a_body_that_the_clients_can_read(keys_file: Path) -> None:
+def test_refusals_before_the_route_have_a_body_that_the_clients_can_read(keys_file: Path) -> None:
     recorder = FakeRecorder()
     with client(keys=KeyRing(keys_file), recorder=recorder) as asking:
         response = asking.post(STREAM, json=HELLO)
@@ -413,7 +413,7 @@ def test_whoever_is_refused_before_the_route_gets_a_body_that_the_clients_can_re
     assert recorder.counted[HTTP_REQUESTS, ("POST", STREAM, "401")] == 1
 
 
-def test_a_key_may_be_for_workers_alone(keys_file: Path) -> None:
+def test_a_key_may_be_restricted_to_workers(keys_file: Path) -> None:
     key = add(keys_file, routes=("llava_register_worker", "llava_receive_heart_beat"))
     with original_worker() as worker:
         gateway = Gateway({"m": ScriptedEngine()}, all_ready, llava=setup(worker), keys=KeyRing(keys_file, max_age_s=0))
@@ -426,7 +426,7 @@ def test_a_key_may_be_for_workers_alone(keys_file: Path) -> None:
                 GradioPage(url, {"auth": ("worker", key)}).load()
 
 
-def test_a_keys_tokens_are_those_of_the_answer_or_the_frames_of_a_worker(keys_file: Path) -> None:
+def test_a_key_is_charged_for_tokens_or_for_a_workers_frames(keys_file: Path) -> None:
     with original_worker(words("a", "b", "c")) as worker:
         ring = KeyRing(keys_file, max_age_s=0)
         with client(llava=setup(worker), keys=ring) as asking:
@@ -440,7 +440,7 @@ def test_a_keys_tokens_are_those_of_the_answer_or_the_frames_of_a_worker(keys_fi
                     assert response.status_code == status, model
 
 
-def test_light_routes_are_answered_however_busy_the_service_is() -> None:
+def test_lightweight_routes_are_answered_even_when_the_service_is_full() -> None:
     """A worker whose heartbeat is refused gives up for good."""
     engine = ScriptedEngine(answer("x", "y")[:1], hangs=True)
     limits = LimitArgs(max_requests_in_flight=1)
@@ -455,7 +455,7 @@ def test_light_routes_are_answered_however_busy_the_service_is() -> None:
         until(lambda: engine.num_open == 0)
 
 
-def test_prompts_and_answers_are_in_no_log(caplog: pytest.LogCaptureFixture) -> None:
+def test_no_log_contains_prompts_or_answers(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.DEBUG), client(ScriptedEngine(answer("SECRET", EngineError("x")))) as asking:  # type: ignore[arg-type]
         ask(asking, prompt="PLANTED <image>", images=["aGk="])
         ask(asking, prompt="PLANTED <image>")
@@ -463,7 +463,7 @@ def test_prompts_and_answers_are_in_no_log(caplog: pytest.LogCaptureFixture) -> 
     assert "SECRET" not in caplog.text
 
 
-def test_many_ask_at_once() -> None:
+def test_concurrent_clients_get_their_own_answers() -> None:
     """Frames of one answer never reach another's client."""
 
     async def run() -> list[bytes]:

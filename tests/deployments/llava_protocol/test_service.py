@@ -75,7 +75,7 @@ def _expected(model: LocalModel, prompt: str, *images: bytes, **sampling: Any) -
         (f"{SYSTEM}###Human: <image>\nWhat?###Assistant:", "###"),
     ],
 )
-def test_the_page_shows_what_the_model_says_to_whichever_template(
+def test_the_page_shows_the_models_answer_for_each_template(
     prompt: str, stop: str, service: Running, in_process: LocalModel
 ) -> None:
     page = GradioPage(service.url)
@@ -89,7 +89,7 @@ def test_the_page_shows_what_the_model_says_to_whichever_template(
     assert [len(each) for each in shown] == sorted(len(each) for each in shown)
 
 
-def test_test_message_gets_a_whole_story(service: Running) -> None:
+def test_test_message_gets_a_complete_answer(service: Running) -> None:
     """Its stop is a space, which does not end an answer here."""
     said = send_test_message(service.url, service.model, "Tell me a story.", max_new_tokens=32)
     assert said
@@ -103,7 +103,7 @@ def test_medraxs_benchmark_gets_its_answer(service: Running) -> None:
     assert said
 
 
-def test_what_is_wrong_is_told_at_once_with_its_cause(service: Running) -> None:
+def test_bad_requests_are_reported_at_once_with_their_cause(service: Running) -> None:
     page = GradioPage(service.url)
     began = time.monotonic()
     for images in ([], ["aGk="]):
@@ -121,7 +121,7 @@ def test_what_is_wrong_is_told_at_once_with_its_cause(service: Running) -> None:
     assert frame == {"text": expected, "error_code": 0}
 
 
-def test_a_visitor_who_leaves_frees_the_place(service: Running) -> None:
+def test_a_visitor_who_leaves_frees_the_slot(service: Running) -> None:
     body = {"model": service.model, "prompt": "hi", "max_new_tokens": 1024, "temperature": 0}
     # A request that does not end by itself meanwhile.
     with requests.post(f"{service.url}/worker_generate_stream", json=body, stream=True, timeout=60) as response:
@@ -130,7 +130,7 @@ def test_a_visitor_who_leaves_frees_the_place(service: Running) -> None:
     until(lambda: service.metrics().total(HTTP_REQUESTS, route="/worker_generate_stream", status="499") >= 1)
 
 
-def test_a_worker_that_one_gateway_was_told_of_is_known_to_all(service: Running, worker: OriginalWorker) -> None:
+def test_a_worker_registered_with_one_gateway_is_known_to_all(service: Running, worker: OriginalWorker) -> None:
     page = GradioPage(service.url)
     worker.register(service.url)
     # Asked more often than there are gateways, each time on a new connection.
@@ -147,7 +147,7 @@ def test_a_worker_that_one_gateway_was_told_of_is_known_to_all(service: Running,
     assert not worker.heart_beat(service.url)
 
 
-def test_a_worker_that_lies_harms_nobody_else(service: Running, worker: OriginalWorker) -> None:
+def test_a_misbehaving_worker_harms_no_other_requests(service: Running, worker: OriginalWorker) -> None:
     page = GradioPage(service.url)
     good = worker.script
     scripts = {"garbage": [b"garbage\0"], "cut_off": [b'{"text": "US'], "silent": [None]}

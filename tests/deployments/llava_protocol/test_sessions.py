@@ -25,5 +25,5 @@ def test_a_session_is_answered_byte_for_byte(file: Path) -> None:
             assert response.content == exchange["answer"].encode(), exchange["path"]
 
 
-def test_there_are_sessions() -> None:
+def test_all_sessions_are_found() -> None:
     assert {file.stem for file in SESSIONS} == {"gradio_page", "medrax_benchmark", "test_message", "worker"}

@@ -7,7 +7,7 @@ from deployments.llava_protocol.settings import LlavaProtocolArgs
 from deployments.settings import AppArgs
 
 
-def test_the_protocol_is_spoken_and_no_worker_may_register() -> None:
+def test_by_default_the_protocol_is_enabled_and_no_worker_may_register() -> None:
     args = AppArgs().llava_protocol
     assert args.enabled
     assert args.workers.allowed_hosts == ()
@@ -36,6 +36,6 @@ def test_an_address_for_clients_is_a_base_url(address: str) -> None:
         {"workers": {"allowed_networks": ["10.0.0.1/8"]}},
     ],
 )
-def test_what_is_not_known_or_not_possible_is_refused(args: dict) -> None:
+def test_unknown_and_impossible_settings_are_refused(args: dict) -> None:
     with pytest.raises(ValidationError):
         AppArgs.model_validate({"llava_protocol": args})

@@ -16,7 +16,7 @@ from tests.deployments.fakes import FakeHandle
 NAMES = ("register", "heart_beat", "choose", "release", "fail", "remove", "workers", "known")
 
 
-def test_every_method_is_the_tables() -> None:
+def test_every_method_calls_the_table() -> None:
     table = WorkerTable(WorkerArgs())
     handle = FakeHandle(**{name: getattr(table, name) for name in NAMES})
     shared: Any = SharedTable(handle)  # type: ignore[arg-type]
@@ -42,7 +42,7 @@ def test_every_method_is_the_tables() -> None:
     assert asyncio.run(run()) == [True, True, False, worker.name, None, [4], None, [3], None, 0, 1, None, 0]
 
 
-def test_a_table_that_is_away_is_an_error_of_ours() -> None:
+def test_an_unavailable_table_raises_our_error() -> None:
     async def unavailable(*_: Any) -> None:
         raise DeploymentUnavailableError("WorkerTable")
 
@@ -51,7 +51,7 @@ def test_a_table_that_is_away_is_an_error_of_ours() -> None:
         asyncio.run(shared.workers())  # type: ignore[arg-type]
 
 
-def test_a_table_that_does_not_answer_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_silent_table_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shared_table, "_ANSWER_S", 0.01)
 
     async def never(*_: Any) -> None:

@@ -33,25 +33,25 @@ def _frames_of(*items: Item) -> list[Frame]:
     return asyncio.run(collect())
 
 
-def test_every_text_holds_all_of_those_before_it() -> None:
+def test_every_text_contains_the_previous_ones() -> None:
     assert [frame.text for frame in _frames_of(*answer("a ", "b", " c"))] == ["P:a", "P:a b", "P:a b c"]
 
 
-def test_what_adds_nothing_is_no_frame_unless_it_is_the_last() -> None:
+def test_an_item_without_text_yields_no_frame_unless_it_is_the_last() -> None:
     empty = TokenDelta("id", "", (1,))
     assert [frame.text for frame in _frames_of(empty, empty, *answer("x", ""))] == ["P:x", "P:x"]
-    # An empty answer is an answer.
+    # An empty answer is valid.
     assert [frame.text for frame in _frames_of(empty, *answer(""))] == ["P:"]
 
 
-def test_a_prompt_that_is_too_long_is_said_in_place_of_an_answer_and_counted() -> None:
+def test_a_prompt_that_is_too_long_is_answered_with_a_notice_and_counted() -> None:
     with request_context() as context:
         assert _frames_of(Rejected(PromptTooLongError("600 tokens"))) == [too_long(ECHO)]
     assert context.error_code == "context_length_exceeded"
     assert too_long(ECHO) == Frame("P:Exceeds max token length. Please start a new conversation, thanks.", 0)
 
 
-def test_an_error_behind_the_beginning_is_one_frame_more() -> None:
+def test_an_error_during_an_answer_is_one_more_frame() -> None:
     first, last = _frames_of(TokenDelta("id", "x", (1,)), Rejected(EngineError("broken")))
     assert (first.text, last.text, last.error_code) == ("P:x", SERVER_ERROR, 1)
 
@@ -86,12 +86,12 @@ class _Client:
     async def run(self, response: Any) -> None:
         await response({"type": "http", "asgi": {"spec_version": "2.3"}}, self.receive, self.send)
 
-    async def said(self, count: int) -> None:
+    async def received(self, count: int) -> None:
         while len(self.pieces) < count:
             await asyncio.sleep(0)
 
 
-async def _given(frames: Sequence[Frame]) -> AsyncGenerator[Frame, None]:
+async def _yielding(frames: Sequence[Frame]) -> AsyncGenerator[Frame, None]:
     for frame in frames:
         yield frame
 
@@ -107,28 +107,28 @@ async def _given(frames: Sequence[Frame]) -> AsyncGenerator[Frame, None]:
         (WorkerFailedError("silent", ""), 200),
     ],
 )
-def test_what_the_reference_has_no_counterpart_of_has_a_status(error: LlavaError, status: int) -> None:
-    response = asyncio.run(respond(ECHO, _given([error_frame(error)]), "r", explains=False))
+def test_errors_unknown_to_the_reference_have_their_own_status(error: LlavaError, status: int) -> None:
+    response = asyncio.run(respond(ECHO, _yielding([error_frame(error)]), "r", explains=False))
     assert response.status_code == status
     assert response.headers.get("retry-after") == ("7" if status == 429 else None)
 
 
-def test_while_there_is_nothing_to_say_the_last_frame_is_said_again() -> None:
+def test_the_last_frame_is_repeated_while_nothing_is_generated() -> None:
     async def run() -> list[Any]:
-        client, goes_on = _Client(), [asyncio.Event(), asyncio.Event()]
+        client, may_go_on = _Client(), [asyncio.Event(), asyncio.Event()]
 
         async def slow() -> AsyncGenerator[Frame, None]:
-            await goes_on[0].wait()
+            await may_go_on[0].wait()
             yield Frame("P:x")
-            await goes_on[1].wait()
+            await may_go_on[1].wait()
             yield Frame("P:x y")
 
         running = asyncio.create_task(client.run(await respond(ECHO, slow(), "r", explains=False, beat_s=0.01)))
         # Before its first token, the text is the prompt.
-        await client.said(2)
-        goes_on[0].set()
-        await client.said(len(client.pieces) + 3)
-        goes_on[1].set()
+        await client.received(2)
+        may_go_on[0].set()
+        await client.received(len(client.pieces) + 3)
+        may_go_on[1].set()
         await running
         return [json.loads(piece[:-1])["text"] for piece in client.pieces if piece]
 
@@ -141,7 +141,7 @@ def test_while_there_is_nothing_to_say_the_last_frame_is_said_again() -> None:
 
 
 @pytest.mark.parametrize("has_begun", [False, True])
-def test_a_client_that_hangs_up_ends_the_answer(*, has_begun: bool) -> None:
+def test_a_client_disconnect_cancels_the_answer(*, has_begun: bool) -> None:
     async def run() -> bool:
         client, is_left = _Client(), False
 
@@ -155,7 +155,7 @@ def test_a_client_that_hangs_up_ends_the_answer(*, has_begun: bool) -> None:
                 is_left = True
 
         running = asyncio.create_task(client.run(await respond(ECHO, endless(), "r", explains=False, beat_s=0.01)))
-        await client.said(1)
+        await client.received(1)
         client.hangs_up.set()
         await running
         return is_left

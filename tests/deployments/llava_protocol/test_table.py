@@ -39,7 +39,7 @@ def names(made: WorkerTable) -> list[str]:
     return [worker.name for worker in asyncio.run(made.workers())]
 
 
-def test_the_shortest_queue_for_its_speed_is_chosen_and_the_first_of_equal_ones() -> None:
+def test_the_shortest_queue_per_speed_is_chosen_and_the_first_among_equals() -> None:
     """Computed by hand: queue lengths over speeds, with one more request after each choice."""
     made = table(Worker("a", ("m",), 1, 2), Worker("b", ("m",), 4, 4), Worker("c", ("other",), 9, 0))
     # 2 and 1.00, 1.25, 1.50, 1.75, then 2 and 2.00, then 3 and 2.00.
@@ -53,7 +53,7 @@ def test_a_heartbeat_corrects_what_was_counted() -> None:
     assert chosen(made, 2) == ["b", "a"]
 
 
-def test_a_worker_without_heartbeats_is_counted_down_when_its_requests_are_over() -> None:
+def test_requests_that_end_are_discounted_for_a_worker_without_heartbeats() -> None:
     made = table(Worker("a", ("m",), is_watched=False), Worker("b", ("m",), queue_length=1))
     assert chosen(made, 1) == ["a"]
     for _ in range(2):
@@ -63,20 +63,20 @@ def test_a_worker_without_heartbeats_is_counted_down_when_its_requests_are_over(
     assert {worker.name: worker.queue_length for worker in asyncio.run(made.workers())} == {"a": 0, "b": 1}
 
 
-def test_the_lottery_draws_by_speed() -> None:
+def test_the_lottery_draws_in_proportion_to_speed() -> None:
     draws = iter([number / 100 for number in range(100)])
     made = table(Worker("a", ("m",), 1), Worker("b", ("m",), 3), draws=draws, dispatch="lottery")
     assert Counter(chosen(made, 100)) == {"a": 25, "b": 75}
 
 
 @pytest.mark.parametrize("dispatch", ["lottery", "shortest_queue"])
-def test_nobody_is_chosen_without_a_worker_or_without_speed(dispatch: str) -> None:
+def test_no_worker_is_chosen_without_the_model_or_without_speed(dispatch: str) -> None:
     made = table(Worker("a", ("other",)), Worker("b", ("m",), 0), Worker("c", ("m",), 5e-5), dispatch=dispatch)
     assert chosen(made, 1) == [None]
     assert chosen(made, 1, "nothing") == [None]
 
 
-def test_a_worker_that_promised_heartbeats_is_forgotten_without_them() -> None:
+def test_a_watched_worker_is_forgotten_without_heartbeats() -> None:
     clock = Clock()
     made = table(Worker("a", ("m",)), Worker("b", ("m",)), Worker("c", ("m",), is_watched=False), clock=clock)
     clock.now += 30
@@ -90,7 +90,7 @@ def test_a_worker_that_promised_heartbeats_is_forgotten_without_them() -> None:
     assert sorted(names(made)) == ["a", "b", "c"]
 
 
-def test_a_worker_that_failed_gets_nothing_until_it_registers_again() -> None:
+def test_a_failed_worker_is_not_chosen_until_it_registers_again() -> None:
     made = table(Worker("a", ("m",)), Worker("b", ("m",), queue_length=5))
     asyncio.run(made.fail("a"))
     asyncio.run(made.fail("never"))
@@ -102,7 +102,7 @@ def test_a_worker_that_failed_gets_nothing_until_it_registers_again() -> None:
     assert chosen(made, 1) == ["a"]
 
 
-def test_registering_again_replaces_and_one_too_many_is_refused() -> None:
+def test_registering_again_replaces_and_the_number_of_workers_is_bounded() -> None:
     made = table(Worker("a", ("m",)), Worker("b", ("m",)), max_workers=2)
     assert asyncio.run(made.register(Worker("a", ("new",))))
     assert not asyncio.run(made.register(Worker("c", ("m",))))
@@ -111,7 +111,7 @@ def test_registering_again_replaces_and_one_too_many_is_refused() -> None:
     assert {worker.name: worker.models for worker in asyncio.run(made.workers())} == {"a": ("new",), "c": ("m",)}
 
 
-def test_how_many_there_are_is_measured() -> None:
+def test_the_number_of_workers_is_measured() -> None:
     recorder = FakeRecorder()
     made = WorkerTable(WorkerArgs(), recorder=recorder)
     for name in "abc":

@@ -40,14 +40,14 @@ def failure(doing: Any) -> WorkerFailedError:
     return caught.value
 
 
-def test_frames_come_as_the_worker_sends_them() -> None:
+def test_frames_arrive_as_the_worker_sends_them() -> None:
     with original_worker(words(" Hel", "lo")) as worker:
         got = asyncio.run(frames(client(), worker.url))
         assert worker.asked == [json.loads(BODY)]
     assert got == [Frame("USER: hi Hel"), Frame("USER: hi Hello")]
 
 
-def test_a_workers_own_errors_pass() -> None:
+def test_a_workers_own_errors_are_passed_on() -> None:
     text = "**NETWORK ERROR DUE TO HIGH TRAFFIC. PLEASE REGENERATE OR REFRESH THIS PAGE.**"
     sent = json.dumps({"text": text, "error_code": 1}).encode() + b"\0"
     assert answered(lambda _: [sent]) == [Frame(text, 1)]
@@ -64,12 +64,12 @@ def test_a_workers_own_errors_pass() -> None:
         (lambda _: [GOOD, None], "silent"),
     ],
 )
-def test_a_stream_that_is_none_is_a_failure(script: Script, kind: str) -> None:
+def test_an_invalid_stream_is_a_failure(script: Script, kind: str) -> None:
     with original_worker(script) as worker:
         assert failure(frames(client(silence_s=0.3), worker.url)).kind == kind
 
 
-def test_what_is_good_comes_before_the_failure() -> None:
+def test_valid_frames_are_passed_on_before_the_failure() -> None:
     async def read(url: str) -> Frame:
         answering = client().generate(url, BODY)
         first = await anext(answering)
@@ -81,7 +81,7 @@ def test_what_is_good_comes_before_the_failure() -> None:
         assert asyncio.run(read(worker.url)) == Frame("USER: hi Hel")
 
 
-def test_an_answer_without_an_end_is_a_failure() -> None:
+def test_an_endless_answer_is_a_failure() -> None:
     with original_worker(lambda _: itertools.repeat(GOOD)) as worker:
         assert failure(frames(client(answer_timeout_s=0.2), worker.url)).kind == "too_long"
 
@@ -103,19 +103,19 @@ HEAD = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
         (HEAD + chunked(b'{"text": "US'), "cut_off"),
     ],
 )
-def test_a_response_that_is_none_is_a_failure(response: bytes, kind: str) -> None:
+def test_an_invalid_response_is_a_failure(response: bytes, kind: str) -> None:
     with scripted(response) as worker:
         assert failure(frames(client(), worker.url)).kind == kind
 
 
-def test_a_worker_that_is_not_there_is_a_failure() -> None:
+def test_an_unreachable_worker_is_a_failure() -> None:
     with original_worker() as worker:
         gone = worker.url
     assert failure(frames(client(), gone)).kind == "unreachable"
     assert failure(client().status(gone)).kind == "unreachable"
 
 
-def test_whoever_stops_reading_ends_the_request_at_the_workers() -> None:
+def test_leaving_early_ends_the_request_at_the_worker() -> None:
     async def one(url: str) -> None:
         answering = client().generate(url, BODY)
         assert await anext(answering) == Frame("USER: hi Hel")
@@ -126,7 +126,7 @@ def test_whoever_stops_reading_ends_the_request_at_the_workers() -> None:
         assert worker.hung_up.wait(10)
 
 
-def test_a_status_is_what_the_worker_says() -> None:
+def test_a_status_is_that_sent_by_the_worker() -> None:
     with original_worker() as worker:
         worker.status = {"model_names": ["a", "b"], "speed": 2, "queue_length": 3}
         status = asyncio.run(client().status(worker.url))
@@ -149,13 +149,13 @@ def test_a_status_is_what_the_worker_says() -> None:
     ],
     ids=lambda status: str(status)[:40],
 )
-def test_a_status_that_is_none_is_a_failure(status: Any) -> None:
+def test_an_invalid_status_is_a_failure(status: Any) -> None:
     with original_worker() as worker:
         worker.status = status
         assert failure(client().status(worker.url)).kind == "garbage"
 
 
-def test_a_status_that_does_not_come_in_time_is_a_failure() -> None:
+def test_a_status_that_does_not_arrive_in_time_is_a_failure() -> None:
     def drip(connection: Any) -> None:
         connection.sendall(HEAD)
         connection.settimeout(0.02)
@@ -171,13 +171,13 @@ def test_a_status_that_does_not_come_in_time_is_a_failure() -> None:
         assert failure(client(status_timeout_s=0.2).status(worker.url)).kind == "silent"
 
 
-def test_names_that_cannot_be_shown_are_left_out() -> None:
+def test_model_names_that_cannot_be_displayed_are_left_out() -> None:
     with original_worker() as worker:
         worker.status = {"model_names": ["good", "", "x" * 129, "a\nb", "\x1b[31m"], "speed": 1, "queue_length": 0}
         assert asyncio.run(client().status(worker.url)).names() == ("good",)
 
 
-def test_nobody_may_be_asked_unless_hosts_are_allowed() -> None:
+def test_no_worker_may_be_contacted_unless_hosts_are_allowed() -> None:
     off = WorkerClient(WorkerArgs())
     assert off.is_off
     with pytest.raises(PermissionDeniedError, match="allowed_hosts"):
@@ -196,7 +196,7 @@ ALLOWED = WorkerArgs(allowed_hosts=("gpu1:21002", "*.inside.example"), allow_htt
         ("https://a.inside.example:443", "https://a.inside.example"),
     ],
 )
-def test_an_allowed_worker_goes_by_one_spelling_of_its_address(name: str, expected: str) -> None:
+def test_an_allowed_workers_address_is_canonicalised(name: str, expected: str) -> None:
     assert WorkerClient(ALLOWED).check(name) == canonical(name) == expected
 
 
@@ -219,13 +219,13 @@ def test_an_allowed_worker_goes_by_one_spelling_of_its_address(name: str, expect
         ("", RequestError),
     ],
 )
-def test_no_other_address_is_a_workers(name: str, error: type[RequestError]) -> None:
+def test_any_other_address_of_a_worker_is_refused(name: str, error: type[RequestError]) -> None:
     with pytest.raises(error) as caught:
         WorkerClient(ALLOWED).check(name)
     assert caught.value.param == "worker_name"
 
 
-def test_http_is_a_choice_of_its_own() -> None:
+def test_plain_http_must_be_allowed_explicitly() -> None:
     strict = WorkerClient(WorkerArgs(allowed_hosts=("gpu1:21002",)))
     with pytest.raises(PermissionDeniedError):
         strict.check("http://gpu1:21002")
@@ -233,7 +233,7 @@ def test_http_is_a_choice_of_its_own() -> None:
 
 
 @pytest.mark.parametrize("leads_to", [["169.254.169.254"], ["127.0.0.1"], ["8.8.8.8", "10.0.0.1"], []])
-def test_a_name_that_leads_inside_is_not_asked(leads_to: Sequence[str]) -> None:
+def test_a_name_with_an_internal_address_is_not_contacted(leads_to: Sequence[str]) -> None:
     async def resolve(_host: str, _port: int) -> Sequence[str]:
         return leads_to
 

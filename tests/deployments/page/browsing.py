@@ -50,12 +50,12 @@ class Browser:
     def open(self, url: str) -> None:
         # A page that is left aborts its requests, and may report that as errors.
         self.driver.get("about:blank")
-        self.requested()
-        self.complaints()
+        self.requested_urls()
+        self.console_errors()
         self.driver.get(url)
         self.until(lambda: self.all("#box textarea"))
 
-    def look(self, size: tuple[int, int], *, dark: bool = False) -> None:
+    def set_window(self, size: tuple[int, int], *, dark: bool = False) -> None:
         """Set the window's size, a phone's below 600 pixels; takes effect for the next page opened."""
         self.command(
             "Emulation.setDeviceMetricsOverride",
@@ -93,7 +93,7 @@ class Browser:
         except StaleElementReferenceException:
             return ""
 
-    def until_said(self, text: str, selector: str = "#talk .bot") -> None:
+    def until_shown(self, text: str, selector: str = "#talk .bot") -> None:
         self.until(lambda: text in self.text(selector))
 
     def until_idle(self) -> None:
@@ -128,13 +128,13 @@ class Browser:
         self.until(find)
         return found[0].find_element(By.CSS_SELECTOR, "textarea, input")
 
-    def requested(self) -> list[str]:
+    def requested_urls(self) -> list[str]:
         """Return the addresses that the browser has requested since the last call."""
         messages = (json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance"))  # type: ignore[no-untyped-call]
         sent = (message for message in messages if message["method"] == "Network.requestWillBeSent")
         return [str(message["params"]["request"]["url"]) for message in sent]
 
-    def complaints(self) -> list[str]:
+    def console_errors(self) -> list[str]:
         """Return the browser's error messages since the last call."""
         entries = self.driver.get_log("browser")  # type: ignore[no-untyped-call]
         return [entry["message"] for entry in entries if entry["level"] == "SEVERE"]
@@ -157,7 +157,7 @@ def browsing() -> Iterator[Browser]:
     window = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
     try:
         browser = Browser(window)
-        browser.look(DESKTOP)
+        browser.set_window(DESKTOP)
         yield browser
     finally:
         window.quit()

@@ -1,4 +1,4 @@
-"""How an answer grows for a visitor, over the real gateway: every state, errors in words, and what is kept."""
+"""What a visitor sees of an answer, over the real gateway: every state, explained errors, and what is logged."""
 
 import asyncio
 import contextlib
@@ -37,7 +37,7 @@ async def _until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.01)
 
 
-def test_an_answer_grows_and_ends_with_its_figures(tmp_path: Path) -> None:
+def test_an_answer_grows_and_ends_with_its_statistics(tmp_path: Path) -> None:
     (tmp_path / "red.png").write_bytes(plain())
     engine = ScriptedEngine(answer("Hel", "lo", stage_ms={"prefill": 2.0, "decode": 10.0}))
     with serving_engine(engine) as url:
@@ -61,20 +61,20 @@ def test_an_answer_grows_and_ends_with_its_figures(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "told"),
+    ("error", "expected"),
     [
         (OverloadedError("the engine is full", limit="engine", retry_after_s=4), "Try again in 4 seconds."),
         (StageUnavailableError("Generator"), "loading its model"),
     ],
 )
-def test_a_refusal_is_told_in_words_at_once(error: Exception, told: str) -> None:
+def test_a_refusal_is_explained_at_once(error: Exception, expected: str) -> None:
     with serving_engine(ScriptedEngine([error])) as url:
         states = _ask(url, Turn("What?"))
-    assert told in states[-1].problem
+    assert expected in states[-1].problem
     assert (states[-1].answer, states[-1].is_open) == ("", False)
 
 
-def test_what_came_of_an_answer_that_breaks_off_stays() -> None:
+def test_the_beginning_of_an_interrupted_answer_is_kept() -> None:
     with serving_engine(ScriptedEngine([*answer("Hel", "lo")[:1], EngineError("broken")])) as url:
         last = _ask(url, Turn("What?"))[-1]
     assert last.answer == "Hel"
@@ -82,7 +82,7 @@ def test_what_came_of_an_answer_that_breaks_off_stays() -> None:
     assert not last.is_open
 
 
-def test_nobody_who_answers_is_told_and_raises_where_models_are_looked_for() -> None:
+def test_an_unreachable_service_is_explained_and_raises_when_listing_models() -> None:
     url = "http://127.0.0.1:9"
     assert "may still be starting" in _ask(url, Turn("What?"))[-1].problem
     with pytest.raises(ServiceError):
@@ -90,7 +90,7 @@ def test_nobody_who_answers_is_told_and_raises_where_models_are_looked_for() -> 
 
 
 @pytest.mark.parametrize("is_cancelled", [False, True])
-def test_a_visitor_who_leaves_ends_the_request_on_the_service(*, is_cancelled: bool) -> None:
+def test_a_visitor_who_leaves_cancels_the_request_on_the_service(*, is_cancelled: bool) -> None:
     """This holds whether Gradio closes the generator or cancels the task that waits for the next state."""
     engine = ScriptedEngine(answer("a", "b")[:1], hangs=True)
 
@@ -114,7 +114,7 @@ def test_a_visitor_who_leaves_ends_the_request_on_the_service(*, is_cancelled: b
     assert engine.num_left_early == 1
 
 
-def test_while_nothing_is_written_the_state_is_shown_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_state_is_repeated_while_nothing_is_generated(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gradio detects a closed browser only when there is something to show."""
     monkeypatch.setattr("deployments.page.answering._STANDSTILL_S", 0.01)
     engine = ScriptedEngine(hangs=True)
@@ -131,7 +131,7 @@ def test_while_nothing_is_written_the_state_is_shown_again(monkeypatch: pytest.M
         asyncio.run(wait(url))
 
 
-def test_what_somebody_refuses_does_not_reach_the_service() -> None:
+def test_a_question_refused_by_moderation_does_not_reach_the_service() -> None:
     async def refuse(text: str) -> str | None:
         return "it is rude" if "rude" in text else None
 
@@ -144,7 +144,7 @@ def test_what_somebody_refuses_does_not_reach_the_service() -> None:
     assert refused.problem == by_system.problem == "This question was not sent: it is rude. Edit it and try again."
 
 
-def test_what_a_visitor_does_not_agree_to_is_not_kept(tmp_path: Path) -> None:
+def test_conversations_are_not_kept_without_consent(tmp_path: Path) -> None:
     log = ConversationLog(LogArgs(folder=tmp_path / "log"))
     with serving_engine(ScriptedEngine(answer("Hel", "lo"))) as url:
         _ask(url, Turn("Secret?"), log=log)
@@ -156,7 +156,9 @@ def test_what_a_visitor_does_not_agree_to_is_not_kept(tmp_path: Path) -> None:
     assert texts == ["One?", "1", "Two?", "Hello"]
 
 
-def test_a_full_disk_costs_nobody_an_answer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_log_that_cannot_be_written_does_not_prevent_an_answer(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     log = ConversationLog(LogArgs(folder=tmp_path / "log"))
     (tmp_path / "log").rmdir()
     with serving_engine(ScriptedEngine(answer("Hel", "lo"))) as url:

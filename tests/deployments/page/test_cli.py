@@ -26,7 +26,7 @@ def test_options_become_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert served[1:] == [(PageArgs(), "127.0.0.1", 7860)]
 
 
-def test_a_page_for_strangers_does_not_start_by_accident() -> None:
+def test_an_exposed_page_does_not_start_by_accident() -> None:
     result = CliRunner().invoke(main, ["page", "--host", "0.0.0.0"])
     assert result.exit_code == 1
     assert result.output.splitlines()[-1].startswith("Error: the page would listen on 0.0.0.0")

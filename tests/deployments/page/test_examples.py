@@ -5,7 +5,7 @@ from PIL import Image
 from deployments.page.examples import EXAMPLES
 
 
-def test_every_picture_is_there_and_small() -> None:
+def test_every_picture_exists_and_is_small() -> None:
     paths = [path for example in EXAMPLES for path in example.pictures]
     assert len(paths) >= 3
     for path in paths:

@@ -25,7 +25,7 @@ def _event(index: Any, **more: Any) -> Any:
 
 
 @pytest.mark.parametrize("index", [-1, 5, 99, None, "0", [], [9, 0], 0.5])
-def test_turns_that_there_are_not_change_nothing(index: Any, tmp_path: Path) -> None:
+def test_nonexistent_turns_change_nothing(index: Any, tmp_path: Path) -> None:
     log = ConversationLog(LogArgs(folder=tmp_path))
     handlers = Handlers(Asker("http://127.0.0.1:9", log=log))
     for shown in (
@@ -38,7 +38,7 @@ def test_turns_that_there_are_not_change_nothing(index: Any, tmp_path: Path) -> 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_example_is_known_by_its_number_and_never_by_a_path() -> None:
+def test_an_example_is_chosen_by_its_number_and_never_by_a_path() -> None:
     _, _, talk = HANDLERS.ask_example(_event(0, value={"files": ["/etc/passwd"], "text": "Read it."}), ())
     [turn] = talk
     assert turn.question == "Describe the picture."
@@ -46,7 +46,7 @@ def test_an_example_is_known_by_its_number_and_never_by_a_path() -> None:
 
 
 @pytest.mark.parametrize("index", [0, 1, 2, [1, 0]])
-def test_an_edited_question_keeps_its_pictures_and_ends_the_talk(index: Any) -> None:
+def test_an_edited_question_keeps_its_pictures_and_drops_later_turns(index: Any) -> None:
     _, _, talk = HANDLERS.edit(_event(index, value=" New? "), TALK, "", "")
     assert talk == (Turn("New?", ("/a.png",), is_open=True),)
 
@@ -61,7 +61,7 @@ def test_an_edited_question_keeps_its_pictures_and_ends_the_talk(index: Any) -> 
         (("2", "1"), DicomView(2, 1)),
     ],
 )
-def test_pictures_are_seen_as_the_settings_say_when_they_are_asked_about(
+def test_the_dicom_view_of_the_settings_applies_to_every_question(
     written: tuple[str, str], view: DicomView | None
 ) -> None:
     _, _, asked = HANDLERS.ask({"text": "What?", "files": ["/a.dcm"]}, (), *written)
@@ -71,7 +71,7 @@ def test_pictures_are_seen_as_the_settings_say_when_they_are_asked_about(
 
 
 @pytest.mark.parametrize("written", [("0", ""), ("x", ""), ("", "40,0"), ("", "wide")])
-def test_what_is_no_view_is_told(written: tuple[str, str]) -> None:
+def test_an_invalid_dicom_view_is_reported(written: tuple[str, str]) -> None:
     with pytest.raises(gr.Error, match="DICOM, in the settings: give"):
         HANDLERS.ask({"text": "What?", "files": []}, (), *written)
 
@@ -80,14 +80,14 @@ def test_an_empty_question_is_not_asked() -> None:
     assert HANDLERS.ask({"text": "  ", "files": []}, TALK, "", "") == (gr.skip(), gr.skip(), gr.skip())
 
 
-def test_what_is_not_begun_is_not_asked() -> None:
+def test_turns_that_are_not_open_are_not_asked() -> None:
     async def answered() -> list[object]:
         return [shown async for shown in HANDLERS.answer(TALK, *CHOSEN)]
 
     assert asyncio.run(answered()) == []
 
 
-def test_a_stopped_answer_says_so_and_only_a_problem_looks_for_the_service() -> None:
+def test_a_stopped_answer_is_marked_and_only_a_problem_starts_polling() -> None:
     *_, talk, timer = HANDLERS.settle((Turn("?", (), "Only", is_open=True),))
     assert (talk[-1].answer, talk[-1].figures, talk[-1].is_open) == ("Only", "stopped", False)
     assert not timer.active
@@ -95,7 +95,7 @@ def test_a_stopped_answer_says_so_and_only_a_problem_looks_for_the_service() -> 
     assert timer.active
 
 
-def test_a_vote_that_is_told_twice_is_kept_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_vote_sent_twice_is_kept_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gr, "Info", lambda _text: None)
     handlers = Handlers(Asker("http://127.0.0.1:9", log=ConversationLog(LogArgs(folder=tmp_path))))
     talk = handlers.vote(_event(4, liked="Flag"), TALK, *CHOSEN)
@@ -108,7 +108,7 @@ def test_a_vote_that_is_told_twice_is_kept_once(tmp_path: Path, monkeypatch: pyt
     assert "Two?" not in upvote
 
 
-def test_a_seed_that_is_no_number_is_told() -> None:
+def test_a_seed_that_is_not_a_number_is_reported() -> None:
     async def ask() -> None:
         await anext(HANDLERS.answer((Turn("?", is_open=True),), *CHOSEN[:6], "seven", "", False))
 

@@ -60,7 +60,7 @@ def url(page: tuple[str, int], engine: ScriptedEngine) -> Iterator[str]:
 @pytest.fixture
 def browser(window: Browser, url: str) -> Iterator[Browser]:
     """A browser with the page freshly opened."""
-    window.look(DESKTOP)
+    window.set_window(DESKTOP)
     window.open(url)
     window.until_ready()
     yield window
@@ -94,8 +94,8 @@ def test_questions_with_pictures_in_any_turn_are_answered_with_figures(
         (tmp_path / f"{colour}.png").write_bytes(plain(colour))
     browser.upload(tmp_path / "red.png", tmp_path / "blue.png")
     browser.type("Which colours?\n")
-    browser.until_said("2 tokens · 100 tokens/s")
-    browser.until_said("prefill 20 ms · decode 10 ms")
+    browser.until_shown("2 tokens · 100 tokens/s")
+    browser.until_shown("prefill 20 ms · decode 10 ms")
     browser.until_idle()
     browser.type("What now?\n")
     browser.until(lambda: len(engine.requests) == 2)
@@ -107,7 +107,7 @@ def test_questions_with_pictures_in_any_turn_are_answered_with_figures(
     assert texts(last(engine)) == ["Which colours?", "A red circle.", "What now?", "A red circle.", "And this?"]
 
 
-def test_a_picture_is_pasted(browser: Browser, engine: ScriptedEngine) -> None:
+def test_a_pasted_picture_is_sent(browser: Browser, engine: ScriptedEngine) -> None:
     browser.driver.execute_script(
         """
         const data = new DataTransfer();
@@ -119,11 +119,11 @@ def test_a_picture_is_pasted(browser: Browser, engine: ScriptedEngine) -> None:
     )
     browser.one("#box .thumbnail-item")
     browser.type("What?\n")
-    browser.until_said("A red circle.")
+    browser.until_shown("A red circle.")
     assert pictures(last(engine)) == [[plain("pink")]]
 
 
-def test_a_dicom_file_is_sent_as_it_is_with_the_window_that_is_chosen(
+def test_a_dicom_file_is_sent_unchanged_with_the_chosen_window(
     browser: Browser, engine: ScriptedEngine, tmp_path: Path
 ) -> None:
     file = dicom(radiograph())
@@ -131,7 +131,7 @@ def test_a_dicom_file_is_sent_as_it_is_with_the_window_that_is_chosen(
         (tmp_path / name).write_bytes(file)
     browser.upload(tmp_path / "study.dcm", tmp_path / "IM-0001")
     browser.type("What is seen?\n")
-    browser.until_said("A red circle.")
+    browser.until_shown("A red circle.")
     assert pictures(last(engine)) == [[file, file]]
     assert views(last(engine)) == [None, None]
     browser.until_idle()
@@ -144,36 +144,36 @@ def test_a_dicom_file_is_sent_as_it_is_with_the_window_that_is_chosen(
 
 def test_an_example_is_asked_with_its_picture(browser: Browser, engine: ScriptedEngine) -> None:
     browser.one("#talk .example").click()
-    browser.until_said("A red circle.")
+    browser.until_shown("A red circle.")
     assert texts(last(engine)) == ["Describe the picture."]
     assert pictures(last(engine)) == [[Path("deployments/scene.png").read_bytes()]]
 
 
-def test_escape_stops_an_answer_whose_beginning_stays(browser: Browser, engine: ScriptedEngine) -> None:
+def test_escape_stops_an_answer_and_keeps_its_beginning(browser: Browser, engine: ScriptedEngine) -> None:
     engine.items, engine.hangs = answer("Only ", "this")[:1], True
     browser.type("What?\n")
-    browser.until_said("Only")
+    browser.until_shown("Only")
     assert engine.num_open == 1
     browser.one("body").send_keys(Keys.ESCAPE)
     browser.until(lambda: engine.num_open == 0)
-    browser.until_said("stopped")
+    browser.until_shown("stopped")
     browser.until_idle()
     engine.items, engine.hangs = answer("All", "."), False
     # The slash focuses the box, and is not typed there.
     browser.driver.execute_script("document.activeElement.blur()")
     browser.one("body").send_keys("/")
     browser.driver.switch_to.active_element.send_keys("Go on", Keys.ENTER)
-    browser.until_said("All.")
+    browser.until_shown("All.")
     assert texts(last(engine)) == ["What?", "Only ", "Go on"]
 
 
-def test_a_browser_that_is_closed_ends_its_request(url: str, engine: ScriptedEngine) -> None:
+def test_closing_the_browser_cancels_its_request(url: str, engine: ScriptedEngine) -> None:
     engine.items, engine.hangs = answer("Only ", "this")[:1], True
     with browsing() as browser:
         browser.open(url)
         browser.until_ready()
         browser.type("What?\n")
-        browser.until_said("Only")
+        browser.until_shown("Only")
         assert engine.num_open == 1
     # The browser has been closed.
     with browsing() as browser:
@@ -181,15 +181,13 @@ def test_a_browser_that_is_closed_ends_its_request(url: str, engine: ScriptedEng
     assert engine.num_left_early == 1
 
 
-def test_an_answer_is_regenerated_an_earlier_question_edited_and_all_cleared(
-    browser: Browser, engine: ScriptedEngine
-) -> None:
+def test_regenerating_editing_and_clearing(browser: Browser, engine: ScriptedEngine) -> None:
     browser.one("#talk .example").click()
-    browser.until_said("A red circle.")
+    browser.until_shown("A red circle.")
     browser.until_idle()
     engine.items = answer("A blue ", "square.")
     browser.press("Retry")
-    browser.until_said("A blue square.")
+    browser.until_shown("A blue square.")
     browser.until_idle()
     assert texts(last(engine)) == ["Describe the picture."]
     browser.type("Second?\n")
@@ -222,11 +220,11 @@ def test_an_answer_is_regenerated_an_earlier_question_edited_and_all_cleared(
     browser.one("#talk .example")
     # What was being typed is still there.
     browser.type("?\n")
-    browser.until_said("A blue square.")
+    browser.until_shown("A blue square.")
     assert texts(last(engine)) == ["Fresh?"]
 
 
-def test_what_is_chosen_in_the_settings_is_sent(browser: Browser, engine: ScriptedEngine) -> None:
+def test_the_chosen_settings_are_sent(browser: Browser, engine: ScriptedEngine) -> None:
     browser.one("#settings .toggle-button").click()
     for label, value in (("System prompt", "Be brief."), ("Seed", "7"), ("API key", "secret-key")):
         browser.setting(label).send_keys(value)
@@ -238,21 +236,21 @@ def test_what_is_chosen_in_the_settings_is_sent(browser: Browser, engine: Script
     template.send_keys(Keys.CONTROL, "a")
     template.send_keys("vicuna_v1", Keys.ENTER)
     browser.type("What?\n")
-    browser.until_said("A red circle.")
+    browser.until_shown("A red circle.")
     request = last(engine)
     assert (request.system, request.template) == ("Be brief.", "vicuna_v1")
     assert (request.sampling.temperature, request.sampling.seed, request.sampling.max_tokens) == (0.5, 7, 512)
 
 
-def test_votes_and_conversations_are_kept_only_of_who_agrees(browser: Browser, kept: Path) -> None:
+def test_votes_and_conversations_are_kept_only_with_consent(browser: Browser, kept: Path) -> None:
     def lines() -> list[dict[str, object]]:
         return [json.loads(line) for path in kept.glob("*.json") for line in path.read_text().splitlines()]
 
     browser.type("Unkept?\n")
-    browser.until_said("A red circle.")
+    browser.until_shown("A red circle.")
     browser.until_idle()
     browser.press("Like")
-    browser.until_said("Tick the box", ".toast-body")
+    browser.until_shown("Tick the box", ".toast-body")
     assert lines() == []
     assert "for 7 days" in browser.one("#consent details p").get_attribute("textContent")
     browser.one("#agreed input").click()
@@ -268,47 +266,47 @@ def test_votes_and_conversations_are_kept_only_of_who_agrees(browser: Browser, k
 
 
 @pytest.mark.parametrize(
-    ("error", "told"),
+    ("error", "expected"),
     [
         (OverloadedError("the engine is full", limit="engine", retry_after_s=4), "Try again in 4 seconds."),
         (Rejected(ImageError("the picture is larger than 20971520 bytes")), "Try another file"),
     ],
 )
-def test_errors_say_what_to_do(browser: Browser, engine: ScriptedEngine, error: object, told: str) -> None:
+def test_errors_say_what_to_do(browser: Browser, engine: ScriptedEngine, error: object, expected: str) -> None:
     good, engine.items = engine.items, [error]  # type: ignore[list-item]
     browser.type("What?\n")
-    browser.until_said(told)
+    browser.until_shown(expected)
     browser.until_idle()
     engine.items = good
     browser.press("Retry")
-    browser.until_said("A red circle.")
+    browser.until_shown("A red circle.")
 
 
-def test_a_page_that_is_opened_before_the_service_connects_by_itself(window: Browser, engine: ScriptedEngine) -> None:
+def test_a_page_opened_before_the_service_connects_by_itself(window: Browser, engine: ScriptedEngine) -> None:
     with serving_engine(engine) as service:
         port = urlsplit(service).port or 0
     with serving_page(service) as page:
         window.open(page)
-        window.until_said("may still be starting", ".status")
+        window.until_shown("may still be starting", ".status")
         window.type("Too early?\n")
-        window.until_said("may still be starting")
+        window.until_shown("may still be starting")
         with serving_engine(engine, port=port):
             window.until_ready()
             window.until_idle()
             window.press("Retry")
-            window.until_said("A red circle.")
+            window.until_shown("A red circle.")
         window.driver.get("about:blank")
 
 
 def test_two_visitors_do_not_see_each_other(browser: Browser, url: str, engine: ScriptedEngine) -> None:
     browser.type("Mine?\n")
-    browser.until_said("A red circle.")
+    browser.until_shown("A red circle.")
     with browsing() as other:
         other.open(url)
         other.until_ready()
         assert "Mine?" not in other.text("body")
         other.type("Theirs?\n")
-        other.until_said("A red circle.")
+        other.until_shown("A red circle.")
         assert texts(last(engine)) == ["Theirs?"]
     browser.until_idle()
     browser.type("Mine again?\n")
@@ -316,31 +314,29 @@ def test_two_visitors_do_not_see_each_other(browser: Browser, url: str, engine: 
     assert texts(last(engine)) == ["Mine?", "A red circle.", "Mine again?"]
 
 
-def test_nothing_outside_is_asked_for_whatever_an_answer_holds(
-    browser: Browser, url: str, engine: ScriptedEngine
-) -> None:
+def test_no_answer_makes_the_browser_contact_another_host(browser: Browser, url: str, engine: ScriptedEngine) -> None:
     engine.items = answer("![seen](http://192.0.2.1/leak.png) ", '<img src="http://192.0.2.1/x.png"> done')
     browser.type("What?\n")
-    browser.until_said("done")
+    browser.until_shown("done")
     browser.until_idle()
-    asked = {urlsplit(address).netloc for address in browser.requested() if address.startswith("http")}
+    asked = {urlsplit(address).netloc for address in browser.requested_urls() if address.startswith("http")}
     assert asked - {urlsplit(url).netloc} <= {"192.0.2.1"}
     # Refused by the page's policy before anything was sent.
-    assert any("Content Security Policy" in complaint for complaint in browser.complaints()) or asked == {
+    assert any("Content Security Policy" in error for error in browser.console_errors()) or asked == {
         urlsplit(url).netloc
     }
 
 
 @pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("size", [DESKTOP, PHONE])
-def test_the_page_fits_its_window_light_and_dark(
+def test_the_page_fits_its_window_in_light_and_dark_mode(
     window: Browser, url: str, size: tuple[int, int], *, dark: bool
 ) -> None:
-    window.look(size, dark=dark)
+    window.set_window(size, dark=dark)
     window.open(url)
     window.until_ready()
     window.one("#talk .example").click()
-    window.until_said("A red circle.")
+    window.until_shown("A red circle.")
     window.until_idle()
     width, height = window.driver.execute_script(
         "return [document.documentElement.scrollWidth, document.documentElement.scrollHeight]"
@@ -352,5 +348,5 @@ def test_the_page_fits_its_window_light_and_dark(
         int, re.findall(r"\d+", window.one("gradio-app").value_of_css_property("background-color"))[:3]
     )
     assert (red + green + blue < 200) == dark
-    assert window.complaints() == []
+    assert window.console_errors() == []
     window.driver.get("about:blank")

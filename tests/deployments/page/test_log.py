@@ -65,15 +65,13 @@ def test_a_chat_and_votes_are_lines_in_the_originals_format(folder: Path, talk: 
     assert all(list(vote) == ["tstamp", "type", "model", "state", "ip"] for vote in votes)
 
 
-def test_a_template_that_the_service_chooses_is_not_made_up(folder: Path, talk: tuple[Turn, ...]) -> None:
+def test_an_unknown_template_is_recorded_as_null(folder: Path, talk: tuple[Turn, ...]) -> None:
     ConversationLog(LogArgs(folder=folder)).vote("flag", talk, Choices("m", system="Be brief."))
     state = _lines(folder)[0]["state"]
     assert (state["system"], state["template"], state["sep"], state["sep2"]) == ("Be brief.", None, None, None)
 
 
-def test_names_of_files_are_not_kept_and_pictures_only_where_that_is_asked_for(
-    folder: Path, talk: tuple[Turn, ...]
-) -> None:
+def test_file_names_are_never_kept_and_pictures_only_if_configured(folder: Path, talk: tuple[Turn, ...]) -> None:
     ConversationLog(LogArgs(folder=folder)).chat(talk, Choices(), start=0, finish=1)
     assert [path.name for path in folder.iterdir()] == [f"{TODAY}-conv.json"]
     ConversationLog(LogArgs(folder=folder, pictures=True)).chat(talk, Choices(), start=0, finish=1)
@@ -84,12 +82,12 @@ def test_names_of_files_are_not_kept_and_pictures_only_where_that_is_asked_for(
     assert "Doe" not in everything
 
 
-def test_only_its_owner_can_read_it(folder: Path, talk: tuple[Turn, ...]) -> None:
+def test_the_log_is_readable_only_by_its_owner(folder: Path, talk: tuple[Turn, ...]) -> None:
     ConversationLog(LogArgs(folder=folder, pictures=True)).chat(talk, Choices(), start=0, finish=1)
     assert {path.stat().st_mode & 0o077 for path in (folder, *folder.rglob("*"))} == {0}
 
 
-def test_what_is_older_than_it_may_be_goes_and_nothing_else(folder: Path, talk: tuple[Turn, ...]) -> None:
+def test_only_expired_logs_and_pictures_are_deleted(folder: Path, talk: tuple[Turn, ...]) -> None:
     def day(ago: int) -> str:
         return str(TODAY - timedelta(days=ago))
 

@@ -34,23 +34,23 @@ def _check(named: str | None, text: str, handler: Any = None) -> None:
 
 
 @pytest.mark.parametrize(("function", "reason"), [("at_once", "it names a drug"), ("later", "it is long")])
-def test_a_functions_reason_is_told(rules: str, function: str, reason: str) -> None:
+def test_the_reason_given_by_a_function_is_reported(rules: str, function: str, reason: str) -> None:
     _check(f"{rules}:{function}", "fine")
     with pytest.raises(NotAllowedError, match=f"not sent: {reason}. Edit it"):
         _check(f"{rules}:{function}", "aspirin or not?")
 
 
 @pytest.mark.parametrize("named", ["nowhere:function", "json:nothing", "json", ":", ""])
-def test_what_is_no_function_is_found_out_at_the_start(named: str) -> None:
+def test_an_invalid_function_is_detected_at_the_start(named: str) -> None:
     with pytest.raises(ModerationError, match="neither an address nor"):
         load_moderation(named)
 
 
-def test_without_anybody_everything_may_be_asked() -> None:
+def test_without_moderation_every_question_is_allowed() -> None:
     _check(None, "anything")
 
 
-def test_an_address_is_asked_in_openais_form(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_moderation_url_is_called_with_openais_api(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLAVA_MODERATION_KEY", "k")
     seen: list[httpx.Request] = []
 
@@ -78,12 +78,12 @@ def test_an_address_is_asked_in_openais_form(monkeypatch: pytest.MonkeyPatch) ->
         httpx.Response(200, json=[]),
     ],
 )
-def test_what_cannot_be_judged_is_not_asked(response: httpx.Response) -> None:
+def test_an_invalid_verdict_blocks_the_question(response: httpx.Response) -> None:
     with pytest.raises(ModerationError, match="could not be checked"):
         _check("http://judge", "text", lambda _: response)
 
 
-def test_nobody_at_the_address_is_no_permission() -> None:
+def test_an_unreachable_moderator_blocks_the_question() -> None:
     def refuse(request: httpx.Request) -> httpx.Response:
         raise httpx.ConnectError("refused", request=request)
 

@@ -41,27 +41,27 @@ def test_the_default_model_answers_about_an_example(service: tuple[str, str]) ->
         browser.until_ready()
         assert browser.text(".status") == "scenes-llava is ready"
         browser.one("#talk .example").click()
-        browser.until_said("tokens/s")
-        said = browser.text("#talk .bot")
-        assert "green circle" in said
-        assert "PAN" in said
+        browser.until_shown("tokens/s")
+        shown = browser.text("#talk .bot")
+        assert "green circle" in shown
+        assert "PAN" in shown
         for stage in ("preprocess", "encode", "prefill", "decode"):
-            assert f"{stage} " in said
+            assert f"{stage} " in shown
         # The default model takes one picture at a time.
         browser.until_idle()
         browser.press("Clear")
         browser.one("#talk .example")
         browser.upload(EXAMPLES[2].pictures[0])
         browser.type("What does the text say?\n")
-        browser.until_said("CUP")
+        browser.until_shown("CUP")
 
 
-def test_a_browser_that_is_closed_cancels_its_request_at_the_gateway(service: tuple[str, str]) -> None:
+def test_closing_the_browser_cancels_its_request_at_the_gateway(service: tuple[str, str]) -> None:
     url, metrics = service
     assert read_page(metrics).total(CANCELLATIONS) == 0
     with browsing() as browser:
         browser.open(f"{url}/?model=endless")
-        browser.until_said("endless is ready", ".status")
+        browser.until_shown("endless is ready", ".status")
         browser.one("#settings .toggle-button").click()
         most = browser.one('#settings input[aria-label="number input for Longest answer in tokens"]')
         browser.until(most.is_displayed)

@@ -1,4 +1,4 @@
-"""How a visitor's turns are sent."""
+"""How a visitor's turns are converted into a request."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from tests.deployments.pictures import plain
 from tests.dicom_files import dicom, radiograph
 
 
-def test_pictures_of_any_turn_are_sent_with_it_and_what_was_not_answered_is_not_sent(tmp_path: Path) -> None:
+def test_turns_are_sent_with_their_pictures_and_unanswered_ones_omitted(tmp_path: Path) -> None:
     red, blue = tmp_path / "red.png", tmp_path / "blue.png"
     red.write_bytes(plain("red"))
     blue.write_bytes(plain("blue"))
@@ -29,14 +29,14 @@ def test_pictures_of_any_turn_are_sent_with_it_and_what_was_not_answered_is_not_
     ]
 
 
-def test_a_picture_that_is_gone_is_told_without_its_path(tmp_path: Path) -> None:
+def test_a_missing_picture_is_reported_without_its_path(tmp_path: Path) -> None:
     turn = Turn("What?", (str(tmp_path / "gone.png"),), "answer")
     with pytest.raises(RequestError, match="no longer kept") as caught:
         history([turn])
     assert str(tmp_path) not in str(caught.value)
 
 
-def test_a_view_is_of_dicom_files_alone(tmp_path: Path) -> None:
+def test_a_view_applies_only_to_dicom_files(tmp_path: Path) -> None:
     png, file = tmp_path / "red.png", tmp_path / "study.dcm"
     png.write_bytes(plain("red"))
     file.write_bytes(dicom(radiograph()))
@@ -46,14 +46,14 @@ def test_a_view_is_of_dicom_files_alone(tmp_path: Path) -> None:
     assert turn.asked == turn.begun().asked == asked
 
 
-def test_only_what_was_chosen_is_sent() -> None:
+def test_only_chosen_options_are_sent() -> None:
     default = {"temperature": 0.0, "top_p": 1.0, "max_tokens": 512, "image_transforms": True}
     assert Choices().options() == default
     chosen = Choices("m", "llava_v1", "", 0.5, 0.9, 64, 7).options()
     assert (chosen["model"], chosen["seed"], chosen["extra"]) == ("m", 7, {"template": "llava_v1"})
 
 
-def test_what_a_visitor_said_is_in_no_repr(tmp_path: Path) -> None:
+def test_no_repr_contains_a_visitors_text(tmp_path: Path) -> None:
     shown = repr(Turn("secret question", (str(tmp_path),), "secret answer"))
     assert "secret" not in shown
     assert str(tmp_path) not in shown

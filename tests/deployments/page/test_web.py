@@ -9,18 +9,18 @@ from tests.deployments.page.browsing import serving_page
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "page.example.com"])
-def test_strangers_are_let_in_only_where_that_is_said(host: str) -> None:
+def test_other_hosts_have_access_only_with_allow_anyone(host: str) -> None:
     with pytest.raises(ExposedPageError, match="--allow-anyone"):
         check_reach(host, PageArgs())
     check_reach(host, PageArgs(allow_anyone=True))
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost"])
-def test_this_machine_may_always_come(host: str) -> None:
+def test_this_machine_always_has_access(host: str) -> None:
     check_reach(host, PageArgs())
 
 
-def test_a_browser_is_told_to_ask_nobody_else_and_no_file_but_uploads_is_given_out() -> None:
+def test_other_hosts_are_blocked_by_policy_and_only_uploads_are_served() -> None:
     with serving_page("http://127.0.0.1:9") as url:
         response = httpx.get(url)
         assert "default-src 'self'" in response.headers["content-security-policy"]

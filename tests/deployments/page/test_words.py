@@ -11,7 +11,7 @@ from llava_core.views import ImageTransform, Window
 
 
 @pytest.mark.parametrize(
-    ("status", "code", "after", "told"),
+    ("status", "code", "after", "expected"),
     [
         (401, "invalid_api_key", None, "Enter yours in the settings"),
         (403, "permission_denied", None, "does not permit that"),
@@ -28,16 +28,14 @@ from llava_core.views import ImageTransform, Window
         (404, "model_not_found", None, "Because."),
     ],
 )
-def test_what_the_service_refuses_is_told_with_what_to_do(
-    status: int, code: str, after: float | None, told: str
-) -> None:
+def test_each_refusal_is_explained_with_what_to_do(status: int, code: str, after: float | None, expected: str) -> None:
     body = f'{{"error": {{"message": "because", "code": "{code}"}}, "request_id": "r-1"}}'.encode()
     shown = in_words(status_error(status, body, retry_after_s=after))
-    assert told in shown
+    assert expected in shown
     assert shown.endswith("(request r-1)")
 
 
-def test_a_service_that_is_not_there_or_something_else_is_told() -> None:
+def test_connection_failures_and_other_errors_are_explained() -> None:
     assert "may still be starting" in in_words(ConnectionFailedError("the connection to http://inside failed"))
     assert "inside" not in in_words(ConnectionFailedError("the connection to http://inside failed"))
     assert "no such service" in in_words(InvalidResponseError("what is no JSON"))
@@ -46,7 +44,7 @@ def test_a_service_that_is_not_there_or_something_else_is_told() -> None:
     assert in_words(RequestError("a picture is gone", param="image")) == "A picture is gone."
 
 
-def test_tokens_their_rate_and_each_stage_are_told() -> None:
+def test_figures_show_tokens_rate_and_stages() -> None:
     times = {"preprocess": 4.6, "encode": 12, "prefill": 20, "decode": 500, "total": 1540}
     reply = Reply((Choice("x", "stop"),), Usage(200, 51), times)
     assert figures(reply) == (
@@ -54,12 +52,12 @@ def test_tokens_their_rate_and_each_stage_are_told() -> None:
     )
 
 
-def test_one_token_has_no_rate_and_a_server_that_tells_nothing_gets_no_figures() -> None:
+def test_a_single_token_has_no_rate_and_missing_usage_gives_no_figures() -> None:
     assert figures(Reply((Choice("x", "stop"),), Usage(3, 1), {"decode": 1.0})) == "1 token · decode 1 ms"
     assert figures(Reply((Choice("x", "stop"),))) == ""
 
 
-def test_an_answer_that_was_cut_off_and_a_window_are_told() -> None:
+def test_figures_show_truncation_and_window() -> None:
     seen = ImageTransform("DICOM", "MONOCHROME2", 12, window=Window(40, 400, "LINEAR", "file"))
     reply = Reply((Choice("x", "length"),), image_transforms=(None, seen))
     assert figures(reply) == "cut off at the token limit · DICOM 12 bit, window 40/400"
