@@ -155,7 +155,7 @@ def _ways(content: dict[str, Any], inside: Way | None) -> Iterator[Way]:
 _CONTRADICTION = "|".join(
     (
         r"layers, the files hold",
-        r"(image_newline|(decoder|tower|projector) \S+) is (missing|there)",
+        r"(image_newline|(decoder|tower|projector) \S+) is (missing|present)",
         r"has shape",
         r"the tokenizer has \d+ tokens",
         r"make tiles of",
