@@ -1,8 +1,8 @@
 """How stages call each other and pass large results: by reference, never through the gateway.
 
 Pictures, tiles and features stay in Ray's object store, and the gateway passes on references of a few hundred bytes.
-Token chunks go by gRPC, which costs half the CPU per chunk. The only file that knows how Serve does either, and the
-only one that uses undocumented names of Ray (docs/decisions/003-handing-results-over.md says why).
+Token chunks go by gRPC, which costs half the CPU per chunk. The only file that knows how Serve does either. Like
+routing.py it uses undocumented names of Ray (docs/decisions/003-handing-results-over.md says why).
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
+from ray.serve._private.common import RequestMetadata
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 from deployments.affinity import Session, by_preference, ranked
@@ -52,6 +53,17 @@ class AffinityRouter(RequestRouter):
         self._sent_calls.note(stage, request, Whereabouts(lambda: [replica], is_sent=True))
         self._suspects.sent(request, _name(replica.replica_id))
         return replica
+
+    def _get_pending_request_matching_internal_request_id(
+        self, request_metadata: RequestMetadata | None = None
+    ) -> PendingRequest | None:
+        """Called by Serve to find the call that it has found a replica for.
+
+        Serve itself looks it up by the id of the HTTP request. All calls made for one HTTP request share that id, so of
+        several prompts, which are prepared side by side, only one would ever be sent. The metadata is each call's own.
+        """
+        pending = (each for each in self._pending_requests_to_fulfill if each.metadata is request_metadata)
+        return next((each for each in pending if not each.future.done()), None)
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None

@@ -70,11 +70,11 @@ class _Stage:
         """Return a key that prefers this replica."""
         return next(key for key in map(str, itertools.count()) if self.preferred(key) is replica)
 
-    async def send(self, key: str, *, request: int | None = None) -> _Replica:
+    async def send(self, key: str, *, request: int | None = None, http_request: str | None = None) -> _Replica:
         """Send a call that does not end, for a new request unless one is given; returns the chosen replica."""
         number = next(_ids)
         session = Session(key, str(number if request is None else request))
-        metadata = RequestMetadata(str(number), f"internal-{number}", session_id=str(session))
+        metadata = RequestMetadata(str(number), http_request or f"internal-{number}", session_id=str(session))
         pending = PendingRequest([], {}, metadata)
         replica = await self.router._choose_replica_for_request(pending)
         self.router.on_send_request(replica.replica_id)
@@ -126,6 +126,18 @@ def test_concurrent_calls_each_go_to_their_keys_preferred_replica() -> None:
         stage = _Stage(*_replicas(4))
         keys = [stage.key_of(replica) for replica in stage.replicas.values()]
         assert await asyncio.gather(*(stage.send(key) for key in keys)) == [*stage.replicas.values()]
+
+    _run(test)
+
+
+def test_calls_of_one_http_request_are_each_sent() -> None:
+    """Serve knows them by the same id."""
+
+    async def test() -> None:
+        stage = _Stage(*_replicas(3))
+        keys = ["", "", *(stage.key_of(replica) for replica in stage.replicas.values())]
+        chosen = await asyncio.gather(*(stage.send(key, http_request="one") for key in keys))
+        assert chosen[2:] == [*stage.replicas.values()]
 
     _run(test)
 

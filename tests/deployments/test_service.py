@@ -160,6 +160,28 @@ def test_a_text_is_continued_and_its_tokens_are_counted(service: Running, in_pro
     assert httpx.post(f"{service.url}/tokenize", json=question, timeout=60).json()["count"] > IMAGE_TOKENS
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_several_prompts_are_each_continued(service: Running, *, stream: bool) -> None:
+    prompts = ["Once upon", "What", "Once upon", "The end"]
+    alone = {prompt: _continued(service, [prompt], n=1, stream=False)[0] for prompt in prompts}
+    texts = _continued(service, prompts, n=2, stream=stream)
+    assert texts == [alone[prompt] for prompt in prompts for _ in range(2)]
+
+
+def _continued(service: Running, prompts: list[str], *, n: int, stream: bool) -> list[str]:
+    """Return the texts by index."""
+    texts = [""] * (len(prompts) * n)
+    given: Any = {"model": service.model, "prompt": prompts, "max_tokens": 8, "n": n}
+    if not stream:
+        for choice in service.client.completions.create(**given, timeout=60).choices:
+            texts[choice.index] = choice.text
+        return texts
+    for chunk in service.client.completions.create(**given, stream=True, timeout=60):
+        for choice in chunk.choices:
+            texts[choice.index] += choice.text
+    return texts
+
+
 def test_the_openai_client_gets_its_own_exceptions(service: Running) -> None:
     with pytest.raises(openai.NotFoundError) as missing:
         service.client.chat.completions.create(model="gpt-9", messages=messages("hi"))
