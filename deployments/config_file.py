@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from deployments.errors import LaunchError
 
@@ -37,6 +38,14 @@ def read_config(path: Path | None) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise LaunchError(f"{path} must hold a Serve configuration, with a list of applications")
     return content
+
+
+def fault(error: ValidationError, *inside: str) -> LaunchError:
+    """The first fault that a validation has found in a part of the configuration, as an error to raise."""
+    first = error.errors(include_url=False)[0]
+    where = ".".join(map(str, (*inside, *first["loc"])))
+    what = "there is no such setting" if first["type"] == "extra_forbidden" else first["msg"]
+    return LaunchError(f"the configuration is wrong at {where}: {what}")
 
 
 def find_application(content: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,8 +9,9 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
+from deployments.config_file import fault
 from deployments.deploy_failures import raise_if_failed
 from deployments.errors import LaunchError
 
@@ -18,17 +19,26 @@ _POLL_S = 0.1
 
 
 def serve_schema(config: Mapping[str, Any], host: str, port: int) -> Any:
-    """A configuration as parsed by Serve itself, with the address of its proxy replaced. Raises LaunchError."""
-    from ray.serve.schema import ServeDeploySchema
+    """A configuration as parsed by Serve itself, with the address of its proxy replaced. Raises LaunchError, also for
+    fields that Serve would ignore."""
+    from ray.serve.schema import HTTPOptionsSchema, ServeApplicationSchema, ServeDeploySchema
 
     try:
         schema = ServeDeploySchema.model_validate(config)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        raise LaunchError(f"the configuration is wrong at {where}: {first['msg']}") from None
+        raise fault(error) from None
+    _check_fields("", config, ServeDeploySchema)
+    _check_fields("http_options.", config.get("http_options") or {}, HTTPOptionsSchema)
+    for index, application in enumerate(config["applications"]):
+        _check_fields(f"applications.{index}.", application, ServeApplicationSchema)
     schema.http_options = schema.http_options.model_copy(update={"host": host, "port": port})
     return schema
+
+
+def _check_fields(where: str, given: Mapping[str, Any], schema: type[BaseModel]) -> None:
+    if unknown := sorted(set(given) - set(schema.model_fields)):
+        known = ", ".join(sorted(schema.model_fields))
+        raise LaunchError(f"the configuration is wrong at {where}{unknown[0]}: Serve's settings there are {known}")
 
 
 def deploy(schema: Any) -> None:

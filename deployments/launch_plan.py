@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from deployments.config_file import find_application, read_config
+from deployments.config_file import fault, find_application, read_config
 from deployments.errors import LaunchError
 from deployments.exposure import check_exposure
 from deployments.model_settings import ModelArgs
@@ -156,6 +156,4 @@ def _check_args(args: Any) -> AppArgs:
     try:
         return AppArgs.model_validate(args)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(str(step) for step in ("args", *first["loc"]))
-        raise LaunchError(f"the configuration is wrong at {where}: {first['msg']}") from None
+        raise fault(error, "args") from None

@@ -43,11 +43,10 @@ class Suspects:
     def asked(self, request: str) -> None:
         """Notes that the request needs a replica; one that had it before has lost it."""
         if (replica := self._had.pop(request, None)) is not None:
-            self._suspected[replica] = self._clock() + self._suspected_s
+            now = self._clock()
+            # Nobody may ask about dead replicas again.
+            self._suspected = {each: until for each, until in self._suspected.items() if until > now}
+            self._suspected[replica] = now + self._suspected_s
 
     def __contains__(self, replica: str) -> bool:
-        until = self._suspected.get(replica)
-        if until is not None and until <= self._clock():
-            del self._suspected[replica]
-            return False
-        return until is not None
+        return replica in self._suspected and self._suspected[replica] > self._clock()

@@ -78,7 +78,8 @@ class Job:
                 say(f"{num_errors} rows that are errors are repeated")
             began = time.monotonic()
             try:
-                if report.done < plan.num_rows:
+                if left := plan.num_rows - report.done:
+                    say(f"{left} rows to answer; the stages are starting")
                     with self.answering(self.settings) as answer, Progress(report, progress, answer.waits_for):
                         if num_errors:
                             output.drop_errors()

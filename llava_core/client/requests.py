@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -64,7 +65,15 @@ def chat_body(messages: Sequence[Message], system: str | None = None, **options:
 
 
 def chat_call(messages: Sequence[Message], system: str | None, options: Options, *, stream: bool) -> Call:
-    """A request for an answer as a whole, or as a stream that ends with its usage."""
+    """A request for an answer as a whole, or as a stream that ends with its usage.
+
+    Raises TypeError for an option that Options does not have: a service ignores fields that it does not know.
+    """
+    for name in options:
+        if name not in Options.__annotations__:
+            near = difflib.get_close_matches(name, Options.__annotations__, n=1)
+            hint = f"did you mean {near[0]}?" if near else "other fields go into extra"
+            raise TypeError(f"{name} is not an option of an answer; {hint}")
     fields: dict[str, Any] = {"timings": True, **options}
     deadline_s, extra = fields.pop("deadline_s", None), fields.pop("extra", {})
     if fields["timings"] is False:

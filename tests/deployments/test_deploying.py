@@ -8,7 +8,8 @@ import pytest
 from deployments.deploying import serve_schema, watch
 from deployments.errors import LaunchError
 
-CONFIG = {"applications": [{"name": "app", "route_prefix": "/", "import_path": "a:b"}], "http_options": {"port": 9}}
+APPLICATION = {"name": "app", "route_prefix": "/", "import_path": "a:b"}
+CONFIG: dict[str, Any] = {"applications": [APPLICATION], "http_options": {"port": 9}}
 
 
 def test_serves_proxy_gets_the_requested_address() -> None:
@@ -20,6 +21,19 @@ def test_serves_proxy_gets_the_requested_address() -> None:
 def test_settings_that_serve_refuses_are_named() -> None:
     with pytest.raises(LaunchError, match=r"wrong at applications\.0\.import_path"):
         serve_schema({"applications": [{"name": "app", "import_path": 3}]}, "127.0.0.1", 0)
+
+
+@pytest.mark.parametrize(
+    ("given", "where"),
+    [
+        ({"proxylocation": "HeadOnly"}, "proxylocation"),
+        ({"http_options": {"prot": 9}}, r"http_options\.prot"),
+        ({"applications": [{**APPLICATION, "nmae": "app"}]}, r"applications\.0\.nmae"),
+    ],
+)
+def test_fields_that_serve_would_ignore_are_named(given: dict[str, Any], where: str) -> None:
+    with pytest.raises(LaunchError, match=f"wrong at {where}: Serve's settings there are "):
+        serve_schema({**CONFIG, **given}, "127.0.0.1", 0)
 
 
 def _overview(status: str, message: str = "", **deployments: str) -> Any:

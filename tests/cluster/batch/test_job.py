@@ -144,7 +144,10 @@ def test_skipped_files_are_reported_only_if_the_output_is_valid(runner: JobRunne
     assert runner.messages == []
     runner.output = tmp_path / "out.jsonl"
     runner.run(lambda *_: GOOD)
-    assert runner.messages == ["1 files without a picture's suffix are skipped"]
+    assert runner.messages == [
+        "1 files without a picture's suffix are skipped",
+        "1 rows to answer; the stages are starting",
+    ]
 
 
 def test_a_stopped_job_resumes_and_asks_no_row_twice(runner: JobRunner) -> None:

@@ -1,6 +1,7 @@
 """The JSON of a request, field by field."""
 
 import json
+from typing import Any
 
 import pytest
 
@@ -25,6 +26,13 @@ def test_extra_fields_are_passed_on_and_disabled_ones_left_out() -> None:
     body = json.loads(call.content or b"")
     assert body == chat_body([user_message("?")], "s", priority=1)
     assert body["messages"][0] == {"role": "system", "content": "s"}
+
+
+def test_unknown_options_are_refused() -> None:
+    for name, hint in (("temprature", "did you mean temperature"), ("guided_json", "go into extra")):
+        options: Any = {name: 1}
+        with pytest.raises(TypeError, match=f"{name} is not an option .* {hint}"):
+            chat_call([], None, options, stream=False)
 
 
 def test_numbers_that_json_cannot_express_are_refused() -> None:
