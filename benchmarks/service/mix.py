@@ -1,7 +1,7 @@
 """The requests of a mixed load, and whether each was answered correctly.
 
-Good requests about text and pictures, new and seen before; bad ones, whose fault the service must name; and clients
-that hang up. Knows OpenAI's wire format; sends nothing.
+Good requests about text, several prompts, and pictures, new and seen before; bad ones, whose fault the service must
+name; and clients that hang up. Knows OpenAI's wire format; sends nothing.
 """
 
 from __future__ import annotations
@@ -16,7 +16,15 @@ from benchmarks.exchange import Piece, Response, post, post_json, read_response
 from benchmarks.service.pictures import Picture, PictureMaker
 
 # Shares in percent.
-SHARES = {"text": 15, "new pictures": 37, "repeated": 33, "hang-up, waiting": 5, "hang-up, streaming": 5, "bad": 5}
+SHARES = {
+    "text": 12,
+    "prompts": 5,
+    "new pictures": 36,
+    "repeated": 32,
+    "hang-up, waiting": 5,
+    "hang-up, streaming": 5,
+    "bad": 5,
+}
 # The most answers that one request may ask for.
 MOST_ANSWERS = 2
 QUESTIONS = (
@@ -86,6 +94,8 @@ class Mix:
         if kind == "repeated":
             index = chance.randrange(_NUM_REPEATED)
             return self._ask(kind, self._repeated[index], same=f"{index}", temperature=0, max_tokens=40)
+        if kind == "prompts":
+            return self._prompts()
         if kind.startswith("hang-up"):
             return self.hang_up(kind)
         several = chance.choices((1, 2, 3), (80, 15, 5))[0] if kind == "new pictures" else 0
@@ -102,6 +112,13 @@ class Mix:
             # The first piece is the head.
             return Ask(kind, message, pieces=self._chance.randrange(2, 6))
         return Ask(kind, message, leave_after_s=self._chance.uniform(0.0, 0.4))
+
+    def _prompts(self) -> Ask:
+        """Make a request for completions of several prompts."""
+        prompts = self._chance.sample(QUESTIONS, MOST_ANSWERS)
+        body = {"prompt": prompts, "max_tokens": 24, "temperature": 0, "stream": self._chance.random() < 0.6}
+        message = post_json(self._port, body, path="/v1/completions")
+        return Ask("prompts", message, num_answers=len(prompts), same=" ".join(prompts))
 
     def _messages(self, pictures: Sequence[Picture]) -> list[dict[str, object]]:
         content = [*(picture.part for picture in pictures), {"type": "text", "text": self._chance.choice(QUESTIONS)}]
@@ -167,7 +184,7 @@ def _read(ask: Ask, response: Response) -> tuple[str, tuple[str, ...]]:
         code = body.get("error", {}).get("code")
         return ("" if code == ask.code else f"code {code} instead of {ask.code}"), ()
     choices = sorted(body["choices"], key=lambda choice: int(choice["index"]))
-    texts = tuple(choice["message"]["content"] for choice in choices)
+    texts = tuple(choice["message"]["content"] if "message" in choice else choice["text"] for choice in choices)
     return _complaint(ask, len(choices), {choice["finish_reason"] for choice in choices}), texts
 
 
@@ -178,7 +195,7 @@ def _read_stream(ask: Ask, response: Response) -> tuple[str, tuple[str, ...]]:
     texts = [""] * ask.num_answers
     reasons = {}
     for choice in (choice for event in events for choice in json.loads(event)["choices"]):
-        texts[choice["index"]] += choice["delta"].get("content") or ""
+        texts[choice["index"]] += (choice["delta"].get("content") if "delta" in choice else choice["text"]) or ""
         if choice["finish_reason"] is not None:
             reasons[choice["index"]] = choice["finish_reason"]
     return _complaint(ask, len(reasons), set(reasons.values())), tuple(texts)

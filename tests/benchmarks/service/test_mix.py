@@ -8,6 +8,7 @@ import pytest
 from benchmarks.service.mix import SHARES, Ask, Mix, bad_requests, judge
 from benchmarks.service.pictures import PictureMaker
 from deployments.chat_request import read_chat_request
+from deployments.completion_request import read_completion_request
 from llava_core.errors import RequestError
 from llava_core.request_limits import RequestLimits
 
@@ -28,13 +29,17 @@ def test_a_mix_follows_its_shares_and_is_valid_for_the_service() -> None:
     by_question: dict[str, set[str]] = {}
     for ask in asks:
         if ask.status == 200:
-            read = read_chat_request(body_of(ask), "1", RequestLimits())
-            assert read.generation.sampling.n == ask.num_answers
+            read = (read_completion_request if ask.kind == "prompts" else read_chat_request)(
+                body_of(ask), "1", RequestLimits()
+            )
+            assert read.generation.sampling.n * (1 + len(read.others)) == ask.num_answers
             assert ask.hangs_up == ask.kind.startswith("hang-up")
         if ask.same is not None:
             body = json.loads(body_of(ask))
             assert body["temperature"] == 0
-            by_question.setdefault(ask.same, set()).add(json.dumps([body["messages"], body["max_tokens"]]))
+            by_question.setdefault(ask.same, set()).add(
+                json.dumps([body.get("messages", body.get("prompt")), body["max_tokens"]])
+            )
     assert len(by_question) > 5
     assert {len(found) for found in by_question.values()} == {1}
     assert {ask.num_answers for ask in asks} == {1, 2}
@@ -54,8 +59,16 @@ def test_bad_requests_are_bad() -> None:
 
 
 def chunk(index: int, text: str = "", reason: str | None = None) -> bytes:
-    choice = {"index": index, "delta": {"content": text}, "finish_reason": reason}
+    return event({"index": index, "delta": {"content": text}, "finish_reason": reason})
+
+
+def event(choice: object) -> bytes:
     return b"data: " + json.dumps({"choices": [choice]}).encode() + b"\n\n"
+
+
+def text(index: int, text: str, reason: str) -> dict[str, object]:
+    """Return a choice of a completion."""
+    return {"index": index, "text": text, "finish_reason": reason}
 
 
 def answer(*texts: str, reason: str = "stop") -> bytes:
@@ -74,6 +87,12 @@ ONE, TWO, BAD = Ask("a", b""), Ask("a", b"", num_answers=2), Ask("b", b"", 400, 
         (TWO, answer("yes", "no"), ("yes", "no")),
         (ONE, STREAM + chunk(0, "y") + chunk(0, "es", "length") + DONE, ("yes",)),
         (TWO, STREAM + chunk(1, "n") + chunk(0, "yes", "stop") + chunk(1, "o", "stop") + DONE, ("yes", "no")),
+        (
+            TWO,
+            JSON % 200 + json.dumps({"choices": [text(0, "a", "stop"), text(1, "b", "length")]}).encode(),
+            ("a", "b"),
+        ),
+        (TWO, STREAM + event(text(1, "b", "stop")) + event(text(0, "a", "stop")) + DONE, ("a", "b")),
         (BAD, JSON % 400 + b'{"error": {"code": "invalid_json"}}', ()),
     ],
 )
