@@ -233,7 +233,7 @@ def _request_id(request: Request) -> str:
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    response = error_response(describe_http(error), _request_id(request))
+    response = error_response(describe_http(error, request.method, request.url.path), _request_id(request))
     response.headers.update(error.headers or {})
     return response
 

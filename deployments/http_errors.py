@@ -62,6 +62,8 @@ _UNAVAILABLE = "a stage of the service is not available; try again"
 _NO_KEYS = "keys cannot be checked at the moment; try again later"
 _WORKER_FAILED = "the registered worker that has this model does not answer correctly; try again"
 _LOST = "the part of the service that worked on this request was lost; try again"
+# Characters of an unknown path that its error repeats.
+_SHOWN_PATH = 100
 # Sent while the body may still be arriving: 401, 403, 408 and 413.
 _BEFORE_THE_BODY = frozenset(
     {
@@ -116,10 +118,16 @@ def describe(error: BaseException) -> HttpError:
     return row
 
 
-def describe_http(error: HTTPException) -> HttpError:
+def describe_http(error: HTTPException, method: str, path: str) -> HttpError:
     """A routing error: unknown path, or method not allowed."""
-    code = HTTPStatus(error.status_code).phrase.lower().replace(" ", "_")
-    return HttpError(error.status_code, "invalid_request_error", code, error.detail)
+    status = HTTPStatus(error.status_code)
+    shown = path if len(path) <= _SHOWN_PATH else f"{path[:_SHOWN_PATH]}..."
+    messages = {
+        HTTPStatus.NOT_FOUND: f"there is no route {shown}; GET /openapi.json lists them all",
+        HTTPStatus.METHOD_NOT_ALLOWED: f"{method} is not allowed for {shown}",
+    }
+    code = status.phrase.lower().replace(" ", "_")
+    return HttpError(status, "invalid_request_error", code, messages.get(status, error.detail))
 
 
 def error_body(error: HttpError, request_id: str) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """Every deliberate error has one status, type and code, and nothing internal gets out."""
 
+import re
+
 import pytest
 from starlette.exceptions import HTTPException
 
@@ -126,5 +128,9 @@ def test_errors_after_reading_the_body_keep_the_connection(error: LlavaError) ->
 
 
 def test_routing_errors_look_the_same() -> None:
-    described = describe_http(HTTPException(405))
-    assert (described.status, described.code, described.message) == (405, "method_not_allowed", "Method Not Allowed")
+    described = describe_http(HTTPException(405), "GET", "/tokenize")
+    assert (described.status, described.code) == (405, "method_not_allowed")
+    assert described.message == "GET is not allowed for /tokenize"
+    described = describe_http(HTTPException(404), "GET", "/" + "x" * 1000)
+    assert (described.status, described.code) == (404, "not_found")
+    assert re.fullmatch(r"there is no route /x{99}\.\.\.; GET /openapi\.json lists them all", described.message)
