@@ -47,8 +47,8 @@ _HUGE = 10**9
 class Ask:
     """A request, and its expected result: the `status`, and for an error the `code`.
 
-    A client that hangs up does so after `leave_after_s` or after so many `pieces` of the answer. All answers to
-    requests with an equal `same` must be equal.
+    A client that hangs up does so after `leave_after_s` or after so many `pieces` of the answer. `same` names the
+    question of each answer, by index, where all answers to equal questions must be equal.
     """
 
     kind: str
@@ -56,7 +56,7 @@ class Ask:
     status: int = 200
     code: str | None = None
     num_answers: int = 1
-    same: str | None = None
+    same: Sequence[str] = ()
     leave_after_s: float | None = None
     pieces: int | None = None
 
@@ -118,7 +118,7 @@ class Mix:
         prompts = self._chance.sample(QUESTIONS, MOST_ANSWERS)
         body = {"prompt": prompts, "max_tokens": 24, "temperature": 0, "stream": self._chance.random() < 0.6}
         message = post_json(self._port, body, path="/v1/completions")
-        return Ask("prompts", message, num_answers=len(prompts), same=" ".join(prompts))
+        return Ask("prompts", message, num_answers=len(prompts), same=prompts)
 
     def _messages(self, pictures: Sequence[Picture]) -> list[dict[str, object]]:
         content = [*(picture.part for picture in pictures), {"type": "text", "text": self._chance.choice(QUESTIONS)}]
@@ -131,7 +131,7 @@ class Mix:
         chance = self._chance
         n, stream = chance.choices((1, MOST_ANSWERS), (85, 15))[0], chance.random() < 0.6
         body = {"messages": messages, "n": n, "stream": stream, **options}
-        return Ask(kind, post_json(self._port, body), num_answers=n, same=same)
+        return Ask(kind, post_json(self._port, body), num_answers=n, same=() if same is None else (same,) * n)
 
 
 def bad_requests(port: int, pictures: PictureMaker) -> list[Ask]:

@@ -193,8 +193,9 @@ def differing(outcomes: Sequence[Outcome]) -> dict[str, list[str]]:
     """Return the answers to each greedy question that got different ones."""
     texts: dict[str, set[str]] = defaultdict(set)
     for outcome in outcomes:
-        if outcome.ask.same is not None and not outcome.error:
-            texts[outcome.ask.same].update(outcome.texts)
+        if outcome.ask.same and not outcome.error:
+            for question, text in zip(outcome.ask.same, outcome.texts, strict=True):
+                texts[question].add(text)
     return {question: sorted(found) for question, found in texts.items() if len(found) > 1}
 
 

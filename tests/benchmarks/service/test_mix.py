@@ -34,12 +34,12 @@ def test_a_mix_follows_its_shares_and_is_valid_for_the_service() -> None:
             )
             assert read.generation.sampling.n * (1 + len(read.others)) == ask.num_answers
             assert ask.hangs_up == ask.kind.startswith("hang-up")
-        if ask.same is not None:
+        if ask.same:
             body = json.loads(body_of(ask))
             assert body["temperature"] == 0
-            by_question.setdefault(ask.same, set()).add(
-                json.dumps([body.get("messages", body.get("prompt")), body["max_tokens"]])
-            )
+            asked = body["prompt"] if ask.kind == "prompts" else [body["messages"]] * ask.num_answers
+            for question, content in zip(ask.same, asked, strict=True):
+                by_question.setdefault(question, set()).add(json.dumps([content, body["max_tokens"]]))
     assert len(by_question) > 5
     assert {len(found) for found in by_question.values()} == {1}
     assert {ask.num_answers for ask in asks} == {1, 2}

@@ -39,7 +39,7 @@ def not_kept(load: Seen, *, page: str = IDLE, num_replaced: int = 0) -> list[str
 
 
 def same(*texts: str, question: str = "1") -> Outcome:
-    return Outcome(Ask("repeated", b"", same=question, num_answers=len(texts)), "", texts)
+    return Outcome(Ask("repeated", b"", same=(question,) * len(texts), num_answers=len(texts)), "", texts)
 
 
 def test_a_good_load_keeps_every_bar() -> None:
@@ -76,7 +76,7 @@ def test_every_fault_fails_one_bar(load: Seen, page: str, num_replaced: int, wha
 
 
 def test_answers_are_compared_question_by_question() -> None:
-    outcomes = [same("a", "a"), same("a"), same("b", question="2"), Outcome(Ask("repeated", b"", same="1"), "late")]
+    outcomes = [same("a", "a"), same("a"), same("b", question="2"), Outcome(Ask("repeated", b"", same=("1",)), "late")]
     assert differing(outcomes) == {}
     assert differing([*outcomes, same("c", question="2")]) == {"2": ["b", "c"]}
 
