@@ -1,4 +1,4 @@
-"""A program at a pseudo-terminal, driven as somebody who types does: waits for what is shown, then types."""
+"""A program on a pseudo-terminal, driven like by a person: waits for output, then types."""
 
 import contextlib
 import os
@@ -15,20 +15,20 @@ from pathlib import Path
 import psutil
 
 PROGRAM = "import sys; from llava_core.cli import main; main(sys.argv[1:])"
-# Colours, and readline's switching of modes.
+# Escape sequences: colours, and readline's mode switches.
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
 _DEADLINE_S = 90.0
 
 
 class PseudoTerminal:
-    """`shown` is all that has been shown, escapes and all."""
+    """`shown` is all output so far, including escape sequences."""
 
     def __init__(self, process: subprocess.Popen[bytes], descriptor: int) -> None:
         self.process, self._descriptor = process, descriptor
         self.shown, self._seen = "", 0
 
     def expect(self, text: str) -> str:
-        """Wait until this is shown after what was expected before; what was shown up to there, without escapes."""
+        """Wait until this is shown after what was expected before; returns the output up to there, without escapes."""
         deadline = time.monotonic() + _DEADLINE_S
         while (end := self.shown.find(text, self._seen)) < 0:
             left = deadline - time.monotonic()
@@ -39,23 +39,23 @@ class PseudoTerminal:
         return _ESCAPES.sub("", before).replace("\r\n", "\n")
 
     def type(self, text: str) -> None:
-        """Type; a line ends with a carriage return, as the key sends it."""
+        """Type; a line ends with a carriage return, as the Enter key sends it."""
         os.write(self._descriptor, text.encode())
 
     def line(self, text: str) -> None:
-        """Type a line once the prompt is there."""
+        """Type a line once the prompt is shown."""
         self.expect(">>> ")
         self.type(f"{text}\r")
 
     def interrupt(self) -> None:
-        """Ctrl-C, once the program waits: `input` overlooks a signal between a key and its next wait, until another."""
+        """Press Ctrl-C once the program waits: `input` misses a signal that arrives between a key and its next wait."""
         deadline = time.monotonic() + _DEADLINE_S
         while psutil.Process(self.process.pid).status() != psutil.STATUS_SLEEPING:
             assert time.monotonic() < deadline, "it waits for nothing"
         self.type("\x03")
 
     def end(self) -> int:
-        """Ctrl-D at the prompt; the status that the program ends with."""
+        """Press Ctrl-D at the prompt; returns the program's exit status."""
         self.expect(">>> ")
         self.type("\x04")
         deadline = time.monotonic() + _DEADLINE_S
@@ -70,7 +70,7 @@ class PseudoTerminal:
         try:
             data = os.read(self._descriptor, 65536)
         except OSError:
-            # How Linux says that nobody holds the other end any more.
+            # Linux's error when nothing holds the other end any more.
             return False
         self.shown += data.decode(errors="replace")
         return bool(data)
@@ -78,7 +78,7 @@ class PseudoTerminal:
 
 @contextlib.contextmanager
 def llava_at_a_terminal(*arguments: str, home: Path, **environment: str) -> Iterator[PseudoTerminal]:
-    """`llava` with these arguments, until the block ends; its home is a folder of the test's own."""
+    """Run `llava` with these arguments until the block ends, with a home folder of its own."""
     ours, theirs = pty.openpty()
     variables = {**os.environ, "HOME": str(home), "TERM": "xterm", "PYTHONPATH": os.pathsep.join(sys.path)}
     for name in ("NO_COLOR", "XDG_STATE_HOME", "LLAVA_API_KEY", "INPUTRC"):
@@ -89,7 +89,7 @@ def llava_at_a_terminal(*arguments: str, home: Path, **environment: str) -> Iter
         stdout=theirs,
         stderr=theirs,
         env=variables | environment,
-        # A session of its own, whose terminal this is: Ctrl-C then reaches the program as a signal.
+        # A session of its own with this as its terminal, so that Ctrl-C reaches the program as a signal.
         start_new_session=True,
         preexec_fn=_take_terminal,
     ) as process:
@@ -106,6 +106,6 @@ def _take_terminal() -> None:
     import fcntl
     import termios
 
-    # Whoever runs the tests in the background may ignore it.
+    # Where the tests run in the background, SIGINT may be ignored.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)

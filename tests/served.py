@@ -1,4 +1,4 @@
-"""What a model computes as it is served: its engine, with whatever was made ready for inference."""
+"""What a served model computes: its engine, with every preparation for inference."""
 
 import pytest
 from torch import Tensor
@@ -9,7 +9,7 @@ from llava_core.types import PreparedRequest
 
 
 def first_logits(model: LocalModel, prepared: PreparedRequest) -> Tensor:
-    """Logits (vocab,) that the first token of the answer is chosen by."""
+    """Return the logits (vocab,) from which the first token of the answer is chosen."""
     rows: list[Tensor] = []
     runner = model.engine._runner
     run = runner.run

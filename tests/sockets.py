@@ -1,4 +1,4 @@
-"""Servers for tests of clients: an ASGI app behind uvicorn, and a server that answers with bytes written beforehand."""
+"""Servers for tests of clients: an ASGI app behind uvicorn, and a server that replies with scripted bytes."""
 
 import asyncio
 import contextlib
@@ -18,7 +18,7 @@ SSE_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-enco
 
 @contextlib.contextmanager
 def serving_app(app: Any, *, port: int = 0) -> Iterator[str]:
-    """The address of an app that a real server runs, in a thread."""
+    """Run an app in a real server on a thread; yields its address."""
     listening = socket.create_server(("127.0.0.1", port))
     server = uvicorn.Server(uvicorn.Config(app, lifespan="off", log_level="critical"))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve([listening])), daemon=True)
@@ -26,7 +26,7 @@ def serving_app(app: Any, *, port: int = 0) -> Iterator[str]:
     try:
         yield f"http://127.0.0.1:{listening.getsockname()[1]}"
     finally:
-        # Those that hang on are cut off.
+        # Connections that stay open are cut off.
         server.should_exit = server.force_exit = True
         thread.join(30)
         assert not thread.is_alive()
@@ -34,25 +34,25 @@ def serving_app(app: Any, *, port: int = 0) -> Iterator[str]:
 
 @contextlib.contextmanager
 def serving_engine(engine: ScriptedEngine, *, port: int = 0, **options: Any) -> Iterator[str]:
-    """The address of the real gateway in front of scripted answers."""
+    """Run the real gateway in front of scripted answers; yields its address."""
     with serving_app(Gateway({"m": engine}, **{"check_stages": all_ready, **options}).app, port=port) as url:
         yield url
 
 
 def chunked(data: bytes) -> bytes:
-    """A chunk of HTTP."""
+    """Return one chunk of a chunked HTTP body."""
     return f"{len(data):x}\r\n".encode() + data + b"\r\n"
 
 
 def whole(status: str, body: bytes, *headers: str) -> bytes:
-    """A response in one piece, after which the connection is closed."""
+    """Return a complete response, after which the connection is closed."""
     lines = [f"HTTP/1.1 {status}", f"content-length: {len(body)}", "connection: close", *headers]
     return "\r\n".join([*lines, "", ""]).encode() + body
 
 
 @dataclass
 class Script:
-    """What a scripted server was sent: heads and bodies, one by connection."""
+    """What a scripted server has received: one head and body per connection."""
 
     url: str
     requests: list[tuple[str, bytes]] = field(default_factory=list)
@@ -69,7 +69,7 @@ def scripted(*responses: bytes | Callable[[socket.socket], None]) -> Iterator[Sc
         thread = threading.Thread(target=_answer_all, args=(listening, script, responses), daemon=True)
         thread.start()
         yield script
-        # Wakes up whoever waits for a connection.
+        # Wakes up the thread that waits for a connection.
         listening.shutdown(socket.SHUT_RDWR)
         thread.join(10)
         assert not thread.is_alive()
@@ -84,7 +84,7 @@ def _answer_all(listening: socket.socket, script: Script, responses: Any) -> Non
         with connection:
             response = responses[min(len(script.requests), len(responses) - 1)]
             script.requests.append(_read_request(connection))
-            # A client may have left.
+            # The client may have disconnected.
             with contextlib.suppress(OSError):
                 if callable(response):
                     response(connection)

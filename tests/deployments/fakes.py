@@ -112,7 +112,7 @@ STAGES = ("preprocessor", "vision_encoder", "generator")
 
 
 async def all_ready() -> list[StageHealth]:
-    """Return what /health is told where there is no controller to ask."""
+    """Return the state of the stages for /health, without a controller."""
     return [StageHealth(name, is_ready=True) for name in STAGES]
 
 
