@@ -100,7 +100,7 @@ class Passage:
             except StageSilentError:
                 # The results of earlier stages are probably out of reach too if they are on the same node. Making them
                 # again now is cheaper than waiting for them, which would take another SILENCE_S.
-                if call.node() in {earlier.node() for earlier in self._calls}:
+                if (node := call.node()) and node in {earlier.node() for earlier in self._calls}:
                     self._forget()
                 raise
             finally:

@@ -47,11 +47,10 @@ class Seen:
 def see(outcomes: Sequence[Asked], struck: float, complete_s: float | None = None) -> Seen:
     """Summarise a load during which a fault struck at `struck`."""
     after = [asked for asked in outcomes if asked.ended > struck]
-    failed = [asked for asked in after if asked.error not in ("", "unfinished")]
-    lasted = [asked for asked in after if asked not in failed]
+    lasted = [asked for asked in after if not asked.has_failed]
     return Seen(
         requests=len(after),
-        failed=dict(Counter(asked.error for asked in failed)),
+        failed=dict(Counter(asked.error for asked in after if asked.has_failed)),
         wrong=_num_wrong(outcomes),
         longest_gap_s=round(max((asked.gap_s for asked in lasted), default=0.0), 2),
         longest_wait_s=round(max((asked.first_s for asked in lasted), default=0.0), 2),
@@ -63,7 +62,7 @@ def see(outcomes: Sequence[Asked], struck: float, complete_s: float | None = Non
 def complaints(outcomes: Sequence[Asked], struck: float) -> list[float]:
     """Return when clients had a complaint after the fault: a request that failed, or was silent for too long."""
     after = [asked for asked in outcomes if asked.ended > struck]
-    failed = [asked.ended for asked in after if asked.error not in ("", "unfinished")]
+    failed = [asked.ended for asked in after if asked.has_failed]
     silent = [asked.gap_ended for asked in after if asked.gap_s > NOTICED_S and asked.gap_ended > struck]
     return failed + silent + [asked.began + asked.first_s for asked in after if asked.first_s > NOTICED_S]
 

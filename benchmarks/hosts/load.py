@@ -56,6 +56,11 @@ class Asked:
     gap_ended: float = 0.0
     _heard: float = 0.0
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether it ended without its answer, and not only because the load ended."""
+        return self.error not in ("", "unfinished")
+
     def hear(self, text: str) -> None:
         """Record a piece of the answer."""
         now = time.monotonic()

@@ -127,11 +127,11 @@ class Mix:
             return [asked]
         return [*_EARLIER, asked]
 
-    def _ask(self, kind: str, messages: object, *, same: str | None = None, **options: object) -> Ask:
+    def _ask(self, kind: str, messages: object, *, same: str = "", **options: object) -> Ask:
         chance = self._chance
         n, stream = chance.choices((1, MOST_ANSWERS), (85, 15))[0], chance.random() < 0.6
         body = {"messages": messages, "n": n, "stream": stream, **options}
-        return Ask(kind, post_json(self._port, body), num_answers=n, same=() if same is None else (same,) * n)
+        return Ask(kind, post_json(self._port, body), num_answers=n, same=(same,) * n if same else ())
 
 
 def bad_requests(port: int, pictures: PictureMaker) -> list[Ask]:
