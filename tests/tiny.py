@@ -71,13 +71,13 @@ def build_vision_config() -> CLIPVisionConfig:
     )
 
 
-def build_text_config(vocab_size: int, context_length: int) -> LlamaConfig:
-    """Describes a decoder of two layers, two heads per KV group, with weights large enough for varied answers."""
+def build_text_config(vocab_size: int, context_length: int, *, num_layers: int = 2) -> LlamaConfig:
+    """Describes a decoder with two heads per KV group and weights large enough for varied answers."""
     return LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=HIDDEN,
         intermediate_size=64,
-        num_hidden_layers=2,
+        num_hidden_layers=num_layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=context_length,
@@ -88,12 +88,14 @@ def build_text_config(vocab_size: int, context_length: int) -> LlamaConfig:
     )
 
 
-def build_reference_model(seed: int = 0) -> LlavaForConditionalGeneration:
+def build_reference_model(
+    seed: int = 0, *, num_layers: int = 2, context_length: int = CONTEXT_LENGTH
+) -> LlavaForConditionalGeneration:
     """Builds the model with transformers: float32, in evaluation mode, with weights large enough for varied answers."""
     tokenizer = build_tokenizer()
     config = LlavaConfig(
         vision_config=build_vision_config(),
-        text_config=build_text_config(len(tokenizer), CONTEXT_LENGTH),
+        text_config=build_text_config(len(tokenizer), context_length, num_layers=num_layers),
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",

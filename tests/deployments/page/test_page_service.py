@@ -5,22 +5,24 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from deployments.metrics import CANCELLATIONS
 from deployments.page.examples import EXAMPLES
 from deployments.top import read_page
 from tests.deployments.page.browsing import browsing, serving_page
-from tests.deployments.service import free_port, interrupt, llava, long_checkpoint, read_until, started, until
+from tests.deployments.service import free_port, interrupt, llava, read_until, started, until
+from tests.tiny import build_reference_model, write_checkpoint
 
 pytestmark = [pytest.mark.ray, pytest.mark.browser, pytest.mark.timeout(400)]
 
 
 @pytest.fixture(scope="module")
-def service(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
     """The addresses of the page and of the metrics."""
     folder, port = tmp_path_factory.mktemp("service"), free_port()
-    endless = long_checkpoint(tiny_checkpoint, folder)
+    endless = _endless_checkpoint(folder)
     stages = {stage: {"num_cpus": 0.05} for stage in ("gateway", "preprocessor", "vision_encoder", "generator")}
     models = [{"name": "scenes-llava"}, {"name": "endless", "checkpoint": str(endless)}]
     application = {"name": "llava", "route_prefix": "/", "import_path": "deployments.app:build_app"}
@@ -32,6 +34,15 @@ def service(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         with serving_page(f"http://127.0.0.1:{port}") as page:
             yield page, metrics
         interrupt(process)
+
+
+def _endless_checkpoint(folder: Path) -> Path:
+    """Write a checkpoint with so many layers that a long answer takes minutes, and that never ends one greedily."""
+    model = build_reference_model(num_layers=32, context_length=8192)
+    with torch.no_grad():
+        # Some other token always has a logit above 0.
+        model.lm_head.weight[model.config.text_config.eos_token_id] = 0
+    return write_checkpoint(folder / "endless", model)
 
 
 def test_the_default_model_answers_about_an_example(service: tuple[str, str]) -> None:
@@ -68,5 +79,6 @@ def test_closing_the_browser_cancels_its_request_at_the_gateway(service: tuple[s
         most.clear()
         most.send_keys("4096\t")
         browser.type("Go on.\n")
-        browser.one("#talk .bot")
-    until(lambda: read_page(metrics).total(CANCELLATIONS) == 1, deadline_s=60)
+        # An answer's bubble is shown before the service is asked; its text is not.
+        browser.until(lambda: browser.text("#talk .bot"))
+    until(lambda: read_page(metrics).total(CANCELLATIONS) == 1)
