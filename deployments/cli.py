@@ -34,6 +34,7 @@ QUESTION = "Describe the picture."
 
 # Seconds between two checks that the service still has all its processes.
 _CHECK_S = 1.0
+_TIME = "%Y-%m-%d %H:%M:%S"
 
 _config = click.option(
     "--config",
@@ -85,6 +86,8 @@ def serve(config: Path | None, drain_seconds: float, **options: Any) -> None:
             with contextlib.suppress(KeyboardInterrupt), _told_to_update() as is_told:
                 while True:
                     service.check()
+                    for sentence in service.news():
+                        _say(terminal, f"{time.strftime(_TIME)} {sentence}")
                     time.sleep(_CHECK_S)
                     if is_told():
                         _update(service, config, options, terminal)

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from deployments.config_file import find_application
-from deployments.deploying import deploy, serve_schema, watch
+from deployments.deploying import StatusQuestion, deploy, serve_schema, watch
 from deployments.environment import ENVIRONMENT
 from deployments.errors import LaunchError
 from deployments.exposure import ENTRANCE_VARIABLE
 from deployments.launch_plan import LaunchPlan
 from deployments.load_balancer import LoadBalancer, balance_gateways, balance_proxy
+from deployments.losses import Losses
 from deployments.placement import check_placement, nodes_of
 from deployments.preflight import share_towers
 from deployments.processes import Process, descendants, end, name_of
@@ -61,6 +62,8 @@ class LocalService:
     _vital: set[Process] = field(default_factory=set)
     # When HAProxy was last started.
     _balanced_at: float = field(default_factory=time.monotonic)
+    _question: StatusQuestion | None = None
+    _losses: Losses = field(default_factory=Losses)
 
     def start(self, report: Callable[[Progress], None]) -> None:
         """Returns when the service answers. Raises LaunchError when a stage cannot start."""
@@ -132,6 +135,13 @@ class LocalService:
         self.balancer.stop()
         self.balancer.start()
         self._balanced_at = time.monotonic()
+
+    def news(self) -> list[str]:
+        """Returns a sentence for each stage that has lost replicas, or has them all again, since the last call. Waits
+        for nothing."""
+        if self._question is None:
+            self._question = StatusQuestion(self.plan.application)
+        return self._losses.news(self._question.answer())
 
     def stop(self) -> None:
         """Cuts off running requests. Returns when the last process has ended."""

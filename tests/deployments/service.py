@@ -1,6 +1,7 @@
 """Helpers for tests of a running service: starting a command like a terminal, and inspecting its processes."""
 
 import contextlib
+import functools
 import json
 import os
 import select
@@ -55,6 +56,8 @@ class Running:
     client: openai.OpenAI
     pid: int
     metrics_url: str
+    # Returns what the command prints from now on, up to a line with this mark.
+    printed_until: Callable[[str], str]
 
     def post(self, **body: Any) -> httpx.Response:
         return httpx.post(f"{self.url}/v1/chat/completions", json=body, timeout=150)
@@ -179,7 +182,8 @@ def serving(
         metrics = next(line.split()[-1] for line in printed.splitlines() if line.startswith("  metrics "))
         url = f"http://127.0.0.1:{port}{route_prefix.rstrip('/')}"
         with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60) as client:
-            yield Running(url, checkpoint.name, files / "ray", client, process.pid, metrics)
+            printed_until = functools.partial(read_until, process)
+            yield Running(url, checkpoint.name, files / "ray", client, process.pid, metrics, printed_until)
         if not is_killed:
             interrupt(process)
 
@@ -198,7 +202,7 @@ def alive(processes: set[Process]) -> set[Process]:
 
 
 def read_until(process: subprocess.Popen[bytes], mark: str) -> str:
-    """Return a starting service's output up to a line with this mark. Fails when it ends, or is silent for too long."""
+    """Return a service's output up to a line with this mark. Fails when it ends, or is silent for too long."""
     assert process.stdout is not None
     lines: list[str] = []
     while mark not in (lines[-1] if lines else ""):

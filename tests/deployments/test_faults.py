@@ -130,9 +130,9 @@ class _Stream:
             known["ends"] += [choice["finish_reason"]] if choice["finish_reason"] else []
 
 
-def _begun_streams(service: Running) -> list[_Stream]:
-    """Return all streams, once they have begun and before any has ended."""
-    streams = [_Stream(service, body) for body in ASKED]
+def _begun_streams(service: Running, **changes: Any) -> list[_Stream]:
+    """Return a stream of each request, with these changes, once all have begun."""
+    streams = [_Stream(service, {**body, **changes}) for body in ASKED]
     until(lambda: all(stream.num_events > 3 for stream in streams))
     return streams
 
@@ -237,6 +237,7 @@ def test_streams_survive_the_loss_of_an_earlier_stage(
     os.kill(pid, signal.SIGKILL)
     assert [stream.whole() for stream in streams] == expected
     _await_all_replicas(service)
+    assert f"{stage} has lost a replica" in service.printed_until(f"{stage} has all its replicas again")
 
 
 def test_streams_and_new_requests_survive_the_loss_of_serves_controller(
@@ -265,11 +266,9 @@ def _assert_broken(service: Running, streams: list[_Stream]) -> None:
         assert client.ask("hi", max_tokens=3).text is not None
 
 
-def test_a_killed_gateway_breaks_its_connections_and_is_replaced(
-    service: Running,
-) -> None:
+def test_a_killed_gateway_breaks_its_connections_and_is_replaced(service: Running) -> None:
     _await_all_replicas(service)
-    streams = _begun_streams(service)
+    streams = _begun_streams(service, **ENDLESS)
     [gateway] = service.replicas("Gateway")
     os.kill(gateway, signal.SIGKILL)
     _assert_broken(service, streams)
@@ -278,7 +277,7 @@ def test_a_killed_gateway_breaks_its_connections_and_is_replaced(
 
 def test_a_killed_load_balancer_is_restarted(service: Running) -> None:
     _await_all_replicas(service)
-    streams = _begun_streams(service)
+    streams = _begun_streams(service, **ENDLESS)
     [balancer] = service.processes("haproxy")
     os.kill(balancer, signal.SIGKILL)
     _assert_broken(service, streams)
