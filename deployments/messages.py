@@ -18,9 +18,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Rejected:
-    """A request that a stage refused: later stages pass it on, and none logs it as its own failure."""
+    """A request that a stage refused: later stages pass it on, and none logs it as its own failure.
+
+    Takes the error's traceback and causes away. Their frames refer to futures that refer to the error, so only the
+    garbage collector, minutes later, would free them, with the body of the request.
+    """
 
     error: Exception
+
+    def __post_init__(self) -> None:
+        self.error.__traceback__ = self.error.__cause__ = self.error.__context__ = None
 
 
 @dataclass(frozen=True)

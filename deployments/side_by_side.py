@@ -16,21 +16,20 @@ from llava_core.types import Usage
 async def side_by_side(streams: Sequence[AsyncGenerator[Item, None]], num_answers: int) -> AsyncGenerator[Item, None]:
     """Yields items as they come; each stream's `num_answers` answers get indices of their own. The last stream to end
     carries the usage of all, and its own times. The first rejection or error ends the others; so does closing early."""
-    waiting = {asyncio.ensure_future(anext(stream)): place for place, stream in enumerate(streams)}
+    # None at the end: in a task, StopAsyncIteration would refer to itself through its traceback.
+    waiting = {asyncio.ensure_future(anext(stream, None)): place for place, stream in enumerate(streams)}
     ended: list[Usage] = []
     try:
         while waiting:
             done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
             for each in done:
-                place = waiting.pop(each)
-                try:
-                    item = each.result()
-                except StopAsyncIteration:
+                place, item = waiting.pop(each), each.result()
+                if item is None:
                     continue
                 if isinstance(item, Rejected):
                     yield item
                     return
-                waiting[asyncio.ensure_future(anext(streams[place]))] = place
+                waiting[asyncio.ensure_future(anext(streams[place], None))] = place
                 item = replace(item, index=place * num_answers + item.index)
                 if item.usage is not None:
                     ended.append(item.usage)

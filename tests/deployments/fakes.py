@@ -1,9 +1,11 @@
 """Stand-ins for handles and for the graph: they record their calls, and give prepared answers."""
 
 import asyncio
+import contextlib
+import gc
 from collections import Counter as Totals
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from typing import Any, Self
 
 from deployments.messages import Item, Rejected, StageHealth
@@ -144,3 +146,14 @@ class FakeRecorder:
 
     def readings(self) -> dict[tuple[Metric, tuple[str, ...]], float]:
         return {(metric, labels): value for read in self.watched for metric, value, labels in read()}
+
+
+@contextlib.contextmanager
+def collector_paused() -> Iterator[None]:
+    """While the block runs, objects that refer to each other are not freed."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()

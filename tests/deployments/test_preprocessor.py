@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ from llava_core.types import (
     SamplingParams,
     TextPart,
 )
-from tests.deployments.fakes import FakeRecorder
+from tests.deployments.fakes import FakeRecorder, collector_paused
 from tests.deployments.pictures import plain
 
 
@@ -67,6 +68,21 @@ def test_a_bad_picture_is_a_value_not_an_exception(preprocessor: Preprocessor) -
     assert isinstance(rejected, Rejected)
     assert isinstance(rejected.error, ImageError)
     assert rejected.error.param == "messages[0].content[0].image_url"
+
+
+def test_a_refused_request_is_freed_without_the_garbage_collector(preprocessor: Preprocessor) -> None:
+    """It may hold megabytes, and the collector may take minutes."""
+
+    async def refuse() -> tuple[weakref.ref[object], ...]:
+        request = _request(ImagePart(b"no picture"))
+        rejected = await preprocessor.prepare(request, "m")
+        assert isinstance(rejected, Rejected)
+        return weakref.ref(request), weakref.ref(rejected.error)
+
+    with collector_paused():
+        request, error = asyncio.run(refuse())
+        assert request() is None
+        assert error() is None
 
 
 class _Pictures(Fetcher):

@@ -1,6 +1,7 @@
 """Streams of several prompts as one: indices, usage, errors, and that every stream is freed."""
 
 import asyncio
+import weakref
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
@@ -10,7 +11,7 @@ from deployments.messages import Item, Rejected
 from deployments.side_by_side import side_by_side
 from llava_core.errors import EngineError, RequestError
 from llava_core.types import CompletionRequest, SamplingParams, TokenDelta, Usage
-from tests.deployments.fakes import ScriptedEngine, answer
+from tests.deployments.fakes import ScriptedEngine, answer, collector_paused
 
 
 def _stream(engine: ScriptedEngine) -> AsyncGenerator[Item, None]:
@@ -48,6 +49,17 @@ def test_answers_to_one_prompt_have_consecutive_indices() -> None:
 
     items = _items(engine("a"), engine("b"), num_answers=2)
     assert {(_delta(item).index, _delta(item).text) for item in items} == {(0, "a"), (1, "a"), (2, "b"), (3, "b")}
+
+
+def test_ended_streams_are_freed_without_the_garbage_collector() -> None:
+    async def run() -> list[weakref.ref[AsyncGenerator[Item, None]]]:
+        streams = [_stream(ScriptedEngine(answer("a"))) for _ in range(2)]
+        async for _ in side_by_side(streams, 1):
+            pass
+        return [weakref.ref(stream) for stream in streams]
+
+    with collector_paused():
+        assert [stream() for stream in asyncio.run(run())] == [None, None]
 
 
 def test_a_slow_stream_does_not_delay_the_others() -> None:
