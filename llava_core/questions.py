@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,17 +43,23 @@ def read_question(row: Mapping[str, Any], where: str, folder: Path, *, default_t
     """`question` or `text` is the text; `image` or `images` name files relative to `folder`, or hold a file's bytes,
     also as `bytes` in an object; `question_id` or `id` is the id. An empty text or list of pictures counts as absent.
     Raises RequestError, whose message begins with `where`."""
-    text = next((row[name] for name in ("question", "text") if not _is_empty(row.get(name))), None)
-    images = next((row[name] for name in ("images", "image") if row.get(name) not in (None, [])), None)
-    pictures = [_picture(image, folder) for image in (images if isinstance(images, list) else [images])]
-    found = tuple(picture for picture in pictures if picture is not None)
+    name, text = _find(row, ("question", "text"), _is_empty)
     text = default_text if text is None else text
-    if not isinstance(text, str) or (images is not None and len(found) != len(pictures)):
-        raise RequestError(
-            f"{where} needs `question` (text that is not empty), and `image` or `images` may name files",
-            param="questions",
-        )
-    return Question(text, found, question_id(row))
+    if text is None:
+        raise RequestError(f"{where} needs `question`, a text that is not empty", param="questions")
+    if not isinstance(text, str):
+        raise RequestError(f"{where} has {_kind(text)} as `{name}`, not a text", param="questions")
+    name, images = _find(row, ("images", "image"), lambda given: given in (None, []))
+    given = images if isinstance(images, list) else [] if images is None else [images]
+    pictures = []
+    for each in given:
+        picture = _picture(each, folder)
+        if picture is None:
+            place = "in" if isinstance(images, list) else "as"
+            what = f"{where} has {_kind(each)} {place} `{name}`"
+            raise RequestError(f"{what}, not the name of a file or its contents", param="questions")
+        pictures.append(picture)
+    return Question(text, tuple(pictures), question_id(row))
 
 
 def question_id(row: Mapping[str, Any]) -> object:
@@ -68,14 +74,23 @@ def _is_empty(text: object) -> bool:
     return text is None or (isinstance(text, str) and not text.strip())
 
 
-def _first(row: Mapping[str, Any], *names: str) -> Any:
-    return next((row[name] for name in names if row.get(name) is not None), None)
+def _kind(value: object) -> str:
+    """What a value is, in the terms of JSON."""
+    if value is None or isinstance(value, bool | int | float):
+        return json.dumps(value)
+    kinds: dict[type, str] = {str: "an empty text", list: "a list", dict: "an object without `bytes` and `path`"}
+    return kinds.get(type(value), f"a value of type {type(value).__name__}")
+
+
+def _find(row: Mapping[str, Any], names: Sequence[str], is_absent: Callable[[object], bool]) -> tuple[str, Any]:
+    """The first of these fields that is given, as name and value; the value is None where none is."""
+    return next(((name, row[name]) for name in names if not is_absent(row.get(name))), (names[0], None))
 
 
 def _picture(given: object, folder: Path) -> Path | bytes | None:
     """The picture as a path or bytes; None for anything else."""
     if isinstance(given, Mapping):
-        given = _first(given, "bytes", "path")
+        given = next((given[name] for name in ("bytes", "path") if given.get(name) is not None), None)
     return folder / given if isinstance(given, str) and given else given if isinstance(given, bytes) else None
 
 

@@ -2,6 +2,7 @@
 
 import io
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,28 @@ def test_every_spelling_of_a_question_is_read(tmp_path: Path) -> None:
 def test_an_invalid_line_is_named(tmp_path: Path, line: str) -> None:
     with pytest.raises(RequestError, match=r"questions\.jsonl:2 "):
         list(read_questions(write(tmp_path, f'{{"text": "a"}}\n{line}\n')))
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({}, "x needs `question`, a text that is not empty"),
+        ({"question": " ", "image": "a.png"}, "x needs `question`, a text that is not empty"),
+        ({"text": 3}, "x has 3 as `text`, not a text"),
+        ({"question": ["a"]}, "x has a list as `question`, not a text"),
+        ({"text": "a", "image": False}, "x has false as `image`, not the name of a file or its contents"),
+        ({"text": "a", "images": ["a.png", None]}, "x has null in `images`, not the name of a file or its contents"),
+        ({"text": "a", "images": ["a.png", ""]}, "x has an empty text in `images`, not the"),
+        ({"text": "a", "image": {"url": "b"}}, "x has an object without `bytes` and `path` as `image`, not"),
+        (
+            {"text": "a", "image": Path("a")},
+            "x has a value of type PosixPath as `image`, not",
+        ),
+    ],
+)
+def test_the_field_that_is_wrong_is_named(row: dict[str, object], message: str) -> None:
+    with pytest.raises(RequestError, match=f"^{re.escape(message)}"):
+        read_question(row, "x", Path("/p"))
 
 
 def test_the_default_text_is_for_questions_without_one() -> None:
