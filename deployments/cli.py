@@ -221,7 +221,9 @@ def _show(progress: Progress, terminal: TextIO) -> None:
 
 
 def _say(terminal: TextIO, text: str) -> None:
-    click.echo(text, file=terminal)
+    # Whoever read the output may be gone, or the disk full: requests are answered all the same.
+    with contextlib.suppress(OSError):
+        click.echo(text, file=terminal)
 
 
 @contextlib.contextmanager
@@ -240,7 +242,8 @@ def _terminal() -> Iterator[TextIO]:
     sys.stdout.flush()
     sys.stderr.flush()
     saved = os.dup(1), os.dup(2)
-    with open(os.dup(saved[0]), "w", buffering=1, encoding="utf-8") as terminal, tempfile.TemporaryFile() as noise:
+    terminal = os.fdopen(os.dup(saved[0]), "w", buffering=1, encoding="utf-8")
+    with tempfile.TemporaryFile() as noise:
         try:
             os.dup2(noise.fileno(), 1)
             os.dup2(noise.fileno(), 2)
@@ -251,3 +254,5 @@ def _terminal() -> Iterator[TextIO]:
             for number, copy in enumerate(saved, start=1):
                 os.dup2(copy, number)
                 os.close(copy)
+            with contextlib.suppress(OSError):
+                terminal.close()

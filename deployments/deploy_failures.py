@@ -27,3 +27,9 @@ def cause(text: str) -> str:
         return text.strip()
     kind, message = lines[-1]
     return str(message) if kind == "CheckpointError" else f"{kind}: {message}"
+
+
+def starting_failure(text: str) -> str:
+    """Why a replica did not start, in one line without the ids and numbers of Serve's message, so that repeated
+    failures with the same cause are equal."""
+    return cause(text) if _ERROR_LINE.search(text) else "its process ended, or no node has room for it; see the logs"

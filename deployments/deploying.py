@@ -5,7 +5,6 @@ Ray is imported where it is used, because it reads its environment when it is im
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -17,8 +16,6 @@ from deployments.deploy_failures import raise_if_failed
 from deployments.errors import LaunchError
 
 _POLL_S = 0.1
-
-logger = logging.getLogger(__name__)
 
 
 def serve_schema(config: Mapping[str, Any], host: str, port: int) -> Any:
@@ -70,31 +67,31 @@ def watch(application: str) -> Iterator[str]:
 
 
 class StatusQuestion:
-    """Asks Serve's controller for the statuses of an application's deployments, without waiting for the answer: the
-    controller may be away itself."""
+    """Asks Serve's controller what the deployments of an application do, without waiting: it may be away itself."""
 
     def __init__(self, application: str) -> None:
         self._application = application
         self._asked = _ask_for_details()
 
-    def answer(self) -> dict[str, dict[str, Any]]:
-        """Returns what Serve reports of each deployment, and asks again; nothing while there is no answer."""
+    def poll(self) -> dict[str, dict[str, Any]]:
+        """Returns what Serve reported of each deployment since the last call, and asks again; nothing if no answer has
+        arrived yet."""
         import ray
         from ray.exceptions import RayError
 
-        if not ray.wait([self._asked], timeout=0)[0]:
-            return {}
-        answered, self._asked = self._asked, _ask_for_details()
         try:
+            if not ray.wait([self._asked], timeout=0)[0]:
+                return {}
+            answered, self._asked = self._asked, _ask_for_details()
             applications = ray.get(answered)["applications"]
-        except RayError as error:
-            logger.warning("Serve's controller did not report the stages: %s: %s", type(error).__name__, error)
+        except RayError:
+            # The next answer will do.
             return {}
         return dict(applications[self._application]["deployments"]) if self._application in applications else {}
 
 
 def _ask_for_details() -> Any:
-    # `serve.status` and the client's own methods wait. Ray ends a process that leaves it while a thread waits.
+    # The client's own methods wait. They cannot do so in a thread: `ray.shutdown` would end this process.
     return _client()._controller.get_serve_instance_details.remote()
 
 

@@ -109,6 +109,7 @@ class LocalService:
         self.balancer.start()
         self._balanced_at = time.monotonic()
         self._wait_for_http()
+        self._question = StatusQuestion(self.plan.application)
         report(self._progress("HTTP"))
 
     def update(self, plan: LaunchPlan) -> None:
@@ -117,11 +118,12 @@ class LocalService:
         then until another update."""
         assert self.balancer is not None, "it has been started"
         schema = serve_schema(plan.config, self.balancer.host, self.balancer.proxy_port)
-        self.plan = plan
+        self.plan, self._question = plan, None
         deploy(schema)
         for _ in watch(plan.application):
             pass
         self._wait_for_http()
+        self._question, self._losses = StatusQuestion(plan.application), Losses()
 
     def check(self) -> None:
         """Raise LaunchError when a vital process has ended. HAProxy is restarted, unless it has only just been
@@ -137,11 +139,9 @@ class LocalService:
         self._balanced_at = time.monotonic()
 
     def news(self) -> list[str]:
-        """Returns a sentence for each stage that has lost replicas, or has them all again, since the last call. Waits
-        for nothing."""
-        if self._question is None:
-            self._question = StatusQuestion(self.plan.application)
-        return self._losses.news(self._question.answer())
+        """Returns a sentence for each stage that has lost a replica or is complete again since the last call. Waits for
+        nothing. There is no news while nothing is served because an update has failed."""
+        return [] if self._question is None else self._losses.news(self._question.poll())
 
     def stop(self) -> None:
         """Cuts off running requests. Returns when the last process has ended."""

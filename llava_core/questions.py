@@ -57,7 +57,7 @@ def read_question(row: Mapping[str, Any], where: str, folder: Path, *, default_t
         if picture is None:
             place = "in" if isinstance(images, list) else "as"
             what = f"{where} has {_kind(each)} {place} `{name}`"
-            raise RequestError(f"{what}, not the name of a file or its contents", param="questions")
+            raise RequestError(f"{what}, not the name or the contents of a file", param="questions")
         pictures.append(picture)
     return Question(text, tuple(pictures), question_id(row))
 
@@ -78,7 +78,7 @@ def _kind(value: object) -> str:
     """What a value is, in the terms of JSON."""
     if value is None or isinstance(value, bool | int | float):
         return json.dumps(value)
-    kinds: dict[type, str] = {str: "an empty text", list: "a list", dict: "an object without `bytes` and `path`"}
+    kinds: dict[type, str] = {str: "an empty text", list: "a list", dict: "an object"}
     return kinds.get(type(value), f"a value of type {type(value).__name__}")
 
 

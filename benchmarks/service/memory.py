@@ -1,7 +1,9 @@
 """Memory of the service's processes under load: where each began, where it ended, and how much it grew.
 
-Each process's private memory is separated from what all of them share, which is Ray's object store. Growth is that of a
-line fitted through all samples, so that no peak or dip at either end decides. Knows nothing about loads.
+Each process's private memory is separated from what all of them share, which is Ray's object store. The store never
+returns a page that has been touched, and touches more pages whenever more objects than ever are in transit, up to its
+configured size; so what shows a leak is the objects in it. Growth is that of a line fitted through all samples, so that
+no peak or dip at either end decides. Knows nothing about loads.
 """
 
 from __future__ import annotations
@@ -12,14 +14,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import httpx
 import psutil
+from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.peers.contenders import part_of
 
 # The growth over the whole load that still counts as flat: allocators return memory when they like.
 ALLOWED_MIB, ALLOWED_SHARE = 4.0, 0.02
-SHARED = "shared by all"
+SHARED, OBJECTS = "shared by all", "objects in Ray's store"
 _SHOWN = 20
+_OBJECTS_METRIC = "ray_object_store_memory{"
 
 # MiB by process, at a time in seconds.
 Sample = tuple[float, Mapping[str, float]]
@@ -54,6 +59,19 @@ def measure(processes: Sequence[psutil.Process]) -> dict[str, float]:
             # This process's part of the shared pages.
             shared += memory.pss - memory.uss
     return found | {SHARED: shared / 2**20}
+
+
+def measure_objects(metrics_url: str) -> dict[str, float]:
+    """Return the MiB of the objects in Ray's store, as its node last reported them, which it does every 10 seconds."""
+    lines = httpx.get(metrics_url, timeout=30).text.splitlines()
+    page = "\n".join(line for line in lines if line.startswith(_OBJECTS_METRIC))
+    samples = (sample for family in text_string_to_metric_families(page) for sample in family.samples)
+    return {OBJECTS: sum(each.value for each in samples if each.labels["Location"] == "MMAP_SHM") / 2**20}
+
+
+def worst(grown: Mapping[str, Growth]) -> str:
+    """Return the name of what has grown most over what is allowed; the store's touched pages do not count."""
+    return max(grown.keys() - {SHARED}, key=lambda name: grown[name].over_allowed)
 
 
 def growth(samples: Sequence[Sample]) -> dict[str, Growth]:

@@ -161,7 +161,9 @@ class _Load:
                 self.seen.busy.append(busy)
             if time.monotonic() >= warm:
                 processes = self._service.server.processes()
-                self.seen.samples.append((time.monotonic(), await asyncio.to_thread(memory.measure, processes)))
+                found = await asyncio.to_thread(memory.measure, processes)
+                found |= await asyncio.to_thread(memory.measure_objects, self._service.metrics_url)
+                self.seen.samples.append((time.monotonic(), found))
 
 
 def _parts(service: Service) -> set[int]:
@@ -172,7 +174,7 @@ def _parts(service: Service) -> set[int]:
 def judge_load(seen: Seen, page: Page, num_replaced: int) -> list[Bar]:
     """Build the bars of a load from what its clients saw and from the metrics afterwards."""
     grown = memory.growth(seen.samples)
-    worst = max(grown, key=lambda name: grown[name].over_allowed)
+    worst = memory.worst(grown)
     statuses = [status for status in page.values(HTTP_REQUESTS, "status") if status >= "500"]
     told = sum(page.total(HTTP_REQUESTS, status=status) for status in statuses)
     at_work = sum(page.total(gauge) for gauge in (RUNNING, WAITING, ONGOING, QUEUED))

@@ -46,10 +46,11 @@ class PictureMaker:
             for side in SIDES
         }
 
-    def make(self) -> Picture:
-        """Make a new picture of random size and format."""
+    def make(self, *, side: int | None = None) -> Picture:
+        """Make a new picture of random format, and of random size unless its longest side is given, one of SIDES."""
         chance = self._chance
-        (side,) = chance.choices([*SIDES], [*SIDES.values()])
+        if side is None:
+            (side,) = chance.choices([*SIDES], [*SIDES.values()])
         image = chance.choice(self._scenes[side]).copy()
         _patch(image, chance)
         kind = chance.choice(FORMATS)

@@ -1,7 +1,6 @@
 """Helpers for tests of a running service: starting a command like a terminal, and inspecting its processes."""
 
 import contextlib
-import functools
 import json
 import os
 import select
@@ -56,8 +55,7 @@ class Running:
     client: openai.OpenAI
     pid: int
     metrics_url: str
-    # Returns what the command prints from now on, up to a line with this mark.
-    printed_until: Callable[[str], str]
+    process: subprocess.Popen[bytes]
 
     def post(self, **body: Any) -> httpx.Response:
         return httpx.post(f"{self.url}/v1/chat/completions", json=body, timeout=150)
@@ -82,6 +80,15 @@ class Running:
                 time.sleep(0.1)
             else:
                 return page
+
+    def printed(self) -> str:
+        """What the command has printed since the last call."""
+        assert self.process.stdout is not None
+        lines = []
+        while select.select([self.process.stdout], [], [], 0)[0]:
+            lines.append(self.process.stdout.readline().decode())
+            assert lines[-1], f"the service ended: {''.join(lines)}"
+        return "".join(lines)
 
     def log_text(self) -> str:
         # Without logs of Ray's dashboard, whose ports another Ray on this machine may use.
@@ -182,8 +189,7 @@ def serving(
         metrics = next(line.split()[-1] for line in printed.splitlines() if line.startswith("  metrics "))
         url = f"http://127.0.0.1:{port}{route_prefix.rstrip('/')}"
         with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60) as client:
-            printed_until = functools.partial(read_until, process)
-            yield Running(url, checkpoint.name, files / "ray", client, process.pid, metrics, printed_until)
+            yield Running(url, checkpoint.name, files / "ray", client, process.pid, metrics, process)
         if not is_killed:
             interrupt(process)
 
@@ -202,7 +208,7 @@ def alive(processes: set[Process]) -> set[Process]:
 
 
 def read_until(process: subprocess.Popen[bytes], mark: str) -> str:
-    """Return a service's output up to a line with this mark. Fails when it ends, or is silent for too long."""
+    """Return a starting service's output up to a line with this mark. Fails when it ends, or is silent for too long."""
     assert process.stdout is not None
     lines: list[str] = []
     while mark not in (lines[-1] if lines else ""):

@@ -98,6 +98,18 @@ def test_a_download_is_announced_first_and_offline_nothing_is_downloaded(tiny_ch
     assert "tokenizer.json is missing" in result.stderr
 
 
+def test_a_reader_that_is_gone_does_not_end_the_service() -> None:
+    printing = "with _terminal() as terminal: _say(terminal, 'a'), _say(terminal, 'b')"
+    command = [sys.executable, "-c", f"from deployments.cli import _say, _terminal\n{printing}"]
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        finished = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, check=False)
+    finally:
+        os.close(writing)
+    assert (finished.returncode, finished.stderr) == (0, b"")
+
+
 @pytest.mark.parametrize(
     ("ends", "expected"), [(True, ""), (False, "Some are unfinished.\n"), (KeyboardInterrupt(), "")]
 )

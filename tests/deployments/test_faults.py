@@ -17,7 +17,7 @@ from deployments.metrics import RETRIES
 from deployments.signs_of_life import SILENCE_S
 from llava_core.client import Client
 from tests.deployments.pictures import plain
-from tests.deployments.service import Running, content, events, long_checkpoint, messages, serving, until
+from tests.deployments.service import Running, content, events, long_checkpoint, messages, read_until, serving, until
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
@@ -233,11 +233,17 @@ def test_streams_survive_the_loss_of_an_earlier_stage(
 ) -> None:
     _await_all_replicas(service)
     streams = _begun_streams(service)
+    service.printed()
     [pid] = service.replicas(stage)
     os.kill(pid, signal.SIGKILL)
     assert [stream.whole() for stream in streams] == expected
     _await_all_replicas(service)
-    assert f"{stage} has lost a replica" in service.printed_until(f"{stage} has all its replicas again")
+    told = ""
+    while "is complete again" not in told:
+        told += read_until(service.process, f"{stage} ")
+    assert told.index(f"{stage} has lost a replica; another one is starting.") < told.index(
+        f"{stage} is complete again"
+    )
 
 
 def test_streams_and_new_requests_survive_the_loss_of_serves_controller(

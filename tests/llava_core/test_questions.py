@@ -57,10 +57,10 @@ def test_an_invalid_line_is_named(tmp_path: Path, line: str) -> None:
         ({"question": " ", "image": "a.png"}, "x needs `question`, a text that is not empty"),
         ({"text": 3}, "x has 3 as `text`, not a text"),
         ({"question": ["a"]}, "x has a list as `question`, not a text"),
-        ({"text": "a", "image": False}, "x has false as `image`, not the name of a file or its contents"),
-        ({"text": "a", "images": ["a.png", None]}, "x has null in `images`, not the name of a file or its contents"),
+        ({"text": "a", "image": False}, "x has false as `image`, not the name or the contents of a file"),
+        ({"text": "a", "images": ["a.png", None]}, "x has null in `images`, not the name or the contents of a file"),
         ({"text": "a", "images": ["a.png", ""]}, "x has an empty text in `images`, not the"),
-        ({"text": "a", "image": {"url": "b"}}, "x has an object without `bytes` and `path` as `image`, not"),
+        ({"text": "a", "image": {"url": "b"}}, "x has an object as `image`, not the name or the contents of a file"),
         (
             {"text": "a", "image": Path("a")},
             "x has a value of type PosixPath as `image`, not",

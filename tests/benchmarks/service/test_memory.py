@@ -2,11 +2,12 @@
 
 import os
 
+import httpx
 import numpy as np
 import psutil
 import pytest
 
-from benchmarks.service.memory import SHARED, Growth, growth, measure
+from benchmarks.service.memory import OBJECTS, SHARED, Growth, growth, measure, measure_objects, worst
 
 
 def test_growth_is_fitted_for_processes_present_throughout() -> None:
@@ -49,3 +50,19 @@ def test_ended_processes_are_left_out() -> None:
     child = psutil.Popen(["true"])
     child.wait()
     assert measure([child]) == {SHARED: 0}
+
+
+def test_objects_are_those_in_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    page = """# TYPE ray_object_store_memory gauge
+ray_object_store_memory{Location="MMAP_SHM",ObjectState="SEALED"} 3145728.0
+ray_object_store_memory{Location="MMAP_SHM",ObjectState="UNSEALED"} 1048576.0
+ray_object_store_memory{Location="WORKER_HEAP",ObjectState=""} 40726.0
+ray_object_store_available_memory{Component="raylet"} 1.073472584e+09
+"""
+    monkeypatch.setattr(httpx, "get", lambda url, timeout: httpx.Response(200, text=page))
+    assert measure_objects("http://127.0.0.1:1/metrics") == {OBJECTS: 4.0}
+
+
+def test_touched_pages_of_the_store_are_not_judged() -> None:
+    grown = {SHARED: Growth(200, 300, 0), OBJECTS: Growth(10, 15, 0), "a 1": Growth(100, 101, 0)}
+    assert worst(grown) == OBJECTS

@@ -27,3 +27,7 @@ def test_pictures_still_differ_at_the_models_resolution() -> None:
         image = Image.open(io.BytesIO(maker.make().data)).convert("RGB").resize((192, 192))
         seen.add(image.tobytes())
     assert len(seen) == 40
+
+
+def test_a_picture_of_a_given_side() -> None:
+    assert max(Image.open(io.BytesIO(PictureMaker(1).make(side=64).data)).size) == 64
