@@ -96,7 +96,7 @@ def test_forwarded_requests_are_counted_and_shown(front: Running) -> None:
 
 
 def test_a_client_disconnect_frees_the_service_behind(front: Running, behind: Running) -> None:
-    body = {"model": "big", "messages": messages("Go on."), "max_tokens": 4000, "stream": True, "ignore_eos": True}
+    body = {"model": "big", "messages": messages("Go on."), "max_tokens": 7000, "stream": True, "ignore_eos": True}
     with httpx.stream("POST", f"{front.url}/v1/chat/completions", json=body, timeout=60) as response:
         stream = events(response)
         next(stream)
