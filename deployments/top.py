@@ -51,6 +51,8 @@ DEFAULT_URL = "http://127.0.0.1:8001/metrics"
 # Serve's own metrics. All living replicas report the first, and no others do.
 ONGOING = Gauge("serve_replica_processing_queries", "Requests in a replica.", ("deployment", "replica"))
 QUEUED = Gauge("serve_deployment_queued_queries", "Requests that wait for a replica.", ("deployment",))
+# Ray's own.
+STORED = Gauge("object_store_memory", "Bytes of objects, by where they are.", ("Location",))
 _STAGES = ("preprocess", "encode", "transfer", "prefill", "decode")
 # Ray's processes report their numbers every 10 s: over a shorter window rates would alternate between 0 and too much.
 _WINDOW_S = 60.0
@@ -70,8 +72,8 @@ class Page:
 
     @classmethod
     def parse(cls, text: str, at: float) -> Page:
-        """Parses those of Ray's thousands of lines that `llava top` shows."""
-        wanted = tuple(EXPORTED_PREFIX + prefix for prefix in ("llava_", ONGOING.name, QUEUED.name))
+        """Parses those of Ray's thousands of lines that `llava top` shows, and what is in its object store."""
+        wanted = tuple(EXPORTED_PREFIX + prefix for prefix in ("llava_", ONGOING.name, QUEUED.name, STORED.name))
         lines = (line for line in text.splitlines() if line.startswith(wanted))
         page = cls(at)
         for family in text_string_to_metric_families("\n".join(lines)):

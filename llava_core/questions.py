@@ -90,7 +90,7 @@ def _find(row: Mapping[str, Any], names: Sequence[str], is_absent: Callable[[obj
 def _picture(given: object, folder: Path) -> Path | bytes | None:
     """The picture as a path or bytes; None for anything else."""
     if isinstance(given, Mapping):
-        given = next((given[name] for name in ("bytes", "path") if given.get(name) is not None), None)
+        _, given = _find(given, ("bytes", "path"), lambda each: each is None)
     return folder / given if isinstance(given, str) and given else given if isinstance(given, bytes) else None
 
 

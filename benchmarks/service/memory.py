@@ -14,17 +14,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import httpx
 import psutil
-from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.peers.contenders import part_of
+from deployments.top import STORED, Page
 
 # The growth over the whole load that still counts as flat: allocators return memory when they like.
 ALLOWED_MIB, ALLOWED_SHARE = 4.0, 0.02
 SHARED, OBJECTS = "shared by all", "objects in Ray's store"
 _SHOWN = 20
-_OBJECTS_METRIC = "ray_object_store_memory{"
 
 # MiB by process, at a time in seconds.
 Sample = tuple[float, Mapping[str, float]]
@@ -61,12 +59,9 @@ def measure(processes: Sequence[psutil.Process]) -> dict[str, float]:
     return found | {SHARED: shared / 2**20}
 
 
-def measure_objects(metrics_url: str) -> dict[str, float]:
+def stored(page: Page) -> dict[str, float]:
     """Return the MiB of the objects in Ray's store, as its node last reported them, which it does every 10 seconds."""
-    lines = httpx.get(metrics_url, timeout=30).text.splitlines()
-    page = "\n".join(line for line in lines if line.startswith(_OBJECTS_METRIC))
-    samples = (sample for family in text_string_to_metric_families(page) for sample in family.samples)
-    return {OBJECTS: sum(each.value for each in samples if each.labels["Location"] == "MMAP_SHM") / 2**20}
+    return {OBJECTS: page.total(STORED, Location="MMAP_SHM") / 2**20}
 
 
 def worst(grown: Mapping[str, Growth]) -> str:

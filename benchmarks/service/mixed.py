@@ -162,7 +162,7 @@ class _Load:
             if time.monotonic() >= warm:
                 processes = self._service.server.processes()
                 found = await asyncio.to_thread(memory.measure, processes)
-                found |= await asyncio.to_thread(memory.measure_objects, self._service.metrics_url)
+                found |= memory.stored(await asyncio.to_thread(self._service.metrics))
                 self.seen.samples.append((time.monotonic(), found))
 
 

@@ -61,10 +61,9 @@ def test_an_invalid_line_is_named(tmp_path: Path, line: str) -> None:
         ({"text": "a", "images": ["a.png", None]}, "x has null in `images`, not the name or the contents of a file"),
         ({"text": "a", "images": ["a.png", ""]}, "x has an empty text in `images`, not the"),
         ({"text": "a", "image": {"url": "b"}}, "x has an object as `image`, not the name or the contents of a file"),
-        (
-            {"text": "a", "image": Path("a")},
-            "x has a value of type PosixPath as `image`, not",
-        ),
+        ({"text": "a", "image": {"path": ""}}, "x has an object as `image`, not the name or the contents of a file"),
+        ({"text": {"a": 1}}, "x has an object as `text`, not a text"),
+        ({"text": "a", "image": Path("a")}, "x has a value of type PosixPath as `image`, not"),
     ],
 )
 def test_the_field_that_is_wrong_is_named(row: dict[str, object], message: str) -> None:

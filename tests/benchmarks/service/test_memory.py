@@ -2,12 +2,12 @@
 
 import os
 
-import httpx
 import numpy as np
 import psutil
 import pytest
 
-from benchmarks.service.memory import OBJECTS, SHARED, Growth, growth, measure, measure_objects, worst
+from benchmarks.service.memory import OBJECTS, SHARED, Growth, growth, measure, stored, worst
+from deployments.top import Page
 
 
 def test_growth_is_fitted_for_processes_present_throughout() -> None:
@@ -52,15 +52,14 @@ def test_ended_processes_are_left_out() -> None:
     assert measure([child]) == {SHARED: 0}
 
 
-def test_objects_are_those_in_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_objects_are_those_in_shared_memory() -> None:
     page = """# TYPE ray_object_store_memory gauge
 ray_object_store_memory{Location="MMAP_SHM",ObjectState="SEALED"} 3145728.0
 ray_object_store_memory{Location="MMAP_SHM",ObjectState="UNSEALED"} 1048576.0
 ray_object_store_memory{Location="WORKER_HEAP",ObjectState=""} 40726.0
 ray_object_store_available_memory{Component="raylet"} 1.073472584e+09
 """
-    monkeypatch.setattr(httpx, "get", lambda url, timeout: httpx.Response(200, text=page))
-    assert measure_objects("http://127.0.0.1:1/metrics") == {OBJECTS: 4.0}
+    assert stored(Page.parse(page, 0.0)) == {OBJECTS: 4.0}
 
 
 def test_touched_pages_of_the_store_are_not_judged() -> None:
