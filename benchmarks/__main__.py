@@ -13,7 +13,6 @@ import http.client
 import json
 import random
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import describe_machine
+from benchmarks.ports import free_port
 from deployments.launch_plan import plan_launch
 from deployments.launcher import LocalService
 from deployments.load_balancer import LoadBalancer
@@ -96,7 +96,7 @@ def measure_answers(port: int, num_requests: int) -> dict[str, Any]:
     """Ask the service, the empty graph and the engine in this process about each picture in turn."""
     plan = plan_launch(port=port)
     service = LocalService(plan)
-    service.start(lambda progress: print(f"{progress.what} ready after {progress.seconds:.1f} s", file=sys.stderr))
+    service.start(lambda line: print(line, file=sys.stderr))
     try:
         balancer = start_empty_graph(service)
         empty_port = balancer.address[1]
@@ -141,12 +141,6 @@ def ask_service(client: Client, picture: bytes) -> Timing:
             yield from (delta.text for delta in answer)
 
     return clock(pieces())
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def start_empty_graph(service: LocalService) -> LoadBalancer:

@@ -24,8 +24,9 @@ from typing import Any
 
 import yaml
 
-from benchmarks.__main__ import free_port, make_picture
+from benchmarks.__main__ import make_picture
 from benchmarks.machine import describe_machine
+from benchmarks.ports import free_port
 from deployments.metrics import CACHE_HITS, CACHE_MISSES, FINISHED, PREFIX_HIT_TOKENS, PROMPT_TOKENS, ROUTED
 from deployments.top import Page, read_page
 from llava_core.client import Client

@@ -23,7 +23,7 @@ import click
 
 from deployments.config_file import CONFIG_FILE
 from deployments.launch_plan import LaunchPlan, plan_launch
-from deployments.launcher import LocalService, Progress
+from deployments.launcher import LocalService
 from llava_core.client import Client, Reply
 from llava_core.client.messages import media_type, user_message
 from llava_core.client.requests import CHAT, chat_body
@@ -155,7 +155,7 @@ def _running(plan: LaunchPlan, terminal: TextIO) -> Iterator[LocalService]:
     try:
         # A process that a shell starts in the background ignores Ctrl-C.
         _end_on_signals()
-        service.start(lambda progress: _show(progress, terminal))
+        service.start(lambda line: _say(terminal, f"  {line}"))
         # Ray has installed a handler of its own by now.
         _end_on_signals()
         yield service
@@ -214,10 +214,6 @@ def _drain(service: LocalService, seconds: float, terminal: TextIO) -> None:
 
 def _names(plan: LaunchPlan) -> str:
     return ", ".join(model.served_name for model in plan.args.models)
-
-
-def _show(progress: Progress, terminal: TextIO) -> None:
-    _say(terminal, f"  {progress.what:24} ready after {progress.seconds:5.1f} s")
 
 
 def _say(terminal: TextIO, text: str) -> None:

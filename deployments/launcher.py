@@ -35,14 +35,6 @@ _POLL_S, _HTTP_DEADLINE_S, _STOP_PATIENCE_S = 0.1, 60.0, 5.0
 _BALANCED_S = 5.0
 
 
-@dataclass(frozen=True)
-class Progress:
-    """`what` has become ready, `seconds` after the start."""
-
-    what: str
-    seconds: float
-
-
 @dataclass
 class LocalService:
     """A running service and the Ray under it. `stop` ends every process that `start` has begun, however far it got, and
@@ -65,8 +57,9 @@ class LocalService:
     _question: StatusQuestion | None = None
     _losses: Losses = field(default_factory=Losses)
 
-    def start(self, report: Callable[[Progress], None]) -> None:
-        """Returns when the service answers. Raises LaunchError when a stage cannot start."""
+    def start(self, report: Callable[[str], None]) -> None:
+        """Returns when the service answers; `report` is given a line for each part that is ready by then. Raises
+        LaunchError when Ray or a stage cannot start."""
         self._before = descendants(os.getpid())
         proxy = {} if self.plan.is_alone else {"RAY_SERVE_ENABLE_DIRECT_INGRESS": "0"}
         for variable, value in {**ENVIRONMENT, **proxy}.items():
@@ -77,22 +70,20 @@ class LocalService:
         self.balancer = _load_balancer(self.plan)
         os.environ[ENTRANCE_VARIABLE] = self.plan.host
         schema = serve_schema(self.plan.config, self.balancer.host, self.balancer.proxy_port)
-        context: Any = ray.init(
-            address="local",
-            namespace="serve",
-            include_dashboard=False,
-            log_to_driver=False,
-            object_store_memory=_IN_FLIGHT_BYTES + _kept_bytes(self.plan.args),
-            # Ray's agent serves the metrics, with or without a dashboard.
-            _metrics_export_port=self.plan.metrics_port or None,
-        )
+        try:
+            context = self._start_ray()
+        except LaunchError as error:
+            # Ray gives its processes 30 s, whatever the machine. A cold disk may need more, but only once.
+            report(f"{error}. Trying once more ...")
+            end(descendants(os.getpid()) - self._before, patience_s=0.0)
+            context = self._start_ray()
         self._own = descendants(os.getpid()) - self._before
         self._vital = {process for process in self._own if name_of(process) in _VITAL}
         # Not `session_latest`, which belongs to the Ray that was last started on this machine.
         self.logs = Path(context.address_info["session_dir"]) / "logs" / "serve"
         # On the loopback interface only, as all of Ray's ports (ENVIRONMENT).
         self.metrics_url = f"http://127.0.0.1:{context.address_info['metrics_export_port']}/metrics"
-        report(self._progress("Ray"))
+        report(self._ready("Ray"))
         if "deployments" not in find_application(self.plan.config):
             nodes = nodes_of(ray.nodes())  # type: ignore[no-untyped-call]
             check_placement(self.plan.args, lambda: share_towers(self.plan.args, self.plan.found), nodes)
@@ -105,12 +96,12 @@ class LocalService:
         )
         deploy(schema)
         for stage in watch(self.plan.application):
-            report(self._progress(stage))
+            report(self._ready(stage))
         self.balancer.start()
         self._balanced_at = time.monotonic()
         self._wait_for_http()
         self._question = StatusQuestion(self.plan.application)
-        report(self._progress("HTTP"))
+        report(self._ready("HTTP"))
 
     def update(self, plan: LaunchPlan) -> None:
         """Replaces replicas by new ones; the old ones finish their requests before they stop. Returns when all new
@@ -156,8 +147,25 @@ class LocalService:
         ray.shutdown()
         end(own, patience_s=_STOP_PATIENCE_S)
 
-    def _progress(self, what: str) -> Progress:
-        return Progress(what, time.monotonic() - self._started)
+    def _start_ray(self) -> Any:
+        import ray
+
+        try:
+            return ray.init(
+                address="local",
+                namespace="serve",
+                include_dashboard=False,
+                log_to_driver=False,
+                object_store_memory=_IN_FLIGHT_BYTES + _kept_bytes(self.plan.args),
+                # Ray's agent serves the metrics, with or without a dashboard.
+                _metrics_export_port=self.plan.metrics_port or None,
+            )
+        # Ray raises errors of many kinds, plain exceptions among them.
+        except Exception as error:
+            raise LaunchError(f"Ray has not started ({error}); its logs are in {_ray_logs()}") from error
+
+    def _ready(self, what: str) -> str:
+        return f"{what:24} ready after {time.monotonic() - self._started:5.1f} s"
 
     def _wait_for_http(self) -> None:
         deadline = time.monotonic() + _HTTP_DEADLINE_S
@@ -166,6 +174,11 @@ class LocalService:
                 if time.monotonic() > deadline:
                     raise LaunchError(f"the stages are up, but {self.plan.url}/health does not confirm it")
                 time.sleep(_POLL_S)
+
+
+def _ray_logs() -> Path:
+    """Where the Ray that was last started on this machine writes its logs."""
+    return Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / "session_latest" / "logs"
 
 
 def _kept_bytes(args: AppArgs) -> int:

@@ -20,11 +20,12 @@ import pytest
 from openai import OpenAI
 from PIL import Image, ImageDraw, ImageFont
 
+from benchmarks.ports import free_port
 from llava_core.evaluation.task import normalise
 from llava_core.inference import DEFAULT_MODEL, LocalModel
 from llava_core.types import GenerationRequest, ImagePart, Message, SamplingParams, TextPart
 from tests.deployments.page.browsing import serving_page
-from tests.deployments.service import START_S, free_port
+from tests.deployments.service import START_S
 
 # The first test that asks the service waits for it to start.
 pytestmark = pytest.mark.timeout(300)

@@ -19,8 +19,9 @@ from pathlib import Path
 
 import psutil
 
-from benchmarks.__main__ import free_port, wait_until_healthy
+from benchmarks.__main__ import wait_until_healthy
 from benchmarks.peers import vllm_setup
+from benchmarks.ports import free_port
 from deployments.processes import descendants, end
 
 ROOT = Path(__file__).parents[2]

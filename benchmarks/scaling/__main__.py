@@ -22,9 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.__main__ import free_port
 from benchmarks.machine import describe_machine
 from benchmarks.peers.load import Answer, percentile
+from benchmarks.ports import free_port
 from benchmarks.scaling.cluster import Cluster, autoscaling_cluster
 from benchmarks.scaling.load import Clients, Period, run_load
 

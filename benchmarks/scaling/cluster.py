@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.__main__ import free_port
+from benchmarks.ports import free_port
 from deployments.environment import ENVIRONMENT
 from deployments.processes import descendants, end
 

@@ -20,8 +20,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.__main__ import free_port, start_empty_graph
+from benchmarks.__main__ import start_empty_graph
 from benchmarks.peers.load import Answer, make_requests, percentile, run_load, summarize
+from benchmarks.ports import free_port
 from benchmarks.service.alone import EngineAlone
 from benchmarks.service.bars import Bar
 from benchmarks.service.start import checkpoint
@@ -44,7 +45,7 @@ def run(num_rounds: int, num_requests: int, mid: Path | None) -> tuple[list[Bar]
     with checkpoint("mid", mid) as folder:
         service, engine = LocalService(plan_launch(model=str(folder), port=free_port(), metrics_port=0)), None
         try:
-            service.start(lambda progress: print(f"{progress.what} ready", file=sys.stderr))
+            service.start(lambda line: print(line, file=sys.stderr))
             balancer = start_empty_graph(service)
             engine = EngineAlone(folder)
             port, empty_port = service.plan.port, balancer.address[1]

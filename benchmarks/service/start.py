@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.__main__ import free_port
 from benchmarks.peers.checkpoints import SHAPES, write_checkpoint
 from benchmarks.peers.contenders import Server, ours, running
+from benchmarks.ports import free_port
 from deployments.config_file import DEFAULT_CONFIG
 from deployments.top import Page, read_page
 from llava_core.checkpoints.files import DEFAULT_MODEL

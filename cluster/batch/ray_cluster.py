@@ -39,7 +39,7 @@ def set_environment() -> None:
 @contextmanager
 def ray_cluster() -> Iterator[None]:
     """Stay connected to Ray inside the block, with the caller's SIGTERM handler in place of Ray's. Raises JobError
-    where nobody answers at RAY_ADDRESS."""
+    where nobody answers at RAY_ADDRESS, or the job's own Ray does not start."""
     address = os.environ.get("RAY_ADDRESS")
     import ray
 
@@ -58,8 +58,10 @@ def _connect(address: str | None, **own: Any) -> None:
 
     try:
         ray.init(address=address or "local", log_to_driver=False, **own)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise JobError(f"no Ray answers at RAY_ADDRESS={address}: {error}" if address else str(error)) from error
+    # Ray raises errors of many kinds, plain exceptions among them.
+    except Exception as error:
+        reason = f"no Ray answers at RAY_ADDRESS={address}" if address else "Ray does not start"
+        raise JobError(f"{reason}: {error}") from error
     except SystemExit as error:
         # Raised by Ray's SIGTERM handler.
         raise KeyboardInterrupt from error

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from tests.deployments.service import free_port, started
+from benchmarks.ports import free_port
+from tests.deployments.service import started
 
 ROOT = Path(__file__).parents[2]
 

@@ -6,7 +6,6 @@ import os
 import select
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,7 @@ import httpx
 import openai
 import yaml
 
+from benchmarks.ports import free_port
 from deployments.processes import Process, descendants, end
 from deployments.top import Page, read_page
 from tests.deployments.pictures import data_url
@@ -39,12 +39,6 @@ def until(condition: Callable[[], bool], *, deadline_s: float = 90.0) -> None:
     while not condition():
         assert time.monotonic() < deadline, "the condition was not met in time"
         time.sleep(0.02)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @dataclass

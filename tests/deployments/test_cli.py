@@ -13,11 +13,11 @@ from click.testing import CliRunner
 from PIL import Image
 
 import deployments
+from benchmarks.ports import free_port
 from deployments.cli import SCENE, _drain, curl_line, demo, serve
 from deployments.launch_plan import plan_launch
 from deployments.launcher import LocalService
 from deployments.load_balancer import LoadBalancer, local_host
-from tests.deployments.service import free_port
 from tests.hub import OLD, hub_of
 
 PROGRAM = "import sys; from llava_core.cli import main; main(sys.argv[1:])"

@@ -13,9 +13,10 @@ import pytest
 import uvicorn
 from starlette.testclient import TestClient
 
+from benchmarks.ports import free_port
 from deployments.settings import AppArgs
 from tests.deployments.pictures import data_url, plain
-from tests.deployments.service import content, free_port, messages, until
+from tests.deployments.service import content, messages, until
 
 
 @pytest.fixture(scope="module")

@@ -12,13 +12,13 @@ import httpx
 import pytest
 import yaml
 
+from benchmarks.ports import free_port
 from deployments.processes import descendants, name_of
 from tests.deployments.pictures import plain
 from tests.deployments.service import (
     alive,
     content,
     events,
-    free_port,
     llava,
     long_checkpoint,
     messages,

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
+from benchmarks.ports import free_port
 from deployments.config_file import IMPORT_PATH
 from deployments.errors import KeysFileError, LaunchError
 from deployments.exposure import ExposureError
@@ -14,7 +15,6 @@ from deployments.launch_plan import LaunchPlan, plan_launch
 from deployments.preflight import check_checkpoints
 from deployments.settings import AppArgs
 from llava_core.errors import CheckpointError
-from tests.deployments.service import free_port
 from tests.hub import NEW, OLD, hub_of, use_cache, write_lora
 from tests.original import Kind, write_original
 

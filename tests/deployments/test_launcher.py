@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from benchmarks.ports import free_port
 from deployments.config_file import IMPORT_PATH
 from deployments.errors import LaunchError
 from deployments.exposure import ENTRANCE_VARIABLE
@@ -19,7 +20,6 @@ from deployments.launcher import ENVIRONMENT, LocalService, _kept_bytes
 from deployments.load_balancer import LoadBalancer
 from deployments.processes import descendants
 from deployments.settings import AppArgs
-from tests.deployments.service import free_port
 
 
 def _write(path: Path, **application: Any) -> Path:
@@ -122,23 +122,51 @@ def test_stopping_ends_only_processes_it_started(
         def init(**_: object) -> SimpleNamespace:
             started.append(subprocess.Popen(sleeper))
             if not is_begun:
-                raise LaunchError("Ray did not start")
+                raise Exception("the node timed out")
             return SimpleNamespace(address_info={"session_dir": "/tmp/ray/session_2", "metrics_export_port": 9})
 
         monkeypatch.setattr("ray.init", init)
         monkeypatch.setattr("ray.nodes", list)
         service.stop()
-        with pytest.raises(LaunchError):
+        message = (
+            "no node has num_cpus" if is_begun else r"Ray has not started \(the node timed out\); its logs are in /"
+        )
+        with pytest.raises(LaunchError, match=message):
             service.start(lambda _: None)
         with subprocess.Popen(sleeper) as later:
             service.stop()
-            assert started[0].wait(10) == -signal.SIGKILL
+            assert [each.wait(10) for each in started] == [-signal.SIGKILL] * (1 if is_begun else 2)
             assert foreign.poll() is None
             assert later.poll() is None or not is_begun
             later.kill()
         foreign.kill()
         assert service.logs == (Path("/tmp/ray/session_2/logs/serve") if is_begun else None)
         assert service.metrics_url == ("http://127.0.0.1:9/metrics" if is_begun else None)
+
+
+def test_ray_gets_a_second_attempt_without_the_first_ones_processes(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempts: list[subprocess.Popen[bytes]] = []
+
+    def init(**_: object) -> SimpleNamespace:
+        assert [each.poll() for each in attempts] == [-signal.SIGKILL] * len(attempts)
+        attempts.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]))
+        if len(attempts) == 1:
+            raise Exception("the node timed out")
+        return SimpleNamespace(address_info={"session_dir": "/tmp/ray/session_2", "metrics_export_port": 9})
+
+    monkeypatch.setattr("ray.init", init)
+    monkeypatch.setattr("ray.nodes", list)
+    monkeypatch.setattr("ray.shutdown", lambda: None)
+    monkeypatch.setattr("deployments.launcher._STOP_PATIENCE_S", 0.0)
+    service = LocalService(_plan(model=str(tiny_checkpoint), metrics_port=0))
+    reached: list[str] = []
+    with pytest.raises(LaunchError, match="no node has num_cpus"):
+        service.start(reached.append)
+    service.stop()
+    assert [line[:19] for line in reached] == ["Ray has not started", "Ray                "]
+    assert [each.wait(10) for each in attempts] == [-signal.SIGKILL] * 2
 
 
 def test_ray_is_imported_only_after_its_environment_is_set() -> None:

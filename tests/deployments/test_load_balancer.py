@@ -19,6 +19,7 @@ from typing import ClassVar
 
 import pytest
 
+from benchmarks.ports import free_port
 from deployments.load_balancer import LoadBalancer, LoadBalancerError, balance_gateways, balance_proxy, local_host
 
 PATIENCE_S = 20.0
@@ -70,7 +71,7 @@ def free_ports(host: str, count: int) -> list[int]:
 
 @contextlib.contextmanager
 def balancing(ports: int = 2) -> Iterator[LoadBalancer]:
-    (port,) = free_ports("127.0.0.1", 1)
+    port = free_port()
     host = local_host(port)
     balancer = LoadBalancer(("127.0.0.1", port), host, free_ports(host, ports), APPLICATION)
     balancer.start()
@@ -153,7 +154,7 @@ class Proxy(Handler):
 
 
 def test_serves_proxy_may_host_further_applications() -> None:
-    (port,) = free_ports("127.0.0.1", 1)
+    port = free_port()
     balancer = balance_proxy(("127.0.0.1", port), APPLICATION)
     assert (balancer.proxy_port, list(balancer.ports)) == (port, [port])
     with replica(balancer.host, port, Proxy):
@@ -167,7 +168,7 @@ def test_serves_proxy_may_host_further_applications() -> None:
 
 
 def test_even_the_first_request_goes_only_to_live_replicas() -> None:
-    (port,) = free_ports("127.0.0.1", 1)
+    port = free_port()
     host = local_host(port)
     *nothing, another, own = free_ports(host, 6)
     balancer = LoadBalancer(("127.0.0.1", port), host, [*nothing, another, own], APPLICATION)
@@ -180,7 +181,7 @@ def test_even_the_first_request_goes_only_to_live_replicas() -> None:
 
 
 def test_no_request_is_refused_or_misrouted_once_it_listens() -> None:
-    (port,) = free_ports("127.0.0.1", 1)
+    port = free_port()
     host = local_host(port)
     *nothing, own = free_ports(host, 6)
     balancer = LoadBalancer(("127.0.0.1", port), host, [*nothing, own], APPLICATION)
@@ -387,7 +388,7 @@ def test_every_service_on_a_machine_has_its_own_loopback_address() -> None:
 
 
 def test_it_does_not_outlive_its_parent_process(tmp_path: Path) -> None:
-    (port,) = free_ports("127.0.0.1", 1)
+    port = free_port()
     program = (
         "import sys, time; from deployments.load_balancer import *\n"
         f"LoadBalancer(('127.0.0.1', {port}), local_host({port}), [30000], 'llava').start()\n"

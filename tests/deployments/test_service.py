@@ -18,6 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks.ports import free_port
 from deployments.processes import descendants
 from llava_core.checkpoints.load import LoadOptions
 from llava_core.inference import LocalModel
@@ -30,7 +31,6 @@ from tests.deployments.service import (
     Running,
     alive,
     content,
-    free_port,
     llava,
     messages,
     read_until,

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.batch.errors import OutputError
-from cluster.batch.ray_cluster import ENVIRONMENT, check_output_stays, seen_by_workers, set_environment
+from cluster.batch.errors import JobError, OutputError
+from cluster.batch.ray_cluster import ENVIRONMENT, check_output_stays, ray_cluster, seen_by_workers, set_environment
 
 COPY = "ray/session_1/runtime_resources/working_dir_files/_ray_pkg_0123"
 
@@ -36,6 +36,25 @@ def test_an_existing_ray_is_left_unchanged(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     set_environment()
     assert not ENVIRONMENT.keys() & os.environ.keys()
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [(None, "Ray does not start: too slow"), ("10.0.0.1:6379", "no Ray answers at RAY_ADDRESS=10")],
+)
+def test_a_ray_that_does_not_start_or_answer_is_reported(
+    monkeypatch: pytest.MonkeyPatch, address: str | None, message: str
+) -> None:
+    def init(**_: object) -> None:
+        raise Exception("too slow")  # As Ray does.
+
+    monkeypatch.setattr("ray.init", init)
+    monkeypatch.setattr("ray.shutdown", lambda: None)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if address:
+        monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(JobError, match=message), ray_cluster():
+        pass
 
 
 def test_paths_are_absolute_except_in_the_working_dir_copied_by_ray(

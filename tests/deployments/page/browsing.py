@@ -16,7 +16,8 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import WebDriverWait
 
-from tests.deployments.service import free_port, interrupt, llava, read_until, started, until
+from benchmarks.ports import free_port
+from tests.deployments.service import interrupt, llava, read_until, started, until
 
 WAIT_S = 30.0
 DESKTOP, PHONE = (1280, 860), (390, 844)

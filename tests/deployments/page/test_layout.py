@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 import pytest
 from selenium.webdriver.common.keys import Keys
 
+from benchmarks.ports import free_port
 from deployments.messages import Rejected
 from llava_core.errors import ImageError, OverloadedError
 from llava_core.types import GenerationRequest, ImagePart, TextPart
@@ -17,7 +18,6 @@ from llava_core.views import DicomView
 from tests.deployments.fakes import ScriptedEngine, answer
 from tests.deployments.page.browsing import DESKTOP, PHONE, Browser, browsing, serving_page
 from tests.deployments.pictures import plain
-from tests.deployments.service import free_port
 from tests.dicom_files import dicom, radiograph
 from tests.sockets import serving_engine
 
