@@ -66,7 +66,9 @@ def build_blocks(args: PageArgs, handlers: Handlers, *, has_own_key: bool) -> gr
         for event in answered:
             event.then(handlers.settle, [talk], [*shown, timer], show_progress="hidden")
         box.stop(None, cancels=[*begun, *answered])
-        chatbot.clear(handlers.clear, None, shown, cancels=[*begun, *answered])
+        cleared = chatbot.clear(handlers.clear, None, shown, cancels=[*begun, *answered])
+        # page.js lets no question overtake it, which would be part of the old conversation.
+        cleared.then(None, js="() => document.body.classList.remove('clearing')")
         if args.log is not None:
             # A second vote waits until the first is logged, so that it is not lost.
             chatbot.like(handlers.vote, [talk, *chosen, agreed], [talk], trigger_mode="always_last")

@@ -66,7 +66,7 @@ def _retries(service: Running, phase: str) -> float:
     return service.metrics().total(RETRIES, stage="generator", phase=phase)
 
 
-LONG = {"max_tokens": 1500, "ignore_eos": True}
+LONG = {"max_tokens": 3000, "ignore_eos": True}
 ASKED: list[dict[str, Any]] = [
     {"messages": messages("hi"), **LONG},
     {"messages": messages("What else?"), "temperature": 1.0, "seed": 5, **LONG},
@@ -142,7 +142,7 @@ def expected(service: Running) -> list[dict[str, Any]]:
     """The results of these streams when undisturbed."""
     whole = [stream.whole() for stream in _begun_streams(service)]
     assert all(choice["ends"] == ["length"] for each in whole for choice in each["choices"].values())
-    assert [each["usage"][0] for each in whole] == [1500, 1500, 1500, 3000, 1500, 1500]
+    assert [each["usage"][0] for each in whole] == [3000, 3000, 3000, 6000, 3000, 3000]
     return whole
 
 

@@ -99,7 +99,7 @@ class Browser:
 
     def until_idle(self) -> None:
         """Wait until the box takes questions."""
-        self.one("#box .submit-button")
+        self.until(lambda: self.all("body:not(.clearing) #box .submit-button"))
 
     def type(self, text: str) -> None:
         """Type into the box with keyboard events; a line feed is the key that sends."""

@@ -167,6 +167,44 @@ def test_escape_stops_an_answer_and_keeps_its_beginning(browser: Browser, engine
     assert texts(last(engine)) == ["What?", "Only ", "Go on"]
 
 
+def test_nothing_else_is_asked_while_an_answer_is_written(browser: Browser, engine: ScriptedEngine) -> None:
+    engine.items, engine.hangs = answer("Only ", "this")[:1], True
+    browser.type("What?\n")
+    browser.until_shown("Only")
+    browser.type("And now?\n")
+    buttons = {button.get_attribute("aria-label") for button in browser.all("#talk button") if button.is_displayed()}
+    assert buttons == {"Clear", "Copy message"}
+    browser.one("body").send_keys(Keys.ESCAPE)
+    browser.until_idle()
+    assert len(engine.requests) == 1
+    engine.items, engine.hangs = answer("All", "."), False
+    # What was typed is still there.
+    browser.type("\n")
+    browser.until_shown("All.")
+    assert texts(last(engine)) == ["What?", "Only ", "And now?"]
+
+
+@pytest.mark.parametrize("sends", ["click", "key"])
+def test_no_question_overtakes_the_clearing_of_the_conversation(
+    browser: Browser, engine: ScriptedEngine, sends: str
+) -> None:
+    browser.one("#talk .example").click()
+    browser.until_shown("A red circle.")
+    browser.until_idle()
+    browser.type("Fresh?")
+    key = "new KeyboardEvent('keydown', {key: 'Enter', bubbles: true, cancelable: true})"
+    send = "submit.click()" if sends == "click" else f"area.dispatchEvent({key})"
+    browser.driver.execute_script(
+        "const [clear, submit, area] = ['#talk button[aria-label=\"Clear\"]', '#box .submit-button', '#box textarea']"
+        f".map(each => document.querySelector(each)); clear.click(); {send}"
+    )
+    browser.until_idle()
+    assert len(engine.requests) == 1
+    browser.type("\n")
+    browser.until_shown("A red circle.")
+    assert texts(last(engine)) == ["Fresh?"]
+
+
 def test_closing_the_browser_cancels_its_request(url: str, engine: ScriptedEngine) -> None:
     engine.items, engine.hangs = answer("Only ", "this")[:1], True
     with browsing() as browser:
@@ -218,6 +256,7 @@ def test_regenerating_editing_and_clearing(browser: Browser, engine: ScriptedEng
     browser.type("Fresh")
     browser.press("Clear")
     browser.one("#talk .example")
+    browser.until_idle()
     # What was being typed is still there.
     browser.type("?\n")
     browser.until_shown("A blue square.")
