@@ -25,9 +25,9 @@ from typing import Any
 
 from benchmarks.machine import describe_machine
 from benchmarks.ports import free_port
-from deployments.launch_plan import plan_launch
-from deployments.launcher import LocalService
-from deployments.load_balancer import LoadBalancer
+from deployments.launch.launcher import LocalService
+from deployments.launch.load_balancer import LoadBalancer
+from deployments.launch.plan import plan_launch
 from llava_core.client import Client
 from llava_core.client.messages import user_message
 from llava_core.client.requests import chat_body

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from deployments.affinity import by_preference
+from deployments.graph.affinity import by_preference
 from llava_core.lru import LruCache
 
 NUM_PICTURES = 200

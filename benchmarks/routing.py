@@ -27,14 +27,14 @@ import yaml
 from benchmarks.__main__ import make_picture
 from benchmarks.machine import describe_machine
 from benchmarks.ports import free_port
+from deployments.commands.top import Page, read_page
 from deployments.metrics import CACHE_HITS, CACHE_MISSES, FINISHED, PREFIX_HIT_TOKENS, PROMPT_TOKENS, ROUTED
-from deployments.top import Page, read_page
 from llava_core.client import Client
 
 NUM_TOKENS = 16
 STAGES = {"preprocessor": "Preprocessor", "vision_encoder": "VisionEncoder", "generator": "Generator"}
 ROUTERS = {
-    "prefers a replica": "deployments.routing.AffinityRouter",
+    "prefers a replica": "deployments.graph.routing.AffinityRouter",
     "Serve's own": "ray.serve._private.request_router:PowerOfTwoChoicesRequestRouter",
 }
 

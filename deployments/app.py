@@ -12,10 +12,9 @@ from ray import serve
 from ray.serve import Application, Deployment
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
-from deployments.handoff import Handoff, RayHandoff
-from deployments.llava_protocol.settings import LlavaProtocolArgs
-from deployments.placement import nodes_of, stages_of, unplaceable
-from deployments.preflight import check_checkpoints, share_towers
+from deployments.graph.handoff import Handoff, RayHandoff
+from deployments.launch.placement import nodes_of, stages_of, unplaceable
+from deployments.launch.preflight import check_checkpoints, share_towers
 from deployments.replicas import (
     GatewayReplica,
     GeneratorReplica,
@@ -24,8 +23,9 @@ from deployments.replicas import (
     WorkerTableReplica,
     adopt_serve_logging,
 )
-from deployments.settings import AppArgs
-from deployments.stage_settings import StageArgs
+from deployments.settings.app import AppArgs
+from deployments.settings.llava_protocol import LlavaProtocolArgs
+from deployments.settings.stages import StageArgs
 from llava_core.checkpoints.found import FoundCheckpoint
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 _SHUTDOWN_S = 180.0
 # Bounds how long a killed replica still counts as able to serve; Serve's default is 10 s.
 _HEALTH_CHECK_S = 2.0
-_ROUTER = "deployments.routing.AffinityRouter"
+_ROUTER = "deployments.graph.routing.AffinityRouter"
 _POLICY = "deployments.scaling:LoadPolicy"
 # How often within the look-back period replicas and gateways report their load to the controller.
 _LOOKS = 5

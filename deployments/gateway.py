@@ -19,30 +19,30 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from deployments.access import Access, KeyRing, charged
-from deployments.answer import Answer, model_body
-from deployments.answering import Reply, refusal, respond
-from deployments.bodies import Lease
-from deployments.chat_request import read_chat_request
-from deployments.chat_response import ChatAnswer
-from deployments.completion_request import read_completion_request
-from deployments.completion_response import CompletionAnswer
+from deployments.access.authorization import Access, KeyRing, charged
 from deployments.errors import DeadlineError
-from deployments.http_errors import HttpError, describe, describe_http, error_response
-from deployments.in_flight import InFlight
-from deployments.intake import Intake, Reader
+from deployments.http.bodies import Lease
+from deployments.http.errors import HttpError, describe, describe_http, error_response
+from deployments.http.in_flight import InFlight
+from deployments.http.intake import Intake, Reader
+from deployments.http.request_ids import REQUEST_ID_HEADER, RequestIds
+from deployments.http.request_metrics import CLIENT_CLOSED_REQUEST, RequestMetrics, metered
 from deployments.llava_protocol.routes import LlavaProtocol, ProtocolSetup
 from deployments.messages import Item, Rejected, StageHealth
 from deployments.metrics import Recorder, Unrecorded
+from deployments.openai_api.answer import Answer, model_body
+from deployments.openai_api.answering import Reply, refusal, respond
+from deployments.openai_api.chat_request import read_chat_request
+from deployments.openai_api.chat_response import ChatAnswer
+from deployments.openai_api.completion_request import read_completion_request
+from deployments.openai_api.completion_response import CompletionAnswer
+from deployments.openai_api.reply_form import ReadRequest
+from deployments.openai_api.side_by_side import side_by_side
+from deployments.openai_api.tokenize_request import read_detokenize_request, read_tokenize_request, tokenized_body
 from deployments.openapi import describe_api
-from deployments.reply_form import ReadRequest
-from deployments.request_ids import REQUEST_ID_HEADER, RequestIds
-from deployments.request_metrics import CLIENT_CLOSED_REQUEST, RequestMetrics, metered
 from deployments.served_models import EngineClient, ServedModels
-from deployments.settings import LimitArgs
-from deployments.side_by_side import side_by_side
-from deployments.tokenize_request import read_detokenize_request, read_tokenize_request, tokenized_body
-from deployments.upstream import Forwarding, Upstream
+from deployments.settings.app import LimitArgs
+from deployments.upstreams.upstream import Forwarding, Upstream
 from llava_core.errors import LlavaError, OverloadedError, RequestError, UnknownNameError
 
 

@@ -13,7 +13,7 @@ from dataclasses import replace
 from itertools import count
 from typing import TYPE_CHECKING
 
-from deployments.handoff import Handoff
+from deployments.graph.handoff import Handoff
 from deployments.messages import Elapsed, Encoded, Item, Prepared, Rejected, engine_request
 from deployments.metrics import (
     IMAGE_TOKENS,

@@ -16,14 +16,14 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 from starlette.routing import Route
 
-from deployments.chat_schema import ChatBody
-from deployments.completion_request import CompletionBody
-from deployments.deadlines import TIMEOUT_HEADER
+from deployments.http.deadlines import TIMEOUT_HEADER
+from deployments.http.request_ids import REQUEST_ID_HEADER, SOUND_ID
 from deployments.llava_protocol.generation import GenerationBody
 from deployments.llava_protocol.routes import AddressBody, HeartBeatBody, RegisterBody
 from deployments.llava_protocol.streaming import MEDIA_TYPE
-from deployments.request_ids import REQUEST_ID_HEADER, SOUND_ID
-from deployments.tokenize_request import DetokenizeBody, TokenizeBody
+from deployments.openai_api.chat_schema import ChatBody
+from deployments.openai_api.completion_request import CompletionBody
+from deployments.openai_api.tokenize_request import DetokenizeBody, TokenizeBody
 
 Json = dict[str, Any]
 _REFERENCE = "#/components/schemas/{model}"

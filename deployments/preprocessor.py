@@ -12,11 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from deployments.fetch import Fetcher
 from deployments.messages import Elapsed, Prepared, Rejected
 from deployments.metrics import QUEUE_WAIT, STAGE_DURATION, Recorder, Unrecorded, cache_readings, record_handed_over
-from deployments.settings import FetchArgs
-from deployments.upstream_pictures import PortableImage, portable_images
+from deployments.outgoing.fetch import Fetcher
+from deployments.settings.app import FetchArgs
+from deployments.upstreams.pictures import PortableImage, portable_images
 from deployments.watchdog import Watchdog
 from llava_core.errors import LlavaError
 from llava_core.images.loading import ImageLimits

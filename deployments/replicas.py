@@ -18,31 +18,31 @@ from typing import TYPE_CHECKING
 import ray
 from ray.serve.context import _get_global_client
 
-from deployments.access import KeyRing
+from deployments.access.authorization import KeyRing
+from deployments.access.exposure import ENTRANCE_VARIABLE, check_exposure
 from deployments.allocator import give_back_large_buffers
-from deployments.exposure import ENTRANCE_VARIABLE, check_exposure
-from deployments.fetch import Fetcher
 from deployments.gateway import Gateway
 from deployments.generator import Generator
-from deployments.handoff import Handoff
+from deployments.graph.handoff import Handoff
+from deployments.graph.pipeline import PictureStage, Pipeline
+from deployments.graph.quarantine import Quarantine
+from deployments.graph.signs_of_life import StillHere, with_signs
+from deployments.graph.stage_call import Handle
+from deployments.graph.stage_status import StageStatus, name_for_clients
 from deployments.llava_protocol.routes import ProtocolSetup
-from deployments.llava_protocol.settings import WorkerArgs
 from deployments.llava_protocol.shared_table import SharedTable
 from deployments.llava_protocol.table import WorkerTable
 from deployments.messages import Item
 from deployments.metrics import RayRecorder, engine_readings
-from deployments.model_settings import ModelArgs
-from deployments.pipeline import PictureStage, Pipeline
+from deployments.outgoing.fetch import Fetcher
 from deployments.preprocessor import Preprocessor
-from deployments.quarantine import Quarantine
-from deployments.settings import AppArgs
-from deployments.signs_of_life import StillHere, with_signs
-from deployments.stage_call import Handle
-from deployments.stage_settings import StageArgs, VisionEncoderArgs
-from deployments.stage_status import StageStatus, name_for_clients
+from deployments.settings.app import AppArgs
+from deployments.settings.llava_protocol import WorkerArgs
+from deployments.settings.models import ModelArgs
+from deployments.settings.stages import StageArgs, VisionEncoderArgs
+from deployments.settings.upstreams import read_key, trusted
 from deployments.startup import Startup
-from deployments.upstream import Upstream
-from deployments.upstream_settings import read_key, trusted
+from deployments.upstreams.upstream import Upstream
 from deployments.vision_encoder import VisionEncoder
 from llava_core.checkpoints.found import FoundCheckpoint
 from llava_core.lru import LruCache

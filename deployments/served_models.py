@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import Protocol
 
-from deployments.answer import Answer
-from deployments.intake import Reader
+from deployments.http.intake import Reader
 from deployments.messages import Item, Rejected
-from deployments.reply_form import ReadRequest
-from deployments.schema import parse_body
-from deployments.upstream import Forwarding, Upstream
-from deployments.upstream_request import ModelName
+from deployments.openai_api.answer import Answer
+from deployments.openai_api.reply_form import ReadRequest
+from deployments.openai_api.schema import parse_body
+from deployments.upstreams.request import ModelName
+from deployments.upstreams.upstream import Forwarding, Upstream
 from llava_core.errors import RequestError, UnknownNameError
 from llava_core.prompts.tokenize import Tokenized
 from llava_core.request_limits import RequestLimits

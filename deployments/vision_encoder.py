@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from deployments.busy import BusyTime
-from deployments.handoff import Handoff
+from deployments.graph.handoff import Handoff
 from deployments.messages import Encoded, PackedFeatures, Prepared, Rejected, pack, without_tiles
 from deployments.metrics import (
     IMAGES,

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from deployments.commands.top import ONGOING, QUEUED
 from deployments.metrics import EXPORTED_PREFIX, METRICS, Counter, Histogram
-from deployments.top import ONGOING, QUEUED
 
 DASHBOARD = json.loads((Path(__file__).parents[1] / "cluster/grafana/llava-serve.json").read_text(encoding="utf-8"))
 KNOWN = {EXPORTED_PREFIX + metric.name: metric for metric in (*METRICS, ONGOING, QUEUED)}

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.hosts.network import Host, HostNetwork, HostsError
-from deployments.config_file import IMPORT_PATH
-from deployments.environment import CLUSTER_ENVIRONMENT
+from deployments.launch.config_file import IMPORT_PATH
+from deployments.launch.environment import CLUSTER_ENVIRONMENT
 
 ROOT = Path(__file__).parents[2]
 RAY = (sys.executable, "-m", "ray.scripts.scripts")

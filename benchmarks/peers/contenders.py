@@ -22,7 +22,7 @@ import psutil
 from benchmarks.__main__ import wait_until_healthy
 from benchmarks.peers import vllm_setup
 from benchmarks.ports import free_port
-from deployments.processes import descendants, end
+from deployments.launch.processes import descendants, end
 
 ROOT = Path(__file__).parents[2]
 OURS, VLLM, TRANSFORMERS = "llava-serve", "vLLM", "transformers serve"

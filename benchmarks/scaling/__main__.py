@@ -108,8 +108,8 @@ def serving(cluster: Cluster, port: int) -> Iterator[None]:
     import ray
     from ray import serve
 
-    from deployments.config_file import DEFAULT_CONFIG
-    from deployments.deploying import deploy, serve_schema, watch
+    from deployments.launch.config_file import DEFAULT_CONFIG
+    from deployments.launch.deploying import deploy, serve_schema, watch
 
     (application,) = DEFAULT_CONFIG["applications"]
     config = {**DEFAULT_CONFIG, "applications": [{**application, "args": ARGS}]}

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.ports import free_port
-from deployments.environment import ENVIRONMENT
-from deployments.processes import descendants, end
+from deployments.launch.environment import ENVIRONMENT
+from deployments.launch.processes import descendants, end
 
 _HEAD, _WORKER = "ray.head.default", "worker"
 # The provider's class by its import path: for its short name, Ray looks for a missing file of defaults.

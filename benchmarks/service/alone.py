@@ -18,8 +18,8 @@ from functools import cache
 from pathlib import Path
 
 from benchmarks.peers.load import Answer
-from deployments.chat_request import read_chat_request
-from deployments.model_settings import ModelArgs
+from deployments.openai_api.chat_request import read_chat_request
+from deployments.settings.models import ModelArgs
 from llava_core.engine.async_engine import AsyncEngine
 from llava_core.inference import LocalModel
 from llava_core.stages.loading import TORCH_ENVIRONMENT, in_thread_of_its_own, set_up_compute

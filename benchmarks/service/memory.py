@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 
 from benchmarks.peers.contenders import part_of
-from deployments.top import STORED, Page
+from deployments.commands.top import STORED, Page
 
 # The growth over the whole load that still counts as flat: allocators return memory when they like.
 ALLOWED_MIB, ALLOWED_SHARE = 4.0, 0.02

@@ -31,8 +31,8 @@ from benchmarks.service.bars import Bar
 from benchmarks.service.hangups import all_are_free, seconds_to_free
 from benchmarks.service.mix import MOST_ANSWERS, Ask, Mix, Outcome, judge
 from benchmarks.service.start import Service, serving
+from deployments.commands.top import ONGOING, QUEUED, Page
 from deployments.metrics import BLOCKS, ERRORS, HTTP_REQUESTS, PREEMPTIONS, RUNNING, WAITING
-from deployments.top import ONGOING, QUEUED, Page
 
 FREED_S = 1.0
 _BUSY = 0.7

@@ -26,8 +26,8 @@ from benchmarks.ports import free_port
 from benchmarks.service.alone import EngineAlone
 from benchmarks.service.bars import Bar
 from benchmarks.service.start import checkpoint
-from deployments.launch_plan import plan_launch
-from deployments.launcher import LocalService
+from deployments.launch.launcher import LocalService
+from deployments.launch.plan import plan_launch
 
 _CLIENTS, _PICTURES = 8, 2
 _LENGTHS = (32, 96)

@@ -16,8 +16,8 @@ from typing import Any
 from benchmarks.peers.checkpoints import SHAPES, write_checkpoint
 from benchmarks.peers.contenders import Server, ours, running
 from benchmarks.ports import free_port
-from deployments.config_file import DEFAULT_CONFIG
-from deployments.top import Page, read_page
+from deployments.commands.top import Page, read_page
+from deployments.launch.config_file import DEFAULT_CONFIG
 from llava_core.checkpoints.files import DEFAULT_MODEL
 
 

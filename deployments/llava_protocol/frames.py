@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 from deployments.errors import StageLostError, StageUnavailableError, WorkerFailedError
-from deployments.http_errors import describe, error_body
+from deployments.http.errors import describe, error_body
 from llava_core.errors import UnknownNameError
 
 SERVER_ERROR = "**NETWORK ERROR DUE TO HIGH TRAFFIC. PLEASE REGENERATE OR REFRESH THIS PAGE.**"

@@ -11,8 +11,8 @@ from typing import Any
 
 from pydantic import ConfigDict, Field
 
-from deployments.sampling_schema import WHOLE_BOUND, Stop, read_stops
-from deployments.schema import Body, parse_body
+from deployments.openai_api.sampling_schema import WHOLE_BOUND, Stop, read_stops
+from deployments.openai_api.schema import Body, parse_body
 from llava_core.images.loading import decode_base64
 from llava_core.request_limits import RequestLimits, check_rendered
 from llava_core.types import ImagePart, RenderedRequest, SamplingParams

@@ -13,11 +13,11 @@ from collections.abc import AsyncGenerator, Awaitable, Collection, Sequence
 from contextlib import aclosing
 
 from deployments.errors import StageLostError, StageUnavailableError, WorkerFailedError
+from deployments.http.request_context import current_request
 from deployments.llava_protocol.frames import Frame
 from deployments.llava_protocol.table import Worker, Workers
 from deployments.llava_protocol.worker_client import WorkerClient, WorkerStatus, canonical
 from deployments.metrics import TIME_TO_FIRST_TOKEN, WORKER_FAILURES, Recorder
-from deployments.request_context import current_request
 from llava_core.errors import UnknownNameError
 
 logger = logging.getLogger(__name__)

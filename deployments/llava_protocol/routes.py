@@ -21,23 +21,23 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from deployments.access import charge, charged
-from deployments.answering import settled
-from deployments.bodies import BodyBudget, Lease, read_body
-from deployments.deadlines import Deadline
-from deployments.http_errors import describe, error_response
-from deployments.intake import Intake
+from deployments.access.authorization import charge, charged
+from deployments.http.bodies import BodyBudget, Lease, read_body
+from deployments.http.deadlines import Deadline
+from deployments.http.errors import describe, error_response
+from deployments.http.intake import Intake
+from deployments.http.request_context import current_request
+from deployments.http.request_metrics import metered
 from deployments.llava_protocol.frames import SERVER_ERROR, ErrorCode, Frame, error_frame
 from deployments.llava_protocol.generation import Echo, LegacyRequest, read_generation
 from deployments.llava_protocol.registrar import Registrar
-from deployments.llava_protocol.settings import LlavaProtocolArgs
 from deployments.llava_protocol.streaming import REFUSALS, from_items, respond, told, too_long
 from deployments.llava_protocol.table import Workers, WorkerTable
 from deployments.llava_protocol.worker_client import FORWARDED_HEADER, WorkerClient, WorkerStatus
 from deployments.metrics import Recorder
-from deployments.request_context import current_request
-from deployments.request_metrics import metered
-from deployments.schema import Body, parse_body
+from deployments.openai_api.answering import settled
+from deployments.openai_api.schema import Body, parse_body
+from deployments.settings.llava_protocol import LlavaProtocolArgs
 from llava_core.errors import LlavaError, RequestError, UnknownNameError
 
 if TYPE_CHECKING:

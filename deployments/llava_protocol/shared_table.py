@@ -12,8 +12,8 @@ from typing import Any
 from ray.serve.handle import DeploymentHandle
 
 from deployments.errors import StageUnavailableError
+from deployments.graph.ray_errors import ray_errors_as_ours
 from deployments.llava_protocol.table import Worker
-from deployments.ray_errors import ray_errors_as_ours
 
 # Serve itself would wait indefinitely for a replica.
 _ANSWER_S = 2.0

@@ -11,13 +11,13 @@ from contextlib import aclosing
 
 from starlette.responses import Response
 
-from deployments.answering import PieceStream, first_of
 from deployments.errors import DeadlineError, RequestTimeoutError, RequestTooLargeError
-from deployments.http_errors import describe, error_response
+from deployments.http.errors import describe, error_response
+from deployments.http.request_context import current_request
 from deployments.llava_protocol.frames import LENGTH_EXCEEDED, Frame, encode, error_frame
 from deployments.llava_protocol.generation import Echo
 from deployments.messages import Item, Rejected, is_last
-from deployments.request_context import current_request
+from deployments.openai_api.answering import PieceStream, first_of
 from llava_core.errors import LlavaError, OverloadedError, PromptTooLongError
 
 # Not a text type, which a proxy might buffer by lines.

@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from deployments.llava_protocol.settings import WorkerArgs
 from deployments.metrics import REGISTERED_WORKERS, Reading, Recorder, Unrecorded
+from deployments.settings.llava_protocol import WorkerArgs
 
 logger = logging.getLogger(__name__)
 # As in the reference: if the total speed is lower, no worker is chosen.

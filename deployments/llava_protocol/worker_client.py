@@ -13,12 +13,12 @@ from contextlib import asynccontextmanager
 import httpx
 from pydantic import BaseModel, Field, ValidationError
 
-from deployments.addresses import parse_address
-from deployments.bounded import read_up_to
 from deployments.errors import PermissionDeniedError, WorkerFailedError
 from deployments.llava_protocol.frames import Frame, FrameReader
-from deployments.llava_protocol.settings import WorkerArgs
-from deployments.outgoing import NoAddressError, Outgoing, Resolve, resolve_host
+from deployments.outgoing.addresses import parse_address
+from deployments.outgoing.bounded import read_up_to
+from deployments.outgoing.connections import NoAddressError, Outgoing, Resolve, resolve_host
+from deployments.settings.llava_protocol import WorkerArgs
 from llava_core.errors import ImageError, RequestError
 
 # A service that receives this header does not forward the request: two services registered with each other would

@@ -17,9 +17,9 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.scripts.scripts import drain_node
 from ray.serve.schema import ServeDeploySchema
 
-from deployments.exposure import check_exposure
-from deployments.keys_cli import keys
-from deployments.settings import AppArgs
+from deployments.access.exposure import check_exposure
+from deployments.commands.keys import keys
+from deployments.settings.app import AppArgs
 from tests.cluster.files import CLUSTER, ENVIRONMENT_FILE, KUBERNETES, ROOT, document, documents, environment
 
 CONFIGS = [CLUSTER / "serve_config.yaml", KUBERNETES / "gpu/serve_config.yaml"]
@@ -50,7 +50,7 @@ def test_serve_builds_a_configuration_of_the_application(tmp_path: Path) -> None
     (tmp_path / "bound.py").write_text(
         "import pathlib, yaml\n"
         "from deployments.app import build_app\n"
-        "from deployments.settings import AppArgs\n"
+        "from deployments.settings.app import AppArgs\n"
         "settings = yaml.safe_load(pathlib.Path(__file__).with_name('settings.yaml').read_text())\n"
         "app = build_app(AppArgs.model_validate(settings))\n"
     )

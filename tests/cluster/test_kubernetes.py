@@ -16,8 +16,8 @@ from cluster.batch.capacity import check_capacity
 from cluster.batch.errors import CapacityError
 from cluster.batch.pipeline import READ_CPUS
 from cluster.batch.settings import read_stages
-from deployments.environment import CLUSTER_ENVIRONMENT
-from deployments.load_balancer import LoadBalancer
+from deployments.launch.environment import CLUSTER_ENVIRONMENT
+from deployments.launch.load_balancer import LoadBalancer
 from tests.cluster.files import (
     CLUSTER,
     KUBERNETES,

@@ -10,11 +10,11 @@ from starlette.testclient import TestClient
 
 from deployments.app import bind_stages
 from deployments.gateway import Gateway
-from deployments.handoff import LocalHandoff
-from deployments.pipeline import Pipeline
-from deployments.preflight import check_checkpoints, share_towers
-from deployments.settings import AppArgs, LimitArgs
-from deployments.stage_settings import GeneratorArgs, VisionEncoderArgs
+from deployments.graph.handoff import LocalHandoff
+from deployments.graph.pipeline import Pipeline
+from deployments.launch.preflight import check_checkpoints, share_towers
+from deployments.settings.app import AppArgs, LimitArgs
+from deployments.settings.stages import GeneratorArgs, VisionEncoderArgs
 from tests.deployments.fakes import all_ready
 from tests.deployments.service import long_checkpoint
 

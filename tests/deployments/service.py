@@ -20,8 +20,8 @@ import openai
 import yaml
 
 from benchmarks.ports import free_port
-from deployments.processes import Process, descendants, end
-from deployments.top import Page, read_page
+from deployments.commands.top import Page, read_page
+from deployments.launch.processes import Process, descendants, end
 from tests.deployments.pictures import data_url
 from tests.tiny import edit_json
 

@@ -9,7 +9,7 @@ import httpx
 import openai
 import pytest
 
-from deployments.api_keys import ApiKey, editing, hash_key, make_key
+from deployments.access.api_keys import ApiKey, editing, hash_key, make_key
 from tests.deployments.pictures import plain
 from tests.deployments.service import Running, messages, serving, until
 

@@ -12,11 +12,11 @@ from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 from starlette.testclient import TestClient
 
 from deployments.app import build_app, build_graph
-from deployments.handoff import LocalHandoff
-from deployments.preflight import check_checkpoints, share_towers
-from deployments.routing import AffinityRouter
-from deployments.settings import AppArgs
-from deployments.stage_settings import GatewayArgs, PreprocessorArgs, RequestScaling
+from deployments.graph.handoff import LocalHandoff
+from deployments.graph.routing import AffinityRouter
+from deployments.launch.preflight import check_checkpoints, share_towers
+from deployments.settings.app import AppArgs
+from deployments.settings.stages import GatewayArgs, PreprocessorArgs, RequestScaling
 from llava_core.checkpoints.found import FoundCheckpoint
 from llava_core.errors import CheckpointError
 from llava_core.inference import LocalModel

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from deployments.chat_schema import ChatBody
-from deployments.completion_request import CompletionBody
+from deployments.openai_api.chat_schema import ChatBody
+from deployments.openai_api.completion_request import CompletionBody
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 BASES: dict[str, dict[str, Any]] = {

@@ -15,9 +15,9 @@ import pytest
 import uvicorn
 from starlette.testclient import TestClient
 
-from deployments.access import KeyRing
+from deployments.access.authorization import KeyRing
 from deployments.gateway import Gateway
-from deployments.settings import LimitArgs
+from deployments.settings.app import LimitArgs
 from tests.deployments.fakes import ScriptedEngine, all_ready, answer
 from tests.deployments.pictures import plain
 

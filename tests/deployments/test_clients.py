@@ -14,7 +14,7 @@ import uvicorn
 from starlette.testclient import TestClient
 
 from benchmarks.ports import free_port
-from deployments.settings import AppArgs
+from deployments.settings.app import AppArgs
 from tests.deployments.pictures import data_url, plain
 from tests.deployments.service import content, messages, until
 

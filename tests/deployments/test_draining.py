@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from benchmarks.ports import free_port
-from deployments.processes import descendants, name_of
+from deployments.launch.processes import descendants, name_of
 from tests.deployments.pictures import plain
 from tests.deployments.service import (
     alive,

@@ -13,8 +13,8 @@ import httpx
 import psutil
 import pytest
 
+from deployments.graph.signs_of_life import SILENCE_S
 from deployments.metrics import RETRIES
-from deployments.signs_of_life import SILENCE_S
 from llava_core.client import Client
 from tests.deployments.pictures import plain
 from tests.deployments.service import Running, content, events, long_checkpoint, messages, read_until, serving, until

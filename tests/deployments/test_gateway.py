@@ -15,7 +15,7 @@ from starlette.testclient import TestClient
 from deployments.errors import StageLostError
 from deployments.gateway import Gateway
 from deployments.messages import Item, Rejected, StageHealth
-from deployments.settings import LimitArgs
+from deployments.settings.app import LimitArgs
 from llava_core.errors import EngineError, OverloadedError, RequestError
 from llava_core.types import AnyRequest, CompletionRequest, GenerationRequest, TokenDelta
 from tests.deployments.conftest import LIMITS
@@ -155,7 +155,7 @@ def test_only_unexpected_errors_are_logged_with_a_traceback(caplog: pytest.LogCa
         _post(ScriptedEngine([OverloadedError("full", limit="engine")]))
         assert caplog.records == []
         _post(ScriptedEngine([ZeroDivisionError("oops")]))
-    assert [record.name for record in caplog.records] == ["deployments.answering"]
+    assert [record.name for record in caplog.records] == ["deployments.openai_api.answering"]
 
 
 def test_errors_count_messages_including_the_system_message() -> None:

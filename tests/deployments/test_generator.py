@@ -14,10 +14,10 @@ import torch
 
 from deployments.errors import StageLostError
 from deployments.generator import Generator
-from deployments.handoff import LocalHandoff
+from deployments.graph.handoff import LocalHandoff
 from deployments.messages import Elapsed, Encoded, Item, PackedFeatures, Prepared, Rejected, is_last, pack
 from deployments.metrics import IMAGE_TOKENS, PREFIX_HIT_TOKENS, PROMPT_TOKENS, QUEUE_WAIT, STAGE_DURATION
-from deployments.stage_settings import GeneratorArgs
+from deployments.settings.stages import GeneratorArgs
 from llava_core.checkpoints.load import LoadOptions, load_language_side
 from llava_core.checkpoints.tokenizer import load_tokenizer
 from llava_core.engine.async_engine import AsyncEngine

@@ -11,7 +11,7 @@ import openai
 import pytest
 from starlette.testclient import TestClient
 
-from deployments.settings import AppArgs
+from deployments.settings.app import AppArgs
 from llava_core.checkpoints.load import LoadOptions
 from llava_core.inference import LocalModel
 from llava_core.types import (

@@ -21,10 +21,10 @@ from starlette.routing import Route
 from starlette.testclient import TestClient
 
 from deployments.gateway import Gateway
-from deployments.http_errors import TABLE, HttpError
+from deployments.http.errors import TABLE, HttpError
 from deployments.messages import Item, Rejected
 from deployments.openapi import OPERATIONS, describe_api
-from deployments.settings import LimitArgs
+from deployments.settings.app import LimitArgs
 from llava_core.checkpoints.describe import load_preparer
 from llava_core.errors import LlavaError
 from llava_core.prepare import Preparer

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from deployments.fetch import Fetcher
 from deployments.messages import Prepared, Rejected
 from deployments.metrics import (
     CACHE_BYTES,
@@ -20,9 +19,10 @@ from deployments.metrics import (
     QUEUE_WAIT,
     STAGE_DURATION,
 )
+from deployments.outgoing.fetch import Fetcher
 from deployments.preprocessor import Preprocessor
-from deployments.settings import FetchArgs
-from deployments.upstream_pictures import PortableImage
+from deployments.settings.app import FetchArgs
+from deployments.upstreams.pictures import PortableImage
 from llava_core.checkpoints.describe import load_preparer
 from llava_core.errors import EngineError, ImageError, RequestError
 from llava_core.images.loading import ImageLimits

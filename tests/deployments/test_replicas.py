@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 from deployments import replicas
-from deployments.exposure import ENTRANCE_VARIABLE, ExposureError
-from deployments.handoff import LocalHandoff
+from deployments.access.exposure import ENTRANCE_VARIABLE, ExposureError
+from deployments.graph.handoff import LocalHandoff
 from deployments.replicas import (
     GatewayReplica,
     PreprocessorReplica,
@@ -16,8 +16,8 @@ from deployments.replicas import (
     adopt_serve_logging,
     num_gpus,
 )
-from deployments.settings import AppArgs
-from deployments.stage_settings import VisionEncoderArgs
+from deployments.settings.app import AppArgs
+from deployments.settings.stages import VisionEncoderArgs
 from llava_core.checkpoints.found import FoundCheckpoint
 from llava_core.errors import CheckpointError
 from tests.tiny import edit_json

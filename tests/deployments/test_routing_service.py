@@ -12,8 +12,8 @@ from typing import Any
 import httpx
 import pytest
 
+from deployments.commands.top import Page
 from deployments.metrics import CACHE_HITS, CACHE_MISSES, FINISHED, PREFIX_HIT_TOKENS, ROUTED, Metric
-from deployments.top import Page
 from llava_core.checkpoints.load import LoadOptions
 from llava_core.inference import LocalModel
 from llava_core.types import GenerationRequest, ImagePart, Message, SamplingParams, TextPart

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 
-from deployments.chat_request import read_chat_request
-from deployments.chat_response import ChatAnswer
+from deployments.openai_api.chat_request import read_chat_request
+from deployments.openai_api.chat_response import ChatAnswer
 from deployments.served_models import ServedModels
-from deployments.upstream import Forwarding, Upstream
-from deployments.upstream_settings import UpstreamArgs
+from deployments.settings.upstreams import UpstreamArgs
+from deployments.upstreams.upstream import Forwarding, Upstream
 from llava_core.errors import RequestError, UnknownNameError
 from llava_core.request_limits import RequestLimits
 from tests.deployments.fakes import ScriptedEngine

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from benchmarks.ports import free_port
-from deployments.processes import descendants
+from deployments.launch.processes import descendants
 from llava_core.checkpoints.load import LoadOptions
 from llava_core.inference import LocalModel
 from llava_core.scenes.draw import draw_scene

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from deployments.commands.top import Change, screen
 from deployments.metrics import CACHE_HITS, CACHE_MISSES, TIME_TO_FIRST_TOKEN
-from deployments.top import Change, screen
 from llava_core.checkpoints.load import LoadOptions
 from llava_core.inference import LocalModel
 from llava_core.types import CompletionRequest, GenerationRequest, ImagePart, Message, SamplingParams, TextPart

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import uvicorn
 
-from deployments.load_balancer import LoadBalancer, local_host
+from deployments.launch.load_balancer import LoadBalancer, local_host
 from tests.deployments.service import until
 
 # HAProxy itself responds to this with 404; the server behind it would serve the path.

@@ -11,9 +11,9 @@ import httpx
 import openai
 import pytest
 
+from deployments.commands.top import Change, Page, screen
+from deployments.launch.processes import descendants
 from deployments.metrics import RUNNING, UPSTREAM_REQUESTS, UPSTREAM_TOKENS, UPSTREAM_UP
-from deployments.processes import descendants
-from deployments.top import Change, Page, screen
 from tests.deployments.pictures import data_url, plain
 from tests.deployments.service import Running, content, events, long_checkpoint, messages, serving, until
 

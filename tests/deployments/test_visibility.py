@@ -10,6 +10,7 @@ import httpx
 import pytest
 from click.testing import CliRunner
 
+from deployments.commands.top import Page, top
 from deployments.metrics import (
     CACHE_HITS,
     CACHE_MISSES,
@@ -28,7 +29,6 @@ from deployments.metrics import (
     TIME_TO_FIRST_TOKEN,
     Histogram,
 )
-from deployments.top import Page, top
 from tests.deployments.pictures import plain, unusable
 from tests.deployments.service import Running, content, events, messages, serving, until
 from tests.tiny import IMAGE_TOKENS as TOKENS_OF_A_PICTURE

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from deployments.handoff import LocalHandoff
+from deployments.graph.handoff import LocalHandoff
 from deployments.messages import Elapsed, Encoded, Prepared, Rejected, unpack
 from deployments.metrics import (
     CACHE_BYTES,
@@ -22,7 +22,7 @@ from deployments.metrics import (
     QUEUE_WAIT,
     STAGE_DURATION,
 )
-from deployments.stage_settings import VisionEncoderArgs
+from deployments.settings.stages import VisionEncoderArgs
 from deployments.vision_encoder import VisionEncoder
 from llava_core.checkpoints.load import LoadOptions, load_tower
 from llava_core.errors import EngineError, ImageError

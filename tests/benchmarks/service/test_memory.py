@@ -7,7 +7,7 @@ import psutil
 import pytest
 
 from benchmarks.service.memory import OBJECTS, SHARED, Growth, growth, measure, stored, worst
-from deployments.top import Page
+from deployments.commands.top import Page
 
 
 def test_growth_is_fitted_for_processes_present_throughout() -> None:

@@ -7,8 +7,8 @@ import pytest
 
 from benchmarks.service.mix import SHARES, Ask, Mix, bad_requests, judge
 from benchmarks.service.pictures import PictureMaker
-from deployments.chat_request import read_chat_request
-from deployments.completion_request import read_completion_request
+from deployments.openai_api.chat_request import read_chat_request
+from deployments.openai_api.completion_request import read_completion_request
 from llava_core.errors import RequestError
 from llava_core.request_limits import RequestLimits
 

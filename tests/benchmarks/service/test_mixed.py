@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks.service.mix import Ask, Outcome
 from benchmarks.service.mixed import Seen, differing, figures, judge_load
-from deployments.top import Page
+from deployments.commands.top import Page
 from tests.deployments.service import FREQUENT_METRICS
 
 ROOT = Path(__file__).parents[3]

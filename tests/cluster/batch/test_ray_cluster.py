@@ -11,7 +11,7 @@ COPY = "ray/session_1/runtime_resources/working_dir_files/_ray_pkg_0123"
 
 
 def test_a_jobs_own_ray_has_the_same_environment_as_a_services() -> None:
-    from deployments.environment import ENVIRONMENT as OF_A_SERVICE
+    from deployments.launch.environment import ENVIRONMENT as OF_A_SERVICE
 
     assert ENVIRONMENT.items() <= OF_A_SERVICE.items()
 

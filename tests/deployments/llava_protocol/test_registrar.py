@@ -11,10 +11,10 @@ import pytest
 from deployments.errors import PermissionDeniedError, StageUnavailableError, WorkerFailedError
 from deployments.llava_protocol.frames import Frame
 from deployments.llava_protocol.registrar import Registrar
-from deployments.llava_protocol.settings import WorkerArgs
 from deployments.llava_protocol.table import Worker, Workers, WorkerTable
 from deployments.llava_protocol.worker_client import WorkerClient, WorkerStatus
 from deployments.metrics import TIME_TO_FIRST_TOKEN, WORKER_FAILURES
+from deployments.settings.llava_protocol import WorkerArgs
 from llava_core.errors import UnknownNameError
 from tests.deployments.fakes import FakeRecorder
 from tests.deployments.llava_protocol.original_worker import OriginalWorker, original_worker

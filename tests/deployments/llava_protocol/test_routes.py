@@ -13,16 +13,16 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from deployments.access import KeyRing
-from deployments.api_keys import ApiKey, editing, hash_key, make_key
+from deployments.access.api_keys import ApiKey, editing, hash_key, make_key
+from deployments.access.authorization import KeyRing
 from deployments.errors import StageLostError
 from deployments.gateway import Gateway
 from deployments.llava_protocol.frames import SERVER_ERROR
 from deployments.llava_protocol.routes import ProtocolSetup
-from deployments.llava_protocol.settings import LlavaProtocolArgs
 from deployments.messages import Rejected
 from deployments.metrics import ERRORS, HTTP_REQUESTS, TIME_TO_FIRST_TOKEN, WORKER_FAILURES
-from deployments.settings import LimitArgs
+from deployments.settings.app import LimitArgs
+from deployments.settings.llava_protocol import LlavaProtocolArgs
 from llava_core.errors import EngineError, OverloadedError, PromptTooLongError, RequestError
 from llava_core.types import RenderedRequest
 from tests.deployments.fakes import FakeRecorder, ScriptedEngine, all_ready, answer

@@ -8,9 +8,9 @@ from ray.serve.exceptions import DeploymentUnavailableError
 
 from deployments.errors import StageUnavailableError
 from deployments.llava_protocol import shared_table
-from deployments.llava_protocol.settings import WorkerArgs
 from deployments.llava_protocol.shared_table import SharedTable
 from deployments.llava_protocol.table import Worker, WorkerTable
+from deployments.settings.llava_protocol import WorkerArgs
 from tests.deployments.fakes import FakeHandle
 
 NAMES = ("register", "heart_beat", "choose", "release", "fail", "remove", "workers", "known")

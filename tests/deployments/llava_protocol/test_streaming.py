@@ -9,11 +9,11 @@ import pytest
 from starlette.types import Message
 
 from deployments.errors import DeadlineError, RequestTooLargeError, WorkerFailedError
+from deployments.http.request_context import request_context
 from deployments.llava_protocol.frames import SERVER_ERROR, Frame, error_frame
 from deployments.llava_protocol.generation import Echo
 from deployments.llava_protocol.streaming import from_items, respond, told, too_long
 from deployments.messages import Item, Rejected
-from deployments.request_context import request_context
 from llava_core.errors import EngineError, LlavaError, OverloadedError, PromptTooLongError, RequestError
 from llava_core.types import TokenDelta
 from tests.deployments.fakes import answer

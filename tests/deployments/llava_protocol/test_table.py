@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from deployments.llava_protocol.settings import WorkerArgs
 from deployments.llava_protocol.table import Worker, WorkerTable
 from deployments.metrics import REGISTERED_WORKERS
+from deployments.settings.llava_protocol import WorkerArgs
 from tests.deployments.fakes import FakeRecorder
 
 

@@ -10,8 +10,8 @@ import pytest
 
 from deployments.errors import PermissionDeniedError, WorkerFailedError
 from deployments.llava_protocol.frames import Frame
-from deployments.llava_protocol.settings import WorkerArgs
 from deployments.llava_protocol.worker_client import WorkerClient, canonical
+from deployments.settings.llava_protocol import WorkerArgs
 from llava_core.errors import RequestError
 from tests.deployments.llava_protocol.original_worker import Script, original_worker, words
 from tests.sockets import chunked, scripted, whole

@@ -9,9 +9,9 @@ import torch
 import yaml
 
 from benchmarks.ports import free_port
+from deployments.commands.top import read_page
 from deployments.metrics import CANCELLATIONS
 from deployments.page.examples import EXAMPLES
-from deployments.top import read_page
 from tests.deployments.page.browsing import browsing, serving_page
 from tests.deployments.service import interrupt, llava, read_until, started, until
 from tests.tiny import build_reference_model, write_checkpoint

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from deployments.chat_request import read_chat_request
+from deployments.openai_api.chat_request import read_chat_request
 from llava_core.client.messages import data_url, media_type, message_json, picture_part, user_message
 from llava_core.client.requests import chat_body
 from llava_core.errors import RequestError

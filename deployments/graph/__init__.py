@@ -1,0 +1,1 @@
+"""The deployment graph: how stages are called, which replica gets a call, and what happens when one is lost."""

@@ -1,0 +1,1 @@
+"""What may be set in serve_config.yaml, validated before anything starts."""
