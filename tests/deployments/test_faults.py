@@ -1,6 +1,7 @@
 """Processes killed under load: answers continue, health reports it, the service recovers. A real Ray."""
 
 import concurrent.futures
+import contextlib
 import os
 import signal
 import threading
@@ -66,7 +67,7 @@ def _retries(service: Running, phase: str) -> float:
     return service.metrics().total(RETRIES, stage="generator", phase=phase)
 
 
-LONG = {"max_tokens": 3000, "ignore_eos": True}
+LONG = {"max_tokens": 1500, "ignore_eos": True}
 ASKED: list[dict[str, Any]] = [
     {"messages": messages("hi"), **LONG},
     {"messages": messages("What else?"), "temperature": 1.0, "seed": 5, **LONG},
@@ -142,19 +143,24 @@ def expected(service: Running) -> list[dict[str, Any]]:
     """The results of these streams when undisturbed."""
     whole = [stream.whole() for stream in _begun_streams(service)]
     assert all(choice["ends"] == ["length"] for each in whole for choice in each["choices"].values())
-    assert [each["usage"][0] for each in whole] == [3000, 3000, 3000, 6000, 3000, 3000]
+    assert [each["usage"][0] for each in whole] == [1500, 1500, 1500, 3000, 1500, 1500]
     return whole
 
 
 def test_streams_of_a_killed_generator_resume_without_a_difference(
     service: Running, expected: list[dict[str, Any]]
 ) -> None:
-    _await_all_replicas(service)
     before = _retries(service, "streaming")
-    streams = _begun_streams(service)
-    os.kill(_busiest_generator(service), signal.SIGKILL)
-    assert [stream.whole() for stream in streams] == expected
-    until(lambda: _retries(service, "streaming") > before)
+    # On a busy machine all answers of the generator that is killed may just have ended.
+    for _ in range(3):
+        _await_all_replicas(service)
+        streams = _begun_streams(service)
+        os.kill(_busiest_generator(service), signal.SIGKILL)
+        assert [stream.whole() for stream in streams] == expected
+        with contextlib.suppress(AssertionError):
+            until(lambda: _retries(service, "streaming") > before, deadline_s=20)
+            return
+    pytest.fail("no stream was resumed")
 
 
 def test_streams_resume_after_all_generators_were_killed(service: Running, expected: list[dict[str, Any]]) -> None:
