@@ -13,8 +13,8 @@ from ray.serve import Application, Deployment
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
 from deployments.graph.handoff import Handoff, RayHandoff
-from deployments.launch.placement import nodes_of, stages_of, unplaceable
-from deployments.launch.preflight import check_checkpoints, share_towers
+from deployments.placement import nodes_of, stages_of, unplaceable
+from deployments.preflight import check_checkpoints, share_towers
 from deployments.replicas import (
     GatewayReplica,
     GeneratorReplica,

@@ -1,1 +1,1 @@
-"""A service on this machine, from its configuration to its end: checks, Ray, Serve, HAProxy, processes."""
+"""A service on this machine, from its configuration to its end: Ray, Serve, HAProxy, processes."""

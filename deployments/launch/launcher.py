@@ -20,10 +20,10 @@ from deployments.launch.deploying import StatusQuestion, deploy, serve_schema, w
 from deployments.launch.environment import ENVIRONMENT
 from deployments.launch.load_balancer import LoadBalancer, balance_gateways, balance_proxy
 from deployments.launch.losses import Losses
-from deployments.launch.placement import check_placement, nodes_of
 from deployments.launch.plan import LaunchPlan
-from deployments.launch.preflight import share_towers
 from deployments.launch.processes import Process, descendants, end, name_of
+from deployments.placement import check_placement, nodes_of
+from deployments.preflight import share_towers
 from deployments.settings.app import AppArgs
 from llava_core.client import Client
 

@@ -16,7 +16,7 @@ from deployments.access.exposure import check_exposure
 from deployments.errors import LaunchError
 from deployments.launch.config_file import fault, find_application, read_config
 from deployments.launch.ports import check_port, choose_metrics_port, host_and_port
-from deployments.launch.preflight import check_checkpoints
+from deployments.preflight import check_checkpoints
 from deployments.settings.app import AppArgs
 from deployments.settings.models import ModelArgs
 from deployments.settings.upstreams import read_key, trusted

@@ -12,7 +12,7 @@ from deployments.app import bind_stages
 from deployments.gateway import Gateway
 from deployments.graph.handoff import LocalHandoff
 from deployments.graph.pipeline import Pipeline
-from deployments.launch.preflight import check_checkpoints, share_towers
+from deployments.preflight import check_checkpoints, share_towers
 from deployments.settings.app import AppArgs, LimitArgs
 from deployments.settings.stages import GeneratorArgs, VisionEncoderArgs
 from tests.deployments.fakes import all_ready

@@ -14,7 +14,7 @@ from starlette.testclient import TestClient
 from deployments.app import build_app, build_graph
 from deployments.graph.handoff import LocalHandoff
 from deployments.graph.routing import AffinityRouter
-from deployments.launch.preflight import check_checkpoints, share_towers
+from deployments.preflight import check_checkpoints, share_towers
 from deployments.settings.app import AppArgs
 from deployments.settings.stages import GatewayArgs, PreprocessorArgs, RequestScaling
 from llava_core.checkpoints.found import FoundCheckpoint

@@ -12,7 +12,7 @@ from deployments.access.exposure import ExposureError
 from deployments.errors import KeysFileError, LaunchError
 from deployments.launch.config_file import IMPORT_PATH
 from deployments.launch.plan import LaunchPlan, plan_launch
-from deployments.launch.preflight import check_checkpoints
+from deployments.preflight import check_checkpoints
 from deployments.settings.app import AppArgs
 from llava_core.errors import CheckpointError
 from tests.hub import NEW, OLD, hub_of, use_cache, write_lora

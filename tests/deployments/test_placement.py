@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from deployments.errors import LaunchError
-from deployments.launch.placement import Node, check_placement, matches, nodes_of, unplaceable
+from deployments.placement import Node, check_placement, matches, nodes_of, unplaceable
 from deployments.settings.app import AppArgs
 from deployments.settings.stages import GeneratorArgs, StageArgs
 

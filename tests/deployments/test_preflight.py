@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from deployments.launch.preflight import check_checkpoints, share_towers
+from deployments.preflight import check_checkpoints, share_towers
 from deployments.settings.app import AppArgs
 from llava_core.checkpoints.files import DEFAULT_MODEL
 from llava_core.checkpoints.found import FoundCheckpoint
@@ -36,7 +36,7 @@ def test_a_valid_checkpoint_passes(tiny_checkpoint: Path) -> None:
 
 def test_it_reads_no_weights_and_imports_no_torch(tiny_checkpoint: Path) -> None:
     program = (
-        "import sys; from deployments.launch.preflight import *; from deployments.settings.app import AppArgs;"
+        "import sys; from deployments.preflight import *; from deployments.settings.app import AppArgs;"
         f"args = AppArgs(models=[{{'checkpoint': {str(tiny_checkpoint)!r}}}]);"
         "share_towers(args, check_checkpoints(args)); sys.exit('torch' in sys.modules)"
     )
@@ -154,7 +154,7 @@ def test_towers_with_different_configs_are_told_apart_without_torch(
     edit_json(checkpoint_copy / "config.json", lambda config: config.update(vision_feature_layer=-1))
     folders = [str(tiny_checkpoint), str(checkpoint_copy)]
     program = (
-        "import sys; from deployments.launch.preflight import *; from deployments.settings.app import AppArgs;"
+        "import sys; from deployments.preflight import *; from deployments.settings.app import AppArgs;"
         f"args = AppArgs(models=[{{'name': f[-3:], 'checkpoint': f}} for f in {folders!r}]);"
         "shared = share_towers(args, check_checkpoints(args));"
         "assert all(name == owner for name, owner in shared.items()); sys.exit('torch' in sys.modules)"
