@@ -1,6 +1,7 @@
 """The HTTP surface: routes, models by name, request ids, access, body limits, and OpenAI-shaped error bodies.
 
-A Starlette app with one engine client per model: anything that streams items for a request (pipeline.py, upstream.py).
+A Starlette app with one engine client per model: anything that streams items for a request (graph/pipeline.py,
+upstreams/upstream.py).
 Imports neither torch nor Ray, and does not know what the stages do.
 """
 
@@ -30,13 +31,13 @@ from deployments.http.request_metrics import CLIENT_CLOSED_REQUEST, RequestMetri
 from deployments.llava_protocol.routes import LlavaProtocol, ProtocolSetup
 from deployments.messages import Item, Rejected, StageHealth
 from deployments.metrics import Recorder, Unrecorded
-from deployments.openai_api.answer import Answer, model_body
-from deployments.openai_api.answering import Reply, refusal, respond
 from deployments.openai_api.chat_request import read_chat_request
 from deployments.openai_api.chat_response import ChatAnswer
 from deployments.openai_api.completion_request import read_completion_request
 from deployments.openai_api.completion_response import CompletionAnswer
 from deployments.openai_api.reply_form import ReadRequest
+from deployments.openai_api.responding import Reply, refusal, respond
+from deployments.openai_api.response_parts import Answer, model_body
 from deployments.openai_api.side_by_side import side_by_side
 from deployments.openai_api.tokenize_request import read_detokenize_request, read_tokenize_request, tokenized_body
 from deployments.openapi import describe_api

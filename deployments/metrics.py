@@ -82,7 +82,7 @@ TIME_TO_FIRST_TOKEN = Histogram(
     "llava_time_to_first_token_seconds", "From the request's head to the first piece of its answer.", ("model",)
 )
 CHUNK_GAP = Histogram("llava_inter_chunk_seconds", "Between two pieces of one answer.", ("model",), _GAPS)
-# Not for a stage with one replica. `choice`: the key's own, another because that was busy, or any (routing.py).
+# Not for a stage with one replica. `choice`: the key's own, another because that was busy, or any (graph/routing.py).
 ROUTED = Counter(
     "llava_routed_calls_total",
     "Calls of a stage by the replica they went to: `preferred`, `fallback` or `keyless`.",

@@ -10,8 +10,8 @@ from typing import Protocol
 
 from deployments.http.intake import Reader
 from deployments.messages import Item, Rejected
-from deployments.openai_api.answer import Answer
 from deployments.openai_api.reply_form import ReadRequest
+from deployments.openai_api.response_parts import Answer
 from deployments.openai_api.schema import parse_body
 from deployments.upstreams.request import ModelName
 from deployments.upstreams.upstream import Forwarding, Upstream

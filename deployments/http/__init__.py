@@ -1,1 +1,1 @@
-"""HTTP in general: bodies, ids, deadlines, errors, events and what is measured of them. Knows no API's fields."""
+"""HTTP in general: bodies, ids, deadlines, errors, events and what is measured of them. Knows no request's fields."""

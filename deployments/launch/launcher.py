@@ -70,13 +70,7 @@ class LocalService:
         self.balancer = _load_balancer(self.plan)
         os.environ[ENTRANCE_VARIABLE] = self.plan.host
         schema = serve_schema(self.plan.config, self.balancer.host, self.balancer.proxy_port)
-        try:
-            context = self._start_ray()
-        except LaunchError as error:
-            # Ray gives its processes 30 s, whatever the machine. A cold disk may need more, but only once.
-            report(f"{error}. Trying once more ...")
-            end(descendants(os.getpid()) - self._before, patience_s=0.0)
-            context = self._start_ray()
+        context = self._start_ray(report)
         self._own = descendants(os.getpid()) - self._before
         self._vital = {process for process in self._own if name_of(process) in _VITAL}
         # Not `session_latest`, which belongs to the Ray that was last started on this machine.
@@ -147,9 +141,26 @@ class LocalService:
         ray.shutdown()
         end(own, patience_s=_STOP_PATIENCE_S)
 
-    def _start_ray(self) -> Any:
+    def _start_ray(self, report: Callable[[str], None]) -> Any:
+        assert self._before is not None, "only what this service has started is ended again"
+        try:
+            return self._init_ray()
+        except LaunchError as error:
+            # Wrong settings stay wrong.
+            if isinstance(error.__cause__, ValueError):
+                raise
+            # Ray gives its processes 30 s, whatever the machine. A cold disk may need more, but only once.
+            report(f"{error}. Trying once more ...")
         import ray
 
+        ray.shutdown()
+        end(descendants(os.getpid()) - self._before, patience_s=0.0)
+        return self._init_ray()
+
+    def _init_ray(self) -> Any:
+        import ray
+
+        before = _last_session()
         try:
             return ray.init(
                 address="local",
@@ -162,7 +173,9 @@ class LocalService:
             )
         # Ray raises errors of many kinds, plain exceptions among them.
         except Exception as error:
-            raise LaunchError(f"Ray has not started ({error}); its logs are in {_ray_logs()}") from error
+            session = _last_session()
+            logs = "" if session in (None, before) else f"; its logs are in {session}/logs"
+            raise LaunchError(f"Ray has not started ({error}){logs}") from error
 
     def _ready(self, what: str) -> str:
         return f"{what:24} ready after {time.monotonic() - self._started:5.1f} s"
@@ -176,9 +189,12 @@ class LocalService:
                 time.sleep(_POLL_S)
 
 
-def _ray_logs() -> Path:
-    """Where the Ray that was last started on this machine writes its logs."""
-    return Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / "session_latest" / "logs"
+def _last_session() -> Path | None:
+    """The folder of the Ray that was last started on this machine."""
+    from ray._common.utils import get_default_ray_temp_dir
+
+    link = Path(get_default_ray_temp_dir(), "session_latest")  # type: ignore[no-untyped-call]
+    return link.resolve() if link.is_symlink() else None
 
 
 def _kept_bytes(args: AppArgs) -> int:

@@ -23,8 +23,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-from deployments.launch.ports import host_and_port
 from deployments.launch.scratch import Scratch
+from deployments.ports import host_and_port
 from llava_core.errors import LlavaError
 
 _PR_SET_PDEATHSIG = 1

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from deployments.access.exposure import check_exposure
 from deployments.errors import LaunchError
 from deployments.launch.config_file import fault, find_application, read_config
-from deployments.launch.ports import check_port, choose_metrics_port, host_and_port
+from deployments.ports import check_port, choose_metrics_port, host_and_port
 from deployments.preflight import check_checkpoints
 from deployments.settings.app import AppArgs
 from deployments.settings.models import ModelArgs
@@ -65,8 +65,8 @@ class LaunchPlan:
         """For each model whose weights are served here: name, checkpoint, base, and the index of the first model with
         the same tower settings.
 
-        The names of the stages derive from these (app.py). They must not change in an update: a request in flight would
-        wait in vain for a stage that was renamed.
+        The names of the stages derive from these (deployments/app.py). They must not change in an update: a request in
+        flight would wait in vain for a stage that was renamed.
         """
         own = self.args.own_models
         settings = [model.vision_encoder for model in own]

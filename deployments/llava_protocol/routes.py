@@ -35,7 +35,7 @@ from deployments.llava_protocol.streaming import REFUSALS, from_items, respond, 
 from deployments.llava_protocol.table import Workers, WorkerTable
 from deployments.llava_protocol.worker_client import FORWARDED_HEADER, WorkerClient, WorkerStatus
 from deployments.metrics import Recorder
-from deployments.openai_api.answering import settled
+from deployments.openai_api.responding import settled
 from deployments.openai_api.schema import Body, parse_body
 from deployments.settings.llava_protocol import LlavaProtocolArgs
 from llava_core.errors import LlavaError, RequestError, UnknownNameError

@@ -17,7 +17,7 @@ from deployments.http.request_context import current_request
 from deployments.llava_protocol.frames import LENGTH_EXCEEDED, Frame, encode, error_frame
 from deployments.llava_protocol.generation import Echo
 from deployments.messages import Item, Rejected, is_last
-from deployments.openai_api.answering import PieceStream, first_of
+from deployments.openai_api.responding import PieceStream, first_of
 from llava_core.errors import LlavaError, OverloadedError, PromptTooLongError
 
 # Not a text type, which a proxy might buffer by lines.

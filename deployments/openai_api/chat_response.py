@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from deployments.openai_api.answer import Answer, Json
+from deployments.openai_api.response_parts import Answer, Json
 from llava_core.types import FinishReason, TokenDelta
 
 # OpenAI's value for a practically impossible token; JSON has no infinity.

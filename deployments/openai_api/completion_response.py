@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from deployments.openai_api.answer import Answer, Json
 from deployments.openai_api.chat_response import LEAST_LOGPROB
+from deployments.openai_api.response_parts import Answer, Json
 from llava_core.types import TokenDelta
 
 

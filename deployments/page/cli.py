@@ -11,8 +11,8 @@ from typing import Any, TextIO
 
 import click
 
-from deployments.launch.ports import host_and_port
 from deployments.page.settings import LogArgs, PageArgs
+from deployments.ports import host_and_port
 from llava_core.client.exchange import DEFAULT_URL
 
 # Only looked up, not imported: that takes seconds, which `llava --help` would wait for.

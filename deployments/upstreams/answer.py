@@ -15,8 +15,8 @@ from pydantic import Field, ValidationError
 from pydantic_core import from_json
 
 from deployments.messages import UpstreamDelta
-from deployments.openai_api.answer import Json, extensions
 from deployments.openai_api.reply_form import ReplyForm
+from deployments.openai_api.response_parts import Json, extensions
 from deployments.openai_api.sampling_schema import WHOLE_BOUND
 from deployments.openai_api.schema import Part
 from llava_core.types import TokenDelta, Usage

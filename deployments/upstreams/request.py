@@ -14,11 +14,11 @@ from typing import Any, ClassVar
 
 from pydantic import ConfigDict, Field
 
-from deployments.openai_api.answer import Json
 from deployments.openai_api.chat_request import check_text, read_part
 from deployments.openai_api.chat_schema import ChatBody, ChatMessage, ImageContent, Messages, TextContent
 from deployments.openai_api.completion_request import CompletionBody, Prompt, read_prompts
 from deployments.openai_api.reply_form import ReplyForm
+from deployments.openai_api.response_parts import Json
 from deployments.openai_api.sampling_schema import WHOLE_BOUND, StreamOptions
 from deployments.openai_api.schema import Body, asks_for_nothing, parse_body
 from deployments.upstreams.pictures import PortableImage

@@ -29,8 +29,8 @@ from deployments.metrics import (
     Recorder,
     Unrecorded,
 )
-from deployments.openai_api.answer import Answer, Json
 from deployments.openai_api.reply_form import ReplyForm
+from deployments.openai_api.response_parts import Answer, Json
 from deployments.settings.upstreams import UpstreamArgs
 from deployments.upstreams.answer import AnswerReader, NoAnswerError, UpstreamAnswer, read_object
 from deployments.upstreams.exchange import Exchange

@@ -35,10 +35,15 @@ FREQUENT_METRICS = {"RAY_metrics_report_interval_ms": "1000"}
 
 def until(condition: Callable[[], bool], *, deadline_s: float = 90.0) -> None:
     """The default deadline is generous: it only matters where the test fails, or on a busy machine."""
+    assert comes_true(condition, deadline_s=deadline_s), "the condition was not met in time"
+
+
+def comes_true(condition: Callable[[], bool], *, deadline_s: float) -> bool:
+    """Return whether the condition is met before the deadline."""
     deadline = time.monotonic() + deadline_s
-    while not condition():
-        assert time.monotonic() < deadline, "the condition was not met in time"
+    while not (is_met := condition()) and time.monotonic() < deadline:
         time.sleep(0.02)
+    return is_met
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """Hostile input: each kind of attack once, through the gateway, and attacks on HTTP itself through its server.
 
-Invalid pictures are in test_gateway.py, addresses in test_addresses.py and test_fetch.py, keys in test_access.py.
+Invalid pictures are in test_gateway.py, addresses in outgoing/, keys in access/test_authorization.py.
 `docs/threat-model.md` lists which is where.
 """
 

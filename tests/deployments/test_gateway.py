@@ -155,7 +155,7 @@ def test_only_unexpected_errors_are_logged_with_a_traceback(caplog: pytest.LogCa
         _post(ScriptedEngine([OverloadedError("full", limit="engine")]))
         assert caplog.records == []
         _post(ScriptedEngine([ZeroDivisionError("oops")]))
-    assert [record.name for record in caplog.records] == ["deployments.openai_api.answering"]
+    assert [record.name for record in caplog.records] == ["deployments.openai_api.responding"]
 
 
 def test_errors_count_messages_including_the_system_message() -> None:

@@ -10,9 +10,9 @@ from starlette.types import Message
 from deployments.http import sse
 from deployments.http.heartbeats import Heartbeat
 from deployments.messages import Item, Rejected
-from deployments.openai_api.answering import respond
 from deployments.openai_api.chat_response import ChatAnswer
 from deployments.openai_api.reply_form import ReplyForm
+from deployments.openai_api.responding import respond
 from llava_core.errors import EngineError
 from tests.deployments.fakes import ScriptedEngine, answer
 

@@ -128,9 +128,7 @@ def test_stopping_ends_only_processes_it_started(
         monkeypatch.setattr("ray.init", init)
         monkeypatch.setattr("ray.nodes", list)
         service.stop()
-        message = (
-            "no node has num_cpus" if is_begun else r"Ray has not started \(the node timed out\); its logs are in /"
-        )
+        message = "no node has num_cpus" if is_begun else r"Ray has not started \(the node timed out\)$"
         with pytest.raises(LaunchError, match=message):
             service.start(lambda _: None)
         with subprocess.Popen(sleeper) as later:
@@ -167,6 +165,38 @@ def test_ray_gets_a_second_attempt_without_the_first_ones_processes(
     service.stop()
     assert [line[:19] for line in reached] == ["Ray has not started", "Ray                "]
     assert [each.wait(10) for each in attempts] == [-signal.SIGKILL] * 2
+
+
+def test_wrong_settings_of_ray_are_not_tried_again(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(**_: object) -> None:
+        raise ValueError("the object store is too large")
+
+    monkeypatch.setattr("ray.init", init)
+    monkeypatch.setattr("ray.shutdown", lambda: None)
+    service, reached = LocalService(_plan(model=str(tiny_checkpoint), metrics_port=0)), list[str]()
+    with pytest.raises(LaunchError, match="the object store is too large"):
+        service.start(reached.append)
+    service.stop()
+    assert reached == []
+
+
+def test_the_logs_of_a_ray_that_has_not_started_are_named(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "ray"
+    folder.mkdir()
+    (folder / "session_latest").symlink_to("session_of_another")
+
+    def init(**_: object) -> None:
+        (folder / "session_latest").unlink()
+        (folder / "session_latest").symlink_to("session_1")
+        raise ValueError("no")
+
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.setattr("ray.init", init)
+    service = LocalService(_plan(model=str(tiny_checkpoint), metrics_port=0))
+    with pytest.raises(LaunchError, match=f"its logs are in {folder}/session_1/logs$"):
+        service._init_ray()
 
 
 def test_ray_is_imported_only_after_its_environment_is_set() -> None:

@@ -5,7 +5,7 @@ import socket
 import pytest
 
 from deployments.errors import LaunchError
-from deployments.launch.ports import check_port, choose_metrics_port, host_and_port
+from deployments.ports import check_port, choose_metrics_port, host_and_port
 
 
 def test_another_machines_address_cannot_be_used() -> None:

@@ -5,10 +5,10 @@ import json
 from collections.abc import AsyncGenerator
 
 from deployments.messages import Item, Rejected
-from deployments.openai_api.answering import respond
 from deployments.openai_api.chat_response import ChatAnswer
 from deployments.openai_api.completion_response import CompletionAnswer
 from deployments.openai_api.reply_form import ReplyForm
+from deployments.openai_api.responding import respond
 from llava_core.errors import RequestError
 from llava_core.types import TokenDelta, Usage
 

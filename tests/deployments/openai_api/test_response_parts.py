@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from deployments.openai_api.answer import Answer, model_body, usage_body
 from deployments.openai_api.chat_response import ChatAnswer
 from deployments.openai_api.completion_response import CompletionAnswer
 from deployments.openai_api.reply_form import ReplyForm
+from deployments.openai_api.response_parts import Answer, model_body, usage_body
 from llava_core.types import TokenDelta, Usage
 from llava_core.views import ImageTransform, Window
 from tests.deployments.fakes import answer

@@ -19,8 +19,8 @@ from deployments.http import sse
 from deployments.http.errors import HttpError, describe, error_body, error_response
 from deployments.http.heartbeats import Heartbeat, comment
 from deployments.messages import Item, Rejected, is_last
-from deployments.openai_api.answer import Json
 from deployments.openai_api.reply_form import ReplyForm
+from deployments.openai_api.response_parts import Json
 from deployments.waiting import abandon
 from llava_core.errors import EngineError
 from llava_core.types import TokenDelta
@@ -31,7 +31,7 @@ Piece = TypeVar("Piece")
 
 
 class Reply(Protocol):
-    """Formats an answer's items for its client: those of our engines (answer.py), and those of an upstream server."""
+    """Formats an answer's items for its client: those of our engines (response_parts.py), or of an upstream server."""
 
     @property
     def form(self) -> ReplyForm:
