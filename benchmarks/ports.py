@@ -7,8 +7,9 @@ import secrets
 import socket
 
 # Above the ports of Ray's workers (to 19999), below those of Serve (from 30000) and those that a system gives to
-# whoever asks for any (Linux: from 32768): a service listens on its port only when it has started, seconds later.
-_PORTS = range(20_000, 30_000)
+# whoever asks for any (Linux: from 32768): a service listens on its port only when it has started, seconds later. Every
+# second one, because a service's metrics get the next.
+_PORTS = range(20_000, 30_000, 2)
 
 
 def free_port() -> int:

@@ -23,6 +23,7 @@ from deployments.launch.losses import Losses
 from deployments.launch.plan import LaunchPlan
 from deployments.launch.processes import Process, descendants, end, name_of
 from deployments.placement import check_placement, nodes_of
+from deployments.ports import is_free
 from deployments.preflight import share_towers
 from deployments.settings.app import AppArgs
 from llava_core.client import Client
@@ -143,8 +144,9 @@ class LocalService:
 
     def _start_ray(self, report: Callable[[str], None]) -> Any:
         assert self._before is not None, "only what this service has started is ended again"
+        metrics_port = self.plan.metrics_port
         try:
-            return self._init_ray()
+            return self._init_ray(metrics_port)
         except LaunchError as error:
             # Wrong settings stay wrong.
             if isinstance(error.__cause__, ValueError):
@@ -155,9 +157,12 @@ class LocalService:
 
         ray.shutdown()
         end(descendants(os.getpid()) - self._before, patience_s=0.0)
-        return self._init_ray()
+        # Or another program has taken the port meanwhile, which ends Ray's processes and makes it wait all the same.
+        if metrics_port and not is_free("127.0.0.1", metrics_port):
+            metrics_port = 0
+        return self._init_ray(metrics_port)
 
-    def _init_ray(self) -> Any:
+    def _init_ray(self, metrics_port: int) -> Any:
         import ray
 
         before = _last_session()
@@ -169,7 +174,7 @@ class LocalService:
                 log_to_driver=False,
                 object_store_memory=_IN_FLIGHT_BYTES + _kept_bytes(self.plan.args),
                 # Ray's agent serves the metrics, with or without a dashboard.
-                _metrics_export_port=self.plan.metrics_port or None,
+                _metrics_export_port=metrics_port or None,
             )
         # Ray raises errors of many kinds, plain exceptions among them.
         except Exception as error:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -167,6 +168,26 @@ def test_ray_gets_a_second_attempt_without_the_first_ones_processes(
     assert [each.wait(10) for each in attempts] == [-signal.SIGKILL] * 2
 
 
+@pytest.mark.parametrize("is_taken", [True, False])
+def test_metrics_move_if_another_program_has_taken_their_port(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, *, is_taken: bool
+) -> None:
+    service = LocalService(_plan(model=str(tiny_checkpoint)))
+    ports: list[int | None] = []
+
+    def init(*, _metrics_export_port: int | None, **_: object) -> None:
+        ports.append(_metrics_export_port)
+        raise Exception("the node timed out")
+
+    monkeypatch.setattr("ray.init", init)
+    monkeypatch.setattr("ray.shutdown", lambda: None)
+    own = service.plan.metrics_port
+    assert own == service.plan.port + 1
+    with socket.create_server(("127.0.0.1", own if is_taken else 0)), pytest.raises(LaunchError, match="timed out"):
+        service.start(lambda _: None)
+    assert ports == [own, None if is_taken else own]
+
+
 def test_wrong_settings_of_ray_are_not_tried_again(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def init(**_: object) -> None:
         raise ValueError("the object store is too large")
@@ -196,7 +217,7 @@ def test_the_logs_of_a_ray_that_has_not_started_are_named(
     monkeypatch.setattr("ray.init", init)
     service = LocalService(_plan(model=str(tiny_checkpoint), metrics_port=0))
     with pytest.raises(LaunchError, match=f"its logs are in {folder}/session_1/logs$"):
-        service._init_ray()
+        service._init_ray(0)
 
 
 def test_ray_is_imported_only_after_its_environment_is_set() -> None:
