@@ -20,7 +20,7 @@ import openai
 import yaml
 
 from benchmarks.ports import free_port
-from deployments.commands.top import Page, read_page
+from deployments.commands.top import MetricsPageError, Page, read_page
 from deployments.launch.processes import Process, descendants, end
 from tests.deployments.pictures import data_url
 from tests.tiny import edit_json
@@ -62,8 +62,12 @@ class Running:
         return httpx.post(f"{self.url}/v1/chat/completions", json=body, timeout=150)
 
     def metrics(self) -> Page:
-        """The metrics that its processes reported last. Reading them may take long on a busy machine."""
-        return read_page(self.metrics_url, timeout_s=_BUSY_S)
+        """The metrics that its processes reported last. Reading them may take long on a busy machine, where Ray's
+        agent has also been seen to answer once with 500."""
+        try:
+            return read_page(self.metrics_url, timeout_s=_BUSY_S)
+        except MetricsPageError:
+            return read_page(self.metrics_url, timeout_s=_BUSY_S)
 
     def settled_metrics(self, check: Callable[[Page], None], *, deadline_s: float = 90.0) -> Page:
         """Return the first metrics for which `check` raises no AssertionError; every process reports at its own time.

@@ -259,7 +259,7 @@ def _status(service: Running) -> int | None:
     """Return the status of a short request; None if it is not answered soon, because it waits behind others."""
     body = {"messages": messages("hi"), "max_tokens": 1}
     try:
-        response = httpx.post(f"{service.url}/v1/chat/completions", json=body, timeout=2)
+        response = httpx.post(f"{service.url}/v1/chat/completions", json=body, timeout=10)
     except httpx.TimeoutException:
         return None
     assert response.status_code != 429 or int(response.headers["retry-after"]) >= 1
@@ -288,7 +288,7 @@ def test_a_full_service_refuses_and_disconnecting_clients_make_room(service: Run
             # These go to the replica that has seen the picture, or if that is full to the other; so both refuse.
             return all(_status(service) == 429 for _ in range(3))
 
-        until(fill_up, deadline_s=120)
+        until(fill_up, deadline_s=200)
         # A full service is healthy, and health checks do not queue behind its requests.
         assert httpx.get(f"{service.url}/health", timeout=30).status_code == 200
     until(lambda: _status(service) == 200)
