@@ -5,36 +5,24 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
-import yaml
 
 from benchmarks.ports import free_port
 from deployments.access.exposure import ENTRANCE_VARIABLE
 from deployments.errors import LaunchError
-from deployments.launch.config_file import IMPORT_PATH
 from deployments.launch.launcher import ENVIRONMENT, LocalService, _kept_bytes
 from deployments.launch.load_balancer import LoadBalancer
-from deployments.launch.plan import LaunchPlan, plan_launch
 from deployments.launch.processes import descendants
 from deployments.settings.app import AppArgs
-
-
-def _write(path: Path, **application: Any) -> Path:
-    content = {"applications": [{"name": "app", "route_prefix": "/", "import_path": IMPORT_PATH, **application}]}
-    path.write_text(yaml.safe_dump(content))
-    return path
-
-
-def _plan(config: Path | None = None, **options: Any) -> LaunchPlan:
-    return plan_launch(config, **{"port": free_port(), **options})
+from tests.deployments.launch.plans import add_application, planned, write_application
 
 
 def test_the_end_of_ray_or_the_balancer_is_reported(tiny_checkpoint: Path) -> None:
-    service = LocalService(_plan(model=str(tiny_checkpoint)))
+    service = LocalService(planned(model=str(tiny_checkpoint)))
     service.check()
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as vital:
         service._vital = {each for each in descendants(os.getpid()) if each.pid == vital.pid}
@@ -50,7 +38,7 @@ def test_the_end_of_ray_or_the_balancer_is_reported(tiny_checkpoint: Path) -> No
 
 
 def test_a_balancer_that_has_run_for_some_time_is_restarted(tiny_checkpoint: Path) -> None:
-    service = LocalService(_plan(model=str(tiny_checkpoint)))
+    service = LocalService(planned(model=str(tiny_checkpoint)))
     service.balancer = LoadBalancer(("127.0.0.1", free_port()), "127.0.0.1", [free_port()], "llava")
     service._balanced_at -= 60
     try:
@@ -80,7 +68,7 @@ def test_several_applications_run_behind_serves_proxy(
     def begin(config: Path) -> LocalService:
         for variable in (*ENVIRONMENT, ENTRANCE_VARIABLE):
             monkeypatch.delenv(variable, raising=False)
-        service = LocalService(_plan(config, model=str(tiny_checkpoint)))
+        service = LocalService(planned(config, model=str(tiny_checkpoint)))
         with monkeypatch.context() as patched:
             patched.setattr("deployments.launch.launcher.serve_schema", _fail)
             with pytest.raises(LaunchError, match="enough"):
@@ -88,11 +76,11 @@ def test_several_applications_run_behind_serves_proxy(
         assert os.environ[ENTRANCE_VARIABLE] == "127.0.0.1"
         return service
 
-    config = _write(tmp_path / "c.yaml")
+    config = write_application(tmp_path / "c.yaml")
     alone = begin(config)
     assert alone.balancer is not None
     assert (alone.balancer.proxy_port, os.environ["RAY_SERVE_ENABLE_DIRECT_INGRESS"]) == (0, "1")
-    _add_application(config)
+    add_application(config)
     beside = begin(config)
     assert beside.balancer is not None
     assert (beside.balancer.proxy_port, os.environ["RAY_SERVE_ENABLE_DIRECT_INGRESS"]) == (beside.plan.port, "0")
@@ -102,10 +90,12 @@ def _fail(*_: object) -> None:
     raise LaunchError("enough")
 
 
-def _add_application(config: Path) -> None:
-    content = yaml.safe_load(config.read_text())
-    content["applications"].append({"name": "b", "route_prefix": "/b", "import_path": "b:app"})
-    config.write_text(yaml.safe_dump(content))
+def _replace_ray(monkeypatch: pytest.MonkeyPatch, init: Callable[..., object]) -> None:
+    """Put a function in place of Ray's start, on a cluster without nodes."""
+    monkeypatch.setattr("ray.init", init)
+    monkeypatch.setattr("ray.nodes", list)
+    monkeypatch.setattr("ray.shutdown", lambda: None)
+    monkeypatch.setattr("deployments.launch.launcher._STOP_PATIENCE_S", 0.0)
 
 
 @pytest.mark.parametrize("is_begun", [True, False])
@@ -114,10 +104,8 @@ def test_stopping_ends_only_processes_it_started(
 ) -> None:
     """The start fails at different points; the caller has started one process before and one meanwhile."""
     sleeper = [sys.executable, "-c", "import time; time.sleep(60)"]
-    monkeypatch.setattr("ray.shutdown", lambda: None)
-    monkeypatch.setattr("deployments.launch.launcher._STOP_PATIENCE_S", 0.0)
     with subprocess.Popen(sleeper) as foreign:
-        service = LocalService(_plan(model=str(tiny_checkpoint), metrics_port=0))
+        service = LocalService(planned(model=str(tiny_checkpoint), metrics_port=0))
         started: list[subprocess.Popen[bytes]] = []
 
         def init(**_: object) -> SimpleNamespace:
@@ -126,8 +114,7 @@ def test_stopping_ends_only_processes_it_started(
                 raise Exception("the node timed out")
             return SimpleNamespace(address_info={"session_dir": "/tmp/ray/session_2", "metrics_export_port": 9})
 
-        monkeypatch.setattr("ray.init", init)
-        monkeypatch.setattr("ray.nodes", list)
+        _replace_ray(monkeypatch, init)
         service.stop()
         message = "no node has num_cpus" if is_begun else r"Ray has not started \(the node timed out\)$"
         with pytest.raises(LaunchError, match=message):
@@ -155,11 +142,8 @@ def test_ray_gets_a_second_attempt_without_the_first_ones_processes(
             raise Exception("the node timed out")
         return SimpleNamespace(address_info={"session_dir": "/tmp/ray/session_2", "metrics_export_port": 9})
 
-    monkeypatch.setattr("ray.init", init)
-    monkeypatch.setattr("ray.nodes", list)
-    monkeypatch.setattr("ray.shutdown", lambda: None)
-    monkeypatch.setattr("deployments.launch.launcher._STOP_PATIENCE_S", 0.0)
-    service = LocalService(_plan(model=str(tiny_checkpoint), metrics_port=0))
+    _replace_ray(monkeypatch, init)
+    service = LocalService(planned(model=str(tiny_checkpoint), metrics_port=0))
     reached: list[str] = []
     with pytest.raises(LaunchError, match="no node has num_cpus"):
         service.start(reached.append)
@@ -172,15 +156,14 @@ def test_ray_gets_a_second_attempt_without_the_first_ones_processes(
 def test_metrics_move_if_another_program_has_taken_their_port(
     tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, *, is_taken: bool
 ) -> None:
-    service = LocalService(_plan(model=str(tiny_checkpoint)))
+    service = LocalService(planned(model=str(tiny_checkpoint)))
     ports: list[int | None] = []
 
     def init(*, _metrics_export_port: int | None, **_: object) -> None:
         ports.append(_metrics_export_port)
         raise Exception("the node timed out")
 
-    monkeypatch.setattr("ray.init", init)
-    monkeypatch.setattr("ray.shutdown", lambda: None)
+    _replace_ray(monkeypatch, init)
     own = service.plan.metrics_port
     assert own == service.plan.port + 1
     with socket.create_server(("127.0.0.1", own if is_taken else 0)), pytest.raises(LaunchError, match="timed out"):
@@ -192,9 +175,8 @@ def test_wrong_settings_of_ray_are_not_tried_again(tiny_checkpoint: Path, monkey
     def init(**_: object) -> None:
         raise ValueError("the object store is too large")
 
-    monkeypatch.setattr("ray.init", init)
-    monkeypatch.setattr("ray.shutdown", lambda: None)
-    service, reached = LocalService(_plan(model=str(tiny_checkpoint), metrics_port=0)), list[str]()
+    _replace_ray(monkeypatch, init)
+    service, reached = LocalService(planned(model=str(tiny_checkpoint), metrics_port=0)), list[str]()
     with pytest.raises(LaunchError, match="the object store is too large"):
         service.start(reached.append)
     service.stop()
@@ -214,8 +196,8 @@ def test_the_logs_of_a_ray_that_has_not_started_are_named(
         raise ValueError("no")
 
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
-    monkeypatch.setattr("ray.init", init)
-    service = LocalService(_plan(model=str(tiny_checkpoint), metrics_port=0))
+    _replace_ray(monkeypatch, init)
+    service = LocalService(planned(model=str(tiny_checkpoint), metrics_port=0))
     with pytest.raises(LaunchError, match=f"its logs are in {folder}/session_1/logs$"):
         service._init_ray(0)
 
