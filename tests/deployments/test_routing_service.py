@@ -73,23 +73,27 @@ def test_each_picture_is_encoded_once_and_pictures_are_spread(service: Running, 
     """The first test of the file, because it counts from zero."""
     num_rounds = 4
     answers = [[_ask(service, picture) for picture in PICTURES] for _ in range(num_rounds)]
-    # In the first round nothing was cached, in the others everything.
     assert all([_text(answer) for answer in each] == expected for each in answers)
-    # Both replicas soon cache the prefix that all requests share; a picture is cached only on its preferred replica.
     cached = [[answer["usage"]["prompt_tokens_details"]["cached_tokens"] for answer in each] for each in answers]
-    assert min(map(min, cached[1:])) > max(cached[0])
+    # Both replicas soon cache the prefix that all requests share; a picture is cached only where it has been before.
+    again = [num_tokens > max(cached[0]) for each in cached[1:] for num_tokens in each]
     num_answers = num_rounds * len(PICTURES)
 
     def check(page: Page) -> None:
         assert page.total(FINISHED) == num_answers
-        for cache in ("tiles", "features"):
-            assert page.total(CACHE_MISSES, cache=cache) == len(PICTURES)
-            assert page.total(CACHE_HITS, cache=cache) == num_answers - len(PICTURES)
-            misses = _by_replica(page, CACHE_MISSES, cache=cache)
-            assert len(misses) == 2, "both replicas have seen some"
-        routed = {stage: page.total(ROUTED, target=stage, choice="preferred") for stage in STAGES}
-        assert routed == dict.fromkeys(STAGES, num_answers)
-        assert [page.total(ROUTED, target=stage) for stage in STAGES] == list(routed.values())
+        # A replica that does not tell its load within 0.1 s, which happens on a busy machine, is passed over.
+        passed_over = {stage: page.total(ROUTED, target=stage, choice="fallback") for stage in STAGES}
+        preferred = {stage: page.total(ROUTED, target=stage, choice="preferred") for stage in STAGES}
+        # Half of them if the choice were random.
+        assert min(preferred.values()) > 3 / 4 * num_answers
+        assert [preferred[stage] + passed_over[stage] for stage in STAGES] == [num_answers] * len(STAGES)
+        # In the first round nothing was cached, in the others everything.
+        for stage, cache in (("Preprocessor", "tiles"), ("VisionEncoder", "features")):
+            num_misses = page.total(CACHE_MISSES, cache=cache)
+            assert len(PICTURES) <= num_misses <= len(PICTURES) + passed_over[stage]
+            assert page.total(CACHE_HITS, cache=cache) == num_answers - num_misses
+            assert len(_by_replica(page, CACHE_MISSES, cache=cache)) == 2, "both replicas have seen some"
+        assert len(again) - sum(again) <= passed_over["Generator"]
         assert len(_by_replica(page, PREFIX_HIT_TOKENS)) == 2
 
     service.settled_metrics(check)
