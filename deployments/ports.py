@@ -27,15 +27,6 @@ def check_port(host: str, port: int, option: str = "--port") -> None:
             raise LaunchError(f"port {port} on {host} {reason}; choose another with {option}") from None
 
 
-def is_free(host: str, port: int) -> bool:
-    """Whether the address can be listened on."""
-    try:
-        check_port(host, port)
-    except LaunchError:
-        return False
-    return True
-
-
 def choose_metrics_port(port: int, asked: int | None) -> int:
     """The requested port, or else the one after the service's, or else 0, which is any free one."""
     if asked:
@@ -43,5 +34,14 @@ def choose_metrics_port(port: int, asked: int | None) -> int:
             raise LaunchError(f"port {port} cannot be both the service's and that of its metrics; choose another")
         check_port("127.0.0.1", asked, "--metrics-port")
         return asked
-    is_next_free = asked is None and port < _LAST_PORT and is_free("127.0.0.1", port + 1)
+    is_next_free = asked is None and port < _LAST_PORT and _is_free("127.0.0.1", port + 1)
     return port + 1 if is_next_free else 0
+
+
+def _is_free(host: str, port: int) -> bool:
+    """Whether the address can be listened on."""
+    try:
+        check_port(host, port)
+    except LaunchError:
+        return False
+    return True

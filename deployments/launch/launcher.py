@@ -23,7 +23,7 @@ from deployments.launch.losses import Losses
 from deployments.launch.plan import LaunchPlan
 from deployments.launch.processes import Process, descendants, end, name_of
 from deployments.placement import check_placement, nodes_of
-from deployments.ports import is_free
+from deployments.ports import choose_metrics_port
 from deployments.preflight import share_towers
 from deployments.settings.app import AppArgs
 from llava_core.client import Client
@@ -158,9 +158,8 @@ class LocalService:
         ray.shutdown()
         end(descendants(os.getpid()) - self._before, patience_s=0.0)
         # Or another program has taken the port meanwhile, which ends Ray's processes and makes it wait all the same.
-        if metrics_port and not is_free("127.0.0.1", metrics_port):
-            metrics_port = 0
-        return self._init_ray(metrics_port)
+        asked = None if metrics_port == self.plan.port + 1 else metrics_port
+        return self._init_ray(choose_metrics_port(self.plan.port, asked))
 
     def _init_ray(self, metrics_port: int) -> Any:
         import ray

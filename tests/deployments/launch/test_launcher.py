@@ -171,6 +171,19 @@ def test_metrics_move_if_another_program_has_taken_their_port(
     assert ports == [own, None if is_taken else own]
 
 
+def test_metrics_stay_at_a_port_that_was_asked_for(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(**_: object) -> None:
+        raise Exception("the node timed out")
+
+    _replace_ray(monkeypatch, init)
+    service = LocalService(planned(model=str(tiny_checkpoint), metrics_port=(asked := free_port())))
+    with (
+        socket.create_server(("127.0.0.1", asked)),
+        pytest.raises(LaunchError, match=f"port {asked} .* choose another with --metrics-port"),
+    ):
+        service.start(lambda _: None)
+
+
 def test_wrong_settings_of_ray_are_not_tried_again(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def init(**_: object) -> None:
         raise ValueError("the object store is too large")
