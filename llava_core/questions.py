@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llava_core.client.messages import read_picture, user_message
+from llava_core.client.messages import is_address, read_picture, user_message
 from llava_core.errors import ImageError, RequestError
 from llava_core.prepare import Preparer
 from llava_core.types import GenerationRequest, ImagePart, PreparedRequest, SamplingParams
@@ -21,11 +22,13 @@ from llava_core.views import DicomView
 
 @dataclass(frozen=True)
 class Question:
-    """One question. `id` is whatever the file gave it. A picture is the path of a file or its contents."""
+    """One question. `id` is whatever the file gave it. A picture is the path of a file or its contents; `names` are the
+    paths as the file gave them, "" for contents."""
 
     text: str
     images: tuple[Path | bytes, ...] = field(default=(), repr=False)
     id: object = None
+    names: tuple[str, ...] = field(default=(), repr=False, compare=False)
 
 
 def parse_row(line: str, where: str) -> dict[str, Any]:
@@ -50,16 +53,15 @@ def read_question(row: Mapping[str, Any], where: str, folder: Path, *, default_t
     if not isinstance(text, str):
         raise RequestError(f"{where} has {_kind(text)} as `{name}`, not a text", param="questions")
     name, images = _find(row, ("images", "image"), lambda given: given in (None, []))
+    place = f"in `{name}`" if isinstance(images, list) else f"as `{name}`"
     given = images if isinstance(images, list) else [] if images is None else [images]
-    pictures = []
-    for each in given:
-        picture = _picture(each, folder)
-        if picture is None:
-            place = "in" if isinstance(images, list) else "as"
-            what = f"{where} has {_kind(each)} {place} `{name}`"
-            raise RequestError(f"{what}, not the name or the contents of a file", param="questions")
-        pictures.append(picture)
-    return Question(text, tuple(pictures), question_id(row))
+    pictures = [_picture(each, where, place) for each in given]
+    return Question(
+        text,
+        tuple(folder / each if isinstance(each, str) else each for each in pictures),
+        question_id(row),
+        tuple(each if isinstance(each, str) else "" for each in pictures),
+    )
 
 
 def question_id(row: Mapping[str, Any]) -> object:
@@ -87,11 +89,29 @@ def _find(row: Mapping[str, Any], names: Sequence[str], is_absent: Callable[[obj
     return next(((name, row[name]) for name in names if not is_absent(row.get(name))), (names[0], None))
 
 
-def _picture(given: object, folder: Path) -> Path | bytes | None:
-    """The picture as a path or bytes; None for anything else."""
+def _picture(given: object, where: str, place: str) -> str | bytes:
+    """The name or the contents of a picture's file. Raises RequestError for anything else."""
+    found = given
     if isinstance(given, Mapping):
-        _, given = _find(given, ("bytes", "path"), lambda each: each is None)
-    return folder / given if isinstance(given, str) and given else given if isinstance(given, bytes) else None
+        _, found = _find(given, ("bytes", "path"), lambda each: each is None)
+    if isinstance(found, bytes):
+        return found
+    if not isinstance(found, str) or not found:
+        what = f"{where} has {_kind(given)} {place}"
+        raise RequestError(f"{what}, not the name or the contents of a file", param="questions")
+    what = f"{where} has {found[:60]!r} {place}"
+    if "://" in found or is_address(found):
+        raise RequestError(f"{what}, but pictures are read from files: download it first", param="questions")
+    if not _is_file_name(found):
+        raise RequestError(f"{what}, which no file can be called", param="questions")
+    return found
+
+
+def _is_file_name(text: str) -> bool:
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
 
 
 def read_questions(file: Path) -> Iterator[Question]:

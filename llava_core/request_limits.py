@@ -47,6 +47,7 @@ def check_request(request: AnyRequest, limits: RequestLimits, reserved_texts: Se
 def check_rendered(prompt: str, num_images: int, limits: RequestLimits) -> None:
     """The same for a prompt rendered by the client, and for the number of pictures that come with it."""
     check_num_images(num_images, "images", limits)
+    _check_unicode(prompt, "prompt")
     _check_length(len(prompt), "prompt", limits)
     if prompt.count(IMAGE_PLACEHOLDER) != num_images:
         # LLaVA's own wording.
@@ -84,7 +85,20 @@ def _check_length(length: int, param: str, limits: RequestLimits) -> None:
         )
 
 
+def _check_unicode(text: str, param: str) -> None:
+    """JSON may escape one half of a surrogate pair, which is no character and which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"the text holds half a surrogate pair (U+{ord(text[error.start]):04X}, character {error.start + 1}), "
+            "which is no character; remove it, or give both halves",
+            param=param,
+        ) from error
+
+
 def _check_text(text: str, param: str, reserved_texts: Set[str]) -> None:
+    _check_unicode(text, param)
     left = as_text(text, reserved_texts)
     for reserved in sorted(reserved_texts):
         if reserved in left:

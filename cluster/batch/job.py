@@ -63,7 +63,7 @@ class Job:
         """Run the job to its end. Raises JobError; whatever was written until then stays."""
         plan = self.source.plan()
         if not plan.num_rows:
-            raise InputError("the input has no rows")
+            raise InputError("; ".join((f"the input, {self.source.kind}, has no rows", *plan.notes)))
         with Output(self.output, _manifest(plan, self.source, self.settings)) as output:
             report = Report(plan.num_rows)
             for row in output.resume():

@@ -20,17 +20,20 @@ def open_source(path: Path, output: Path, *, image_folder: Path | None, prompt: 
     if not path.exists():
         raise InputError(f"{path} does not exist")
     folder = image_folder or path.parent
-    if path.suffix == ".parquet":
+    if path.suffix.lower() == ".parquet":
         return Parquet((path,), folder, prompt)
-    if path.suffix in (".jsonl", ".json", ".ndjson"):
+    if path.suffix.lower() in (".jsonl", ".json", ".ndjson"):
         return JsonLines(path, folder, prompt)
-    raise InputError(f"{path} is neither a folder nor a file that ends with .jsonl or .parquet; rename it accordingly")
+    raise InputError(
+        f"{path} is neither a folder nor a file that ends with .jsonl or .parquet: unpack it if it is compressed, and "
+        "convert a table of another kind into either"
+    )
 
 
 def _open_folder(path: Path, image_folder: Path | None, prompt: str | None) -> Source:
     # A folder that ends with .parquet is an output.
     files = [file for file in path.iterdir() if file.is_file()]
-    tables = tuple(sorted(file for file in files if file.suffix == ".parquet"))
+    tables = tuple(sorted(file for file in files if file.suffix.lower() == ".parquet"))
     pictures = sorted(file for file in files if file.suffix.lower() in PICTURE_SUFFIXES)
     if tables and pictures:
         raise InputError(

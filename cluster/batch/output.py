@@ -50,10 +50,11 @@ class Output:
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         """Raises OutputError where the output cannot be written."""
-        if path.suffix not in (".jsonl", ".parquet"):
+        suffix = path.suffix.lower()
+        if suffix not in (".jsonl", ".parquet"):
             raise OutputError(f"{path} must end with .jsonl, for one file, or with .parquet, for a folder of parts")
         self.path = path
-        self._parts = path if path.suffix == ".parquet" else None
+        self._parts = path if suffix == ".parquet" else None
         self.written: npt.NDArray[np.bool_] = np.zeros(manifest.num_rows, bool)
         folder = path if self._parts else path.parent
         self._made = [each for each in (folder, *folder.parents) if not each.exists()]
@@ -188,6 +189,7 @@ def _columns(row: dict[str, Any]) -> dict[str, Any]:
         "question_id": known if known is None else _utf8(known if isinstance(known, str) else json.dumps(known)),
         "images": [_utf8(image) for image in row["images"]],
         "prompt": row["prompt"] and _utf8(row["prompt"]),
+        "error": row["error"] and {name: _utf8(value) for name, value in row["error"].items()},
         **{name: list((row[name] or {}).items()) for name in ("usage", "timings")},
     }
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,8 @@ ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
 }
 _OBJECT_STORE_BYTES = 1024**3
+# Ray itself tries for minutes, and cannot be interrupted meanwhile.
+_REACHED_S = 10.0
 # Ray unpacks a job's working directory here, and deletes it after the job.
 _JOB_FOLDER = "/runtime_resources/working_dir_files/"
 
@@ -56,15 +59,35 @@ def ray_cluster() -> Iterator[None]:
 def _connect(address: str | None, **own: Any) -> None:
     import ray
 
+    if address is not None:
+        _check_reachable(address)
     try:
         ray.init(address=address or "local", log_to_driver=False, **own)
     # Ray raises errors of many kinds, plain exceptions among them.
     except Exception as error:
-        reason = f"no Ray answers at RAY_ADDRESS={address}" if address else "Ray does not start"
-        raise JobError(f"{reason}: {error}") from error
+        if address is None:
+            raise JobError(f"Ray does not start: {error}") from error
+        raise JobError(f"no Ray answers at RAY_ADDRESS={address}: {error}{_token_hint()}") from error
     except SystemExit as error:
         # Raised by Ray's SIGTERM handler.
         raise KeyboardInterrupt from error
+
+
+def _check_reachable(address: str) -> None:
+    """Raise JobError if nothing listens at `address`, unless it is a name such as `auto`, or a URL."""
+    host, _, port = address.rpartition(":")
+    if not (host and port.isdigit()) or "://" in address:
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_REACHED_S).close()
+    except (OSError, OverflowError) as error:
+        raise JobError(f"no Ray answers at RAY_ADDRESS={address}: {error}") from error
+
+
+def _token_hint() -> str:
+    if os.environ.get("RAY_AUTH_MODE") == "token":
+        return ""
+    return ". If that cluster requires a token, set RAY_AUTH_MODE=token, with the token in ~/.ray/auth_token"
 
 
 def node_resources() -> Sequence[Resources]:

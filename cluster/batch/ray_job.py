@@ -18,7 +18,8 @@ from cluster.batch.records import Record
 from cluster.batch.settings import JobSettings
 from cluster.batch.sources import Plan, Source
 
-_ERROR_LINE = re.compile(r"^(?:[\w.]+\.)?(\w*(?:Error|Exception|Exit): .+)$", re.MULTILINE)
+_ERROR_LINE = re.compile(r"^([\w.]+\.)?(\w*(?:Error|Exception|Exit): .+)$", re.MULTILINE)
+_OF_RAY = "ray.exceptions."
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,8 @@ def on_ray(settings: JobSettings) -> Iterator[Answering]:
 
 
 def cause(text: str) -> str:
-    """Return the last exception with a message that a traceback names."""
-    lines = _ERROR_LINE.findall(text)
+    """Return the last exception with a message that a traceback names; one of Ray's, in which Ray wraps others, only if
+    there is no other."""
+    found = _ERROR_LINE.findall(text)
+    lines = [line for module, line in found if module != _OF_RAY] or [line for _, line in found]
     return str(lines[-1]).strip().rstrip(".") if lines else text.strip()

@@ -31,9 +31,11 @@ class StageSettings:
 
     def __post_init__(self) -> None:
         if self.replicas < 1 or (self.threads is not None and self.threads < 1):
-            raise JobError(f"replicas and threads must be at least 1: {self}")
+            raise JobError(f"replicas and threads must be at least 1, not {self.replicas} and {self.threads}")
         if not all(0 <= share < math.inf for share in (self.num_cpus, self.num_gpus)):
-            raise JobError(f"num_cpus and num_gpus must not be negative: {self}")
+            raise JobError(
+                f"num_cpus and num_gpus must be numbers from 0 on, not {self.num_cpus:g} and {self.num_gpus:g}"
+            )
         if self.num_gpus > 1 and not self.num_gpus.is_integer():
             # Ray requires it.
             raise JobError(f"num_gpus must be at most 1 or a whole number, not {self.num_gpus}")

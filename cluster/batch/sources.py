@@ -22,6 +22,7 @@ SPAN_ROWS = 4096
 PICTURE_SUFFIXES = frozenset(".png .jpg .jpeg .webp .gif .bmp .tif .tiff .dcm".split())
 # The kind of failure of a row that is not a valid question.
 INVALID_ROW = "invalid_row"
+_CONVERTED = "`jq -c '.[]' rows.json > rows.jsonl` makes such lines of it"
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,7 @@ class Source(Protocol):
 
 def question_record(row: int, question: Question) -> Record:
     """Build the record with which a question enters the stages."""
-    names = tuple("" if isinstance(image, bytes) else str(image) for image in question.images)
-    return Record(row, question, question.id, names, question.text)
+    return Record(row, question, question.id, question.names, question.text)
 
 
 def row_record(row: int, values: Mapping[str, Any], where: str, image_folder: Path, prompt: str | None) -> Record:
@@ -96,6 +96,8 @@ class JsonLines:
         try:
             with self.file.open("rb") as file:
                 for number, line in enumerate(file):
+                    if not num_rows and line.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+                        raise InputError(f"{self.file} is a JSON array, not one JSON object per line: {_CONVERTED}")
                     digest.update(line)
                     at += len(line)
                     num_rows += bool(line.strip())
@@ -147,7 +149,10 @@ def open_again(file: Path) -> BinaryIO:
 
 @dataclass(frozen=True)
 class PictureFolder:
-    """A row for each picture in a folder and its subfolders, ordered by relative path, which is the row's id."""
+    """A row for each picture in a folder and its subfolders, ordered by relative path, which is the row's id.
+
+    Links are followed, each folder once. Whatever is not a file, such as a named pipe, is not a picture.
+    """
 
     folder: Path
     prompt: str
@@ -155,15 +160,10 @@ class PictureFolder:
 
     def plan(self) -> Plan:
         """Lists the folder; opens no picture."""
-        names, num_others = list[str](), 0
-        for parent, folders, files in os.walk(self.folder, onerror=_refuse):
-            folders.sort()
-            for name in files:
-                path = os.path.relpath(os.path.join(parent, name), self.folder)
-                if Path(name).suffix.lower() in PICTURE_SUFFIXES:
-                    names.append(path)
-                else:
-                    num_others += 1
+        names, others = list[str](), list[str]()
+        for entry in _files(self.folder, set()):
+            found = names if Path(entry.name).suffix.lower() in PICTURE_SUFFIXES else others
+            found.append(os.path.relpath(entry.path, self.folder))
         names.sort()
         spans = [
             _listed(self.folder, start, names[start : start + SPAN_ROWS]) for start in range(0, len(names), SPAN_ROWS)
@@ -171,19 +171,34 @@ class PictureFolder:
         digest = hashlib.sha256()
         for span in spans:
             digest.update(span.names + b"\0")
-        notes = (f"{num_others} files without a picture's suffix are skipped",) if num_others else ()
+        skipped = f"files without a picture's suffix are skipped: {len(others)}, such as {min(others, default='')}"
+        notes = (skipped,) if others else ()
         return Plan(len(names), digest.hexdigest(), tuple(spans), notes)
 
     def read(self, span: Span) -> Iterator[Record]:
         """See Source."""
         for row, name in enumerate(span.names.split(b"\0"), start=span.start):
             path = os.fsdecode(name)
-            yield question_record(row, Question(self.prompt, (span.file / path,), path))
+            yield question_record(row, Question(self.prompt, (span.file / path,), path, (path,)))
 
 
 def _listed(folder: Path, start: int, names: Sequence[str]) -> Span:
     return Span(start, start + len(names), folder, names=b"\0".join(map(os.fsencode, names)))
 
 
-def _refuse(error: OSError) -> None:
-    raise InputError(f"{error.filename} cannot be listed: {error.strerror}") from error
+def _files(folder: str | Path, listed: set[tuple[int, int]]) -> Iterator[os.DirEntry[str]]:
+    """The files of a folder and its subfolders, in a fixed order; a link to nothing counts as a file. `listed` are the
+    folders that have been listed, by device and inode."""
+    try:
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in listed:
+            return
+        listed.add((status.st_dev, status.st_ino))
+        with os.scandir(folder) as entries:
+            for entry in sorted(entries, key=lambda each: each.name):
+                if entry.is_dir():
+                    yield from _files(entry.path, listed)
+                elif entry.is_file() or not os.path.exists(entry.path):
+                    yield entry
+    except OSError as error:
+        raise InputError(f"{error.filename} cannot be listed: {error.strerror}") from error

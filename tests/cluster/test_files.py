@@ -171,7 +171,13 @@ def test_the_image_has_the_commands_and_settings_the_launcher_needs() -> None:
     assert launcher()["provider"]["type"] == "aws"
     assert "--build-arg CLOUD_PACKAGE=boto3" in text
     assert re.search(r"^ARG CLOUD_PACKAGE=$", dockerfile(), re.MULTILINE)
-    assert re.findall(r"^ENV .*HOME=(\S+)$", dockerfile(), re.MULTILINE) == ["/home/llava"]
+    assert re.findall(r"^ENV .* HOME=(\S+)", dockerfile(), re.MULTILINE) == ["/home/llava"]
+
+
+def test_commands_in_the_launchers_containers_have_the_clusters_token() -> None:
+    given = [option.removeprefix("--env ") for option in launcher()["docker"]["run_options"] if "--env" in option]
+    assert given == [f"RAY_AUTH_MODE={environment()['RAY_AUTH_MODE']}"]
+    assert "~/.ray/auth_token" in launcher()["file_mounts"]
 
 
 def test_the_image_runs_as_non_root_with_an_existing_command() -> None:
@@ -190,14 +196,16 @@ def test_the_image_installs_serves_haproxy() -> None:
     assert haproxy.marker.evaluate({"extra": "serve"})
 
 
-def _drain(folder: Path, seconds: str, *, ray: str) -> subprocess.Popen[str]:
+def _drain(folder: Path, seconds: str, *, ray: str | None) -> subprocess.Popen[str]:
     """Run the drain script with the processes in `folder`/proc, and this script in place of the command `ray`."""
-    (folder / "ray").write_text(f"#!/bin/sh\n{ray}\n")
-    (folder / "ray").chmod(0o755)
+    if ray is not None:
+        (folder / "ray").write_text(f"#!/bin/sh\n{ray}\n")
+        (folder / "ray").chmod(0o755)
     return subprocess.Popen(
         ["/bin/sh", CLUSTER / "drain_node.sh", seconds, folder / "proc"],
         env={"PATH": f"{folder}:/usr/bin:/bin"},
         stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
     )
 
@@ -223,7 +231,15 @@ def test_a_departing_node_first_reports_its_drain_to_ray(tmp_path: Path) -> None
 
 def test_a_node_ends_even_if_its_head_is_gone(tmp_path: Path) -> None:
     with _drain(tmp_path, "900", ray="exit 1") as drain:
-        assert drain.wait(30) == 0
+        assert "Ray does not drain this node" in drain.communicate(timeout=30)[1]
+        assert drain.returncode == 0
+
+
+def test_a_drain_without_ray_on_the_path_fails_at_once(tmp_path: Path) -> None:
+    _add_process(tmp_path, "ray::ServeReplica:llava:Generator")
+    with _drain(tmp_path, "900", ray=None) as drain:
+        assert "there is no command ray" in drain.communicate(timeout=30)[1]
+        assert drain.returncode == 127
 
 
 @pytest.mark.parametrize("command", ["ray::ServeReplica:llava:Generator", "ray::HAProxyManager.ready"])

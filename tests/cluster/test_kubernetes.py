@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,29 @@ def test_a_duplicate_key_is_detected(tmp_path: Any) -> None:
 def test_the_manifest_contains_the_text_of_the_configuration(objects: list[Any], file: Any) -> None:
     text = (file / "serve_config.yaml").read_text(encoding="utf-8")
     assert of_kind(objects, "RayService")["spec"]["serveConfigV2"] == text
+
+
+@pytest.mark.parametrize("cluster", CLUSTERS.values(), ids=CLUSTERS)
+def test_kernels_compiled_by_triton_are_kept_where_pods_may_write(
+    cluster: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    knobs = pytest.importorskip("triton.knobs")
+    *_, image = re.findall(r"^ENV (.*)$", (CLUSTER / "Dockerfile").read_text(encoding="utf-8"), re.MULTILINE)
+    for name, value in (each.split("=", 1) for each in image.split()):
+        if name != "PATH":
+            monkeypatch.setenv(name, value)
+    folder = Path(knobs.cache.dir)
+    for group in groups(cluster):
+        [container] = group["template"]["spec"]["containers"]
+        mounts = [each["mountPath"] for each in container["volumeMounts"] if not each.get("readOnly")]
+        assert any(folder.is_relative_to(mount) for mount in mounts), (folder, mounts)
+
+
+def test_kuberays_service_has_the_port_of_the_proxies() -> None:
+    """KubeRay makes it from the ports of the head's container, where these are given."""
+    for group in groups(CLUSTERS["base"]):
+        [container] = group["template"]["spec"]["containers"]
+        assert {"containerPort": 8000, "name": "serve"} in container["ports"]
 
 
 def test_nodes_have_the_cluster_environment() -> None:

@@ -63,6 +63,11 @@ def test_an_invalid_line_is_named(tmp_path: Path, line: str) -> None:
         ({"text": "a", "image": {"url": "b"}}, "x has an object as `image`, not the name or the contents of a file"),
         ({"text": "a", "image": {"path": ""}}, "x has an object as `image`, not the name or the contents of a file"),
         ({"text": {"a": 1}}, "x has an object as `text`, not a text"),
+        ({"text": "a", "image": "https://h/a.png"}, "x has 'https://h/a.png' as `image`, but pictures are read from"),
+        ({"text": "a", "images": ["data:,x"]}, "x has 'data:,x' in `images`, but pictures are read from files"),
+        ({"text": "a", "image": {"path": "s3://b/a.png"}}, "x has 's3://b/a.png' as `image`, but pictures are"),
+        ({"text": "a", "image": "a\0.png"}, "x has 'a\\x00.png' as `image`, which no file can be called"),
+        ({"text": "a", "image": "\ud83d.png"}, "x has '\\ud83d.png' as `image`, which no file can be called"),
         ({"text": "a", "image": Path("a")}, "x has a value of type PosixPath as `image`, not"),
     ],
 )
@@ -76,6 +81,11 @@ def test_the_default_text_is_for_questions_without_one() -> None:
     for row in ({"image": "a.png"}, {"text": None}, {"text": ""}, {"question": " \n"}):
         assert read_question(row, "x", folder, default_text="What?").text == "What?"
     assert read_question({"text": "Why?", "image": "a.png"}, "x", folder, default_text="What?").text == "Why?"
+
+
+def test_pictures_keep_the_names_that_the_row_gave_them() -> None:
+    question = read_question({"text": "a", "images": ["./x.png", "/y.png", {"bytes": b"z"}]}, "x", Path("/p"))
+    assert question.names == ("./x.png", "/y.png", "")
 
 
 def test_of_two_field_names_the_one_with_a_value_counts() -> None:

@@ -4,7 +4,16 @@ import pytest
 
 from llava_core.errors import RequestError
 from llava_core.request_limits import RequestLimits, check_rendered, check_request, message_text
-from llava_core.types import ImagePart, Message, RenderedRequest, SamplingParams, TextPart
+from llava_core.types import (
+    AnyRequest,
+    CompletionRequest,
+    GenerationRequest,
+    ImagePart,
+    Message,
+    RenderedRequest,
+    SamplingParams,
+    TextPart,
+)
 
 LIMITS = RequestLimits(max_images=2, max_text=50, max_n=3)
 
@@ -35,6 +44,20 @@ def test_faults_of_a_rendered_prompt_name_the_field(prompt: str, num_images: int
     with pytest.raises(RequestError) as caught:
         check_rendered(prompt, num_images, LIMITS)
     assert (caught.value.param, caught.value.message) == (param, message)
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        GenerationRequest("id", (Message("user", (TextPart("ab\ud83d"),)),), SamplingParams()),
+        GenerationRequest("id", (Message("user", (TextPart("a"),)),), SamplingParams(), system="ab\ud83d"),
+        CompletionRequest("id", "ab\ud83d", SamplingParams()),
+        rendered("ab\ud83d", 0),
+    ],
+)
+def test_half_a_surrogate_pair_is_refused(request_: AnyRequest) -> None:
+    with pytest.raises(RequestError, match=r"half a surrogate pair \(U\+D83D, character 3\)"):
+        check_request(request_, LIMITS, set())
 
 
 def test_the_number_of_answers_is_limited() -> None:

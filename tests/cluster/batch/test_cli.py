@@ -177,7 +177,7 @@ def test_a_stopped_or_killed_job_resumes_and_writes_every_row_once(
 
     alone = LocalModel(options=LoadOptions(dtype="float32"))
     for row in [row for row in rows.values() if row["error"] is None][::10]:
-        question = Question(row["prompt"], tuple(map(Path, row["images"])))
+        question = Question(row["prompt"], tuple(job.pictures / name for name in row["images"]))
         deltas = list(alone.stream(prepare_question(alone.preparer, question, SamplingParams(), str(row["row"]))))
         assert row["text"] == "".join(delta.text for delta in deltas)
         assert row["token_ids"] == [token for delta in deltas for token in delta.token_ids]

@@ -145,7 +145,7 @@ def test_skipped_files_are_reported_only_if_the_output_is_valid(runner: JobRunne
     runner.output = tmp_path / "out.jsonl"
     runner.run(lambda *_: GOOD)
     assert runner.messages == [
-        "1 files without a picture's suffix are skipped",
+        "files without a picture's suffix are skipped: 1, such as notes.txt",
         "1 rows to answer; the stages are starting",
     ]
 
@@ -307,9 +307,14 @@ def test_a_job_resumes_after_its_input_has_moved(runner: JobRunner, tmp_path: Pa
     assert "5 of 5 rows are there already" in runner.messages
 
 
-def test_an_input_without_rows_is_refused(runner: JobRunner) -> None:
+def test_an_input_without_rows_is_refused(runner: JobRunner, tmp_path: Path) -> None:
     runner.file.write_text("\n \n")
-    with pytest.raises(InputError, match="no rows"):
+    with pytest.raises(InputError, match=r"the input, JSON lines, has no rows$"):
+        runner.run(lambda *_: GOOD)
+    (tmp_path / "IM0001").touch()
+    (tmp_path / "in.jsonl").unlink()
+    runner.source = PictureFolder(tmp_path, "What?")
+    with pytest.raises(InputError, match=r"a folder of pictures, has no rows; files .* skipped: 1, such as IM0001$"):
         runner.run(lambda *_: GOOD)
     assert not runner.output.exists()
 

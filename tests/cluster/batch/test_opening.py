@@ -13,15 +13,18 @@ OUTPUT = Path("out.parquet")
 
 
 def test_the_kind_of_input_follows_from_suffix_or_content(tmp_path: Path) -> None:
-    for name in ("a.jsonl", "tables/b.parquet", "tables/a.parquet", "pictures/a.png"):
+    for name in ("a.jsonl", "B.JSONL", "tables/b.PARQUET", "tables/a.parquet", "pictures/a.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     assert open_source(tmp_path / "a.jsonl", OUTPUT, image_folder=None, prompt=None) == JsonLines(
         tmp_path / "a.jsonl", tmp_path, None
     )
+    assert open_source(tmp_path / "B.JSONL", OUTPUT, image_folder=tmp_path, prompt="q") == JsonLines(
+        tmp_path / "B.JSONL", tmp_path, "q"
+    )
     tables = tmp_path / "tables"
     assert open_source(tables, OUTPUT, image_folder=tmp_path / "pictures", prompt="q") == Parquet(
-        (tables / "a.parquet", tables / "b.parquet"), tmp_path / "pictures", "q"
+        (tables / "a.parquet", tables / "b.PARQUET"), tmp_path / "pictures", "q"
     )
     assert open_source(tables / "a.parquet", OUTPUT, image_folder=None, prompt=None) == Parquet(
         (tables / "a.parquet",), tables, None
@@ -36,7 +39,7 @@ def test_an_invalid_input_is_refused_with_a_remedy(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").touch()
     for path, folder, message in (
         (tmp_path / "none.jsonl", None, "does not exist"),
-        (tmp_path / "a.csv", None, r"ends with \.jsonl or \.parquet"),
+        (tmp_path / "a.csv", None, r"ends with \.jsonl or \.parquet: unpack .* convert"),
         (tmp_path, None, "give --prompt"),
         (tmp_path / "a.jsonl", tmp_path / "none", "none is not a folder"),
         (tmp_path / "a.jsonl", tmp_path / "a.csv", r"a\.csv is not a folder"),

@@ -316,8 +316,9 @@ def test_the_suffix_must_name_a_format(tmp_path: Path) -> None:
 
 def test_ids_and_names_may_be_anything(path: Path) -> None:
     strange = [row(0, question_id={"a": [1]}), row(1, question_id="\ud800", images=["\udcff.png"], prompt="\udfff")]
+    strange.append(row(2, error={"kind": "invalid_image", "message": "\udcff.png is not a picture"}))
     with Output(path, MANIFEST) as output:
         list(output.resume())
         output.write(strange)
         output.seal()
-    assert resumed(path) == [0, 1]
+    assert resumed(path) == [0, 1, 2]

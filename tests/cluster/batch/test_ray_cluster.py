@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.ports import free_port
 from cluster.batch.errors import JobError, OutputError
 from cluster.batch.ray_cluster import ENVIRONMENT, check_output_stays, ray_cluster, seen_by_workers, set_environment
 
@@ -40,7 +41,7 @@ def test_an_existing_ray_is_left_unchanged(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize(
     ("address", "message"),
-    [(None, "Ray does not start: too slow"), ("10.0.0.1:6379", "no Ray answers at RAY_ADDRESS=10")],
+    [(None, "Ray does not start: too slow"), ("auto", "no Ray answers at RAY_ADDRESS=auto: too slow. If .* token")],
 )
 def test_a_ray_that_does_not_start_or_answer_is_reported(
     monkeypatch: pytest.MonkeyPatch, address: str | None, message: str
@@ -54,6 +55,14 @@ def test_a_ray_that_does_not_start_or_answer_is_reported(
     if address:
         monkeypatch.setenv("RAY_ADDRESS", address)
     with pytest.raises(JobError, match=message), ray_cluster():
+        pass
+
+
+def test_an_address_where_nothing_listens_is_reported_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.init", lambda **_: pytest.fail("it would try for minutes"))
+    address = f"127.0.0.1:{free_port()}"
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(JobError, match=f"no Ray answers at RAY_ADDRESS={address}: .*refused"), ray_cluster():
         pass
 
 

@@ -26,8 +26,8 @@ def test_options_change_only_the_settings_they_name() -> None:
         ("generate.replicas", "replicas must be a number"),
         ("generate.replicas=0", "at least 1"),
         ("encode.threads=0", "at least 1"),
-        ("encode.num_cpus=-1", "must not be negative"),
-        ("encode.num_cpus=nan", "must not be negative"),
+        ("encode.num_cpus=-1", "numbers from 0 on, not -1 and 0"),
+        ("encode.num_cpus=nan", "numbers from 0 on, not nan and 0"),
         ("encode.num_gpus=1.5", "a whole number"),
     ],
 )

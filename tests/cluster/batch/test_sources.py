@@ -1,6 +1,7 @@
 """JSON lines and folders as inputs: every row once, whatever else is in them."""
 
 import json
+import os
 import tracemalloc
 from pathlib import Path
 
@@ -37,7 +38,7 @@ def test_llavas_question_files_are_read(tmp_path: Path) -> None:
     for number, record in enumerate(read_all(source)):
         picture = tmp_path / "pictures" / f"{number}.jpg"
         assert record.value == Question(f"Question {number}", (picture,), number)
-        assert (record.id, record.images, record.prompt) == (number, (str(picture),), f"Question {number}")
+        assert (record.id, record.images, record.prompt) == (number, (f"{number}.jpg",), f"Question {number}")
 
 
 def test_a_broken_row_is_a_failure_naming_its_line_and_others_are_read(tmp_path: Path) -> None:
@@ -104,10 +105,34 @@ def test_pictures_of_a_folder_are_rows_and_other_files_are_reported(tmp_path: Pa
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
     source = PictureFolder(tmp_path, "What?")
-    assert source.plan().notes == ("1 files without a picture's suffix are skipped",)
+    assert source.plan().notes == ("files without a picture's suffix are skipped: 1, such as notes.txt",)
     rows = read_all(source)
     assert [record.id for record in rows] == ["a.JPG", "b.png", "sub/c.webp", "x\udcff.dcm"]
     assert rows[2].value == Question("What?", (tmp_path / "sub/c.webp",), "sub/c.webp")
+    assert rows[2].images == ("sub/c.webp",)
+
+
+def test_linked_folders_are_listed_once_and_only_files_are_pictures(tmp_path: Path) -> None:
+    folder, elsewhere = tmp_path / "folder", tmp_path / "elsewhere"
+    for name in (folder / "own/a.png", elsewhere / "b.png"):
+        name.parent.mkdir(parents=True)
+        name.touch()
+    (folder / "linked").symlink_to(elsewhere)
+    (folder / "linked-again").symlink_to(elsewhere)
+    (folder / "own/circle").symlink_to(folder)
+    (folder / "gone.png").symlink_to(tmp_path / "nowhere")
+    (folder / "folder.png").mkdir()
+    os.mkfifo(folder / "pipe.png")
+    rows = read_all(PictureFolder(folder, "What?"))
+    assert [record.id for record in rows] == ["gone.png", "linked/b.png", "own/a.png"]
+
+
+@pytest.mark.parametrize("start", ["[", "\n [\n", "\ufeff["])
+def test_a_json_array_is_refused_with_a_conversion(tmp_path: Path, start: str) -> None:
+    file = tmp_path / "rows.json"
+    file.write_text(f'{start}{{"text": "a"}},\n{{"text": "b"}}]\n')
+    with pytest.raises(InputError, match=r"rows\.json is a JSON array, .* `jq "):
+        JsonLines(file, tmp_path, None).plan()
 
 
 def test_another_picture_changes_the_digest(tmp_path: Path) -> None:
