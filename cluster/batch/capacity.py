@@ -39,9 +39,9 @@ def waiting(stages: Stages, has: Resources, free: Resources) -> str:
     )
     left = " and ".join(f"{free.get(name, 0):.3g} of {has.get(name, 0):g} {name}s" for name in ("CPU", "GPU"))
     return (
-        f"the stages are starting or waiting for room: {left} are free, not counting what started stages hold; "
-        f"the stages ask for {asked}. Stop whatever else holds resources, such as a service, or ask for less with "
-        "--stage"
+        f"none for a while: rows take long, or stages are starting or waiting for room. {left} are free, not counting "
+        f"what started stages hold; the stages ask for {asked}. If they wait, stop whatever else holds resources, such "
+        "as a service, or ask for less with --stage"
     )
 
 

@@ -45,4 +45,4 @@ def test_free_and_requested_resources_are_reported() -> None:
     message = waiting(read_stages(["generate.num_gpus=1"]), {"CPU": 8.0, "GPU": 1.0}, {"CPU": 0.1})
     assert "0.1 of 8 CPUs and 0 of 1 GPUs are free" in message
     assert "generate 1 x (0.25 CPUs, 1 GPUs)" in message
-    assert "Stop whatever else holds resources, such as a service, or ask for less with --stage" in message
+    assert "stop whatever else holds resources, such as a service, or ask for less with --stage" in message
