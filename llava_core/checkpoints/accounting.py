@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from llava_core.checkpoints.contents import Stored, stored_tensors
-from llava_core.checkpoints.headers import TensorInfo, read_header
+from llava_core.checkpoints.headers import DTYPES, TensorInfo, read_header
 from llava_core.checkpoints.keymaps import HEAD_KEY, NEWLINE_KEY, Key, Part
 from llava_core.checkpoints.layout import Checkpoint, open_checkpoint
 from llava_core.checkpoints.lora import Lora, open_lora
@@ -56,7 +56,7 @@ def check_tensors(checkpoint: Path | Checkpoint) -> None:
 
 
 def check_shapes(config: ModelConfig, stored: Mapping[Key, Stored]) -> None:
-    """Raise CheckpointError for tensors whose shape differs from config.json; reads headers only."""
+    """Raise CheckpointError for tensors whose shape differs from config.json, and for integers; reads headers only."""
     _raise(shape_problems(config, stored))
 
 
@@ -88,12 +88,18 @@ def name_problems(checkpoint: Checkpoint, replaced: Iterable[Key] = ()) -> list[
 
 
 def shape_problems(config: ModelConfig, stored: Mapping[Key, Stored]) -> list[str]:
-    """All tensors whose shape differs from config.json."""
+    """All tensors whose shape differs from config.json, or whose numbers are integers, as of quantised weights."""
     expected = {HEAD_KEY: (config.vocab_size, config.hidden_size), **expected_shapes(config)}
+    wanted = {key: found for key, found in stored.items() if key in expected}
     return [
         f"{key.part} {key.name} has shape {found.info.shape} in {found.file}, config.json says {expected[key]}"
-        for key, found in stored.items()
-        if expected.get(key) not in (None, found.info.shape)
+        for key, found in wanted.items()
+        if expected[key] != found.info.shape
+    ] + [
+        f"{key.part} {key.name} in {found.file} holds numbers of type {DTYPES[found.info.dtype][0]}: weights stored "
+        "quantised cannot be loaded; load the model that they were made from, with --quantization"
+        for key, found in wanted.items()
+        if not found.info.is_float
     ]
 
 

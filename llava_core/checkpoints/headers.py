@@ -43,6 +43,11 @@ class TensorInfo:
         return math.prod(self.shape)
 
     @property
+    def is_float(self) -> bool:
+        """Whether its numbers are of a floating-point type."""
+        return "float" in DTYPES[self.dtype][0]
+
+    @property
     def num_bytes(self) -> int:
         """Its size on disk."""
         return self.num_elements * DTYPES[self.dtype][1]

@@ -216,16 +216,32 @@ def _laid_over(below: tuple[Path, Weights] | None, own: Weights) -> tuple[Weight
 def _open_adapter(folder: Path, base: str | Path | None, hub: Hub) -> Checkpoint:
     """Open a PEFT adapter: everything but its matrices comes from the base."""
     name = base_name(folder, base)
-    try:
-        below = _open(hub.find(str(name), f"the base of {folder}"), None, hub)
-    except CheckpointError as error:
+    below_folder = hub.find(str(name), f"the base of {folder}")
+    if reason := _missing_projector(folder, below_folder):
         raise CheckpointError(
-            f"{folder} holds an adapter without non_lora_trainables.bin, so all but the adapter must come from its "
-            f"base {name}: {error}"
-        ) from error
+            f"{folder} lacks non_lora_trainables.bin, which holds the projector that was trained with the adapter: "
+            f"{reason}"
+        )
+    below = _open(below_folder, None, hub)
     if below.adapter is not None:
         raise CheckpointError(f"{below.folder}, the base of {folder}, is an adapter itself; merge it first")
     return replace(below, adapter=folder)
+
+
+def _missing_projector(folder: Path, base: Path) -> str | None:
+    """Why an adapter is not complete without a projector of its own, and what to do, if that is so."""
+    if (folder / "config.json").exists() and is_original_config(read_json(folder, "config.json")):
+        return "its config.json is that of a LLaVA; copy the file here as well, or remove config.json if there is none"
+    layout = find_layout(base)
+    if layout == "text-only":
+        return f"its base {base} is a language model, which has none; take the training's final output"
+    if layout == "original" and (folder / "trainer_state.json").exists():
+        # transformers' Trainer leaves the same files for an adapter alone, but over a llava-hf model.
+        return (
+            "trainer_state.json says that it is from within a training, and LLaVA's code saves the projector at the "
+            "end; resume the training, or remove trainer_state.json if the projector was not trained"
+        )
+    return None
 
 
 def _with_tower(

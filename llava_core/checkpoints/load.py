@@ -192,7 +192,7 @@ def read_part(checkpoint: Path | Checkpoint, part: Part, dtype: torch.dtype | No
 def _fill(
     module: nn.Module, tensors: Mapping[str, Tensor], checkpoint: Checkpoint, part: Part, *, optional: frozenset[str]
 ) -> None:
-    """Assign every tensor; a missing, left-over or misshapen one is an error."""
+    """Assign every tensor; a missing, left-over or misshapen one, or one of integers, is an error."""
     expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     missing = sorted(set(expected) - set(tensors) - optional)
     extra = sorted(set(tensors) - set(expected))
@@ -207,4 +207,6 @@ def _fill(
                 f"{checkpoint.folder}: {part} tensor {name} has shape {tuple(tensor.shape)}, "
                 f"config.json says {expected[name]}"
             )
+        if not tensor.is_floating_point():
+            raise CheckpointError(f"{checkpoint.folder}: {part} tensor {name} holds integers ({tensor.dtype})")
     module.load_state_dict(dict(tensors), strict=not optional, assign=True)

@@ -26,6 +26,21 @@ if TYPE_CHECKING:
     from llava_core.checkpoints.tensors import TensorReader
 
 Value = TypeVar("Value")
+# PEFT's options under which an adapter is more than products of matrices, and their values under which it is not. Some
+# ways of initialising change the base's weights, too.
+_PLAIN: Mapping[str, tuple[object, ...]] = {
+    "peft_type": ("LORA",),
+    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
+    "fan_in_fan_out": (False,),
+    "use_dora": (False,),
+    "use_qalora": (False,),
+    "use_bdlora": (),
+    "alora_invocation_tokens": (),
+    "arrow_config": (),
+    "kasa_config": (),
+    "layer_replication": (),
+    "monteclora_config": (),
+}
 _MATRIX = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
 
 
@@ -144,8 +159,8 @@ class _Scaling:
 
 
 def _read_scaling(config: Fields) -> _Scaling:
-    for field, only in (("peft_type", "LORA"), ("use_dora", False), ("fan_in_fan_out", False)):
-        if config.has(field) and config.values[field] != only:
+    for field, plain in _PLAIN.items():
+        if config.has(field) and config.values[field] not in plain:
             raise CheckpointError(
                 f"{field} {shown(config.values[field])} is not supported; "
                 "merge the adapter with the library that made it"

@@ -10,7 +10,7 @@ import logging
 import platform
 import random
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TextIO
 
 import click
 
@@ -49,9 +49,9 @@ def build(out: Path, work: Path, scale: float) -> None:
 )
 @click.option("--questions", type=click.IntRange(9), default=2000)
 @click.option("--image-format", type=click.Choice(["png", "jpeg"]), default="png")
-@click.option("--errors", type=click.Path(path_type=Path), default=None, help="Write wrong answers to this file.")
+@click.option("--errors", type=click.File("w", lazy=False), default=None, help="Write wrong answers to this file.")
 def evaluate(
-    model: str | None, url: str | None, questions: int, image_format: Literal["png", "jpeg"], errors: Path | None
+    model: str | None, url: str | None, questions: int, image_format: Literal["png", "jpeg"], errors: TextIO | None
 ) -> None:
     """Measure exact matches over unseen questions, by question type."""
     from llava_core.evaluation.task import score
@@ -64,7 +64,7 @@ def evaluate(
     click.echo(f"{url or model or 'default model'}, {image_format}, {platform.machine()}")
     click.echo(score(answers).table())
     if errors is not None:
-        errors.write_text("".join(_error_line(answer) for answer in answers if not answer.is_right))
+        errors.writelines(_error_line(answer) for answer in answers if not answer.is_right)
 
 
 def _error_line(answer: Answer) -> str:
@@ -94,6 +94,9 @@ def draw(out: Path, seed: int) -> None:
 
     rng = random.Random(seed)
     scene = sample_scene(rng, longest_side=(300, 800))
-    draw_scene(scene).save(out)
+    try:
+        draw_scene(scene).save(out)
+    except (OSError, ValueError) as error:
+        raise click.ClickException(f"{out} cannot be written: {error}") from error
     for question in ask_all(scene, rng, 10):
         click.echo(f"{question.kind:9} {question.text}  {question.answer}")

@@ -39,7 +39,7 @@ from llava_core.scenes.resuming import claim, digest
 from llava_core.scenes.tokenizer import train_tokenizer
 from llava_core.scenes.tower import new_tower, resize_tower, tower_config, tower_words
 from llava_core.training.optimizer import MuonAdamW
-from llava_core.training.sft import has_checkpoint, train
+from llava_core.training.sft import newest_checkpoint, train
 from llava_core.vision.clip import ClipTower
 
 logger = logging.getLogger(__name__)
@@ -166,7 +166,7 @@ def _pretrain_tower(recipe: Recipe, cache: SceneCache, work: Path) -> ClipTower:
         adamw = {"learning_rate": recipe.tower.learning_rate, "weight_decay": 0.05, "adam_beta2": 0.98}
         arguments = _arguments(recipe, work / "tower", recipe.tower, optim="adamw_torch_fused", **adamw)
         trainer = Trainer(namer, arguments, train_dataset=PatchDataset(cache))
-        trainer.train(resume_from_checkpoint=has_checkpoint(work / "tower"))
+        trainer.train(resume_from_checkpoint=newest_checkpoint(work / "tower"))
         _finish(work / "tower", namer, trainer.state.log_history)
     namer.load_state_dict(torch.load(weights, weights_only=True))
     tower = new_tower(recipe.size, recipe.patch)

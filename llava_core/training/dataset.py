@@ -44,23 +44,38 @@ def load_samples(path: Path) -> list[Sample]:
     return [parse_sample(row, index) for index, row in enumerate(rows)]
 
 
-def parse_sample(row: Mapping[str, Any], index: int) -> Sample:
-    """Parse one entry of the list; a first message that is not the human's is dropped, as in the reference."""
-    name = str(row.get("id", index))
+def parse_sample(row: Any, index: int) -> Sample:
+    """Parse one entry of the list; a first message that is not the human's is dropped, as in the reference. Raises
+    DatasetError naming the entry and what is wrong with it."""
+    if not isinstance(row, Mapping):
+        raise DatasetError(f"sample {index} must be an object, not {type(row).__name__}")
+    name, image = str(row.get("id", index)), row.get("image") or None
+    if not (image is None or isinstance(image, str)):
+        raise DatasetError(f"sample {name}: image must be one path, not {image!r}")
+    turns = _read_turns(row, f"sample {name}")
+    num_images = sum((turn.text or "").count(IMAGE_PLACEHOLDER) for turn in turns)
+    if num_images != (image is not None):
+        raise DatasetError(f"sample {name}: {num_images} {IMAGE_PLACEHOLDER} for image {image!r}")
+    return Sample(name, image, turns)
+
+
+def _read_turns(row: Mapping[str, Any], where: str) -> tuple[Turn, ...]:
     try:
-        messages = [(_ROLES[message["from"]], str(message["value"])) for message in row["conversations"]]
+        messages = [(_ROLES[message["from"]], message["value"]) for message in row["conversations"]]
     except (KeyError, TypeError) as error:
-        raise DatasetError(f"sample {name}: conversations need `from` (human or gpt) and `value`: {error!r}") from error
+        raise DatasetError(f"{where}: conversations need `from` (human or gpt) and `value`: {error!r}") from error
     if messages and messages[0][0] == "assistant":
         messages = messages[1:]
-    turns = tuple(Turn(role, _image_first(text) if role == "user" else text) for role, text in messages)
-    for position, turn in enumerate(turns):
-        if turn.role != ("assistant" if position % 2 else "user"):
-            raise DatasetError(f"sample {name}: message {position} breaks the alternation of human and gpt")
-    num_images = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns if turn.text)
-    if num_images != (1 if row.get("image") else 0):
-        raise DatasetError(f"sample {name}: {num_images} {IMAGE_PLACEHOLDER} for image {row.get('image')!r}")
-    return Sample(name, row.get("image"), turns)
+    if len(messages) < 2:
+        raise DatasetError(f"{where}: there is no message of the human's with an answer")
+    for position, (role, text) in enumerate(messages):
+        if role != ("assistant" if position % 2 else "user"):
+            raise DatasetError(f"{where}: message {position} breaks the alternation of human and gpt")
+        if not isinstance(text, str):
+            raise DatasetError(f"{where}: the value of message {position} must be a text, not {text!r}")
+        if role == "assistant" and IMAGE_PLACEHOLDER in text:
+            raise DatasetError(f"{where}: message {position} has {IMAGE_PLACEHOLDER} in an answer")
+    return tuple(Turn(role, _image_first(text)) for role, text in messages)
 
 
 def _image_first(text: str) -> str:

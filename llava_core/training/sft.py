@@ -5,6 +5,7 @@ are frozen and which are trained. Knows nothing about where examples come from.
 """
 
 import functools
+import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -50,10 +51,14 @@ class SupervisedModel(nn.Module):
         return {"loss": loss}
 
 
-def set_trainable(language: LanguageSide, stage: Stage) -> None:
-    """Freeze all that the stage does not train: `align` trains only the projector, `instruct` also the decoder."""
-    for name, part in (("projector", language.projector), ("decoder", language.decoder)):
-        learns = stage == "instruct" or name == "projector"
+def set_trainable(language: LanguageSide, stage: Stage, tower: ClipTower | None = None) -> None:
+    """Freeze all that the stage does not train: `align` trains only the projector, `instruct` also the decoder. A tower
+    is trained in either."""
+    parts = {"projector": language.projector, "decoder": language.decoder, "tower": tower}
+    for name, part in parts.items():
+        if part is None:
+            continue
+        learns = stage == "instruct" or name != "decoder"
         part.requires_grad_(learns)
         count = sum(parameter.numel() for parameter in part.parameters())
         logger.info("%s: %s, %.2f M parameters", name, "trained" if learns else "frozen", count / 1e6)
@@ -70,13 +75,14 @@ def train(
     optimizer: MakeOptimizer | None = None,
     callbacks: list[TrainerCallback] | None = None,
 ) -> list[dict[str, float]]:
-    """Run one stage, resuming from the newest checkpoint in `arguments.output_dir`; returns Trainer's log history.
+    """Run one stage, resuming from the newest complete checkpoint in `arguments.output_dir`; returns Trainer's log
+    history.
 
     `arguments` must have `remove_unused_columns=False`: examples are collated here. With `compiled_length` the decoder
     is compiled and batches are padded to multiples of it. A `tower` is trained too, on examples with tiles.
     `optimizer` builds an optimizer to replace the one that `arguments` name.
     """
-    set_trainable(language, stage)
+    set_trainable(language, stage, tower)
     model = SupervisedModel(language, tower)
     if compiled_length is not None:
         language.decoder.base_model.compile(dynamic=False)
@@ -89,11 +95,22 @@ def train(
         callbacks=callbacks,
         optimizers=(optimizer(model) if optimizer else None, None),
     )
-    trainer.train(resume_from_checkpoint=has_checkpoint(Path(str(arguments.output_dir))))
+    trainer.train(resume_from_checkpoint=newest_checkpoint(Path(str(arguments.output_dir))))
     history: list[dict[str, float]] = trainer.state.log_history
     return history
 
 
-def has_checkpoint(folder: Path) -> bool:
-    """Whether Trainer left a checkpoint in this folder."""
-    return folder.is_dir() and any(folder.glob("checkpoint-*/trainer_state.json"))
+def newest_checkpoint(folder: Path) -> str | None:
+    """The path of the newest complete checkpoint that Trainer left in this folder; one that was being saved when the
+    process was killed is passed over."""
+    found = [path for path in folder.glob("checkpoint-*") if path.name[11:].isdecimal() and _is_complete(path)]
+    return str(max(found, key=lambda path: int(path.name[11:]))) if found else None
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    # Trainer writes this file last.
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_bytes())
+    except (OSError, ValueError):
+        return False
+    return True

@@ -62,6 +62,17 @@ def test_tied_embeddings_need_no_head(checkpoint_copy: Path) -> None:
     check_tensors(checkpoint_copy)
 
 
+def test_integers_are_refused_with_their_type(checkpoint_copy: Path) -> None:
+    tensors = load_file(checkpoint_copy / "model.safetensors")
+    name = "language_model.model.layers.0.self_attn.q_proj.weight"
+    write_weights(checkpoint_copy, {**tensors, name: tensors[name].to(torch.int8)})
+    checkpoint = open_checkpoint(checkpoint_copy)
+    with pytest.raises(CheckpointError, match=r"q_proj\.weight in .* holds numbers of type int8: .* --quantization"):
+        check_loadable(checkpoint, num_tokens(checkpoint))
+    with pytest.raises(CheckpointError, match=r"q_proj\.weight holds integers"):
+        load_language_side(checkpoint, FP32)
+
+
 def test_a_truncated_file_is_named(checkpoint_copy: Path) -> None:
     cut_short(checkpoint_copy / "model.safetensors", keep=2_000)
     with pytest.raises(CheckpointError, match="damaged or truncated"):

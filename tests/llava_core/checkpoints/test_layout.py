@@ -144,8 +144,25 @@ def test_a_projector_is_never_assembled_from_two(tmp_path: Path) -> None:
 def test_an_adapter_without_its_projector_is_refused(tmp_path: Path) -> None:
     original = write_original(tmp_path, Kind(layout="lora"))
     (original.folder / "non_lora_trainables.bin").unlink()
-    with pytest.raises(CheckpointError, match=r"without non_lora_trainables\.bin.*text-only"):
+    with pytest.raises(CheckpointError, match=r"lacks non_lora_trainables\.bin.*config\.json is that of a LLaVA"):
         opened(original)
+    # As it is in a checkpoint from within the training.
+    (original.folder / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"lacks non_lora_trainables\.bin.*is a language model.*final output"):
+        opened(original)
+
+
+def test_an_adapter_from_within_a_training_over_a_llava_is_refused(tmp_path: Path) -> None:
+    whole, original = (
+        write_original(tmp_path / name, Kind(layout=layout)) for name, layout in (("whole", "full"), ("own", "lora"))
+    )
+    for name in ("non_lora_trainables.bin", "config.json"):
+        (original.folder / name).unlink()
+    # An adapter that was trained alone.
+    assert open_checkpoint(original.folder, whole.folder).adapter == original.folder
+    write_json(original.folder / "trainer_state.json", {"global_step": 10})
+    with pytest.raises(CheckpointError, match=r"is from within a training.*resume the training"):
+        open_checkpoint(original.folder, whole.folder)
 
 
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """LoRA added while loading equals PEFT's own merge; adapters other than plain LoRA are refused by field."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from llava_core.checkpoints.keymaps import Key
-from llava_core.checkpoints.lora import open_lora
+from llava_core.checkpoints.lora import _PLAIN, open_lora
 from llava_core.errors import CheckpointError
 from tests.tiny import edit_json
 
@@ -41,6 +42,7 @@ def save_adapter(folder: Path, **options: Any) -> dict[str, torch.Tensor]:
     [
         {},
         {"use_rslora": True},
+        {"init_lora_weights": "gaussian"},
         {"rank_pattern": {"down_proj": 2}, "alpha_pattern": {"layers.1.self_attn.q_proj": 3}},
     ],
 )
@@ -73,8 +75,40 @@ def test_a_base_of_another_shape_is_refused(tmp_path: Path) -> None:
         lora.apply("decoder", tensors, torch.float32)
 
 
+# Options that concern training, describe the adapter, or whose tensors have names that are not plain LoRA's.
+WITHOUT_EFFECT = {
+    *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type"),
+    *("bias", "ensure_weight_tying", "lora_bias", "lora_dropout", "megatron_config", "megatron_core"),
+    *("exclude_modules", "layers_pattern", "layers_to_transform", "modules_to_save", "target_modules"),
+    *("corda_config", "eva_config", "loftq_config", "lora_ga_config", "qalora_group_size", "runtime_config"),
+    *("target_parameters", "trainable_token_indices", "velora_config"),
+}
+COMPUTED = {"alpha_pattern", "lora_alpha", "r", "rank_pattern", "use_rslora"}
+
+
+def test_every_option_of_peft_is_known() -> None:
+    """An option that is new in PEFT may change what an adapter means."""
+    known = WITHOUT_EFFECT | COMPUTED | set(_PLAIN)
+    assert {field.name for field in dataclasses.fields(peft.LoraConfig)} == known
+
+
+def test_an_adapter_relative_to_changed_weights_is_refused(tmp_path: Path) -> None:
+    """PiSSA subtracts the adapter's first value from the base, which the saved adapter does not tell."""
+    save_adapter(tmp_path, init_lora_weights="pissa")
+    with pytest.raises(CheckpointError, match=r"init_lora_weights 'pissa' is not supported; merge the adapter with"):
+        open_lora(tmp_path)
+
+
 @pytest.mark.parametrize(
-    ("field", "value"), [("peft_type", "IA3"), ("use_dora", True), ("fan_in_fan_out", True), ("r", 0)]
+    ("field", "value"),
+    [
+        ("peft_type", "IA3"),
+        ("use_dora", True),
+        ("fan_in_fan_out", True),
+        ("alora_invocation_tokens", [1]),
+        ("init_lora_weights", "pissa_niter_4"),
+        ("r", 0),
+    ],
 )
 def test_unsupported_adapters_are_refused_by_field(tmp_path: Path, field: str, value: object) -> None:
     save_adapter(tmp_path)

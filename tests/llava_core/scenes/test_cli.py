@@ -48,3 +48,18 @@ def test_an_evaluation_prints_a_row_per_kind_and_saves_wrong_answers(
     missed = [json.loads(line) for line in wrong.read_text().splitlines()]
     assert [row["kind"] for row in missed] == ["read"]
     assert set(missed[0]) == {"kind", "question", "expected", "answer"}
+
+
+def test_an_output_that_cannot_be_written_is_named_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "_answerer", lambda *_: pytest.fail("nothing may be answered"))
+    for arguments in (
+        ["evaluate", "--errors", str(tmp_path / "none/wrong.jsonl")],
+        ["draw", str(tmp_path / "none/a.png")],
+        ["draw", str(tmp_path / "a.unknown")],
+    ):
+        result = CliRunner().invoke(cli.default_model, arguments)
+        assert result.exit_code in (1, 2)
+        assert isinstance(result.exception, SystemExit)
+        assert str(tmp_path) in result.output

@@ -19,7 +19,7 @@ def tokenizer(tiny_checkpoint: Path) -> CheckpointTokenizer:
     return load_tokenizer(tiny_checkpoint)
 
 
-def row(*messages: tuple[str, str], image: str | None = None, **extra: Any) -> dict[str, Any]:
+def row(*messages: tuple[str, str | None], image: object = None, **extra: Any) -> dict[str, Any]:
     conversations = [{"from": speaker, "value": text} for speaker, text in messages]
     return {"id": "s1", "conversations": conversations, **({"image": image} if image else {}), **extra}
 
@@ -63,10 +63,16 @@ def test_a_sample_without_id_is_named_by_its_index() -> None:
         ({"id": "s1", "conversations": [None]}, "sample s1"),
         (row(("human", "a"), ("gpt", "b"), image="a.png"), r"0 <image> for image 'a.png'"),
         (row(("human", "<image>\na"), ("gpt", "b")), "1 <image> for image None"),
-        (row(("human", "a"), ("gpt", "see <image>")), "1 <image> for image None"),
+        (row(("human", "a"), ("gpt", "see <image>"), image="a.png"), "message 1 has <image> in an answer"),
+        (row(("human", "<image>\na"), ("gpt", "b"), image=["a.png", "b.png"]), "image must be one path, not"),
+        (row(("human", "a"), ("gpt", None)), "the value of message 1 must be a text, not None"),
+        (row(("human", "a")), "no message of the human's with an answer"),
+        (row(("gpt", "a")), "no message of the human's with an answer"),
+        (row(), "no message of the human's with an answer"),
+        (["s1"], "sample 0 must be an object, not list"),
     ],
 )
-def test_a_malformed_sample_is_named(bad: dict[str, Any], named: str) -> None:
+def test_a_malformed_sample_is_named(bad: object, named: str) -> None:
     with pytest.raises(DatasetError, match=named):
         parse_sample(bad, 0)
 

@@ -18,7 +18,7 @@ from llava_core.prompts.tokenize import IGNORE_LABEL
 from llava_core.training.collate import Example, collate
 from llava_core.training.dataset import build_example
 from llava_core.training.packing import pack_alone
-from llava_core.training.sft import SupervisedModel, has_checkpoint, set_trainable, train
+from llava_core.training.sft import SupervisedModel, newest_checkpoint, set_trainable, train
 from tests.tiny import IMAGE_SIZE, IMAGE_TOKENS, VISION_HIDDEN
 
 
@@ -110,7 +110,10 @@ def test_a_resumed_training_ends_with_the_same_weights(
     stopped = new_language()
     broken = tmp_path / "broken"
     train(stopped, examples, arguments(broken, 6, **options), stage="instruct", callbacks=[StopAt(3)])
-    assert has_checkpoint(broken)
+    assert newest_checkpoint(broken) == str(broken / "checkpoint-3")
+    # As after a kill while the next one was being saved.
+    (broken / "checkpoint-6").mkdir()
+    (broken / "checkpoint-6" / "model.safetensors").write_bytes(b"half")
     resumed = new_language()
     history = train(resumed, examples, arguments(broken, 6, **options), stage="instruct")
     assert max(row["step"] for row in history) == 6
@@ -173,8 +176,13 @@ def test_a_batch_without_labels_is_an_error(examples: FourExamples, new_language
 
 
 def test_a_folder_without_a_complete_checkpoint_has_none(tmp_path: Path) -> None:
-    assert not has_checkpoint(tmp_path / "missing")
-    (tmp_path / "checkpoint-5").mkdir()
-    assert not has_checkpoint(tmp_path)
-    (tmp_path / "checkpoint-5" / "trainer_state.json").touch()
-    assert has_checkpoint(tmp_path)
+    assert newest_checkpoint(tmp_path / "missing") is None
+    for step in (5, 10, 20):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    assert newest_checkpoint(tmp_path) is None
+    # Killed while it was written.
+    (tmp_path / "checkpoint-20" / "trainer_state.json").write_text('{"global_step":')
+    assert newest_checkpoint(tmp_path) is None
+    for step in (5, 10):
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+    assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
