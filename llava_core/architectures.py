@@ -213,8 +213,8 @@ def _check_heads(decoder: JsonObject, path: str, *, needs_even_split: bool) -> N
     width = decoder.get("head_dim", hidden // heads)
     if width % 2:
         raise CheckpointError(
-            f"{path}num_attention_heads: {heads} heads have {width} numbers each, "
-            "but rotary positions need pairs: the number must be even"
+            f"{path}num_attention_heads: {heads} heads (where none are given, {_DECODER['num_attention_heads']}) have "
+            f"{width} numbers each, but rotary positions need pairs: the number must be even"
         )
 
 

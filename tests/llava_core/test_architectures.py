@@ -92,7 +92,7 @@ def test_every_kind_of_rope_scaling_is_kept(rope: dict[str, Any]) -> None:
         ("llama", {"num_attention_heads": 5}, "num_attention_heads 5 does not divide hidden_size 4096"),
         ("mistral", {"num_attention_heads": 5}, "num_attention_heads 5 does not divide hidden_size 4096"),
         ("llama", {"num_key_value_heads": 5}, "num_key_value_heads 5 does not divide num_attention_heads 32"),
-        ("llama", {"head_dim": 5}, "heads have 5 numbers each"),
+        ("llama", {"head_dim": 5}, "have 5 numbers each"),
         ("llama", {"num_hidden_layers": 10**12}, "num_hidden_layers must be a whole number from 1 to 1000"),
         ("llama", {"pad_token_id": 32000}, "pad_token_id is 32000, but vocab_size is 32000"),
         ("llama", {"hidden_act": "swash"}, "hidden_act 'swash' is unknown; known are gelu"),
