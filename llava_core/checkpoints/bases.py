@@ -9,6 +9,7 @@ from pathlib import Path
 
 from llava_core.checkpoints.files import has_model, naming, read_json
 from llava_core.checkpoints.hub import Hub
+from llava_core.checkpoints.original_config import is_original_config
 from llava_core.checkpoints.weights import ALL_PARTS, Weights, find_weights
 from llava_core.config import ModelConfig
 from llava_core.errors import CheckpointError
@@ -48,3 +49,26 @@ def check_base(config: ModelConfig, folder: Path, base: Path) -> None:
                 f"{base} is the wrong base for {folder}: its {field} is {shown(fields.values[field])}, "
                 f"{folder / 'config.json'} says {config.text[field]}; name the right one with --base"
             )
+
+
+def check_trained_alone(folder: Path, base: Path, layout: str) -> None:
+    """Raise CheckpointError for an adapter that was trained together with a projector, which is missing; `layout` is
+    the base's."""
+    reason = None
+    if (folder / "config.json").exists() and is_original_config(read_json(folder, "config.json")):
+        reason = (
+            "its config.json is that of a LLaVA; copy the file here as well, or remove config.json if there is none"
+        )
+    elif layout == "text-only":
+        reason = f"its base {base} is a language model, which has none; take the training's final output"
+    elif layout == "original" and (folder / "trainer_state.json").exists():
+        # transformers' Trainer leaves the same files for an adapter alone, but over a llava-hf model.
+        reason = (
+            "trainer_state.json says that it is from within a training, and LLaVA's code saves the projector at the "
+            "end; resume the training, or remove trainer_state.json if the projector was not trained"
+        )
+    if reason is not None:
+        raise CheckpointError(
+            f"{folder} lacks non_lora_trainables.bin, which holds the projector that was trained with the adapter: "
+            f"{reason}"
+        )

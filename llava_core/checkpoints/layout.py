@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from llava_core.checkpoints.bases import base_name, check_base, find_base
+from llava_core.checkpoints.bases import base_name, check_base, check_trained_alone, find_base
 from llava_core.checkpoints.files import find_file, find_non_lora, has_model, naming, read_json
 from llava_core.checkpoints.hub import Hub
 from llava_core.checkpoints.keymaps import from_biovil, from_llava_hf, from_original, from_tower, from_wrapped
@@ -217,31 +217,11 @@ def _open_adapter(folder: Path, base: str | Path | None, hub: Hub) -> Checkpoint
     """Open a PEFT adapter: everything but its matrices comes from the base."""
     name = base_name(folder, base)
     below_folder = hub.find(str(name), f"the base of {folder}")
-    if reason := _missing_projector(folder, below_folder):
-        raise CheckpointError(
-            f"{folder} lacks non_lora_trainables.bin, which holds the projector that was trained with the adapter: "
-            f"{reason}"
-        )
+    check_trained_alone(folder, below_folder, find_layout(below_folder))
     below = _open(below_folder, None, hub)
     if below.adapter is not None:
         raise CheckpointError(f"{below.folder}, the base of {folder}, is an adapter itself; merge it first")
     return replace(below, adapter=folder)
-
-
-def _missing_projector(folder: Path, base: Path) -> str | None:
-    """Why an adapter is not complete without a projector of its own, and what to do, if that is so."""
-    if (folder / "config.json").exists() and is_original_config(read_json(folder, "config.json")):
-        return "its config.json is that of a LLaVA; copy the file here as well, or remove config.json if there is none"
-    layout = find_layout(base)
-    if layout == "text-only":
-        return f"its base {base} is a language model, which has none; take the training's final output"
-    if layout == "original" and (folder / "trainer_state.json").exists():
-        # transformers' Trainer leaves the same files for an adapter alone, but over a llava-hf model.
-        return (
-            "trainer_state.json says that it is from within a training, and LLaVA's code saves the projector at the "
-            "end; resume the training, or remove trainer_state.json if the projector was not trained"
-        )
-    return None
 
 
 def _with_tower(
