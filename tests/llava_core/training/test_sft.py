@@ -1,5 +1,6 @@
 """Supervised training: a tiny model memorises four examples, and an interruption does not change the weights."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -134,8 +135,12 @@ def test_alignment_changes_only_the_projector(
 
 
 def test_a_given_tower_is_trained_too(
-    tiny_checkpoint: Path, new_language: Callable[[], LanguageSide], tmp_path: Path
+    tiny_checkpoint: Path,
+    new_language: Callable[[], LanguageSide],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    caplog.set_level(logging.INFO)
     tower = load_tower(tiny_checkpoint, LoadOptions(dtype="float32"))
     before = {name: value.clone() for name, value in tower.state_dict().items()}
     train(
@@ -144,6 +149,11 @@ def test_a_given_tower_is_trained_too(
     changed = {name for name, value in tower.state_dict().items() if not torch.equal(value, before[name])}
     assert any("patch_embedding" in name for name in changed)
     assert any("layers.0.self_attn" in name for name in changed)
+    assert [record.message.split(",")[0] for record in caplog.records if "M parameters" in record.message] == [
+        "projector: trained",
+        "decoder: trained",
+        "tower: trained",
+    ]
 
 
 def test_a_batch_without_pictures_needs_no_tower(
