@@ -64,16 +64,6 @@ _WORKER_FAILED = "the registered worker that has this model does not answer corr
 _LOST = "the part of the service that worked on this request was lost; try again"
 # Characters of an unknown path that its error repeats.
 _SHOWN_PATH = 100
-# Sent while the body may still be arriving: 401, 403, 408 and 413.
-_BEFORE_THE_BODY = frozenset(
-    {
-        HTTPStatus.UNAUTHORIZED,
-        HTTPStatus.FORBIDDEN,
-        HTTPStatus.REQUEST_TIMEOUT,
-        HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
-    }
-)
-
 _TOO_LATE = "the answer was not complete within x-request-timeout-seconds"
 
 # The first row whose class matches wins; RequestErrors have their own code and param.
@@ -143,7 +133,4 @@ def error_response(error: HttpError, request_id: str) -> JSONResponse:
     headers = {} if error.retry_after_s is None else {"retry-after": str(error.retry_after_s)}
     if error.status == HTTPStatus.UNAUTHORIZED:
         headers["www-authenticate"] = "Bearer"
-    if error.status in _BEFORE_THE_BODY:
-        # A client that is still sending would otherwise keep the connection open until it is done.
-        headers["connection"] = "close"
     return JSONResponse(error_body(error, request_id), error.status, headers)

@@ -328,17 +328,19 @@ def test_a_body_beyond_the_limit_is_refused_announced_or_not() -> None:
 def test_a_body_that_times_out_is_refused_and_its_connection_closed() -> None:
     engine = ScriptedEngine()
     app = Gateway({"m": engine}, all_ready, limits=LimitArgs(max_body_seconds=0.01)).app
-    incoming = iter([{"type": "http.request", "body": b"{", "more_body": True}])
+    # One piece, nothing more in time, and the end of the connection.
+    incoming = iter([{"type": "http.request", "body": b"{", "more_body": True}, None, {"type": "http.disconnect"}])
     sent: list[Any] = []
 
     async def receive() -> Any:
-        return next(incoming, None) or await asyncio.Event().wait()
+        return next(incoming) or await asyncio.Event().wait()
 
     async def send(message: Any) -> None:
         sent.append(message)
 
-    asyncio.run(asyncio.wait_for(app(_scope(), receive, send), 10))
-    start, body = sent
+    scope = _scope() | {"headers": [(b"content-length", b"2")]}
+    asyncio.run(asyncio.wait_for(app(scope, receive, send), 10))
+    start, body, _end = sent
     assert (start["status"], dict(start["headers"])[b"connection"]) == (408, b"close")
     error = json.loads(body["body"])["error"]
     assert (error["type"], error["code"]) == ("invalid_request_error", "request_timeout")

@@ -115,18 +115,6 @@ def test_a_missing_key_is_answered_with_www_authenticate() -> None:
     assert "www-authenticate" not in error_response(describe(PermissionDeniedError("m")), "x").headers
 
 
-@pytest.mark.parametrize(
-    "kind", [AuthenticationError, PermissionDeniedError, RequestTimeoutError, RequestTooLargeError]
-)
-def test_errors_that_leave_a_body_unread_close_the_connection(kind: type[RequestError]) -> None:
-    assert error_response(describe(kind("m")), "x").headers["connection"] == "close"
-
-
-@pytest.mark.parametrize("error", [RequestError("m"), UnknownNameError("model", "x", []), EngineError("m")])
-def test_errors_after_reading_the_body_keep_the_connection(error: LlavaError) -> None:
-    assert "connection" not in error_response(describe(error), "x").headers
-
-
 def test_routing_errors_look_the_same() -> None:
     described = describe_http(HTTPException(405), "GET", "/tokenize")
     assert (described.status, described.code) == (405, "method_not_allowed")
