@@ -101,6 +101,8 @@ class Gateway:
                 Exception: self._on_bug,
             },
         )
+        # A path with a slash too many is unknown, like any other. The redirect would have no body, and rely on Host.
+        app.router.redirect_slashes = False
         metered_app = RequestMetrics(app, self.routes, self._recorder)
         # Of bodies that are refused because of their size, those up to twice the limit still get to see that.
         self.app: ASGIApp = LingeringClose(metered_app, max_bytes=2 * self._intake.limits.max_body_bytes)

@@ -26,6 +26,7 @@ from deployments.errors import (
     RequestTooLargeError,
     StageLostError,
     StageUnavailableError,
+    UnsupportedEncodingError,
     UpstreamError,
     UpstreamRefusedError,
     UpstreamTimeoutError,
@@ -70,6 +71,7 @@ _TOO_LATE = "the answer was not complete within x-request-timeout-seconds"
 TABLE: tuple[tuple[type[BaseException], HttpError], ...] = (
     (RequestTooLargeError, HttpError(413, "invalid_request_error", "request_too_large")),
     (RequestTimeoutError, HttpError(408, "invalid_request_error", "request_timeout")),
+    (UnsupportedEncodingError, HttpError(415, "invalid_request_error", "unsupported_content_encoding")),
     (AuthenticationError, HttpError(401, "invalid_request_error", "invalid_api_key")),
     (PermissionDeniedError, HttpError(403, "invalid_request_error", "permission_denied")),
     (UnknownNameError, HttpError(404, "invalid_request_error", "not_found")),

@@ -17,6 +17,7 @@ from deployments.errors import (
     RequestTooLargeError,
     StageLostError,
     StageUnavailableError,
+    UnsupportedEncodingError,
 )
 from deployments.http.errors import TABLE, describe, describe_http, error_body, error_response
 from llava_core import errors
@@ -41,6 +42,7 @@ from llava_core.errors import (
         (UnknownNameError("model", "x", ["y"]), 404, "model_not_found"),
         (RequestTooLargeError("m"), 413, "request_too_large"),
         (RequestTimeoutError("m"), 408, "request_timeout"),
+        (UnsupportedEncodingError("m"), 415, "unsupported_content_encoding"),
         (AuthenticationError("m"), 401, "invalid_api_key"),
         (AuthenticationError("m", code="expired_api_key"), 401, "expired_api_key"),
         (PermissionDeniedError("m"), 403, "permission_denied"),
