@@ -1,5 +1,6 @@
-"""Errors of the service that the core does not know: bodies too large or slow, invalid or unauthorised keys, content
-that kills replicas, deadlines, stages lost or missing, failures of external workers or servers, failures to start.
+"""Errors of the service that the core does not know: bodies too large, slow or compressed, invalid or unauthorised
+keys, content that kills replicas, deadlines, stages lost or missing, failures of external workers or servers, failures
+to start.
 
 Plain exceptions on top of the core's tree, cheap to import and picklable in every process. Knows neither HTTP nor Ray.
 """
@@ -21,6 +22,13 @@ class RequestTimeoutError(RequestError):
     """The body did not arrive in time."""
 
     def __init__(self, message: str, *, param: str | None = None, code: str = "request_timeout") -> None:
+        super().__init__(message, param=param, code=code)
+
+
+class UnsupportedEncodingError(RequestError):
+    """The body is compressed, or encoded in another way."""
+
+    def __init__(self, message: str, *, param: str | None = None, code: str = "unsupported_content_encoding") -> None:
         super().__init__(message, param=param, code=code)
 
 

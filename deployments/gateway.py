@@ -26,6 +26,7 @@ from deployments.http.bodies import Lease
 from deployments.http.errors import HttpError, describe, describe_http, error_response
 from deployments.http.in_flight import InFlight
 from deployments.http.intake import Intake, Reader
+from deployments.http.lingering import LingeringClose
 from deployments.http.request_ids import REQUEST_ID_HEADER, RequestIds
 from deployments.http.request_metrics import CLIENT_CLOSED_REQUEST, RequestMetrics, metered
 from deployments.llava_protocol.routes import LlavaProtocol, ProtocolSetup
@@ -100,7 +101,11 @@ class Gateway:
                 Exception: self._on_bug,
             },
         )
-        self.app: ASGIApp = RequestMetrics(app, self.routes, self._recorder)
+        # A path with a slash too many is unknown, like any other. The redirect would have no body, and rely on Host.
+        app.router.redirect_slashes = False
+        metered_app = RequestMetrics(app, self.routes, self._recorder)
+        # Of bodies that are refused because of their size, those up to twice the limit still get to see that.
+        self.app: ASGIApp = LingeringClose(metered_app, max_bytes=2 * self._intake.limits.max_body_bytes)
 
     def _access(self, keys: KeyRing, health: Route, protocol: LlavaProtocol) -> Middleware:
         return Middleware(Access, keys=keys, routes=self.routes, open_routes=[health], password_routes=protocol.routes)

@@ -29,8 +29,8 @@ Json = dict[str, Any]
 _REFERENCE = "#/components/schemas/{model}"
 _PARAMETER = re.compile(r"\{(\w+)(:\w+)?\}")
 _OF_KEYS = (401, 403, 429)
-_OF_BODIES = (400, 404, 408, 413, 429, 500)
-_OF_NOTES = (400, 408, 413, 429)
+_OF_BODIES = (400, 404, 408, 413, 415, 429, 500)
+_OF_NOTES = (400, 408, 413, 415, 429)
 # From the entrance in front of the gateway when that is lost, missing or silent; some routes send them, too.
 _OF_THE_ENTRANCE = (502, 503, 504)
 

@@ -10,8 +10,10 @@ import asyncio
 
 from starlette.requests import Request
 
-from deployments.errors import RequestTimeoutError, RequestTooLargeError
+from deployments.errors import RequestTimeoutError, RequestTooLargeError, UnsupportedEncodingError
 from llava_core.errors import OverloadedError
+
+_ENCODING_HEADER = "content-encoding"
 
 
 class BodyBudget:
@@ -49,8 +51,10 @@ class Lease:
 
 
 async def read_body(request: Request, lease: Lease, *, max_bytes: int, max_seconds: float) -> bytes:
-    """Reads the whole body. Raises RequestTooLargeError as soon as it proves too large, RequestTimeoutError when it is
-    not complete in time, OverloadedError when all bodies together are too large."""
+    """Reads the whole body. Raises UnsupportedEncodingError if it is encoded, RequestTooLargeError as soon as it proves
+    too large, RequestTimeoutError when it is not complete in time, OverloadedError when all bodies together are too
+    large."""
+    _check_encoding(request)
     error = RequestTooLargeError(f"the body has more than {max_bytes} bytes, which is the limit")
     announced = request.headers.get("content-length", "")
     if announced.isdigit() and int(announced) > max_bytes:
@@ -71,3 +75,12 @@ async def read_body(request: Request, lease: Lease, *, max_bytes: int, max_secon
             f"after {max_seconds:g} seconds, which is the limit, only {size} bytes of the body had arrived"
         ) from None
     return b"".join(pieces)
+
+
+def _check_encoding(request: Request) -> None:
+    """Compressed bodies are not decompressed: a small one could become any size."""
+    for encoding in ",".join(request.headers.getlist(_ENCODING_HEADER)).split(","):
+        if encoding.strip().lower() not in ("", "identity"):
+            raise UnsupportedEncodingError(
+                "bodies must be sent as they are, without Content-Encoding", param=_ENCODING_HEADER
+            )

@@ -26,6 +26,7 @@ from deployments.errors import (
     RequestTooLargeError,
     StageLostError,
     StageUnavailableError,
+    UnsupportedEncodingError,
     UpstreamError,
     UpstreamRefusedError,
     UpstreamTimeoutError,
@@ -64,22 +65,13 @@ _WORKER_FAILED = "the registered worker that has this model does not answer corr
 _LOST = "the part of the service that worked on this request was lost; try again"
 # Characters of an unknown path that its error repeats.
 _SHOWN_PATH = 100
-# Sent while the body may still be arriving: 401, 403, 408 and 413.
-_BEFORE_THE_BODY = frozenset(
-    {
-        HTTPStatus.UNAUTHORIZED,
-        HTTPStatus.FORBIDDEN,
-        HTTPStatus.REQUEST_TIMEOUT,
-        HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
-    }
-)
-
 _TOO_LATE = "the answer was not complete within x-request-timeout-seconds"
 
 # The first row whose class matches wins; RequestErrors have their own code and param.
 TABLE: tuple[tuple[type[BaseException], HttpError], ...] = (
     (RequestTooLargeError, HttpError(413, "invalid_request_error", "request_too_large")),
     (RequestTimeoutError, HttpError(408, "invalid_request_error", "request_timeout")),
+    (UnsupportedEncodingError, HttpError(415, "invalid_request_error", "unsupported_content_encoding")),
     (AuthenticationError, HttpError(401, "invalid_request_error", "invalid_api_key")),
     (PermissionDeniedError, HttpError(403, "invalid_request_error", "permission_denied")),
     (UnknownNameError, HttpError(404, "invalid_request_error", "not_found")),
@@ -143,7 +135,4 @@ def error_response(error: HttpError, request_id: str) -> JSONResponse:
     headers = {} if error.retry_after_s is None else {"retry-after": str(error.retry_after_s)}
     if error.status == HTTPStatus.UNAUTHORIZED:
         headers["www-authenticate"] = "Bearer"
-    if error.status in _BEFORE_THE_BODY:
-        # A client that is still sending would otherwise keep the connection open until it is done.
-        headers["connection"] = "close"
     return JSONResponse(error_body(error, request_id), error.status, headers)

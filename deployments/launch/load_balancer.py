@@ -52,7 +52,7 @@ defaults
     timeout http-keep-alive 90s
     # Send small pieces at once.
     option http-no-delay
-    # Tell the replica when a client hangs up.
+    # Tell the replica when a client hangs up. One that only stops sending looks the same, and is answered with 400.
     option abortonclose
     # Replicas close their connections after each answer. HAProxy would reset those it has no use for, which are most,
     # and Serve's HTTP server would then keep the state of each for another minute and a half.
@@ -74,6 +74,8 @@ frontend clients
 {errors}
     # Serve's own pages, which need no key.
     http-request deny deny_status 404 if {{ path_beg /-/ }}
+    # Others are no HTTP to the gateway's server, which would answer with a line of text.
+    http-request deny deny_status 405 unless {{ method GET HEAD POST PUT PATCH DELETE OPTIONS TRACE }}
     default_backend gateways
 
 backend gateways
@@ -254,13 +256,15 @@ def _run(command: list[str], folder: Path, output: IO[bytes]) -> subprocess.Pope
 
 
 def _http_errors() -> list[str]:
-    """The errors that HAProxy answers itself when no replica can, as lines of the configuration. Anything that is not
-    HTTP gets HAProxy's own short messages."""
+    """The errors that HAProxy answers itself when no replica can, as lines of the configuration. Anything that HAProxy
+    does not take for HTTP gets its own short message, which no configuration changes."""
     # Imported here for the same reason as above.
     from deployments.http.errors import HttpError, error_body
 
     errors = (
+        HttpError(400, "invalid_request_error", "connection_closed", "the client closed its side before the answer"),
         HttpError(404, "invalid_request_error", "not_found", "Not Found"),
+        HttpError(405, "invalid_request_error", "method_not_allowed", "there is no such method"),
         HttpError(502, "server_error", "replica_lost", "the gateway that worked on this request was lost; try again"),
         HttpError(503, "server_error", "unavailable", "no gateway is ready; try again", retry_after_s=5),
         HttpError(504, "server_error", "unavailable", "the gateway does not answer; try again"),

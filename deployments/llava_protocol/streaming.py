@@ -11,7 +11,7 @@ from contextlib import aclosing
 
 from starlette.responses import Response
 
-from deployments.errors import DeadlineError, RequestTimeoutError, RequestTooLargeError
+from deployments.errors import DeadlineError, RequestTimeoutError, RequestTooLargeError, UnsupportedEncodingError
 from deployments.http.errors import describe, error_response
 from deployments.http.request_context import current_request
 from deployments.llava_protocol.frames import LENGTH_EXCEEDED, Frame, encode, error_frame
@@ -26,7 +26,7 @@ _HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 # The reference's controller gives up after 5 s of silence, its page after 10.
 _BEAT_S = 3.0
 # Errors that the reference has no counterpart of and clients may retry: they get an HTTP status of their own.
-REFUSALS = (OverloadedError, RequestTooLargeError, RequestTimeoutError, DeadlineError)
+REFUSALS = (OverloadedError, RequestTooLargeError, RequestTimeoutError, UnsupportedEncodingError, DeadlineError)
 
 
 async def from_items(echo: Echo, items: AsyncGenerator[Item, None]) -> AsyncGenerator[Frame, None]:

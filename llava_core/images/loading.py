@@ -111,17 +111,17 @@ class DecodedImage(NamedTuple):
 
 
 def decode_data_url(url: str, limits: ImageLimits, param: str) -> bytes:
-    """The bytes of a `data:image/...;base64,` or `data:application/dicom;base64,` URL; ImageError for any other URL,
-    bad base64 or too many bytes."""
+    """The bytes of a `data:image/...;base64,` or `data:application/dicom;base64,` URL; ImageError for any other URL
+    (code `invalid_image_url`), bad base64 or too many bytes."""
     if url[:5].lower() != "data:":
-        raise ImageError("the image must be a data: URL with base64, or an http(s) address", param=param)
+        message = "the image must be a data: URL with base64, or an http(s) address"
+        raise ImageError(message, param=param, code="invalid_image_url")
     header, comma, payload = url.partition(",")
     kind, *options = header[5:].lower().split(";")
     is_picture = kind.startswith("image/") or kind == _DICOM_TYPE
     if not comma or not is_picture or not options or options[-1] != "base64":
-        raise ImageError(
-            f"the image URL must begin with data:image/<type>;base64, or data:{_DICOM_TYPE};base64,", param=param
-        )
+        message = f"the image URL must begin with data:image/<type>;base64, or data:{_DICOM_TYPE};base64,"
+        raise ImageError(message, param=param, code="invalid_image_url")
     return decode_base64(payload, limits, param)
 
 

@@ -198,9 +198,8 @@ def _assert_ends_with_400(answered: bytes) -> None:
 
 def test_a_chunked_body_cannot_bypass_the_size_limit(address: tuple[str, int]) -> None:
     body = b'{"messages": "' + plain() * 100 + b'"}'
-    answered = _raw(
-        address, POST, HOST, "transfer-encoding: chunked", body=b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)
-    )
+    headers = ["transfer-encoding: chunked", "connection: close"]
+    answered = _raw(address, POST, HOST, *headers, body=b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body))
     assert answered.startswith(b"HTTP/1.1 413")
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gzip
 import json
 import logging
 import subprocess
@@ -300,6 +301,8 @@ def test_health_names_the_stages_that_are_not_ready() -> None:
         ("GET", "/nothing", 404, "not_found"),
         ("GET", PATH, 405, "method_not_allowed"),
         ("POST", "/health", 405, "method_not_allowed"),
+        ("POST", f"{PATH}/", 404, "not_found"),
+        ("GET", "/health/", 404, "not_found"),
     ],
 )
 def test_routing_errors_have_the_same_shape(method: str, path: str, status: int, code: str) -> None:
@@ -325,20 +328,32 @@ def test_a_body_beyond_the_limit_is_refused_announced_or_not() -> None:
             assert "100" in error["message"]
 
 
+@pytest.mark.parametrize("path", [PATH, "/tokenize", "/worker_generate_stream", "/register_worker"])
+def test_a_compressed_body_is_refused(path: str) -> None:
+    body = gzip.compress(json.dumps(HELLO).encode())
+    with _client(ScriptedEngine()) as client:
+        response = client.post(path, content=body, headers={"content-encoding": "gzip"})
+    assert response.status_code == 415
+    error = response.json()["error"]
+    assert (error["code"], error["param"]) == ("unsupported_content_encoding", "content-encoding")
+
+
 def test_a_body_that_times_out_is_refused_and_its_connection_closed() -> None:
     engine = ScriptedEngine()
     app = Gateway({"m": engine}, all_ready, limits=LimitArgs(max_body_seconds=0.01)).app
-    incoming = iter([{"type": "http.request", "body": b"{", "more_body": True}])
+    # One piece, nothing more in time, and the end of the connection.
+    incoming = iter([{"type": "http.request", "body": b"{", "more_body": True}, None, {"type": "http.disconnect"}])
     sent: list[Any] = []
 
     async def receive() -> Any:
-        return next(incoming, None) or await asyncio.Event().wait()
+        return next(incoming) or await asyncio.Event().wait()
 
     async def send(message: Any) -> None:
         sent.append(message)
 
-    asyncio.run(asyncio.wait_for(app(_scope(), receive, send), 10))
-    start, body = sent
+    scope = _scope() | {"headers": [(b"content-length", b"2")]}
+    asyncio.run(asyncio.wait_for(app(scope, receive, send), 10))
+    start, body, _end = sent
     assert (start["status"], dict(start["headers"])[b"connection"]) == (408, b"close")
     error = json.loads(body["body"])["error"]
     assert (error["type"], error["code"]) == ("invalid_request_error", "request_timeout")

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from starlette.requests import Request
 
-from deployments.errors import RequestTimeoutError, RequestTooLargeError
+from deployments.errors import RequestTimeoutError, RequestTooLargeError, UnsupportedEncodingError
 from deployments.http.bodies import BodyBudget, Lease, read_body
 from llava_core.errors import OverloadedError
 
@@ -44,6 +44,19 @@ def test_a_body_is_joined_and_held_until_it_is_released() -> None:
 def test_a_body_that_is_too_large_is_refused_announced_or_not(pieces: list[bytes], headers: dict[str, str]) -> None:
     with pytest.raises(RequestTooLargeError, match="10 bytes"):
         _read(BodyBudget(100).lease(), *pieces, **headers)
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "Identity, br", "identity, identity, zstd", "unknown"])
+def test_an_encoded_body_is_refused_unread(encoding: str) -> None:
+    budget = BodyBudget(10)
+    with pytest.raises(UnsupportedEncodingError, match="Content-Encoding"):
+        _read(budget.lease(), b"ab", content_encoding=encoding)
+    assert budget.num_bytes == 0
+
+
+@pytest.mark.parametrize("encoding", ["", "identity", "Identity , identity"])
+def test_an_encoding_that_changes_nothing_is_accepted(encoding: str) -> None:
+    assert _read(BodyBudget(10).lease(), b"ab", content_encoding=encoding) == b"ab"
 
 
 def test_a_body_that_exceeds_the_budget_is_refused_and_not_counted() -> None:

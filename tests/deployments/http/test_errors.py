@@ -17,6 +17,7 @@ from deployments.errors import (
     RequestTooLargeError,
     StageLostError,
     StageUnavailableError,
+    UnsupportedEncodingError,
 )
 from deployments.http.errors import TABLE, describe, describe_http, error_body, error_response
 from llava_core import errors
@@ -41,6 +42,7 @@ from llava_core.errors import (
         (UnknownNameError("model", "x", ["y"]), 404, "model_not_found"),
         (RequestTooLargeError("m"), 413, "request_too_large"),
         (RequestTimeoutError("m"), 408, "request_timeout"),
+        (UnsupportedEncodingError("m"), 415, "unsupported_content_encoding"),
         (AuthenticationError("m"), 401, "invalid_api_key"),
         (AuthenticationError("m", code="expired_api_key"), 401, "expired_api_key"),
         (PermissionDeniedError("m"), 403, "permission_denied"),
@@ -113,18 +115,6 @@ def test_a_rate_limit_error_names_the_limit_and_has_retry_after() -> None:
 def test_a_missing_key_is_answered_with_www_authenticate() -> None:
     assert error_response(describe(AuthenticationError("m")), "x").headers["www-authenticate"] == "Bearer"
     assert "www-authenticate" not in error_response(describe(PermissionDeniedError("m")), "x").headers
-
-
-@pytest.mark.parametrize(
-    "kind", [AuthenticationError, PermissionDeniedError, RequestTimeoutError, RequestTooLargeError]
-)
-def test_errors_that_leave_a_body_unread_close_the_connection(kind: type[RequestError]) -> None:
-    assert error_response(describe(kind("m")), "x").headers["connection"] == "close"
-
-
-@pytest.mark.parametrize("error", [RequestError("m"), UnknownNameError("model", "x", []), EngineError("m")])
-def test_errors_after_reading_the_body_keep_the_connection(error: LlavaError) -> None:
-    assert "connection" not in error_response(describe(error), "x").headers
 
 
 def test_routing_errors_look_the_same() -> None:

@@ -240,6 +240,53 @@ def test_serves_own_routes_are_hidden_from_clients() -> None:
             assert (status, body["request_id"]) == (404, headers["x-request-id"])
 
 
+@pytest.mark.parametrize("method", ["FOO", "get", "BREW"])
+def test_an_unknown_method_is_refused_in_the_usual_shape(method: str) -> None:
+    with balancing(1) as balancer, replica(balancer.host, balancer.ports[0]):
+        wait_until(lambda: ask(balancer)[0] == 200)
+        connection = http.client.HTTPConnection(*balancer.address, timeout=PATIENCE_S)
+        with contextlib.closing(connection):
+            connection.request(method, "/", headers={"X-Request-Id": "mine"})
+            response = connection.getresponse()
+            body = json.loads(response.read())
+    assert (response.status, response.headers["x-request-id"], body["request_id"]) == (405, "mine", "mine")
+    assert body["error"]["code"] == "method_not_allowed"
+
+
+@pytest.mark.parametrize(
+    "request_head",
+    [
+        b"hello",
+        b"GET / HTTP/1.1\r\nhost: x\r\nx-long: " + b"y" * 15_360,
+        b"GET / HTTP/1.1\r\nhost: x" + b"\r\nx: y" * 101,
+        b"GET http://other/ HTTP/1.1\r\nhost: x",
+    ],
+)
+def test_what_haproxy_cannot_read_gets_its_own_message(request_head: bytes) -> None:
+    """As documented; were it configurable, it would have the usual shape."""
+    with balancing(1) as balancer, socket.create_connection(balancer.address, timeout=PATIENCE_S) as connection:
+        connection.sendall(request_head + b"\r\n\r\n")
+        answered = b"".join(iter(lambda: connection.recv(4096), b""))
+    assert answered.startswith(b"HTTP/1.1 400 Bad request\r\n")
+    assert b"<html>" in answered
+
+
+def test_a_client_that_stops_sending_is_refused_in_the_usual_shape() -> None:
+    Slow.asked.clear()
+    Slow.go_on.clear()
+    with balancing(1) as balancer, replica(balancer.host, balancer.ports[0], Slow):
+        wait_until(lambda: ask(balancer)[0] == 200)
+        with socket.create_connection(balancer.address, timeout=PATIENCE_S) as connection:
+            connection.sendall(b"GET / HTTP/1.1\r\nhost: x\r\nx-request-id: slow\r\n\r\n")
+            assert Slow.asked.wait(PATIENCE_S)
+            connection.shutdown(socket.SHUT_WR)
+            head, _, body = b"".join(iter(lambda: connection.recv(4096), b"")).partition(b"\r\n\r\n")
+        Slow.go_on.set()
+    assert head.startswith(b"HTTP/1.1 400 ")
+    assert b"x-request-id: slow" in head.split(b"\r\n")
+    assert json.loads(body)["error"]["code"] == "connection_closed"
+
+
 def test_a_missing_replica_gives_an_error_of_the_usual_shape() -> None:
     with balancing(1) as balancer:
         wait_until(lambda: ask(balancer)[0] == 503)

@@ -240,7 +240,7 @@ def test_a_wrong_value_is_refused_with_its_location(fields: dict, param: str) ->
 )
 def test_a_url_that_is_neither_picture_data_nor_http_is_refused(url: str) -> None:
     error = _refused(messages=_content({"type": "image_url", "image_url": {"url": url}}))
-    assert (error.param, error.code) == ("messages[0].content[0].image_url.url", "invalid_image")
+    assert (error.param, error.code) == ("messages[0].content[0].image_url.url", "invalid_image_url")
 
 
 @pytest.mark.parametrize("url", ["https://example.org/x.png", "HTTP://127.0.0.1/x.png"])

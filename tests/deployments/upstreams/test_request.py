@@ -164,7 +164,7 @@ def test_extra_fields_of_a_part_that_could_hold_a_url_are_dropped() -> None:
         ({"messages": [{"role": "user", "content": [_picture(data_url(plain()))] * 3}]}, "messages", "too_many_images"),
         ({"messages": [{"role": "user", "content": "x" * 1001}]}, "messages", "text_too_long"),
         ({"n": 5}, "n", "invalid_value"),
-        ({"messages": [{"role": "user", "content": [_picture("file:///etc/passwd")]}]}, None, "invalid_image"),
+        ({"messages": [{"role": "user", "content": [_picture("file:///etc/passwd")]}]}, None, "invalid_image_url"),
         ({"messages": []}, "messages", "invalid_value"),
     ],
 )

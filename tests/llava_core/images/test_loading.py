@@ -404,7 +404,8 @@ class TestDataUrls:
     def test_anything_else_is_refused(self, url: str, named: str) -> None:
         with pytest.raises(ImageError, match=named) as caught:
             decode_data_url(url, LIMITS, PARAM)
-        assert caught.value.param == PARAM
+        code = "invalid_image" if named == "not valid base64" else "invalid_image_url"
+        assert (caught.value.param, caught.value.code) == (PARAM, code)
 
     def test_the_size_is_checked_before_decoding(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def forbidden(*_: object, **__: object) -> bytes:
