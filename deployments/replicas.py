@@ -33,9 +33,10 @@ from deployments.llava_protocol.routes import ProtocolSetup
 from deployments.llava_protocol.shared_table import SharedTable
 from deployments.llava_protocol.table import WorkerTable
 from deployments.messages import Item
-from deployments.metrics import RayRecorder, engine_readings
+from deployments.metrics import engine_readings
 from deployments.outgoing.fetch import Fetcher
 from deployments.preprocessor import Preprocessor
+from deployments.ray_recorder import RayRecorder
 from deployments.settings.app import AppArgs
 from deployments.settings.llava_protocol import WorkerArgs
 from deployments.settings.models import ModelArgs
