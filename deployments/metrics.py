@@ -1,17 +1,14 @@
-"""The service's own metrics: each declared here once, and exported to Prometheus through Ray.
+"""The service's own metrics: each declared here once, and exported to Prometheus through Ray (ray_recorder.py).
 
 Labels have few values, none of which a client chooses: no prompts, keys, names or ids. Ray puts `ray_` before the names
 on its page, and Serve adds the labels `application`, `deployment` and `replica`. Of observed values Ray exports only
 how many fell into each bucket: a histogram's counts and quantiles are right, its sum is computed from bucket middles.
 
-Counts are kept here and passed to Ray once a second, because each call into Ray takes about 4 µs. Every observed value
-is one such call, so nothing observes a value per token. Ray itself is imported where it is used.
+Every observed value is a call into Ray, which takes about 4 µs, so nothing observes a value per token. Knows no Ray.
 """
 
 from __future__ import annotations
 
-import threading
-from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -28,7 +25,6 @@ _GAPS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 _IMAGES = (1.0, 2.0, 4.0, 8.0, 16.0)
 # From no new pictures to eight pictures of many tiles.
 _BYTES = tuple(1024.0 * 4**power for power in range(9))
-_PUBLISH_S = 1.0
 
 
 # Compared and hashed by identity, which is cheap: each metric exists once.
@@ -173,81 +169,6 @@ class Unrecorded:
 
     def watch(self, read: Callable[[], Iterable[Reading]]) -> None:
         """See Recorder."""
-
-
-class RayRecorder:
-    """Sends values to Ray's metrics, labelled as this replica's. `publish` sends those counted and those watched."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._counted: dict[tuple[Counter, tuple[str, ...]], float] = defaultdict(float)
-        # Totals of watched counters that were already sent.
-        self._handed_on: dict[tuple[Counter, tuple[str, ...]], float] = defaultdict(float)
-        self._watched: list[Callable[[], Iterable[Reading]]] = []
-        self._exported: dict[Metric, Any] = {}
-
-    def start(self) -> RayRecorder:
-        """Publish once a second until the process ends."""
-        threading.Thread(target=self._publish_for_ever, name="metrics", daemon=True).start()
-        return self
-
-    def count(self, counter: Counter, *labels: str, by: float = 1) -> None:
-        """See Recorder."""
-        with self._lock:
-            self._counted[counter, labels] += by
-
-    def observe(self, histogram: Histogram, value: float, *labels: str) -> None:
-        """See Recorder."""
-        self._export(histogram).observe(value, _tags(histogram, labels))
-
-    def watch(self, read: Callable[[], Iterable[Reading]]) -> None:
-        """See Recorder."""
-        with self._lock:
-            self._watched.append(read)
-
-    def publish(self) -> None:
-        """Sends all pending values. Must be called by one thread at a time."""
-        with self._lock:
-            counted, self._counted = self._counted, defaultdict(float)
-            watched = tuple(self._watched)
-        for metric, value, labels in (reading for read in watched for reading in read()):
-            if isinstance(metric, Counter):
-                counted[metric, labels] += value - self._handed_on[metric, labels]
-                self._handed_on[metric, labels] = value
-            else:
-                self._export(metric).set(value, _tags(metric, labels))
-        for (counter, labels), by in counted.items():
-            # Ray refuses increments of 0.
-            if by > 0:
-                self._export(counter).inc(by, _tags(counter, labels))
-
-    def _publish_for_ever(self) -> None:
-        pause = threading.Event()
-        while not pause.wait(_PUBLISH_S):
-            self.publish()
-
-    def _export(self, metric: Metric) -> Any:
-        if metric not in self._exported:
-            with self._lock:
-                if metric not in self._exported:
-                    self._exported[metric] = _ray_metric(metric)
-        return self._exported[metric]
-
-
-def _tags(metric: Metric, labels: tuple[str, ...]) -> dict[str, str]:
-    return dict(zip(metric.labels, labels, strict=True))
-
-
-def _ray_metric(metric: Metric) -> Any:
-    # Serve's classes add its own labels, those of this process's replica.
-    from ray.serve import metrics
-
-    # Ray annotates it as a tuple of one.
-    labels: Any = metric.labels
-    if isinstance(metric, Histogram):
-        return metrics.Histogram(metric.name, metric.description, boundaries=[*metric.buckets], tag_keys=labels)
-    kind = metrics.Counter if isinstance(metric, Counter) else metrics.Gauge
-    return kind(metric.name, metric.description, tag_keys=labels)
 
 
 def engine_readings(stats: EngineStats) -> list[Reading]:

@@ -33,9 +33,10 @@ from deployments.llava_protocol.routes import ProtocolSetup
 from deployments.llava_protocol.shared_table import SharedTable
 from deployments.llava_protocol.table import WorkerTable
 from deployments.messages import Item
-from deployments.metrics import RayRecorder, engine_readings
+from deployments.metrics import engine_readings
 from deployments.outgoing.fetch import Fetcher
 from deployments.preprocessor import Preprocessor
+from deployments.ray_recorder import RayRecorder
 from deployments.settings.app import AppArgs
 from deployments.settings.llava_protocol import WorkerArgs
 from deployments.settings.models import ModelArgs
@@ -206,10 +207,18 @@ def num_gpus() -> float:
 
 
 def adopt_serve_logging() -> None:
-    """Send our log records to where Serve's go: the replica's log file, with Serve's request ids."""
+    """Send our log records to where Serve's go: the replica's log file, with Serve's request ids. Leave out Serve's
+    warnings about calls that a full replica does not take."""
     serve_logger = logging.getLogger("ray.serve")
+    serve_logger.addFilter(_is_news)
     for name in ("deployments", "llava_core"):
         ours = logging.getLogger(name)
         ours.handlers = serve_logger.handlers
         ours.setLevel(logging.INFO)
         ours.propagate = not serve_logger.handlers
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether a record of Serve's says more than that a replica is busy. The router tries another one or waits: under
+    load that happens more than once for each request, and no client notices."""
+    return not str(record.msg).startswith("Replica at capacity of max_ongoing_requests=")

@@ -10,7 +10,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from deployments.metrics import STARTUP, RayRecorder, Reading
+from deployments.metrics import STARTUP, Reading
+from deployments.ray_recorder import RayRecorder
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,8 @@ from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, R
 from deployments.graph.affinity import Session, by_preference, ranked
 from deployments.graph.sent_calls import SentCalls, Whereabouts
 from deployments.graph.suspects import Suspects
-from deployments.metrics import ROUTED, RayRecorder, Recorder
+from deployments.metrics import ROUTED, Recorder
+from deployments.ray_recorder import RayRecorder
 
 
 class AffinityRouter(RequestRouter):

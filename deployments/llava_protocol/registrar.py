@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+import uuid
 from collections.abc import AsyncGenerator, Awaitable, Collection, Sequence
 from contextlib import aclosing
 
@@ -77,9 +78,8 @@ class Registrar:
     async def generate(self, model: str, body: bytes) -> AsyncGenerator[Frame, None]:
         """Yield the frames of a worker that has the model. Raises UnknownNameError, WorkerFailedError, or one of _AWAY
         for the table. Closing it ends the worker's request."""
-        name = await self._workers.choose(model)
-        if name is None:
-            raise UnknownNameError("model", model, self._own_models)
+        request = uuid.uuid4().hex
+        name = await self._choose(model, request)
         has_begun = False
         try:
             async with aclosing(self._client.generate(name, body)) as frames:
@@ -94,7 +94,20 @@ class Registrar:
             await _tell(self._workers.fail(name))
             raise
         finally:
-            await _tell(self._workers.release(name))
+            await _tell(self._workers.release(request))
+
+    async def _choose(self, model: str, request: str) -> str:
+        """A worker for the request. If the table is too slow to answer, it may still count the request, but only for as
+        long as an answer may take."""
+        try:
+            name = await self._workers.choose(model, request)
+        except asyncio.CancelledError:
+            # The client has hung up; the table may have chosen nevertheless.
+            await _tell(self._workers.release(request))
+            raise
+        if name is None:
+            raise UnknownNameError("model", model, self._own_models)
+        return name
 
     async def _listed(self, *, is_well: bool) -> Sequence[Worker]:
         if self._client.is_off:

@@ -33,14 +33,14 @@ class SharedTable:
         """See Workers."""
         return bool(await self._ask("heart_beat", name, queue_length))
 
-    async def choose(self, model: str) -> str | None:
+    async def choose(self, model: str, request: str) -> str | None:
         """See Workers."""
-        chosen: str | None = await self._ask("choose", model)
+        chosen: str | None = await self._ask("choose", model, request)
         return chosen
 
-    async def release(self, name: str) -> None:
+    async def release(self, request: str) -> None:
         """See Workers."""
-        await self._ask("release", name)
+        await self._ask("release", request)
 
     async def fail(self, name: str) -> None:
         """See Workers."""

@@ -44,12 +44,12 @@ class Workers(Protocol):
         """Record a heartbeat. Returns whether the worker is known; otherwise it has to register."""
         ...
 
-    async def choose(self, model: str) -> str | None:
-        """Choose a worker for one more request, which ends with `release` or `fail`. Returns its name, or None."""
+    async def choose(self, model: str, request: str) -> str | None:
+        """Choose a worker for one more request, which has an id of its own. Returns the worker's name, or None."""
         ...
 
-    async def release(self, name: str) -> None:
-        """Note that a request has finished."""
+    async def release(self, request: str) -> None:
+        """Note that a request has ended, whether or not a worker was chosen for it."""
         ...
 
     async def fail(self, name: str) -> None:
@@ -71,8 +71,11 @@ class Workers(Protocol):
 
 @dataclass
 class _Entry:
+    """`requests` are those counted in the queue of a worker without heartbeats, with the time when each has ended."""
+
     worker: Worker
     heard_at: float
+    requests: dict[str, float]
     has_failed: bool = False
 
 
@@ -90,6 +93,8 @@ class WorkerTable:
         self._args = args
         self._clock = clock
         self._draw = draw
+        # No request to a worker takes longer (worker_client.py).
+        self._longest_s = args.answer_timeout_s + args.silence_s
         self._entries: dict[str, _Entry] = {}
         (recorder or Unrecorded()).watch(self._readings)
 
@@ -100,7 +105,9 @@ class WorkerTable:
             logger.warning("%s cannot register: there are %d workers already", worker.name, len(self._entries))
             return False
         logger.info("%s has registered with %s", worker.name, ", ".join(worker.models))
-        self._entries[worker.name] = _Entry(worker, self._clock())
+        # The worker counts them in the queue that it reports.
+        requests = self._entries[worker.name].requests if worker.name in self._entries else {}
+        self._entries[worker.name] = _Entry(worker, self._clock(), requests)
         return True
 
     async def heart_beat(self, name: str, queue_length: int) -> bool:
@@ -113,7 +120,7 @@ class WorkerTable:
         entry.heard_at = self._clock()
         return True
 
-    async def choose(self, model: str) -> str | None:
+    async def choose(self, model: str, request: str) -> str | None:
         """See Workers."""
         able = [worker for worker in await self.workers() if model in worker.models and worker.speed > 0]
         if sum(worker.speed for worker in able) < _LEAST_SPEED:
@@ -121,14 +128,15 @@ class WorkerTable:
         chosen = self._by_lottery(able) if self._args.dispatch == "lottery" else _shortest_queue(able)
         # An estimate, until the worker reports its queue itself.
         self._count(chosen, 1)
+        if not chosen.is_watched:
+            self._entries[chosen.name].requests[request] = self._clock() + self._longest_s
         return chosen.name
 
-    async def release(self, name: str) -> None:
+    async def release(self, request: str) -> None:
         """See Workers."""
-        entry = self._entries.get(name)
-        # Watched workers report their queue in heartbeats.
-        if entry is not None and not entry.worker.is_watched:
-            self._count(entry.worker, -1)
+        for entry in self._entries.values():
+            if entry.requests.pop(request, None) is not None:
+                self._count(entry.worker, -1)
 
     async def fail(self, name: str) -> None:
         """See Workers."""
@@ -166,6 +174,11 @@ class WorkerTable:
         for name in [name for name, each in self._entries.items() if each.worker.is_watched and each.heard_at < oldest]:
             logger.warning("%s is forgotten: no heartbeat for %g s", name, self._args.heart_beat_expiration_s)
             del self._entries[name]
+        for entry in self._entries.values():
+            # Their gateways gave them up before they knew of the choice, or were lost.
+            for request in [request for request, ends_at in entry.requests.items() if ends_at < self._clock()]:
+                del entry.requests[request]
+                self._count(entry.worker, -1)
 
     def _readings(self) -> list[Reading]:
         """Called from another thread, so it only counts."""

@@ -73,7 +73,8 @@ class _Judge:
                 return None
             names = [str(name) for name, applies in result.get("categories", {}).items() if applies]
         except (httpx.HTTPError, ValueError, LookupError, TypeError, AttributeError) as error:
-            logger.error("moderation by %s failed: %s: %s", self._url, type(error).__name__, error)
+            # Escaped, because it may contain what the other server sent.
+            logger.error("moderation by %s failed: %r", self._url, error)
             raise ModerationError("the question could not be checked, so it was not sent; try again later") from error
         return f"it may be about {', '.join(names)}" if names else "it is against the rules of this page"
 

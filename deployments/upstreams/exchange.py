@@ -2,7 +2,8 @@
 that name the model but never an address or a key.
 
 No client header is sent to the server, and none of the server's comes back; no proxies, cookies or redirects are used.
-A request is retried only if it found no connection. Knows bytes and statuses, but not what answers contain.
+A request is retried only if it found no connection. The log has addresses and causes, but nothing that the server
+wrote, because that may quote a prompt. Knows bytes and statuses, but not what answers contain.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from deployments.http import sse
 from deployments.http.request_ids import REQUEST_ID_HEADER, SOUND_ID
 from deployments.outgoing.bounded import read_up_to
 from deployments.settings.upstreams import UpstreamArgs
+from deployments.upstreams.redaction import Redaction
 from llava_core.client.errors import error_details
 from llava_core.client.retries import read_retry_after
 from llava_core.errors import LlavaError, OverloadedError
@@ -49,6 +51,9 @@ _CODES = frozenset(
     """.split()
 )
 _SOUND_ID = re.compile(SOUND_ID)
+# A code, of the server's own or ours, as opposed to a sentence that may quote the request.
+_SOUND_CODE = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+_SOUND_TYPE = re.compile(r"[a-z0-9.+-]{1,64}/[a-z0-9.+-]{1,64}")
 
 
 class Exchange:
@@ -58,9 +63,7 @@ class Exchange:
         self.name = name
         self._args = args
         self._key = key
-        url = httpx.URL(args.url)
-        # Words that clients must not see, and what they see instead.
-        self._words = [(url.netloc.decode("ascii"), "the server"), (url.host, "the server"), (args.model, name)]
+        self._redacted = Redaction(name, args, key)
         # A transport and not a client, which would follow redirects and keep one caller's cookies for another.
         self._transport = httpx.AsyncHTTPTransport(
             verify=tls,
@@ -75,22 +78,21 @@ class Exchange:
         await self._transport.aclose()
 
     @contextlib.asynccontextmanager
-    async def post(
-        self, path: str, content: bytes, request_id: str, *, within_s: float
-    ) -> AsyncIterator[httpx.Response]:
+    async def post(self, path: str, content: bytes, request_id: str, *, until: float) -> AsyncIterator[httpx.Response]:
         """Yields a response with status 200, to be read in the block. Leaving early disconnects, which ends the work.
 
-        Raises UpstreamError, UpstreamRefusedError or OverloadedError.
+        `until`, a time of the event loop, is when the head must have come, and an error with its body. Raises
+        UpstreamError, UpstreamRefusedError or OverloadedError.
         """
         headers = {"content-type": "application/json", "accept": "application/json, text/event-stream"}
         if _SOUND_ID.fullmatch(request_id):
             headers[REQUEST_ID_HEADER] = request_id
         with self.errors_as_ours():
-            async with asyncio.timeout(within_s):
+            async with asyncio.timeout_at(until):
                 response = await self._send("POST", path, headers, content)
             try:
                 if response.status_code != HTTPStatus.OK:
-                    async with asyncio.timeout(within_s):
+                    async with asyncio.timeout_at(until):
                         body = await read_up_to(response.aiter_raw(), _MAX_ERROR_BYTES)
                     raise self.refusal(response.status_code, body or b"", response.headers.get("retry-after"))
                 if "content-encoding" in response.headers:
@@ -121,10 +123,10 @@ class Exchange:
         )
         return await self._transport.handle_async_request(request)
 
-    async def whole(self, response: httpx.Response, *, within_s: float) -> bytes:
-        """The body. Raises UpstreamError if it is too long or too late."""
+    async def whole(self, response: httpx.Response, *, until: float) -> bytes:
+        """The body. Raises UpstreamError if it is too long or has not arrived by the event loop's time `until`."""
         with self.errors_as_ours():
-            async with asyncio.timeout(within_s):
+            async with asyncio.timeout_at(until):
                 body = await read_up_to(response.aiter_raw(), MAX_ANSWER_BYTES)
         if body is None:
             raise self.garbage(f"more than {MAX_ANSWER_BYTES} bytes")
@@ -135,9 +137,10 @@ class Exchange:
 
         Raises UpstreamError for a line without end, and for silence.
         """
-        media_type = response.headers.get("content-type", "")
-        if not media_type.lower().startswith(sse.MEDIA_TYPE):
-            raise self.garbage(f"{media_type[:100] or 'nothing named'} where a stream of events was asked for")
+        media_type = response.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if media_type != sse.MEDIA_TYPE:
+            found = media_type if _SOUND_TYPE.fullmatch(media_type) else "no media type"
+            raise self.garbage(f"{found} where a stream of events was asked for")
         pieces, held = response.aiter_raw(), bytearray()
         while True:
             with self.errors_as_ours():
@@ -161,11 +164,13 @@ class Exchange:
         try:
             yield
         except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as error:
-            raise self._failed("cannot be reached", "upstream_unreachable", error) from error
+            raise self._failed("cannot be reached", "upstream_unreachable", repr(error)) from error
         except httpx.TransportError as error:
-            raise self._failed("broke the connection before the answer was complete", "upstream_cut", error) from error
+            # Without its text, which may quote what the server sent.
+            what, kind = "broke the connection before the answer was complete", type(error).__name__
+            raise self._failed(what, "upstream_cut", kind) from error
         except TimeoutError as error:
-            logger.warning("model %s: its server is silent", self.name)
+            self._warn("is silent")
             raise UpstreamTimeoutError(f"the server behind model {self.name!r} has fallen silent") from error
 
     def cut(self) -> UpstreamError:
@@ -179,7 +184,8 @@ class Exchange:
     def refusal(self, status: int, body: bytes | dict[str, object], retry_after: str | None = None) -> LlavaError:
         """The error for the client when the server refuses a request, from the status and the server's own words."""
         said = self._said(body)
-        logger.warning("model %s: its server answered %d: %s", self.name, status, said["message"])
+        code = said["code"] or ""
+        self._warn(f"answered {status}" + (f" with {code}" if _SOUND_CODE.fullmatch(code) else ""))
         after = read_retry_after(retry_after)
         wait_s = None if after is None else min(_LONGEST_RETRY_S, max(1, math.ceil(after)))
         who = f"the server behind model {self.name!r}"
@@ -188,8 +194,8 @@ class Exchange:
                 f"{who} takes no more requests now; try again later", limit="upstream", retry_after_s=wait_s or 1
             )
         if status in _THE_CLIENTS_FAULT:
-            code = said["code"] if said["code"] in _CODES else "upstream_refused"
-            return UpstreamRefusedError(str(said["message"]), status=status, param=said["param"], code=str(code))
+            code = code if code in _CODES else "upstream_refused"
+            return UpstreamRefusedError(str(said["message"]), status=status, param=said["param"], code=code)
         if status in (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.GATEWAY_TIMEOUT):
             return UpstreamTimeoutError(f"{who} has not answered in time")
         if status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
@@ -201,16 +207,12 @@ class Exchange:
     def _said(self, body: bytes | dict[str, object]) -> dict[str, str | None]:
         """The server's message, param and code, without anything that clients must not see."""
         details = error_details(body) or {"message": "it gave no reason", "param": None, "code": None}
-        return {name: details[name] and self._clean(details[name]) for name in ("message", "param", "code")}
+        said = {name: details[name] and self._redacted(details[name]) for name in ("message", "param", "code")}
+        return {name: text and text[:_MAX_MESSAGE] for name, text in said.items()}
 
-    def _clean(self, text: str) -> str:
-        if self._key is not None:
-            text = text.replace(self._key, "***")
-        for word, shown in self._words:
-            # Only whole words: a name may be as short as a letter. Nothing in `shown` is a group reference.
-            text = re.sub(rf"(?<![\w./-]){re.escape(word)}(?![\w/-])", shown.replace("\\", r"\\"), text)
-        return text[:_MAX_MESSAGE]
-
-    def _failed(self, what: str, code: str, cause: Exception | None = None) -> UpstreamError:
-        logger.warning("model %s: its server %s: %r", self.name, what, cause)
+    def _failed(self, what: str, code: str, cause: str | None = None) -> UpstreamError:
+        self._warn(f"{what} ({cause})" if cause else what)
         return UpstreamError(f"the server behind model {self.name!r} {what}", code=code)
+
+    def _warn(self, what: str) -> None:
+        logger.warning("model %s: its server at %s %s", self.name, self._args.url, what)

@@ -184,14 +184,16 @@ class Upstream:
         def known() -> Json:
             return {"stage_ms": {"upstream": (time.perf_counter() - began) * 1e3}, "transforms": transforms}
 
-        within_s = self._args.silence_seconds if is_stream else self._args.answer_seconds
-        async with self._exchange.post(route.path, content, request_id, within_s=within_s) as response:
+        # One limit for head and body of a complete answer. A stream's body has its own, for each of its events.
+        limit_s = self._args.silence_seconds if is_stream else self._args.answer_seconds
+        until = asyncio.get_running_loop().time() + limit_s
+        async with self._exchange.post(route.path, content, request_id, until=until) as response:
             del content
             lease.release()
             self._note(OK)
             try:
                 if not is_stream:
-                    whole = await self._exchange.whole(response, within_s=within_s)
+                    whole = await self._exchange.whole(response, until=until)
                     yield reader.whole(await asyncio.to_thread(self._object, whole), **known())
                     return
                 async with aclosing(self._exchange.events(response)) as events:

@@ -1,10 +1,13 @@
 """The start of replicas: logging, and loading their own part of the checkpoint."""
 
+import asyncio
 import logging
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from ray.serve._private.replica import Replica
 
 from deployments import replicas
 from deployments.access.exposure import ENTRANCE_VARIABLE, ExposureError
@@ -44,6 +47,35 @@ def test_our_log_records_go_to_serves_handlers() -> None:
     adopt_serve_logging()
     assert logging.getLogger("deployments").handlers == serve_logger.handlers
     assert logging.getLogger("llava_core").level == logging.INFO
+
+
+def test_a_busy_replica_is_no_warning(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The call is rejected by Serve's own code."""
+    busy: Any = SimpleNamespace(
+        _is_replica_quiescing=lambda _: False,
+        _can_accept_request=lambda _: False,
+        max_ongoing_requests=7,
+        get_num_ongoing_requests=lambda: 7,
+    )
+
+    async def rejected() -> bool:
+        call: Any = SimpleNamespace(request_id="id")
+        [info] = [info async for info in Replica.handle_request_with_rejection(busy, call)]
+        return not info.accepted
+
+    serve_logger = logging.getLogger("ray.serve")
+    with monkeypatch.context() as patch:
+        patch.setattr(serve_logger, "filters", [])
+        patch.setattr(serve_logger, "handlers", [caplog.handler])
+        assert asyncio.run(rejected())
+        assert "at capacity" in caplog.text
+        caplog.clear()
+        adopt_serve_logging()
+        assert asyncio.run(rejected())
+        serve_logger.warning("Replica %s is at its end.", "x")
+    # Our loggers have the handlers from before again.
+    adopt_serve_logging()
+    assert [record.getMessage() for record in caplog.records] == ["Replica x is at its end."]
 
 
 def test_a_replica_reads_only_its_own_part_of_a_checkpoint(checkpoint_copy: Path) -> None:

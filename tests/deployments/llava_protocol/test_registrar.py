@@ -168,13 +168,40 @@ def test_without_its_table_a_gateway_has_no_workers_and_logs_warnings(caplog: py
 
 def test_an_answer_survives_a_failing_table_update() -> None:
     class Forgetful(WorkerTable):
-        async def release(self, name: str) -> None:
+        async def release(self, request: str) -> None:
             raise StageUnavailableError("away")
 
     with original_worker() as worker:
         setting = Setting(worker, table=Forgetful(WorkerArgs()))
         asyncio.run(setting.registrar.register(worker.url, STATUS, is_watched=True))
         assert len(asyncio.run(_frames(setting))) == 2
+
+
+@pytest.mark.parametrize("has_chosen", [False, True])
+def test_a_client_that_hangs_up_during_the_choice_leaves_no_request_behind(*, has_chosen: bool) -> None:
+    is_asked = asyncio.Event()
+
+    class Slow(WorkerTable):
+        """Its answer to a choice never arrives."""
+
+        async def choose(self, model: str, request: str) -> str | None:
+            if has_chosen:
+                await super().choose(model, request)
+                assert [worker.queue_length for worker in await self.workers()] == [1]
+            is_asked.set()
+            await asyncio.Event().wait()
+            return None
+
+    async def hang_up(setting: Setting) -> None:
+        await setting.table.register(Worker("http://gpu1", ("llava-other",), is_watched=False))
+        asking = asyncio.create_task(_frames(setting))
+        await is_asked.wait()
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+        assert [worker.queue_length for worker in await setting.table.workers()] == [0]
+
+    asyncio.run(hang_up(Setting(table=Slow(WorkerArgs()))))
 
 
 def test_the_table_is_not_queried_where_no_worker_may_register() -> None:

@@ -27,10 +27,10 @@ def test_every_method_calls_the_table() -> None:
             await shared.register(worker),
             await shared.heart_beat(worker.name, 3),
             await shared.heart_beat("http://gpu2", 0),
-            await shared.choose("m"),
-            await shared.choose("n"),
+            await shared.choose("m", "request"),
+            await shared.choose("n", "another"),
             [each.queue_length for each in await shared.workers()],
-            await shared.release(worker.name),
+            await shared.release("request"),
             [each.queue_length for each in await shared.workers()],
             await shared.fail(worker.name),
             len(await shared.workers()),
@@ -59,4 +59,4 @@ def test_a_silent_table_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> No
 
     shared = SharedTable(FakeHandle(choose=never))  # type: ignore[arg-type]
     with pytest.raises(StageUnavailableError, match="does not answer"):
-        asyncio.run(shared.choose("m"))
+        asyncio.run(shared.choose("m", "request"))

@@ -30,13 +30,17 @@ def table(*workers: Worker, draws: Iterator[float] | None = None, clock: Clock |
 
 def chosen(made: WorkerTable, count: int, model: str = "m") -> list[str | None]:
     async def choose() -> list[str | None]:
-        return [await made.choose(model) for _ in range(count)]
+        return [await made.choose(model, f"request {number}") for number in range(count)]
 
     return asyncio.run(choose())
 
 
 def names(made: WorkerTable) -> list[str]:
     return [worker.name for worker in asyncio.run(made.workers())]
+
+
+def lengths(made: WorkerTable) -> dict[str, int]:
+    return {worker.name: worker.queue_length for worker in asyncio.run(made.workers())}
 
 
 def test_the_shortest_queue_per_speed_is_chosen_and_the_first_among_equals() -> None:
@@ -56,11 +60,36 @@ def test_a_heartbeat_corrects_what_was_counted() -> None:
 def test_requests_that_end_are_discounted_for_a_worker_without_heartbeats() -> None:
     made = table(Worker("a", ("m",), is_watched=False), Worker("b", ("m",), queue_length=1))
     assert chosen(made, 1) == ["a"]
-    for _ in range(2):
-        asyncio.run(made.release("a"))
-    asyncio.run(made.release("b"))
-    asyncio.run(made.release("never"))
-    assert {worker.name: worker.queue_length for worker in asyncio.run(made.workers())} == {"a": 0, "b": 1}
+    assert lengths(made) == {"a": 1, "b": 1}
+    # One that is unknown, and one that is released twice.
+    for request in ("never", "request 0", "request 0"):
+        asyncio.run(made.release(request))
+    assert lengths(made) == {"a": 0, "b": 1}
+
+
+def test_requests_stay_counted_when_their_worker_reports_its_queue_anew() -> None:
+    made = table(Worker("a", ("m",), is_watched=False))
+    chosen(made, 2)
+    asyncio.run(made.register(Worker("a", ("m",), queue_length=5, is_watched=False)))
+    asyncio.run(made.release("request 0"))
+    assert lengths(made) == {"a": 4}
+
+
+def test_requests_that_nobody_releases_are_discounted_when_they_must_have_ended() -> None:
+    clock = Clock()
+    made = table(Worker("a", ("m",), is_watched=False), clock=clock, answer_timeout_s=100, silence_s=10)
+    chosen(made, 1)
+    clock.now += 60
+    asyncio.run(made.choose("m", "another"))
+    clock.now += 50
+    assert lengths(made) == {"a": 2}
+    clock.now += 0.1
+    assert lengths(made) == {"a": 1}
+    # Too late to count again.
+    asyncio.run(made.release("request 0"))
+    assert lengths(made) == {"a": 1}
+    asyncio.run(made.release("another"))
+    assert lengths(made) == {"a": 0}
 
 
 def test_the_lottery_draws_in_proportion_to_speed() -> None:

@@ -27,8 +27,9 @@ def _exchange(url: str = "http://gpu-1:30000/v1", *, name: str = "big", **args: 
 
 
 async def _posted(exchange: Exchange, *, within_s: float = 20) -> bytes:
-    async with exchange.post("/chat/completions", b"{}", "id", within_s=within_s) as response:
-        return await exchange.whole(response, within_s=within_s)
+    until = asyncio.get_running_loop().time() + within_s
+    async with exchange.post("/chat/completions", b"{}", "id", until=until) as response:
+        return await exchange.whole(response, until=until)
 
 
 def _run(exchange: Exchange, work: Callable[[Exchange], Awaitable[Any]]) -> Any:
@@ -170,11 +171,47 @@ def _refusal_with(exchange: Exchange, status: int, message: str, **more: Any) ->
 
 def test_the_servers_messages_reveal_neither_key_address_nor_model_name() -> None:
     exchange = _exchange("http://gpu-1.internal:30000/v1")
-    message = f"model m at gpu-1.internal:30000 (gpu-1.internal) with {KEY}: some max_tokens of `m`. m"
+    message = f"model m at gpu-1.internal:30000 (http://gpu-1.internal:30000/v1) with {KEY}: max_tokens of /m/x.json"
     error = _refusal_with(exchange, 400, message, param="m", code="invalid_value")
     assert isinstance(error, UpstreamRefusedError)
-    assert error.message == "model big at the server (the server) with ***: some max_tokens of `big`. big"
+    assert error.message == "model big at the server (an address) with ***: max_tokens of big"
     assert (error.param, error.code) == ("big", "invalid_value")
+
+
+def test_what_the_server_wrote_is_not_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """It may quote the prompt, or be made to look like further lines of the log."""
+    exchange = _exchange()
+    for status in (400, 429, 500):
+        _refusal_with(exchange, status, "a private matter\nWARNING forged", code="context_length_exceeded")
+        _refusal_with(exchange, status, "x", code="a private matter\nWARNING forged", param="private")
+    where = "model big: its server at http://gpu-1:30000/v1 answered"
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{where} {status}{code}" for status in (400, 429, 500) for code in (" with context_length_exceeded", "")
+    ]
+
+
+@pytest.mark.parametrize(
+    "answered",
+    [
+        b"a private matter\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\na private matter\r\n",
+        b"HTTP/1.1 200 OK\r\ncontent-type: a private matter\r\ncontent-length: 0\r\n\r\n",
+    ],
+    ids=["no HTTP", "no chunk", "no media type"],
+)
+def test_invalid_http_is_not_logged_either(answered: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    async def read(exchange: Exchange) -> None:
+        until = asyncio.get_running_loop().time() + 20
+        async with exchange.post("/chat/completions", b"{}", "id", until=until) as response:
+            if response.headers.get("content-type"):
+                await anext(exchange.events(response))
+            await exchange.whole(response, until=until)
+
+    with scripted(answered) as script:
+        with pytest.raises(UpstreamError) as raised:
+            _run(_exchange(script.url), read)
+        assert f"model big: its server at {script.url} " in caplog.text
+    assert "private" not in caplog.text + str(raised.value)
 
 
 def test_long_messages_of_the_server_are_truncated() -> None:

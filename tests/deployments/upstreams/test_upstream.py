@@ -355,6 +355,25 @@ def test_a_hanging_server_is_abandoned(sent: bytes, *, stream: bool) -> None:
         assert hung_up.wait(10)
 
 
+_WHOLE = whole("200 OK", json.dumps({"choices": [{"index": 0, "message": {"content": "x"}}]}).encode())
+_HALVES = _WHOLE[: _WHOLE.index(b"{")], _WHOLE[_WHOLE.index(b"{") :]
+
+
+def test_head_and_body_of_a_whole_answer_share_one_limit() -> None:
+    def in_two_parts(connection: socket.socket) -> None:
+        """Each of them comes within the limit, but both together do not."""
+        connection.settimeout(0.6)
+        for part in _HALVES:
+            with contextlib.suppress(TimeoutError):
+                # Ends early when the other side has hung up.
+                connection.recv(1)
+            connection.sendall(part)
+
+    with scripted(in_two_parts) as script, _client(script.url, answer_seconds=1) as client:
+        response = client.post(CHAT, json=HELLO)
+        _assert_error_response(response, 504, "upstream_timeout", "'big' has fallen silent")
+
+
 def test_a_stream_that_falls_silent_ends_with_an_error_event() -> None:
     with _hanging(SSE_HEAD, _event(CHUNK), chunked(b"data: {")) as (script, hung_up):
         with _client(script.url, silence_seconds=0.3) as client:
