@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from llava_core.errors import LlavaError, RequestError
+from llava_core.errors import EngineError, LlavaError, RequestError
 from llava_core.opening import ModelOptions, load_model, open_model
 from llava_core.prepare import Preparer
 from llava_core.prompts.tokenize import IMAGE_TOKEN_ID
@@ -78,7 +78,7 @@ def ask_all(options: AskOptions, file: Path) -> None:
     for question in questions:
         try:
             answer = _answer(model, _prepare(opened.preparer, options, question))
-        except RequestError as error:
+        except (RequestError, EngineError) as error:
             num_failed += 1
             answer = {"error": str(error)}
         if options.output == "text":

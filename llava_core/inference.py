@@ -5,8 +5,8 @@ For the command line, notebooks, evaluation and tests. Knows nothing about HTTP 
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,8 +69,9 @@ class LocalModel:
         self.engine = Engine(language, tokenizer, engine)
         self._streams: dict[str, deque[StepOutput]] = {}
 
-    def stream(self, request: AnyRequest | PreparedRequest) -> Iterator[TokenDelta]:
-        """Yield deltas of a request's answers as they are produced; one thread may interleave several streams.
+    def stream(self, request: AnyRequest | PreparedRequest) -> Generator[TokenDelta, None, None]:
+        """Yield deltas of a request's answers as they are produced; one thread may interleave several streams. Closing
+        the generator early ends the request.
 
         Raises RequestError for the caller's mistakes.
         """
@@ -115,19 +116,25 @@ class LocalAnswerer:
     model: LocalModel
     together: int = 8
 
-    def answer(self, samples: Sequence[Sample]) -> Iterator[Answer]:
-        """Yield answers in the order they finish. Raises the error of the first request that fails."""
-        waiting, texts = deque(samples), defaultdict[str, str](str)
-        open_samples: dict[str, Sample] = {}
-        while waiting or open_samples:
-            while waiting and len(open_samples) < self.together:
-                sample = waiting.popleft()
-                open_samples[sample.id] = sample
-                parts = (ImagePart(sample.image), TextPart(sample.question))
-                self.model.add(GenerationRequest(sample.id, (Message("user", parts),), SamplingParams(max_tokens=256)))
-            for output in self.model.engine.step():
-                if isinstance(output, RequestFailure):
-                    raise output.error
-                texts[output.request_id] += output.text
-                if output.finish_reason is not None:
-                    yield Answer(open_samples.pop(output.request_id), texts.pop(output.request_id))
+    def answer(self, samples: Sequence[Sample]) -> Generator[Answer, None, None]:
+        """Yield answers in the order they finish. Raises the error of the first request that fails. Closing the
+        generator early ends the requests that are open."""
+        waiting = deque(samples)
+        open_streams = deque[tuple[Sample, Generator[TokenDelta, None, None], list[str]]]()
+        try:
+            while waiting or open_streams:
+                while waiting and len(open_streams) < self.together:
+                    sample = waiting.popleft()
+                    message = Message("user", (ImagePart(sample.image), TextPart(sample.question)))
+                    request = GenerationRequest(sample.id, (message,), SamplingParams(max_tokens=256))
+                    open_streams.append((sample, self.model.stream(request), []))
+                sample, deltas, texts = open_streams[0]
+                if (delta := next(deltas, None)) is None:
+                    open_streams.popleft()
+                    yield Answer(sample, "".join(texts))
+                else:
+                    texts.append(delta.text)
+                    open_streams.rotate(-1)
+        finally:
+            for _, deltas, _ in open_streams:
+                deltas.close()

@@ -193,7 +193,8 @@ def _fill(
     module: nn.Module, tensors: Mapping[str, Tensor], checkpoint: Checkpoint, part: Part, *, optional: frozenset[str]
 ) -> None:
     """Assign every tensor; a missing, left-over or misshapen one, or one of integers, is an error."""
-    expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    state = module.state_dict()
+    expected = {name: tuple(value.shape) for name, value in state.items()}
     missing = sorted(set(expected) - set(tensors) - optional)
     extra = sorted(set(tensors) - set(expected))
     if missing or extra:
@@ -207,6 +208,6 @@ def _fill(
                 f"{checkpoint.folder}: {part} tensor {name} has shape {tuple(tensor.shape)}, "
                 f"config.json says {expected[name]}"
             )
-        if not tensor.is_floating_point():
+        if state[name].is_floating_point() and not tensor.is_floating_point():
             raise CheckpointError(f"{checkpoint.folder}: {part} tensor {name} holds integers ({tensor.dtype})")
     module.load_state_dict(dict(tensors), strict=not optional, assign=True)

@@ -110,7 +110,8 @@ class AsyncEngine:
         return len(self._mailboxes)
 
     async def generate(self, request: EngineRequest) -> AsyncGenerator[TokenDelta, None]:
-        """Yield deltas until every answer has ended. Closing the generator early aborts the request at the next step.
+        """Yield deltas until every answer has ended. Closing the generator early aborts the request at the next step,
+        whose tokens are lost; so an id must not be given to another request.
 
         Raises the LlavaError that the request ended with, and EngineError when the engine has stopped.
         """

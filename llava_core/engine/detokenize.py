@@ -41,12 +41,15 @@ class IncrementalDetokenizer:
         """Add a token and return the text that is now final, possibly none."""
         self._ids.append(token_id)
         end = len(self._ids)
-        if end - self._read > MOST_OPEN:
-            # No character is that long: the earlier bytes are invalid, and no further token can complete them.
-            end -= MOST_OPEN - 1
         settled = self._decoder.decode(self._ids[self._start : self._read])
         grown = self._decoder.decode(self._ids[self._start : end])
-        if (grown.endswith(_REPLACEMENT) and end == len(self._ids)) or len(grown) <= len(settled):
+        if grown.endswith(_REPLACEMENT):
+            if end - self._read <= MOST_OPEN:
+                return ""
+            # No character is that long: the earlier bytes are invalid, and no further token can complete them.
+            end -= MOST_OPEN - 1
+            grown = self._decoder.decode(self._ids[self._start : end])
+        if len(grown) <= len(settled):
             return ""
         self._start, self._read = self._read, end
         return self._release(grown[len(settled) :])

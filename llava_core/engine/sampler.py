@@ -103,7 +103,8 @@ def filtered_probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
         ordered[params.top_k :] = -torch.inf
     probabilities = ordered.softmax(-1)
     before = probabilities.cumsum(-1) - probabilities
-    probabilities[before >= params.top_p] = 0.0
+    # The likeliest token is kept even if top_p is too small for a float.
+    probabilities[1:][before[1:] >= params.top_p] = 0.0
     probabilities = _min_p(probabilities / probabilities.sum(), params.min_p)
     return torch.zeros_like(probabilities).scatter(0, order, probabilities)
 

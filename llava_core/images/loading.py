@@ -247,6 +247,8 @@ def _deep_grey(picture: ImageFile.ImageFile, param: str, *, keeps_depth: bool) -
         is_inverted=is_inverted,
     )
     values = _grey_values(picture, white, param, is_inverted=is_inverted)
+    if isinstance(transparent := picture.info.get("transparency"), int):
+        values[values == transparent] = white
     if keeps_depth:
         return DecodedImage(Image.fromarray(values.astype(np.uint16)), transform)
     # In place: the largest pictures have 40 million values.

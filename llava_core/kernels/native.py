@@ -174,7 +174,8 @@ def _library() -> ctypes.CDLL | None:
         return None
     try:
         return ctypes.CDLL(str(_built(compiler)))
-    except (OSError, subprocess.SubprocessError) as error:
+    # RuntimeError: there is no home directory.
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", None) or error
         logger.warning("%s cannot be used, and generation is slower: %s", _SOURCE.name, said)
         return None

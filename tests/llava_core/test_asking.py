@@ -4,7 +4,7 @@ import json
 import random
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +17,11 @@ from safetensors.torch import load_file, save_file
 from llava_core import asking
 from llava_core.asking import original_ids, shown
 from llava_core.cli import main
+from llava_core.errors import EngineError
+from llava_core.inference import LocalModel
 from llava_core.scenes.draw import draw_scene
 from llava_core.scenes.scene import sample_scene
-from llava_core.types import PreparedRequest, SamplingParams
+from llava_core.types import PreparedRequest, SamplingParams, TokenDelta
 from llava_core.views import ImageTransform, Window
 from tests.dicom_files import PLANTED, dicom
 from tests.tiny import IMAGE_TOKENS, SYSTEM, cut_short
@@ -87,6 +89,26 @@ def test_a_failed_question_does_not_stop_the_others(tiny_checkpoint: Path, tmp_p
     assert "none.png cannot be read" in failed["error"]
     assert (answered["question_id"], set(answered)) == (2, KEYS | {"question_id"})
     assert result.exit_code == 1
+    assert "1 of 2 questions" in result.stderr
+
+
+def test_a_failure_of_the_engine_does_not_stop_other_questions(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = LocalModel.stream
+
+    def failing(model: LocalModel, request: PreparedRequest) -> Iterator[TokenDelta]:
+        if "fails" in request.prompt:
+            raise EngineError("the logits are not finite")
+        return stream(model, request)
+
+    monkeypatch.setattr(LocalModel, "stream", failing)
+    file = write(tmp_path, '{"text": "fails"}\n{"text": "b"}\n')
+    given = ["ask", "--model", str(tiny_checkpoint), "--max-tokens", "2", "--format", "json", "--questions", str(file)]
+    result = CliRunner().invoke(main, given)
+    failed, answered = map(json.loads, result.stdout.splitlines())
+    assert failed == {"error": "the logits are not finite"}
+    assert set(answered) == KEYS
     assert "1 of 2 questions" in result.stderr
 
 

@@ -150,6 +150,23 @@ def test_an_answerer_gives_every_sample_the_same_answer_as_alone(model: LocalMod
         assert answers[sample.id] == "".join(delta.text for delta in alone)
 
 
+def test_an_answerer_that_is_closed_early_leaves_no_request_behind(model: LocalModel) -> None:
+    samples = [Sample(str(index), "kind", f"Question {index}?", "", picture(index)) for index in range(5)]
+    answers = LocalAnswerer(model, together=3).answer(samples)
+    assert next(answers).sample in samples
+    answers.close()
+    assert not model.engine.has_work
+    assert len(list(LocalAnswerer(model, together=3).answer(samples))) == 5
+
+
+def test_an_answerer_leaves_other_streams_of_the_model_alone(model: LocalModel) -> None:
+    alone = [delta.token_ids for delta in model.stream(ask("What?", picture(1)))]
+    other = model.stream(ask("What?", picture(1)))
+    got = [next(other).token_ids]
+    list(LocalAnswerer(model).answer([Sample("x", "kind", "Question?", "", picture(2))]))
+    assert [*got, *(delta.token_ids for delta in other)] == alone
+
+
 def test_a_completion_prompt_is_not_put_into_a_template(model: LocalModel) -> None:
     ids = tuple(token for token, _, _ in model.preparer.tokenizer.encode("Once upon"))
     sampling = SamplingParams(max_tokens=8, ignore_eos=True)

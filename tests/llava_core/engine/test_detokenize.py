@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -94,6 +95,33 @@ def test_invalid_bytes_do_not_hold_the_text_back() -> None:
     # They are not all released at the end.
     assert sum(map(bool, shown[1:10])) >= 2
     assert "".join(shown) + detokenizer.finish() == "x" + "\ufffd" * 9 + "\U0001f600"
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.sampled_from([0xFF, 0xF0, 0xC3, 0x9F, 0x98, 0x80, 0xA9, ord("a")]), max_size=20))
+def test_no_valid_character_is_lost_among_invalid_bytes(data: list[int]) -> None:
+    detokenizer = IncrementalDetokenizer(Bytes())
+    shown = "".join([*map(detokenizer.add, data), detokenizer.finish()])
+    assert shown.replace("\ufffd", "") == bytes(data).decode(errors="ignore")
+
+
+@pytest.mark.parametrize("text", ["\U0001f600", "\U0001f600\u65e5", "a \U0001f600", "\u65e5\U0001f600 b"])
+def test_characters_of_byte_tokens_after_an_empty_token_are_complete(text: str) -> None:
+    """Llama's tokenizers begin with a token that decodes to nothing, and spell unknown characters in bytes."""
+    vocabulary = [*(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", "a", "b", "<unk>"]
+    model = tokenizers.models.BPE(
+        {token: index for index, token in enumerate(vocabulary)}, [], unk_token="<unk>", byte_fallback=True
+    )
+    tokenizer = tokenizers.Tokenizer(model)
+    normalizers, decoders = tokenizers.normalizers, tokenizers.decoders
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    ids = tokenizer.encode(text).ids
+    assert vocabulary[ids[0]] == "\u2581"
+    detokenizer = IncrementalDetokenizer(tokenizer)
+    assert "".join([*map(detokenizer.add, ids), detokenizer.finish()]) == text
 
 
 @settings(max_examples=100, deadline=None)

@@ -86,6 +86,7 @@ def test_filters_match_the_slow_reference(logits: list[float], params: SamplingP
         ({"top_k": 2}, [2 / 3, 1 / 3, 0, 0]),
         ({"top_p": 0.7}, [2 / 3, 1 / 3, 0, 0]),
         ({"top_p": 0.0001}, [1.0, 0, 0, 0]),
+        ({"top_p": 1e-300}, [1.0, 0, 0, 0]),
         ({"min_p": 0.25}, [5 / 9, 2.5 / 9, 1.5 / 9, 0]),
         # top-p applies to what top-k kept, min-p to what both kept.
         ({"top_k": 2, "top_p": 0.6}, [1.0, 0, 0, 0]),

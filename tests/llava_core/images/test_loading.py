@@ -181,6 +181,11 @@ class TestDeepPixels:
     def test_16_bit_grey_is_scaled_by_the_range_of_its_type(self, format: str) -> None:
         assert self.grey(decoded(encoded(Image.fromarray(self.VALUES), format))) == self.EXPECTED
 
+    def test_transparent_16_bit_grey_is_seen_on_white(self) -> None:
+        buffer = io.BytesIO()
+        Image.fromarray(self.VALUES).save(buffer, "PNG", transparency=257)
+        assert self.grey(decoded(buffer.getvalue())) == (0, 255, 128, 255)
+
     def test_16_bit_grey_is_not_stretched_to_its_values(self) -> None:
         dark = Image.fromarray(np.full((3, 3), 2570, np.uint16))
         assert self.grey(decoded(encoded(dark)))[0] == 10

@@ -176,6 +176,19 @@ def test_a_folder_writable_by_others_is_not_trusted(fresh: Path, caplog: pytest.
 
 
 @needs_compiler
+def test_a_user_without_a_home_has_no_kernels(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", home)
+    assert native_kernels(torch.float32) is None
+    assert "generation is slower: Could not determine home directory." in caplog.text
+
+
+@needs_compiler
 def test_processes_that_compile_at_the_same_time_do_not_interfere(fresh: Path) -> None:
     program = "import torch; from llava_core.kernels.native import native_kernels; print(native_kernels(torch.float32))"
     command, environment = [sys.executable, "-c", program], {**os.environ, "XDG_CACHE_HOME": str(fresh.parent)}
