@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from llava_core.checkpoints.contents import Stored, stored_tensors
-from llava_core.checkpoints.headers import DTYPES, TensorInfo, read_header
+from llava_core.checkpoints.headers import DTYPES, read_header
 from llava_core.checkpoints.keymaps import HEAD_KEY, NEWLINE_KEY, Key, Part
 from llava_core.checkpoints.layout import Checkpoint, open_checkpoint
 from llava_core.checkpoints.lora import Lora, open_lora
@@ -42,7 +42,7 @@ def tensor_problems(checkpoint: Checkpoint, stored: Mapping[Key, Stored]) -> lis
         except CheckpointError as error:
             problems.append(str(error))
         else:
-            misfits = _misfits(lora, header, stored)
+            misfits = _misfits(lora, stored)
             replaced = {key: Stored(lora.file, name, header[name]) for key, name in lora.replaced.items()}
     problems += [*misfits.values(), *name_problems(checkpoint, replaced)]
     others = {key: each for key, each in stored.items() if key not in misfits}
@@ -58,6 +58,11 @@ def check_tensors(checkpoint: Path | Checkpoint) -> None:
 def check_shapes(config: ModelConfig, stored: Mapping[Key, Stored]) -> None:
     """Raise CheckpointError for tensors whose shape differs from config.json, and for integers; reads headers only."""
     _raise(shape_problems(config, stored))
+
+
+def check_adapter(lora: Lora, stored: Mapping[Key, Stored]) -> None:
+    """Raise CheckpointError for weights that the adapter changes but the base lacks or has in another shape."""
+    _raise(list(_misfits(lora, stored).values()))
 
 
 def _raise(problems: list[str], at_most: int = 5) -> None:
@@ -104,18 +109,10 @@ def shape_problems(config: ModelConfig, stored: Mapping[Key, Stored]) -> list[st
     ]
 
 
-def _misfits(lora: Lora, header: Mapping[str, TensorInfo], stored: Mapping[Key, Stored]) -> dict[Key, str]:
+def _misfits(lora: Lora, stored: Mapping[Key, Stored]) -> dict[Key, str]:
     """A message for every weight that the adapter changes but the base lacks or has in another shape."""
-    said = {}
-    for key, pair in lora.pairs.items():
-        shape = (header[pair.up].shape[0], header[pair.down].shape[1])
-        found = stored[key].info.shape if key in stored else None
-        if found != shape:
-            said[key] = (
-                f"{lora.file} changes {key.part} {key.name} of shape {shape}, where the base has {found or 'none'}: it "
-                "is the wrong base, so name the right one with --base"
-            )
-    return said
+    found = {key: stored[key].info.shape if key in stored else None for key in lora.pairs}
+    return {key: misfit for key, shape in found.items() if (misfit := lora.misfit(key, shape))}
 
 
 def vocabulary_problems(checkpoint: Checkpoint, num_tokens: int) -> list[str]:

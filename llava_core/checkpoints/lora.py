@@ -46,11 +46,12 @@ _MATRIX = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
 
 @dataclass(frozen=True)
 class LoraPair:
-    """The names in the adapter's file of one weight's two matrices, and the factor of their product."""
+    """The names in the adapter's file of one weight's two matrices, and the factor and the shape of their product."""
 
     down: str
     up: str
     scale: float
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -79,15 +80,21 @@ class Lora:
 
     def change(self, key: Key, weight: Tensor | None, reader: TensorReader) -> Tensor:
         """A weight with the product of its matrices added, in float32. Raises CheckpointError as above."""
+        if misfit := self.misfit(key, None if weight is None else tuple(weight.shape)):
+            raise CheckpointError(misfit)
+        assert weight is not None, key
         down, up = (reader.read(self.file, name).float() for name in (self.pairs[key].down, self.pairs[key].up))
-        shape = (up.shape[0], down.shape[1])
-        if weight is None or tuple(weight.shape) != shape:
-            found = "has none" if weight is None else f"has {tuple(weight.shape)}"
-            raise CheckpointError(
-                f"{self.file} changes {key.part} {key.name} of shape {shape}, but the base {found}; "
-                "it is the wrong base, so name the right one with --base"
-            )
         return weight.float() + (up @ down) * self.pairs[key].scale
+
+    def misfit(self, key: Key, found: tuple[int, ...] | None) -> str | None:
+        """What is wrong if the base has this weight in the shape `found`, or not at all; None where the pair fits."""
+        shape = self.pairs[key].shape
+        if found == shape:
+            return None
+        return (
+            f"{self.file} changes {key.part} {key.name} of shape {shape}, but the base has {found or 'none'}: "
+            "it is the wrong base, so name the right one with --base"
+        )
 
 
 def open_lora(folder: Path) -> Lora:
@@ -115,8 +122,9 @@ def open_lora(folder: Path) -> Lora:
         key = _key(f"{module}.weight", file)
         assert key is not None, module
         rank = scaling.rank(module)
-        _check_ranks(header[half["A"]].shape, header[half["B"]].shape, rank, f"{file}: {module}")
-        pairs[key] = LoraPair(half["A"], half["B"], scaling.factor(module))
+        down, up = header[half["A"]].shape, header[half["B"]].shape
+        _check_ranks(down, up, rank, f"{file}: {module}")
+        pairs[key] = LoraPair(half["A"], half["B"], scaling.factor(module), (up[0], down[1]))
     if not pairs:
         raise CheckpointError(f"{file} holds no LoRA matrices")
     return Lora(file, pairs, replaced)

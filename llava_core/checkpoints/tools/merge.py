@@ -7,7 +7,7 @@ merged model computes the same as the unmerged one when both are loaded in the b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llava_core.checkpoints.accounting import check_shapes, check_tensors
+from llava_core.checkpoints.accounting import check_adapter, check_shapes, check_tensors
 from llava_core.checkpoints.contents import Stored, stored_tensors
-from llava_core.checkpoints.headers import DTYPES, TensorInfo, read_header
+from llava_core.checkpoints.headers import DTYPES, read_header
 from llava_core.checkpoints.keymaps import Key, from_tower, to_llava_hf, to_original
 from llava_core.checkpoints.layout import Checkpoint, open_checkpoint
 from llava_core.checkpoints.lora import Lora, open_lora
@@ -94,7 +94,8 @@ def _plan(
     if lora is not None:
         header = read_header(lora.file)
         stored |= {key: Stored(lora.file, name, header[name]) for key, name in lora.replaced.items()}
-        _check_pairs(lora, header, stored)
+        # Otherwise they would be detected only after half of the model is written.
+        check_adapter(lora, stored)
     check_shapes(config, stored)
     tensors = [as_stored(name_of(key), each, reader) for key, each in stored.items()]
     if lora is None:
@@ -103,18 +104,6 @@ def _plan(
         replace(planned, make=partial(_changed, key, planned, lora, adapter)) if key in lora.pairs else planned
         for key, planned in zip(stored, tensors, strict=True)
     ]
-
-
-def _check_pairs(lora: Lora, header: Mapping[str, TensorInfo], stored: Mapping[Key, Stored]) -> None:
-    """Check for errors that would otherwise be detected only after half of the model is written."""
-    for key, pair in lora.pairs.items():
-        shape = (header[pair.up].shape[0], header[pair.down].shape[1])
-        if key not in stored or stored[key].info.shape != shape:
-            found = f"but the base has {stored[key].info.shape}" if key in stored else "which the base does not hold"
-            raise CheckpointError(
-                f"{lora.file} changes {key.part} {key.name} of shape {shape}, {found}; "
-                "it is the wrong base, so name the right one with --base"
-            )
 
 
 def _changed(key: Key, planned: Planned, lora: Lora, reader: TensorReader) -> Tensor:

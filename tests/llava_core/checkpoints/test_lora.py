@@ -67,7 +67,7 @@ def test_a_base_of_another_shape_is_refused(tmp_path: Path) -> None:
     save_adapter(tmp_path)
     lora = open_lora(tmp_path)
     assert Key("decoder", "model.layers.0.self_attn.q_proj.weight") in lora.pairs
-    with pytest.raises(CheckpointError, match=r"of shape \(16, \d+\), but the base has none; it is the wrong base"):
+    with pytest.raises(CheckpointError, match=r"of shape \(16, \d+\), but the base has none: it is the wrong base"):
         lora.apply("decoder", {}, torch.float32)
     tensors = torch.load(tmp_path / "base.pt", weights_only=True)
     tensors["model.layers.0.self_attn.q_proj.weight"] = torch.zeros(8, 16)

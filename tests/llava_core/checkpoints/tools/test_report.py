@@ -113,7 +113,7 @@ def test_an_adapter_over_the_wrong_base_names_every_weight(tmp_path: Path) -> No
     names = [f"model.layers.{layer}.mlp.down_proj.weight" for layer in (0, 1)]
     save_file({**tensors, **{name: torch.zeros(32, 8) for name in names}}, original.base / "model.safetensors")
     problems = "\n".join(inspect_checkpoint(str(original.folder), str(original.base))["problems"])
-    assert all(f"{name} of shape (32, 48), where the base has (32, 8)" in problems for name in names)
+    assert all(f"{name} of shape (32, 48), but the base has (32, 8)" in problems for name in names)
 
 
 def test_a_delta_is_recognised_by_its_field(tmp_path: Path) -> None:
