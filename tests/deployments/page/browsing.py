@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 from selenium import webdriver
-from selenium.common.exceptions import StaleElementReferenceException
+from selenium.common.exceptions import StaleElementReferenceException, TimeoutException
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
@@ -19,7 +19,8 @@ from selenium.webdriver.support.ui import WebDriverWait
 from benchmarks.ports import free_port
 from tests.deployments.service import interrupt, llava, read_until, started, until
 
-WAIT_S = 30.0
+# Longer than anything takes, even if the host pauses this machine for half a minute.
+WAIT_S = 90.0
 DESKTOP, PHONE = (1280, 860), (390, 844)
 
 
@@ -87,7 +88,12 @@ class Browser:
         waiting = WebDriverWait(
             self.driver, WAIT_S, poll_frequency=0.05, ignored_exceptions=[StaleElementReferenceException]
         )
-        waiting.until(lambda _: condition())
+        try:
+            waiting.until(lambda _: condition())
+        except TimeoutException as error:
+            buttons = "[...document.querySelectorAll('#box button')].map((each) => each.className)"
+            state = self.driver.execute_script(f"return [document.body.className, {buttons}, document.body.innerText]")
+            raise AssertionError(f"not met in {WAIT_S:g} s: body, buttons of the box, text: {state}") from error
 
     def until_ready(self) -> None:
         self.one(".status.ready")
