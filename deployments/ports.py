@@ -3,6 +3,7 @@ only."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import socket
 
@@ -34,14 +35,8 @@ def choose_metrics_port(port: int, asked: int | None) -> int:
             raise LaunchError(f"port {port} cannot be both the service's and that of its metrics; choose another")
         check_port("127.0.0.1", asked, "--metrics-port")
         return asked
-    is_next_free = asked is None and port < _LAST_PORT and _is_free("127.0.0.1", port + 1)
-    return port + 1 if is_next_free else 0
-
-
-def _is_free(host: str, port: int) -> bool:
-    """Whether the address can be listened on."""
-    try:
-        check_port(host, port)
-    except LaunchError:
-        return False
-    return True
+    with contextlib.suppress(LaunchError):
+        if asked is None and port < _LAST_PORT:
+            check_port("127.0.0.1", port + 1)
+            return port + 1
+    return 0

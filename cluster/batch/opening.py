@@ -19,10 +19,10 @@ def open_source(path: Path, output: Path, *, image_folder: Path | None, prompt: 
         return _open_folder(path, image_folder, prompt)
     if not path.exists():
         raise InputError(f"{path} does not exist")
-    folder = image_folder or path.parent
-    if path.suffix.lower() == ".parquet":
+    folder, suffix = image_folder or path.parent, path.suffix.lower()
+    if suffix == ".parquet":
         return Parquet((path,), folder, prompt)
-    if path.suffix.lower() in (".jsonl", ".json", ".ndjson"):
+    if suffix in (".jsonl", ".json", ".ndjson"):
         return JsonLines(path, folder, prompt)
     raise InputError(
         f"{path} is neither a folder nor a file that ends with .jsonl or .parquet: unpack it if it is compressed, and "

@@ -41,7 +41,8 @@ class LingeringClose:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI. The app has ended, and holds nothing more of the request, before the rest of the body is read."""
-        if scope["type"] != "http" or not _num_announced(scope):
+        num_announced = _num_announced(scope) if scope["type"] == "http" else 0
+        if not num_announced:
             await self._app(scope, receive, send)
             return
         exchange = _Exchange(receive, send)
@@ -49,12 +50,11 @@ class LingeringClose:
             await self._app(scope, exchange.receive, exchange.send)
         finally:
             if exchange.is_end_held_back:
-                await self._throw_away(scope, exchange)
+                if num_announced <= self._max_bytes and self._count < self._max_connections:
+                    await self._throw_away(exchange)
                 await send({"type": "http.response.body"})
 
-    async def _throw_away(self, scope: Scope, exchange: _Exchange) -> None:
-        if _num_announced(scope) > self._max_bytes or self._count >= self._max_connections:
-            return
+    async def _throw_away(self, exchange: _Exchange) -> None:
         self._count += 1
         try:
             with contextlib.suppress(TimeoutError):

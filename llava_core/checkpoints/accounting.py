@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from llava_core.checkpoints.contents import Stored, stored_tensors
-from llava_core.checkpoints.headers import DTYPES, read_header
+from llava_core.checkpoints.headers import DTYPES
 from llava_core.checkpoints.keymaps import HEAD_KEY, NEWLINE_KEY, Key, Part
 from llava_core.checkpoints.layout import Checkpoint, open_checkpoint
 from llava_core.checkpoints.lora import Lora, open_lora
@@ -33,17 +33,15 @@ def check_loadable(checkpoint: Checkpoint, num_tokens: int) -> None:
 def tensor_problems(checkpoint: Checkpoint, stored: Mapping[Key, Stored]) -> list[str]:
     """All problems with the names and shapes of the stored tensors, including the adapter's."""
     problems: list[str] = []
-    replaced: dict[Key, Stored] = {}
+    replaced: Mapping[Key, Stored] = {}
     misfits: dict[Key, str] = {}
     if checkpoint.adapter is not None:
         try:
             lora = open_lora(checkpoint.adapter)
-            header = read_header(lora.file)
         except CheckpointError as error:
             problems.append(str(error))
         else:
-            misfits = _misfits(lora, stored)
-            replaced = {key: Stored(lora.file, name, header[name]) for key, name in lora.replaced.items()}
+            misfits, replaced = _misfits(lora, stored), lora.replaced
     problems += [*misfits.values(), *name_problems(checkpoint, replaced)]
     others = {key: each for key, each in stored.items() if key not in misfits}
     return problems + shape_problems(checkpoint.config, {**others, **replaced})

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from llava_core.checkpoints.contents import Stored
 from llava_core.checkpoints.files import find_file, naming, read_json
 from llava_core.checkpoints.headers import read_header
 from llava_core.checkpoints.keymaps import Key, Part, from_wrapped
@@ -60,7 +61,7 @@ class Lora:
 
     file: Path
     pairs: Mapping[Key, LoraPair]
-    replaced: Mapping[Key, str]
+    replaced: Mapping[Key, Stored]
 
     def apply(self, part: Part, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
         """Replace a part's changed tensors in the dictionary; weights that LoRA changes become `dtype`.
@@ -70,7 +71,7 @@ class Lora:
         # Imported here: names and factors need no torch, numbers do.
         from llava_core.checkpoints.tensors import TensorReader, read_tensors
 
-        whole = {key.name: name for key, name in self.replaced.items() if key.part == part}
+        whole = {key.name: each.name for key, each in self.replaced.items() if key.part == part}
         loaded = read_tensors(dict.fromkeys(whole.values(), self.file))
         tensors.update({ours: loaded[name] for ours, name in whole.items()})
         reader = TensorReader()
@@ -106,7 +107,7 @@ def open_lora(folder: Path) -> Lora:
         raise CheckpointError(f"{folder} has an adapter_config.json but no adapter_model.safetensors or .bin")
     header = read_header(file)
     halves: dict[str, dict[str, str]] = {}
-    replaced: dict[Key, str] = {}
+    replaced: dict[Key, Stored] = {}
     for name in header:
         match = _MATRIX.fullmatch(name)
         if match:
@@ -114,7 +115,7 @@ def open_lora(folder: Path) -> Lora:
         elif "lora_" in name:
             raise CheckpointError(f"{file}: {name} is of a kind of LoRA that is not supported")
         elif key := _key(name, file):
-            replaced[key] = name
+            replaced[key] = Stored(file, name, header[name])
     pairs: dict[Key, LoraPair] = {}
     for module, half in halves.items():
         if set(half) != {"A", "B"}:

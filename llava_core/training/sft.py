@@ -103,8 +103,9 @@ def train(
 def newest_checkpoint(folder: Path) -> str | None:
     """The path of the newest complete checkpoint that Trainer left in this folder; one that was being saved when the
     process was killed is passed over."""
-    found = [path for path in folder.glob("checkpoint-*") if path.name[11:].isdecimal() and _is_complete(path)]
-    return str(max(found, key=lambda path: int(path.name[11:]))) if found else None
+    steps = (path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*") if _is_complete(path))
+    newest = max((int(step) for step in steps if step.isdecimal()), default=None)
+    return None if newest is None else str(folder / f"checkpoint-{newest}")
 
 
 def _is_complete(checkpoint: Path) -> bool:

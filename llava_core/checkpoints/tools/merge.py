@@ -17,7 +17,7 @@ from torch import Tensor
 
 from llava_core.checkpoints.accounting import check_adapter, check_shapes, check_tensors
 from llava_core.checkpoints.contents import Stored, stored_tensors
-from llava_core.checkpoints.headers import DTYPES, read_header
+from llava_core.checkpoints.headers import DTYPES
 from llava_core.checkpoints.keymaps import Key, from_tower, to_llava_hf, to_original
 from llava_core.checkpoints.layout import Checkpoint, open_checkpoint
 from llava_core.checkpoints.lora import Lora, open_lora
@@ -92,8 +92,7 @@ def _plan(
 ) -> list[Planned]:
     reader, adapter = TensorReader(), TensorReader()
     if lora is not None:
-        header = read_header(lora.file)
-        stored |= {key: Stored(lora.file, name, header[name]) for key, name in lora.replaced.items()}
+        stored |= lora.replaced
         # Otherwise they would be detected only after half of the model is written.
         check_adapter(lora, stored)
     check_shapes(config, stored)
